@@ -1,0 +1,1 @@
+"""Where the demo lives: real clip art in LAION's real on-disk layout."""
