@@ -1,0 +1,202 @@
+"""Rows of thumbnails on one picture: what a seed set found, at a glance.
+
+Pillow only, bytes in and a picture out. What must not live here: reading tables, choosing which
+hits to show, anything that knows where a picture came from.
+"""
+
+import io
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cache
+
+from PIL import Image, ImageDraw, ImageFont, features
+
+_BACKGROUND = "#f7f6f3"
+_CARD = "#ffffff"
+_CARD_EDGE = "#e4e2dc"
+_MISSING = "#dcdad4"
+_TITLE = "#1f1d1a"
+_SUBTITLE = "#7d7972"
+
+_MARGIN = 28
+_GAP = 8
+_PADDING = 4
+_STRIP_GAP = 26
+_HEADING = 34
+_CAPTION = 16
+_CORNER = 6
+_TITLE_SIZE = 19
+_SUBTITLE_SIZE = 14
+_CAPTION_SIZE = 10
+
+# A thumbnail is a few thousand pixels. A small file may claim gigapixels, so ask its header first.
+_MAX_PIXELS = 4_000_000
+_FORMATS = ("WEBP", "PNG", "JPEG", "GIF")
+_WEBP_MAX_SIDE = 16_383
+_SMALLEST_SIDE = 32
+
+
+@dataclass(frozen=True)
+class Strip:
+    """One heading and its pictures, best first.
+
+    `pictures` are encoded images (WebP, PNG, JPEG or GIF); None stands for one that is missing.
+    `captions` go with them by position and may be fewer, or none.
+    """
+
+    title: str
+    subtitle: str
+    pictures: Sequence[bytes | None]
+    captions: Sequence[str]
+
+
+def contact_sheet(
+    strips: Sequence[Strip], *, columns: int = 12, cell: int = 88, show_captions: bool = False
+) -> Image.Image:
+    """Draw the strips under each other and return one RGB image.
+
+    Every picture is fitted into a square of `cell` pixels, `columns` to a row, in the order given.
+    One that is missing, broken or of more than 4 megapixels becomes a plain grey square: a sheet
+    never fails because of a picture. Raises ValueError where `columns` or `cell` leave no room.
+    """
+    if columns < 1 or cell <= 2 * _PADDING:
+        raise ValueError(f"no room to draw in: columns={columns}, cell={cell}")
+    row_height = cell + (_CAPTION if show_captions else 0)
+    width = 2 * _MARGIN + columns * (cell + _GAP) - _GAP
+    sheet = Image.new("RGB", (width, _sheet_height(strips, columns, row_height)), _BACKGROUND)
+    top = _MARGIN
+    for strip in strips:
+        _draw_heading(sheet, strip, top, width - 2 * _MARGIN)
+        top += _HEADING
+        for position, picture in enumerate(strip.pictures):
+            row, column = divmod(position, columns)
+            corner = (_MARGIN + column * (cell + _GAP), top + row * (row_height + _GAP))
+            _draw_picture(sheet, picture, corner, cell)
+            if show_captions and position < len(strip.captions):
+                _draw_caption(sheet, strip.captions[position], corner, cell)
+        top += _grid_height(len(strip.pictures), columns, row_height) + _STRIP_GAP
+    return sheet
+
+
+def encode(image: Image.Image, *, max_bytes: int) -> tuple[bytes, str]:
+    """Encode a picture in at most `max_bytes`: the bytes and their MIME type.
+
+    WebP (PNG where this Pillow has no WebP), at a lower quality first and then at a smaller size.
+    Raises ValueError where even a postage stamp is too large.
+    """
+    picture = image.convert("RGB")
+    longest = max(picture.size)
+    if longest > _WEBP_MAX_SIDE:
+        picture = _scaled(picture, _WEBP_MAX_SIDE / longest)
+    while True:
+        for quality in (86, 72):
+            data, mime = _encoded(picture, quality)
+            if len(data) <= max_bytes:
+                return data, mime
+        if max(picture.size) <= _SMALLEST_SIDE:
+            raise ValueError(f"a picture does not fit into {max_bytes} bytes")
+        # Bytes go roughly with the area. Bounded, so that a poor guess neither shrinks the picture
+        # to nothing nor takes many rounds.
+        picture = _scaled(picture, min(0.9, max(0.5, (max_bytes / len(data)) ** 0.5)))
+
+
+def _encoded(picture: Image.Image, quality: int) -> tuple[bytes, str]:
+    buffer = io.BytesIO()
+    if features.check("webp"):
+        picture.save(buffer, "WEBP", quality=quality, method=4)
+        return buffer.getvalue(), "image/webp"
+    picture.save(buffer, "PNG", optimize=True)
+    return buffer.getvalue(), "image/png"
+
+
+def _scaled(picture: Image.Image, factor: float) -> Image.Image:
+    width, height = (max(1, int(side * factor)) for side in picture.size)
+    return picture.resize((width, height), Image.Resampling.LANCZOS)
+
+
+def _grid_height(pictures: int, columns: int, row_height: int) -> int:
+    rows = -(-pictures // columns)
+    return max(0, rows * (row_height + _GAP) - _GAP)
+
+
+def _sheet_height(strips: Sequence[Strip], columns: int, row_height: int) -> int:
+    grids = sum(_grid_height(len(strip.pictures), columns, row_height) for strip in strips)
+    gaps = _STRIP_GAP * max(0, len(strips) - 1)
+    return 2 * _MARGIN + len(strips) * _HEADING + grids + gaps
+
+
+def _draw_heading(sheet: Image.Image, strip: Strip, top: int, width: int) -> None:
+    draw = ImageDraw.Draw(sheet)
+    baseline = top + _TITLE_SIZE
+    title = _fitted(strip.title, _font(_TITLE_SIZE), width)
+    # The built-in font has one weight; a hair of stroke in the same colour reads as bold.
+    draw.text(
+        (_MARGIN, baseline), title, _TITLE, _font(_TITLE_SIZE), anchor="ls", stroke_width=0.35
+    )
+    used = round(_font(_TITLE_SIZE).getlength(title)) + 12
+    subtitle = _fitted(strip.subtitle, _font(_SUBTITLE_SIZE), width - used)
+    draw.text((_MARGIN + used, baseline), subtitle, _SUBTITLE, _font(_SUBTITLE_SIZE), anchor="ls")
+
+
+def _draw_picture(
+    sheet: Image.Image, picture: bytes | None, corner: tuple[int, int], cell: int
+) -> None:
+    thumbnail = _decoded(picture, cell - 2 * _PADDING)
+    left, top = corner
+    ImageDraw.Draw(sheet).rounded_rectangle(
+        (left, top, left + cell - 1, top + cell - 1),
+        radius=_CORNER,
+        fill=_MISSING if thumbnail is None else _CARD,
+        outline=_MISSING if thumbnail is None else _CARD_EDGE,
+    )
+    if thumbnail is not None:
+        offset = (left + (cell - thumbnail.width) // 2, top + (cell - thumbnail.height) // 2)
+        sheet.paste(thumbnail, offset)
+
+
+def _draw_caption(sheet: Image.Image, caption: str, corner: tuple[int, int], cell: int) -> None:
+    left, top = corner
+    text = _fitted(caption, _font(_CAPTION_SIZE), cell)
+    ImageDraw.Draw(sheet).text(
+        (left + cell // 2, top + cell + _CAPTION - 4),
+        text,
+        _SUBTITLE,
+        _font(_CAPTION_SIZE),
+        anchor="ms",
+    )
+
+
+def _decoded(picture: bytes | None, side: int) -> Image.Image | None:
+    """Return the picture on white, at most `side` pixels a side; None where it is no picture."""
+    if not picture:
+        return None
+    try:
+        with Image.open(io.BytesIO(picture), formats=_FORMATS) as opened:
+            if opened.width * opened.height > _MAX_PIXELS:
+                return None
+            rgba = opened.convert("RGBA")
+    except Exception:
+        # Bytes off the web: decoders fail in many ways, one bad picture must not cost the sheet.
+        return None
+    rgba.thumbnail((side, side), Image.Resampling.LANCZOS)
+    flat = Image.new("RGB", rgba.size, _CARD)
+    flat.paste(rgba, mask=rgba.getchannel("A"))
+    return flat
+
+
+def _fitted(text: str, font: ImageFont.FreeTypeFont, width: int) -> str:
+    """Return the text on one line, cut to `width` pixels."""
+    line = " ".join(text.split())[:500]
+    if font.getlength(line) <= width:
+        return line
+    while line and font.getlength(line + "…") > width:
+        line = line[:-1]
+    return line.rstrip() + "…" if line else ""
+
+
+@cache
+def _font(size: int) -> ImageFont.FreeTypeFont:
+    font = ImageFont.load_default(size=size)
+    if not isinstance(font, ImageFont.FreeTypeFont):
+        raise RuntimeError("this Pillow is built without FreeType: it cannot draw text of any size")
+    return font
