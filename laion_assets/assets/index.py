@@ -1,0 +1,91 @@
+"""The LAION index on the local disk.
+
+What must not live here: how it is copied and verified (retrieval.staging).
+Dagster's concept: https://docs.dagster.io/guides/build/assets
+"""
+
+import dagster as dg
+
+from laion_assets.failures import as_failures
+from laion_assets.kubernetes import NVME_OP_TAGS
+from laion_assets.resources import LaionIndex
+
+laion_index_source = dg.AssetSpec(
+    "laion_index_source",
+    group_name="sources",
+    kinds={"gcs"},
+    description="The published index and its metadata, where LAION_INDEX_URI says. Not made here.",
+)
+
+
+@dg.asset(
+    deps=[laion_index_source],
+    group_name="index",
+    kinds={"faiss", "arrow"},
+    op_tags=NVME_OP_TAGS,
+    pool="staging",
+    code_version="1",
+    check_specs=[
+        dg.AssetCheckSpec(
+            "metadata_covers_the_index",
+            asset="staged_laion_index",
+            description="Every row of the index has a metadata row, and the reverse.",
+        )
+    ],
+)
+def staged_laion_index(
+    context: dg.AssetExecutionContext, laion_index: LaionIndex
+) -> dg.MaterializeResult:
+    """The index and its metadata on the local disk, verified.
+
+    Copied from the source when that has changed or the disk does not hold it; otherwise only checked.
+    The data version is the fingerprint of all files.
+    """
+    with as_failures():
+        staged = laion_index.stage(context.log.info)
+        with laion_index.open() as opened:
+            rows, metadata_rows = opened.index.rows, len(opened.metadata)
+            dimension, nlist = opened.index.dimension, opened.index.nlist
+    manifest = staged.manifest
+    context.log.info(
+        f"{len(manifest.files)} files, {manifest.size:,} bytes in {laion_index.cache_dir}; "
+        f"{staged.bytes_fetched:,} bytes fetched in {staged.seconds:.1f} s"
+    )
+    return dg.MaterializeResult(
+        data_version=dg.DataVersion(manifest.fingerprint),
+        metadata={
+            "source": manifest.source,
+            "dagster/uri": laion_index.cache_dir,
+            "fingerprint": manifest.fingerprint,
+            "dagster/row_count": rows,
+            "metadata rows": metadata_rows,
+            "dimension": dimension,
+            "inverted lists": nlist,
+            "files": len(manifest.files),
+            "bytes": manifest.size,
+            "bytes fetched": staged.bytes_fetched,
+            "seconds": round(staged.seconds, 2),
+        },
+        check_results=[
+            dg.AssetCheckResult(
+                check_name="metadata_covers_the_index",
+                passed=rows == metadata_rows,
+                severity=dg.AssetCheckSeverity.WARN,
+                description=_coverage(rows, metadata_rows),
+            )
+        ],
+    )
+
+
+def _coverage(rows: int, metadata_rows: int) -> str:
+    if rows == metadata_rows:
+        return f"all {rows:,} rows have metadata"
+    if rows > metadata_rows:
+        return (
+            f"{rows - metadata_rows:,} of {rows:,} rows have no metadata: they are left out and "
+            "counted; fine if you keep only a part, such as the English one"
+        )
+    return (
+        f"{metadata_rows - rows:,} metadata rows belong to no row of the index: make sure that both are "
+        "of the same release"
+    )

@@ -1,0 +1,85 @@
+"""The seeds of one set, and their centroid.
+
+What must not live here: how seed files are read and checked (retrieval.seeds).
+Dagster's concept: https://docs.dagster.io/guides/build/assets
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+import dagster as dg
+import pyarrow as pa
+
+from laion_assets.failures import as_failures
+from laion_assets.io_managers import StoredTable, TableOutput
+from laion_assets.partitions import seed_sets
+from laion_assets.presentation import as_markdown, draw, strip
+from laion_assets.resources import SeedFolder
+from laion_assets.retrieval.seeds import centroid, embeddings_of
+from laion_assets.retrieval.tables import Provenance, Table
+
+seed_folder = dg.AssetSpec(
+    "seed_folder",
+    group_name="sources",
+    kinds={"numpy"},
+    partitions_def=seed_sets,
+    description="A folder of embeddings under LAION_SEEDS_URI. Not made here.",
+)
+
+
+@dg.asset(
+    deps=[seed_folder],
+    group_name="seeds",
+    kinds={"numpy", "parquet"},
+    partitions_def=seed_sets,
+    code_version="1",
+)
+def seed_embeddings(
+    context: dg.AssetExecutionContext, seeds: SeedFolder
+) -> dg.MaterializeResult[TableOutput]:
+    """The seeds of one set: checked, scaled to length 1, a row per seed.
+
+    The data version is the fingerprint of the files, by which the sensor knows what was done.
+    """
+    with as_failures():
+        seed_set = seeds.find(context.partition_key)
+        found = seeds.read(seed_set)
+    count, dimension = found.embeddings.shape
+    context.log.info(f"{count:,} seeds of {dimension} dimensions from {len(seed_set.files)} files")
+    provenance = Provenance.now(seed_set.name, seed_set.fingerprint, None, {}, context.run_id)
+    rows = found.to_table()
+
+    def report(stored: StoredTable) -> Mapping[str, Any]:
+        sheet = draw([strip(stored, seed_set.name, f"{count:,} seeds")])
+        return {
+            "seeds": count,
+            "dimension": dimension,
+            "files": [file.name for file in seed_set.files[:100]],
+            "fingerprint": seed_set.fingerprint,
+        } | ({"contact sheet": as_markdown(sheet)} if sheet else {})
+
+    return dg.MaterializeResult(
+        value=TableOutput(Table(rows.schema, rows.to_batches(), provenance.to_footer), report),
+        data_version=dg.DataVersion(seed_set.fingerprint),
+    )
+
+
+@dg.asset(group_name="seeds", kinds={"numpy", "parquet"}, partitions_def=seed_sets, code_version="1")
+def centroid_vector(
+    context: dg.AssetExecutionContext, seed_embeddings: StoredTable
+) -> dg.MaterializeResult[TableOutput]:
+    """The mean of the seeds, scaled to length 1, and how concentrated the seeds are about it."""
+    with as_failures():
+        origin = Provenance.from_footer(seed_embeddings.footer, seed_embeddings.where)
+        embeddings = embeddings_of(seed_embeddings.read(["embedding"]))
+        mean, length = centroid(embeddings)
+    context.log.info(f"the mean of {len(embeddings):,} seeds has length {length:.3f}")
+    vector = pa.FixedSizeListArray.from_arrays(pa.array(mean), len(mean))
+    row = pa.table({"embedding": vector, "norm_of_mean": [length], "seeds": [len(embeddings)]})
+    provenance = Provenance.now(origin.seed_set, origin.seeds, None, {}, context.run_id)
+    return dg.MaterializeResult(
+        value=TableOutput(
+            Table(row.schema, row.to_batches(), provenance.to_footer),
+            lambda _: {"norm of mean": length, "seeds": len(embeddings)},
+        )
+    )

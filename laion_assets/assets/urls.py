@@ -1,0 +1,209 @@
+"""The URL sets: found around each seed, found around the centroid, and both as one.
+
+What must not live here: how images are found, compared or united (retrieval).
+Dagster's concept: https://docs.dagster.io/guides/build/assets
+"""
+
+import os
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict
+from typing import Any
+
+import dagster as dg
+
+from laion_assets.checks import ONE_ROW_PER_IMAGE, one_row_per_image
+from laion_assets.failures import as_failures
+from laion_assets.io_managers import StoredTable, TableOutput
+from laion_assets.kubernetes import NVME_OP_TAGS
+from laion_assets.partitions import seed_sets
+from laion_assets.presentation import as_markdown, draw, links, save_png, strip
+from laion_assets.resources import LaionIndex, RetrievalConfig, Settings
+from laion_assets.retrieval.combine import check_same_origin, combine
+from laion_assets.retrieval.progress import Progress
+from laion_assets.retrieval.retrieve import PICTURES, Funnel, Request, retrieve
+from laion_assets.retrieval.seeds import embeddings_of
+from laion_assets.retrieval.tables import Provenance, Table
+
+Outputs = Iterator[dg.MaterializeResult[TableOutput]]
+
+
+@dg.asset(
+    deps=["staged_laion_index"],
+    group_name="urls",
+    kinds={"faiss", "parquet"},
+    partitions_def=seed_sets,
+    op_tags=NVME_OP_TAGS,
+    pool="retrieval",
+    code_version="1",
+)
+def knn_urls(
+    context: dg.AssetExecutionContext,
+    seed_embeddings: StoredTable,
+    laion_index: LaionIndex,
+    retrieval_config: RetrievalConfig,
+) -> Outputs:
+    """Images found around each seed: same context and style.
+
+    Near-duplicates are removed within each seed's results; an image found for two seeds has two rows.
+    """
+    with as_failures():
+        settings = retrieval_config.resolve(os.environ)
+    yield from _retrieved(
+        context, seed_embeddings, laion_index, settings, settings.nb_images_knn, per_seed=True
+    )
+
+
+@dg.asset(
+    deps=["staged_laion_index"],
+    group_name="urls",
+    kinds={"faiss", "parquet"},
+    partitions_def=seed_sets,
+    op_tags=NVME_OP_TAGS,
+    pool="retrieval",
+    code_version="1",
+)
+def centroid_urls(
+    context: dg.AssetExecutionContext,
+    centroid_vector: StoredTable,
+    laion_index: LaionIndex,
+    retrieval_config: RetrievalConfig,
+) -> Outputs:
+    """Images found around the centroid: same style, varied content; near-duplicates removed."""
+    with as_failures():
+        settings = retrieval_config.resolve(os.environ)
+    yield from _retrieved(
+        context, centroid_vector, laion_index, settings, settings.nb_images_centroid, per_seed=False
+    )
+
+
+def _retrieved(
+    context: dg.AssetExecutionContext,
+    vectors: StoredTable,
+    laion_index: LaionIndex,
+    settings: Settings,
+    k: int,
+    *,
+    per_seed: bool,
+) -> Outputs:
+    """Yield the images around the vectors of a table; the index stays open while they are written."""
+    with as_failures(), laion_index.open() as opened:
+        origin = Provenance.from_footer(vectors.footer, vectors.where)
+        queries = embeddings_of(vectors.read(["embedding"]))
+        progress = Progress("queries", len(queries), "", context.log.info)
+        found = retrieve(
+            opened.index,
+            opened.metadata,
+            queries,
+            Request(k, settings.dedup_threshold, settings.nprobe),
+            per_seed=per_seed,
+            progress=progress.advance,
+        )
+        provenance = Provenance.now(
+            origin.seed_set,
+            origin.seeds,
+            opened.manifest.fingerprint,
+            {**settings.values(), "nprobe": found.nprobe, "origins": dict(settings.origins)},
+            context.run_id,
+        )
+        context.log.info(
+            f"{k:,} images around each of {len(queries):,} vectors among {opened.index.rows:,} rows, "
+            f"nprobe {found.nprobe}"
+        )
+
+        def footer() -> dict[str, str]:
+            return provenance.to_footer() | dict(found.table.footer())
+
+        def report(stored: StoredTable) -> Mapping[str, Any]:
+            progress.close()
+            context.log.info(_sentence(found.funnel))
+            title = "around each seed" if per_seed else "around the centroid"
+            sheet = draw([strip(stored, title, _counts(found.funnel))])
+            return {
+                **asdict(found.funnel),
+                "yield": round(found.funnel.yielded, 4),
+                "settings": _settings(settings, found.nprobe),
+                "index fingerprint": opened.manifest.fingerprint,
+                "seeds fingerprint": origin.seeds,
+                "contact sheet": as_markdown(sheet) if sheet else links(stored),
+            }
+
+        table = Table(found.table.schema, found.table.batches, footer)
+        yield dg.MaterializeResult(value=TableOutput(table, report))
+
+
+@dg.asset(
+    group_name="urls",
+    kinds={"parquet"},
+    partitions_def=seed_sets,
+    code_version="1",
+    check_specs=[ONE_ROW_PER_IMAGE],
+)
+def combined_urls(
+    context: dg.AssetExecutionContext,
+    knn_urls: StoredTable,
+    centroid_urls: StoredTable,
+    seed_embeddings: StoredTable,
+) -> Iterator[dg.MaterializeResult[TableOutput] | dg.AssetCheckResult]:
+    """Both URL sets as one table, a row per image, ready for img2dataset.
+
+    Rows with the same id, the same URL, or near-duplicate pictures are one image; the row with the
+    lowest rank stays. In order of rank, then id.
+    """
+    with as_failures():
+        origin = check_same_origin(knn_urls, centroid_urls, seed_embeddings)
+        combined = combine(knn_urls, centroid_urls, origin.settings["dedup_threshold"], PICTURES)
+    funnel = combined.funnel
+    context.log.info(
+        f"{funnel.knn:,} + {funnel.centroid:,} rows: {funnel.repeated_ids:,} repeated ids, "
+        f"{funnel.repeated_urls:,} repeated URLs, {funnel.near_duplicates:,} near-duplicates, "
+        f"{funnel.kept:,} kept"
+    )
+    provenance = Provenance.now(
+        origin.seed_set, origin.seeds, origin.index, origin.settings, context.run_id
+    )
+
+    written: list[StoredTable] = []
+
+    def report(stored: StoredTable) -> Mapping[str, Any]:
+        written.append(stored)
+        sheet = draw(
+            [
+                strip(seed_embeddings, origin.seed_set, f"{len(seed_embeddings):,} seeds"),
+                strip(knn_urls, "around each seed", f"{funnel.knn:,} rows"),
+                strip(centroid_urls, "around the centroid", f"{funnel.centroid:,} rows"),
+                strip(stored, "combined", f"{funnel.kept:,} images"),
+            ]
+        )
+        figures = {
+            **asdict(funnel),
+            "index fingerprint": origin.index,
+            "seeds fingerprint": origin.seeds,
+            "settings": dict(origin.settings),
+        }
+        if sheet is None:
+            return figures | {"contact sheet": links(stored)}
+        picture = save_png(sheet, stored.where.removesuffix(".parquet") + ".png")
+        return figures | {"picture": dg.MetadataValue.path(picture), "contact sheet": as_markdown(sheet)}
+
+    table = Table(combined.table.schema, combined.table.batches, provenance.to_footer)
+    yield dg.MaterializeResult(value=TableOutput(table, report))
+    yield one_row_per_image(written[0])
+
+
+def _settings(settings: Settings, nprobe: int | None) -> dict[str, str]:
+    """Each setting with where it came from."""
+    shown = settings.values() | {"nprobe": nprobe}
+    chosen = {"nprobe": "chosen from the number of images"} if settings.nprobe is None else {}
+    origins = dict(settings.origins) | chosen
+    return {name: f"{value} ({origins[name]})" for name, value in shown.items()}
+
+
+def _counts(funnel: Funnel) -> str:
+    return f"{funnel.requested:,} requested, {funnel.received:,} received, {funnel.kept:,} kept"
+
+
+def _sentence(funnel: Funnel) -> str:
+    return (
+        f"{_counts(funnel)} ({funnel.near_duplicates:,} near-duplicates, {funnel.without_url:,} without "
+        f"a URL; yield {funnel.yielded:.0%})"
+    )

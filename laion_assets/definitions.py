@@ -1,0 +1,50 @@
+"""The code location: everything Dagster knows of this platform, and nothing else.
+
+Dagster's concept: https://docs.dagster.io/guides/build/projects
+"""
+
+import os
+from collections.abc import Mapping
+
+import dagster as dg
+
+from laion_assets import kubernetes, resources
+from laion_assets.assets import index, seeds, urls
+from laion_assets.io_managers import ParquetIOManager
+from laion_assets.sensors import build_seed_sets_sensor
+
+JOB = "seed_set_job"
+
+ASSETS = (
+    index.staged_laion_index,
+    seeds.seed_embeddings,
+    seeds.centroid_vector,
+    urls.knn_urls,
+    urls.centroid_urls,
+    urls.combined_urls,
+)
+
+
+def build_defs(environment: Mapping[str, str] = os.environ) -> dg.Definitions:
+    """Assemble the code location for an environment; tests and the command line bring their own."""
+    job = dg.define_asset_job(
+        JOB,
+        selection=dg.AssetSelection.assets(*ASSETS),
+        description="Everything for one seed set, from the seeds to combined_urls; "
+        "the staged index is checked, and mended if need be.",
+    )
+    return dg.Definitions(
+        assets=[index.laion_index_source, seeds.seed_folder, *ASSETS],
+        jobs=[job],
+        sensors=[build_seed_sets_sensor(job)],
+        resources={
+            "laion_index": resources.index_from(environment),
+            "seeds": resources.seeds_from(environment),
+            "retrieval_config": resources.RetrievalConfig(),
+            "io_manager": ParquetIOManager(base=resources.output_from(environment)),
+        },
+        executor=kubernetes.executor(environment),
+    )
+
+
+defs = build_defs()

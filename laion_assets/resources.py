@@ -1,0 +1,201 @@
+"""What the assets are configured with: the index, the seed folder, and the settings of a request.
+
+Every value comes from the environment with a default that is the demo, and the settings of a request can
+be changed for one run in the Launchpad. What must not live here: work.
+Dagster's concept: https://docs.dagster.io/guides/build/external-resources
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+import dagster as dg
+from pydantic import Field
+
+from laion_assets.retrieval import seeds, staging
+from laion_assets.retrieval.errors import InputError
+
+DATA = Path("data")  # the one project folder; dagster.yaml keeps Dagster's own storage there too
+Staging = Literal["full", "in-place"]
+
+
+class LaionIndex(dg.ConfigurableResource):
+    """The LAION index: where it comes from and where it is staged."""
+
+    index_uri: str = Field(description="Folder of the index, a local path or any fsspec URL")
+    metadata_uri: str | None = Field(
+        default=None, description="Folder of the metadata, when it lies elsewhere or is only a part"
+    )
+    cache_dir: str = Field(description="Local directory the index is staged to")
+    staging: str = Field(default="full", description="full: copy; in-place: use a local index as it is")
+    metadata_columns: dict[str, str] = Field(
+        default={}, description="Names of the url and caption columns, when unusual"
+    )
+
+    def stage(self, log: Callable[[str], None]) -> staging.Staged:
+        """Make the index available on the local disk."""
+        return staging.stage(
+            self.index_uri,
+            self.metadata_uri,
+            Path(self.cache_dir),
+            in_place=self.staging == "in-place",
+            log=log,
+        )
+
+    @contextmanager
+    def open(self) -> Iterator[staging.OpenIndex]:
+        """Open the staged index after verifying it; nobody changes it until the block ends."""
+        with staging.open_staged(Path(self.cache_dir), self.metadata_columns) as opened:
+            yield opened
+
+
+class SeedFolder(dg.ConfigurableResource):
+    """The folder of the seed sets."""
+
+    uri: str = Field(description="A local path or any fsspec URL; every subfolder is a seed set")
+
+    def list(self) -> dict[str, seeds.SeedSet]:
+        """List all seed sets."""
+        return seeds.list_seed_sets(self.uri)
+
+    def find(self, name: str) -> seeds.SeedSet:
+        """Find one seed set by name."""
+        return seeds.find_seed_set(self.uri, name)
+
+    def read(self, seed_set: seeds.SeedSet) -> seeds.Seeds:
+        """Read and check its embeddings."""
+        return seeds.read_seeds(self.uri, seed_set)
+
+
+@dataclass(frozen=True)
+class Settings:
+    """The settings of one request, all known, and where each came from."""
+
+    nb_images_knn: int
+    nb_images_centroid: int
+    dedup_threshold: float
+    nprobe: int | None
+    origins: Mapping[str, str]
+
+    def values(self) -> dict[str, Any]:
+        """The settings alone."""
+        return {name: getattr(self, name) for name in DEFAULTS}
+
+
+DEFAULTS: Mapping[str, Any] = {
+    "nb_images_knn": 50,
+    "nb_images_centroid": 500,
+    "dedup_threshold": 0.94,
+    "nprobe": None,
+}
+KINDS: Mapping[str, type] = {
+    "nb_images_knn": int,
+    "nb_images_centroid": int,
+    "dedup_threshold": float,
+    "nprobe": int,
+}
+
+
+class RetrievalConfig(dg.ConfigurableResource):
+    """How many images to ask for, and how alike two may be.
+
+    What is left empty comes from the environment (LAION_NB_IMAGES_KNN and so on), then the default.
+    """
+
+    nb_images_knn: int | None = Field(
+        default=None, description="Images wanted for each seed, at least 1 (default 50)"
+    )
+    nb_images_centroid: int | None = Field(
+        default=None, description="Images wanted around the mean of the seeds, at least 1 (default 500)"
+    )
+    dedup_threshold: float | None = Field(
+        default=None,
+        description="Cosine above which two images are near-duplicates, over 0 up to 1 (default 0.94); "
+        "1 keeps all",
+    )
+    nprobe: int | None = Field(
+        default=None,
+        description="Inverted lists to probe, at least 1 (default: chosen from the number of images)",
+    )
+
+    def resolve(self, environment: Mapping[str, str]) -> Settings:
+        """Settle every setting: Launchpad, then environment, then default.
+
+        Raises:
+            InputError: names the setting, its value, where it came from, and what is allowed.
+        """
+        chosen: dict[str, Any] = {}
+        origins: dict[str, str] = {}
+        for name, default in DEFAULTS.items():
+            variable = f"LAION_{name.upper()}"
+            if getattr(self, name) is not None:
+                chosen[name], origins[name] = getattr(self, name), "Launchpad"
+            elif environment.get(variable):
+                chosen[name], origins[name] = _number(environment[variable], name, variable), variable
+            else:
+                chosen[name], origins[name] = default, "default"
+            _check(name, chosen[name], origins[name])
+        return Settings(**chosen, origins=origins)
+
+
+def _number(text: str, name: str, variable: str) -> Any:
+    try:
+        return KINDS[name](text)
+    except ValueError as error:
+        raise InputError(f"{variable} is {text!r}, which is not a number: correct or unset it") from error
+
+
+def _check(name: str, value: Any, origin: str) -> None:
+    if value is None:
+        return
+    if name == "dedup_threshold":
+        if not 0 < value <= 1:
+            raise InputError(
+                f"dedup_threshold is {value} (from {origin}): give a cosine over 0 and up to 1, "
+                "where 1 keeps all"
+            )
+    elif value < 1:
+        raise InputError(f"{name} is {value} (from {origin}): give 1 or more")
+
+
+def index_from(environment: Mapping[str, str]) -> LaionIndex:
+    """Where the index is, from the environment; the demo's when nothing is set."""
+    mode = environment.get("LAION_STAGING") or "full"
+    if mode not in get_args(Staging):
+        raise InputError(f"LAION_STAGING is {mode!r}: set it to {' or '.join(get_args(Staging))}")
+    return LaionIndex(
+        index_uri=environment.get("LAION_INDEX_URI") or _default("index"),
+        metadata_uri=environment.get("LAION_METADATA_URI") or None,
+        cache_dir=environment.get("LAION_CACHE_DIR") or _default("cache"),
+        staging=mode,
+        metadata_columns=_columns(environment.get("LAION_METADATA_COLUMNS", "")),
+    )
+
+
+def seeds_from(environment: Mapping[str, str]) -> SeedFolder:
+    """Where the seeds are, from the environment."""
+    return SeedFolder(uri=environment.get("LAION_SEEDS_URI") or _default("seeds"))
+
+
+def output_from(environment: Mapping[str, str]) -> str:
+    """Where the tables go, from the environment."""
+    return environment.get("LAION_OUTPUT_URI") or _default("output")
+
+
+def _default(name: str) -> str:
+    return str((DATA / name).absolute())
+
+
+def _columns(text: str) -> dict[str, str]:
+    """Read `url=image_link,caption=alt_text`."""
+    pairs = [pair.split("=", 1) for pair in text.split(",") if pair.strip()]
+    for pair in pairs:
+        if len(pair) != 2 or pair[0].strip() not in ("url", "caption"):  # noqa: PLR2004
+            raise InputError(
+                f"LAION_METADATA_COLUMNS is {text!r}: write it as url=<column>,caption=<column>"
+            )
+    return {ours.strip(): theirs.strip() for ours, theirs in pairs}

@@ -1,0 +1,284 @@
+"""Both URL sets as one: a row per image.
+
+Rows are one image when they have the same id, the same URL, or are near-duplicates, directly or through
+others. Of each group the row with the lowest rank stays: similarities to different queries do not
+compare, ranks do. Works from the two tables alone, without the index: the numbers of all rows are held
+in memory (about 200 bytes a row for LAION-5B), texts only of the rows that stay.
+What must not live here: how tables are stored.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+from numpy.typing import NDArray
+
+from laion_assets.retrieval.arrays import Bytes, Floats, Ids
+from laion_assets.retrieval.errors import InputError
+from laion_assets.retrieval.index import Decoder
+from laion_assets.retrieval.near_duplicates import components, joined, unit
+from laion_assets.retrieval.tables import Provenance, Table, decoder_bytes
+
+STRATEGIES = ("knn", "centroid")  # in the order in which ties are settled
+
+
+class Stored(Protocol):
+    """A table that was written, to be read as often as needed."""
+
+    @property
+    def schema(self) -> pa.Schema:
+        """Its columns."""
+
+    @property
+    def footer(self) -> Mapping[str, str]:
+        """Key-value metadata."""
+
+    @property
+    def where(self) -> str:
+        """Location, for error messages."""
+
+    def batches(self, columns: Iterable[str] | None = None) -> Iterator[pa.RecordBatch]:
+        """Read the rows in order."""
+
+
+@dataclass
+class CombinedFunnel:
+    """Where the rows of both sets went."""
+
+    knn: int
+    centroid: int
+    repeated_ids: int
+    repeated_urls: int
+    near_duplicates: int
+    kept: int
+
+
+@dataclass
+class Combined:
+    """The combined table and its figures."""
+
+    table: Table
+    funnel: CombinedFunnel
+
+
+@dataclass
+class _Rows:
+    """The numbers of all rows of both sets, knn first."""
+
+    ids: Ids
+    rank: NDArray[np.int32]
+    strategy: NDArray[np.int8]
+    seed: NDArray[np.int32]
+    similarity: Floats
+    codes: Bytes
+
+
+def check_same_origin(knn: Stored, centroid: Stored, seeds: Stored) -> Provenance:
+    """Refuse two sets that were not made from the same index and from these seeds.
+
+    Returns:
+        The provenance of the knn set.
+
+    Raises:
+        InputError: says on what they disagree and which to materialize again.
+    """
+    one = Provenance.from_footer(knn.footer, knn.where)
+    other = Provenance.from_footer(centroid.footer, centroid.where)
+    current = Provenance.from_footer(seeds.footer, seeds.where).seeds
+    for asset, made in (("knn_urls", one), ("centroid_urls", other)):
+        if made.seeds != current:
+            raise InputError(
+                f"{asset} of {made.seed_set!r} was made from other seeds ({made.seeds}) than "
+                f"seed_embeddings now holds ({current}): materialize {asset} again"
+            )
+    if one.index != other.index:
+        older = "knn_urls" if one.written < other.written else "centroid_urls"
+        raise InputError(
+            f"knn_urls and centroid_urls of {one.seed_set!r} were made from different indices "
+            f"({one.index} and {other.index}): materialize {older} again, it is the older one"
+        )
+    return one
+
+
+def combine(knn: Stored, centroid: Stored, threshold: float, pictures: int) -> Combined:
+    """Unite the two sets.
+
+    Args:
+        knn: table of `knn_urls`.
+        centroid: table of `centroid_urls`.
+        threshold: cosine above which two images are near-duplicates.
+        pictures: rows, from the top, that keep their thumbnails.
+
+    Returns:
+        A table with id, url, caption, similarity, rank, seed, strategies and what else travels, in
+        order of rank, then id.
+    """
+    rows = _read_numbers(knn, centroid)
+    order = np.lexsort((rows.seed, rows.ids, rows.strategy, rows.rank))
+    place = np.empty_like(order)
+    place[order] = np.arange(len(order))  # the lower, the better; no two rows are equal
+
+    unique_ids, image = np.unique(rows.ids, return_inverse=True)
+    best = _lowest_by(image, place, len(unique_ids))  # place of the best row of each id
+    by_rank = np.argsort(best)
+    best, image = best[by_rank], np.argsort(by_rank)[image]
+    representative = order[best]  # row of each image, best-ranked image first
+
+    labels = _same_url(knn, centroid, representative)
+    distinct_urls = len(np.unique(labels))
+    decode = _decoder(knn, centroid).decode
+    labels = _united(labels, components(_Coded(rows.codes[representative], decode), threshold))
+
+    stays = np.flatnonzero(labels == np.arange(len(labels)))
+    found_by = np.zeros(len(labels), np.int8)
+    np.bitwise_or.at(found_by, labels[image], np.int8(1) << rows.strategy)
+    kept = representative[stays]
+    final = np.lexsort((rows.ids[kept], rows.rank[kept]))
+    kept, stays = kept[final], stays[final]
+
+    funnel = CombinedFunnel(
+        knn=int((rows.strategy == 0).sum()),
+        centroid=int((rows.strategy == 1).sum()),
+        repeated_ids=len(rows.ids) - len(unique_ids),
+        repeated_urls=len(unique_ids) - distinct_urls,
+        near_duplicates=distinct_urls - len(stays),
+        kept=len(stays),
+    )
+    schema = _schema(knn.schema)
+    batches = _written_out(knn, centroid, rows, kept, found_by[stays], schema, pictures)
+    return Combined(Table(schema, batches), funnel)
+
+
+class _Coded:
+    """Unit vectors that are decoded when they are looked at."""
+
+    def __init__(self, codes: Bytes, decode: Callable[[Bytes], Floats]) -> None:
+        self._codes = codes
+        self._decode = decode
+
+    def __len__(self) -> int:
+        return len(self._codes)
+
+    def __getitem__(self, rows: slice | Ids) -> Floats:
+        return unit(self._decode(self._codes[rows]))
+
+
+def _read_numbers(knn: Stored, centroid: Stored) -> _Rows:
+    parts: list[tuple[NDArray[np.generic], ...]] = []
+    for number, table in enumerate((knn, centroid)):
+        names = [name for name in table.schema.names if name in ("id", "rank", "seed", "similarity", "code")]
+        for batch in table.batches(names):
+            n = len(batch)
+            parts.append(
+                (
+                    batch["id"].to_numpy(),
+                    batch["rank"].to_numpy(),
+                    np.full(n, number, np.int8),
+                    batch["seed"].to_numpy() if "seed" in names else np.full(n, -1, np.int32),
+                    batch["similarity"].to_numpy(),
+                    _code_bytes(batch["code"]),
+                )
+            )
+    if not parts:
+        width = knn.schema.field("code").type.byte_width
+        kinds = (np.int64, np.int32, np.int8, np.int32, np.float32)
+        return _Rows(*(np.empty(0, kind) for kind in kinds), codes=np.empty((0, width), np.uint8))
+    return _Rows(*(np.concatenate(column) for column in zip(*parts, strict=True)))
+
+
+def _code_bytes(column: pa.FixedSizeBinaryArray) -> Bytes:
+    wide = column.type.byte_width
+    data = np.frombuffer(column.buffers()[1], np.uint8)
+    return data[column.offset * wide : (column.offset + len(column)) * wide].reshape(-1, wide)
+
+
+def _lowest_by(group: Ids, values: Ids, groups: int) -> Ids:
+    lowest = np.full(groups, np.iinfo(np.int64).max)
+    np.minimum.at(lowest, group, values)
+    return lowest
+
+
+def _same_url(knn: Stored, centroid: Stored, representative: Ids) -> Ids:
+    """Label each image with the first image that has exactly its URL."""
+    urls = _taken_in_order(knn, centroid, representative, ["url"])["url"]
+    codes = pc.dictionary_encode(urls).combine_chunks()
+    number = codes.indices.to_numpy()
+    first = _lowest_by(number, np.arange(len(number)), len(codes.dictionary))
+    labels: Ids = first[number]
+    return labels
+
+
+def _united(a: Ids, b: Ids) -> Ids:
+    """Merge two labellings of the same rows into that of both relations together."""
+    return joined(a, a, a[b])
+
+
+def _decoder(knn: Stored, centroid: Stored) -> Decoder:
+    one, other = (Decoder.from_bytes(decoder_bytes(t.footer, t.where)) for t in (knn, centroid))
+    return one.merged(other)
+
+
+def _taken_in_order(
+    knn: Stored, centroid: Stored, rows: Ids, columns: list[str]
+) -> pa.Table:
+    """Return the given rows of both sets (knn rows count first), in the order given."""
+    unsorted = np.argsort(rows, kind="stable")
+    wanted = rows[unsorted]
+    parts: list[pa.Table] = []
+    start = 0
+    for table in (knn, centroid):
+        for batch in table.batches(columns):
+            low, high = np.searchsorted(wanted, [start, start + len(batch)])
+            if high > low:
+                picked = batch.take(pa.array(wanted[low:high] - start))
+                parts.append(pa.Table.from_batches([picked]).select(columns))
+            start += len(batch)
+    schema = pa.schema([knn.schema.field(name) for name in columns])
+    found = pa.concat_tables(parts) if parts else schema.empty_table()
+    return found.take(pa.array(np.argsort(unsorted)))
+
+
+def _schema(knn: pa.Schema) -> pa.Schema:
+    given = {field.name: field.type for field in knn if field.name != "code"}
+    first = ("id", "url", "caption", "similarity", "rank", "seed")
+    return pa.schema(
+        {name: given[name] for name in first}
+        | {"strategies": pa.list_(pa.string())}
+        | {name: kind for name, kind in given.items() if name not in first}
+    )
+
+
+def _written_out(
+    knn: Stored,
+    centroid: Stored,
+    rows: _Rows,
+    kept: Ids,
+    found_by: NDArray[np.int8],
+    schema: pa.Schema,
+    pictures: int,
+) -> Iterator[pa.RecordBatch]:
+    texts = [
+        name
+        for name in schema.names
+        if name not in ("id", "similarity", "rank", "seed", "strategies")
+    ]
+    taken = _taken_in_order(knn, centroid, kept, texts)
+    strategies = pa.array([[], ["knn"], ["centroid"], ["knn", "centroid"]], pa.list_(pa.string()))
+    seed = rows.seed[kept]
+    columns = {name: taken[name] for name in texts} | {
+        "id": pa.array(rows.ids[kept]),
+        "similarity": pa.array(rows.similarity[kept]),
+        "rank": pa.array(rows.rank[kept]),
+        "seed": pa.array(seed, mask=seed < 0),
+        "strategies": strategies.take(pa.array(found_by)),
+    }
+    if "thumbnail" in columns:
+        shown = np.arange(len(kept)) < pictures
+        columns["thumbnail"] = pc.if_else(pa.array(shown), columns["thumbnail"], None)
+    table = pa.table({name: columns[name] for name in schema.names}, schema=schema)
+    yield from table.to_batches(max_chunksize=1 << 16)

@@ -1,0 +1,302 @@
+"""A faiss index on disk: opened without loading it, searched in batches, decoded exactly.
+
+What a row looks like to the index is its *code*: for an OPQ + IVF + PQ index the number of its
+inverted list followed by its PQ code (131 bytes a row for LAION-5B), for any other index the vector
+itself. A `Decoder` turns codes back into vectors without the index.
+What must not live here: near-duplicates, metadata, where files come from.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import faiss
+import numpy as np
+
+from laion_assets.retrieval.arrays import Bytes, Floats, Ids
+from laion_assets.retrieval.errors import InputError
+
+MIN_NPROBE = 64
+CANDIDATES_PER_RESULT = 4  # rows in the probed lists for each row asked for
+
+
+@dataclass(frozen=True)
+class Hits:
+    """What a batch of queries found, best first, ties by id.
+
+    Attributes:
+        ids: (q, k) int64; -1 where the probed lists held fewer than k rows.
+        similarity: (q, k) float32, inner product of the query and the decoded row.
+        codes: (q, k, code size) uint8.
+    """
+
+    ids: Ids
+    similarity: Floats
+    codes: Bytes
+
+
+class Index:
+    """A faiss index by inner product, memory-mapped and read-only.
+
+    Args:
+        path: the faiss file.
+        lists: its on-disk inverted lists, if they are a file of their own beside it.
+
+    Raises:
+        InputError: not a whole faiss index, lists shorter than their table, another metric.
+    """
+
+    def __init__(self, path: Path, lists: Path | None = None) -> None:
+        self._index = _read(path, on_disk_lists=lists is not None)
+        if self._index.metric_type != faiss.METRIC_INNER_PRODUCT:
+            raise InputError(
+                f"{path} measures by L2 distance; this needs inner product: build the index with "
+                'metric_type="ip"'
+            )
+        self._ivf = faiss.try_extract_index_ivf(self._index)
+        if self._ivf is not None:
+            self._ivf = faiss.downcast_index(self._ivf)
+            _check_lists_are_whole(self._ivf, lists or path)
+        self.dimension: int = self._index.d
+        self.rows: int = self._index.ntotal
+
+    @property
+    def nlist(self) -> int:
+        """Inverted lists; 0 where the index has none (Flat, HNSW)."""
+        return 0 if self._ivf is None else int(self._ivf.nlist)
+
+    def choose_nprobe(self, k: int) -> int | None:
+        """Lists to probe so that `k` rows can be found; None where there are no lists.
+
+        A stored nprobe is often 1, and a search returns what the probed lists hold: at the
+        average list length, k rows need k / length lists, and good ones need several times that.
+        """
+        if self._ivf is None:
+            return None
+        enough = -(-CANDIDATES_PER_RESULT * k * self.nlist // max(self.rows, 1))
+        return min(max(MIN_NPROBE, enough), self.nlist)
+
+    def search(self, queries: Floats, k: int, nprobe: int | None) -> Hits:
+        """Find the k rows with the largest inner product with each query.
+
+        Args:
+            queries: (q, dimension) float32.
+            k: rows wanted for each query; more than the index holds is allowed.
+            nprobe: inverted lists to look into; ignored where the index has none.
+        """
+        k = min(k, self.rows)
+        queries = np.ascontiguousarray(queries, dtype=np.float32)
+        if self._ivf is None:
+            similarity, ids = self._index.search(queries, k)
+            codes = self._vectors(ids).view(np.uint8)
+        else:
+            similarity, ids, codes = self._ivf.search_and_return_codes(
+                self._transformed(queries), k, include_listnos=True, params=self._parameters(nprobe)
+            )
+            if not self._portable:
+                flat = self._index.sa_decode(codes.reshape(-1, codes.shape[-1]))
+                codes = flat.reshape(*ids.shape, self.dimension).view(np.uint8)
+        return _in_order(ids, similarity, codes)
+
+    @property
+    def code_size(self) -> int:
+        """Bytes of a code."""
+        if not self._portable:
+            return self.dimension * 4
+        return int(self._ivf.coarse_code_size() + self._ivf.code_size)
+
+    def lists_of(self, codes: Bytes) -> Ids:
+        """Return the inverted lists that (n, code size) codes come from, each once, ascending."""
+        if not self._portable:
+            return np.empty(0, np.int64)
+        return np.unique(_list_numbers(codes, self._ivf.coarse_code_size()))
+
+    def decoder(self, lists: Ids | None = None) -> Decoder:
+        """Return what turns codes into vectors: all codes, or those of some lists.
+
+        Args:
+            lists: ascending; the decoder then holds only the centres of these, and is small.
+        """
+        if not self._portable:
+            return Decoder(None, np.empty(0, np.int64), self.dimension)
+        if lists is None:
+            return Decoder(self._index, np.arange(self.nlist), self.dimension)
+        centres = np.stack([self._ivf.quantizer.reconstruct(int(number)) for number in lists])
+        return Decoder(_emptied(self._index, self._ivf, centres), lists, self.dimension)
+
+    @property
+    def _portable(self) -> bool:
+        """Whether codes are PQ codes that a small decoder can carry."""
+        return isinstance(self._ivf, faiss.IndexIVFPQ)
+
+    def _transformed(self, queries: Floats) -> Floats:
+        """Queries as the inverted lists see them: after OPQ, if there is one."""
+        if isinstance(self._index, faiss.IndexPreTransform):
+            for i in range(self._index.chain.size()):
+                queries = faiss.downcast_VectorTransform(self._index.chain.at(i)).apply(queries)
+        return queries
+
+    def _parameters(self, nprobe: int | None) -> Any:
+        nprobe = min(nprobe or self._ivf.nprobe, self.nlist)
+        if isinstance(faiss.downcast_index(self._ivf.quantizer), faiss.IndexHNSW):
+            # The graph returns at most efSearch lists, so it has to look further than nprobe.
+            quantizer = faiss.SearchParametersHNSW(efSearch=2 * nprobe)
+            return faiss.SearchParametersIVF(nprobe=nprobe, quantizer_params=quantizer)
+        return faiss.SearchParametersIVF(nprobe=nprobe)
+
+    def _vectors(self, ids: Ids) -> Floats:
+        found = self._index.reconstruct_batch(np.maximum(ids, 0).ravel())
+        return np.ascontiguousarray(found.reshape(*ids.shape, self.dimension))
+
+
+class Decoder:
+    """Turns codes into vectors; small enough to travel with the codes.
+
+    Args:
+        index: an empty faiss index that decodes; None where the codes are the vectors.
+        lists: (n,) the inverted lists whose centres the index holds, ascending.
+        dimension: of the vectors.
+    """
+
+    def __init__(self, index: Any, lists: Ids, dimension: int) -> None:
+        self._index = index
+        self._lists = lists
+        self._dimension = dimension
+
+    def decode(self, codes: Bytes) -> Floats:
+        """Return (n, dimension) float32 vectors for (n, code size) codes, not normalised."""
+        codes = np.ascontiguousarray(codes)
+        if self._index is None:
+            return codes.view(np.float32)
+        ivf = faiss.extract_index_ivf(self._index)
+        wide = codes.shape[1] - ivf.code_size
+        numbers = np.searchsorted(self._lists, _list_numbers(codes, wide))
+        mine = _list_bytes(numbers, ivf.coarse_code_size())
+        decoded: Floats = self._index.sa_decode(np.hstack([mine, codes[:, wide:]]))
+        return decoded
+
+    def merged(self, other: Decoder) -> Decoder:
+        """Return a decoder for the codes of both; both must come from the same index."""
+        if self._index is None:
+            return self
+        lists, first = np.unique(np.concatenate([self._lists, other._lists]), return_index=True)
+        centres = np.concatenate([self._centres(), other._centres()])[first]
+        ivf = faiss.downcast_index(faiss.extract_index_ivf(self._index))
+        return Decoder(_emptied(self._index, ivf, centres), lists, self._dimension)
+
+    def _centres(self) -> Floats:
+        ivf = faiss.extract_index_ivf(self._index)
+        centres: Floats = ivf.quantizer.reconstruct_n(0, len(self._lists))
+        return centres
+
+    def to_bytes(self) -> bytes:
+        """Serialise: dimension, number of lists, list numbers (int64), faiss index."""
+        head = np.array([self._dimension, len(self._lists)], np.int64)
+        body = b"" if self._index is None else faiss.serialize_index(self._index).tobytes()
+        return head.tobytes() + self._lists.tobytes() + body
+
+    @classmethod
+    def from_bytes(cls, data: bytes) -> Decoder:
+        """Read back what `to_bytes` wrote."""
+        dimension, count = (int(n) for n in np.frombuffer(data, np.int64, 2))
+        lists = np.frombuffer(data, np.int64, count, offset=16)
+        body = np.frombuffer(data, np.uint8, offset=16 + lists.nbytes)
+        return cls(faiss.deserialize_index(body) if body.size else None, lists, dimension)
+
+
+def _emptied(index: Any, ivf: Any, centres: Floats) -> Any:
+    """Return an index without rows that decodes the codes of the lists with these centres."""
+    quantizer = faiss.IndexFlatIP(ivf.d)
+    quantizer.add(centres)
+    empty = faiss.IndexIVFPQ(
+        quantizer, ivf.d, len(centres), ivf.pq.M, ivf.pq.nbits, faiss.METRIC_INNER_PRODUCT
+    )
+    empty.pq = ivf.pq
+    empty.by_residual = ivf.by_residual
+    empty.is_trained = True
+    if not isinstance(index, faiss.IndexPreTransform):
+        return empty
+    whole = faiss.IndexPreTransform(empty)
+    for i in reversed(range(index.chain.size())):
+        whole.prepend_transform(index.chain.at(i))
+    # The transforms still belong to the index they are from: a copy owns its own.
+    return faiss.deserialize_index(faiss.serialize_index(whole))
+
+
+def _list_numbers(codes: Bytes, wide: int) -> Ids:
+    """Read the little-endian list number in the first `wide` bytes of each code."""
+    padded = np.zeros((len(codes), 8), np.uint8)
+    padded[:, :wide] = codes[:, :wide]
+    return padded.view("<i8").ravel().astype(np.int64)
+
+
+def _list_bytes(numbers: Ids, wide: int) -> Bytes:
+    return numbers.astype("<i8").view(np.uint8).reshape(-1, 8)[:, :wide]
+
+
+def _in_order(ids: Ids, similarity: Floats, codes: Bytes) -> Hits:
+    """Order each query's rows by similarity, then id; faiss orders ties differently in batches."""
+    order = np.lexsort((ids, -similarity), axis=1)
+    found = np.take_along_axis(ids, order, 1)
+    return Hits(
+        ids=found,
+        similarity=np.take_along_axis(similarity, order, 1),
+        codes=np.take_along_axis(codes, order[:, :, None], 1),
+    )
+
+
+def _read(path: Path, *, on_disk_lists: bool) -> Any:
+    # Without READ_ONLY the lists would be mapped writable.
+    where = faiss.IO_FLAG_ONDISK_SAME_DIR if on_disk_lists else faiss.IO_FLAG_MMAP
+    try:
+        with _silent_stdout():
+            return faiss.read_index(str(path), where | faiss.IO_FLAG_READ_ONLY)
+    except RuntimeError as error:
+        reason = str(error).splitlines()[0].rpartition(": ")[2]
+        raise InputError(
+            f"{path} is not a whole faiss index ({reason}): stage the index again, and if it stays, "
+            "copy the file to the source again"
+        ) from error
+
+
+def _check_lists_are_whole(ivf: Any, path: Path) -> None:
+    """Compare the size of the lists' file with their table: reading past its end kills the process."""
+    lists = faiss.downcast_InvertedLists(ivf.invlists)
+    if not isinstance(lists, faiss.OnDiskInvertedLists):
+        return
+    table = lists.lists
+    row = lists.code_size + 8  # a code and an int64 id
+    end = max((t.offset + t.capacity * row for t in map(table.at, range(ivf.nlist))), default=0)
+    size = path.stat().st_size
+    if size < end:
+        raise InputError(
+            f"{path} has {size:,} bytes, its inverted lists need {end:,}: it is truncated; stage the "
+            "index again, and if it stays, copy the file to the source again"
+        )
+
+
+@contextmanager
+def _silent_stdout() -> Iterator[None]:
+    """Keep the line that faiss prints at each open off the standard output.
+
+    It is printed by C code, so it has to be caught at the file descriptor.
+    """
+    libc = ctypes.CDLL(None)
+    sys.stdout.flush()
+    libc.fflush(None)
+    saved = os.dup(1)
+    with Path(os.devnull).open("wb") as nowhere:
+        os.dup2(nowhere.fileno(), 1)
+        try:
+            yield
+        finally:
+            libc.fflush(None)
+            os.dup2(saved, 1)
+            os.close(saved)

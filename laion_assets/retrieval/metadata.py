@@ -1,0 +1,211 @@
+"""URL, caption and other columns of index rows, taken by id from Arrow or Parquet files.
+
+Arrow files are memory-mapped and each record batch is visited once per request, in id order: nothing
+is concatenated that was not asked for. What must not live here: knowledge of faiss or of Dagster.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from functools import lru_cache
+from pathlib import Path
+from typing import Protocol
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from laion_assets.retrieval.arrays import Ids, Mask
+from laion_assets.retrieval.errors import InputError
+
+URL_COLUMNS = ("url", "URL", "image_url", "image_path")
+CAPTION_COLUMNS = ("caption", "TEXT", "text", "alt")
+THUMBNAIL_COLUMN = "thumbnail"
+# Columns that later steps or people filter on; they travel along when the metadata has them.
+TRAVELLING_COLUMNS = (
+    "NSFW", "nsfw", "punsafe", "pwatermark", "LICENSE", "LANGUAGE", "language",
+    "WIDTH", "HEIGHT", "width", "height", "original_width", "original_height", "aesthetic", "md5",
+)  # fmt: skip
+
+
+class Rows(Protocol):
+    """One metadata file as a sequence of batches."""
+
+    schema: pa.Schema
+    batch_lengths: list[int]
+
+    def batch(self, number: int, columns: Sequence[str]) -> pa.Table:
+        """Return one batch, only the columns named."""
+
+
+class ArrowRows:
+    """An Arrow IPC file, memory-mapped."""
+
+    def __init__(self, path: Path) -> None:
+        try:
+            self._reader = pa.ipc.open_file(pa.memory_map(str(path)))
+            self.schema: pa.Schema = self._reader.schema
+            self.batch_lengths = [
+                self._reader.get_batch(i).num_rows for i in range(self._reader.num_record_batches)
+            ]
+        except (pa.ArrowInvalid, OSError) as error:
+            raise InputError(
+                f"{path} is not a whole Arrow IPC file ({error}): stage the index again, and if it "
+                "stays, copy the file to the source again"
+            ) from error
+
+    def batch(self, number: int, columns: Sequence[str]) -> pa.Table:
+        """Return one record batch without copying it."""
+        batch = self._reader.get_batch(number).select(list(columns))
+        return pa.Table.from_batches([batch])
+
+
+class ParquetRows:
+    """A Parquet file; a batch is a row group."""
+
+    def __init__(self, path: Path) -> None:
+        try:
+            self._file = pq.ParquetFile(path)
+        except (pa.ArrowInvalid, OSError) as error:
+            raise InputError(
+                f"{path} is not a whole Parquet file ({error}): stage the index again, and if it "
+                "stays, copy the file to the source again"
+            ) from error
+        self.schema: pa.Schema = self._file.schema_arrow
+        groups = self._file.metadata
+        self.batch_lengths = [groups.row_group(i).num_rows for i in range(groups.num_row_groups)]
+        # The next request for the same group is usually the next one made: unpack it once.
+        self._group = lru_cache(maxsize=1)(self._read_group)
+
+    def batch(self, number: int, columns: Sequence[str]) -> pa.Table:
+        """Return one row group, unpacked."""
+        return self._group(number, tuple(columns))
+
+    def _read_group(self, number: int, columns: tuple[str, ...]) -> pa.Table:
+        return self._file.read_row_group(number, columns=list(columns)).select(list(columns))
+
+
+class Metadata:
+    """The metadata of an index: row i is the image with id i.
+
+    Args:
+        paths: files of one format, in id order.
+        columns: where to find `url` and `caption` when not under one of the usual names,
+            for example `{"url": "image_link"}`.
+
+    Raises:
+        InputError: a file that cannot be read, no URL column, or files with different columns.
+    """
+
+    def __init__(self, paths: Sequence[Path], columns: Mapping[str, str] | None = None) -> None:
+        self._files: list[Rows] = [_open(path) for path in paths]
+        self._names = _column_names(self._files[0].schema, columns or {}, paths[0])
+        for path, rows in zip(paths, self._files, strict=True):
+            missing = [name for name in self._names.values() if name not in rows.schema.names]
+            if missing:
+                raise InputError(
+                    f"{path} has no column {missing[0]!r}, which {paths[0].name} has: the metadata "
+                    f"files must have the same columns (found {', '.join(rows.schema.names)})"
+                )
+        lengths = [length for rows in self._files for length in rows.batch_lengths]
+        self._batches = [
+            (rows, number) for rows in self._files for number in range(len(rows.batch_lengths))
+        ]
+        self._starts = np.concatenate([[0], np.cumsum(lengths, dtype=np.int64)])
+
+    def __len__(self) -> int:
+        """Rows, which is one more than the highest id that has metadata."""
+        return int(self._starts[-1])
+
+    @property
+    def schema(self) -> pa.Schema:
+        """Columns as `take` returns them: `url`, `caption` and those that travel along."""
+        kinds = self._files[0].schema
+        fields = {
+            ours: _plain(kinds.field(theirs).type) for ours, theirs in self._names.items()
+        }
+        return pa.schema({"url": pa.string(), "caption": pa.string()} | fields)
+
+    def covers(self, ids: Ids) -> Mask:
+        """Tell which ids have a metadata row."""
+        return (ids >= 0) & (ids < len(self))
+
+    def take(self, ids: Ids, columns: Sequence[str] | None = None) -> pa.Table:
+        """Return the rows of the ids given, in their order.
+
+        Args:
+            ids: shape (n,), any order, repeats allowed, all covered.
+            columns: names out of `schema`; all but the thumbnails when None.
+
+        Raises:
+            IndexError: an id has no metadata row (ask `covers` first).
+        """
+        if not self.covers(ids).all():
+            raise IndexError("an id without a metadata row")
+        wanted = self._wanted(columns)
+        unique, back = np.unique(ids, return_inverse=True)
+        batch_of = np.searchsorted(self._starts, unique, side="right") - 1
+        edges = np.flatnonzero(np.diff(batch_of, prepend=-1, append=-1))
+        parts = [
+            self._take_from_batch(int(batch_of[first]), unique[first:last], wanted)
+            for first, last in zip(edges[:-1], edges[1:], strict=True)
+        ]
+        schema = pa.schema([self.schema.field(name) for name in wanted])
+        table = pa.concat_tables(parts) if parts else schema.empty_table()
+        return table.take(pa.array(back))
+
+    def _wanted(self, columns: Sequence[str] | None) -> list[str]:
+        if columns is None:
+            return [name for name in self.schema.names if name != THUMBNAIL_COLUMN]
+        return list(columns)
+
+    def _take_from_batch(self, number: int, ids: Ids, wanted: list[str]) -> pa.Table:
+        rows, number_in_file = self._batches[number]
+        there = [name for name in wanted if name in self._names]
+        batch = rows.batch(number_in_file, [self._names[name] for name in there])
+        taken = batch.take(pa.array(ids - self._starts[number])).rename_columns(there)
+        columns = [
+            taken.column(field.name).cast(field.type)
+            if field.name in there
+            else pa.nulls(len(ids), field.type)
+            for field in (self.schema.field(name) for name in wanted)
+        ]
+        return pa.table(columns, names=wanted)
+
+
+def _open(path: Path) -> Rows:
+    return ArrowRows(path) if path.suffix == ".arrow" else ParquetRows(path)
+
+
+def _column_names(schema: pa.Schema, given: Mapping[str, str], path: Path) -> dict[str, str]:
+    """Map our column names to the file's."""
+    names = schema.names
+    for ours, theirs in given.items():
+        if theirs not in names:
+            raise InputError(
+                f"{path} has no column {theirs!r}, named for {ours!r} by LAION_METADATA_COLUMNS: "
+                f"it has {', '.join(names)}"
+            )
+    url = given.get("url") or next((name for name in URL_COLUMNS if name in names), None)
+    if url is None:
+        raise InputError(
+            f"{path} has no URL column (looked for {', '.join(URL_COLUMNS)}; found "
+            f"{', '.join(names)}): name it with LAION_METADATA_COLUMNS=url=<column>"
+        )
+    caption = given.get("caption") or next((n for n in CAPTION_COLUMNS if n in names), None)
+    found = {"url": url}
+    if caption is not None:
+        found["caption"] = caption
+    found |= {name: name for name in (*TRAVELLING_COLUMNS, THUMBNAIL_COLUMN) if name in names}
+    return found
+
+
+def _plain(kind: pa.DataType) -> pa.DataType:
+    """Dictionary-encoded and 64-bit-offset strings as plain strings: batches may differ in those."""
+    if pa.types.is_dictionary(kind):
+        return _plain(kind.value_type)
+    if pa.types.is_large_string(kind) or pa.types.is_string_view(kind):
+        return pa.string()
+    if pa.types.is_large_binary(kind):
+        return pa.binary()
+    return kind

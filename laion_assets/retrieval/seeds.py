@@ -1,0 +1,333 @@
+"""Seed sets: folders of embeddings, listed, fingerprinted and read.
+
+The seam where a seed becomes a vector is `READERS`: one function per kind of file. Seeds that are images
+or texts come in as further readers.
+What must not live here: sensors, partitions, what is done with the vectors.
+"""
+
+from __future__ import annotations
+
+import difflib
+import hashlib
+import io
+import re
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import PurePosixPath
+from typing import Any
+
+import fsspec
+import google_crc32c
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from laion_assets.retrieval.arrays import Floats
+from laion_assets.retrieval.checksums import checksum_text
+from laion_assets.retrieval.errors import InputError
+from laion_assets.retrieval.near_duplicates import unit
+
+EMBEDDING_COLUMNS = ("embedding", "image_embedding", "img_emb", "vector")
+CARRIED_COLUMNS = {"url": pa.string(), "caption": pa.string(), "thumbnail": pa.binary()}
+CLIP_RETRIEVAL_FOLDER = "img_emb"
+PROBLEMS_SHOWN = 20
+
+
+@dataclass(frozen=True)
+class SeedFile:
+    """One file of a seed set.
+
+    Attributes:
+        name: relative to the folder of the set.
+        path: for the file system it lies on.
+        size: bytes.
+        checksum: crc32c of the content, base64, as a bucket reports it.
+    """
+
+    name: str
+    path: str
+    size: int
+    checksum: str
+
+
+@dataclass(frozen=True)
+class SeedSet:
+    """The files of one seed set as they were when it was listed."""
+
+    name: str
+    files: tuple[SeedFile, ...]
+
+    @property
+    def fingerprint(self) -> str:
+        """Changes with the name, size or content of any file, and only then."""
+        lines = sorted(f"{file.name}\t{file.size}\t{file.checksum}" for file in self.files)
+        return hashlib.sha256("\n".join(lines).encode()).hexdigest()[:16]
+
+
+@dataclass(frozen=True)
+class Seeds:
+    """The seeds of one set.
+
+    Attributes:
+        embeddings: (n, d) float32 unit rows.
+        columns: n rows of `file`, `row`, and `url`, `caption`, `thumbnail` where files have them.
+    """
+
+    embeddings: Floats
+    columns: pa.Table
+
+    def to_table(self) -> pa.Table:
+        """All of it as one table, a row per seed."""
+        flat = pa.array(self.embeddings.ravel())
+        vectors = pa.FixedSizeListArray.from_arrays(flat, self.embeddings.shape[1])
+        return self.columns.append_column("embedding", vectors)
+
+
+def embeddings_of(table: pa.Table) -> Floats:
+    """Return the (n, d) float32 vectors of a table's `embedding` column."""
+    return _matrix(table["embedding"]).astype(np.float32, copy=False)
+
+
+def list_seed_sets(uri: str) -> dict[str, SeedSet]:
+    """List the seed sets of a folder: its subfolders that hold seed files.
+
+    Raises:
+        InputError: no such folder.
+    """
+    fs, root = fsspec.url_to_fs(uri)
+    if not fs.isdir(root):
+        raise InputError(f"{uri} is not a folder: set LAION_SEEDS_URI to the folder of the seed sets")
+    by_set: dict[str, list[SeedFile]] = {}
+    for path, info in fs.find(root, detail=True).items():
+        set_name, _, name = path.removeprefix(root).lstrip("/").partition("/")
+        if name and _is_seed_file(name) and set_name[0] not in "._":
+            file = SeedFile(name, path, info["size"], _checksum(fs, path, info))
+            by_set.setdefault(set_name, []).append(file)
+    return {name: SeedSet(name, _chosen(files)) for name, files in sorted(by_set.items())}
+
+
+def find_seed_set(uri: str, name: str) -> SeedSet:
+    """List the files of one seed set.
+
+    Raises:
+        InputError: an impossible name, no such set (the message suggests the nearest), or an empty one.
+    """
+    check_name(name)
+    fs, root = fsspec.url_to_fs(uri)
+    if fs.isdir(f"{root}/{name}"):
+        files = [
+            SeedFile(path.removeprefix(f"{root}/{name}/"), path, info["size"], _checksum(fs, path, info))
+            for path, info in fs.find(f"{root}/{name}", detail=True).items()
+            if _is_seed_file(path.removeprefix(f"{root}/{name}/"))
+        ]
+        if not files:
+            raise InputError(
+                f"seed set {name!r} is empty: put .npy or .parquet files with embeddings into {uri}/{name}"
+            )
+        return SeedSet(name, _chosen(files))
+    there = sorted(list_seed_sets(uri))
+    near = difflib.get_close_matches(name, there, n=1)
+    hint = f"did you mean {near[0]!r}?" if near else f"there are: {', '.join(there) or 'none'}"
+    raise InputError(f"there is no seed set {name!r} in {uri}: {hint}")
+
+
+def check_name(name: str) -> None:
+    """Refuse names that could leave the folder or that cannot name a partition.
+
+    Raises:
+        InputError: such a name.
+    """
+    if not re.fullmatch(r"\w[\w .+-]{0,99}", name) or ".." in name:
+        raise InputError(
+            f"{name!r} cannot name a seed set: use letters, digits, '_', '-', '.' and spaces, no '/' and "
+            "no '..', at most 100 characters"
+        )
+
+
+def read_seeds(uri: str, seed_set: SeedSet) -> Seeds:
+    """Read and check all seeds of a set, and scale them to unit length.
+
+    Raises:
+        InputError: names every bad file and row (the first 20 of them) and the remedy.
+    """
+    fs, _ = fsspec.url_to_fs(uri)
+    problems: list[str] = []
+    parts: list[tuple[Floats, pa.Table]] = []
+    for file in seed_set.files:
+        where = f"{seed_set.name}/{file.name}"
+        try:
+            raw, columns = READERS[PurePosixPath(file.name).suffix](_content(fs, file))
+            parts.append((_checked(raw), _labelled(columns, file.name, len(raw))))
+        except _BadSeeds as bad:
+            problems += [f"{where}{problem}" for problem in bad.problems]
+    problems += _differing_dimensions(seed_set, parts) if not problems else []
+    if problems:
+        more = len(problems) - PROBLEMS_SHOWN
+        listed = problems[:PROBLEMS_SHOWN] + ([f"and {more} more"] if more > 0 else [])
+        raise InputError(
+            f"seed set {seed_set.name!r} cannot be used; mend or remove: " + "; ".join(listed)
+        )
+    return Seeds(
+        unit(np.concatenate([vectors for vectors, _ in parts])),
+        pa.concat_tables([columns for _, columns in parts], promote_options="default"),
+    )
+
+
+def centroid(embeddings: Floats) -> tuple[Floats, float]:
+    """Return the unit mean of (n, d) unit rows, shape (d,), and the length of the mean.
+
+    The length tells how alike the seeds are: 1 when all are the same, near 0 when they point everywhere.
+    It is the mean resultant length of directional statistics.
+
+    Raises:
+        InputError: the seeds cancel out and have no mean direction.
+    """
+    mean = embeddings.mean(axis=0, dtype=np.float64)
+    length = float(np.linalg.norm(mean))
+    if length < 1e-6:
+        raise InputError("the seeds cancel each other out, so they have no centroid: use seeds of one style")
+    return (mean / length).astype(np.float32), length
+
+
+class _BadSeeds(Exception):
+    """Problems of one file, each a phrase that follows the file's name."""
+
+    def __init__(self, *problems: str) -> None:
+        super().__init__("; ".join(problems))
+        self.problems = problems
+
+
+def _content(fs: Any, file: SeedFile) -> bytes:
+    try:
+        data: bytes = fs.cat_file(file.path)
+    except OSError as error:
+        raise _BadSeeds(f" cannot be read ({_first_line(error)})") from error
+    return data
+
+
+def _read_npy(data: bytes) -> tuple[Any, dict[str, pa.ChunkedArray]]:
+    """Read one vector or a matrix of them; pickled objects are never loaded."""
+    try:
+        vectors = np.load(io.BytesIO(data), allow_pickle=False)
+    except (ValueError, EOFError, OSError) as error:
+        if "pickle" in str(error).lower():
+            raise _BadSeeds(
+                " holds pickled objects, which are never loaded: save a plain array of numbers"
+            ) from error
+        raise _BadSeeds(f" is not a whole .npy file ({_first_line(error)})") from error
+    if isinstance(vectors, np.ndarray):
+        return (vectors[None] if vectors.ndim == 1 else vectors), {}
+    raise _BadSeeds(" holds several arrays: save one array in .npy format")
+
+
+def _read_parquet(data: bytes) -> tuple[Any, dict[str, pa.ChunkedArray]]:
+    """Read a column of embeddings and the columns that are carried along."""
+    try:
+        table = pq.read_table(io.BytesIO(data))
+    except (pa.ArrowInvalid, OSError) as error:
+        raise _BadSeeds(f" is not a whole Parquet file ({_first_line(error)})") from error
+    column = next((name for name in EMBEDDING_COLUMNS if name in table.column_names), None)
+    if column is None:
+        raise _BadSeeds(
+            f" has no embedding column (looked for {', '.join(EMBEDDING_COLUMNS)}; found "
+            f"{', '.join(table.column_names)})"
+        )
+    carried = {
+        name: table[name].cast(kind) for name, kind in CARRIED_COLUMNS.items() if name in table.column_names
+    }
+    return _matrix(table[column]), carried
+
+
+Reader = Callable[[bytes], tuple[Any, dict[str, pa.ChunkedArray]]]
+READERS: Mapping[str, Reader] = {".npy": _read_npy, ".parquet": _read_parquet}
+
+
+def _matrix(column: pa.ChunkedArray) -> Any:
+    """Return a list column as a matrix (n, d) of its own dtype."""
+    kind = column.type
+    if not (pa.types.is_list(kind) or pa.types.is_large_list(kind) or pa.types.is_fixed_size_list(kind)):
+        raise _BadSeeds(f" has embeddings of type {kind}, not lists of numbers")
+    if not pa.types.is_floating(kind.value_type):
+        raise _BadSeeds(f" has embeddings of {kind.value_type}, not of floating-point numbers")
+    values = column.combine_chunks()
+    missing = np.flatnonzero(values.is_null().to_numpy(zero_copy_only=False))
+    if len(missing):
+        raise _BadSeeds(*(f" row {row} has no embedding" for row in missing))
+    lengths = values.value_lengths().to_numpy(zero_copy_only=False)
+    odd = np.flatnonzero(lengths != lengths[:1])
+    if len(odd):
+        raise _BadSeeds(
+            *(f" row {row} has {lengths[row]} dimensions, row 0 has {lengths[0]}" for row in odd)
+        )
+    flat = values.flatten()
+    if flat.null_count:
+        flat = flat.fill_null(float("nan"))
+    return flat.to_numpy(zero_copy_only=False).reshape(len(values), -1)
+
+
+def _checked(raw: Any) -> Floats:
+    """Return (n, d) float32; zero and non-finite rows are problems, not vectors."""
+    if raw.dtype.kind != "f":
+        raise _BadSeeds(f" has dtype {raw.dtype}, not floating-point numbers")
+    if raw.ndim != 2:
+        raise _BadSeeds(f" has shape {raw.shape}: one vector (d,) or a matrix (n, d) is needed")
+    if raw.size == 0:
+        raise _BadSeeds(f" is empty (shape {raw.shape})")
+    with np.errstate(over="ignore"):
+        vectors: Floats = raw.astype(np.float32)
+    finite = np.isfinite(vectors).all(axis=1)
+    zero = ~vectors.any(axis=1)
+    problems = [f" row {row} holds NaN or infinite values" for row in np.flatnonzero(~finite)]
+    problems += [f" row {row} is all zeros" for row in np.flatnonzero(zero)]
+    if problems:
+        raise _BadSeeds(*problems)
+    return vectors
+
+
+def _labelled(columns: Mapping[str, pa.ChunkedArray], name: str, rows: int) -> pa.Table:
+    where = {"file": pa.array([name] * rows), "row": pa.array(np.arange(rows, dtype=np.int32))}
+    return pa.table(where | dict(columns))
+
+
+def _differing_dimensions(
+    seed_set: SeedSet, parts: Sequence[tuple[Floats, pa.Table]]
+) -> list[str]:
+    first = parts[0][0].shape[1]
+    return [
+        f"{seed_set.name}/{file.name} has {vectors.shape[1]} dimensions, "
+        f"{seed_set.files[0].name} has {first}"
+        for file, (vectors, _) in zip(seed_set.files, parts, strict=True)
+        if vectors.shape[1] != first
+    ]
+
+
+def _is_seed_file(name: str) -> bool:
+    path = PurePosixPath(name)
+    return path.suffix in READERS and not any(part[0] in "._" for part in path.parts)
+
+
+def _chosen(files: Iterable[SeedFile]) -> tuple[SeedFile, ...]:
+    """In an output folder of clip-retrieval only the image embeddings are seeds."""
+    found = sorted(files, key=lambda file: file.name)
+    images = [file for file in found if file.name.startswith(f"{CLIP_RETRIEVAL_FOLDER}/")]
+    return tuple(images or found)
+
+
+def _checksum(fs: Any, path: str, info: Mapping[str, Any]) -> str:
+    """Return the bucket's crc32c, or compute it; a local file is read again only when it changed."""
+    if "crc32c" in info:
+        return str(info["crc32c"])
+    try:
+        return _computed_checksum(fs, path, info["size"], str(info.get("mtime")))
+    except OSError as error:  # one bad file holds up no other set: reading the seeds will name it
+        return f"unreadable: {_first_line(error)}"
+
+
+@lru_cache(maxsize=1 << 18)
+def _computed_checksum(fs: Any, path: str, size: int, mtime: str) -> str:  # noqa: ARG001
+    return checksum_text(google_crc32c.Checksum(fs.cat_file(path)))
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error) or type(error).__name__).splitlines()[0]
