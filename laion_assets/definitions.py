@@ -25,7 +25,10 @@ ASSETS = (
 )
 
 
-def build_defs(environment: Mapping[str, str] = os.environ) -> dg.Definitions:
+def build_defs(
+    environment: Mapping[str, str] = os.environ,
+    loggers: Mapping[str, dg.LoggerDefinition] | None = None,
+) -> dg.Definitions:
     """Assemble the code location for an environment; tests and the command line bring their own."""
     job = dg.define_asset_job(
         JOB,
@@ -44,6 +47,7 @@ def build_defs(environment: Mapping[str, str] = os.environ) -> dg.Definitions:
             "io_manager": ParquetIOManager(base=resources.output_from(environment)),
         },
         executor=kubernetes.executor(environment),
+        loggers=loggers,
     )
 
 

@@ -1,0 +1,93 @@
+"""Runs on one machine: launched as Dagster does by default, and noticed when their process is gone.
+
+Dagster's default launcher cannot tell a killed run from a busy one; such a run would stay "started" and
+keep its place in the pools. What must not live here: anything a cluster needs.
+Dagster's concept: https://docs.dagster.io/deployment/execution/run-monitoring
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import uuid
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+
+import dagster as dg
+from dagster._core.errors import DagsterUserCodeUnreachableError
+from dagster._core.launcher.base import CheckRunHealthResult, WorkerStatus
+from dagster._core.launcher.default_run_launcher import DefaultRunLauncher
+from dagster._core.storage.tags import GRPC_INFO_TAG
+from dagster._grpc.client import DagsterGrpcClient
+
+LOCK_TAG = "laion_assets/process_lock"
+
+
+class LocalRunLauncher(DefaultRunLauncher):
+    """Dagster's default launcher, with an answer to "is this run still being worked on?"."""
+
+    @property
+    def supports_check_run_worker_health(self) -> bool:
+        """Tell Dagster's run monitoring that it may ask."""
+        return True
+
+    def check_run_worker_health(self, run: dg.DagsterRun) -> CheckRunHealthResult:
+        """Find out whether the process of a run lives."""
+        if is_worked_on(run.tags):
+            return CheckRunHealthResult(WorkerStatus.RUNNING)
+        return CheckRunHealthResult(WorkerStatus.FAILED, "the process of this run is gone")
+
+
+def is_worked_on(tags: Mapping[str, str]) -> bool:
+    """Tell whether the process that a run's tags name is alive."""
+    if LOCK_TAG in tags:
+        return _is_locked(Path(tags[LOCK_TAG]))
+    if GRPC_INFO_TAG in tags:
+        server = json.loads(tags[GRPC_INFO_TAG])
+        client = DagsterGrpcClient(
+            port=server.get("port"), socket=server.get("socket"), host=server.get("host") or "localhost"
+        )
+        try:
+            client.ping("")
+        except DagsterUserCodeUnreachableError:
+            return False
+    return True  # the code server watches its own runs
+
+
+@contextmanager
+def process_lock(folder: Path) -> Iterator[dict[str, str]]:
+    """Hold a lock for the life of this process and yield the run tags that name it.
+
+    The system frees the lock however the process ends.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder.absolute() / f"{uuid.uuid4()}.lock"
+    with path.open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield {LOCK_TAG: str(path)}
+    path.unlink(missing_ok=True)
+
+
+def fail_abandoned_runs(instance: dg.DagsterInstance) -> list[str]:
+    """Fail the runs whose process is gone and free their places; return their ids.
+
+    What Dagster's daemon does all the time, for a machine where none is running.
+    """
+    started = dg.RunsFilter(statuses=[dg.DagsterRunStatus.STARTING, dg.DagsterRunStatus.STARTED])
+    gone = [run for run in instance.get_runs(started) if not is_worked_on(run.tags)]
+    for run in gone:
+        instance.report_run_failed(run, "the process of this run is gone")
+        instance.event_log_storage.free_concurrency_slots_for_run(run.run_id)
+    return [run.run_id for run in gone]
+
+
+def _is_locked(path: Path) -> bool:
+    if not path.exists():
+        return False
+    with path.open("a") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return True
+    return False
