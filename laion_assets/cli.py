@@ -85,12 +85,13 @@ def materialize(seed_set: str, given: Mapping[str, Any]) -> int:
 
     Raises:
         InputError: no such seed set, or a setting out of bounds.
+
     """
     seeds_from(os.environ).find(seed_set)
     config = RetrievalConfig(**given)
     config.resolve(os.environ)
     job = build_defs(os.environ, {"console": console}).resolve_job_def(JOB)
-    with instance() as kept, process_lock(DATA / "dagster" / "processes") as tags:
+    with instance() as kept, process_lock() as tags:
         for run_id in fail_abandoned_runs(kept):
             print(f"run {run_id} had been killed; it is marked as failed now")
         kept.add_dynamic_partitions(seed_sets.name or "", [seed_set])

@@ -36,6 +36,7 @@ class TableOutput:
     Attributes:
         table: read to its end while it is written.
         report: metadata for the UI, made from the table as it was written.
+
     """
 
     table: Table
@@ -49,9 +50,7 @@ class StoredTable:
         self.where = uri
         fs, path = fsspec.url_to_fs(uri)
         try:
-            self._file = pq.ParquetFile(
-                fs.open(path, "rb"), thrift_string_size_limit=MAX_FOOTER_TEXT
-            )
+            self._file = pq.ParquetFile(fs.open(path, "rb"), thrift_string_size_limit=MAX_FOOTER_TEXT)
         except FileNotFoundError as error:
             asset = Path(uri).parent.name
             raise InputError(f"{uri} is not there: materialize {asset} again") from error
@@ -83,18 +82,20 @@ class StoredTable:
         return pa.table({}) if first is None else pa.Table.from_batches([first])
 
 
-class ParquetIOManager(dg.ConfigurableIOManager):
+class ParquetIOManager(dg.IOManager):
     """Keeps each asset's table at `<base>/<asset>/<seed set>.parquet`.
 
-    Attributes:
+    Args:
         base: folder or bucket URL of the tables.
+
     """
 
-    base: str
+    def __init__(self, base: str) -> None:
+        self._base = base.rstrip("/")
 
     def uri(self, asset: str, seed_set: str) -> str:
         """Location of one table."""
-        return f"{self.base.rstrip('/')}/{asset}/{seed_set}.parquet"
+        return f"{self._base}/{asset}/{seed_set}.parquet"
 
     def handle_output(self, context: dg.OutputContext, obj: TableOutput) -> None:
         """Write a table and report what it holds."""
@@ -109,8 +110,8 @@ class ParquetIOManager(dg.ConfigurableIOManager):
                 "dagster/uri": uri,
                 "dagster/column_schema": column_schema(schema),
                 "seconds": round(time.monotonic() - started, 2),
-                "first rows": preview_table(preview, schema),
                 **obj.report(StoredTable(uri)),
+                "first rows": preview_table(preview, schema),
             }
         )
 
@@ -129,6 +130,7 @@ def write_table(table: Table, uri: str) -> tuple[int, list[dict[str, Any]]]:
 
     Raises:
         InputError: the place cannot be written to.
+
     """
     rows = 0
     preview: list[dict[str, Any]] = []
@@ -227,4 +229,3 @@ def _shown(value: Any) -> str | int | float | bool | None:
     if value is None or isinstance(value, str | int | float | bool):
         return value
     return str(value)
-

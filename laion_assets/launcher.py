@@ -21,7 +21,10 @@ from dagster._core.launcher.default_run_launcher import DefaultRunLauncher
 from dagster._core.storage.tags import GRPC_INFO_TAG
 from dagster._grpc.client import DagsterGrpcClient
 
-LOCK_TAG = "laion_assets/process_lock"
+from laion_assets.resources import DATA
+
+LOCK_TAG = "laion_assets/process"
+LOCKS = DATA / "dagster" / "processes"
 
 
 class LocalRunLauncher(DefaultRunLauncher):
@@ -42,11 +45,13 @@ class LocalRunLauncher(DefaultRunLauncher):
 def is_worked_on(tags: Mapping[str, str]) -> bool:
     """Tell whether the process that a run's tags name is alive."""
     if LOCK_TAG in tags:
-        return _is_locked(Path(tags[LOCK_TAG]))
+        return _is_locked(LOCKS / tags[LOCK_TAG])
     if GRPC_INFO_TAG in tags:
         server = json.loads(tags[GRPC_INFO_TAG])
         client = DagsterGrpcClient(
-            port=server.get("port"), socket=server.get("socket"), host=server.get("host") or "localhost"
+            port=server.get("port"),
+            socket=server.get("socket"),
+            host=server.get("host") or "localhost",
         )
         try:
             client.ping("")
@@ -56,16 +61,16 @@ def is_worked_on(tags: Mapping[str, str]) -> bool:
 
 
 @contextmanager
-def process_lock(folder: Path) -> Iterator[dict[str, str]]:
+def process_lock() -> Iterator[dict[str, str]]:
     """Hold a lock for the life of this process and yield the run tags that name it.
 
     The system frees the lock however the process ends.
     """
-    folder.mkdir(parents=True, exist_ok=True)
-    path = folder.absolute() / f"{uuid.uuid4()}.lock"
+    LOCKS.mkdir(parents=True, exist_ok=True)
+    path = LOCKS / uuid.uuid4().hex[:12]
     with path.open("w") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
-        yield {LOCK_TAG: str(path)}
+        yield {LOCK_TAG: path.name}
     path.unlink(missing_ok=True)
 
 

@@ -1,7 +1,7 @@
-"""What the assets are configured with: the index, the seed folder, and the settings of a request.
+"""What the assets are given: the index, the seed folder, and the settings of a request.
 
-Every value comes from the environment with a default that is the demo, and the settings of a request can
-be changed for one run in the Launchpad. What must not live here: work.
+Places come from the environment, with defaults that are the demo; only the settings of a request can be
+changed for one run, in the Launchpad. What must not live here: work.
 Dagster's concept: https://docs.dagster.io/guides/build/external-resources
 """
 
@@ -16,59 +16,72 @@ from typing import Any, Literal, get_args
 import dagster as dg
 from pydantic import Field
 
-from laion_assets.retrieval import seeds, staging
 from laion_assets.retrieval.errors import InputError
+from laion_assets.retrieval.seeds import Seeds, SeedSet, find_seed_set, list_seed_sets, read_seeds
+from laion_assets.retrieval.staging import OpenIndex, Staged, open_staged, stage
 
 DATA = Path("data")  # the one project folder; dagster.yaml keeps Dagster's own storage there too
 Staging = Literal["full", "in-place"]
 
 
-class LaionIndex(dg.ConfigurableResource):
-    """The LAION index: where it comes from and where it is staged."""
+@dataclass(frozen=True)
+class LaionIndex:
+    """The LAION index: where it comes from and where it is staged.
 
-    index_uri: str = Field(description="Folder of the index, a local path or any fsspec URL")
-    metadata_uri: str | None = Field(
-        default=None, description="Folder of the metadata, when it lies elsewhere or is only a part"
-    )
-    cache_dir: str = Field(description="Local directory the index is staged to")
-    staging: str = Field(default="full", description="full: copy; in-place: use a local index as it is")
-    metadata_columns: dict[str, str] = Field(
-        default={}, description="Names of the url and caption columns, when unusual"
-    )
+    Attributes:
+        index_uri: folder of the index, a local path or any fsspec URL.
+        metadata_uri: folder of the metadata, when it lies elsewhere or is only a part.
+        cache_dir: local directory the index is staged to.
+        staging: `full` copies it there, `in-place` uses a local index where it is.
+        metadata_columns: names of the url and caption columns, when unusual.
 
-    def stage(self, log: Callable[[str], None]) -> staging.Staged:
+    """
+
+    index_uri: str
+    metadata_uri: str | None
+    cache_dir: Path
+    staging: str
+    metadata_columns: Mapping[str, str]
+
+    def stage(self, log: Callable[[str], None]) -> Staged:
         """Make the index available on the local disk."""
-        return staging.stage(
+        return stage(
             self.index_uri,
             self.metadata_uri,
-            Path(self.cache_dir),
+            self.cache_dir,
             in_place=self.staging == "in-place",
             log=log,
         )
 
     @contextmanager
-    def open(self) -> Iterator[staging.OpenIndex]:
+    def open(self) -> Iterator[OpenIndex]:
         """Open the staged index after verifying it; nobody changes it until the block ends."""
-        with staging.open_staged(Path(self.cache_dir), self.metadata_columns) as opened:
+        with open_staged(self.cache_dir, self.metadata_columns) as opened:
             yield opened
 
 
-class SeedFolder(dg.ConfigurableResource):
-    """The folder of the seed sets."""
+@dataclass(frozen=True)
+class SeedFolder:
+    """The folder of the seed sets: every subfolder is one.
 
-    uri: str = Field(description="A local path or any fsspec URL; every subfolder is a seed set")
+    Attributes:
+        uri: a local path or any fsspec URL.
 
-    def list(self) -> dict[str, seeds.SeedSet]:
+    """
+
+    uri: str
+
+    def list(self) -> dict[str, SeedSet]:
         """List all seed sets."""
-        return seeds.list_seed_sets(self.uri)
+        return list_seed_sets(self.uri)
 
-    def find(self, name: str) -> seeds.SeedSet:
+    def find(self, name: str) -> SeedSet:
         """Find one seed set by name."""
-        return seeds.find_seed_set(self.uri, name)
+        return find_seed_set(self.uri, name)
 
-    def read(self, seed_set: seeds.SeedSet) -> seeds.Seeds:
+    def read(self, seed_set: SeedSet) -> Seeds:
         """Read and check its embeddings."""
-        return seeds.read_seeds(self.uri, seed_set)
+        return read_seeds(self.uri, seed_set)
 
 
 @dataclass(frozen=True)
@@ -100,7 +113,7 @@ KINDS: Mapping[str, type] = {
 }
 
 
-class RetrievalConfig(dg.ConfigurableResource):
+class RetrievalConfig(dg.ConfigurableResource[None]):
     """How many images to ask for, and how alike two may be.
 
     What is left empty comes from the environment (LAION_NB_IMAGES_KNN and so on), then the default.
@@ -110,7 +123,8 @@ class RetrievalConfig(dg.ConfigurableResource):
         default=None, description="Images wanted for each seed, at least 1 (default 50)"
     )
     nb_images_centroid: int | None = Field(
-        default=None, description="Images wanted around the mean of the seeds, at least 1 (default 500)"
+        default=None,
+        description="Images wanted around the mean of the seeds, at least 1 (default 500)",
     )
     dedup_threshold: float | None = Field(
         default=None,
@@ -127,6 +141,7 @@ class RetrievalConfig(dg.ConfigurableResource):
 
         Raises:
             InputError: names the setting, its value, where it came from, and what is allowed.
+
         """
         chosen: dict[str, Any] = {}
         origins: dict[str, str] = {}
@@ -135,7 +150,10 @@ class RetrievalConfig(dg.ConfigurableResource):
             if getattr(self, name) is not None:
                 chosen[name], origins[name] = getattr(self, name), "Launchpad"
             elif environment.get(variable):
-                chosen[name], origins[name] = _number(environment[variable], name, variable), variable
+                chosen[name], origins[name] = (
+                    _number(environment[variable], name, variable),
+                    variable,
+                )
             else:
                 chosen[name], origins[name] = default, "default"
             _check(name, chosen[name], origins[name])
@@ -170,7 +188,7 @@ def index_from(environment: Mapping[str, str]) -> LaionIndex:
     return LaionIndex(
         index_uri=environment.get("LAION_INDEX_URI") or _default("index"),
         metadata_uri=environment.get("LAION_METADATA_URI") or None,
-        cache_dir=environment.get("LAION_CACHE_DIR") or _default("cache"),
+        cache_dir=Path(environment.get("LAION_CACHE_DIR") or _default("cache")),
         staging=mode,
         metadata_columns=_columns(environment.get("LAION_METADATA_COLUMNS", "")),
     )
@@ -194,7 +212,7 @@ def _columns(text: str) -> dict[str, str]:
     """Read `url=image_link,caption=alt_text`."""
     pairs = [pair.split("=", 1) for pair in text.split(",") if pair.strip()]
     for pair in pairs:
-        if len(pair) != 2 or pair[0].strip() not in ("url", "caption"):  # noqa: PLR2004
+        if len(pair) != 2 or pair[0].strip() not in ("url", "caption"):
             raise InputError(
                 f"LAION_METADATA_COLUMNS is {text!r}: write it as url=<column>,caption=<column>"
             )

@@ -31,6 +31,7 @@ class Seen:
         fingerprint: at the last tick.
         settled: the last fingerprint that was decided on: run, or found to be done already.
         changes: how many fingerprints were decided on; it keeps run keys apart when a set changes back.
+
     """
 
     fingerprint: str
@@ -46,6 +47,7 @@ class Decision:
         memory: for the next tick.
         run: seed sets to run.
         waiting: seed sets that still change, or wait for their turn.
+
     """
 
     memory: Mapping[str, Seen]
@@ -68,6 +70,7 @@ def decide(
         at_most: runs to start; the others wait for the next tick.
 
     A set must look the same at two ticks in a row before it is acted on: uploads take time.
+
     """
     next_memory: dict[str, Seen] = {}
     run: list[str] = []
@@ -99,7 +102,7 @@ def build_seed_sets_sensor(job: dg.UnresolvedAssetJobDefinition) -> dg.SensorDef
         description="Registers seed sets as partitions and runs those whose seeds are new or changed.",
     )
     def seed_sets_sensor(
-        context: dg.SensorEvaluationContext, seeds: SeedFolder
+        context: dg.SensorEvaluationContext, seeds: dg.ResourceParam[SeedFolder]
     ) -> dg.SensorResult | dg.SkipReason:
         try:
             found = {name: seed_set.fingerprint for name, seed_set in seeds.list().items()}

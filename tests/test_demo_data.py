@@ -40,9 +40,7 @@ def raw_vectors(urls: list[str]) -> np.ndarray:
 
 def contents(folder: Path) -> dict[str, bytes]:
     return {
-        str(path.relative_to(folder)): path.read_bytes()
-        for path in folder.rglob("*")
-        if path.is_file()
+        str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()
     }
 
 
@@ -193,9 +191,7 @@ def test_transparent_pictures_lie_on_white():
     assert sheet.getpixel((28 + 44, 28 + 34 + 44)) == (255, 255, 255)
 
 
-@pytest.mark.parametrize(
-    "strips", [[], [Strip("", "", [], [])], [Strip("t" * 999, "ü\n漢", [], [])]]
-)
+@pytest.mark.parametrize("strips", [[], [Strip("", "", [], [])], [Strip("t" * 999, "ü\n漢", [], [])]])
 def test_a_contact_sheet_of_little_or_odd_text_is_still_a_picture(strips):
     assert contact_sheet(strips, show_captions=True).size[0] > 1000
 

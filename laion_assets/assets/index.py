@@ -34,8 +34,8 @@ laion_index_source = dg.AssetSpec(
     ],
 )
 def staged_laion_index(
-    context: dg.AssetExecutionContext, laion_index: LaionIndex
-) -> dg.MaterializeResult:
+    context: dg.AssetExecutionContext, laion_index: dg.ResourceParam[LaionIndex]
+) -> dg.MaterializeResult:  # type: ignore[type-arg]  # with checks Dagster takes no other form
     """The index and its metadata on the local disk, verified.
 
     Copied from the source when that has changed or the disk does not hold it; otherwise only checked.

@@ -35,7 +35,7 @@ seed_folder = dg.AssetSpec(
     code_version="1",
 )
 def seed_embeddings(
-    context: dg.AssetExecutionContext, seeds: SeedFolder
+    context: dg.AssetExecutionContext, seeds: dg.ResourceParam[SeedFolder]
 ) -> dg.MaterializeResult[TableOutput]:
     """The seeds of one set: checked, scaled to length 1, a row per seed.
 

@@ -39,7 +39,7 @@ Outputs = Iterator[dg.MaterializeResult[TableOutput]]
 def knn_urls(
     context: dg.AssetExecutionContext,
     seed_embeddings: StoredTable,
-    laion_index: LaionIndex,
+    laion_index: dg.ResourceParam[LaionIndex],
     retrieval_config: RetrievalConfig,
 ) -> Outputs:
     """Images found around each seed: same context and style.
@@ -65,7 +65,7 @@ def knn_urls(
 def centroid_urls(
     context: dg.AssetExecutionContext,
     centroid_vector: StoredTable,
-    laion_index: LaionIndex,
+    laion_index: dg.ResourceParam[LaionIndex],
     retrieval_config: RetrievalConfig,
 ) -> Outputs:
     """Images found around the centroid: same style, varied content; near-duplicates removed."""
@@ -183,7 +183,10 @@ def combined_urls(
         if sheet is None:
             return figures | {"contact sheet": links(stored)}
         picture = save_png(sheet, stored.where.removesuffix(".parquet") + ".png")
-        return figures | {"picture": dg.MetadataValue.path(picture), "contact sheet": as_markdown(sheet)}
+        return figures | {
+            "picture": dg.MetadataValue.path(picture),
+            "contact sheet": as_markdown(sheet),
+        }
 
     table = Table(combined.table.schema, combined.table.batches, provenance.to_footer)
     yield dg.MaterializeResult(value=TableOutput(table, report))

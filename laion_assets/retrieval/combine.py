@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 import pyarrow as pa
@@ -86,6 +86,7 @@ def check_same_origin(knn: Stored, centroid: Stored, seeds: Stored) -> Provenanc
 
     Raises:
         InputError: says on what they disagree and which to materialize again.
+
     """
     one = Provenance.from_footer(knn.footer, knn.where)
     other = Provenance.from_footer(centroid.footer, centroid.where)
@@ -117,6 +118,7 @@ def combine(knn: Stored, centroid: Stored, threshold: float, pictures: int) -> C
     Returns:
         A table with id, url, caption, similarity, rank, seed, strategies and what else travels, in
         order of rank, then id.
+
     """
     rows = _read_numbers(knn, centroid)
     order = np.lexsort((rows.seed, rows.ids, rows.strategy, rows.rank))
@@ -169,9 +171,11 @@ class _Coded:
 
 
 def _read_numbers(knn: Stored, centroid: Stored) -> _Rows:
-    parts: list[tuple[NDArray[np.generic], ...]] = []
+    parts: list[tuple[NDArray[Any], ...]] = []
     for number, table in enumerate((knn, centroid)):
-        names = [name for name in table.schema.names if name in ("id", "rank", "seed", "similarity", "code")]
+        names = [
+            name for name in table.schema.names if name in ("id", "rank", "seed", "similarity", "code")
+        ]
         for batch in table.batches(names):
             n = len(batch)
             parts.append(
@@ -184,11 +188,11 @@ def _read_numbers(knn: Stored, centroid: Stored) -> _Rows:
                     _code_bytes(batch["code"]),
                 )
             )
-    if not parts:
-        width = knn.schema.field("code").type.byte_width
-        kinds = (np.int64, np.int32, np.int8, np.int32, np.float32)
-        return _Rows(*(np.empty(0, kind) for kind in kinds), codes=np.empty((0, width), np.uint8))
-    return _Rows(*(np.concatenate(column) for column in zip(*parts, strict=True)))
+    width = knn.schema.field("code").type.byte_width
+    kinds = (np.int64, np.int32, np.int8, np.int32, np.float32)
+    parts.append((*(np.empty(0, kind) for kind in kinds), np.empty((0, width), np.uint8)))
+    columns: list[NDArray[Any]] = [np.concatenate(column) for column in zip(*parts, strict=True)]
+    return _Rows(*columns)
 
 
 def _code_bytes(column: pa.FixedSizeBinaryArray) -> Bytes:
@@ -223,9 +227,7 @@ def _decoder(knn: Stored, centroid: Stored) -> Decoder:
     return one.merged(other)
 
 
-def _taken_in_order(
-    knn: Stored, centroid: Stored, rows: Ids, columns: list[str]
-) -> pa.Table:
+def _taken_in_order(knn: Stored, centroid: Stored, rows: Ids, columns: list[str]) -> pa.Table:
     """Return the given rows of both sets (knn rows count first), in the order given."""
     unsorted = np.argsort(rows, kind="stable")
     wanted = rows[unsorted]
@@ -263,9 +265,7 @@ def _written_out(
     pictures: int,
 ) -> Iterator[pa.RecordBatch]:
     texts = [
-        name
-        for name in schema.names
-        if name not in ("id", "similarity", "rank", "seed", "strategies")
+        name for name in schema.names if name not in ("id", "similarity", "rank", "seed", "strategies")
     ]
     taken = _taken_in_order(knn, centroid, kept, texts)
     strategies = pa.array([[], ["knn"], ["centroid"], ["knn", "centroid"]], pa.list_(pa.string()))

@@ -130,17 +130,13 @@ def _draw_heading(sheet: Image.Image, strip: Strip, top: int, width: int) -> Non
     baseline = top + _TITLE_SIZE
     title = _fitted(strip.title, _font(_TITLE_SIZE), width)
     # The built-in font has one weight; a hair of stroke in the same colour reads as bold.
-    draw.text(
-        (_MARGIN, baseline), title, _TITLE, _font(_TITLE_SIZE), anchor="ls", stroke_width=0.35
-    )
+    draw.text((_MARGIN, baseline), title, _TITLE, _font(_TITLE_SIZE), anchor="ls", stroke_width=0.35)
     used = round(_font(_TITLE_SIZE).getlength(title)) + 12
     subtitle = _fitted(strip.subtitle, _font(_SUBTITLE_SIZE), width - used)
     draw.text((_MARGIN + used, baseline), subtitle, _SUBTITLE, _font(_SUBTITLE_SIZE), anchor="ls")
 
 
-def _draw_picture(
-    sheet: Image.Image, picture: bytes | None, corner: tuple[int, int], cell: int
-) -> None:
+def _draw_picture(sheet: Image.Image, picture: bytes | None, corner: tuple[int, int], cell: int) -> None:
     thumbnail = _decoded(picture, cell - 2 * _PADDING)
     left, top = corner
     ImageDraw.Draw(sheet).rounded_rectangle(

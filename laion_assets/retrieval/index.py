@@ -35,6 +35,7 @@ class Hits:
         ids: (q, k) int64; -1 where the probed lists held fewer than k rows.
         similarity: (q, k) float32, inner product of the query and the decoded row.
         codes: (q, k, code size) uint8.
+
     """
 
     ids: Ids
@@ -51,6 +52,7 @@ class Index:
 
     Raises:
         InputError: not a whole faiss index, lists shorter than their table, another metric.
+
     """
 
     def __init__(self, path: Path, lists: Path | None = None) -> None:
@@ -90,6 +92,7 @@ class Index:
             queries: (q, dimension) float32.
             k: rows wanted for each query; more than the index holds is allowed.
             nprobe: inverted lists to look into; ignored where the index has none.
+
         """
         k = min(k, self.rows)
         queries = np.ascontiguousarray(queries, dtype=np.float32)
@@ -123,6 +126,7 @@ class Index:
 
         Args:
             lists: ascending; the decoder then holds only the centres of these, and is small.
+
         """
         if not self._portable:
             return Decoder(None, np.empty(0, np.int64), self.dimension)
@@ -163,6 +167,7 @@ class Decoder:
         index: an empty faiss index that decodes; None where the codes are the vectors.
         lists: (n,) the inverted lists whose centres the index holds, ascending.
         dimension: of the vectors.
+
     """
 
     def __init__(self, index: Any, lists: Ids, dimension: int) -> None:

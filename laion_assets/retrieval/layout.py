@@ -25,6 +25,7 @@ class Layout:
         index: the faiss file to open.
         lists: its on-disk inverted lists; None where the index is one file.
         metadata: files whose rows, in this order, are the ids 0..n-1.
+
     """
 
     index: str
@@ -41,6 +42,7 @@ def index_files(names: Iterable[str], where: str) -> tuple[str, str | None]:
 
     Raises:
         InputError: no index in the folder, or one without its lists.
+
     """
     present = set(names)
     if POPULATED_INDEX in present:
@@ -68,6 +70,7 @@ def metadata_files(names: Iterable[str], where: str) -> tuple[str, ...]:
 
     Raises:
         InputError: no Arrow and no Parquet file in the folder.
+
     """
     present = sorted(name for name in names if PurePosixPath(name).name[0] not in "._")
     for suffix in METADATA_SUFFIXES:

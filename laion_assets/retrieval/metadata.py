@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from functools import lru_cache
+from itertools import pairwise
 from pathlib import Path
 from typing import Protocol
 
@@ -95,6 +96,7 @@ class Metadata:
 
     Raises:
         InputError: a file that cannot be read, no URL column, or files with different columns.
+
     """
 
     def __init__(self, paths: Sequence[Path], columns: Mapping[str, str] | None = None) -> None:
@@ -121,9 +123,7 @@ class Metadata:
     def schema(self) -> pa.Schema:
         """Columns as `take` returns them: `url`, `caption` and those that travel along."""
         kinds = self._files[0].schema
-        fields = {
-            ours: _plain(kinds.field(theirs).type) for ours, theirs in self._names.items()
-        }
+        fields = {ours: _plain(kinds.field(theirs).type) for ours, theirs in self._names.items()}
         return pa.schema({"url": pa.string(), "caption": pa.string()} | fields)
 
     def covers(self, ids: Ids) -> Mask:
@@ -139,6 +139,7 @@ class Metadata:
 
         Raises:
             IndexError: an id has no metadata row (ask `covers` first).
+
         """
         if not self.covers(ids).all():
             raise IndexError("an id without a metadata row")
@@ -148,7 +149,7 @@ class Metadata:
         edges = np.flatnonzero(np.diff(batch_of, prepend=-1, append=-1))
         parts = [
             self._take_from_batch(int(batch_of[first]), unique[first:last], wanted)
-            for first, last in zip(edges[:-1], edges[1:], strict=True)
+            for first, last in pairwise(edges)
         ]
         schema = pa.schema([self.schema.field(name) for name in wanted])
         table = pa.concat_tables(parts) if parts else schema.empty_table()

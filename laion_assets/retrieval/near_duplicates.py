@@ -44,6 +44,7 @@ def components(vectors: Vectors, threshold: float) -> Ids:
 
     Returns:
         (n,) int64; the rows to keep are those labelled with themselves.
+
     """
     n = len(vectors)
     labels = np.arange(n)

@@ -23,6 +23,7 @@ class Progress:
         total: units of work in all.
         unit: "B" is shown as bytes with prefixes.
         log: takes a line of text; used where there is no terminal.
+
     """
 
     def __init__(self, what: str, total: int, unit: str, log: Callable[[str], None]) -> None:
@@ -33,7 +34,12 @@ class Progress:
         self._said = self._started = time.monotonic()
         terminal = sys.stderr.isatty()
         self._bar = tqdm(
-            desc=what, total=total, unit=unit, unit_scale=unit == "B", leave=False, disable=not terminal
+            desc=what,
+            total=total,
+            unit=unit,
+            unit_scale=unit == "B",
+            leave=False,
+            disable=not terminal,
         )
         self._format = tqdm.format_sizeof if unit == "B" else str
         self._unit = unit

@@ -34,6 +34,7 @@ class Request:
         k: images wanted for each query.
         dedup_threshold: cosine above which two images are near-duplicates; 1.0 keeps all.
         nprobe: inverted lists to probe; chosen from k when None.
+
     """
 
     k: int
@@ -102,6 +103,7 @@ def retrieve(
 
     Raises:
         InputError: the queries have another dimension than the index.
+
     """
     if queries.shape[1] != index.dimension:
         raise InputError(
@@ -239,6 +241,4 @@ def _thumbnails(metadata: Metadata, ids: Ids, query: Ids, queries: int) -> dict[
 
 def _fixed_size_binary(codes: Bytes) -> pa.Array:
     data = pa.py_buffer(np.ascontiguousarray(codes))
-    return pa.FixedSizeBinaryArray.from_buffers(
-        pa.binary(codes.shape[1]), len(codes), [None, data]
-    )
+    return pa.FixedSizeBinaryArray.from_buffers(pa.binary(codes.shape[1]), len(codes), [None, data])

@@ -43,6 +43,7 @@ class SeedFile:
         path: for the file system it lies on.
         size: bytes.
         checksum: crc32c of the content, base64, as a bucket reports it.
+
     """
 
     name: str
@@ -72,6 +73,7 @@ class Seeds:
     Attributes:
         embeddings: (n, d) float32 unit rows.
         columns: n rows of `file`, `row`, and `url`, `caption`, `thumbnail` where files have them.
+
     """
 
     embeddings: Floats
@@ -86,7 +88,8 @@ class Seeds:
 
 def embeddings_of(table: pa.Table) -> Floats:
     """Return the (n, d) float32 vectors of a table's `embedding` column."""
-    return _matrix(table["embedding"]).astype(np.float32, copy=False)
+    vectors: Floats = _matrix(table["embedding"]).astype(np.float32, copy=False)
+    return vectors
 
 
 def list_seed_sets(uri: str) -> dict[str, SeedSet]:
@@ -94,6 +97,7 @@ def list_seed_sets(uri: str) -> dict[str, SeedSet]:
 
     Raises:
         InputError: no such folder.
+
     """
     fs, root = fsspec.url_to_fs(uri)
     if not fs.isdir(root):
@@ -112,6 +116,7 @@ def find_seed_set(uri: str, name: str) -> SeedSet:
 
     Raises:
         InputError: an impossible name, no such set (the message suggests the nearest), or an empty one.
+
     """
     check_name(name)
     fs, root = fsspec.url_to_fs(uri)
@@ -122,9 +127,7 @@ def find_seed_set(uri: str, name: str) -> SeedSet:
             if _is_seed_file(path.removeprefix(f"{root}/{name}/"))
         ]
         if not files:
-            raise InputError(
-                f"seed set {name!r} is empty: put .npy or .parquet files with embeddings into {uri}/{name}"
-            )
+            raise InputError(f"seed set {name!r} is empty: put .npy or .parquet files into {uri}/{name}")
         return SeedSet(name, _chosen(files))
     there = sorted(list_seed_sets(uri))
     near = difflib.get_close_matches(name, there, n=1)
@@ -137,6 +140,7 @@ def check_name(name: str) -> None:
 
     Raises:
         InputError: such a name.
+
     """
     if not re.fullmatch(r"\w[\w .+-]{0,99}", name) or ".." in name:
         raise InputError(
@@ -150,6 +154,7 @@ def read_seeds(uri: str, seed_set: SeedSet) -> Seeds:
 
     Raises:
         InputError: names every bad file and row (the first 20 of them) and the remedy.
+
     """
     fs, _ = fsspec.url_to_fs(uri)
     problems: list[str] = []
@@ -159,7 +164,7 @@ def read_seeds(uri: str, seed_set: SeedSet) -> Seeds:
         try:
             raw, columns = READERS[PurePosixPath(file.name).suffix](_content(fs, file))
             parts.append((_checked(raw), _labelled(columns, file.name, len(raw))))
-        except _BadSeeds as bad:
+        except _BadSeedsError as bad:
             problems += [f"{where}{problem}" for problem in bad.problems]
     problems += _differing_dimensions(seed_set, parts) if not problems else []
     if problems:
@@ -182,15 +187,18 @@ def centroid(embeddings: Floats) -> tuple[Floats, float]:
 
     Raises:
         InputError: the seeds cancel out and have no mean direction.
+
     """
     mean = embeddings.mean(axis=0, dtype=np.float64)
     length = float(np.linalg.norm(mean))
     if length < 1e-6:
-        raise InputError("the seeds cancel each other out, so they have no centroid: use seeds of one style")
+        raise InputError(
+            "the seeds cancel each other out, so they have no centroid: use seeds of one style"
+        )
     return (mean / length).astype(np.float32), length
 
 
-class _BadSeeds(Exception):
+class _BadSeedsError(Exception):
     """Problems of one file, each a phrase that follows the file's name."""
 
     def __init__(self, *problems: str) -> None:
@@ -202,7 +210,7 @@ def _content(fs: Any, file: SeedFile) -> bytes:
     try:
         data: bytes = fs.cat_file(file.path)
     except OSError as error:
-        raise _BadSeeds(f" cannot be read ({_first_line(error)})") from error
+        raise _BadSeedsError(f" cannot be read ({_first_line(error)})") from error
     return data
 
 
@@ -212,13 +220,13 @@ def _read_npy(data: bytes) -> tuple[Any, dict[str, pa.ChunkedArray]]:
         vectors = np.load(io.BytesIO(data), allow_pickle=False)
     except (ValueError, EOFError, OSError) as error:
         if "pickle" in str(error).lower():
-            raise _BadSeeds(
+            raise _BadSeedsError(
                 " holds pickled objects, which are never loaded: save a plain array of numbers"
             ) from error
-        raise _BadSeeds(f" is not a whole .npy file ({_first_line(error)})") from error
+        raise _BadSeedsError(f" is not a whole .npy file ({_first_line(error)})") from error
     if isinstance(vectors, np.ndarray):
         return (vectors[None] if vectors.ndim == 1 else vectors), {}
-    raise _BadSeeds(" holds several arrays: save one array in .npy format")
+    raise _BadSeedsError(" holds several arrays: save one array in .npy format")
 
 
 def _read_parquet(data: bytes) -> tuple[Any, dict[str, pa.ChunkedArray]]:
@@ -226,15 +234,17 @@ def _read_parquet(data: bytes) -> tuple[Any, dict[str, pa.ChunkedArray]]:
     try:
         table = pq.read_table(io.BytesIO(data))
     except (pa.ArrowInvalid, OSError) as error:
-        raise _BadSeeds(f" is not a whole Parquet file ({_first_line(error)})") from error
+        raise _BadSeedsError(f" is not a whole Parquet file ({_first_line(error)})") from error
     column = next((name for name in EMBEDDING_COLUMNS if name in table.column_names), None)
     if column is None:
-        raise _BadSeeds(
+        raise _BadSeedsError(
             f" has no embedding column (looked for {', '.join(EMBEDDING_COLUMNS)}; found "
             f"{', '.join(table.column_names)})"
         )
     carried = {
-        name: table[name].cast(kind) for name, kind in CARRIED_COLUMNS.items() if name in table.column_names
+        name: table[name].cast(kind)
+        for name, kind in CARRIED_COLUMNS.items()
+        if name in table.column_names
     }
     return _matrix(table[column]), carried
 
@@ -247,17 +257,17 @@ def _matrix(column: pa.ChunkedArray) -> Any:
     """Return a list column as a matrix (n, d) of its own dtype."""
     kind = column.type
     if not (pa.types.is_list(kind) or pa.types.is_large_list(kind) or pa.types.is_fixed_size_list(kind)):
-        raise _BadSeeds(f" has embeddings of type {kind}, not lists of numbers")
+        raise _BadSeedsError(f" has embeddings of type {kind}, not lists of numbers")
     if not pa.types.is_floating(kind.value_type):
-        raise _BadSeeds(f" has embeddings of {kind.value_type}, not of floating-point numbers")
+        raise _BadSeedsError(f" has embeddings of {kind.value_type}, not of floating-point numbers")
     values = column.combine_chunks()
     missing = np.flatnonzero(values.is_null().to_numpy(zero_copy_only=False))
     if len(missing):
-        raise _BadSeeds(*(f" row {row} has no embedding" for row in missing))
+        raise _BadSeedsError(*(f" row {row} has no embedding" for row in missing))
     lengths = values.value_lengths().to_numpy(zero_copy_only=False)
     odd = np.flatnonzero(lengths != lengths[:1])
     if len(odd):
-        raise _BadSeeds(
+        raise _BadSeedsError(
             *(f" row {row} has {lengths[row]} dimensions, row 0 has {lengths[0]}" for row in odd)
         )
     flat = values.flatten()
@@ -269,11 +279,11 @@ def _matrix(column: pa.ChunkedArray) -> Any:
 def _checked(raw: Any) -> Floats:
     """Return (n, d) float32; zero and non-finite rows are problems, not vectors."""
     if raw.dtype.kind != "f":
-        raise _BadSeeds(f" has dtype {raw.dtype}, not floating-point numbers")
+        raise _BadSeedsError(f" has dtype {raw.dtype}, not floating-point numbers")
     if raw.ndim != 2:
-        raise _BadSeeds(f" has shape {raw.shape}: one vector (d,) or a matrix (n, d) is needed")
+        raise _BadSeedsError(f" has shape {raw.shape}: one vector (d,) or a matrix (n, d) is needed")
     if raw.size == 0:
-        raise _BadSeeds(f" is empty (shape {raw.shape})")
+        raise _BadSeedsError(f" is empty (shape {raw.shape})")
     with np.errstate(over="ignore"):
         vectors: Floats = raw.astype(np.float32)
     finite = np.isfinite(vectors).all(axis=1)
@@ -281,7 +291,7 @@ def _checked(raw: Any) -> Floats:
     problems = [f" row {row} holds NaN or infinite values" for row in np.flatnonzero(~finite)]
     problems += [f" row {row} is all zeros" for row in np.flatnonzero(zero)]
     if problems:
-        raise _BadSeeds(*problems)
+        raise _BadSeedsError(*problems)
     return vectors
 
 
@@ -290,9 +300,7 @@ def _labelled(columns: Mapping[str, pa.ChunkedArray], name: str, rows: int) -> p
     return pa.table(where | dict(columns))
 
 
-def _differing_dimensions(
-    seed_set: SeedSet, parts: Sequence[tuple[Floats, pa.Table]]
-) -> list[str]:
+def _differing_dimensions(seed_set: SeedSet, parts: Sequence[tuple[Floats, pa.Table]]) -> list[str]:
     first = parts[0][0].shape[1]
     return [
         f"{seed_set.name}/{file.name} has {vectors.shape[1]} dimensions, "

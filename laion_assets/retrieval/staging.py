@@ -47,6 +47,7 @@ class SourceFile:
         size: bytes.
         version: changes when the file is overwritten.
         checksum: crc32c as the source reports it; None where it reports none.
+
     """
 
     name: str
@@ -66,6 +67,7 @@ class StagedFile:
         size: bytes.
         version: of the source file it was made from.
         checksum: crc32c of its bytes.
+
     """
 
     name: str
@@ -157,6 +159,7 @@ def plan(source: Sequence[SourceFile], manifest: Manifest | None, sizes: Mapping
         source: files of the index where it comes from.
         manifest: of the cache directory, if there is one.
         sizes: bytes on disk of each file the manifest names, by name; absent when missing.
+
     """
     staged = {file.name: file for file in manifest.files} if manifest else {}
 
@@ -185,6 +188,7 @@ def list_source(index_uri: str, metadata_uri: str | None) -> tuple[Any, list[Sou
 
     Raises:
         InputError: no such folder, or no index or metadata in it.
+
     """
     fs, root = fsspec.url_to_fs(index_uri)
     if not fs.isdir(root):
@@ -233,6 +237,7 @@ def stage(
 
     Raises:
         InputError: no index there, not enough free space, or a file that changed while it was copied.
+
     """
     started = time.monotonic()
     fs, source = list_source(index_uri, metadata_uri)
@@ -263,6 +268,7 @@ def open_staged(cache: Path, columns: Mapping[str, str] | None = None) -> Iterat
 
     Raises:
         InputError: nothing staged, or files that are not as the manifest says.
+
     """
     if not (cache / LOCK).exists():
         raise InputError(f"nothing is staged in {cache}: materialize staged_laion_index first")
@@ -283,6 +289,7 @@ def verified_manifest(cache: Path) -> Manifest:
 
     Raises:
         InputError: names the file that is missing or has another size, and the remedy.
+
     """
     manifest = Manifest.read(cache)
     if manifest is None:
@@ -316,9 +323,7 @@ def _plan_on_disk(source: Sequence[SourceFile], cache: Path, in_place: bool) -> 
     return plan(source, manifest, sizes)
 
 
-def _agrees(
-    manifest: Manifest, source: Sequence[SourceFile], cache: Path, in_place: bool
-) -> bool:
+def _agrees(manifest: Manifest, source: Sequence[SourceFile], cache: Path, in_place: bool) -> bool:
     todo = _plan_on_disk(source, cache, in_place)
     return not todo.fetch and not todo.remove and len(todo.keep) == len(manifest.files)
 
@@ -328,9 +333,9 @@ def _stage_files(
 ) -> None:
     done = list(todo.keep)
     Manifest(uri, tuple(done), complete=False).write(cache)
-    for file in todo.remove:
-        if not Path(file.path).is_absolute():
-            (cache / file.path).unlink(missing_ok=True)
+    for gone in todo.remove:
+        if not Path(gone.path).is_absolute():
+            (cache / gone.path).unlink(missing_ok=True)
     what = "checking" if in_place else "staging"
     with Progress(what, todo.bytes_to_fetch, "B", log) as progress:
         for file in todo.fetch:

@@ -46,6 +46,7 @@ class Provenance:
         settings: the settings used, and where each came from.
         run: id of the Dagster run.
         written: when, ISO 8601 in UTC.
+
     """
 
     seed_set: str
@@ -73,6 +74,7 @@ class Provenance:
 
         Raises:
             InputError: the file was not written by this platform.
+
         """
         if PROVENANCE_KEY not in footer:
             raise InputError(
@@ -90,6 +92,7 @@ class Table:
         schema: of every batch.
         batches: the rows.
         footer: key-value metadata, complete once all batches were read.
+
     """
 
     schema: pa.Schema
@@ -107,6 +110,7 @@ def decoder_bytes(footer: Mapping[str, str], where: str) -> bytes:
 
     Raises:
         InputError: the footer has none.
+
     """
     if DECODER_KEY not in footer:
         raise InputError(f"{where} carries no decoder for its codes: materialize it again")
