@@ -6,7 +6,7 @@ Dagster's concept: https://docs.dagster.io/guides/build/assets
 
 import os
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from typing import Any
 
 import dagster as dg
@@ -111,13 +111,14 @@ def _retrieved(
         )
 
         def footer() -> dict[str, str]:
-            return provenance.to_footer() | dict(found.table.footer())
+            counted = replace(provenance, found=found.funnel.sentence())
+            return counted.to_footer() | dict(found.table.footer())
 
         def report(stored: StoredTable) -> Mapping[str, Any]:
             progress.close()
             context.log.info(_sentence(found.funnel))
             title = "around each seed" if per_seed else "around the centroid"
-            sheet = draw([strip(stored, title, _counts(found.funnel))])
+            sheet = draw([strip(stored, title, found.funnel.sentence())])
             return {
                 **asdict(found.funnel),
                 "yield": round(found.funnel.yielded, 4),
@@ -169,8 +170,8 @@ def combined_urls(
         sheet = draw(
             [
                 strip(seed_embeddings, origin.seed_set, f"{len(seed_embeddings):,} seeds"),
-                strip(knn_urls, "around each seed", f"{funnel.knn:,} rows"),
-                strip(centroid_urls, "around the centroid", f"{funnel.centroid:,} rows"),
+                strip(knn_urls, "around each seed", _found(knn_urls)),
+                strip(centroid_urls, "around the centroid", _found(centroid_urls)),
                 strip(stored, "combined", f"{funnel.kept:,} images"),
             ]
         )
@@ -193,6 +194,10 @@ def combined_urls(
     yield one_row_per_image(written[0])
 
 
+def _found(table: StoredTable) -> str:
+    return Provenance.from_footer(table.footer, table.where).found
+
+
 def _settings(settings: Settings, nprobe: int | None) -> dict[str, str]:
     """Each setting with where it came from."""
     shown = settings.values() | {"nprobe": nprobe}
@@ -201,12 +206,8 @@ def _settings(settings: Settings, nprobe: int | None) -> dict[str, str]:
     return {name: f"{value} ({origins[name]})" for name, value in shown.items()}
 
 
-def _counts(funnel: Funnel) -> str:
-    return f"{funnel.requested:,} requested, {funnel.received:,} received, {funnel.kept:,} kept"
-
-
 def _sentence(funnel: Funnel) -> str:
     return (
-        f"{_counts(funnel)} ({funnel.near_duplicates:,} near-duplicates, {funnel.without_url:,} without "
+        f"{funnel.sentence()} ({funnel.near_duplicates:,} near-duplicates, {funnel.without_url:,} without "
         f"a URL; yield {funnel.yielded:.0%})"
     )

@@ -4,13 +4,11 @@ Everything it writes is what a user's own index and seeds look like. What must n
 that reads an index or seeds; nothing else may know that the data it works on is a demo.
 """
 
-import ctypes
 import fcntl
 import hashlib
 import json
 import os
 import shutil
-import sys
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -25,6 +23,7 @@ import pyarrow as pa
 import pyarrow.ipc
 import pyarrow.parquet
 
+from laion_assets.retrieval.console import silent_stdout
 from laion_assets.retrieval.errors import InputError
 
 BUILD_VERSION = 1
@@ -251,23 +250,6 @@ def _write_metadata(path: Path, rows: pa.Table) -> None:
 
 
 @contextmanager
-def _silent_stdout() -> Iterator[None]:
-    """Keep faiss's "resizing ..." off the standard output: C code prints it, whatever is set."""
-    libc = ctypes.CDLL(None)
-    sys.stdout.flush()
-    libc.fflush(None)
-    stdout = os.dup(1)
-    with Path(os.devnull).open("wb") as nowhere:
-        os.dup2(nowhere.fileno(), 1)
-    try:
-        yield
-    finally:
-        libc.fflush(None)
-        os.dup2(stdout, 1)
-        os.close(stdout)
-
-
-@contextmanager
 def _one_thread() -> Iterator[None]:
     """Run faiss on one thread: sums in another order would give another index."""
     threads = faiss.omp_get_max_threads()
@@ -315,10 +297,10 @@ def _merge(index: Any, blocks: Sequence[Any], lists_path: Path) -> Any:
     """
     ivf = faiss.extract_index_ivf(index)
     lists: Any = faiss.OnDiskInvertedLists(ivf.nlist, ivf.code_size, str(lists_path))
-    parts = faiss.InvertedListsPtrVector()  # type: ignore[attr-defined]  # not in its stubs
+    parts = faiss.InvertedListsPtrVector()
     for block in blocks:
         parts.push_back(faiss.extract_index_ivf(block).invlists)
-    with _silent_stdout():
+    with silent_stdout():
         total = lists.merge_from_multiple(parts.data(), parts.size(), False)
     index.ntotal = ivf.ntotal = total
     ivf.replace_invlists(lists, True)

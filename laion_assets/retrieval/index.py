@@ -8,11 +8,6 @@ What must not live here: near-duplicates, metadata, where files come from.
 
 from __future__ import annotations
 
-import ctypes
-import os
-import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,6 +16,7 @@ import faiss
 import numpy as np
 
 from laion_assets.retrieval.arrays import Bytes, Floats, Ids
+from laion_assets.retrieval.console import silent_stdout
 from laion_assets.retrieval.errors import InputError
 
 MIN_NPROBE = 64
@@ -261,7 +257,7 @@ def _read(path: Path, *, on_disk_lists: bool) -> Any:
     # Without READ_ONLY the lists would be mapped writable.
     where = faiss.IO_FLAG_ONDISK_SAME_DIR if on_disk_lists else faiss.IO_FLAG_MMAP
     try:
-        with _silent_stdout():
+        with silent_stdout():
             return faiss.read_index(str(path), where | faiss.IO_FLAG_READ_ONLY)
     except RuntimeError as error:
         reason = str(error).splitlines()[0].rpartition(": ")[2]
@@ -285,23 +281,3 @@ def _check_lists_are_whole(ivf: Any, path: Path) -> None:
             f"{path} has {size:,} bytes, its inverted lists need {end:,}: it is truncated; stage the "
             "index again, and if it stays, copy the file to the source again"
         )
-
-
-@contextmanager
-def _silent_stdout() -> Iterator[None]:
-    """Keep the line that faiss prints at each open off the standard output.
-
-    It is printed by C code, so it has to be caught at the file descriptor.
-    """
-    libc = ctypes.CDLL(None)
-    sys.stdout.flush()
-    libc.fflush(None)
-    saved = os.dup(1)
-    with Path(os.devnull).open("wb") as nowhere:
-        os.dup2(nowhere.fileno(), 1)
-        try:
-            yield
-        finally:
-            libc.fflush(None)
-            os.dup2(saved, 1)
-            os.close(saved)

@@ -52,6 +52,10 @@ class Funnel:
     near_duplicates: int = 0
     kept: int = 0
 
+    def sentence(self) -> str:
+        """The three counts that people compare."""
+        return f"{self.requested:,} requested, {self.received:,} received, {self.kept:,} kept"
+
     @property
     def yielded(self) -> float:
         """Share of the images asked for that were kept."""

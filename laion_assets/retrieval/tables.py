@@ -55,6 +55,7 @@ class Provenance:
     settings: Mapping[str, Any]
     run: str
     written: str
+    found: str = ""
 
     @classmethod
     def now(
