@@ -148,7 +148,7 @@ class RetrievalConfig(dg.ConfigurableResource[None]):
         for name, default in DEFAULTS.items():
             variable = f"LAION_{name.upper()}"
             if getattr(self, name) is not None:
-                chosen[name], origins[name] = getattr(self, name), "Launchpad"
+                chosen[name], origins[name] = getattr(self, name), "Launchpad or command line"
             elif environment.get(variable):
                 chosen[name], origins[name] = (
                     _number(environment[variable], name, variable),

@@ -106,7 +106,8 @@ def _retrieved(
             context.run_id,
         )
         context.log.info(
-            f"{k:,} images around each of {len(queries):,} vectors among {opened.index.rows:,} rows, "
+            f"looking for {k:,} images around {'each of ' if per_seed else ''}{len(queries):,} "
+            f"vector{'s' if per_seed else ''} among {opened.index.rows:,} rows, "
             f"nprobe {found.nprobe}"
         )
 
@@ -208,6 +209,6 @@ def _settings(settings: Settings, nprobe: int | None) -> dict[str, str]:
 
 def _sentence(funnel: Funnel) -> str:
     return (
-        f"{funnel.sentence()} ({funnel.near_duplicates:,} near-duplicates, {funnel.without_url:,} without "
-        f"a URL; yield {funnel.yielded:.0%})"
+        f"{funnel.sentence()} ({funnel.near_duplicates:,} near-duplicates, "
+        f"{funnel.without_url:,} without a URL; yield {funnel.yielded:.0%})"
     )
