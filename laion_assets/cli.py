@@ -25,7 +25,7 @@ from laion_assets.partitions import seed_sets
 from laion_assets.resources import DATA, DEFAULTS, KINDS, RetrievalConfig, seeds_from
 from laion_assets.retrieval.errors import InputError
 
-DEMO_SET = "flower"
+DEMO_SET = "fruit"
 ENVIRONMENT_OF_DATA = ("LAION_INDEX_URI", "LAION_METADATA_URI", "LAION_SEEDS_URI")
 
 
