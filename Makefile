@@ -20,7 +20,9 @@ demo: $(READY) ## Build the demo index, materialize all assets for one seed set,
 
 dev: $(READY) ## Start the Dagster UI on http://127.0.0.1:3000, on the same data and history
 	@$(BIN)/laion-assets demo --data-only
-	$(BIN)/dagster dev --workspace workspace.yaml --host 127.0.0.1 --port 3000
+	@echo "Dagster's UI: http://127.0.0.1:3000"
+	@DAGSTER_HOME=$(CURDIR) PYTHONWARNINGS='ignore:Function `dev_command`' \
+		$(BIN)/dagster dev --workspace workspace.yaml --host 127.0.0.1 --port 3000
 
 test: $(READY) ## Run the tests
 	$(BIN)/python -m pytest
