@@ -10,7 +10,7 @@ What must not live here: how tables are stored.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 import numpy as np
@@ -82,7 +82,7 @@ def check_same_origin(knn: Stored, centroid: Stored, seeds: Stored) -> Provenanc
     """Refuse two sets that were not made from the same index and from these seeds.
 
     Returns:
-        The provenance of the knn set.
+        The provenance of the knn set, with the lower of the two thresholds.
 
     Raises:
         InputError: says on what they disagree and which to materialize again.
@@ -103,7 +103,8 @@ def check_same_origin(knn: Stored, centroid: Stored, seeds: Stored) -> Provenanc
             f"knn_urls and centroid_urls of {one.seed_set!r} were made from different indices "
             f"({one.index} and {other.index}): materialize {older} again, it is the older one"
         )
-    return one
+    lower = min(one.settings["dedup_threshold"], other.settings["dedup_threshold"])
+    return replace(one, settings={**one.settings, "dedup_threshold": lower})
 
 
 def combine(knn: Stored, centroid: Stored, threshold: float, pictures: int) -> Combined:

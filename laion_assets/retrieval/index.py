@@ -70,16 +70,20 @@ class Index:
         """Inverted lists; 0 where the index has none (Flat, HNSW)."""
         return 0 if self._ivf is None else int(self._ivf.nlist)
 
-    def choose_nprobe(self, k: int) -> int | None:
-        """Lists to probe so that `k` rows can be found; None where there are no lists.
+    def nprobe_for(self, k: int, wanted: int | None = None) -> int | None:
+        """Return how many lists to probe to find k rows; None where there are no lists.
 
-        A stored nprobe is often 1, and a search returns what the probed lists hold: at the
+        A stored nprobe is often 1, and a search returns only what the probed lists hold: at the
         average list length, k rows need k / length lists, and good ones need several times that.
+
+        Args:
+            k: rows asked for.
+            wanted: a number of the user's own; more than there are lists means all of them.
         """
         if self._ivf is None:
             return None
         enough = -(-CANDIDATES_PER_RESULT * k * self.nlist // max(self.rows, 1))
-        return min(max(MIN_NPROBE, enough), self.nlist)
+        return min(wanted or max(MIN_NPROBE, enough), self.nlist)
 
     def search(self, queries: Floats, k: int, nprobe: int | None) -> Hits:
         """Find the k rows with the largest inner product with each query.

@@ -114,7 +114,7 @@ def retrieve(
             f"the seeds have {queries.shape[1]} dimensions, the index has {index.dimension}: embed the "
             "seeds with the model the index was made with"
         )
-    nprobe = request.nprobe or index.choose_nprobe(request.k)
+    nprobe = index.nprobe_for(request.k, request.nprobe)
     funnel = Funnel()
     lists = np.empty(0, np.int64)
 
