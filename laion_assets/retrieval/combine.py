@@ -9,7 +9,7 @@ What must not live here: how tables are stored.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
@@ -21,8 +21,9 @@ from numpy.typing import NDArray
 from laion_assets.retrieval.arrays import Bytes, Floats, Ids
 from laion_assets.retrieval.errors import InputError
 from laion_assets.retrieval.index import Decoder
-from laion_assets.retrieval.near_duplicates import components, joined, unit
+from laion_assets.retrieval.near_duplicates import components, joined
 from laion_assets.retrieval.tables import Provenance, Table, decoder_bytes
+from laion_assets.retrieval.vectors import Coded
 
 STRATEGIES = ("knn", "centroid")  # in the order in which ties are settled
 
@@ -135,7 +136,7 @@ def combine(knn: Stored, centroid: Stored, threshold: float, pictures: int) -> C
     labels = _same_url(knn, centroid, representative)
     distinct_urls = len(np.unique(labels))
     decode = _decoder(knn, centroid).decode
-    labels = _united(labels, components(_Coded(rows.codes[representative], decode), threshold))
+    labels = _united(labels, components(Coded(rows.codes[representative], decode), threshold))
 
     stays = np.flatnonzero(labels == np.arange(len(labels)))
     found_by = np.zeros(len(labels), np.int8)
@@ -155,20 +156,6 @@ def combine(knn: Stored, centroid: Stored, threshold: float, pictures: int) -> C
     schema = _schema(knn.schema)
     batches = _written_out(knn, centroid, rows, kept, found_by[stays], schema, pictures)
     return Combined(Table(schema, batches), funnel)
-
-
-class _Coded:
-    """Unit vectors that are decoded when they are looked at."""
-
-    def __init__(self, codes: Bytes, decode: Callable[[Bytes], Floats]) -> None:
-        self._codes = codes
-        self._decode = decode
-
-    def __len__(self) -> int:
-        return len(self._codes)
-
-    def __getitem__(self, rows: slice | Ids) -> Floats:
-        return unit(self._decode(self._codes[rows]))
 
 
 def _read_numbers(knn: Stored, centroid: Stored) -> _Rows:

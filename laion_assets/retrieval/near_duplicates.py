@@ -26,15 +26,6 @@ class Vectors(Protocol):
         """Return (m, d) float32 unit rows."""
 
 
-def unit(vectors: Floats) -> Floats:
-    """Scale rows to length 1; zero and non-finite rows become zero, which is like nothing."""
-    with np.errstate(invalid="ignore", over="ignore"):
-        norms = np.linalg.norm(vectors, axis=1, keepdims=True)
-        good = np.isfinite(norms) & (norms > 0)
-        scaled: Floats = np.where(good, vectors / np.where(good, norms, 1), 0).astype(np.float32)
-    return scaled
-
-
 def components(vectors: Vectors, threshold: float) -> Ids:
     """Label each row with the lowest row of its component.
 

@@ -19,8 +19,9 @@ from laion_assets.retrieval.arrays import Bytes, Floats, Ids
 from laion_assets.retrieval.errors import InputError
 from laion_assets.retrieval.index import Hits, Index
 from laion_assets.retrieval.metadata import THUMBNAIL_COLUMN, Metadata
-from laion_assets.retrieval.near_duplicates import components, unit
+from laion_assets.retrieval.near_duplicates import components
 from laion_assets.retrieval.tables import Table, decoder_footer
+from laion_assets.retrieval.vectors import Coded
 
 ROWS_AT_ONCE = 1 << 18  # results held in memory at a time, unless one query alone asks for more
 PICTURES = 48  # thumbnails that travel with a table
@@ -180,7 +181,7 @@ def _kept(
     funnel.near_duplicates += len(received) - len(usable)  # the same id twice
     covered = usable[metadata.covers(ids[usable])]
     funnel.without_url += len(usable) - len(covered)
-    labels = components(unit(decode(hits.codes[row, covered])), request.dedup_threshold)
+    labels = components(Coded(hits.codes[row, covered], decode), request.dedup_threshold)
     kept: Ids = covered[labels == np.arange(len(labels))]
     funnel.near_duplicates += len(covered) - len(kept)
     return kept

@@ -26,7 +26,7 @@ import pyarrow.parquet as pq
 from laion_assets.retrieval.arrays import Floats
 from laion_assets.retrieval.checksums import checksum_text
 from laion_assets.retrieval.errors import InputError
-from laion_assets.retrieval.near_duplicates import unit
+from laion_assets.retrieval.vectors import unit
 
 EMBEDDING_COLUMNS = ("embedding", "image_embedding", "img_emb", "vector")
 CARRIED_COLUMNS = {"url": pa.string(), "caption": pa.string(), "thumbnail": pa.binary()}
