@@ -103,15 +103,15 @@ class ParquetIOManager(dg.IOManager):
         started = time.monotonic()
         with as_failures():
             rows, preview = write_table(obj.table, uri)
-        schema = obj.table.schema
+        stored = StoredTable(uri)
         context.add_output_metadata(
             {
                 "dagster/partition_row_count": rows,
                 "dagster/uri": uri,
-                "dagster/column_schema": column_schema(schema),
+                "dagster/column_schema": column_schema(stored.schema),
                 "seconds": round(time.monotonic() - started, 2),
-                **obj.report(StoredTable(uri)),
-                "first rows": preview_table(preview, schema),
+                **obj.report(stored),
+                "first rows": preview_table(preview, stored.schema),
             }
         )
 

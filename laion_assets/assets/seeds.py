@@ -15,6 +15,7 @@ from laion_assets.io_managers import StoredTable, TableOutput
 from laion_assets.partitions import seed_sets
 from laion_assets.presentation import as_markdown, draw, strip
 from laion_assets.resources import SeedFolder
+from laion_assets.retrieval.errors import InputError
 from laion_assets.retrieval.seeds import centroid, embeddings_of
 from laion_assets.retrieval.tables import Provenance, Table
 
@@ -42,11 +43,13 @@ def seed_embeddings(
     The data version is the fingerprint of the files, by which the sensor knows what was done.
     """
     with as_failures():
+        if not context.has_partition_key:
+            raise InputError("no seed set was chosen: launch the run for a partition, each is a seed set")
         seed_set = seeds.find(context.partition_key)
         found = seeds.read(seed_set)
     count, dimension = found.embeddings.shape
     context.log.info(f"{count:,} seeds of {dimension} dimensions from {len(seed_set.files)} files")
-    provenance = Provenance.now(seed_set.name, seed_set.fingerprint, None, {}, context.run_id)
+    provenance = Provenance.now(seed_set.name, seed_set.fingerprint, None, {}, context.run.run_id)
     rows = found.to_table()
 
     def report(stored: StoredTable) -> Mapping[str, Any]:
@@ -76,7 +79,7 @@ def centroid_vector(
     context.log.info(f"the mean of {len(embeddings):,} seeds has length {length:.3f}")
     vector = pa.FixedSizeListArray.from_arrays(pa.array(mean), len(mean))
     row = pa.table({"embedding": vector, "norm_of_mean": [length], "seeds": [len(embeddings)]})
-    provenance = Provenance.now(origin.seed_set, origin.seeds, None, {}, context.run_id)
+    provenance = Provenance.now(origin.seed_set, origin.seeds, None, {}, context.run.run_id)
     return dg.MaterializeResult(
         value=TableOutput(
             Table(row.schema, row.to_batches(), provenance.to_footer),

@@ -103,7 +103,7 @@ def _retrieved(
             origin.seeds,
             opened.manifest.fingerprint,
             {**settings.values(), "nprobe": found.nprobe, "origins": dict(settings.origins)},
-            context.run_id,
+            context.run.run_id,
         )
         context.log.info(
             f"looking for {k:,} images around {'each of ' if per_seed else ''}{len(queries):,} "
@@ -161,7 +161,7 @@ def combined_urls(
         f"{funnel.kept:,} kept"
     )
     provenance = Provenance.now(
-        origin.seed_set, origin.seeds, origin.index, origin.settings, context.run_id
+        origin.seed_set, origin.seeds, origin.index, origin.settings, context.run.run_id
     )
 
     written: list[StoredTable] = []
