@@ -1,9 +1,29 @@
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
+import dagster as dg
 import pytest
 
+from laion_assets.definitions import JOB, build_defs
 from laion_assets.demo.build import DemoReport, build_demo
+
+REPOSITORY = Path(__file__).parents[1]
+
+
+@pytest.fixture(scope="session", autouse=True)
+def nothing_from_outside() -> Iterator[None]:
+    """Settings and places of whoever runs the tests play no part in them."""
+    with pytest.MonkeyPatch.context() as patch:
+        for name in os.environ:
+            if name.startswith(("LAION_", "DAGSTER_", "KUBERNETES_SERVICE_")):
+                patch.delenv(name)
+        patch.setenv("DAGSTER_DISABLE_TELEMETRY", "1")
+        yield
 
 
 @dataclass(frozen=True)
@@ -20,3 +40,75 @@ def demo(tmp_path_factory: pytest.TempPathFactory) -> Demo:
     root = tmp_path_factory.mktemp("demo")
     index, seeds = root / "index", root / "seeds"
     return Demo(index, seeds, build_demo(index, seeds))
+
+
+class Project:
+    """The code location on an index and seeds of one's own, and an instance that keeps its history."""
+
+    def __init__(self, root: Path, index: Path, instance: dg.DagsterInstance, **more: str) -> None:
+        self.instance = instance
+        self.seeds, self.cache, self.output = root / "seeds", root / "cache", root / "output"
+        self.seeds.mkdir(exist_ok=True)
+        environment = {
+            "LAION_INDEX_URI": str(index),
+            "LAION_SEEDS_URI": str(self.seeds),
+            "LAION_CACHE_DIR": str(self.cache),
+            "LAION_OUTPUT_URI": str(self.output),
+        } | more
+        self.defs = build_defs(environment)
+        self.job = self.defs.resolve_job_def(JOB)
+
+    def run(self, seed_set: str | None, *assets: str, **settings: Any) -> dg.ExecuteInProcessResult:
+        """Run the job, or only some of its assets; settings as they are given in the Launchpad."""
+        if seed_set is not None:
+            self.instance.add_dynamic_partitions("seed_sets", [seed_set])
+        return self.job.execute_in_process(
+            partition_key=seed_set,
+            instance=self.instance,
+            asset_selection=[dg.AssetKey(name) for name in assets] or None,
+            run_config={"resources": {"retrieval_config": {"config": settings}}},
+            raise_on_error=False,
+        )
+
+    def table(self, asset: str, seed_set: str) -> Path:
+        return self.output / asset / f"{seed_set}.parquet"
+
+
+def reported(result: dg.ExecuteInProcessResult, asset: str) -> dict[str, Any]:
+    """What a materialization tells the UI, as plain values."""
+    (event,) = result.asset_materializations_for_node(asset)
+    return {name: value.value for name, value in event.metadata.items()}
+
+
+def failures(result: dg.ExecuteInProcessResult) -> dict[str, str]:
+    """The failed steps, and the sentence that the UI shows for each."""
+    found = {}
+    for event in result.filter_events(lambda event: event.is_step_failure):
+        failure = event.step_failure_data
+        told = failure.user_failure_data and failure.user_failure_data.description
+        found[event.step_key] = told or f"no sentence, but {failure.error_display_string}"
+    return found
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    """Every file under a folder by its relative path, hidden ones too."""
+    files = (path for path in folder.rglob("*") if path.is_file())
+    return {str(path.relative_to(folder)): path.read_bytes() for path in files}
+
+
+@contextmanager
+def new_project(root: Path, index: Path, seeds: Path | None = None, **more: str) -> Iterator[Project]:
+    """A project in a folder, with a copy of some seed sets; `more` is added to its environment."""
+    (root / "dagster").mkdir()
+    with dg.DagsterInstance.local_temp(str(root / "dagster")) as instance:
+        made = Project(root, index, instance, **more)
+        if seeds:
+            shutil.copytree(seeds, made.seeds, dirs_exist_ok=True)
+        yield made
+
+
+@pytest.fixture
+def project(demo: Demo, tmp_path: Path) -> Iterator[Project]:
+    """A project on the demo's index, with the demo's seed sets."""
+    with new_project(tmp_path, demo.index, demo.seeds) as made:
+        yield made
