@@ -19,10 +19,13 @@ from laion_assets.partitions import seed_sets
 from laion_assets.presentation import as_markdown, draw, links, save_png, strip
 from laion_assets.resources import LaionIndex, RetrievalConfig, Settings
 from laion_assets.retrieval.combine import check_same_origin, combine
+from laion_assets.retrieval.index import FURTHER
 from laion_assets.retrieval.progress import Progress
-from laion_assets.retrieval.retrieve import PICTURES, Funnel, Request, retrieve
+from laion_assets.retrieval.retrieve import PICTURES, Funnel, Request, Retrieval, retrieve
 from laion_assets.retrieval.seeds import embeddings_of
 from laion_assets.retrieval.tables import Provenance, Table
+
+LOW_RECALL = 0.9
 
 Outputs = Iterator[dg.MaterializeResult[TableOutput]]
 
@@ -118,11 +121,19 @@ def _retrieved(
         def report(stored: StoredTable) -> Mapping[str, Any]:
             progress.close()
             context.log.info(_sentence(found.funnel))
+            if found.funnel.received < found.funnel.requested:
+                context.log.warning(_shortfall(found))
+            if found.recall < LOW_RECALL:
+                context.log.warning(
+                    f"probing {FURTHER} times the lists would replace {1 - found.recall:.0%} of the "
+                    f"images found: set nprobe above {found.nprobe}"
+                )
             title = "around each seed" if per_seed else "around the centroid"
             sheet = draw([strip(stored, title, found.funnel.sentence())])
             return {
                 **asdict(found.funnel),
                 "yield": round(found.funnel.yielded, 4),
+                "recall of nprobe": round(found.recall, 4),
                 "settings": _settings(settings, found.nprobe),
                 "index fingerprint": opened.manifest.fingerprint,
                 "seeds fingerprint": origin.seeds,
@@ -193,6 +204,12 @@ def combined_urls(
     table = Table(combined.table.schema, combined.table.batches, provenance.to_footer)
     yield dg.MaterializeResult(value=TableOutput(table, report))
     yield one_row_per_image(written[0])
+
+
+def _shortfall(found: Retrieval) -> str:
+    missing = found.funnel.requested - found.funnel.received
+    remedy = "ask for fewer images" if found.nprobe is None else "set a higher nprobe, or ask for fewer"
+    return f"the index returned {missing:,} fewer than requested (nprobe {found.nprobe}): {remedy}"
 
 
 def _found(table: StoredTable) -> str:

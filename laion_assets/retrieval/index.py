@@ -20,6 +20,8 @@ from laion_assets.retrieval.console import silent_stdout
 from laion_assets.retrieval.errors import InputError
 
 MIN_NPROBE = 64
+ROUNDING = 1e-6  # scores of the same row in two scans differ by less
+FURTHER = 4  # how many times the lists a check of the recall looks into
 CANDIDATES_PER_RESULT = 4  # rows in the probed lists for each row asked for
 
 
@@ -37,6 +39,10 @@ class Hits:
     ids: Ids
     similarity: Floats
     codes: Bytes
+
+    def first(self, queries: int) -> Hits:
+        """Return what the first queries found."""
+        return Hits(self.ids[:queries], self.similarity[:queries], self.codes[:queries])
 
 
 class Index:
@@ -107,6 +113,31 @@ class Index:
                 flat = self._index.sa_decode(codes.reshape(-1, codes.shape[-1]))
                 codes = flat.reshape(*ids.shape, self.dimension).view(np.uint8)
         return _in_order(ids, similarity, codes)
+
+    def recall(self, queries: Floats, hits: Hits, nprobe: int | None) -> float:
+        """Measure which share of what the queries found is also found when probing further.
+
+        The same queries at `FURTHER` times the lists: of the rows received, those that no other row
+        pushes out count. Cheap, because only rows better than the worst received are collected.
+
+        Args:
+            queries: (q, dimension) float32.
+            hits: what `search` found for them.
+            nprobe: the lists that were probed for it.
+        """
+        if self._ivf is None or nprobe is None or nprobe >= self.nlist or not (hits.ids >= 0).any():
+            return 1.0
+        parameters = self._parameters(FURTHER * nprobe)
+        stayed = received = 0
+        for query, ids, similarity in zip(queries, hits.ids, hits.similarity, strict=True):
+            found = similarity[ids >= 0]
+            transformed = self._transformed(query[None].astype(np.float32))
+            worst = float(found[-1]) - ROUNDING  # so that everything found is among `further`
+            _, further, _ = self._ivf.range_search(transformed, worst, params=parameters)
+            best = -np.partition(-further, len(found) - 1)[len(found) - 1]
+            stayed += int((found >= best - ROUNDING).sum())
+            received += len(found)
+        return stayed / received
 
     @property
     def code_size(self) -> int:

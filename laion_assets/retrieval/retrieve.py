@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import numpy as np
 import pyarrow as pa
@@ -24,6 +24,7 @@ from laion_assets.retrieval.tables import Table, decoder_footer
 from laion_assets.retrieval.vectors import Coded
 
 ROWS_AT_ONCE = 1 << 18  # results held in memory at a time, unless one query alone asks for more
+CHECKED_QUERIES = 16  # whose recall is measured
 PICTURES = 48  # thumbnails that travel with a table
 
 
@@ -63,26 +64,6 @@ class Funnel:
         return self.kept / self.requested if self.requested else 0.0
 
 
-@dataclass
-class Retrieval:
-    """A table of images and the figures that go with it."""
-
-    table: Table
-    nprobe: int | None
-    funnel: Funnel
-
-
-@dataclass
-class _Found:
-    """The kept rows of one batch of queries."""
-
-    ids: list[Ids] = field(default_factory=list)
-    similarity: list[Floats] = field(default_factory=list)
-    rank: list[Ids] = field(default_factory=list)
-    query: list[Ids] = field(default_factory=list)
-    codes: list[Bytes] = field(default_factory=list)
-
-
 def retrieve(
     index: Index,
     metadata: Metadata,
@@ -102,115 +83,130 @@ def retrieve(
         per_seed: whether the table names the query of each row in a column `seed`.
         progress: called with the number of queries done since the last call.
 
-    Returns:
-        A table with id, url, caption, similarity, rank, (seed,) code and what else travels, in
-        order of query and rank; the work is done while its batches are read.
-
     Raises:
         InputError: the queries have another dimension than the index.
-
     """
     if queries.shape[1] != index.dimension:
         raise InputError(
             f"the seeds have {queries.shape[1]} dimensions, the index has {index.dimension}: embed the "
             "seeds with the model the index was made with"
         )
-    nprobe = index.nprobe_for(request.k, request.nprobe)
-    funnel = Funnel()
-    lists = np.empty(0, np.int64)
-
-    def batches() -> Iterator[pa.RecordBatch]:
-        nonlocal lists
-        step = max(1, ROWS_AT_ONCE // request.k)
-        for first in range(0, len(queries), step):
-            some = queries[first : first + step]
-            found = _search(index, metadata, some, first, request, nprobe, funnel)
-            rows = _with_metadata(metadata, found, per_seed, len(queries), funnel)
-            lists = np.union1d(lists, index.lists_of(np.concatenate(found.codes)))
-            yield from rows.to_batches(max_chunksize=1 << 16)
-            progress(len(some))
-
-    def footer() -> dict[str, str]:
-        return decoder_footer(index.decoder(lists).to_bytes())
-
-    schema = _schema(metadata, index.code_size, per_seed)
-    return Retrieval(Table(schema, batches(), footer), nprobe, funnel)
+    return Retrieval(index, metadata, queries, request, per_seed, progress)
 
 
-def _search(
-    index: Index,
-    metadata: Metadata,
-    queries: Floats,
-    first: int,
-    request: Request,
-    nprobe: int | None,
-    funnel: Funnel,
-) -> _Found:
-    hits = index.search(queries, request.k, nprobe)
-    decoder = index.decoder()
-    found = _Found()
-    for row in range(len(queries)):
-        kept = _kept(hits, row, metadata, request, funnel, decode=decoder.decode)
-        found.ids.append(hits.ids[row, kept])
-        found.similarity.append(hits.similarity[row, kept])
-        found.rank.append(kept + 1)
-        found.query.append(np.full(len(kept), first + row))
-        found.codes.append(hits.codes[row, kept])
-    funnel.requested += request.k * len(queries)
-    return found
+class Retrieval:
+    """A table of images, found while it is read, and the figures that go with it.
 
-
-def _kept(
-    hits: Hits,
-    row: int,
-    metadata: Metadata,
-    request: Request,
-    funnel: Funnel,
-    decode: Callable[[Bytes], Floats],
-) -> Ids:
-    """Return the places of one query's results that stay.
-
-    A row without metadata has no URL to give: it goes first, so that it never displaces its
-    near-duplicate that has one.
+    Attributes:
+        table: id, url, caption, similarity, rank, (seed,) what else travels, and code; in order of
+            query and rank. To be read once.
+        nprobe: inverted lists probed; None where the index has none.
+        funnel: complete once the table was read.
+        recall: share of a sample's results that stays when many more lists are probed; NaN before the
+            table was read.
     """
-    ids = hits.ids[row]
-    received = np.flatnonzero(ids >= 0)
-    funnel.received += len(received)
-    _, first_place = np.unique(ids[received], return_index=True)
-    usable = received[np.sort(first_place)]
-    funnel.near_duplicates += len(received) - len(usable)  # the same id twice
-    covered = usable[metadata.covers(ids[usable])]
-    funnel.without_url += len(usable) - len(covered)
-    labels = components(Coded(hits.codes[row, covered], decode), request.dedup_threshold)
-    kept: Ids = covered[labels == np.arange(len(labels))]
-    funnel.near_duplicates += len(covered) - len(kept)
-    return kept
 
+    def __init__(
+        self,
+        index: Index,
+        metadata: Metadata,
+        queries: Floats,
+        request: Request,
+        per_seed: bool,
+        progress: Callable[[int], None],
+    ) -> None:
+        self._index = index
+        self._decode = index.decoder().decode
+        self._metadata = metadata
+        self._queries = queries
+        self._request = request
+        self._progress = progress
+        self._lists = np.empty(0, np.int64)
+        self._schema = _schema(metadata, index.code_size, per_seed)
+        self.nprobe = index.nprobe_for(request.k, request.nprobe)
+        self.funnel = Funnel()
+        self.recall = math.nan
+        self.table = Table(self._schema, self._batches(), self._footer)
 
-def _with_metadata(
-    metadata: Metadata, found: _Found, per_seed: bool, queries: int, funnel: Funnel
-) -> pa.Table:
-    ids = np.concatenate(found.ids)
-    query = np.concatenate(found.query)
-    codes = np.concatenate(found.codes)
-    columns = metadata.take(ids)
-    rows = pa.table(
-        {
-            "id": ids,
-            "url": columns["url"],
-            "caption": columns["caption"],
-            "similarity": np.concatenate(found.similarity),
-            "rank": np.concatenate(found.rank).astype(np.int32),
+    def _batches(self) -> Iterator[pa.RecordBatch]:
+        at_once = max(1, ROWS_AT_ONCE // self._request.k)
+        for first in range(0, len(self._queries), at_once):
+            some = self._queries[first : first + at_once]
+            hits = self._index.search(some, self._request.k, self.nprobe)
+            self.funnel.requested += self._request.k * len(some)
+            if first == 0:
+                sample = hits.first(CHECKED_QUERIES)
+                self.recall = self._index.recall(some[:CHECKED_QUERIES], sample, self.nprobe)
+            yield from self._with_metadata(self._kept_rows(hits, first)).to_batches(1 << 16)
+            self._progress(len(some))
+
+    def _footer(self) -> dict[str, str]:
+        return decoder_footer(self._index.decoder(self._lists).to_bytes())
+
+    def _kept_rows(self, hits: Hits, first: int) -> _Kept:
+        """Return what stays of a batch of queries, the first of which has number `first`."""
+        places = [self._kept_places(ids, codes) for ids, codes in zip(hits.ids, hits.codes, strict=True)]
+        row = np.repeat(np.arange(len(places)), [len(kept) for kept in places])
+        place = np.concatenate(places)
+        codes = hits.codes[row, place]
+        self._lists = np.union1d(self._lists, self._index.lists_of(codes))
+        return _Kept(hits.ids[row, place], hits.similarity[row, place], place + 1, row + first, codes)
+
+    def _kept_places(self, ids: Ids, codes: Bytes) -> Ids:
+        """Return the places of one query's results that stay.
+
+        A row without metadata has no URL to give: it goes first, so that it never displaces its
+        near-duplicate that has one.
+        """
+        received = np.flatnonzero(ids >= 0)
+        _, first_place = np.unique(ids[received], return_index=True)
+        distinct = received[np.sort(first_place)]
+        covered = distinct[self._metadata.covers(ids[distinct])]
+        labels = components(Coded(codes[covered], self._decode), self._request.dedup_threshold)
+        kept: Ids = covered[labels == np.arange(len(labels))]
+        self.funnel.received += len(received)
+        self.funnel.without_url += len(distinct) - len(covered)
+        self.funnel.near_duplicates += len(received) - len(distinct) + len(covered) - len(kept)
+        return kept
+
+    def _with_metadata(self, kept: _Kept) -> pa.Table:
+        columns = self._metadata.take(kept.ids)
+        found = {name: columns[name] for name in columns.column_names} | {
+            "id": kept.ids,
+            "similarity": kept.similarity,
+            "rank": kept.rank.astype(np.int32),
+            "seed": kept.query.astype(np.int32),
+            "code": _fixed_size_binary(kept.codes),
         }
-        | ({"seed": query.astype(np.int32)} if per_seed else {})
-        | {name: columns[name] for name in columns.column_names[2:]}
-        | _thumbnails(metadata, ids, query, queries)
-        | {"code": _fixed_size_binary(codes)}
-    ).cast(_schema(metadata, codes.shape[1], per_seed))
-    with_url = rows.filter(pc.greater(pc.binary_length(rows["url"]), 0))
-    funnel.without_url += len(rows) - len(with_url)
-    funnel.kept += len(with_url)
-    return with_url
+        if THUMBNAIL_COLUMN in self._schema.names:
+            found[THUMBNAIL_COLUMN] = self._thumbnails(kept)
+        rows = pa.table({name: found[name] for name in self._schema.names}, schema=self._schema)
+        with_url = rows.filter(pc.greater(pc.binary_length(rows["url"]), 0))
+        self.funnel.without_url += len(rows) - len(with_url)
+        self.funnel.kept += len(with_url)
+        return with_url
+
+    def _thumbnails(self, kept: _Kept) -> pa.ChunkedArray:
+        """Pictures of the first rows of the first queries, null for all others."""
+        each = math.ceil(PICTURES / min(len(self._queries), PICTURES))
+        starts = np.flatnonzero(np.diff(kept.query, prepend=-1))
+        lengths = np.diff(starts, append=len(kept.query))
+        place = np.arange(len(kept.query)) - np.repeat(starts, lengths)
+        shown = (kept.query < PICTURES) & (place < each)
+        pictures = self._metadata.take(kept.ids[shown], [THUMBNAIL_COLUMN])[THUMBNAIL_COLUMN]
+        slot = np.cumsum(shown) - 1
+        return pictures.take(pa.array(slot, mask=~shown))
+
+
+@dataclass(frozen=True)
+class _Kept:
+    """The rows that stay of a batch of queries, all of length n, in order of query and rank."""
+
+    ids: Ids
+    similarity: Floats
+    rank: Ids
+    query: Ids
+    codes: Bytes
 
 
 def _schema(metadata: Metadata, code_size: int, per_seed: bool) -> pa.Schema:
@@ -229,19 +225,6 @@ def _schema(metadata: Metadata, code_size: int, per_seed: bool) -> pa.Schema:
         | ({THUMBNAIL_COLUMN: pa.binary()} if THUMBNAIL_COLUMN in theirs else {})
         | {"code": pa.binary(code_size)}
     )
-
-
-def _thumbnails(metadata: Metadata, ids: Ids, query: Ids, queries: int) -> dict[str, pa.Array]:
-    """Pictures of the first rows of the first queries, null for all others."""
-    if THUMBNAIL_COLUMN not in metadata.schema.names:
-        return {}
-    each = math.ceil(PICTURES / min(queries, PICTURES))
-    starts = np.flatnonzero(np.diff(query, prepend=-1))
-    place = np.arange(len(query)) - np.repeat(starts, np.diff(starts, append=len(query)))
-    shown = (query < PICTURES) & (place < each)
-    pictures = metadata.take(ids[shown], [THUMBNAIL_COLUMN])[THUMBNAIL_COLUMN]
-    slot = np.where(shown, np.cumsum(shown) - 1, -1)
-    return {THUMBNAIL_COLUMN: pictures.take(pa.array(slot, mask=~shown))}
 
 
 def _fixed_size_binary(codes: Bytes) -> pa.Array:
