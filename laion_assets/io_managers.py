@@ -8,6 +8,7 @@ Dagster's concept: https://docs.dagster.io/guides/build/io-managers
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -26,6 +27,7 @@ from laion_assets.retrieval.tables import DESCRIPTIONS, Table
 
 PREVIEW_ROWS = 10
 PREVIEW_TEXT = 120  # characters; the event log holds every preview for ever
+CANNOT_WRITE = {errno.EROFS, errno.ENOTDIR, errno.EEXIST, errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 MAX_FOOTER_TEXT = 1 << 30  # a decoder may be larger than the 100 MB that Arrow allows by default
 
 
@@ -158,13 +160,12 @@ def _new_file(uri: str) -> Iterator[BinaryIO]:
         else:
             with _new_object(fs, path) as sink:
                 yield sink
-    except PermissionError as error:
+    except OSError as error:
+        if not isinstance(error, PermissionError) and error.errno not in CANNOT_WRITE:
+            raise
         raise InputError(
-            f"cannot write {uri} ({error.strerror}): set LAION_OUTPUT_URI to a place you can write to"
-        ) from error
-    except (NotADirectoryError, FileExistsError) as error:
-        raise InputError(
-            f"cannot write {uri}: {error.filename} is not a folder; set LAION_OUTPUT_URI to a folder"
+            f"cannot write {uri} ({error.strerror or error}): set LAION_OUTPUT_URI to a folder with room "
+            "that you can write to"
         ) from error
 
 
@@ -184,15 +185,9 @@ def _new_local_file(path: Path) -> Iterator[BinaryIO]:
 
 @contextlib.contextmanager
 def _new_object(fs: Any, path: str) -> Iterator[BinaryIO]:
-    """One upload, which makes an object only when it is closed."""
-    sink = fs.open(path, "wb", autocommit=False)
-    try:
+    """One upload, which makes an object only when the block ends well."""
+    with fs.transaction, fs.open(path, "wb") as sink:
         yield sink
-        sink.close()
-        sink.commit()
-    except BaseException:
-        sink.discard()
-        raise
 
 
 def column_schema(schema: pa.Schema) -> dg.TableSchema:
