@@ -11,7 +11,7 @@ import difflib
 import hashlib
 import io
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import PurePosixPath
@@ -158,15 +158,15 @@ def read_seeds(uri: str, seed_set: SeedSet) -> Seeds:
     """
     fs, _ = fsspec.url_to_fs(uri)
     problems: list[str] = []
-    parts: list[tuple[Floats, pa.Table]] = []
+    parts: dict[str, tuple[Floats, pa.Table]] = {}
     for file in seed_set.files:
         where = f"{seed_set.name}/{file.name}"
         try:
             raw, columns = READERS[PurePosixPath(file.name).suffix](_content(fs, file))
-            parts.append((_checked(raw), _labelled(columns, file.name, len(raw))))
+            parts[where] = _checked(raw), _labelled(columns, file.name, len(raw))
         except _BadSeedsError as bad:
             problems += [f"{where}{problem}" for problem in bad.problems]
-    problems += _differing_dimensions(seed_set, parts) if not problems else []
+    problems += _differing_dimensions({where: vectors for where, (vectors, _) in parts.items()})
     if problems:
         more = len(problems) - PROBLEMS_SHOWN
         listed = problems[:PROBLEMS_SHOWN] + ([f"and {more} more"] if more > 0 else [])
@@ -174,8 +174,8 @@ def read_seeds(uri: str, seed_set: SeedSet) -> Seeds:
             f"seed set {seed_set.name!r} cannot be used; mend or remove: " + "; ".join(listed)
         )
     return Seeds(
-        unit(np.concatenate([vectors for vectors, _ in parts])),
-        pa.concat_tables([columns for _, columns in parts], promote_options="default"),
+        unit(np.concatenate([vectors for vectors, _ in parts.values()])),
+        pa.concat_tables([columns for _, columns in parts.values()], promote_options="default"),
     )
 
 
@@ -217,36 +217,40 @@ def _content(fs: Any, file: SeedFile) -> bytes:
 def _read_npy(data: bytes) -> tuple[Any, dict[str, pa.ChunkedArray]]:
     """Read one vector or a matrix of them; pickled objects are never loaded."""
     try:
-        vectors = np.load(io.BytesIO(data), allow_pickle=False)
-    except (ValueError, EOFError, OSError) as error:
-        if "pickle" in str(error).lower():
+        vectors = np.lib.format.read_array(io.BytesIO(data), allow_pickle=False)
+    except Exception as error:  # a broken header raises whatever Python's tokenizer does
+        if "Object arrays" in str(error):
             raise _BadSeedsError(
                 " holds pickled objects, which are never loaded: save a plain array of numbers"
             ) from error
         raise _BadSeedsError(f" is not a whole .npy file ({_first_line(error)})") from error
-    if isinstance(vectors, np.ndarray):
-        return (vectors[None] if vectors.ndim == 1 else vectors), {}
-    raise _BadSeedsError(" holds several arrays: save one array in .npy format")
+    return (vectors[None] if vectors.ndim == 1 else vectors), {}
 
 
 def _read_parquet(data: bytes) -> tuple[Any, dict[str, pa.ChunkedArray]]:
     """Read a column of embeddings and the columns that are carried along."""
     try:
         table = pq.read_table(io.BytesIO(data))
-    except (pa.ArrowInvalid, OSError) as error:
+        names = table.column_names
+    except (pa.ArrowException, ValueError, OSError) as error:
         raise _BadSeedsError(f" is not a whole Parquet file ({_first_line(error)})") from error
-    column = next((name for name in EMBEDDING_COLUMNS if name in table.column_names), None)
+    column = next((name for name in EMBEDDING_COLUMNS if name in names), None)
     if column is None:
         raise _BadSeedsError(
             f" has no embedding column (looked for {', '.join(EMBEDDING_COLUMNS)}; found "
-            f"{', '.join(table.column_names)})"
+            f"{', '.join(names)})"
         )
     carried = {
-        name: table[name].cast(kind)
-        for name, kind in CARRIED_COLUMNS.items()
-        if name in table.column_names
+        name: _cast(table[name], name, kind) for name, kind in CARRIED_COLUMNS.items() if name in names
     }
     return _matrix(table[column]), carried
+
+
+def _cast(column: pa.ChunkedArray, name: str, kind: pa.DataType) -> pa.ChunkedArray:
+    try:
+        return column.cast(kind)
+    except pa.ArrowException as error:
+        raise _BadSeedsError(f" has a column {name!r} of type {column.type}, not {kind}") from error
 
 
 Reader = Callable[[bytes], tuple[Any, dict[str, pa.ChunkedArray]]]
@@ -273,11 +277,11 @@ def _matrix(column: pa.ChunkedArray) -> Any:
     flat = values.flatten()
     if flat.null_count:
         flat = flat.fill_null(float("nan"))
-    return flat.to_numpy(zero_copy_only=False).reshape(len(values), -1)
+    return flat.to_numpy(zero_copy_only=False).reshape(len(values), lengths[0] if len(values) else 0)
 
 
 def _checked(raw: Any) -> Floats:
-    """Return (n, d) float32; zero and non-finite rows are problems, not vectors."""
+    """Return (n, d) float32; rows without a direction are problems, not vectors."""
     if raw.dtype.kind != "f":
         raise _BadSeedsError(f" has dtype {raw.dtype}, not floating-point numbers")
     if raw.ndim != 2:
@@ -286,10 +290,11 @@ def _checked(raw: Any) -> Floats:
         raise _BadSeedsError(f" is empty (shape {raw.shape})")
     with np.errstate(over="ignore"):
         vectors: Floats = raw.astype(np.float32)
-    finite = np.isfinite(vectors).all(axis=1)
-    zero = ~vectors.any(axis=1)
-    problems = [f" row {row} holds NaN or infinite values" for row in np.flatnonzero(~finite)]
-    problems += [f" row {row} is all zeros" for row in np.flatnonzero(zero)]
+        lengths = np.linalg.norm(vectors, axis=1)
+    problems = [
+        f" row {row} holds NaN or infinite values" for row in np.flatnonzero(~np.isfinite(lengths))
+    ]
+    problems += [f" row {row} is all zeros" for row in np.flatnonzero(lengths == 0)]
     if problems:
         raise _BadSeedsError(*problems)
     return vectors
@@ -300,13 +305,12 @@ def _labelled(columns: Mapping[str, pa.ChunkedArray], name: str, rows: int) -> p
     return pa.table(where | dict(columns))
 
 
-def _differing_dimensions(seed_set: SeedSet, parts: Sequence[tuple[Floats, pa.Table]]) -> list[str]:
-    first = parts[0][0].shape[1]
+def _differing_dimensions(vectors_by_file: Mapping[str, Floats]) -> list[str]:
+    first = next(iter(vectors_by_file), "")
     return [
-        f"{seed_set.name}/{file.name} has {vectors.shape[1]} dimensions, "
-        f"{seed_set.files[0].name} has {first}"
-        for file, (vectors, _) in zip(seed_set.files, parts, strict=True)
-        if vectors.shape[1] != first
+        f"{file} has {vectors.shape[1]} dimensions, {first} has {vectors_by_file[first].shape[1]}"
+        for file, vectors in vectors_by_file.items()
+        if vectors.shape[1] != vectors_by_file[first].shape[1]
     ]
 
 
