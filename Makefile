@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: help demo dev test test-dev lint lock clean
+.PHONY: help demo dev test lint lock clean
 
 help: ## List the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -26,9 +26,6 @@ dev: $(READY) ## Start the Dagster UI on http://127.0.0.1:3000, on the same data
 
 test: $(READY) ## Run the tests
 	$(BIN)/python -m pytest
-
-test-dev: $(READY) ## Run the slower tests, with Dagster's real server and daemon
-	$(BIN)/python -m pytest -m dev
 
 lint: $(READY) ## Lint, check formatting and types
 	$(BIN)/ruff check .

@@ -28,14 +28,14 @@ class Seen:
     """What the cursor remembers of one seed set.
 
     Attributes:
-        fingerprint: at the last tick.
-        settled: the last fingerprint that was decided on: run, or found to be done already.
-        changes: how many fingerprints were decided on; it keeps run keys apart when a set changes back.
+        fingerprint: at the last tick; empty for a set that is gone.
+        settled: whether that was decided on: run, or found to be done already.
+        changes: how often was decided; it keeps run keys apart when a set changes back, or comes back.
 
     """
 
     fingerprint: str
-    settled: str | None = None
+    settled: bool = False
     changes: int = 0
 
 
@@ -72,22 +72,23 @@ def decide(
     A set must look the same at two ticks in a row before it is acted on: uploads take time.
 
     """
-    next_memory: dict[str, Seen] = {}
+    next_memory = {name: Seen("", changes=seen.changes) for name, seen in memory.items()}
     run: list[str] = []
     waiting: list[str] = []
     for name, fingerprint in present.items():
         seen = memory.get(name, Seen(""))
-        next_memory[name] = Seen(fingerprint, seen.settled, seen.changes)
         if fingerprint != seen.fingerprint:
+            next_memory[name] = Seen(fingerprint, changes=seen.changes)
             waiting.append(name)
-        elif fingerprint != seen.settled:
-            needs_run = done.get(name) != fingerprint
-            if needs_run and len(run) == at_most:
-                waiting.append(name)
-                continue
-            if needs_run:
-                run.append(name)
-            next_memory[name] = Seen(fingerprint, fingerprint, seen.changes + 1)
+            continue
+        needs_run = not seen.settled and done.get(name) != fingerprint
+        if needs_run and len(run) == at_most:
+            next_memory[name] = seen
+            waiting.append(name)
+            continue
+        if needs_run:
+            run.append(name)
+        next_memory[name] = Seen(fingerprint, True, seen.changes + (not seen.settled))
     return Decision(next_memory, tuple(run), tuple(waiting))
 
 

@@ -1,0 +1,178 @@
+"""What is found around a query, against brute force over the vectors as the index stores them."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import indices
+import numpy as np
+import pyarrow as pa
+import pyarrow.ipc
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from laion_assets.retrieval import retrieve as retrieve_module
+from laion_assets.retrieval.errors import InputError
+from laion_assets.retrieval.index import Decoder, Index
+from laion_assets.retrieval.metadata import Metadata
+from laion_assets.retrieval.retrieve import Request, Retrieval, retrieve
+from laion_assets.retrieval.tables import decoder_bytes
+from laion_assets.retrieval.vectors import unit
+
+ALL_LISTS = 1 << 20
+
+
+def brute_force(stored: np.ndarray, query: np.ndarray, k: int, threshold: float) -> list[tuple[int, int]]:
+    """The (rank, id) that stay of the k rows nearest to a query."""
+    scores = stored @ query
+    nearest = np.lexsort((np.arange(len(stored)), -scores))[:k]
+    rows = unit(stored[nearest])
+    linked = rows @ rows.T > np.float32(threshold)
+    label = np.arange(len(nearest))
+    while True:
+        lowest = np.array([min([label[i], *label[linked[i]]]) for i in range(len(label))], dtype=int)
+        if (lowest == label).all():
+            break
+        label = lowest
+    return [(i + 1, int(nearest[i])) for i in range(len(nearest)) if label[i] == i]
+
+
+def open_folder(folder: Path) -> tuple[Index, Metadata]:
+    files = sorted((folder / "metadata").iterdir())
+    return Index(*indices.index_paths(folder)), Metadata(files)
+
+
+def rows_of(found: Retrieval) -> pa.Table:
+    return pa.Table.from_batches(found.table.batches, found.table.schema)
+
+
+def ordered(table: pa.Table, query: int | None = None) -> list[tuple[int, int]]:
+    rows = table if query is None else table.filter(pa.compute.equal(table["seed"], query))
+    return list(zip(rows["rank"].to_pylist(), rows["id"].to_pylist(), strict=True))
+
+
+@pytest.mark.parametrize("k", [1, 40, 700])
+def test_the_demo_index_gives_what_brute_force_gives(demo, k) -> None:
+    index, metadata = open_folder(demo.index)
+    stored = indices.reconstructed(demo.index)
+    every = pa.concat_tables(
+        pa.ipc.open_file(pa.memory_map(str(path))).read_all()
+        for path in sorted((demo.index / "metadata").iterdir())
+    )
+    queries = unit(np.random.default_rng(k).standard_normal((5, index.dimension)).astype(np.float32))
+    queries[0] = unit(stored[:1])[0]
+    found = retrieve(index, metadata, queries, Request(k, 0.94, ALL_LISTS), per_seed=True)
+    table = rows_of(found)
+    for number, query in enumerate(queries):
+        ranks, ids = zip(*ordered(table, number), strict=True)
+        by_force_ranks, by_force = zip(*brute_force(stored, query, k, 0.94), strict=True)
+        # Rows whose scores differ by rounding alone may swap places; all else is the same.
+        np.testing.assert_allclose(stored[list(ids)] @ query, stored[list(by_force)] @ query, atol=2e-6)
+        assert len(set(ids) ^ set(by_force)) <= max(2, len(ids) // 50)  # of tied copies either may stay
+        assert np.abs(np.subtract(ranks, by_force_ranks)).max() <= 2
+    ids = table["id"].to_numpy()
+    expected = np.einsum("nd,nd->n", stored[ids], queries[table["seed"].to_numpy()])
+    np.testing.assert_allclose(table["similarity"].to_numpy(), expected, atol=2e-6)
+    for name in ("url", "caption"):
+        assert table[name].to_pylist() == every[name].take(pa.array(ids)).to_pylist()
+    decoder = Decoder.from_bytes(decoder_bytes(found.table.footer(), "here"))
+    codes = np.frombuffer(b"".join(table["code"].to_pylist()), np.uint8).reshape(len(table), -1)
+    np.testing.assert_allclose(decoder.decode(codes), stored[ids], atol=1e-6)
+    funnel = found.funnel
+    assert funnel.requested == funnel.received == 5 * k
+    assert funnel.kept == len(table) == funnel.received - funnel.near_duplicates
+    assert found.recall == 1.0
+
+
+def test_seeds_in_batches_find_what_they_find_alone(demo, monkeypatch) -> None:
+    index, metadata = open_folder(demo.index)
+    queries = unit(indices.reconstructed(demo.index)[::300])
+    whole = rows_of(retrieve(index, metadata, queries, Request(20, 0.94), per_seed=True))
+    monkeypatch.setattr(retrieve_module, "ROWS_AT_ONCE", 50)
+    batched = rows_of(retrieve(index, metadata, queries, Request(20, 0.94), per_seed=True))
+    assert [*zip(batched["seed"].to_pylist(), ordered(batched), strict=True)] == [
+        *zip(whole["seed"].to_pylist(), ordered(whole), strict=True)
+    ]
+
+
+@settings(deadline=None, max_examples=12)
+@given(seed=st.integers(0, 1 << 30), k=st.integers(1, 60), threshold=st.sampled_from([0.6, 0.94, 1.0]))
+@pytest.mark.parametrize("form", indices.FORMS)
+def test_every_form_of_index_gives_what_brute_force_gives(
+    tmp_path_factory, form, seed, k, threshold
+) -> None:
+    folder = tmp_path_factory.mktemp("index") / "index"
+    random = np.random.default_rng(seed)
+    indices.write_index(folder, indices.random_rows(random, 50), form)
+    indices.write_metadata(folder, pa.table({"url": [f"u{i}" for i in range(50)]}), files=3)
+    index, metadata = open_folder(folder)
+    stored = indices.reconstructed(folder)
+    query = indices.random_rows(random, 1)
+    found = retrieve(index, metadata, query, Request(k, threshold, ALL_LISTS), per_seed=False)
+    table = rows_of(found)
+    if form == "HNSW" or "fewer" in form:  # a graph search is approximate; so are scores there
+        assert set(table["id"].to_pylist()) <= set(range(50))
+        return
+    ranks, ids = zip(*brute_force(stored, query[0], k, threshold), strict=True)
+    if len(np.unique((stored @ query[0]).round(5))) == 50:  # no ties, which may fall either way
+        assert ordered(table) == [*zip(ranks, ids, strict=True)]
+    assert table["url"].to_pylist() == [f"u{i}" for i in table["id"].to_pylist()]
+
+
+def test_a_request_the_lists_cannot_fill_is_counted(demo) -> None:
+    index, metadata = open_folder(demo.index)
+    query = unit(indices.reconstructed(demo.index)[:1])
+    found = retrieve(index, metadata, query, Request(2000, 0.94, 1), per_seed=False)
+    rows_of(found)
+    assert 0 < found.funnel.received < found.funnel.requested == 2000
+    assert found.recall < 0.9
+
+
+def test_rows_without_metadata_or_url_are_counted_and_displace_nothing(tmp_path) -> None:
+    row = indices.random_rows(np.random.default_rng(1), 1)
+    indices.write_index(tmp_path, np.repeat(row, 6, axis=0), "Flat")
+    urls = pa.array(["", None, "c", "d"], pa.string())
+    indices.write_metadata(tmp_path, pa.table({"url": urls}))
+    index, metadata = open_folder(tmp_path)
+    found = retrieve(index, metadata, row, Request(6, 1.0), per_seed=False)
+    assert [r["url"] for r in rows_of(found).to_pylist()] == ["c", "d"]
+    assert (found.funnel.received, found.funnel.without_url, found.funnel.kept) == (6, 4, 2)
+
+
+def test_seeds_of_another_dimension_are_refused(demo) -> None:
+    index, metadata = open_folder(demo.index)
+    with pytest.raises(InputError, match="7 dimensions, the index has 256"):
+        retrieve(index, metadata, np.ones((1, 7), np.float32), Request(1, 0.94), per_seed=False)
+
+
+@pytest.mark.parametrize("form", [indices.MERGED, "single file", "Flat"])
+def test_a_truncated_index_is_an_error_and_not_the_end_of_the_process(tmp_path, form) -> None:
+    indices.write_index(tmp_path, indices.random_rows(np.random.default_rng(2), 400), form)
+    path, lists = indices.index_paths(tmp_path)
+    cut = lists or path
+    cut.write_bytes(cut.read_bytes()[: cut.stat().st_size // 2])
+    program = (
+        "import numpy as np, sys; from pathlib import Path\n"
+        "from laion_assets.retrieval.index import Index\n"
+        "index = Index(*(Path(p) for p in sys.argv[1:]))\n"
+        "index.search(np.ones((1, 16), np.float32), 400, 4)\n"
+    )
+    paths = [str(part) for part in (path, lists) if part]
+    done = subprocess.run([sys.executable, "-c", program, *paths], capture_output=True, text=True)
+    assert done.returncode == 1, done.stderr[-500:]
+    last = done.stderr.strip().splitlines()[-1]
+    assert "InputError" in last
+    assert str(cut) in last
+
+
+def test_a_truncated_metadata_file_is_named(tmp_path) -> None:
+    (path,) = indices.write_metadata(tmp_path, pa.table({"url": ["a"] * 100}))
+    path.write_bytes(path.read_bytes()[:-40])
+    with pytest.raises(InputError, match=path.name):
+        Metadata([path])
+
+
+def test_opening_an_index_prints_nothing(demo, capfd) -> None:
+    open_folder(demo.index)
+    assert capfd.readouterr() == ("", "")

@@ -1,0 +1,226 @@
+"""New seed data starts a run: once for each content, as soon as it has come to rest."""
+
+import itertools
+import shutil
+from pathlib import Path
+
+import dagster as dg
+import numpy as np
+import pytest
+from conftest import Project, failures, new_project
+from hypothesis import given
+from hypothesis import strategies as st
+
+from laion_assets.sensors import RUNS_PER_TICK, Seen, decide
+
+# --- the sensor, tick by tick ---------------------------------------------------------------------
+
+
+class Ticks:
+    """What Dagster's daemon does with a sensor: ticks, partitions, and no run key twice."""
+
+    def __init__(self, project: Project) -> None:
+        self.project = project
+        self.cursor: str | None = None
+        self.run_keys: list[str] = []
+        self.said = ""
+
+    def tick(self) -> list[str]:
+        """Evaluate the sensor once; return the seed sets for which a run is launched."""
+        repository = self.project.defs.get_repository_def()
+        context = dg.build_sensor_context(
+            self.project.instance,
+            self.cursor,
+            repository_def=repository,
+            resources={"seeds": repository.get_top_level_resources()["seeds"]},
+        )
+        with context:
+            seen = repository.get_sensor_def("seed_sets_sensor")(context)
+        if isinstance(seen, dg.SkipReason):
+            self.said = seen.skip_message or ""
+            return []
+        self.cursor, self.said = seen.cursor, getattr(seen.skip_reason, "skip_message", "") or ""
+        for request in seen.dynamic_partitions_requests or []:
+            self.project.instance.add_dynamic_partitions("seed_sets", list(request.partition_keys))
+        requests = seen.run_requests or []
+        launched = [request for request in requests if request.run_key not in self.run_keys]
+        self.run_keys += [request.run_key or "" for request in launched]
+        for request in launched:
+            assert self.project.instance.has_dynamic_partition("seed_sets", request.partition_key or "")
+        return [request.partition_key or "" for request in launched]
+
+    def tick_and_work(self) -> list[str]:
+        """Tick, and let the runs read their seeds."""
+        launched = self.tick()
+        for name in launched:
+            assert self.project.run(name, "seed_embeddings").success
+        return launched
+
+
+@pytest.fixture
+def ticks(tmp_path):
+    with new_project(tmp_path, tmp_path / "no index is needed") as project:
+        yield Ticks(project)
+
+
+def put(ticks: Ticks, name: str, number: int = 0, file: str = "a.npy") -> Path:
+    path = ticks.project.seeds / name / file
+    path.parent.mkdir(exist_ok=True)
+    np.save(path, np.eye(4, dtype=np.float32) + number)
+    return path
+
+
+def test_a_seed_set_is_run_once_for_each_content_it_has(ticks):
+    assert ticks.tick() == []
+    assert "0 seed sets" in ticks.said
+    put(ticks, "cats", 1)
+    assert ticks.tick() == []
+    assert "waiting for cats" in ticks.said
+    assert ticks.tick_and_work() == ["cats"]
+    assert [ticks.tick() for _ in range(3)] == [[]] * 3
+    assert "nothing new" in ticks.said
+    put(ticks, "cats", 2)
+    assert [ticks.tick_and_work() for _ in range(4)] == [[], ["cats"], [], []]
+    put(ticks, "cats", 1)
+    assert [ticks.tick_and_work() for _ in range(4)] == [[], ["cats"], [], []]
+    assert len(set(ticks.run_keys)) == 3
+    (ticks.project.seeds / "cats" / "a.npy").touch()  # written again with the same content
+    assert [ticks.tick() for _ in range(3)] == [[]] * 3
+
+
+def test_a_run_is_not_asked_for_again_while_it_is_under_way(ticks):
+    put(ticks, "cats")
+    assert [ticks.tick() for _ in range(5)] == [[], ["cats"], [], [], []]
+
+
+def test_what_the_command_line_has_run_already_becomes_a_partition_and_no_run(ticks):
+    put(ticks, "cats")
+    assert ticks.project.run("cats", "seed_embeddings").success
+    assert [ticks.tick() for _ in range(3)] == [[]] * 3
+    assert ticks.project.instance.get_dynamic_partitions("seed_sets") == ["cats"]
+    put(ticks, "cats", 2)
+    assert [ticks.tick_and_work() for _ in range(3)] == [[], ["cats"], []]
+
+
+def test_a_set_that_is_still_being_uploaded_is_waited_for(ticks):
+    for number in range(3):
+        put(ticks, "cats", number, f"{number}.npy")
+        assert ticks.tick() == []
+        assert "waiting for cats" in ticks.said
+        assert not ticks.project.instance.get_dynamic_partitions("seed_sets")
+    assert ticks.tick_and_work() == ["cats"]
+    assert ticks.tick() == []
+
+
+def test_a_broken_set_holds_up_no_other_and_runs_when_it_was_mended(ticks):
+    broken = put(ticks, "broken")
+    broken.write_bytes(b"no array")
+    put(ticks, "good")
+    (ticks.project.seeds / "empty").mkdir()
+    assert ticks.tick() == []
+    assert sorted(ticks.tick()) == ["broken", "good"]
+    assert "broken/a.npy" in failures(ticks.project.run("broken", "seed_embeddings"))["seed_embeddings"]
+    assert ticks.project.run("good", "seed_embeddings").success
+    assert [ticks.tick() for _ in range(3)] == [[]] * 3  # a failure is not tried again by itself
+    put(ticks, "broken", 5)
+    assert [ticks.tick_and_work() for _ in range(3)] == [[], ["broken"], []]
+
+
+def test_a_folder_whose_name_cannot_be_used_is_named_and_blocks_nothing(ticks):
+    for name in ("a..b", "what?", "good"):
+        put(ticks, name)
+    assert ticks.tick() == []
+    assert "'a..b'" in ticks.said
+    assert "'what?'" in ticks.said
+    assert "rename" in ticks.said
+    assert ticks.tick_and_work() == ["good"]
+    assert ticks.project.instance.get_dynamic_partitions("seed_sets") == ["good"]
+
+
+def test_many_sets_take_turns(ticks):
+    names = [f"set {number:02}" for number in range(2 * RUNS_PER_TICK + 1)]
+    for name in names:
+        put(ticks, name)
+    launched = [ticks.tick() for _ in range(5)]
+    assert [len(each) for each in launched] == [0, RUNS_PER_TICK, RUNS_PER_TICK, 1, 0]
+    assert sorted(itertools.chain(*launched)) == names
+
+
+def test_without_a_seeds_folder_the_sensor_says_which_setting_and_forgets_nothing(ticks):
+    put(ticks, "cats")
+    assert [ticks.tick_and_work() for _ in range(2)] == [[], ["cats"]]
+    away = ticks.project.seeds.rename(ticks.project.seeds.with_name("away"))
+    assert ticks.tick() == []
+    assert str(ticks.project.seeds) in ticks.said
+    assert "LAION_SEEDS_URI" in ticks.said
+    away.rename(ticks.project.seeds)
+    assert [ticks.tick() for _ in range(3)] == [[]] * 3
+
+
+def test_a_set_that_was_removed_runs_when_it_comes_back_with_other_seeds_and_back_again(ticks):
+    for number in (1, 2, 1):
+        put(ticks, "cats", number)
+        assert [ticks.tick_and_work() for _ in range(3)] == [[], ["cats"], []]
+        shutil.rmtree(ticks.project.seeds / "cats")
+        assert ticks.tick() == []
+
+
+# --- the decision, in every order of events -------------------------------------------------------
+
+NAMES = ("a", "b", "c", "d")
+# What a set looks like at a tick: gone, or one of three contents.
+LOOKS = st.fixed_dictionaries({name: st.sampled_from([None, "A", "B", "C"]) for name in NAMES})
+# Sets whose run ends before the tick, having read what is there now, and sets run by hand.
+ENDING = st.frozensets(st.sampled_from(NAMES))
+
+
+@given(st.lists(st.tuples(LOOKS, ENDING, ENDING), max_size=12), st.integers(1, 3))
+def test_whatever_happens_each_content_at_rest_is_run_under_a_key_of_its_own(history, at_most):
+    memory: dict[str, Seen] = {}
+    done: dict[str, str | None] = {}
+    under_way: set[str] = set()
+    keys: list[str] = []
+    before: dict[str, str] = {}
+    asked: dict[str, str] = {}  # content of the last request of each set
+
+    def tick(looks: dict[str, str | None]) -> int:
+        nonlocal memory, before
+        present = {name: look for name, look in looks.items() if look}
+        decision = decide(memory, present, done, at_most)
+        assert len(decision.run) <= at_most
+        for name in decision.run:
+            assert before.get(name) == present[name], "requested before it was at rest"
+            assert done.get(name) != present[name], "requested though it is done"
+            keys.append(f"{name}:{present[name]}:{decision.memory[name].changes}")
+            asked[name] = present[name]
+            under_way.add(name)
+        memory, before = dict(decision.memory), present
+        return len(decision.run)
+
+    for looks, ended, by_hand in history:
+        for name in (ended & under_way) | by_hand:
+            if looks[name]:
+                done[name] = looks[name]
+        under_way -= ended
+        tick(looks)
+    final = history[-1][0] if history else {}
+    for _ in range(2 + len(NAMES)):
+        tick(final)
+    assert tick(final) == 0, "asks again and again"
+    assert len(set(keys)) == len(keys), "Dagster starts no run for a key it knows"
+    for name, look in final.items():
+        if look:
+            assert done.get(name) == look or asked.get(name) == look, "a seed set was lost"
+
+
+@given(st.permutations(NAMES))
+def test_sets_that_wait_for_their_turn_all_get_it(order):
+    present = dict.fromkeys(order, "A")
+    memory = decide({}, present, {}, at_most=1).memory
+    run = []
+    for _ in NAMES:
+        decision = decide(memory, present, {}, at_most=1)
+        assert set(decision.waiting) == set(NAMES) - set(run) - set(decision.run)
+        memory = decision.memory
+        run += decision.run
+    assert sorted(run) == sorted(NAMES)
