@@ -17,11 +17,13 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 from numpy.typing import NDArray
+from scipy.sparse import coo_array
+from scipy.sparse.csgraph import connected_components
 
 from laion_assets.retrieval.arrays import Bytes, Floats, Ids
 from laion_assets.retrieval.errors import InputError
 from laion_assets.retrieval.index import Decoder
-from laion_assets.retrieval.near_duplicates import components, joined
+from laion_assets.retrieval.near_duplicates import components
 from laion_assets.retrieval.tables import Provenance, Table, decoder_bytes
 from laion_assets.retrieval.vectors import Coded
 
@@ -207,7 +209,11 @@ def _same_url(knn: Stored, centroid: Stored, representative: Ids) -> Ids:
 
 def _united(a: Ids, b: Ids) -> Ids:
     """Merge two labellings of the same rows into that of both relations together."""
-    return joined(a, a, a[b])
+    n, rows = len(a), np.arange(len(a))
+    pairs = (np.tile(rows, 2), np.concatenate([a, b]))
+    graph = coo_array((np.ones(2 * n, np.bool_), pairs), shape=(n, n))
+    count, group = connected_components(graph, directed=False)
+    return _lowest_by(group, rows, count)[group]
 
 
 def _decoder(knn: Stored, centroid: Stored) -> Decoder:

@@ -1,65 +1,328 @@
-"""Which rows show the same picture: connected components of the graph of near-duplicates.
+"""Near-duplicates: which rows are connected by links, a link being a cosine above a threshold.
 
-Two rows are linked when the cosine of their vectors is above the threshold; of each component the
-best-ranked row stays. What must not live here: where vectors come from, what a row is.
+What must not live here: where vectors come from, or which row of a component is kept.
+
+**Small inputs** are one matrix product: every pair is looked at.
+
+**Large inputs** would need n^2 products of 768 numbers. The algorithm below gives the same
+components from a small part of them. Three facts carry it.
+
+1. *A sketch never moves two rows apart.* A sketch is a row's coordinates on a few orthonormal axes
+   and, as one coordinate more, the length of the rest of it. The rests of two rows may point
+   anywhere, but their product is at most the product of their lengths (Cauchy-Schwarz), so
+   ``sketch(x) . sketch(y) >= x . y``: the angle between two sketches is at most that between the
+   rows. With the axes of greatest variance 95 of them are enough to tell most rows apart.
+2. *A cap stands for all its rows.* Rows already known to be connected are gathered in a cap: the
+   direction of their mean sketch, and a radius, the greatest angle from there to one of them. On a
+   sphere angles obey the triangle inequality, so if a row of cap A and one of cap B make an angle
+   below theta (the threshold's), then their centres make one below ``theta + r_A + r_B``.
+3. *That test is a dot product.* Let ``s = theta/2 + r``. The angle between the centres is below
+   ``s_A + s_B``, which is at most pi, exactly where ``c_A . c_B > cos(s_A) cos(s_B) - sin(s_A)
+   sin(s_B)``, and so where ``[c_A, -cos s_A, sin s_A] . [c_B, cos s_B, sin s_B] > 0``. One matrix
+   product over all caps therefore finds every pair of caps that may be linked.
+
+So: (a) choose axes, and a few thousand cells, from a sample of rows that are no near-duplicates of
+one another (a clump of thousands must not buy axes); (b) sketch every row and give it to the
+nearest cell; (c) within each cell compare rows with rows at full width, which finds nearly all
+links there are; (d) gather what is connected and was compared together into caps, and where a cap would be
+wide, take each of its rows alone (radius zero); (e) compare caps with caps; for those that may be
+linked and are not connected yet, compare the sketches of their rows; for the pairs of rows that
+still may be linked, the rows themselves.
+
+**Nothing is missed**: two rows of one cap are connected by construction. Of two rows in different
+caps, (e) looks at the pair of caps once, and drops the pair of rows only where both ends are
+connected already, or where an upper bound of the cosine (facts 1 to 3) is below the threshold.
+**Nothing is invented**: every link is a full-width dot product above the threshold. Which links
+steps (b) to (d) find decides how fast the rest goes, never the result; nor do threads, which read
+connections late at worst, and then look at a pair in vain.
+
+**Rounding.** The dot product of two float32 unit rows errs by about 1e-6 in float32, depending on
+how the sum is ordered. Every bound is therefore given SLACK, a hundred times that, and a pair
+within SLACK of the threshold is decided in float64, where the order does not matter: the result
+is a function of the vectors alone. The length of the rest is a difference of squares and would be
+uncertain where it is near zero, so SLACK is added to its square. That adds the same to every dot
+product of two sketches and to every sketch's own square, and (c + SLACK) / (1 + SLACK) >= c: it
+moves sketches nearer, as it may. Radii are enlarged likewise.
+
+The cost is n times (cell size x 768) for (c), and caps^2 / 2 x 98 multiplications for (e): it is
+quadratic in the number of different images, not of rows.
 """
 
-from typing import Protocol
+from __future__ import annotations
 
+import threading
+from collections.abc import Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Protocol, TypeVar
+
+import faiss
 import numpy as np
 from numpy.typing import NDArray
-from scipy.sparse import coo_array
-from scipy.sparse.csgraph import connected_components
+from threadpoolctl import threadpool_limits
 
-from laion_assets.retrieval.arrays import Floats, Ids
+Rows = NDArray[np.int64]
+Matrix = NDArray[np.float32]
+Job = TypeVar("Job")
 
-BLOCK = 2048
+SLACK = 1e-4
 
 
 class Vectors(Protocol):
-    """Unit vectors by row: an array, or something that decodes them on demand."""
+    """Unit rows: an array of them, or codes that are decoded where they are asked for."""
 
     def __len__(self) -> int:
-        """Rows."""
+        """How many rows there are."""
 
-    def __getitem__(self, rows: slice | NDArray[np.int64]) -> Floats:
-        """Return (m, d) float32 unit rows."""
+    def __getitem__(self, rows: slice | Rows, /) -> Matrix:
+        """The vectors of these rows."""
 
 
-def components(vectors: Vectors, threshold: float) -> Ids:
-    """Label each row with the lowest row of its component.
+@dataclass(frozen=True)
+class Sizes:
+    """How the work is cut up. This decides the speed, never the result."""
 
-    Args:
-        vectors: (n, d) unit rows, best-ranked first; zero rows are linked to nothing.
-        threshold: link rows whose cosine is strictly above it; 1.0 links none.
+    small: int = 4096  # up to so many rows, all are compared with all
+    sample: int = 2048  # rows that axes and cells are chosen from
+    width: int = 96  # of a sketch
+    cell_width: int = 32  # of the part of a sketch that decides the cell
+    chunk: int = 384  # rows of a cell that are compared all with all
+    widest_cap: float = 0.25  # radians; rows that need a wider one are taken alone
+    tile: tuple[int, int] = (1024, 2048)  # caps that are compared in one product
+    many_pairs: int = 4096  # between two caps: more are cheaper as one product than one by one
+    batch: int = 1024  # rows, or pairs of rows, that are fetched at once
 
-    Returns:
-        (n,) int64; the rows to keep are those labelled with themselves.
 
+SIZES = Sizes()
+
+
+def components(vectors: Vectors, threshold: float, sizes: Sizes = SIZES) -> Rows:
+    """For each row the lowest row of its component: itself, where nothing better is like it.
+
+    Rows are linked where their cosine is strictly above the threshold (from 0 to 1) as float32;
+    rows that are zero or not finite are linked to none.
     """
-    n = len(vectors)
-    labels = np.arange(n)
-    if threshold >= 1:
-        return labels
-    limit = np.float32(threshold)
-    for start in range(0, n, BLOCK):
-        left = vectors[start : start + BLOCK]
-        for other in range(start, n, BLOCK):
-            right = left if other == start else vectors[other : other + BLOCK]
-            i, j = np.nonzero(left @ right.T > limit)
-            labels = joined(labels, labels[i + start], labels[j + other])
-    return labels
+    links = Links(vectors, float(np.float32(threshold)), sizes)
+    everything = np.arange(len(vectors))
+    if links.limit >= 1 or not len(vectors):
+        return everything
+    if len(vectors) <= sizes.small:
+        links.find(everything, everything)
+    else:
+        with threadpool_limits(1, user_api="blas"):
+            find_links_by_caps(links)
+    return links.forest.labels()
 
 
-def joined(labels: Ids, a: Ids, b: Ids) -> Ids:
-    """Merge the components labelled a[i] and b[i]; the lower label stays."""
-    apart = a != b
-    if not apart.any():
-        return labels
-    n = len(labels)
-    graph = coo_array((np.ones(apart.sum(), np.bool_), (a[apart], b[apart])), shape=(n, n))
-    count, component = connected_components(graph, directed=False)
-    lowest = np.full(count, n)
-    np.minimum.at(lowest, component, np.arange(n))
-    merged: Ids = lowest[component][labels]
-    return merged
+class Forest:
+    """The rows known to be connected: one tree a component, whose root is its lowest row."""
+
+    def __init__(self, rows: int) -> None:
+        self.parents = np.arange(rows)
+        self.lock = threading.Lock()
+
+    def roots(self, rows: Rows) -> Rows:
+        """The root of each row; while others connect, perhaps not the latest."""
+        roots = self.parents[rows]
+        while not np.array_equal(parents := self.parents[roots], roots):
+            roots = parents
+        return roots
+
+    def apart(self, a: Rows, b: Rows) -> tuple[Rows, Rows]:
+        """The pairs of a[i] and b[i] that are not known to be connected."""
+        apart = self.roots(a) != self.roots(b)
+        return a[apart], b[apart]
+
+    def connect(self, a: Rows, b: Rows) -> None:
+        """Connect each a[i] with b[i]."""
+        with self.lock:
+            while len(a):
+                a, b = self.apart(self.roots(a), self.roots(b))
+                np.minimum.at(self.parents, np.maximum(a, b), np.minimum(a, b))
+
+    def labels(self) -> Rows:
+        """The root of every row."""
+        self.parents = self.roots(self.parents)
+        return self.parents
+
+
+class Links:
+    """What is linked so far; and the only two places where a link is decided, find and check."""
+
+    def __init__(self, vectors: Vectors, limit: float, sizes: Sizes) -> None:
+        self.vectors, self.limit, self.sizes = vectors, limit, sizes
+        self.forest = Forest(len(vectors))
+        self.threads = faiss.omp_get_max_threads()  # asked now, for it obeys limits on BLAS
+
+    def in_threads(self, work: Callable[[Job], None], jobs: Iterable[Job]) -> None:
+        """Do all the jobs, in as many threads as faiss would use."""
+        with ThreadPoolExecutor(self.threads) as pool:
+            for _ in pool.map(work, jobs):
+                pass  # only to hear of errors
+
+    def fetch(self, rows: slice | Rows) -> Matrix:
+        """The vectors of these rows; zeros, which link to nothing, for those that are not finite."""
+        vectors = self.vectors[rows]
+        finite = np.isfinite(squares(vectors))
+        return vectors if finite.all() else np.where(finite[:, None], vectors, np.float32(0))
+
+    def find(self, a: Rows, b: Rows) -> None:
+        """Find the links between the rows of a and those of b."""
+        left = self.fetch(a)
+        cosines = left @ (left if b is a else self.fetch(b)).T
+        certain = cosines > self.limit + SLACK
+        first = certain.argmax(axis=1)  # one link a row connects most of them
+        linked = np.flatnonzero(certain[np.arange(len(a)), first])
+        self.forest.connect(a[linked], b[first[linked]])
+        apart = self.forest.roots(a)[:, None] != self.forest.roots(b)
+        i, j = np.nonzero(apart & (cosines > self.limit - SLACK))
+        self.check(a[i], b[j])
+
+    def check(self, a: Rows, b: Rows) -> None:
+        """Find the links among the pairs of a[i] and b[i]."""
+        for start in range(0, len(a), self.sizes.batch):
+            batch = slice(start, start + self.sizes.batch)
+            i, j = self.forest.apart(a[batch], b[batch])
+            cosines = np.einsum("ij,ij->i", self.fetch(i), self.fetch(j), dtype=np.float64)
+            linked = cosines > self.limit
+            self.forest.connect(i[linked], j[linked])
+
+
+def find_links_by_caps(links: Links) -> None:
+    """Find the links among all rows."""
+    sketches, cells, nearness = sketch(links, distinct_sample(links))
+    chunks = cut_into_chunks(cells, nearness, links.sizes.chunk)
+    links.in_threads(lambda chunk: links.find(chunk, chunk), chunks)
+    caps = Caps(links, sketches, chunks)
+    del sketches  # the caps have them in an order of their own
+    find_links_between_caps(links, caps)
+
+
+def distinct_sample(links: Links) -> Matrix:
+    """Rows from everywhere that are no near-duplicates of one another."""
+    rows = np.linspace(0, len(links.vectors) - 1, links.sizes.sample).astype(np.int64)
+    sample = links.fetch(np.unique(rows))
+    labels = components(sample, links.limit, Sizes(small=len(sample)))
+    return sample[labels == np.arange(len(sample))]
+
+
+def sketch(links: Links, sample: Matrix) -> tuple[Matrix, Rows, Matrix]:
+    """Every row's sketch, the number of its cell, and how near it is to the cell's centre."""
+    sizes, rows = links.sizes, len(links.vectors)
+    axes = principal_axes(sample, sizes.width - 1)
+    centres = sample @ axes[:, : sizes.cell_width]
+    centres = unit(centres)
+    sketches = np.empty((rows, axes.shape[1] + 1), np.float32)
+    cells, nearness = np.empty(rows, np.int64), np.empty(rows, np.float32)
+
+    def sketch_batch(start: int) -> None:
+        batch = slice(start, start + sizes.batch)
+        vectors = links.fetch(batch)
+        seen = vectors @ axes
+        rest = np.sqrt(np.maximum(squares(vectors) - squares(seen), 0) + SLACK)
+        sketches[batch] = unit(np.column_stack([seen, rest]))
+        to_centres = seen[:, : sizes.cell_width] @ centres.T
+        cells[batch] = to_centres.argmax(axis=1)
+        nearness[batch] = to_centres.max(axis=1)
+
+    links.in_threads(sketch_batch, range(0, rows, sizes.batch))
+    return sketches, cells, nearness
+
+
+def principal_axes(sample: Matrix, count: int) -> Matrix:
+    """The directions in which the sample extends farthest, one a column."""
+    by_extent = np.linalg.eigh(sample.T @ sample).eigenvectors[:, ::-1]
+    return np.ascontiguousarray(by_extent[:, :count])
+
+
+def cut_into_chunks(cells: Rows, nearness: Matrix, size: int) -> list[Rows]:
+    """The rows of each cell; where they are many, those as near to its centre together."""
+    order = np.lexsort((-nearness, cells))
+    borders = [*np.flatnonzero(np.diff(cells[order], prepend=-1)), len(order)]
+    return [
+        order[start : min(start + size, stop)]
+        for first, stop in pairwise(borders)
+        for start in range(first, stop, size)
+    ]
+
+
+class Caps:
+    """Connected rows of one chunk, as a centre and a radius on the sphere of sketches."""
+
+    def __init__(self, links: Links, sketches: Matrix, chunks: list[Rows]) -> None:
+        group = links.forest.labels() * len(chunks)
+        for number, rows in enumerate(chunks):
+            group[rows] += number
+        self.rows = np.argsort(group, kind="stable")
+        self.sketches = sketches[self.rows]
+        theta = np.arccos(links.limit)
+        starts_group = np.diff(group[self.rows], prepend=-1) > 0
+        centres, radii = enclose(self.sketches, np.flatnonzero(starts_group))
+        wide = radii > min(links.sizes.widest_cap, (np.pi - theta) / 2)
+        number = np.cumsum(starts_group) - 1
+        starts = np.flatnonzero(starts_group | wide[number])
+        alone = wide[number[starts]]
+        centres = np.where(alone[:, None], self.sketches[starts], centres[number[starts]])
+        reach = theta / 2 + np.where(alone, 0, radii[number[starts]])
+        self.table = np.column_stack([centres, np.cos(reach), np.sin(reach)]).astype(np.float32)
+        self.first_rows = self.rows[starts]
+        self.members = [slice(*ends) for ends in pairwise([*starts, len(self.rows)])]
+
+    def __len__(self) -> int:
+        return len(self.table)
+
+    def meeting(self, above: slice, beside: slice) -> tuple[Rows, Rows]:
+        """The pairs of caps, one from each slice, that may hold a link."""
+        left, right = self.table[above].copy(), self.table[beside]
+        left[:, -2] *= -1
+        a, b = np.divmod(np.flatnonzero(left @ right.T > -SLACK), len(right))
+        a, b = a + above.start, b + beside.start
+        return a[a < b], b[a < b]
+
+
+def enclose(sketches: Matrix, starts: Rows) -> tuple[Matrix, NDArray[np.float64]]:
+    """Centre and radius of the caps that begin at these rows."""
+    sizes = np.diff(starts, append=len(sketches))
+    centres = unit(np.add.reduceat(sketches, starts))
+    cosines = np.einsum("ij,ij->i", sketches, np.repeat(centres, sizes, axis=0))
+    farthest = np.minimum.reduceat(cosines, starts).astype(np.float64) - SLACK
+    return centres, np.where(sizes == 1, 0, np.arccos(np.clip(farthest, -1, 1)))
+
+
+def find_links_between_caps(links: Links, caps: Caps) -> None:
+    """Find the links between rows of different caps."""
+    height, width = links.sizes.tile
+
+    def compare(top: int) -> None:
+        for start in range(top, len(caps), width):
+            a, b = caps.meeting(slice(top, top + height), slice(start, start + width))
+            roots = links.forest.roots(caps.first_rows[np.stack([a, b])])
+            apart = roots[0] != roots[1]
+            pairs = [candidates(links, caps, *ab) for ab in zip(a[apart], b[apart], strict=True)]
+            if near := [both for both in pairs if both]:
+                links.check(*map(np.concatenate, zip(*near, strict=True)))
+
+    links.in_threads(compare, range(0, len(caps), height))
+
+
+def candidates(links: Links, caps: Caps, a: int, b: int) -> tuple[Rows, Rows] | None:
+    """The pairs of rows of two caps that may be linked, unless so many that they are found here."""
+    near = caps.sketches[caps.members[a]] @ caps.sketches[caps.members[b]].T > links.limit - SLACK
+    i, j = np.nonzero(near)
+    if not len(i):
+        return None
+    rows_a, rows_b = caps.rows[caps.members[a]], caps.rows[caps.members[b]]
+    if len(i) > links.sizes.many_pairs:
+        return links.find(rows_a[near.any(axis=1)], rows_b[near.any(axis=0)])
+    return rows_a[i], rows_b[j]
+
+
+def squares(vectors: Matrix) -> Matrix:
+    """The square of each vector's length."""
+    return np.einsum("ij,ij->i", vectors, vectors)
+
+
+def unit(vectors: Matrix) -> Matrix:
+    """The vectors at length one."""
+    return vectors / np.sqrt(squares(vectors))[:, None]

@@ -26,7 +26,6 @@ import pyarrow.parquet as pq
 from laion_assets.retrieval.arrays import Floats
 from laion_assets.retrieval.checksums import checksum_text
 from laion_assets.retrieval.errors import InputError
-from laion_assets.retrieval.vectors import unit
 
 EMBEDDING_COLUMNS = ("embedding", "image_embedding", "img_emb", "vector")
 CARRIED_COLUMNS = {"url": pa.string(), "caption": pa.string(), "thumbnail": pa.binary()}
@@ -174,7 +173,7 @@ def read_seeds(uri: str, seed_set: SeedSet) -> Seeds:
             f"seed set {seed_set.name!r} cannot be used; mend or remove: " + "; ".join(listed)
         )
     return Seeds(
-        unit(np.concatenate([vectors for vectors, _ in parts.values()])),
+        np.concatenate([vectors for vectors, _ in parts.values()]),
         pa.concat_tables([columns for _, columns in parts.values()], promote_options="default"),
     )
 
@@ -281,22 +280,23 @@ def _matrix(column: pa.ChunkedArray) -> Any:
 
 
 def _checked(raw: Any) -> Floats:
-    """Return (n, d) float32; rows without a direction are problems, not vectors."""
+    """Return (n, d) float32 unit rows; rows without a direction are problems, not vectors."""
     if raw.dtype.kind != "f":
         raise _BadSeedsError(f" has dtype {raw.dtype}, not floating-point numbers")
     if raw.ndim != 2:
         raise _BadSeedsError(f" has shape {raw.shape}: one vector (d,) or a matrix (n, d) is needed")
     if raw.size == 0:
         raise _BadSeedsError(f" is empty (shape {raw.shape})")
+    wide = raw.astype(np.float64)  # as float32 the squares of very small numbers would be zero
     with np.errstate(over="ignore"):
-        vectors: Floats = raw.astype(np.float32)
-        lengths = np.linalg.norm(vectors, axis=1)
+        lengths = np.linalg.norm(wide, axis=1)
     problems = [
         f" row {row} holds NaN or infinite values" for row in np.flatnonzero(~np.isfinite(lengths))
     ]
     problems += [f" row {row} is all zeros" for row in np.flatnonzero(lengths == 0)]
     if problems:
         raise _BadSeedsError(*problems)
+    vectors: Floats = (wide / lengths[:, None]).astype(np.float32)
     return vectors
 
 

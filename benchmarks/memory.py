@@ -1,0 +1,44 @@
+"""What a piece of work takes: the peak of this process's anonymous memory (mapped files not counted)."""
+
+from __future__ import annotations
+
+import threading
+from pathlib import Path
+from types import TracebackType
+
+
+def anonymous_bytes() -> int:
+    """The memory this process holds that no file backs."""
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith("RssAnon:"):
+            return int(line.split()[1]) * 1024
+    raise OSError("this kernel does not report RssAnon")
+
+
+class PeakMemory:
+    """`with PeakMemory() as memory: ...`, then `memory.peak` and `memory.before`, in bytes."""
+
+    def __init__(self, interval: float = 0.02) -> None:
+        self.interval = interval
+        self.before = self.peak = 0
+        self._done = threading.Event()
+        self._watcher = threading.Thread(target=self._watch, daemon=True)
+
+    def _watch(self) -> None:
+        while not self._done.wait(self.interval):
+            self.peak = max(self.peak, anonymous_bytes())
+
+    def __enter__(self) -> PeakMemory:
+        self.before = self.peak = anonymous_bytes()
+        self._watcher.start()
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self._done.set()
+        self._watcher.join()
+        self.peak = max(self.peak, anonymous_bytes())
