@@ -31,7 +31,7 @@ ROWS_PER_TOPIC = 250
 SHARED_BY_ALL, SHARED_BY_STYLE, SHARED_BY_TOPIC = 0.55, 0.35, 0.40
 # The cosine of a copy to its original, and of a variant (the same thing in another colour, which may
 # or may not count as a near-duplicate) to its model, is 1 - c, with log(c) uniform between these.
-COPY_DISTANCES, COPIES_EXPONENT = (1e-3, 2e-2), 1.45
+COPY_DISTANCES, COPIES_EXPONENT = (1e-3, 2e-2), 1.25
 VARIANT_DISTANCES, VARIANTS = (2e-2, 3e-1), 0.3
 
 Matrix = NDArray[np.float32]

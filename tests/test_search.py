@@ -70,7 +70,7 @@ def test_the_demo_index_gives_what_brute_force_gives(demo, k) -> None:
     table = rows_of(found)
     received = rows_of(retrieve(index, metadata, queries, Request(k, 1.0, ALL_LISTS), per_seed=True))
     for number, query in enumerate(queries):
-        ids = np.array([id for _, id in ordered(received, number)])
+        ids = np.array([found_id for _, found_id in ordered(received, number)])
         assert len(np.unique(ids)) == k
         # Rows whose scores differ by rounding alone may swap places: so scores are compared, not ids.
         best = -np.sort(-(stored @ query))[:k]

@@ -25,7 +25,7 @@ from laion_assets.retrieval.errors import InputError
 from laion_assets.retrieval.index import Decoder
 from laion_assets.retrieval.near_duplicates import components
 from laion_assets.retrieval.tables import Provenance, Table, decoder_bytes
-from laion_assets.retrieval.vectors import Coded
+from laion_assets.retrieval.vectors import decoded
 
 STRATEGIES = ("knn", "centroid")  # in the order in which ties are settled
 
@@ -137,8 +137,8 @@ def combine(knn: Stored, centroid: Stored, threshold: float, pictures: int) -> C
 
     labels = _same_url(knn, centroid, representative)
     distinct_urls = len(np.unique(labels))
-    decode = _decoder(knn, centroid).decode
-    labels = _united(labels, components(Coded(rows.codes[representative], decode), threshold))
+    vectors = decoded(rows.codes[representative], _decoder(knn, centroid).decode_to_compare)
+    labels = _united(labels, components(vectors, threshold))
 
     stays = np.flatnonzero(labels == np.arange(len(labels)))
     found_by = np.zeros(len(labels), np.int8)
@@ -213,7 +213,8 @@ def _united(a: Ids, b: Ids) -> Ids:
     pairs = (np.tile(rows, 2), np.concatenate([a, b]))
     graph = coo_array((np.ones(2 * n, np.bool_), pairs), shape=(n, n))
     count, group = connected_components(graph, directed=False)
-    return _lowest_by(group, rows, count)[group]
+    united: Ids = _lowest_by(group, rows, count)[group]
+    return united
 
 
 def _decoder(knn: Stored, centroid: Stored) -> Decoder:

@@ -24,10 +24,10 @@ components from a small part of them. Three facts carry it.
 So: (a) choose axes, and a few thousand cells, from a sample of rows that are no near-duplicates of
 one another (a clump of thousands must not buy axes); (b) sketch every row and give it to the
 nearest cell; (c) within each cell compare rows with rows at full width, which finds nearly all
-links there are; (d) gather what is connected and was compared together into caps, and where a cap would be
-wide, take each of its rows alone (radius zero); (e) compare caps with caps; for those that may be
-linked and are not connected yet, compare the sketches of their rows; for the pairs of rows that
-still may be linked, the rows themselves.
+links there are; (d) gather what is connected and was compared together into caps, and where a cap
+would be wide, take each of its rows alone (radius zero); (e) compare caps with caps; for those that
+may be linked and are not connected yet, compare the sketches of their rows; for the pairs of rows
+that still may be linked, the rows themselves.
 
 **Nothing is missed**: two rows of one cap are connected by construction. Of two rows in different
 caps, (e) looks at the pair of caps once, and drops the pair of rows only where both ends are
@@ -46,6 +46,12 @@ moves sketches nearer, as it may. Radii are enlarged likewise.
 
 The cost is n times (cell size x 768) for (c), and caps^2 / 2 x 98 multiplications for (e): it is
 quadratic in the number of different images, not of rows.
+
+**Many short lists over the same vectors** (the results of each seed) share that work. Rows that are
+not connected when all vectors are taken together are not connected in a list, which holds only some
+of them. So the components of all vectors are found once, and a list's rows are compared only with
+those of the same component: with the lowest one of it in that list first, a pair that many lists
+share; rows that this does not connect are compared all with all.
 """
 
 from __future__ import annotations
@@ -55,28 +61,19 @@ from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Protocol, TypeVar
+from typing import TypeVar
 
 import faiss
 import numpy as np
 from numpy.typing import NDArray
 from threadpoolctl import threadpool_limits
 
-Rows = NDArray[np.int64]
-Matrix = NDArray[np.float32]
+from laion_assets.retrieval.arrays import Floats, Ids, Mask
+from laion_assets.retrieval.vectors import Vectors, unit
+
 Job = TypeVar("Job")
 
 SLACK = 1e-4
-
-
-class Vectors(Protocol):
-    """Unit rows: an array of them, or codes that are decoded where they are asked for."""
-
-    def __len__(self) -> int:
-        """How many rows there are."""
-
-    def __getitem__(self, rows: slice | Rows, /) -> Matrix:
-        """The vectors of these rows."""
 
 
 @dataclass(frozen=True)
@@ -97,13 +94,21 @@ class Sizes:
 SIZES = Sizes()
 
 
-def components(vectors: Vectors, threshold: float, sizes: Sizes = SIZES) -> Rows:
-    """For each row the lowest row of its component: itself, where nothing better is like it.
+def components(vectors: Vectors, threshold: float, sizes: Sizes = SIZES) -> Ids:
+    """Label each row with the lowest row of its component.
 
-    Rows are linked where their cosine is strictly above the threshold (from 0 to 1) as float32;
-    rows that are zero or not finite are linked to none.
+    Args:
+        vectors: (n, d) float32 unit rows, best-ranked first; rows that are zero or not finite are
+            linked to nothing.
+        threshold: rows are linked where their cosine is strictly above it as float32; from 0 to 1,
+            and 1 links none.
+        sizes: how the work is cut up.
+
+    Returns:
+        (n,) int64; the rows to keep are those labelled with themselves.
+
     """
-    links = Links(vectors, float(np.float32(threshold)), sizes)
+    links = Links(vectors, threshold, sizes)
     everything = np.arange(len(vectors))
     if links.limit >= 1 or not len(vectors):
         return everything
@@ -115,6 +120,58 @@ def components(vectors: Vectors, threshold: float, sizes: Sizes = SIZES) -> Rows
     return links.forest.labels()
 
 
+def components_of_lists(
+    vectors: Vectors, members: Ids, lists: Ids, threshold: float, sizes: Sizes = SIZES
+) -> Ids:
+    """Label each entry of many lists with the first entry of its component within its list.
+
+    Args:
+        vectors: (n, d), as for `components`, in any order.
+        members: (m,) the row of `vectors` that each entry stands for.
+        lists: (m,) the number of the list that each entry is in, ascending.
+        threshold: as for `components`.
+        sizes: how the work is cut up.
+
+    Returns:
+        (m,) int64; the entries to keep are those labelled with themselves.
+
+    """
+    links = Links(Gathered(vectors, members), threshold, sizes)
+    entries = np.arange(len(members))
+    if links.limit >= 1 or not len(members):
+        return entries
+    group = components(vectors, threshold, sizes)[members] + lists * len(vectors)
+    by_group = np.lexsort((members, group))
+    starts = np.flatnonzero(np.diff(group[by_group], prepend=-1))
+    lowest = np.empty_like(entries)
+    lowest[by_group] = np.repeat(by_group[starts], np.diff(starts, append=len(entries)))
+
+    pair = members[lowest] * len(vectors) + members
+    _, first, shared = np.unique(pair, return_index=True, return_inverse=True)
+    linked = Links(vectors, threshold, sizes).linked(members[lowest[first]], members[first])[shared]
+    links.forest.connect(lowest[linked], entries[linked])
+
+    apart = np.logical_or.reduceat(links.forest.apart(lowest, entries)[by_group], starts)
+    ends = np.append(starts[1:], len(entries))
+    for first_entry, end in zip(starts[apart], ends[apart], strict=True):
+        links.find(by_group[first_entry:end], by_group[first_entry:end])
+    return links.forest.labels()
+
+
+@dataclass(frozen=True)
+class Gathered:
+    """Rows of some vectors as vectors of their own."""
+
+    vectors: Vectors
+    rows: Ids
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, rows: slice | Ids, /) -> Floats:
+        return self.vectors[self.rows[rows]]
+
+
 class Forest:
     """The rows known to be connected: one tree a component, whose root is its lowest row."""
 
@@ -122,36 +179,38 @@ class Forest:
         self.parents = np.arange(rows)
         self.lock = threading.Lock()
 
-    def roots(self, rows: Rows) -> Rows:
+    def roots(self, rows: Ids) -> Ids:
         """The root of each row; while others connect, perhaps not the latest."""
         roots = self.parents[rows]
         while not np.array_equal(parents := self.parents[roots], roots):
             roots = parents
         return roots
 
-    def apart(self, a: Rows, b: Rows) -> tuple[Rows, Rows]:
-        """The pairs of a[i] and b[i] that are not known to be connected."""
-        apart = self.roots(a) != self.roots(b)
-        return a[apart], b[apart]
+    def apart(self, a: Ids, b: Ids) -> Mask:
+        """Which of the pairs of a[i] and b[i] are not known to be connected."""
+        apart: Mask = self.roots(a) != self.roots(b)
+        return apart
 
-    def connect(self, a: Rows, b: Rows) -> None:
+    def connect(self, a: Ids, b: Ids) -> None:
         """Connect each a[i] with b[i]."""
         with self.lock:
             while len(a):
-                a, b = self.apart(self.roots(a), self.roots(b))
+                a, b = self.roots(a), self.roots(b)
+                a, b = a[a != b], b[a != b]
                 np.minimum.at(self.parents, np.maximum(a, b), np.minimum(a, b))
 
-    def labels(self) -> Rows:
+    def labels(self) -> Ids:
         """The root of every row."""
         self.parents = self.roots(self.parents)
         return self.parents
 
 
 class Links:
-    """What is linked so far; and the only two places where a link is decided, find and check."""
+    """What is linked so far; and the only two places where a link is decided, find and linked."""
 
-    def __init__(self, vectors: Vectors, limit: float, sizes: Sizes) -> None:
-        self.vectors, self.limit, self.sizes = vectors, limit, sizes
+    def __init__(self, vectors: Vectors, threshold: float, sizes: Sizes) -> None:
+        self.vectors, self.sizes = vectors, sizes
+        self.limit = float(np.float32(threshold))
         self.forest = Forest(len(vectors))
         self.threads = faiss.omp_get_max_threads()  # asked now, for it obeys limits on BLAS
 
@@ -161,32 +220,41 @@ class Links:
             for _ in pool.map(work, jobs):
                 pass  # only to hear of errors
 
-    def fetch(self, rows: slice | Rows) -> Matrix:
+    def fetch(self, rows: slice | Ids) -> Floats:
         """The vectors of these rows; zeros, which link to nothing, for those that are not finite."""
         vectors = self.vectors[rows]
         finite = np.isfinite(squares(vectors))
         return vectors if finite.all() else np.where(finite[:, None], vectors, np.float32(0))
 
-    def find(self, a: Rows, b: Rows) -> None:
+    def find(self, a: Ids, b: Ids) -> None:
         """Find the links between the rows of a and those of b."""
         left = self.fetch(a)
         cosines = left @ (left if b is a else self.fetch(b)).T
         certain = cosines > self.limit + SLACK
         first = certain.argmax(axis=1)  # one link a row connects most of them
-        linked = np.flatnonzero(certain[np.arange(len(a)), first])
-        self.forest.connect(a[linked], b[first[linked]])
+        sure = np.flatnonzero(certain[np.arange(len(a)), first])
+        self.forest.connect(a[sure], b[first[sure]])
         apart = self.forest.roots(a)[:, None] != self.forest.roots(b)
         i, j = np.nonzero(apart & (cosines > self.limit - SLACK))
         self.check(a[i], b[j])
 
-    def check(self, a: Rows, b: Rows) -> None:
+    def check(self, a: Ids, b: Ids) -> None:
         """Find the links among the pairs of a[i] and b[i]."""
         for start in range(0, len(a), self.sizes.batch):
             batch = slice(start, start + self.sizes.batch)
-            i, j = self.forest.apart(a[batch], b[batch])
-            cosines = np.einsum("ij,ij->i", self.fetch(i), self.fetch(j), dtype=np.float64)
-            linked = cosines > self.limit
+            apart = self.forest.apart(a[batch], b[batch])
+            i, j = a[batch][apart], b[batch][apart]
+            linked = self.linked(i, j)
             self.forest.connect(i[linked], j[linked])
+
+    def linked(self, a: Ids, b: Ids) -> Mask:
+        """Which of the pairs of a[i] and b[i] are linked."""
+        linked = np.empty(len(a), np.bool_)
+        for start in range(0, len(a), self.sizes.batch):
+            batch = slice(start, start + self.sizes.batch)
+            left, right = self.fetch(a[batch]), self.fetch(b[batch])
+            linked[batch] = np.einsum("ij,ij->i", left, right, dtype=np.float64) > self.limit
+        return linked
 
 
 def find_links_by_caps(links: Links) -> None:
@@ -199,20 +267,20 @@ def find_links_by_caps(links: Links) -> None:
     find_links_between_caps(links, caps)
 
 
-def distinct_sample(links: Links) -> Matrix:
+def distinct_sample(links: Links) -> Floats:
     """Rows from everywhere that are no near-duplicates of one another."""
     rows = np.linspace(0, len(links.vectors) - 1, links.sizes.sample).astype(np.int64)
     sample = links.fetch(np.unique(rows))
     labels = components(sample, links.limit, Sizes(small=len(sample)))
-    return sample[labels == np.arange(len(sample))]
+    distinct: Floats = sample[labels == np.arange(len(sample))]
+    return distinct
 
 
-def sketch(links: Links, sample: Matrix) -> tuple[Matrix, Rows, Matrix]:
+def sketch(links: Links, sample: Floats) -> tuple[Floats, Ids, Floats]:
     """Every row's sketch, the number of its cell, and how near it is to the cell's centre."""
     sizes, rows = links.sizes, len(links.vectors)
     axes = principal_axes(sample, sizes.width - 1)
-    centres = sample @ axes[:, : sizes.cell_width]
-    centres = unit(centres)
+    centres = unit(sample @ axes[:, : sizes.cell_width])
     sketches = np.empty((rows, axes.shape[1] + 1), np.float32)
     cells, nearness = np.empty(rows, np.int64), np.empty(rows, np.float32)
 
@@ -220,7 +288,7 @@ def sketch(links: Links, sample: Matrix) -> tuple[Matrix, Rows, Matrix]:
         batch = slice(start, start + sizes.batch)
         vectors = links.fetch(batch)
         seen = vectors @ axes
-        rest = np.sqrt(np.maximum(squares(vectors) - squares(seen), 0) + SLACK)
+        rest = np.sqrt(np.maximum(squares(vectors) - squares(seen), 0) + np.float32(SLACK))
         sketches[batch] = unit(np.column_stack([seen, rest]))
         to_centres = seen[:, : sizes.cell_width] @ centres.T
         cells[batch] = to_centres.argmax(axis=1)
@@ -230,13 +298,14 @@ def sketch(links: Links, sample: Matrix) -> tuple[Matrix, Rows, Matrix]:
     return sketches, cells, nearness
 
 
-def principal_axes(sample: Matrix, count: int) -> Matrix:
+def principal_axes(sample: Floats, count: int) -> Floats:
     """The directions in which the sample extends farthest, one a column."""
     by_extent = np.linalg.eigh(sample.T @ sample).eigenvectors[:, ::-1]
-    return np.ascontiguousarray(by_extent[:, :count])
+    axes: Floats = np.ascontiguousarray(by_extent[:, :count])
+    return axes
 
 
-def cut_into_chunks(cells: Rows, nearness: Matrix, size: int) -> list[Rows]:
+def cut_into_chunks(cells: Ids, nearness: Floats, size: int) -> list[Ids]:
     """The rows of each cell; where they are many, those as near to its centre together."""
     order = np.lexsort((-nearness, cells))
     borders = [*np.flatnonzero(np.diff(cells[order], prepend=-1)), len(order)]
@@ -250,10 +319,10 @@ def cut_into_chunks(cells: Rows, nearness: Matrix, size: int) -> list[Rows]:
 class Caps:
     """Connected rows of one chunk, as a centre and a radius on the sphere of sketches."""
 
-    def __init__(self, links: Links, sketches: Matrix, chunks: list[Rows]) -> None:
+    def __init__(self, links: Links, sketches: Floats, chunks: list[Ids]) -> None:
         group = links.forest.labels() * len(chunks)
-        for number, rows in enumerate(chunks):
-            group[rows] += number
+        for chunk_number, rows in enumerate(chunks):
+            group[rows] += chunk_number
         self.rows = np.argsort(group, kind="stable")
         self.sketches = sketches[self.rows]
         theta = np.arccos(links.limit)
@@ -272,7 +341,7 @@ class Caps:
     def __len__(self) -> int:
         return len(self.table)
 
-    def meeting(self, above: slice, beside: slice) -> tuple[Rows, Rows]:
+    def meeting(self, above: slice, beside: slice) -> tuple[Ids, Ids]:
         """The pairs of caps, one from each slice, that may hold a link."""
         left, right = self.table[above].copy(), self.table[beside]
         left[:, -2] *= -1
@@ -281,7 +350,7 @@ class Caps:
         return a[a < b], b[a < b]
 
 
-def enclose(sketches: Matrix, starts: Rows) -> tuple[Matrix, NDArray[np.float64]]:
+def enclose(sketches: Floats, starts: Ids) -> tuple[Floats, NDArray[np.float64]]:
     """Centre and radius of the caps that begin at these rows."""
     sizes = np.diff(starts, append=len(sketches))
     centres = unit(np.add.reduceat(sketches, starts))
@@ -297,32 +366,26 @@ def find_links_between_caps(links: Links, caps: Caps) -> None:
     def compare(top: int) -> None:
         for start in range(top, len(caps), width):
             a, b = caps.meeting(slice(top, top + height), slice(start, start + width))
-            roots = links.forest.roots(caps.first_rows[np.stack([a, b])])
-            apart = roots[0] != roots[1]
+            apart = links.forest.apart(caps.first_rows[a], caps.first_rows[b])
             pairs = [candidates(links, caps, *ab) for ab in zip(a[apart], b[apart], strict=True)]
-            if near := [both for both in pairs if both]:
-                links.check(*map(np.concatenate, zip(*near, strict=True)))
+            if pairs:
+                links.check(*map(np.concatenate, zip(*pairs, strict=True)))
 
     links.in_threads(compare, range(0, len(caps), height))
 
 
-def candidates(links: Links, caps: Caps, a: int, b: int) -> tuple[Rows, Rows] | None:
-    """The pairs of rows of two caps that may be linked, unless so many that they are found here."""
+def candidates(links: Links, caps: Caps, a: int, b: int) -> tuple[Ids, Ids]:
+    """The pairs of rows of two caps that may be linked; none if so many that they are found here."""
+    rows_a, rows_b = caps.rows[caps.members[a]], caps.rows[caps.members[b]]
     near = caps.sketches[caps.members[a]] @ caps.sketches[caps.members[b]].T > links.limit - SLACK
     i, j = np.nonzero(near)
-    if not len(i):
-        return None
-    rows_a, rows_b = caps.rows[caps.members[a]], caps.rows[caps.members[b]]
     if len(i) > links.sizes.many_pairs:
-        return links.find(rows_a[near.any(axis=1)], rows_b[near.any(axis=0)])
+        links.find(rows_a[near.any(axis=1)], rows_b[near.any(axis=0)])
+        return rows_a[:0], rows_b[:0]
     return rows_a[i], rows_b[j]
 
 
-def squares(vectors: Matrix) -> Matrix:
+def squares(vectors: Floats) -> Floats:
     """The square of each vector's length."""
-    return np.einsum("ij,ij->i", vectors, vectors)
-
-
-def unit(vectors: Matrix) -> Matrix:
-    """The vectors at length one."""
-    return vectors / np.sqrt(squares(vectors))[:, None]
+    found: Floats = np.einsum("ij,ij->i", vectors, vectors)
+    return found

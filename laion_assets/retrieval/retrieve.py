@@ -15,15 +15,16 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from laion_assets.retrieval.arrays import Bytes, Floats, Ids
+from laion_assets.retrieval.arrays import Bytes, Floats, Ids, Mask
 from laion_assets.retrieval.errors import InputError
 from laion_assets.retrieval.index import Hits, Index
 from laion_assets.retrieval.metadata import THUMBNAIL_COLUMN, Metadata
-from laion_assets.retrieval.near_duplicates import components
+from laion_assets.retrieval.near_duplicates import components_of_lists
 from laion_assets.retrieval.tables import Table, decoder_footer
-from laion_assets.retrieval.vectors import Coded
+from laion_assets.retrieval.vectors import decoded
 
 ROWS_AT_ONCE = 1 << 18  # results held in memory at a time, unless one query alone asks for more
+IMAGES_AT_ONCE = 1 << 15  # different ones; queries that share fewer are better compared apart
 CHECKED_QUERIES = 16  # whose recall is measured
 PICTURES = 48  # thumbnails that travel with a table
 
@@ -116,7 +117,7 @@ class Retrieval:
         progress: Callable[[int], None],
     ) -> None:
         self._index = index
-        self._decode = index.decoder().decode
+        self._decode = index.decoder().decode_to_compare
         self._metadata = metadata
         self._queries = queries
         self._request = request
@@ -143,33 +144,35 @@ class Retrieval:
     def _footer(self) -> dict[str, str]:
         return decoder_footer(self._index.decoder(self._lists).to_bytes())
 
-    def _kept_rows(self, hits: Hits, first: int) -> _Kept:
-        """Return what stays of a batch of queries, the first of which has number `first`."""
-        places = [self._kept_places(ids, codes) for ids, codes in zip(hits.ids, hits.codes, strict=True)]
-        row = np.repeat(np.arange(len(places)), [len(kept) for kept in places])
-        place = np.concatenate(places)
-        codes = hits.codes[row, place]
-        self._lists = np.union1d(self._lists, self._index.lists_of(codes))
-        return _Kept(hits.ids[row, place], hits.similarity[row, place], place + 1, row + first, codes)
-
-    def _kept_places(self, ids: Ids, codes: Bytes) -> Ids:
-        """Return the places of one query's results that stay.
+    def _kept_rows(self, hits: Hits, first: int) -> _Rows:
+        """Return what stays of a batch of queries, the first of which has number `first`.
 
         A row without metadata has no URL to give: it goes first, so that it never displaces its
         near-duplicate that has one.
         """
-        received = np.flatnonzero(ids >= 0)
-        _, first_place = np.unique(ids[received], return_index=True)
-        distinct = received[np.sort(first_place)]
-        covered = distinct[self._metadata.covers(ids[distinct])]
-        labels = components(Coded(codes[covered], self._decode), self._request.dedup_threshold)
-        kept: Ids = covered[labels == np.arange(len(labels))]
+        received = _Rows.of(hits, first)
+        distinct = received[_first_of_each(received.query, received.ids)]
+        covered = distinct[self._metadata.covers(distinct.ids)]
+        kept = covered[self._staying(covered)]
+        self._lists = np.union1d(self._lists, self._index.lists_of(kept.codes))
         self.funnel.received += len(received)
         self.funnel.without_url += len(distinct) - len(covered)
         self.funnel.near_duplicates += len(received) - len(distinct) + len(covered) - len(kept)
         return kept
 
-    def _with_metadata(self, kept: _Kept) -> pa.Table:
+    def _staying(self, rows: _Rows) -> Mask:
+        """Tell which rows are the best-ranked of their near-duplicates among the same query's rows."""
+        queries = np.unique(rows.query)
+        _, image, number = np.unique(rows.ids, return_index=True, return_inverse=True)
+        if len(image) > IMAGES_AT_ONCE and len(queries) > 1:
+            half = rows.query < queries[len(queries) // 2]
+            return np.concatenate([self._staying(rows[half]), self._staying(rows[~half])])
+        vectors = decoded(rows.codes[image], self._decode)
+        labels = components_of_lists(vectors, number, rows.query, self._request.dedup_threshold)
+        staying: Mask = labels == np.arange(len(rows))
+        return staying
+
+    def _with_metadata(self, kept: _Rows) -> pa.Table:
         columns = self._metadata.take(kept.ids)
         found = {name: columns[name] for name in columns.column_names} | {
             "id": kept.ids,
@@ -186,7 +189,7 @@ class Retrieval:
         self.funnel.kept += len(with_url)
         return with_url
 
-    def _thumbnails(self, kept: _Kept) -> pa.ChunkedArray:
+    def _thumbnails(self, kept: _Rows) -> pa.ChunkedArray:
         """Pictures of the first rows of the first queries, null for all others."""
         each = math.ceil(PICTURES / min(len(self._queries), PICTURES))
         starts = np.flatnonzero(np.diff(kept.query, prepend=-1))
@@ -199,14 +202,41 @@ class Retrieval:
 
 
 @dataclass(frozen=True)
-class _Kept:
-    """The rows that stay of a batch of queries, all of length n, in order of query and rank."""
+class _Rows:
+    """What queries found, n rows in order of query and rank."""
 
     ids: Ids
     similarity: Floats
     rank: Ids
     query: Ids
     codes: Bytes
+
+    @classmethod
+    def of(cls, hits: Hits, first: int) -> _Rows:
+        """All rows received, where the first query has number `first`."""
+        query, place = np.nonzero(hits.ids >= 0)
+        return cls(
+            hits.ids[query, place],
+            hits.similarity[query, place],
+            place + 1,
+            query + first,
+            hits.codes[query, place],
+        )
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    def __getitem__(self, rows: Ids | Mask) -> _Rows:
+        return _Rows(
+            self.ids[rows], self.similarity[rows], self.rank[rows], self.query[rows], self.codes[rows]
+        )
+
+
+def _first_of_each(query: Ids, ids: Ids) -> Ids:
+    """Return the places, ascending, at which each query has an id for the first time."""
+    by_id = np.lexsort((ids, query))
+    repeated = (np.diff(query[by_id]) == 0) & (np.diff(ids[by_id]) == 0)
+    return np.sort(np.delete(by_id, np.flatnonzero(repeated) + 1))
 
 
 def _schema(metadata: Metadata, code_size: int, per_seed: bool) -> pa.Schema:

@@ -1,31 +1,62 @@
-"""Unit vectors: made from any, or decoded from codes when they are looked at.
+"""Unit vectors: made from any, or decoded from codes.
 
 What must not live here: what vectors mean.
 """
 
 from collections.abc import Callable
+from typing import Protocol
 
 import numpy as np
 
 from laion_assets.retrieval.arrays import Bytes, Floats, Ids
 
+HELD_ROWS = 1 << 18  # more than that are decoded anew wherever they are looked at
+BLOCK = 4096  # rows decoded at once: what lies between code and vector stays in the processor's cache
+
+
+class Vectors(Protocol):
+    """Unit vectors by row: an array, or something that makes them on demand."""
+
+    def __len__(self) -> int:
+        """Rows."""
+
+    def __getitem__(self, rows: slice | Ids, /) -> Floats:
+        """Return (m, d) float32 rows of length 1, or of zeros."""
+
 
 def unit(vectors: Floats) -> Floats:
     """Scale (n, d) rows to length 1; zero and non-finite rows become zero, which is like nothing."""
-    with np.errstate(invalid="ignore", over="ignore"):
-        norms = np.linalg.norm(vectors, axis=1, keepdims=True)
-        good = np.isfinite(norms) & (norms > 0)
-        scaled: Floats = np.where(good, vectors / np.where(good, norms, 1), 0).astype(np.float32)
+    with np.errstate(invalid="ignore", over="ignore", divide="ignore"):
+        lengths = np.sqrt(np.einsum("ij,ij->i", vectors, vectors))
+        scaled: Floats = vectors * (np.float32(1) / lengths)[:, None]
+    scaled[~(np.isfinite(lengths) & (lengths > 0))] = 0
     return scaled
 
 
-class Coded:
-    """The unit vectors of some codes: 128 bytes a row instead of 3 KB, decoded block by block.
+def decoded(codes: Bytes, decode: Callable[[Bytes], Floats]) -> Vectors:
+    """Return the unit vectors of some codes.
+
+    Held as an array where they are few; else decoded where they are looked at: for LAION-5B a code is
+    131 bytes, a vector more than 3 KB.
 
     Args:
         codes: (n, code size).
         decode: turns (m, code size) codes into (m, d) vectors.
+
     """
+    coded = Coded(codes, decode)
+    if not 0 < len(codes) <= HELD_ROWS:
+        return coded
+    first = coded[:BLOCK]
+    held = np.empty((len(codes), first.shape[1]), np.float32)
+    held[:BLOCK] = first
+    for start in range(BLOCK, len(codes), BLOCK):
+        held[start : start + BLOCK] = coded[start : start + BLOCK]
+    return held
+
+
+class Coded:
+    """Vectors that are decoded where they are looked at."""
 
     def __init__(self, codes: Bytes, decode: Callable[[Bytes], Floats]) -> None:
         self._codes = codes
@@ -34,5 +65,5 @@ class Coded:
     def __len__(self) -> int:
         return len(self._codes)
 
-    def __getitem__(self, rows: slice | Ids) -> Floats:
+    def __getitem__(self, rows: slice | Ids, /) -> Floats:
         return unit(self._decode(self._codes[rows]))

@@ -1,0 +1,110 @@
+"""This project's retrieval over the same index, asked the same as the peer.
+
+Prints JSON of the same form as `peer.py` does: for each request the ids kept, the time of each phase and
+the peak of memory. What must not live here: a way to retrieve that users do not have.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import faiss
+import numpy as np
+import pyarrow as pa
+from memory import PeakMemory
+
+from laion_assets.retrieval import retrieve as retrieval
+from laion_assets.retrieval.index import Index
+from laion_assets.retrieval.metadata import Metadata
+from laion_assets.retrieval.retrieve import Request, retrieve
+
+PHASES = {
+    "search": (Index, "search"),
+    "recall_check": (Index, "recall"),
+    "near_duplicates": (retrieval, "components"),
+    "metadata": (Metadata, "take"),
+}
+
+
+@contextmanager
+def clocks() -> Iterator[dict[str, float]]:
+    """Count the seconds spent in each phase while the block runs."""
+    seconds = dict.fromkeys(PHASES, 0.0)
+    plain = {name: getattr(owner, function) for name, (owner, function) in PHASES.items()}
+
+    def timed(name: str) -> Callable[..., Any]:
+        def call(*arguments: Any, **named: Any) -> Any:
+            started = time.perf_counter()
+            try:
+                return plain[name](*arguments, **named)
+            finally:
+                seconds[name] += time.perf_counter() - started
+
+        return call
+
+    for name, (owner, function) in PHASES.items():
+        setattr(owner, function, timed(name))
+    try:
+        yield seconds
+    finally:
+        for name, (owner, function) in PHASES.items():
+            setattr(owner, function, plain[name])
+
+
+def ask(index: Index, metadata: Metadata, queries: Any, request: Request) -> dict[str, Any]:
+    """All queries as one request, and what it took."""
+    started = time.perf_counter()
+    with clocks() as seconds:
+        found = retrieve(index, metadata, queries, request, per_seed=len(queries) > 1)
+        table = pa.Table.from_batches(found.table.batches, found.table.schema)
+    total = time.perf_counter() - started
+    return {
+        "received": found.funnel.received,
+        "recall": found.recall,
+        "ids": table["id"].to_pylist(),
+        "seeds": table["seed"].to_pylist() if "seed" in table.column_names else [],
+        "similarities": table["similarity"].to_pylist(),
+        "seconds": {"total": total, **seconds, "other": total - sum(seconds.values())},
+    }
+
+
+def main() -> None:
+    """Answer the queries."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("folder", type=Path, help="a folder with image.index and metadata")
+    parser.add_argument("queries", type=Path, help="an .npy file: one query, or one per row")
+    parser.add_argument("--k", type=int, required=True)
+    parser.add_argument("--nprobe", type=int)
+    parser.add_argument("--first", type=int, help="only so many of the queries")
+    parser.add_argument("--repeat", type=int, default=1)
+    parser.add_argument("--threshold", type=float, default=0.94)
+    arguments = parser.parse_args()
+    queries = np.atleast_2d(np.load(arguments.queries))[: arguments.first]
+    request = Request(arguments.k, arguments.threshold, arguments.nprobe)
+    with PeakMemory() as memory:
+        files = arguments.folder / "image.index"
+        index = Index(files / "populated.index", files / "merged_index.ivfdata")
+        metadata = Metadata(sorted((arguments.folder / "metadata").iterdir()))
+        requests = [ask(index, metadata, queries, request) for _ in range(arguments.repeat)]
+    packages = ("laion_assets", "faiss-cpu", "numpy", "pyarrow")
+    answer = {
+        "versions": {"python": sys.version.split()[0]} | {name: version(name) for name in packages},
+        "k": arguments.k,
+        "nprobe": index.nprobe_for(arguments.k, arguments.nprobe),
+        "threads": faiss.omp_get_max_threads(),
+        "anonymous_bytes": {"before": memory.before, "peak": memory.peak},
+        "requests": requests,
+    }
+    json.dump(answer, sys.stdout)
+
+
+if __name__ == "__main__":
+    main()
