@@ -126,3 +126,10 @@ def test_rows_decoded_where_they_are_looked_at_have_the_same_components(monkeypa
     for vectors in (held, coded):
         for sizes in WAYS.values():
             np.testing.assert_array_equal(components(vectors, 0.94, sizes), expected)
+
+
+def test_what_lies_opposite_to_a_cap_wider_than_half_the_sphere_is_not_missed() -> None:
+    angles = np.radians([0, 50, -50, 100, -100, 180])
+    rows = np.stack([np.cos(angles), np.sin(angles)], axis=1).astype(np.float32)
+    sizes = Sizes(small=0, sample=6, width=3, cell_width=1, chunk=5, widest_cap=3)
+    assert not components(rows, 0.0, sizes).any()
