@@ -29,7 +29,8 @@ from laion_assets.retrieval.retrieve import Request, retrieve
 PHASES = {
     "search": (Index, "search"),
     "recall_check": (Index, "recall"),
-    "near_duplicates": (retrieval, "components"),
+    "decode": (retrieval, "decoded"),
+    "near_duplicates": (retrieval, "components_of_lists"),
     "metadata": (Metadata, "take"),
 }
 

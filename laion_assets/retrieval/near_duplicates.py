@@ -47,31 +47,25 @@ moves sketches nearer, as it may. Radii are enlarged likewise.
 The cost is n times (cell size x 768) for (c), and caps^2 / 2 x 98 multiplications for (e): it is
 quadratic in the number of different images, not of rows.
 
-**Many short lists over the same vectors** (the results of each seed) share that work. Rows that are
-not connected when all vectors are taken together are not connected in a list, which holds only some
-of them. So the components of all vectors are found once, and a list's rows are compared only with
-those of the same component: with the lowest one of it in that list first, a pair that many lists
-share; rows that this does not connect are compared all with all.
+**Many short lists over the same vectors** (the results of each seed) share the sketches, and the
+links that are decided: in each list all sketches are compared, each row that may be linked to others
+is first compared with the lowest of them (the same pair in many lists, decided once), and then with
+those that may be linked to it and are not connected to it yet.
 """
 
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterable
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import TypeVar
 
-import faiss
 import numpy as np
 from numpy.typing import NDArray
 from threadpoolctl import threadpool_limits
 
-from laion_assets.retrieval.arrays import Floats, Ids, Mask
+from laion_assets.retrieval.arrays import Bytes, Floats, Ids, Mask
+from laion_assets.retrieval.parallel import in_threads
 from laion_assets.retrieval.vectors import Vectors, unit
-
-Job = TypeVar("Job")
 
 SLACK = 1e-4
 
@@ -115,8 +109,7 @@ def components(vectors: Vectors, threshold: float, sizes: Sizes = SIZES) -> Ids:
     if len(vectors) <= sizes.small:
         links.find(everything, everything)
     else:
-        with threadpool_limits(1, user_api="blas"):
-            find_links_by_caps(links)
+        find_links_by_caps(links)
     return links.forest.labels()
 
 
@@ -136,26 +129,58 @@ def components_of_lists(
         (m,) int64; the entries to keep are those labelled with themselves.
 
     """
-    links = Links(Gathered(vectors, members), threshold, sizes)
-    entries = np.arange(len(members))
-    if links.limit >= 1 or not len(members):
-        return entries
-    group = components(vectors, threshold, sizes)[members] + lists * len(vectors)
-    by_group = np.lexsort((members, group))
-    starts = np.flatnonzero(np.diff(group[by_group], prepend=-1))
-    lowest = np.empty_like(entries)
-    lowest[by_group] = np.repeat(by_group[starts], np.diff(starts, append=len(entries)))
+    labels = np.arange(len(members))
+    starts = np.flatnonzero(np.diff(lists, prepend=-1))
+    ends = np.append(starts[1:], len(members))
+    long = ends - starts > sizes.small
+    for start, end in zip(starts[long], ends[long], strict=True):
+        one = Gathered(vectors, members[start:end])
+        labels[start:end] = start + components(one, threshold, sizes)
+    if threshold < 1 and not long.all():
+        short = np.flatnonzero(np.repeat(~long, ends - starts))
+        found = components_of_short_lists(vectors, members[short], lists[short], threshold, sizes)
+        labels[short] = short[found]
+    return labels
 
-    pair = members[lowest] * len(vectors) + members
-    _, first, shared = np.unique(pair, return_index=True, return_inverse=True)
-    linked = Links(vectors, threshold, sizes).linked(members[lowest[first]], members[first])[shared]
-    links.forest.connect(lowest[linked], entries[linked])
 
-    apart = np.logical_or.reduceat(links.forest.apart(lowest, entries)[by_group], starts)
-    ends = np.append(starts[1:], len(entries))
-    for first_entry, end in zip(starts[apart], ends[apart], strict=True):
-        links.find(by_group[first_entry:end], by_group[first_entry:end])
-    return links.forest.labels()
+def components_of_short_lists(
+    vectors: Vectors, members: Ids, lists: Ids, threshold: float, sizes: Sizes
+) -> Ids:
+    """Do what `components_of_lists` does, comparing all entries of a list with one another."""
+    links = Links(vectors, threshold, sizes)
+    forest = Forest(len(members))
+    if len(vectors) <= sizes.small:
+        sketches = links.fetch(slice(None))
+    else:
+        sketches = sketch_all(links, distinct_rows(links))
+    by_member = np.lexsort((members, lists))
+    each = np.split(by_member, np.flatnonzero(np.diff(lists)) + 1)
+    lowest = np.empty_like(by_member)
+
+    def compare(entries: Ids) -> Bytes:
+        some = sketches[members[entries]]
+        near = some @ some.T > links.limit - SLACK
+        lowest[entries] = entries[near.argmax(axis=1)]
+        return np.packbits(near, axis=1)
+
+    def still_apart(job: tuple[Ids, Bytes]) -> tuple[Ids, Ids]:
+        entries, packed = job
+        roots = np.unique(forest.roots(entries), return_inverse=True)[1].astype(np.int32)
+        near = np.unpackbits(packed, axis=1, count=len(entries)).view(np.bool_)
+        i, j = np.nonzero(near & (roots[:, None] < roots))
+        return entries[i], entries[j]
+
+    def decide(a: Ids, b: Ids) -> None:
+        pairs, same = np.unique(members[a] * len(vectors) + members[b], return_inverse=True)
+        linked = links.linked(*np.divmod(pairs, len(vectors)))[same]
+        forest.connect(a[linked], b[linked])
+
+    near = in_threads(compare, each)
+    others = np.flatnonzero(lowest != np.arange(len(members)))
+    decide(lowest[others], others)
+    rest = in_threads(still_apart, zip(each, near, strict=True))
+    decide(*map(np.concatenate, zip(*rest, strict=True)))
+    return forest.labels()
 
 
 @dataclass(frozen=True)
@@ -212,13 +237,6 @@ class Links:
         self.vectors, self.sizes = vectors, sizes
         self.limit = float(np.float32(threshold))
         self.forest = Forest(len(vectors))
-        self.threads = faiss.omp_get_max_threads()  # asked now, for it obeys limits on BLAS
-
-    def in_threads(self, work: Callable[[Job], None], jobs: Iterable[Job]) -> None:
-        """Do all the jobs, in as many threads as faiss would use."""
-        with ThreadPoolExecutor(self.threads) as pool:
-            for _ in pool.map(work, jobs):
-                pass  # only to hear of errors
 
     def fetch(self, rows: slice | Ids) -> Floats:
         """The vectors of these rows; zeros, which link to nothing, for those that are not finite."""
@@ -259,30 +277,28 @@ class Links:
 
 def find_links_by_caps(links: Links) -> None:
     """Find the links among all rows."""
-    sketches, cells, nearness = sketch(links, distinct_sample(links))
-    chunks = cut_into_chunks(cells, nearness, links.sizes.chunk)
-    links.in_threads(lambda chunk: links.find(chunk, chunk), chunks)
+    sample = distinct_rows(links)
+    sketches = sketch_all(links, sample)
+    chunks = cut_into_chunks(*nearest_cells(links, sketches, sample), links.sizes.chunk)
+    in_threads(lambda chunk: links.find(chunk, chunk), chunks)
     caps = Caps(links, sketches, chunks)
     del sketches  # the caps have them in an order of their own
     find_links_between_caps(links, caps)
 
 
-def distinct_sample(links: Links) -> Floats:
-    """Rows from everywhere that are no near-duplicates of one another."""
-    rows = np.linspace(0, len(links.vectors) - 1, links.sizes.sample).astype(np.int64)
-    sample = links.fetch(np.unique(rows))
-    labels = components(sample, links.limit, Sizes(small=len(sample)))
-    distinct: Floats = sample[labels == np.arange(len(sample))]
+def distinct_rows(links: Links) -> Ids:
+    """Some rows from everywhere that are no near-duplicates of one another."""
+    rows = np.unique(np.linspace(0, len(links.vectors) - 1, links.sizes.sample).astype(np.int64))
+    labels = components(links.fetch(rows), links.limit, Sizes(small=len(rows)))
+    distinct: Ids = rows[labels == np.arange(len(rows))]
     return distinct
 
 
-def sketch(links: Links, sample: Floats) -> tuple[Floats, Ids, Floats]:
-    """Every row's sketch, the number of its cell, and how near it is to the cell's centre."""
+def sketch_all(links: Links, sample: Ids) -> Floats:
+    """Every row's sketch, on the axes that tell the rows of the sample apart best."""
     sizes, rows = links.sizes, len(links.vectors)
-    axes = principal_axes(sample, sizes.width - 1)
-    centres = unit(sample @ axes[:, : sizes.cell_width])
+    axes = principal_axes(links.fetch(sample), sizes.width - 1)
     sketches = np.empty((rows, axes.shape[1] + 1), np.float32)
-    cells, nearness = np.empty(rows, np.int64), np.empty(rows, np.float32)
 
     def sketch_batch(start: int) -> None:
         batch = slice(start, start + sizes.batch)
@@ -290,19 +306,33 @@ def sketch(links: Links, sample: Floats) -> tuple[Floats, Ids, Floats]:
         seen = vectors @ axes
         rest = np.sqrt(np.maximum(squares(vectors) - squares(seen), 0) + np.float32(SLACK))
         sketches[batch] = unit(np.column_stack([seen, rest]))
-        to_centres = seen[:, : sizes.cell_width] @ centres.T
-        cells[batch] = to_centres.argmax(axis=1)
-        nearness[batch] = to_centres.max(axis=1)
 
-    links.in_threads(sketch_batch, range(0, rows, sizes.batch))
-    return sketches, cells, nearness
+    in_threads(sketch_batch, range(0, rows, sizes.batch))
+    return sketches
 
 
 def principal_axes(sample: Floats, count: int) -> Floats:
     """The directions in which the sample extends farthest, one a column."""
-    by_extent = np.linalg.eigh(sample.T @ sample).eigenvectors[:, ::-1]
+    with threadpool_limits(1, user_api="blas"):  # LAPACK loses more in waiting than it wins
+        by_extent = np.linalg.eigh(sample.T @ sample).eigenvectors[:, ::-1]
     axes: Floats = np.ascontiguousarray(by_extent[:, :count])
     return axes
+
+
+def nearest_cells(links: Links, sketches: Floats, sample: Ids) -> tuple[Ids, Floats]:
+    """The number of the cell each row is in, and how near it is to the cell's centre."""
+    sizes, rows = links.sizes, len(sketches)
+    centres = unit(sketches[sample, : sizes.cell_width])
+    cells, nearness = np.empty(rows, np.int64), np.empty(rows, np.float32)
+
+    def assign_batch(start: int) -> None:
+        batch = slice(start, start + sizes.batch)
+        to_centres = sketches[batch, : sizes.cell_width] @ centres.T
+        cells[batch] = to_centres.argmax(axis=1)
+        nearness[batch] = to_centres.max(axis=1)
+
+    in_threads(assign_batch, range(0, rows, sizes.batch))
+    return cells, nearness
 
 
 def cut_into_chunks(cells: Ids, nearness: Floats, size: int) -> list[Ids]:
@@ -371,7 +401,7 @@ def find_links_between_caps(links: Links, caps: Caps) -> None:
             if pairs:
                 links.check(*map(np.concatenate, zip(*pairs, strict=True)))
 
-    links.in_threads(compare, range(0, len(caps), height))
+    in_threads(compare, range(0, len(caps), height))
 
 
 def candidates(links: Links, caps: Caps, a: int, b: int) -> tuple[Ids, Ids]:

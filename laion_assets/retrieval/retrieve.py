@@ -24,7 +24,6 @@ from laion_assets.retrieval.tables import Table, decoder_footer
 from laion_assets.retrieval.vectors import decoded
 
 ROWS_AT_ONCE = 1 << 18  # results held in memory at a time, unless one query alone asks for more
-IMAGES_AT_ONCE = 1 << 15  # different ones; queries that share fewer are better compared apart
 CHECKED_QUERIES = 16  # whose recall is measured
 PICTURES = 48  # thumbnails that travel with a table
 
@@ -162,11 +161,7 @@ class Retrieval:
 
     def _staying(self, rows: _Rows) -> Mask:
         """Tell which rows are the best-ranked of their near-duplicates among the same query's rows."""
-        queries = np.unique(rows.query)
         _, image, number = np.unique(rows.ids, return_index=True, return_inverse=True)
-        if len(image) > IMAGES_AT_ONCE and len(queries) > 1:
-            half = rows.query < queries[len(queries) // 2]
-            return np.concatenate([self._staying(rows[half]), self._staying(rows[~half])])
         vectors = decoded(rows.codes[image], self._decode)
         labels = components_of_lists(vectors, number, rows.query, self._request.dedup_threshold)
         staying: Mask = labels == np.arange(len(rows))

@@ -9,6 +9,7 @@ from typing import Protocol
 import numpy as np
 
 from laion_assets.retrieval.arrays import Bytes, Floats, Ids
+from laion_assets.retrieval.parallel import in_threads
 
 HELD_ROWS = 1 << 18  # more than that are decoded anew wherever they are looked at
 BLOCK = 4096  # rows decoded at once: what lies between code and vector stays in the processor's cache
@@ -47,11 +48,12 @@ def decoded(codes: Bytes, decode: Callable[[Bytes], Floats]) -> Vectors:
     coded = Coded(codes, decode)
     if not 0 < len(codes) <= HELD_ROWS:
         return coded
-    first = coded[:BLOCK]
-    held = np.empty((len(codes), first.shape[1]), np.float32)
-    held[:BLOCK] = first
-    for start in range(BLOCK, len(codes), BLOCK):
+    held = np.empty((len(codes), coded[:1].shape[1]), np.float32)
+
+    def hold(start: int) -> None:
         held[start : start + BLOCK] = coded[start : start + BLOCK]
+
+    in_threads(hold, range(0, len(codes), BLOCK))
     return held
 
 
