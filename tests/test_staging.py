@@ -453,9 +453,11 @@ def test_a_stager_that_must_change_bytes_waits_until_the_readers_are_done(source
         assert is_readable(cache)  # nor does another reader
         before = touched(cache)
         grow(source / "metadata" / "002.arrow")
-        thread, results = start(lambda: stage(str(source), None, cache))
+        told: list[str] = []
+        thread, results = start(lambda: stage(str(source), None, cache, log=told.append))
         thread.join(0.5)
         assert thread.is_alive()
+        assert told == [f"waiting until another process is done with {cache}"]
         assert touched(cache) == before
         last = opened.metadata.take(np.array([ROWS - 1]))
         assert last["url"].to_pylist() == [f"https://example.org/0/{ROWS - 1}.jpg"]

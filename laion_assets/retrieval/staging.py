@@ -277,22 +277,20 @@ def stage(
     if _is_local(fs) and not in_place:
         _check_apart(source, cache)
     _make(cache)
-    with _lock(cache, fcntl.LOCK_SH):
+    with _lock(cache, fcntl.LOCK_SH, log):
         manifest = Manifest.read(cache)
         if manifest and manifest.complete and not _plan_on_disk(source, cache, in_place).changes:
             return Staged(manifest, 0, 0, time.monotonic() - started)
-    with _lock(cache, fcntl.LOCK_EX):
+    with _lock(cache, fcntl.LOCK_EX, log):
         todo = _plan_on_disk(source, cache, in_place)
         if not in_place:
             _check_space(cache, todo.bytes_to_fetch)
         try:
-            _stage_files(fs, index_uri, todo, cache, in_place, log)
+            manifest = _stage_files(fs, index_uri, todo, cache, in_place, log)
         except OSError as error:
             if error.errno not in DISK_TAKES_NO_MORE:
                 raise
             raise _cannot_write(cache, error) from error
-    manifest = Manifest.read(cache)
-    assert manifest  # noqa: S101  # written under the lock above
     return Staged(manifest, len(todo.fetch), todo.bytes_to_fetch, time.monotonic() - started)
 
 
@@ -360,11 +358,11 @@ def _plan_on_disk(source: Sequence[SourceFile], cache: Path, in_place: bool) -> 
 
 def _stage_files(
     fs: Any, uri: str, todo: Plan, cache: Path, in_place: bool, log: Callable[[str], None]
-) -> None:
+) -> Manifest:
     done = list(todo.keep)
     # What goes stays listed until it is gone, or a stager killed here would leave it for ever.
     Manifest(uri, (*todo.keep, *todo.remove), complete=False).write(cache)
-    _remove(cache, todo, in_place)
+    _remove(cache, todo, in_place, log)
     what = "checking" if in_place else "staging"
     with Progress(what, todo.bytes_to_fetch, "B", log) as progress:
         for file in todo.fetch:
@@ -372,14 +370,16 @@ def _stage_files(
             path = _staged_path(file, in_place)
             done.append(StagedFile(file.name, path, file.size, file.version, checksum))
             Manifest(uri, tuple(done), complete=False).write(cache)
-    Manifest(uri, tuple(done), complete=True).write(cache)
+    manifest = Manifest(uri, tuple(done), complete=True)
+    manifest.write(cache)
+    return manifest
 
 
 def _staged_path(file: SourceFile, in_place: bool) -> str:
     return file.path if in_place else file.name
 
 
-def _remove(cache: Path, todo: Plan, in_place: bool) -> None:
+def _remove(cache: Path, todo: Plan, in_place: bool, log: Callable[[str], None]) -> None:
     """Remove copies that are not needed, but never a file of the source, which may be an earlier copy."""
     sources = {Path(file.path).resolve() for file in todo.fetch} if in_place else set()
     copies = [cache / gone.path for gone in todo.remove if not Path(gone.path).is_absolute()]
@@ -387,6 +387,7 @@ def _remove(cache: Path, todo: Plan, in_place: bool) -> None:
         copies += cache.rglob(f"*{PARTIAL}")  # of a stager that was killed
     for path in copies:
         if path.exists() and path.resolve() not in sources:
+            log(f"removing {path}, which the index no longer needs")
             path.unlink()
             if not any(path.parent.iterdir()):
                 path.parent.rmdir()
@@ -457,8 +458,12 @@ def _is_local(fs: Any) -> bool:
 
 
 @contextmanager
-def _lock(cache: Path, kind: int) -> Iterator[None]:
+def _lock(cache: Path, kind: int, log: Callable[[str], None] = lambda _: None) -> Iterator[None]:
     """Hold the cache's lock; the system frees it when the process ends, however it ends."""
     with (cache / LOCK).open("a") as file:
-        fcntl.flock(file, kind)
+        try:
+            fcntl.flock(file, kind | fcntl.LOCK_NB)
+        except BlockingIOError:
+            log(f"waiting until another process is done with {cache}")
+            fcntl.flock(file, kind)
         yield
