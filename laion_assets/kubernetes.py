@@ -1,6 +1,7 @@
 """Where assets run: op tags that ask for a node with local NVMe, and the choice of the executor.
 
-A leaf: imports nothing of ours. Only `k8s_job_executor` reads these tags; elsewhere they do nothing.
+Only `k8s_job_executor` reads these tags; elsewhere they do nothing. What must not live here: imports of
+anything of ours, this is a leaf.
 Dagster's concept: https://docs.dagster.io/deployment/oss/deployment-options/kubernetes
 """
 

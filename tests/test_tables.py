@@ -1,16 +1,14 @@
 """Tables are written as they are computed, appear whole or not at all, and say what made them."""
 
 import errno
-import resource
 from collections.abc import Iterator
-from contextlib import contextmanager
 
 import dagster as dg
 import fsspec
 import numpy as np
 import pyarrow as pa
 import pytest
-from conftest import contents, failures
+from conftest import contents, failures, files_limited_to
 
 from laion_assets.io_managers import ParquetIOManager, StoredTable, TableOutput, write_table
 from laion_assets.partitions import seed_sets
@@ -121,17 +119,6 @@ def test_nothing_appears_before_the_last_row_is_written(place):
 
     write_table(Table(SCHEMA, watched()), uri)
     assert [name.rpartition("/")[2] for name in listed()] == ["set.parquet"]
-
-
-@contextmanager
-def files_limited_to(size: int) -> Iterator[None]:
-    """Let every write beyond a size fail, as on a full disk."""
-    old = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (size, old[1]))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, old)
 
 
 def test_a_disk_that_takes_no_more_is_told_of_and_the_old_table_stays(tmp_path):

@@ -22,6 +22,8 @@ from laion_assets.retrieval.errors import InputError
 URL_COLUMNS = ("url", "URL", "image_url", "image_path")
 CAPTION_COLUMNS = ("caption", "TEXT", "text", "alt")
 THUMBNAIL_COLUMN = "thumbnail"
+TEXT_TYPES = (pa.string(), pa.null())
+PICTURE_TYPES = (pa.binary(), pa.null())
 # Columns that later steps or people filter on; they travel along when the metadata has them.
 TRAVELLING_COLUMNS = (
     "NSFW", "nsfw", "punsafe", "pwatermark", "LICENSE", "LANGUAGE", "language",
@@ -94,8 +96,12 @@ class Metadata:
         columns: where to find `url` and `caption` when not under one of the usual names,
             for example `{"url": "image_link"}`.
 
+    Attributes:
+        schema: columns as `take` returns them: `url`, `caption` and those that travel along.
+
     Raises:
-        InputError: a file that cannot be read, no URL column, or files with different columns.
+        InputError: a file that cannot be read, no URL column, files with different columns, or columns
+            whose types cannot be brought together.
 
     """
 
@@ -109,6 +115,7 @@ class Metadata:
                     f"{path} has no column {missing[0]!r}, which {paths[0].name} has: the metadata "
                     f"files must have the same columns (found {', '.join(rows.schema.names)})"
                 )
+        self.schema = _common_schema(paths, self._files, self._names)
         lengths = [length for rows in self._files for length in rows.batch_lengths]
         self._batches = [
             (rows, number) for rows in self._files for number in range(len(rows.batch_lengths))
@@ -118,13 +125,6 @@ class Metadata:
     def __len__(self) -> int:
         """Rows, which is one more than the highest id that has metadata."""
         return int(self._starts[-1])
-
-    @property
-    def schema(self) -> pa.Schema:
-        """Columns as `take` returns them: `url`, `caption` and those that travel along."""
-        kinds = self._files[0].schema
-        fields = {ours: _plain(kinds.field(theirs).type) for ours, theirs in self._names.items()}
-        return pa.schema({"url": pa.string(), "caption": pa.string()} | fields)
 
     def covers(self, ids: Ids) -> Mask:
         """Tell which ids have a metadata row."""
@@ -163,10 +163,10 @@ class Metadata:
     def _take_from_batch(self, number: int, ids: Ids, wanted: list[str]) -> pa.Table:
         rows, number_in_file = self._batches[number]
         there = [name for name in wanted if name in self._names]
-        batch = rows.batch(number_in_file, [self._names[name] for name in there])
-        taken = batch.take(pa.array(ids - self._starts[number])).rename_columns(there)
+        batch = rows.batch(number_in_file, [self._names[name] for name in there]).rename_columns(there)
+        places = pa.array(ids - self._starts[number])
         columns = [
-            taken.column(field.name).cast(field.type)
+            _without_views(batch.column(field.name)).take(places).cast(field.type)
             if field.name in there
             else pa.nulls(len(ids), field.type)
             for field in (self.schema.field(name) for name in wanted)
@@ -197,16 +197,46 @@ def _column_names(schema: pa.Schema, given: Mapping[str, str], path: Path) -> di
     found = {"url": url}
     if caption is not None:
         found["caption"] = caption
-    found |= {name: name for name in (*TRAVELLING_COLUMNS, THUMBNAIL_COLUMN) if name in names}
+    found |= {name: name for name in TRAVELLING_COLUMNS if name in names}
+    if THUMBNAIL_COLUMN in names and _plain(schema.field(THUMBNAIL_COLUMN).type) in PICTURE_TYPES:
+        found[THUMBNAIL_COLUMN] = THUMBNAIL_COLUMN
     return found
 
 
+def _common_schema(paths: Sequence[Path], files: Sequence[Rows], names: Mapping[str, str]) -> pa.Schema:
+    """Bring the types of all files together: where one has no values, or wider ones, they differ."""
+    common = pa.schema({"url": pa.string(), "caption": pa.string()})
+    for path, rows in zip(paths, files, strict=True):
+        types = {ours: _plain(rows.schema.field(theirs).type) for ours, theirs in names.items()}
+        for ours in ("url", "caption"):
+            if types.get(ours, pa.string()) not in TEXT_TYPES:
+                raise InputError(
+                    f"column {names[ours]!r} of {path} holds {types[ours]}, not text: name the right one "
+                    f"with LAION_METADATA_COLUMNS={ours}=<column>"
+                )
+        try:
+            common = pa.unify_schemas([common, pa.schema(types)], promote_options="permissive")
+        except pa.ArrowTypeError as error:
+            raise InputError(
+                f"{path} has other types of columns than {paths[0].name} ({error}): the metadata files "
+                "must have the same columns"
+            ) from error
+    return common
+
+
+def _without_views(column: pa.ChunkedArray) -> pa.ChunkedArray:
+    """Return text or binary views as what Arrow can take rows of."""
+    if pa.types.is_string_view(column.type) or pa.types.is_binary_view(column.type):
+        return column.cast(_plain(column.type))
+    return column
+
+
 def _plain(kind: pa.DataType) -> pa.DataType:
-    """Dictionary-encoded and 64-bit-offset strings as plain strings: batches may differ in those."""
+    """Text as plain strings however it is stored, and binary likewise: batches may differ in that."""
     if pa.types.is_dictionary(kind):
         return _plain(kind.value_type)
     if pa.types.is_large_string(kind) or pa.types.is_string_view(kind):
         return pa.string()
-    if pa.types.is_large_binary(kind):
+    if pa.types.is_large_binary(kind) or pa.types.is_binary_view(kind):
         return pa.binary()
     return kind

@@ -9,6 +9,7 @@ What must not live here: which files make an index (layout), what is read from t
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import hashlib
 import json
@@ -18,6 +19,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +35,9 @@ from laion_assets.retrieval.progress import Progress
 
 MANIFEST = "manifest.json"
 LOCK = ".lock"
+PARTIAL = ".partial"
 CHUNK = 16 << 20
+DISK_TAKES_NO_MORE = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS}
 STAGE_AGAIN = "materialize staged_laion_index again"
 
 
@@ -105,9 +109,23 @@ class Manifest:
         try:
             stored = json.loads(path.read_text())
             files = tuple(StagedFile(**file) for file in stored["files"])
-            return cls(stored["source"], files, stored["complete"])
+            manifest = cls(stored["source"], files, stored["complete"])
+            manifest._check_types()
         except (ValueError, KeyError, TypeError) as error:
-            raise InputError(f"{path} cannot be read ({error}): delete it and {STAGE_AGAIN}") from error
+            raise InputError(f"{path} cannot be read ({error!r}): delete it and {STAGE_AGAIN}") from error
+        return manifest
+
+    def _check_types(self) -> None:
+        whole = (self.source, str), (self.complete, bool)
+        sizes = ((file.size, int) for file in self.files)
+        texts = (
+            (text, str)
+            for file in self.files
+            for text in (file.name, file.path, file.version, file.checksum)
+        )
+        for value, kind in chain(whole, sizes, texts):
+            if type(value) is not kind:
+                raise TypeError(f"{value!r} is no {kind.__name__}")
 
     def write(self, cache: Path) -> None:
         """Replace the manifest, durably: all of it or none."""
@@ -126,6 +144,11 @@ class Plan:
     fetch: tuple[SourceFile, ...]
     keep: tuple[StagedFile, ...]
     remove: tuple[StagedFile, ...]
+
+    @property
+    def changes(self) -> bool:
+        """Whether the disk is not yet as the source."""
+        return bool(self.fetch or self.remove)
 
     @property
     def bytes_to_fetch(self) -> int:
@@ -152,30 +175,37 @@ class OpenIndex:
     manifest: Manifest
 
 
-def plan(source: Sequence[SourceFile], manifest: Manifest | None, sizes: Mapping[str, int]) -> Plan:
+def plan(
+    source: Sequence[SourceFile],
+    manifest: Manifest | None,
+    sizes: Mapping[str, int],
+    *,
+    in_place: bool = False,
+) -> Plan:
     """Compare source and disk; a pure function.
 
     Args:
         source: files of the index where it comes from.
         manifest: of the cache directory, if there is one.
         sizes: bytes on disk of each file the manifest names, by name; absent when missing.
+        in_place: whether the files are used where they are; those of a copy are then not needed.
 
     """
     staged = {file.name: file for file in manifest.files} if manifest else {}
+    paths = {file.name: _staged_path(file, in_place) for file in source}
 
     def is_here(file: SourceFile) -> bool:
         there = staged.get(file.name)
         return (
             there is not None
-            and (there.version, there.size) == (file.version, file.size)
+            and (there.path, there.version, there.size) == (paths[file.name], file.version, file.size)
             and sizes.get(file.name) == file.size
         )
 
-    names = {file.name for file in source}
     return Plan(
         fetch=tuple(file for file in source if not is_here(file)),
         keep=tuple(staged[file.name] for file in source if is_here(file)),
-        remove=tuple(file for name, file in staged.items() if name not in names),
+        remove=tuple(file for name, file in staged.items() if paths.get(name) != file.path),
     )
 
 
@@ -236,25 +266,31 @@ def stage(
         log: takes lines about the progress.
 
     Raises:
-        InputError: no index there, not enough free space, or a file that changed while it was copied.
+        InputError: no index there, a cache that cannot be written to or has not enough free space, or a
+            file that changed while it was copied.
 
     """
     started = time.monotonic()
     fs, source = list_source(index_uri, metadata_uri)
-    if in_place and "file" not in _protocols(fs):
+    if in_place and not _is_local(fs):
         raise InputError(f"{index_uri} is not on a local disk: LAION_STAGING=in-place needs one")
-    cache.mkdir(parents=True, exist_ok=True)
-    with _lock(cache, fcntl.LOCK_SH):
+    if _is_local(fs) and not in_place:
+        _check_apart(source, cache)
+    _make(cache)
+    with _lock(cache, fcntl.LOCK_SH, log):
         manifest = Manifest.read(cache)
-        if manifest and manifest.complete and _agrees(manifest, source, cache, in_place):
+        if manifest and manifest.complete and not _plan_on_disk(source, cache, in_place).changes:
             return Staged(manifest, 0, 0, time.monotonic() - started)
-    with _lock(cache, fcntl.LOCK_EX):
+    with _lock(cache, fcntl.LOCK_EX, log):
         todo = _plan_on_disk(source, cache, in_place)
         if not in_place:
             _check_space(cache, todo.bytes_to_fetch)
-        _stage_files(fs, index_uri, todo, cache, in_place, log)
-    manifest = Manifest.read(cache)
-    assert manifest  # noqa: S101  # written under the lock above
+        try:
+            manifest = _stage_files(fs, index_uri, todo, cache, in_place, log)
+        except OSError as error:
+            if error.errno not in DISK_TAKES_NO_MORE:
+                raise
+            raise _cannot_write(cache, error) from error
     return Staged(manifest, len(todo.fetch), todo.bytes_to_fetch, time.monotonic() - started)
 
 
@@ -312,45 +348,56 @@ def _source_file(name: str, path: str, info: Mapping[str, Any]) -> SourceFile:
 
 def _plan_on_disk(source: Sequence[SourceFile], cache: Path, in_place: bool) -> Plan:
     manifest = Manifest.read(cache)
-    # A manifest of the other mode describes other files: start from nothing.
-    if manifest and any(Path(file.path).is_absolute() != in_place for file in manifest.files):
-        manifest = None
     sizes = {
         file.name: (cache / file.path).stat().st_size
         for file in (manifest.files if manifest else ())
         if (cache / file.path).exists()
     }
-    return plan(source, manifest, sizes)
-
-
-def _agrees(manifest: Manifest, source: Sequence[SourceFile], cache: Path, in_place: bool) -> bool:
-    todo = _plan_on_disk(source, cache, in_place)
-    return not todo.fetch and not todo.remove and len(todo.keep) == len(manifest.files)
+    return plan(source, manifest, sizes, in_place=in_place)
 
 
 def _stage_files(
     fs: Any, uri: str, todo: Plan, cache: Path, in_place: bool, log: Callable[[str], None]
-) -> None:
+) -> Manifest:
     done = list(todo.keep)
-    Manifest(uri, tuple(done), complete=False).write(cache)
-    for gone in todo.remove:
-        if not Path(gone.path).is_absolute():
-            (cache / gone.path).unlink(missing_ok=True)
+    # What goes stays listed until it is gone, or a stager killed here would leave it for ever.
+    Manifest(uri, (*todo.keep, *todo.remove), complete=False).write(cache)
+    _remove(cache, todo, in_place, log)
     what = "checking" if in_place else "staging"
     with Progress(what, todo.bytes_to_fetch, "B", log) as progress:
         for file in todo.fetch:
             checksum = _read_through(fs, file, None if in_place else cache / file.name, progress)
-            path = file.path if in_place else file.name
+            path = _staged_path(file, in_place)
             done.append(StagedFile(file.name, path, file.size, file.version, checksum))
             Manifest(uri, tuple(done), complete=False).write(cache)
-    Manifest(uri, tuple(done), complete=True).write(cache)
+    manifest = Manifest(uri, tuple(done), complete=True)
+    manifest.write(cache)
+    return manifest
+
+
+def _staged_path(file: SourceFile, in_place: bool) -> str:
+    return file.path if in_place else file.name
+
+
+def _remove(cache: Path, todo: Plan, in_place: bool, log: Callable[[str], None]) -> None:
+    """Remove copies that are not needed, but never a file of the source, which may be an earlier copy."""
+    sources = {Path(file.path).resolve() for file in todo.fetch} if in_place else set()
+    copies = [cache / gone.path for gone in todo.remove if not Path(gone.path).is_absolute()]
+    if not in_place:
+        copies += cache.rglob(f"*{PARTIAL}")  # of a stager that was killed
+    for path in copies:
+        if path.exists() and path.resolve() not in sources:
+            log(f"removing {path}, which the index no longer needs")
+            path.unlink()
+            if not any(path.parent.iterdir()):
+                path.parent.rmdir()
 
 
 def _read_through(fs: Any, file: SourceFile, target: Path | None, progress: Progress) -> str:
     """Read a source file once, into `target` if given, and return its verified checksum."""
     checksum = google_crc32c.Checksum()
     size = 0
-    partial = target.with_name(f"{target.name}.partial") if target else Path(os.devnull)
+    partial = target.with_name(f"{target.name}{PARTIAL}") if target else Path(os.devnull)
     partial.parent.mkdir(parents=True, exist_ok=True)
     with fs.open(file.path, "rb") as reader, partial.open("wb") as writer:
         while chunk := reader.read(CHUNK):
@@ -374,6 +421,29 @@ def _read_through(fs: Any, file: SourceFile, target: Path | None, progress: Prog
     return found
 
 
+def _check_apart(source: Sequence[SourceFile], cache: Path) -> None:
+    if any(Path(file.path).resolve() == (cache / file.name).resolve() for file in source):
+        raise InputError(
+            f"the index is in {cache} already, and would be copied onto itself: set "
+            "LAION_STAGING=in-place to use it where it is, or LAION_CACHE_DIR to another folder"
+        )
+
+
+def _make(cache: Path) -> None:
+    try:
+        cache.mkdir(parents=True, exist_ok=True)
+        (cache / LOCK).open("a").close()
+    except OSError as error:
+        raise _cannot_write(cache, error) from error
+
+
+def _cannot_write(cache: Path, error: OSError) -> InputError:
+    return InputError(
+        f"cannot write to {cache} ({error.strerror}): set LAION_CACHE_DIR to a folder with room that you "
+        "can write to"
+    )
+
+
 def _check_space(cache: Path, needed: int) -> None:
     free = shutil.disk_usage(cache).free
     if free < needed:
@@ -383,13 +453,17 @@ def _check_space(cache: Path, needed: int) -> None:
         )
 
 
-def _protocols(fs: Any) -> tuple[str, ...]:
-    return (fs.protocol,) if isinstance(fs.protocol, str) else tuple(fs.protocol)
+def _is_local(fs: Any) -> bool:
+    return "file" in ((fs.protocol,) if isinstance(fs.protocol, str) else fs.protocol)
 
 
 @contextmanager
-def _lock(cache: Path, kind: int) -> Iterator[None]:
+def _lock(cache: Path, kind: int, log: Callable[[str], None] = lambda _: None) -> Iterator[None]:
     """Hold the cache's lock; the system frees it when the process ends, however it ends."""
     with (cache / LOCK).open("a") as file:
-        fcntl.flock(file, kind)
+        try:
+            fcntl.flock(file, kind | fcntl.LOCK_NB)
+        except BlockingIOError:
+            log(f"waiting until another process is done with {cache}")
+            fcntl.flock(file, kind)
         yield

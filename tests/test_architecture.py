@@ -1,0 +1,195 @@
+"""The rules of the house, and that what the README, the settings and Dagster's files say is so."""
+
+import ast
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import dagster as dg
+import pytest
+from conftest import REPOSITORY, Demo
+
+from laion_assets.cli import main
+from laion_assets.definitions import build_defs
+from laion_assets.launcher import LocalRunLauncher
+from laion_assets.resources import DEFAULTS, index_from, output_from, seeds_from
+from laion_assets.retrieval.staging import stage
+
+PACKAGE = REPOSITORY / "laion_assets"
+MODULES = sorted(PACKAGE.rglob("*.py"))
+README = (REPOSITORY / "README.md").read_text()
+
+
+def name_of(path: Path) -> str:
+    return ".".join(path.relative_to(REPOSITORY).with_suffix("").parts).removesuffix(".__init__")
+
+
+def imported_by(*modules: str) -> set[str]:
+    """Names of all modules that are there once these were imported, in a process of its own."""
+    program = f"import sys, {', '.join(modules)}; print(*sorted(sys.modules))"
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    return set(done.stdout.split())
+
+
+# --- the house ------------------------------------------------------------------------------------
+
+
+def test_the_library_works_without_dagster():
+    library = [name_of(path) for path in MODULES if path.is_relative_to(PACKAGE / "retrieval")]
+    assert len(library) > 10
+    there = imported_by(*library)
+    assert set(library) <= there
+    assert {name for name in there if name.partition(".")[0].startswith("dagster")} == set()
+    ours = {name for name in there if name.startswith("laion_assets.")}
+    assert {name for name in ours if not name.startswith("laion_assets.retrieval")} == set()
+
+
+def test_where_assets_run_depends_on_nothing_of_ours():
+    there = imported_by("laion_assets.kubernetes")
+    assert {n for n in there if n.startswith("laion_assets")} == {
+        "laion_assets",
+        "laion_assets.kubernetes",
+    }
+
+
+@pytest.mark.parametrize("path", MODULES, ids=name_of)
+def test_every_module_says_what_lives_in_it_and_what_must_not(path):
+    told = ast.get_docstring(ast.parse(path.read_text()))
+    assert told
+    assert told.splitlines()[0].endswith((".", ":"))
+    if path.name == "__init__.py" and path.parent.name != "retrieval":
+        return  # names a folder, nothing lives in it
+    (code_location,) = [p for p in MODULES if p.name == "definitions.py"]
+    if path == code_location:
+        assert "and nothing else" in told
+    else:
+        assert re.search(r"What\s+must\s+not\s+live\s+here: \w", told)
+
+
+# --- Dagster's own files --------------------------------------------------------------------------
+
+
+def test_dagster_yaml_loads_and_frees_what_a_killed_run_held(tmp_path):
+    (tmp_path / "dagster.yaml").write_text(
+        (REPOSITORY / "dagster.yaml").read_text().replace("data/dagster", str(tmp_path / "data"))
+    )
+    with dg.DagsterInstance.from_config(str(tmp_path)) as instance:
+        assert isinstance(instance.run_launcher, LocalRunLauncher)
+        assert instance.run_launcher.supports_check_run_worker_health
+        assert instance.run_monitoring_enabled
+        told = instance.get_settings("run_monitoring")
+        assert 0 < told["free_slots_after_run_end_seconds"] <= 60
+        pools = instance.get_concurrency_config().pool_config
+        assert pools.default_pool_limit == 1
+        assert pools.pool_granularity.value == "op"
+        assert instance.telemetry_enabled is False
+        instance.add_dynamic_partitions("seed_sets", ["flower"])
+        instance.event_log_storage.initialize_concurrency_limit_to_default("retrieval")
+    with dg.DagsterInstance.from_config(str(tmp_path)) as instance:
+        assert instance.get_dynamic_partitions("seed_sets") == ["flower"]
+        assert instance.event_log_storage.get_concurrency_info("retrieval").slot_count == 1
+    assert {path.name for path in tmp_path.iterdir()} == {"dagster.yaml", "data"}
+
+
+def test_the_workspace_loads(tmp_path):
+    shutil.copy(REPOSITORY / "workspace.yaml", tmp_path)
+    dagster = Path(sys.executable).with_name("dagster")
+    done = subprocess.run(
+        [dagster, "definitions", "validate", "-w", "workspace.yaml"],
+        cwd=tmp_path,
+        env=os.environ | {"DAGSTER_HOME": ""},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert "Validation successful for code location laion_assets" in done.stdout + done.stderr
+
+
+# --- settings -------------------------------------------------------------------------------------
+
+
+def variables_read() -> set[str]:
+    """The variables of the environment that the code takes notice of."""
+
+    class Noted(dict[str, str]):
+        def get(self, name, default=None):
+            noted.add(name)
+            return super().get(name, default)
+
+    noted: set[str] = set()
+    build_defs(Noted())
+    settings = {f"LAION_{name.upper()}" for name in DEFAULTS}
+    written = {
+        node.value
+        for path in MODULES
+        for node in ast.walk(ast.parse(path.read_text()))
+        if isinstance(node, ast.Constant) and isinstance(node.value, str)
+        if re.fullmatch(r"LAION_[A-Z_]+", node.value)
+    }
+    assert written <= noted | settings
+    return {name for name in noted if name.startswith("LAION_")} | settings
+
+
+def test_the_readme_the_example_and_the_code_know_the_same_settings():
+    read = variables_read()
+    table = README.partition("## Settings")[2].partition("\n## ")[0]
+    assert set(re.findall(r"^\| `(\w+)` \|", table, re.MULTILINE)) == read
+    example = (REPOSITORY / ".env.example").read_text()
+    assert set(re.findall(r"^#(\w+)=", example, re.MULTILINE)) == read
+    assert set(re.findall(r"LAION_[A-Z_]+", README + example)) == read
+
+
+def test_the_readme_tells_the_defaults_there_are():
+    table = dict(re.findall(r"^\| `LAION_(\w+)` \| ([^|]+) \|", README, re.MULTILINE))
+    for name, default in DEFAULTS.items():
+        if default is not None:
+            assert table[name.upper()] == str(default)
+    index = index_from({})
+    places = {
+        "INDEX_URI": index.index_uri,
+        "CACHE_DIR": index.cache_dir,
+        "SEEDS_URI": seeds_from({}).uri,
+        "OUTPUT_URI": output_from({}),
+    }
+    for name, place in places.items():
+        assert Path.cwd() / table[name].strip("`") == Path(place)
+    assert table["STAGING"] == f"`{index.staging}`"
+
+
+# --- the README -----------------------------------------------------------------------------------
+
+
+def test_the_notebook_example_runs_as_it_stands(demo: Demo, tmp_path, monkeypatch, capsys):
+    (example,) = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+    (tmp_path / "data").mkdir()
+    shutil.copytree(demo.seeds, tmp_path / "data" / "seeds")
+    stage(str(demo.index), None, tmp_path / "data" / "cache")
+    monkeypatch.chdir(tmp_path)
+    names: dict[str, object] = {}
+    exec(compile(example, "README.md", "exec"), names)
+    shown = capsys.readouterr().out
+    seeds = len(names["seeds"].embeddings)  # type: ignore[attr-defined]
+    funnel = names["found"].funnel  # type: ignore[attr-defined]
+    assert f"requested={20 * seeds}, received={20 * seeds}" in shown
+    assert 0 < funnel.kept < funnel.received
+    printed = [int(rows) for rows in re.findall(r"\[(\d+) rows x", shown)]
+    assert sum(printed) == funnel.kept
+
+
+@pytest.mark.parametrize("target", sorted(set(re.findall(r"\]\(((?!https:)[^)#]+)\)", README))))
+def test_what_the_readme_points_to_is_there(target):
+    assert (REPOSITORY / target).exists()
+
+
+def test_the_commands_of_the_readme_exist(capsys):
+    makefile = (REPOSITORY / "Makefile").read_text()
+    for target in set(re.findall(r"^make (\w+)", README, re.MULTILINE)):
+        assert re.search(rf"^{target}:", makefile, re.MULTILINE)
+    with pytest.raises(SystemExit):
+        main(["materialize", "--help"])
+    known = set(re.findall(r"--[\w-]+", capsys.readouterr().out))
+    (used,) = re.findall(r"laion-assets materialize \w+( --.*)", README)
+    assert set(re.findall(r"--[\w-]+", used)) <= known

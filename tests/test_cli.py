@@ -1,0 +1,265 @@
+"""The command line as people use it: what it prints, what it refuses, what it keeps, how it recovers."""
+
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import dagster as dg
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+from conftest import REPOSITORY, Demo, contents
+
+ASSETS = (
+    "staged_laion_index", "seed_embeddings", "centroid_vector",
+    "knn_urls", "centroid_urls", "combined_urls",
+)  # fmt: skip
+
+
+def start(folder: Path, *arguments: str, **environment: str) -> subprocess.Popen[str]:
+    """Start a command in a folder, as a person would."""
+    return subprocess.Popen(
+        [sys.executable, "-m", "laion_assets.cli", *arguments],
+        cwd=folder,
+        env=os.environ | environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+@dataclass(frozen=True)
+class Done:
+    """What a command left behind when it ended."""
+
+    status: int
+    out: str
+    err: str
+
+
+def end(process: subprocess.Popen[str]) -> Done:
+    out, err = process.communicate(timeout=120)
+    return Done(process.returncode, out, err)
+
+
+def checkout(folder: Path, demo: Demo) -> Path:
+    """A folder like a checkout in which the demo's data was built."""
+    shutil.copy(REPOSITORY / "dagster.yaml", folder)
+    shutil.copytree(demo.index, folder / "data" / "index")
+    shutil.copytree(demo.seeds, folder / "data" / "seeds")
+    return folder
+
+
+@contextmanager
+def history(folder: Path) -> Iterator[dg.DagsterInstance]:
+    """Dagster's history as the UI would show it; the paths in dagster.yaml are relative."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        with dg.DagsterInstance.from_config(str(folder)) as instance:
+            yield instance
+
+
+def table_of(done: Done) -> dict[str, tuple[list[int], Path]]:
+    """The table at the end of what was printed: the counts and the file of each asset."""
+    _, header, table = done.out.partition("requested  received      kept\n")
+    assert header
+    rows = re.findall(r"^(\w+)((?: +[\d,]+)+)   (\S+)$", table, re.MULTILINE)
+    return {
+        name: ([int(count.replace(",", "")) for count in counts.split()], Path(path))
+        for name, counts, path in rows
+    }
+
+
+# --- one story in four commands -------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Story:
+    folder: Path
+    demo: Done
+    flower: Done
+    killed: str
+    tables_before: dict[str, bytes]
+    again: Done
+
+
+@pytest.fixture(scope="module")
+def story(demo: Demo, tmp_path_factory: pytest.TempPathFactory) -> Story:
+    """The demo; a seed set with settings of its own; a run that is killed; the demo again."""
+    folder = checkout(tmp_path_factory.mktemp("checkout"), demo)
+    first = end(start(folder, "demo"))
+    (folder / ".env").write_text("LAION_NB_IMAGES_CENTROID=90\nLAION_NB_IMAGES_KNN=7\n")
+    flower = end(
+        start(folder, "materialize", "flower", "--nb-images-knn", "20", "--dedup-threshold", "1")
+    )
+    (folder / ".env").unlink()
+    before = contents(folder / "data" / "output")
+    (folder / "data" / "seeds" / "many").mkdir()
+    seeds = np.random.default_rng(0).standard_normal((2000, 256), np.float32)
+    np.save(folder / "data" / "seeds" / "many" / "seeds.npy", seeds)
+    process = start(folder, "materialize", "many", "--nb-images-knn", "3000")  # minutes of work
+    assert process.stdout is not None
+    for line in process.stdout:
+        if line.startswith("knn_urls: "):
+            process.send_signal(signal.SIGKILL)
+    killed = end(process)
+    assert killed.status == -signal.SIGKILL
+    with history(folder) as instance:
+        (run,) = instance.get_runs(dg.RunsFilter(statuses=[dg.DagsterRunStatus.STARTED]))
+        assert len(instance.event_log_storage.get_concurrency_info("retrieval").claimed_slots) == 1
+    return Story(folder, first, flower, run.run_id, before, end(start(folder, "demo")))
+
+
+def test_a_run_ends_well_and_prints_nothing_but_its_story(story: Story) -> None:
+    for done in (story.demo, story.flower, story.again):
+        assert (done.status, done.err) == (0, "")
+        told, _, table = done.out.partition("\n\n")
+        allowed = "|".join([*ASSETS, "run", "demo index", "demo seeds"])
+        strange = [line for line in told.splitlines() if not re.match(rf"({allowed})(: | \w)", line)]
+        assert strange == []
+        assert table.rstrip().splitlines()[-1].startswith("contact sheet: /")
+        assert len(table.strip().splitlines()) == 6
+
+
+def test_the_table_says_what_is_in_the_files(story: Story) -> None:
+    for done, seed_set in ((story.demo, "fruit"), (story.flower, "flower")):
+        told = table_of(done)
+        assert list(told) == ["knn_urls", "centroid_urls", "combined_urls"]
+        for name, (counts, path) in told.items():
+            assert path == story.folder / "data" / "output" / name / f"{seed_set}.parquet"
+            if done is story.flower:  # the demo's were made anew since
+                assert counts[-1] == pq.read_metadata(path).num_rows
+        sheet = Path(done.out.rpartition("contact sheet: ")[2].strip())
+        assert sheet.read_bytes().startswith(b"\x89PNG")
+
+
+def test_options_come_before_the_env_file_and_that_before_the_defaults(story: Story) -> None:
+    seeds = pq.read_metadata(story.folder / "data/output/seed_embeddings/flower.parquet").num_rows
+    told = table_of(story.flower)
+    assert told["knn_urls"][0] == [20 * seeds] * 3  # at a threshold of 1 all that is received is kept
+    assert told["centroid_urls"][0] == [90] * 3
+    assert table_of(story.demo)["centroid_urls"][0][0] == 500
+
+
+def test_the_index_is_fetched_once(story: Story) -> None:
+    fetched = [
+        re.findall(r"staged_laion_index: .*; ([\d,]+) bytes fetched", done.out)
+        for done in (story.demo, story.flower, story.again)
+    ]
+    size = sum(map(len, contents(story.folder / "data" / "index").values()))
+    staged = sum(map(len, contents(story.folder / "data" / "cache").values()))
+    (first,) = fetched[0]
+    assert 0 < int(first.replace(",", "")) <= min(size, staged)
+    assert fetched[1:] == [["0"], ["0"]]
+    assert "already there" in story.again.out
+
+
+def test_a_run_that_was_killed_is_told_of_and_holds_up_nobody(story: Story) -> None:
+    assert f"run {story.killed} had been killed; it is marked as failed now" in story.again.out
+    assert "had been killed" not in story.flower.out
+    with history(story.folder) as instance:
+        run = instance.get_run_by_id(story.killed)
+        assert run is not None
+        assert (run.status, run.tags["dagster/partition"]) == (dg.DagsterRunStatus.FAILURE, "many")
+        for pool in ("staging", "retrieval"):
+            held = instance.event_log_storage.get_concurrency_info(pool)
+            assert (held.slot_count, held.claimed_slots, held.pending_steps) == (1, [], [])
+    after = contents(story.folder / "data" / "output")
+    of_flower = {name: held for name, held in story.tables_before.items() if "flower" in name}
+    assert len(of_flower) == 6
+    assert {name: after[name] for name in of_flower} == of_flower
+    assert not any(name.endswith("urls/many.parquet") for name in after)
+
+
+def test_history_outlives_the_commands(story: Story) -> None:
+    with history(story.folder) as instance:
+        runs = [(run.tags["dagster/partition"], run.status.value) for run in instance.get_runs()]
+        assert runs == [
+            ("fruit", "SUCCESS"),
+            ("many", "FAILURE"),
+            ("flower", "SUCCESS"),
+            ("fruit", "SUCCESS"),
+        ]
+        assert set(instance.get_dynamic_partitions("seed_sets")) == {"fruit", "flower", "many"}
+        key = dg.AssetKey("combined_urls")
+        assert instance.get_materialized_partitions(key) == {"fruit", "flower"}
+    assert {path.name for path in story.folder.iterdir()} == {"dagster.yaml", "data"}
+
+
+# --- what is refused ------------------------------------------------------------------------------
+
+MISTAKES: dict[str, tuple[list[str], dict[str, str], int, str]] = {
+    "a name that is nearly one": (
+        ["materialize", "flowr"], {}, 1,
+        r"error: there is no seed set 'flowr' in \S+/data/seeds: did you mean 'flower'\?",
+    ),
+    "a name with a slash": (
+        ["materialize", "flower/x"], {}, 1, "error: 'flower/x' cannot name a seed set: .*no '/'.*",
+    ),
+    "a name that leaves the folder": (
+        ["materialize", ".."], {}, 1, r"error: '\.\.' cannot name a seed set: .*no '\.\.'.*",
+    ),
+    "no images": (
+        ["materialize", "flower", "--nb-images-knn", "0"], {}, 1,
+        r"error: nb_images_knn is 0 \(from .*command line\): give 1 or more",
+    ),
+    "a cosine of 2": (
+        ["materialize", "flower", "--dedup-threshold", "2"], {}, 1,
+        r"error: dedup_threshold is 2\.0 \(from .*command line\): give a cosine over 0 and up to 1.*",
+    ),
+    "not a number": (
+        ["materialize", "flower", "--nprobe", "x"], {}, 2,
+        r"usage: laion-assets materialize .*error: argument --nprobe: invalid int value: 'x'",
+    ),
+    "a demo that is none": (
+        ["demo"], {"LAION_INDEX_URI": "/elsewhere"}, 1,
+        "error: LAION_INDEX_URI is set, so this would not be the demo: unset it, or use .*",
+    ),
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def mistaken(demo: Demo, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Done]]:
+    """All mistakes, made at the same time: most of each is Python starting up."""
+    folder = checkout(tmp_path_factory.mktemp("mistakes"), demo)
+    started = {
+        name: start(folder, *arguments, **environment)
+        for name, (arguments, environment, _, _) in MISTAKES.items()
+    }
+    return folder, {name: end(process) for name, process in started.items()}
+
+
+@pytest.mark.parametrize("name", MISTAKES)
+def test_a_mistake_is_told_in_a_sentence(mistaken, name: str) -> None:
+    *_, status, sentence = MISTAKES[name]
+    done = mistaken[1][name]
+    assert (done.status, done.out) == (status, "")
+    assert re.fullmatch(sentence, done.err.strip(), re.DOTALL), done.err
+    assert "Traceback" not in done.err
+
+
+def test_a_mistake_leaves_nothing_behind(mistaken) -> None:
+    folder, _ = mistaken
+    assert {path.name for path in (folder / "data").iterdir()} == {"index", "seeds"}
+
+
+def test_an_output_that_cannot_be_written_to_fails_the_run_in_a_sentence(demo, tmp_path) -> None:
+    folder = checkout(tmp_path, demo)
+    done = end(start(folder, "materialize", "flower", LAION_OUTPUT_URI="/sys/laion"))
+    assert done.status == 1
+    assert re.fullmatch(
+        r"error: seed_embeddings: cannot write /sys/laion/seed_embeddings/flower\.parquet .*"
+        r"set LAION_OUTPUT_URI to a folder with room that you can write to",
+        done.err.strip(),
+    )
+    assert "requested" not in done.out
+    with history(folder) as instance:
+        (run,) = instance.get_runs()
+        assert run.status == dg.DagsterRunStatus.FAILURE
