@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: help demo dev test lint lock clean
+.PHONY: help demo dev test lint bench bench-quick lock clean
 
 help: ## List the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -31,6 +31,12 @@ lint: $(READY) ## Lint, check formatting and types
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+bench: $(READY) ## Measure against the peer, about an hour; writes benchmarks/results.md
+	$(BIN)/python benchmarks/bench.py
+
+bench-quick: $(READY) ## The same on less data, a few minutes; writes benchmarks/.cache/quick
+	$(BIN)/python benchmarks/bench.py --quick --output benchmarks/.cache/quick
 
 lock: $(READY) ## Pin today's versions of everything into requirements.lock
 	$(BIN)/python -m pip install --quiet uv

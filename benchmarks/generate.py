@@ -180,6 +180,7 @@ def write_index(world: World, folder: Path) -> None:
     parts.push_back(ivf.invlists)
     on_disk.merge_from_multiple(parts.data(), parts.size())
     ivf.replace_invlists(on_disk)
+    on_disk.filename = Path(path).name  # the reader looks for it beside the index
     faiss.write_index(index, str(folder / "populated.index"))
 
 

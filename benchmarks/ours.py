@@ -1,4 +1,4 @@
-"""This project's retrieval over the same index, asked the same as the peer.
+"""Our retrieval over the same index, asked the same as the peer.
 
 Prints JSON of the same form as `peer.py` does: for each request the ids kept, the time of each phase and
 the peak of memory. What must not live here: a way to retrieve that users do not have.
@@ -10,7 +10,7 @@ import argparse
 import json
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from importlib.metadata import version
 from pathlib import Path
@@ -21,6 +21,7 @@ import numpy as np
 import pyarrow as pa
 from memory import PeakMemory
 
+from laion_assets.retrieval import near_duplicates
 from laion_assets.retrieval import retrieve as retrieval
 from laion_assets.retrieval.index import Index
 from laion_assets.retrieval.metadata import Metadata
@@ -33,13 +34,30 @@ PHASES = {
     "near_duplicates": (retrieval, "components_of_lists"),
     "metadata": (Metadata, "take"),
 }
+STEPS = {  # of finding near-duplicates
+    name: (near_duplicates, name)
+    for name in ("sketch_all", "nearest_cells", "find_links_between_caps", "components_of_short_lists")
+}
+
+
+class Caps(near_duplicates.Caps):
+    """The caps as they are, which also tell how many they were."""
+
+    last = 0
+
+    def __init__(self, *arguments: Any) -> None:
+        super().__init__(*arguments)
+        Caps.last = len(self)
+
+
+near_duplicates.Caps = Caps  # type: ignore[misc]
 
 
 @contextmanager
-def clocks() -> Iterator[dict[str, float]]:
-    """Count the seconds spent in each phase while the block runs."""
-    seconds = dict.fromkeys(PHASES, 0.0)
-    plain = {name: getattr(owner, function) for name, (owner, function) in PHASES.items()}
+def clocks(phases: Mapping[str, tuple[Any, str]]) -> Iterator[dict[str, float]]:
+    """Count the seconds spent in each of some functions while the block runs."""
+    seconds = dict.fromkeys(phases, 0.0)
+    plain = {name: getattr(owner, function) for name, (owner, function) in phases.items()}
 
     def timed(name: str) -> Callable[..., Any]:
         def call(*arguments: Any, **named: Any) -> Any:
@@ -51,19 +69,26 @@ def clocks() -> Iterator[dict[str, float]]:
 
         return call
 
-    for name, (owner, function) in PHASES.items():
+    for name, (owner, function) in phases.items():
         setattr(owner, function, timed(name))
     try:
         yield seconds
     finally:
-        for name, (owner, function) in PHASES.items():
+        for name, (owner, function) in phases.items():
             setattr(owner, function, plain[name])
+
+
+def open_folder(folder: Path) -> tuple[Index, Metadata]:
+    """The index and the metadata of generated data."""
+    files = folder / "image.index"
+    index = Index(files / "populated.index", files / "merged_index.ivfdata")
+    return index, Metadata(sorted((folder / "metadata").iterdir()))
 
 
 def ask(index: Index, metadata: Metadata, queries: Any, request: Request) -> dict[str, Any]:
     """All queries as one request, and what it took."""
     started = time.perf_counter()
-    with clocks() as seconds:
+    with clocks(PHASES) as seconds, clocks(STEPS) as steps:
         found = retrieve(index, metadata, queries, request, per_seed=len(queries) > 1)
         table = pa.Table.from_batches(found.table.batches, found.table.schema)
     total = time.perf_counter() - started
@@ -74,6 +99,8 @@ def ask(index: Index, metadata: Metadata, queries: Any, request: Request) -> dic
         "seeds": table["seed"].to_pylist() if "seed" in table.column_names else [],
         "similarities": table["similarity"].to_pylist(),
         "seconds": {"total": total, **seconds, "other": total - sum(seconds.values())},
+        "steps": steps,
+        "caps": Caps.last,
     }
 
 
@@ -85,26 +112,22 @@ def main() -> None:
     parser.add_argument("--k", type=int, required=True)
     parser.add_argument("--nprobe", type=int)
     parser.add_argument("--first", type=int, help="only so many of the queries")
-    parser.add_argument("--repeat", type=int, default=1)
-    parser.add_argument("--threshold", type=float, default=0.94)
     arguments = parser.parse_args()
     queries = np.atleast_2d(np.load(arguments.queries))[: arguments.first]
-    request = Request(arguments.k, arguments.threshold, arguments.nprobe)
+    request = Request(arguments.k, 0.94, arguments.nprobe)
     with PeakMemory() as memory:
-        files = arguments.folder / "image.index"
-        index = Index(files / "populated.index", files / "merged_index.ivfdata")
-        metadata = Metadata(sorted((arguments.folder / "metadata").iterdir()))
-        requests = [ask(index, metadata, queries, request) for _ in range(arguments.repeat)]
+        index, metadata = open_folder(arguments.folder)
+        ask(index, metadata, queries[:1], Request(10, 0.94, 1))  # what is loaded at the first request
+        answer = ask(index, metadata, queries, request)
     packages = ("laion_assets", "faiss-cpu", "numpy", "pyarrow")
-    answer = {
+    about = {
         "versions": {"python": sys.version.split()[0]} | {name: version(name) for name in packages},
         "k": arguments.k,
         "nprobe": index.nprobe_for(arguments.k, arguments.nprobe),
         "threads": faiss.omp_get_max_threads(),
         "anonymous_bytes": {"before": memory.before, "peak": memory.peak},
-        "requests": requests,
     }
-    json.dump(answer, sys.stdout)
+    json.dump({**about, "requests": [answer]}, sys.stdout)
 
 
 if __name__ == "__main__":

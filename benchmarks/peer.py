@@ -137,6 +137,7 @@ def serve(arguments: argparse.Namespace) -> dict[str, Any]:
     queries = np.atleast_2d(np.load(arguments.queries))[: arguments.first]
     with PeakMemory() as memory:
         knn = service(module, arguments.folder, arguments.nprobe)
+        ask(module, knn, queries[0], 10)  # what is loaded at the first request
         requests = [ask(module, knn, query, arguments.k) for query in queries]
     packages = ("clip-retrieval", "faiss-cpu", "numpy", "pandas", "pyarrow")
     return {

@@ -19,6 +19,7 @@ import numpy as np
 from laion_assets.retrieval.arrays import Bytes, Floats, Ids
 from laion_assets.retrieval.console import silent_stdout
 from laion_assets.retrieval.errors import InputError
+from laion_assets.retrieval.parallel import one_blas_thread
 
 MIN_NPROBE = 64
 ROUNDING = 1e-6  # scores of the same row in two scans differ by less
@@ -164,9 +165,13 @@ class Index:
         if not self._portable:
             return Decoder(None, np.empty(0, np.int64), self.dimension)
         if lists is None:
-            return Decoder(self._index, np.arange(self.nlist), self.dimension)
+            return self._whole_decoder
         centres = np.stack([self._ivf.quantizer.reconstruct(int(number)) for number in lists])
         return Decoder(_emptied(self._index, self._ivf, centres), lists, self.dimension)
+
+    @cached_property
+    def _whole_decoder(self) -> Decoder:
+        return Decoder(self._index, np.arange(self.nlist), self.dimension)
 
     @property
     def _portable(self) -> bool:
@@ -210,7 +215,8 @@ class Decoder:
 
     @cached_property
     def _superfluous(self) -> Floats | None:
-        return _superfluous_directions(self._index)
+        with one_blas_thread():
+            return _superfluous_directions(self._index)
 
     def decode(self, codes: Bytes) -> Floats:
         """Return (n, dimension) float32 vectors for (n, code size) codes, not normalised."""

@@ -61,10 +61,9 @@ from itertools import pairwise
 
 import numpy as np
 from numpy.typing import NDArray
-from threadpoolctl import threadpool_limits
 
 from laion_assets.retrieval.arrays import Bytes, Floats, Ids, Mask
-from laion_assets.retrieval.parallel import in_threads
+from laion_assets.retrieval.parallel import in_threads, one_blas_thread
 from laion_assets.retrieval.vectors import Vectors, unit
 
 SLACK = 1e-4
@@ -313,7 +312,7 @@ def sketch_all(links: Links, sample: Ids) -> Floats:
 
 def principal_axes(sample: Floats, count: int) -> Floats:
     """The directions in which the sample extends farthest, one a column."""
-    with threadpool_limits(1, user_api="blas"):  # LAPACK loses more in waiting than it wins
+    with one_blas_thread():
         by_extent = np.linalg.eigh(sample.T @ sample).eigenvectors[:, ::-1]
     axes: Floats = np.ascontiguousarray(by_extent[:, :count])
     return axes

@@ -14,12 +14,17 @@ Job = TypeVar("Job")
 Done = TypeVar("Done")
 
 
-def in_threads(work: Callable[[Job], Done], jobs: Iterable[Job]) -> list[Done]:
-    """Do all jobs and return what each returned, in their order.
+def one_blas_thread() -> threadpool_limits:
+    """A context in which matrix products and LAPACK use the thread that asks, and no other.
 
-    Meanwhile a matrix product runs in the one thread that asks for it: threads of BLAS below threads
-    of ours would wait for each other.
+    For small work, where more threads lose more in waiting for each other than they win, and for work
+    that is in threads of its own already.
     """
+    return threadpool_limits(1, user_api="blas")
+
+
+def in_threads(work: Callable[[Job], Done], jobs: Iterable[Job]) -> list[Done]:
+    """Do all jobs and return what each returned, in their order."""
     threads = faiss.omp_get_max_threads()  # asked first, for it obeys the limit
-    with threadpool_limits(1, user_api="blas"), ThreadPoolExecutor(threads) as pool:
+    with one_blas_thread(), ThreadPoolExecutor(threads) as pool:
         return list(pool.map(work, jobs))
