@@ -25,6 +25,7 @@ FORMS = {
     "Flat": "Flat",
     "HNSW": "HNSW8",
 }
+MANY_LISTS = "IVF400_HNSW8,PQ8x8"
 ARROW = ".arrow"
 PARQUET = ".parquet"
 
@@ -51,7 +52,7 @@ def random_rows(random: np.random.Generator, n: int, alike: float = 0.15) -> np.
 def trained(key: str, metric: int = faiss.METRIC_INNER_PRODUCT) -> Any:
     """An empty index, trained on rows of its own: silently, and on one thread, as they are few."""
     index: Any = faiss.index_factory(DIMENSION, key, metric)
-    rows = random_rows(np.random.default_rng(0), 300)
+    rows = random_rows(np.random.default_rng(0), 800)
     ivf = faiss.try_extract_index_ivf(index)
     if ivf is not None:
         ivf = faiss.downcast_index(ivf)
@@ -75,7 +76,7 @@ def trained(key: str, metric: int = faiss.METRIC_INNER_PRODUCT) -> Any:
 
 def write_index(folder: Path, rows: np.ndarray, form: str) -> None:
     """Write `rows` as an index of this form to `<folder>/image.index`."""
-    index = faiss.clone_index(trained(FORMS[form]))
+    index = faiss.clone_index(trained(FORMS.get(form, form)))
     if form != MERGED:
         folder.mkdir(parents=True, exist_ok=True)
         index.add(rows)

@@ -4,6 +4,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import faiss
 import indices
 import numpy as np
 import pyarrow as pa
@@ -133,6 +134,41 @@ def test_a_request_the_lists_cannot_fill_is_counted(demo) -> None:
     rows_of(found)
     assert 0 < found.funnel.received < found.funnel.requested == 2000
     assert found.recall < 0.9
+
+
+def test_nprobe_follows_from_the_images_wanted_and_not_from_what_is_stored(tmp_path) -> None:
+    rows = indices.random_rows(np.random.default_rng(4), 4000)
+    indices.write_index(tmp_path, rows, indices.MANY_LISTS)
+    indices.write_metadata(tmp_path, pa.table({"url": ["u"] * 4000}), batch=999)
+    assert faiss.extract_index_ivf(indices.read_with_faiss(tmp_path)).nprobe == 1
+    index, metadata = open_folder(tmp_path)
+    chosen = {k: index.nprobe_for(k) for k in (1, 60, 3000, 10**9)}
+    assert chosen[1] == 64 < chosen[60] == 96 < chosen[3000] == chosen[10**9] == index.nlist
+    assert (index.nprobe_for(1, 3), index.nprobe_for(1, 10**9)) == (3, index.nlist)
+    # The graph over the lists returns as many as are asked for, not its own efSearch of 16.
+    for k in (1, 60, 3000):
+        found = retrieve(index, metadata, unit(rows[:3]), Request(k, 1.0), per_seed=True)
+        rows_of(found)
+        assert found.nprobe == chosen[k]
+        assert found.funnel.received == found.funnel.requested == 3 * k
+        assert found.recall == pytest.approx(recall(tmp_path, unit(rows[:3]), k, chosen[k]), abs=0.01)
+    found = retrieve(index, metadata, unit(rows[:3]), Request(900, 1.0, 4), per_seed=True)
+    rows_of(found)
+    assert found.funnel.received < found.funnel.requested
+    assert found.recall < 0.9
+
+
+def recall(folder: Path, queries: np.ndarray, k: int, nprobe: int) -> float:
+    """The share of the rows found that plain faiss finds too when it probes four times the lists."""
+    index = indices.read_with_faiss(folder)
+    ivf = faiss.extract_index_ivf(index)
+    found = []
+    for lists in (nprobe, min(4 * nprobe, ivf.nlist)):
+        ivf.nprobe = lists
+        faiss.downcast_index(ivf.quantizer).hnsw.efSearch = 2 * lists
+        found.append(index.search(queries, k)[1])
+    shares = [len(set(few) & set(many)) / k for few, many in zip(*found, strict=True)]
+    return float(np.mean(shares))
 
 
 def test_rows_without_metadata_or_url_are_counted_and_displace_nothing(tmp_path) -> None:

@@ -25,7 +25,7 @@ MIN_NPROBE = 64
 ROUNDING = 1e-6  # scores of the same row in two scans differ by less
 FURTHER = 4  # how many times the lists a check of the recall looks into
 ORTHONORMAL = 1e-4  # how far from it a matrix may be that faiss trained to be orthonormal
-CANDIDATES_PER_RESULT = 4  # rows in the probed lists for each row asked for
+CANDIDATES_PER_RESULT = 16  # rows in the probed lists for each row asked for, as with clip-retrieval
 
 
 @dataclass(frozen=True)
@@ -187,10 +187,11 @@ class Index:
 
     def _parameters(self, nprobe: int | None) -> Any:
         nprobe = min(nprobe or self._ivf.nprobe, self.nlist)
-        if isinstance(faiss.downcast_index(self._ivf.quantizer), faiss.IndexHNSW):
-            # The graph returns at most efSearch lists, so it has to look further than nprobe.
-            quantizer = faiss.SearchParametersHNSW(efSearch=2 * nprobe)
-            return faiss.SearchParametersIVF(nprobe=nprobe, quantizer_params=quantizer)
+        quantizer = faiss.downcast_index(self._ivf.quantizer)
+        if isinstance(quantizer, faiss.IndexHNSW):
+            # To find the nearest lists the graph has to look at more than nprobe. It is set on the graph,
+            # since search_and_return_codes does not hand on the parameters of the quantizer.
+            quantizer.hnsw.efSearch = 2 * nprobe
         return faiss.SearchParametersIVF(nprobe=nprobe)
 
     def _vectors(self, ids: Ids) -> Floats:
