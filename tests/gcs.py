@@ -1,4 +1,4 @@
-"""A real Google Cloud Storage server on this machine: the fake-gcs-server binary, started for the tests."""
+"""A real Google Cloud Storage server on this machine: the fake-gcs-server binary, started for tests."""
 
 import os
 import socket
