@@ -33,10 +33,12 @@ def measured(work: Callable[[], dict[str, Any]]) -> dict[str, Any]:
     return {**told, "seconds": seconds, "peak_bytes": memory.peak}
 
 
-def stream(folder: Path, queries: Any, k: int, target: Path) -> dict[str, Any]:
+def stream(
+    folder: Path, queries: Any, k: int, target: Path, threshold: float = THRESHOLD
+) -> dict[str, Any]:
     """Retrieve and write; one query is a centroid."""
     index, metadata = open_folder(folder)
-    found = retrieve(index, metadata, queries, Request(k, THRESHOLD), per_seed=len(queries) > 1)
+    found = retrieve(index, metadata, queries, Request(k, threshold), per_seed=len(queries) > 1)
     write_table(found.table, str(target))
     return {**vars(found.funnel), "nprobe": found.nprobe, "recall": found.recall}
 
@@ -49,23 +51,24 @@ def unite(knn: Path, centroid: Path, target: Path) -> dict[str, Any]:
 
 
 def main() -> None:
-    """Run one of the two."""
+    """Run one step."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("folder", type=Path, help="a folder with image.index and metadata, and seeds")
     parser.add_argument("output", type=Path, help="a folder for the tables")
-    parser.add_argument("step", choices=["knn", "centroid", "combined"])
+    parser.add_argument("step", choices=["knn", "all", "centroid", "combined"])
     parser.add_argument("--seeds", type=int, default=20_000)
     parser.add_argument("--k", type=int, default=200)
     asked = parser.parse_args()
-    tables = {name: asked.output / f"{name}.parquet" for name in ("knn", "centroid", "combined")}
+    tables = {name: asked.output / f"{name}.parquet" for name in ("knn", "all", "centroid", "combined")}
+    seeds = np.load(asked.folder / "seeds.npy")[: asked.seeds]
     steps: dict[str, Callable[[], dict[str, Any]]] = {
-        "knn": lambda: stream(
-            asked.folder, np.load(asked.folder / "seeds.npy")[: asked.seeds], asked.k, tables["knn"]
-        ),
+        "knn": lambda: stream(asked.folder, seeds, asked.k, tables["knn"]),
+        # Near-duplicates kept, so that combining has as many rows as were received.
+        "all": lambda: stream(asked.folder, seeds, asked.k, tables["all"], threshold=1.0),
         "centroid": lambda: stream(
             asked.folder, np.load(asked.folder / "centroid.npy")[None], asked.k, tables["centroid"]
         ),
-        "combined": lambda: unite(tables["knn"], tables["centroid"], tables["combined"]),
+        "combined": lambda: unite(tables["all"], tables["centroid"], tables["combined"]),
     }
     json.dump(measured(steps[asked.step]), sys.stdout)
 

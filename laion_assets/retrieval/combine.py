@@ -3,7 +3,7 @@
 Rows are one image when they have the same id, the same URL, or are near-duplicates, directly or through
 others. Of each group the row with the lowest rank stays: similarities to different queries do not
 compare, ranks do. Works from the two tables alone, without the index: the numbers of all rows are held
-in memory (about 200 bytes a row for LAION-5B), texts only of the rows that stay.
+in memory (21 bytes a row), codes and URLs of each image once, other texts only of the rows that stay.
 What must not live here: how tables are stored.
 """
 
@@ -78,7 +78,6 @@ class _Rows:
     strategy: NDArray[np.int8]
     seed: NDArray[np.int32]
     similarity: Floats
-    codes: Bytes
 
 
 def check_same_origin(knn: Stored, centroid: Stored, seeds: Stored) -> Provenance:
@@ -137,7 +136,8 @@ def combine(knn: Stored, centroid: Stored, threshold: float, pictures: int) -> C
 
     labels = _same_url(knn, centroid, representative)
     distinct_urls = len(np.unique(labels))
-    vectors = decoded(rows.codes[representative], _decoder(knn, centroid).decode_to_compare)
+    codes = _code_bytes(_taken_in_order(knn, centroid, representative, ["code"])["code"])
+    vectors = decoded(codes, _decoder(knn, centroid).decode_to_compare)
     labels = _united(labels, components(vectors, threshold))
 
     stays = np.flatnonzero(labels == np.arange(len(labels)))
@@ -163,9 +163,7 @@ def combine(knn: Stored, centroid: Stored, threshold: float, pictures: int) -> C
 def _read_numbers(knn: Stored, centroid: Stored) -> _Rows:
     parts: list[tuple[NDArray[Any], ...]] = []
     for number, table in enumerate((knn, centroid)):
-        names = [
-            name for name in table.schema.names if name in ("id", "rank", "seed", "similarity", "code")
-        ]
+        names = [name for name in table.schema.names if name in ("id", "rank", "seed", "similarity")]
         for batch in table.batches(names):
             n = len(batch)
             parts.append(
@@ -175,20 +173,18 @@ def _read_numbers(knn: Stored, centroid: Stored) -> _Rows:
                     np.full(n, number, np.int8),
                     batch["seed"].to_numpy() if "seed" in names else np.full(n, -1, np.int32),
                     batch["similarity"].to_numpy(),
-                    _code_bytes(batch["code"]),
                 )
             )
-    width = knn.schema.field("code").type.byte_width
     kinds = (np.int64, np.int32, np.int8, np.int32, np.float32)
-    parts.append((*(np.empty(0, kind) for kind in kinds), np.empty((0, width), np.uint8)))
+    parts.append(tuple(np.empty(0, kind) for kind in kinds))
     columns: list[NDArray[Any]] = [np.concatenate(column) for column in zip(*parts, strict=True)]
     return _Rows(*columns)
 
 
-def _code_bytes(column: pa.FixedSizeBinaryArray) -> Bytes:
-    wide = column.type.byte_width
-    data = np.frombuffer(column.buffers()[1], np.uint8)
-    return data[column.offset * wide : (column.offset + len(column)) * wide].reshape(-1, wide)
+def _code_bytes(column: pa.ChunkedArray) -> Bytes:
+    codes, wide = column.combine_chunks(), column.type.byte_width
+    data = np.frombuffer(codes.buffers()[1], np.uint8)
+    return data[codes.offset * wide : (codes.offset + len(codes)) * wide].reshape(-1, wide)
 
 
 def _lowest_by(group: Ids, values: Ids, groups: int) -> Ids:
