@@ -77,7 +77,9 @@ def clip_back() -> Any:
 def service(module: Any, folder: Path, nprobe: int) -> Any:
     """The service over one index, with Arrow metadata and memory mapping as its users run it."""
     index = module.load_index(str(folder / "image.index"), True)
-    module.faiss.extract_index_ivf(index).nprobe = nprobe
+    # As it sets them itself where the metadata has the order of the lists.
+    space = module.faiss.ParameterSpace()
+    space.set_index_parameters(index, f"nprobe={nprobe},efSearch={2 * nprobe}")
     resource = module.ClipResource(
         device="cpu",
         model=None,
