@@ -161,15 +161,22 @@ def _print_report(result: dg.ExecuteInProcessResult) -> None:
         for name in ("knn_urls", "centroid_urls", "combined_urls")
         for event in result.asset_materializations_for_node(name)
     }
+    shown = {name: _from_here(figures["dagster/uri"]) for name, figures in reported.items()}
     print()
     print(f"{'':14}{'requested':>10}{'received':>10}{'kept':>10}")
     for name in ("knn_urls", "centroid_urls"):
         counts = [f"{reported[name][key]:>10,}" for key in ("requested", "received", "kept")]
-        print(f"{name:14}{''.join(counts)}   {reported[name]['dagster/uri']}")
+        print(f"{name:14}{''.join(counts)}   {shown[name]}")
     combined = reported["combined_urls"]
-    print(f"{'combined_urls':34}{combined['kept']:>10,}   {combined['dagster/uri']}")
+    print(f"{'combined_urls':34}{combined['kept']:>10,}   {shown['combined_urls']}")
     if "picture" in combined:
-        print(f"\ncontact sheet: {combined['picture']}")
+        print(f"\ncontact sheet: {_from_here(combined['picture'])}")
+
+
+def _from_here(place: str) -> str:
+    """Return a path below this folder as people would type it, any other place as it is."""
+    here = Path.cwd()
+    return str(Path(place).relative_to(here)) if Path(place).is_relative_to(here) else place
 
 
 if __name__ == "__main__":

@@ -28,6 +28,7 @@ from laion_assets.retrieval.tables import DESCRIPTIONS, Table
 PREVIEW_ROWS = 10
 PREVIEW_TEXT = 120  # characters; the event log holds every preview for ever
 CANNOT_WRITE = {errno.EROFS, errno.ENOTDIR, errno.EEXIST, errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
+PARTIAL = ".partial"
 MAX_FOOTER_TEXT = 1 << 30  # a decoder may be larger than the 100 MB that Arrow allows by default
 
 
@@ -172,7 +173,8 @@ def _new_file(uri: str) -> Iterator[BinaryIO]:
 @contextlib.contextmanager
 def _new_local_file(path: Path) -> Iterator[BinaryIO]:
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    _remove_abandoned(path)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}{PARTIAL}")
     try:
         with temporary.open("wb") as sink:
             yield sink
@@ -181,6 +183,24 @@ def _new_local_file(path: Path) -> Iterator[BinaryIO]:
         temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def _remove_abandoned(path: Path) -> None:
+    """Remove what processes that were killed have left of this table."""
+    for left in path.parent.glob(f".{path.name}.*{PARTIAL}"):
+        writer = int(left.name.removesuffix(PARTIAL).rpartition(".")[2])
+        if not _is_alive(writer):
+            left.unlink(missing_ok=True)
+
+
+def _is_alive(process: int) -> bool:
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:  # it is, and somebody else's
+        return True
+    return True
 
 
 @contextlib.contextmanager

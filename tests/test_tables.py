@@ -1,6 +1,8 @@
 """Tables are written as they are computed, appear whole or not at all, and say what made them."""
 
 import errno
+import os
+import subprocess
 from collections.abc import Iterator
 
 import dagster as dg
@@ -119,6 +121,18 @@ def test_nothing_appears_before_the_last_row_is_written(place):
 
     write_table(Table(SCHEMA, watched()), uri)
     assert [name.rpartition("/")[2] for name in listed()] == ["set.parquet"]
+
+
+def test_what_a_killed_writer_left_goes_with_the_next_write_and_a_living_one_keeps_its_own(tmp_path):
+    gone = subprocess.Popen(["true"])
+    gone.wait()
+    left = tmp_path / f".set.parquet.{gone.pid}.partial"
+    living = tmp_path / f".set.parquet.{os.getppid()}.partial"
+    other = tmp_path / f".other.parquet.{gone.pid}.partial"
+    for path in (left, living, other):
+        path.write_bytes(b"PAR1")
+    write_table(Table(SCHEMA, [batch(0)]), str(tmp_path / "set.parquet"))
+    assert set(contents(tmp_path)) == {"set.parquet", living.name, other.name}
 
 
 def test_a_disk_that_takes_no_more_is_told_of_and_the_old_table_stays(tmp_path):
