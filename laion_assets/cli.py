@@ -173,10 +173,10 @@ def _print_report(result: dg.ExecuteInProcessResult) -> None:
         print(f"\ncontact sheet: {_from_here(combined['picture'])}")
 
 
-def _from_here(place: str) -> str:
+def _from_here(place: object) -> str:
     """Return a path below this folder as people would type it, any other place as it is."""
-    here = Path.cwd()
-    return str(Path(place).relative_to(here)) if Path(place).is_relative_to(here) else place
+    path, here = Path(str(place)), Path.cwd()
+    return str(path.relative_to(here)) if path.is_relative_to(here) else str(place)
 
 
 if __name__ == "__main__":

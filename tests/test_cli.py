@@ -124,7 +124,7 @@ def test_a_run_ends_well_and_prints_nothing_but_its_story(story: Story) -> None:
         allowed = "|".join([*ASSETS, "run", "demo index", "demo seeds"])
         strange = [line for line in told.splitlines() if not re.match(rf"({allowed})(: | \w)", line)]
         assert strange == []
-        assert table.rstrip().splitlines()[-1].startswith("contact sheet: /")
+        assert table.rstrip().splitlines()[-1].startswith("contact sheet: data/output/")
         assert len(table.strip().splitlines()) == 6
 
 
@@ -133,10 +133,10 @@ def test_the_table_says_what_is_in_the_files(story: Story) -> None:
         told = table_of(done)
         assert list(told) == ["knn_urls", "centroid_urls", "combined_urls"]
         for name, (counts, path) in told.items():
-            assert path == story.folder / "data" / "output" / name / f"{seed_set}.parquet"
+            assert path == Path(f"data/output/{name}/{seed_set}.parquet")
             if done is story.flower:  # the demo's were made anew since
-                assert counts[-1] == pq.read_metadata(path).num_rows
-        sheet = Path(done.out.rpartition("contact sheet: ")[2].strip())
+                assert counts[-1] == pq.read_metadata(story.folder / path).num_rows
+        sheet = story.folder / Path(done.out.rpartition("contact sheet: ")[2].strip())
         assert sheet.read_bytes().startswith(b"\x89PNG")
 
 
