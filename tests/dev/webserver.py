@@ -2,14 +2,14 @@
 
 import json
 import os
+import re
 import signal
 import socket
 import subprocess
 import sys
 import time
 import urllib.request
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -22,7 +22,7 @@ IN_PROGRESS = {"NOT_STARTED", "QUEUED", "STARTING", "STARTED", "CANCELING"}
 T = TypeVar("T")
 
 
-def wait_for(what: str, look: Callable[[], T | None], seconds: float = 120) -> T:
+def wait_for(what: str, look: Callable[[], T | None], seconds: float = 300) -> T:
     """Look until there is something to see."""
     end = time.monotonic() + seconds
     while not (seen := look()):
@@ -69,8 +69,7 @@ class Webserver:
     def runs(self) -> list[Run]:
         """All runs, the newest first."""
         found = self.ask(
-            "{ runsOrError { ... on Runs { results"
-            " { runId status creationTime tags { key value } } } } }"
+            "{ runsOrError { ... on Runs { results { runId status creationTime tags { key value } } } } }"
         )
         runs = []
         for run in found["runsOrError"]["results"]:
@@ -82,7 +81,7 @@ class Webserver:
     def run(self, run_id: str) -> Run:
         return next(run for run in self.runs() if run.id == run_id)
 
-    def finished(self, run_id: str, seconds: float = 120) -> Run:
+    def finished(self, run_id: str, seconds: float = 300) -> Run:
         """Wait until a run has ended, well or not."""
         wait_for(f"run {run_id}", lambda: self.run(run_id).status not in IN_PROGRESS, seconds)
         return self.run(run_id)
@@ -117,6 +116,24 @@ class Webserver:
             " } } } }",
             run=run_id,
         )["logsForRun"]["events"]
+
+    def step_events(self, run_id: str, step: str, kind: str) -> list[dict[str, Any]]:
+        """What happened of one kind to a step."""
+        return [
+            event
+            for event in self.events(run_id)
+            if event.get("stepKey") == step and event.get("eventType") == kind
+        ]
+
+    def processes(self, run_id: str, step: str) -> tuple[int, int]:
+        """The process of a run, and the one of a step of it."""
+        told = [event["message"] for event in self.events(run_id) if "message" in event]
+        (of_run,) = [
+            int(*re.findall(r"\d+", text)) for text in told if text.startswith("Started process")
+        ]
+        (started,) = self.step_events(run_id, step, "STEP_WORKER_STARTED")
+        (of_step,) = [entry["text"] for entry in started["metadataEntries"] if entry["label"] == "pid"]
+        return int(of_run), int(of_step)
 
     def partitions(self, asset: str) -> dict[str, set[str]]:
         """The partitions of an asset: all, and those that were materialized."""
@@ -168,33 +185,44 @@ class Webserver:
         return told["slotCount"], [slot["runId"] for slot in told["claimedSlots"]]
 
 
-@contextmanager
-def make_dev(folder: Path) -> Iterator[Webserver]:
-    """Run `make dev` until the block ends, then press Ctrl-C."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    ready = f"{sys.prefix}/.ready"
-    command = ["make", f"--makefile={REPOSITORY / 'Makefile'}", f"--assume-old={ready}", "dev"]
-    with (folder / "make-dev.log").open("ab") as log:
-        process = subprocess.Popen(
-            [*command, f"VENV={sys.prefix}", f"PORT={port}"],
-            cwd=folder,
-            env=os.environ | {"MAKEFLAGS": ""},
-            stdout=log,
-            stderr=subprocess.STDOUT,
-            start_new_session=True,
-        )
-    webserver = Webserver(port)
-    try:
-        wait_for("make dev", lambda: process.poll() is not None or webserver.is_up())
-        assert process.poll() is None, (folder / "make-dev.log").read_text()
-        yield webserver
-    finally:
-        os.killpg(process.pid, signal.SIGINT)
-        process.wait(60)
-        # Code servers end by themselves, a little later than what started them.
-        wait_for("the end of all processes", lambda: not _is_group(process.pid), 60)
+class MakeDev:
+    """`make dev` in a project folder."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            self._port = free.getsockname()[1]
+        self.webserver = Webserver(self._port)
+        self._process: subprocess.Popen[bytes] | None = None
+
+    def start(self) -> None:
+        """Start it and wait until its page can be opened."""
+        ready = f"{sys.prefix}/.ready"
+        command = ["make", f"--makefile={REPOSITORY / 'Makefile'}", f"--assume-old={ready}", "dev"]
+        with (self.folder / "make-dev.log").open("wb") as log:
+            self._process = process = subprocess.Popen(
+                [*command, f"VENV={sys.prefix}", f"PORT={self._port}"],
+                cwd=self.folder,
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,
+            )
+        wait_for("make dev", lambda: process.poll() is not None or self.webserver.is_up())
+        assert process.poll() is None, self.said()
+
+    def press_ctrl_c(self) -> None:
+        """Interrupt it as a terminal does, all processes at once, and wait until they have ended."""
+        if self._process is None:
+            return
+        group, self._process = self._process, None
+        os.killpg(group.pid, signal.SIGINT)
+        group.wait(60)
+        wait_for("the end of all processes", lambda: not _is_group(group.pid), 60)
+
+    def said(self) -> str:
+        """What it printed since it was started."""
+        return (self.folder / "make-dev.log").read_text()
 
 
 def _is_group(group: int) -> bool:

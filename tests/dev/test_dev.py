@@ -1,0 +1,139 @@
+"""The platform as people run it: `make dev` with its sensor and daemon, a killed run, a real browser.
+
+The tests stand in order and share one server: starting it takes longer than most of them.
+"""
+
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+from conftest import REPOSITORY
+from webserver import IN_PROGRESS, MakeDev, Webserver, is_running, wait_for
+
+from laion_assets.demo.build import SEED_SETS
+
+RAN_BY_THE_DEMO, *OTHERS = ("fruit", *sorted({*SEED_SETS} - {"fruit"}))
+DROPPED = "dropped"
+
+
+class Project:
+    """A folder like a fresh checkout, in which `make dev` runs, and what was started there at once."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        for name in ("dagster.yaml", "workspace.yaml"):
+            shutil.copy(REPOSITORY / name, folder)
+        subprocess.run([sys.executable, "-m", "laion_assets.cli", "demo"], cwd=folder, check=True)
+        self.dev = MakeDev(folder)
+        self.dev.start()
+        (self.ran_by_the_demo,) = self.ui.runs()
+        # All of these take a while, and can do so together.
+        self.drop(DROPPED, seeds=2000)
+        self.with_numbers = self.ui.launch(RAN_BY_THE_DEMO, nb_images_knn=7, nprobe=5)
+        self.without_partition = self.ui.launch(None)
+
+    @property
+    def ui(self) -> Webserver:
+        return self.dev.webserver
+
+    def drop(self, seed_set: str, seeds: int) -> None:
+        """Copy a folder of seeds into the seeds folder, file by file."""
+        folder = self.folder / "data" / "seeds" / seed_set
+        folder.mkdir()
+        random = np.random.default_rng(0)
+        for part in range(2):
+            np.save(folder / f"{part}.npy", random.standard_normal((seeds // 2, 256), np.float32))
+
+    def table(self, asset: str, seed_set: str) -> Path:
+        return self.folder / "data" / "output" / asset / f"{seed_set}.parquet"
+
+
+@pytest.fixture(scope="module")
+def project(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Project]:
+    made = Project(tmp_path_factory.mktemp("project"))
+    yield made
+    made.dev.press_ctrl_c()
+
+
+def test_the_history_of_the_command_line_is_there(project: Project) -> None:
+    run = project.ran_by_the_demo
+    assert (run.seed_set, run.status, run.by_sensor) == (RAN_BY_THE_DEMO, "SUCCESS", False)
+
+
+@pytest.mark.parametrize("seed_set", [*OTHERS, DROPPED])
+def test_a_seed_set_that_was_not_run_yet_is_run_untouched(project: Project, seed_set: str) -> None:
+    (run,) = wait_for("the sensor", lambda: project.ui.runs_of(seed_set))
+    assert run.by_sensor
+    assert project.ui.finished(run.id).status == "SUCCESS"
+    assert seed_set in project.ui.partitions("combined_urls")["materialized"]
+    rows = pq.read_metadata(project.table("combined_urls", seed_set)).num_rows
+    assert project.ui.materialization("combined_urls", seed_set)["kept"] == rows > 0
+
+
+def test_what_the_demo_ran_is_not_run_again(project: Project) -> None:
+    wait_for("three ticks", lambda: len(project.ui.ticks()) >= 3)
+    assert {tick["status"] for tick in project.ui.ticks()} <= {"SUCCESS", "SKIPPED", "STARTED"}
+    assert [run for run in project.ui.runs_of(RAN_BY_THE_DEMO) if run.by_sensor] == []
+
+
+def test_numbers_given_in_the_launchpad_are_those_of_the_run(project: Project) -> None:
+    assert project.ui.finished(project.with_numbers).status == "SUCCESS"
+    told = project.ui.materialization("knn_urls", RAN_BY_THE_DEMO)
+    seeds = pq.read_metadata(project.table("seed_embeddings", RAN_BY_THE_DEMO)).num_rows
+    assert (told["run"], told["requested"]) == (project.with_numbers, 7 * seeds)
+    assert told["settings"] == {
+        "nb_images_knn": "7 (Launchpad or command line)",
+        "nb_images_centroid": "500 (default)",
+        "dedup_threshold": "0.94 (default)",
+        "nprobe": "5 (Launchpad or command line)",
+    }
+
+
+def test_a_run_without_a_partition_fails_in_a_sentence(project: Project) -> None:
+    assert project.ui.finished(project.without_partition).status == "FAILURE"
+    failed = {
+        event["stepKey"]: event["failureMetadata"]["description"]
+        for event in project.ui.events(project.without_partition)
+        if event["__typename"] == "ExecutionStepFailureEvent"
+    }
+    assert failed == {
+        "seed_embeddings": "no seed set was chosen: launch the run for a partition, each is a seed set"
+    }
+
+
+def test_a_killed_run_ends_entirely_and_the_next_seed_set_takes_its_place(project: Project) -> None:
+    ui = project.ui
+    before = project.table("knn_urls", DROPPED).read_bytes()
+    killed = ui.launch(DROPPED, nb_images_knn=3000)  # minutes of work
+    wait_for("knn_urls", lambda: ui.step_events(killed, "knn_urls", "STEP_START"))
+    run_process, step_process = ui.processes(killed, "knn_urls")
+    assert is_running(step_process)
+    assert ui.pool("retrieval") == (1, [killed])
+    following = ui.launch(OTHERS[0])
+    os.kill(run_process, signal.SIGKILL)
+    wait_for("the end of the step", lambda: not is_running(step_process), 10)
+    assert ui.finished(killed).status == "FAILURE"
+    assert ui.finished(following).status == "SUCCESS"
+    assert ui.pool("retrieval") == (1, [])
+    assert project.table("knn_urls", DROPPED).read_bytes() == before
+
+
+def test_history_outlives_a_restart_and_nothing_runs_again(project: Project) -> None:
+    ui = project.ui
+    wait_for("quiet", lambda: all(run.status not in IN_PROGRESS for run in ui.runs()))
+    runs, ticks, done = ui.runs(), len(ui.ticks()), ui.partitions("combined_urls")
+    assert done["all"] == done["materialized"] == {*SEED_SETS, DROPPED}
+    project.dev.press_ctrl_c()
+    assert not ui.is_up()
+    project.dev.start()
+    wait_for("three more ticks", lambda: len(ui.ticks()) >= ticks + 3)
+    assert ui.runs() == runs
+    assert ui.partitions("combined_urls") == done
+    assert "Traceback" not in project.dev.said()
