@@ -15,12 +15,15 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 from conftest import REPOSITORY
+from playwright.sync_api import Page, sync_playwright
 from webserver import IN_PROGRESS, MakeDev, Webserver, is_running, wait_for
 
 from laion_assets.demo.build import SEED_SETS
 
 RAN_BY_THE_DEMO, *OTHERS = ("fruit", *sorted({*SEED_SETS} - {"fruit"}))
 DROPPED = "dropped"
+# In an image of its own a browser is root and has no sandbox; it asks for nothing outside.
+CHROMIUM = ("--no-sandbox", "--disable-background-networking", "--host-resolver-rules=MAP * ~NOTFOUND")
 
 
 class Project:
@@ -137,3 +140,37 @@ def test_history_outlives_a_restart_and_nothing_runs_again(project: Project) -> 
     assert ui.runs() == runs
     assert ui.partitions("combined_urls") == done
     assert "Traceback" not in project.dev.said()
+
+
+@pytest.fixture
+def page(project: Project, tmp_path: Path) -> Iterator[Page]:
+    """A browser on the UI; what it shows in the end is kept as a picture in the test's folder."""
+    with sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=shutil.which("chromium"), args=CHROMIUM)
+        opened = browser.new_page(base_url=project.ui.url, viewport={"width": 1440, "height": 1000})
+        opened.set_default_timeout(60_000)
+        yield opened
+        opened.screenshot(path=tmp_path / "page.png")
+        browser.close()
+
+
+def test_a_browser_materializes_a_partition_and_shows_its_contact_sheet(
+    project: Project, page: Page
+) -> None:
+    before = project.ui.materialization("combined_urls", RAN_BY_THE_DEMO)["run"]
+    page.goto(f"/assets/combined_urls?view=partitions&partition={RAN_BY_THE_DEMO}")
+    page.get_by_role("button", name="Materialize").first.click()
+    page.get_by_role("button", name="Launch 1 run").click()
+    latest = wait_for("the run", lambda: project.ui.runs()[0].id != before and project.ui.runs()[0])
+    assert project.ui.finished(latest.id).status == "SUCCESS"
+    assert project.ui.materialization("combined_urls", RAN_BY_THE_DEMO)["run"] == latest.id
+    page.reload()
+    page.get_by_text(latest.id[:8]).first.wait_for()
+    page.get_by_text("Show Markdown").first.click()
+    sheet = page.get_by_role("img", name="contact sheet")
+    sheet.wait_for()
+    assert sheet.evaluate("picture => picture.naturalWidth > 100")
+    shown, dialog = sheet.bounding_box(), page.get_by_role("dialog").bounding_box()
+    assert shown and dialog
+    assert dialog["x"] < shown["x"]
+    assert shown["x"] + shown["width"] < dialog["x"] + dialog["width"]
