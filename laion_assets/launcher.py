@@ -22,12 +22,12 @@ import dagster as dg
 from dagster._core.errors import DagsterUserCodeUnreachableError
 from dagster._core.launcher.base import CheckRunHealthResult, WorkerStatus
 from dagster._core.launcher.default_run_launcher import DefaultRunLauncher
-from dagster._core.storage.tags import GRPC_INFO_TAG
+from dagster._core.storage.tags import GRPC_INFO_TAG, HIDDEN_TAG_PREFIX
 from dagster._grpc.client import DagsterGrpcClient
 
 from laion_assets.resources import DATA
 
-LOCK_TAG = "laion_assets/process"
+LOCK_TAG = f"{HIDDEN_TAG_PREFIX}laion_assets_process"  # of no interest to those who look at runs
 LOCKS = DATA / "dagster" / "processes"
 
 
