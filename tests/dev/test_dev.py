@@ -135,12 +135,13 @@ def test_a_killed_run_ends_entirely_and_the_next_seed_set_takes_its_place(projec
 def test_history_outlives_a_restart_and_nothing_runs_again(project: Project) -> None:
     ui = project.ui
     wait_for("quiet", lambda: all(run.status not in IN_PROGRESS for run in ui.runs()))
-    runs, ticks = ui.runs(), len(ui.ticks())
+    runs = ui.runs()
     interrupted = ui.launch(DROPPED, nb_images_knn=3000)
     wait_for("knn_urls", lambda: ui.step_events(interrupted, "knn_urls", "STEP_START"))
     project.dev.press_ctrl_c()
     assert not ui.is_up()
     project.dev.start()
+    ticks = len(ui.ticks())
     assert ui.finished(interrupted, 60).status == "FAILURE"
     wait_for("three more ticks", lambda: len(ui.ticks()) >= ticks + 3)
     assert ui.runs()[1:] == runs

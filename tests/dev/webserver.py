@@ -22,7 +22,7 @@ IN_PROGRESS = {"NOT_STARTED", "QUEUED", "STARTING", "STARTED", "CANCELING"}
 T = TypeVar("T")
 
 
-def wait_for(what: str, look: Callable[[], T | None], seconds: float = 300) -> T:
+def wait_for(what: str, look: Callable[[], T | None], seconds: float = 600) -> T:
     """Look until there is something to see."""
     end = time.monotonic() + seconds
     while not (seen := look()):
@@ -81,7 +81,7 @@ class Webserver:
     def run(self, run_id: str) -> Run:
         return next(run for run in self.runs() if run.id == run_id)
 
-    def finished(self, run_id: str, seconds: float = 300) -> Run:
+    def finished(self, run_id: str, seconds: float = 600) -> Run:
         """Wait until a run has ended, well or not."""
         wait_for(f"run {run_id}", lambda: self.run(run_id).status not in IN_PROGRESS, seconds)
         return self.run(run_id)
