@@ -31,17 +31,19 @@ CHROMIUM = (
 
 
 class Project:
-    """A folder like a fresh checkout, in which `make dev` runs, and what was started there at once."""
+    """A folder like a fresh checkout, in which `make dev` runs."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         for name in ("dagster.yaml", "workspace.yaml"):
             shutil.copy(REPOSITORY / name, folder)
-        subprocess.run([sys.executable, "-m", "laion_assets.cli", "demo"], cwd=folder, check=True)
         self.dev = MakeDev(folder)
+
+    def start(self) -> None:
+        """Run the demo, start the server, and start all that takes a while and can go on together."""
+        subprocess.run([sys.executable, "-m", "laion_assets.cli", "demo"], cwd=self.folder, check=True)
         self.dev.start()
         (self.ran_by_the_demo,) = self.ui.runs()
-        # All of these take a while, and can do so together.
         self.drop(DROPPED, seeds=2000)
         self.with_numbers = self.ui.launch(RAN_BY_THE_DEMO, nb_images_knn=7, nprobe=5)
         self.without_partition = self.ui.launch(None)
@@ -65,8 +67,11 @@ class Project:
 @pytest.fixture(scope="module")
 def project(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Project]:
     made = Project(tmp_path_factory.mktemp("project"))
-    yield made
-    made.dev.press_ctrl_c()
+    try:
+        made.start()
+        yield made
+    finally:
+        made.dev.press_ctrl_c()
 
 
 def test_the_history_of_the_command_line_is_there(project: Project) -> None:
