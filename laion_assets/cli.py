@@ -65,7 +65,10 @@ def _materialize(parsed: argparse.Namespace) -> int:
 
 def _demo(parsed: argparse.Namespace) -> int:
     set_elsewhere = [name for name in ENVIRONMENT_OF_DATA if os.environ.get(name)]
-    if set_elsewhere:
+    if parsed.data_only and os.environ.get("LAION_INDEX_URI"):
+        print("LAION_INDEX_URI is set: no demo is needed")
+        return 0
+    if set_elsewhere and not parsed.data_only:
         raise InputError(
             f"{', '.join(set_elsewhere)} is set, so this would not be the demo: unset it, or use "
             "`laion-assets materialize SEED_SET`"

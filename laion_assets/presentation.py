@@ -22,6 +22,7 @@ from laion_assets.retrieval.contact_sheet import Strip, contact_sheet, encode
 from laion_assets.retrieval.retrieve import PICTURES
 
 COLUMNS = 12
+SHEET_WIDTH = 960  # the UI shows it in a dialog that cuts off what is wider
 SHEET_BYTES = 160_000  # it sits in the event log, once for every materialization
 LINKS = 20
 
@@ -57,8 +58,10 @@ def draw(strips: Sequence[Strip | None]) -> Image.Image | None:
 
 
 def as_markdown(image: Image.Image) -> dg.MarkdownMetadataValue:
-    """Embed a picture, small enough for the event log."""
-    data, mime = encode(image, max_bytes=SHEET_BYTES)
+    """Embed a picture, small enough for the event log and for the dialog that shows it."""
+    shown = image.copy()
+    shown.thumbnail((SHEET_WIDTH, image.height))
+    data, mime = encode(shown, max_bytes=SHEET_BYTES)
     text = base64.b64encode(data).decode("ascii")
     return dg.MetadataValue.md(f"![contact sheet](data:{mime};base64,{text})")
 

@@ -18,7 +18,7 @@ from markdown_it import MarkdownIt
 from PIL import Image
 
 from laion_assets.definitions import build_defs
-from laion_assets.presentation import SHEET_BYTES
+from laion_assets.presentation import SHEET_BYTES, SHEET_WIDTH
 from laion_assets.resources import RetrievalConfig
 from laion_assets.retrieval.errors import InputError
 from laion_assets.retrieval.seeds import list_seed_sets
@@ -152,11 +152,11 @@ def test_the_counts_go_from_requested_to_kept_without_a_gap(done):
         told = reported(result, name)
         assert told["requested"] == requested
         assert told["requested"] >= told["received"] > told["kept"] > 0
-        assert told["received"] - told["near_duplicates"] - told["without_url"] == told["kept"]
+        assert told["received"] - told["near duplicates"] - told["without url"] == told["kept"]
         assert told["kept"] == pq.read_metadata(project.table(name, "flower")).num_rows
         assert told["yield"] == round(told["kept"] / told["requested"], 4)
     told = reported(result, "combined_urls")
-    dropped = told["repeated_ids"] + told["repeated_urls"] + told["near_duplicates"]
+    dropped = told["repeated ids"] + told["repeated urls"] + told["near duplicates"]
     assert (told["knn"], told["centroid"]) == (
         reported(result, "knn_urls")["kept"],
         reported(result, "centroid_urls")["kept"],
@@ -195,7 +195,9 @@ def test_the_contact_sheet_is_a_picture_small_enough_for_the_event_log(done):
         assert start.startswith("![contact sheet](data:image/")
         picture = base64.b64decode(data, validate=True)
         assert len(picture) <= SHEET_BYTES
-        assert min(Image.open(io.BytesIO(picture)).size) > 100
+        size = Image.open(io.BytesIO(picture)).size
+        assert min(size) > 100
+        assert size[0] <= SHEET_WIDTH
     saved = reported(result, "combined_urls")["picture"]
     assert Image.open(saved).format == "PNG"
 
