@@ -43,13 +43,22 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="laion-assets", description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(
+        prog="laion-assets",
+        description="Seed images in, a clean table of similar images from LAION out: the assets of the "
+        "Dagster UI, without a server.",
+    )
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
     materialize = commands.add_parser("materialize", help="materialize all assets of one seed set")
     materialize.add_argument("seed_set", metavar="SEED_SET", help="folder under LAION_SEEDS_URI")
     for name, kind in KINDS.items():
-        materialize.add_argument(f"--{name.replace('_', '-')}", type=kind, metavar="N")
+        materialize.add_argument(
+            f"--{name.replace('_', '-')}",
+            type=kind,
+            metavar="N" if kind is int else "COSINE",
+            help=RetrievalConfig.model_fields[name].description,
+        )
     materialize.set_defaults(command=_materialize)
 
     demo = commands.add_parser("demo", help="build the demo's index and seeds, and materialize one set")
@@ -139,8 +148,14 @@ def console(_: dg.InitLoggerContext) -> logging.Logger:
     logger = logging.Logger("laion_assets", logging.INFO)
     handler = logging.StreamHandler(sys.stdout)
     handler.setFormatter(_ShortLine())
+    handler.addFilter(_is_told_by_an_asset)
     logger.addHandler(handler)
     return logger
+
+
+def _is_told_by_an_asset(record: logging.LogRecord) -> bool:
+    """Leave out what Dagster says of its steps: what failed, and why, stands at the end."""
+    return getattr(record, "dagster_meta", {}).get("dagster_event") is None
 
 
 class _ShortLine(logging.Formatter):

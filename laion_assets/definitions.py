@@ -52,5 +52,10 @@ def build_defs(
     )
 
 
+@dg.definitions
+def defs() -> dg.Definitions:
+    """What Dagster loads: the code location for this environment."""
+    return build_defs()
+
+
 end_with_parent()  # here, because each process of a run loads this module, and no other code of ours
-defs = build_defs()

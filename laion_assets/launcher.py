@@ -49,7 +49,7 @@ class LocalRunLauncher(DefaultRunLauncher):
 def is_worked_on(tags: Mapping[str, str]) -> bool:
     """Tell whether the process that a run's tags name is alive."""
     if LOCK_TAG in tags:
-        return _is_locked(LOCKS / tags[LOCK_TAG])
+        return _is_locked(Path(tags[LOCK_TAG]))
     if GRPC_INFO_TAG in tags:
         server = json.loads(tags[GRPC_INFO_TAG])
         client = DagsterGrpcClient(
@@ -71,11 +71,13 @@ def process_lock() -> Iterator[dict[str, str]]:
     The system frees the lock however the process ends.
     """
     LOCKS.mkdir(parents=True, exist_ok=True)
-    path = LOCKS / uuid.uuid4().hex[:12]
-    with path.open("w") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
-        yield {LOCK_TAG: path.name}
-    path.unlink(missing_ok=True)
+    path = LOCKS.absolute() / uuid.uuid4().hex[:12]  # for a daemon that runs in another folder
+    try:
+        with path.open("w") as file:
+            fcntl.flock(file, fcntl.LOCK_EX)
+            yield {LOCK_TAG: str(path)}
+    finally:
+        path.unlink(missing_ok=True)
 
 
 def end_with_parent() -> None:

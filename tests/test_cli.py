@@ -220,6 +220,10 @@ MISTAKES: dict[str, tuple[list[str], dict[str, str], int, str]] = {
         ["materialize", "flower", "--nprobe", "x"], {}, 2,
         r"usage: laion-assets materialize .*error: argument --nprobe: invalid int value: 'x'",
     ),
+    "a way of staging that is none": (
+        ["materialize", "flower"], {"LAION_STAGING": "inplace"}, 1,
+        "error: LAION_STAGING is 'inplace': set it to full or in-place",
+    ),
     "a demo that is none": (
         ["demo"], {"LAION_INDEX_URI": "/elsewhere"}, 1,
         "error: LAION_INDEX_URI is set, so this would not be the demo: unset it, or use .*",

@@ -206,6 +206,10 @@ def test_one_row_per_image_is_checked_and_true(done):
     project, result = done
     checks = {check.check_name: check.passed for check in result.get_asset_check_evaluations()}
     assert checks == {"one_row_per_image": True, "metadata_covers_the_index": True}
+    partitions = {
+        evaluation.check_name: evaluation.partition for evaluation in result.get_asset_check_evaluations()
+    }
+    assert partitions == {"one_row_per_image": "flower", "metadata_covers_the_index": None}
     rows = pq.read_table(project.table("combined_urls", "flower"))
     assert len(set(rows["id"].to_pylist())) == len(set(rows["url"].to_pylist())) == len(rows)
 
@@ -241,7 +245,9 @@ def test_a_setting_out_of_bounds_is_named_with_its_origin_and_costs_no_table(fin
     }
     monkeypatch.setenv("LAION_NB_IMAGES_KNN", "0")
     told = failures(finished.run("flower", "knn_urls"))
-    assert told == {"knn_urls": "nb_images_knn is 0 (from LAION_NB_IMAGES_KNN): give 1 or more"}
+    wrong = "nb_images_knn is 0 (from LAION_NB_IMAGES_KNN): give 1 or more"
+    assert told == {"knn_urls": wrong}
+    assert failures(finished.run("flower", "seed_embeddings")) == {"seed_embeddings": wrong}  # at once
     assert contents(finished.output) == before
 
 

@@ -49,11 +49,7 @@ def knn_urls(
 
     Near-duplicates are removed within each seed's results; an image found for two seeds has two rows.
     """
-    with as_failures():
-        settings = retrieval_config.resolve(os.environ)
-    yield from _retrieved(
-        context, seed_embeddings, laion_index, settings, settings.nb_images_knn, per_seed=True
-    )
+    yield from _retrieved(context, seed_embeddings, laion_index, retrieval_config, per_seed=True)
 
 
 @dg.asset(
@@ -72,24 +68,21 @@ def centroid_urls(
     retrieval_config: RetrievalConfig,
 ) -> Outputs:
     """Images found around the centroid: same style, varied content; near-duplicates removed."""
-    with as_failures():
-        settings = retrieval_config.resolve(os.environ)
-    yield from _retrieved(
-        context, centroid_vector, laion_index, settings, settings.nb_images_centroid, per_seed=False
-    )
+    yield from _retrieved(context, centroid_vector, laion_index, retrieval_config, per_seed=False)
 
 
 def _retrieved(
     context: dg.AssetExecutionContext,
     vectors: StoredTable,
     laion_index: LaionIndex,
-    settings: Settings,
-    k: int,
+    retrieval_config: RetrievalConfig,
     *,
     per_seed: bool,
 ) -> Outputs:
     """Yield the images around the vectors of a table; the index stays open while they are written."""
     with as_failures(), laion_index.open() as opened:
+        settings = retrieval_config.resolve(os.environ)
+        k = settings.nb_images_knn if per_seed else settings.nb_images_centroid
         origin = Provenance.from_footer(vectors.footer, vectors.where)
         queries = embeddings_of(vectors.read(["embedding"]))
         progress = Progress("queries", len(queries), "", context.log.info)
