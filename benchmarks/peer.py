@@ -22,8 +22,10 @@ from typing import Any
 import numpy as np
 from memory import PeakMemory
 
-PEER = "clip-retrieval==2.45.0"
-IMPORTED_BY_ITS_SERVICE = [
+# Without what they ask for themselves: torch, wandb, and releases that no longer come as wheels.
+PEER = ["clip-retrieval==2.45.0", "autofaiss==2.18.0"]
+WHAT_IT_IMPORTS = [
+    "embedding-reader",
     "faiss-cpu==1.15.1",
     "fire",
     "flask",
@@ -51,12 +53,13 @@ def environment() -> Path:
     """The interpreter of the peer's environment: installed from PyPI the first time."""
     folder = cache() / "peer"
     python, recipe = folder / "bin" / "python", folder / "requirements.txt"
-    wanted = "\n".join([PEER, *IMPORTED_BY_ITS_SERVICE])
+    wanted = "\n".join([*PEER, *WHAT_IT_IMPORTS])
     if not recipe.exists() or recipe.read_text() != wanted:
         venv.create(folder, clear=True, with_pip=True)
         pip = [str(python), "-m", "pip", "install", "--quiet", "--disable-pip-version-check"]
-        subprocess.run([*pip, "--no-deps", PEER], check=True, stdout=sys.stderr)
-        subprocess.run([*pip, *IMPORTED_BY_ITS_SERVICE], check=True, stdout=sys.stderr)
+        pip += ["--only-binary", ":all:"]
+        subprocess.run([*pip, "--no-deps", *PEER], check=True, stdout=sys.stderr)
+        subprocess.run([*pip, *WHAT_IT_IMPORTS], check=True, stdout=sys.stderr)
         recipe.write_text(wanted)
     return python
 
@@ -74,13 +77,17 @@ def clip_back() -> Any:
     return importlib.import_module("clip_retrieval.clip_back")
 
 
-def service(module: Any, folder: Path, nprobe: int) -> Any:
-    """The service over one index, with Arrow metadata and memory mapping as its users run it."""
+def resource(module: Any, folder: Path, nprobe: int | None) -> Any:
+    """One index, mapped, with its metadata, as users of the service run it; nprobe may be as stored."""
     index = module.load_index(str(folder / "image.index"), True)
-    # As it sets them itself where the metadata has the order of the lists.
-    space = module.faiss.ParameterSpace()
-    space.set_index_parameters(index, f"nprobe={nprobe},efSearch={2 * nprobe}")
-    resource = module.ClipResource(
+    if nprobe is not None:
+        # As it sets them itself where the metadata has the order of the lists, and as autofaiss does.
+        space = module.faiss.ParameterSpace()
+        space.set_index_parameters(index, f"nprobe={nprobe},efSearch={2 * nprobe}")
+    metadata = folder / "metadata"
+    is_arrow = any(metadata.glob("*.arrow"))
+    provider = module.ArrowMetadataProvider if is_arrow else module.ParquetMetadataProvider
+    return module.ClipResource(
         device="cpu",
         model=None,
         preprocess=None,
@@ -88,7 +95,7 @@ def service(module: Any, folder: Path, nprobe: int) -> Any:
         model_txt_mclip=None,
         safety_model=None,
         violence_detector=None,
-        metadata_provider=module.ArrowMetadataProvider(str(folder / "metadata")),
+        metadata_provider=provider(str(metadata)),
         image_index=index,
         text_index=None,
         ivf_old_to_new_mapping=None,
@@ -96,6 +103,10 @@ def service(module: Any, folder: Path, nprobe: int) -> Any:
         metadata_is_ordered_by_ivf=False,
         aesthetic_embeddings=None,
     )
+
+
+def service(module: Any, folder: Path, nprobe: int) -> Any:
+    """The service over one index."""
 
     class Watched(module.KnnService):  # type: ignore[misc]
         """The service, which also tells how many rows it received."""
@@ -106,7 +117,7 @@ def service(module: Any, folder: Path, nprobe: int) -> Any:
             self.received = len(embeddings)
             return super().post_filter(safety_model, embeddings, *options)
 
-    return Watched(clip_resources={"laion": resource})
+    return Watched(clip_resources={"laion": resource(module, folder, nprobe)})
 
 
 def phases(module: Any) -> dict[str, float]:
