@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: help demo dev test lint bench bench-quick lock clean
+.PHONY: help demo dev test test-peer golden lint bench bench-quick lock clean
 
 help: ## List the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -26,6 +26,12 @@ dev: $(READY) ## Start the Dagster UI on http://127.0.0.1:3000, on the same data
 
 test: $(READY) ## Run the tests
 	$(BIN)/python -m pytest
+
+test-peer: $(READY) ## Compare with clip-retrieval, and with indices of autofaiss, in their own environment
+	PYTHONPATH=benchmarks $(BIN)/python -m pytest tests/peer
+
+golden: $(READY) ## Write down what clip-retrieval answers, for a test that runs without it
+	PYTHONPATH=benchmarks:tests $(BIN)/python tests/peer/golden.py
 
 lint: $(READY) ## Lint, check formatting and types
 	$(BIN)/ruff check .

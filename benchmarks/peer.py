@@ -82,8 +82,10 @@ def resource(module: Any, folder: Path, nprobe: int | None) -> Any:
     index = module.load_index(str(folder / "image.index"), True)
     if nprobe is not None:
         # As it sets them itself where the metadata has the order of the lists, and as autofaiss does.
-        space = module.faiss.ParameterSpace()
-        space.set_index_parameters(index, f"nprobe={nprobe},efSearch={2 * nprobe}")
+        set_parameter = module.faiss.ParameterSpace().set_index_parameter
+        set_parameter(index, "nprobe", nprobe)
+        if type(module.faiss.extract_index_ivf(index).quantizer).__name__.startswith("IndexHNSW"):
+            set_parameter(index, "efSearch", 2 * nprobe)
     metadata = folder / "metadata"
     is_arrow = any(metadata.glob("*.arrow"))
     provider = module.ArrowMetadataProvider if is_arrow else module.ParquetMetadataProvider
