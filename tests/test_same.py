@@ -1,4 +1,4 @@
-"""The comparison with the peer can fail: every kind of difference is told, and only what may differ is not."""
+"""The comparison with the peer can fail: it tells every difference that is not a documented exception."""
 
 import numpy as np
 import pytest

@@ -1,18 +1,17 @@
 """For the same index, query, k, nprobe and threshold we keep what clip-retrieval keeps, row by row.
 
 Its `KnnService` runs unchanged in its own environment. It searches with the nprobe and efSearch that are
-stored in the index; they are set here before, efSearch to twice nprobe, as autofaiss stores it, as the peer sets
-it itself where it raises nprobe, and as we set it at every search. With an index that stores another
+stored in the index. They are set here before, efSearch to twice nprobe: as autofaiss stores it, as the peer
+sets it itself where it raises nprobe, and as we set it at every search. With an index that stores another
 efSearch the graph over the lists may choose other lists, and answers differ in the rows of these.
 
-Where the peer is wrong we are not the same on purpose: see the last tests here. Its columns come in a random
-order, so they are compared by name.
+Where the peer is wrong we are not the same on purpose: see the last tests here. Its columns come in a
+random order, so they are compared by name.
 """
 
 from pathlib import Path
 
 import copies
-import faiss
 import indices
 import numpy as np
 import pyarrow as pa
@@ -177,7 +176,7 @@ def test_a_pair_exactly_at_the_threshold_stays_on_both_sides_and_one_above_does_
 
 
 def test_texts_stay_with_their_rows_where_metadata_is_missing_and_with_the_peer_they_do_not(
-    folders, images, centroid, tmp_path
+    images, centroid, tmp_path
 ) -> None:
     copies.write_one_file(tmp_path, images[:ROWS], "Flat")
     covered = ROWS // 2

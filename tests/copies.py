@@ -14,7 +14,7 @@ LARGEST_GROUP = 300
 
 
 def images(random: np.random.Generator, n: int) -> np.ndarray:
-    """Unit rows of a few styles; most are copies of another, alike by 0.9 to exactly, some hundreds of one."""
+    """Unit rows of a few styles; most are copies of another, near or exact, some hundreds of one."""
     sizes = np.minimum(random.pareto(1.2, n) + 1, LARGEST_GROUP).astype(int)
     original = random.permutation(np.repeat(np.arange(n), sizes)[:n])
     styles = random.standard_normal((n // ROWS_PER_STYLE + 1, DIMENSION))
