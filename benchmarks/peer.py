@@ -22,11 +22,9 @@ from typing import Any
 import numpy as np
 from memory import PeakMemory
 
-# Without what they ask for themselves: torch, wandb, and releases that no longer come as wheels.
-PEER = ["clip-retrieval==2.45.0", "autofaiss==2.18.0"]
-WHAT_IT_IMPORTS = [
+PEER = ["clip-retrieval==2.45.0", "autofaiss==2.18.0"]  # without the training tools they ask for
+IMPORTED = [
     "embedding-reader",
-    "faiss-cpu==1.15.1",
     "fire",
     "flask",
     "flask-cors",
@@ -34,6 +32,7 @@ WHAT_IT_IMPORTS = [
     "fsspec",
     "h5py",
     "numpy==1.26.4",
+    "packaging",
     "pandas==2.3.3",
     "pillow",
     "prometheus-client",
@@ -41,6 +40,8 @@ WHAT_IT_IMPORTS = [
     "setuptools<81",
     "tqdm",
 ]
+SERVICE = ["faiss-cpu==1.15.1"]  # ours: the same search
+BUILDER = ["faiss-cpu==1.12.0"]  # autofaiss cannot make an OPQ index with the newest
 COLUMNS = ["url", "image_path", "caption", "NSFW"]  # the service's default
 
 
@@ -49,32 +50,34 @@ def cache() -> Path:
     return Path(os.environ.get("LAION_BENCH_CACHE", Path(__file__).parent / ".cache"))
 
 
-def environment() -> Path:
-    """The interpreter of the peer's environment: installed from PyPI the first time."""
-    folder = cache() / "peer"
+def environment(name: str = "peer", more: list[str] = SERVICE) -> Path:
+    """The interpreter of an environment of the peer: installed from PyPI the first time."""
+    folder = cache() / name
     python, recipe = folder / "bin" / "python", folder / "requirements.txt"
-    wanted = "\n".join([*PEER, *WHAT_IT_IMPORTS])
+    wanted = "\n".join([*PEER, *IMPORTED, *more])
     if not recipe.exists() or recipe.read_text() != wanted:
         venv.create(folder, clear=True, with_pip=True)
         pip = [str(python), "-m", "pip", "install", "--quiet", "--disable-pip-version-check"]
         pip += ["--only-binary", ":all:"]
         subprocess.run([*pip, "--no-deps", *PEER], check=True, stdout=sys.stderr)
-        subprocess.run([*pip, *WHAT_IT_IMPORTS], check=True, stdout=sys.stderr)
+        subprocess.run([*pip, *IMPORTED, *more], check=True, stdout=sys.stderr)
         recipe.write_text(wanted)
     return python
 
 
-def clip_back() -> Any:
-    """The peer's service module, without the package's front door and torch.
+def part(name: str) -> Any:
+    """A module of the peer, without the front doors of its packages and without torch.
 
-    The front door imports the training tools; torch is imported by every query, and used by
-    queries of text and images only.
+    The front doors import the training tools; torch is imported by every query, and used by queries of
+    text and images only.
     """
-    package = types.ModuleType("clip_retrieval")
-    package.__path__ = [str(distribution("clip-retrieval").locate_file("clip_retrieval"))]
-    sys.modules["clip_retrieval"] = package
+    root = Path(str(distribution("clip-retrieval").locate_file("clip_retrieval")))
+    for package in ("clip_retrieval", "clip_retrieval.clip_inference"):
+        door = types.ModuleType(package)
+        door.__path__ = [str(root.parent.joinpath(*package.split(".")))]
+        sys.modules[package] = door
     sys.modules.setdefault("torch", types.ModuleType("torch"))
-    return importlib.import_module("clip_retrieval.clip_back")
+    return importlib.import_module(f"clip_retrieval.{name}")
 
 
 def resource(module: Any, folder: Path, nprobe: int | None) -> Any:
@@ -148,7 +151,7 @@ def ask(module: Any, knn: Any, query: Any, k: int) -> dict[str, Any]:
 
 def serve(arguments: argparse.Namespace) -> dict[str, Any]:
     """Answer every query: this runs inside the peer's environment."""
-    module = clip_back()
+    module = part("clip_back")
     queries = np.atleast_2d(np.load(arguments.queries))[: arguments.first]
     with PeakMemory() as memory:
         knn = service(module, arguments.folder, arguments.nprobe)

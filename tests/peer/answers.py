@@ -65,7 +65,7 @@ def ask(question: Question, queries: np.ndarray) -> list[Answer]:
 def main() -> None:
     """Answer, inside the peer's environment."""
     question, folder = Question(**json.loads(sys.argv[1])), Path(sys.argv[2])
-    module = peer.clip_back()
+    module = peer.part("clip_back")
 
     class Told(module.KnnService):  # type: ignore[misc]
         """The service, which also tells what it compared and connected."""

@@ -4,10 +4,8 @@ Runs inside the peer's environment. Its writer and its index command (which is a
 only the pictures and the model are left out: the vectors are given.
 """
 
-import importlib
 import json
 import sys
-import types
 from pathlib import Path
 
 import numpy as np
@@ -17,13 +15,7 @@ import peer
 def main() -> None:
     """Write `embeddings` and `index` into a folder that holds `vectors.npy`."""
     folder, memory, with_urls = Path(sys.argv[1]), sys.argv[2], sys.argv[3] == "with urls"
-    peer.clip_back()
-    inference = types.ModuleType("clip_retrieval.clip_inference")
-    inference.__path__ = [f"{sys.modules['clip_retrieval'].__path__[0]}/clip_inference"]
-    sys.modules["clip_retrieval.clip_inference"] = inference
-    writer = importlib.import_module("clip_retrieval.clip_inference.writer")
-    command = importlib.import_module("clip_retrieval.clip_index")
-
+    writer, command = peer.part("clip_inference.writer"), peer.part("clip_index")
     vectors = np.load(folder / "vectors.npy")
     parts = np.array_split(np.arange(len(vectors)), 3)
     for number, rows in enumerate(parts):

@@ -51,7 +51,7 @@ def made(request, tmp_path_factory) -> tuple[Kind, Path]:
     root = tmp_path_factory.mktemp("made")
     np.save(root / "vectors.npy", copies.images(np.random.default_rng(3), kind.rows))
     about = "with urls" if kind.quantised else "images alone"
-    command = [peer.environment(), PROGRAM, root, kind.memory, about]
+    command = [peer.environment("autofaiss", peer.BUILDER), PROGRAM, root, kind.memory, about]
     paths = {"PYTHONPATH": str(Path(peer.__file__).parent)}
     subprocess.run(command, check=True, env=os.environ | paths)
     return kind, root
