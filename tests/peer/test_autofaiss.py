@@ -40,7 +40,7 @@ KINDS = {
     "Flat": Kind(800, "4G", faiss.IndexFlat),
     "HNSW": Kind(4_000, "4G", faiss.IndexHNSWFlat),
     "IVF Flat": Kind(12_000, "2MB", faiss.IndexIVFFlat),
-    "OPQ, IVF and PQ": Kind(12_000, "1MB", faiss.IndexIVFPQ, quantised=True),
+    "OPQ, IVF and PQ": Kind(10_000, "500KB", faiss.IndexIVFPQ, quantised=True),
 }
 
 

@@ -2,8 +2,8 @@
 
 Its `KnnService` runs unchanged in its own environment. It searches with the nprobe and efSearch that are
 stored in the index. They are set here before, efSearch to twice nprobe: as autofaiss stores it, as the
-peer sets it itself where it raises nprobe, and as we set it at every search. With an index that stores another
-efSearch the graph over the lists may choose other lists, and answers differ in the rows of these.
+peer sets it itself where it raises nprobe, and as we set it at every search. With an index that stores
+another efSearch the graph over the lists may choose other lists, and answers differ in the rows of these.
 
 Where the peer is wrong we are not the same on purpose: see the last tests here. Its columns come in a
 random order, so they are compared by name.
