@@ -210,8 +210,8 @@ def test_a_query_that_is_not_finite_is_refused_with_its_row_and_with_the_peer_fi
 def test_at_a_threshold_of_one_all_that_the_peer_receives_stays(folders, centroid, k, nprobe) -> None:
     """The peer at 1.0 lets rounding decide which exact copies are linked.
 
-    Or it dies: where a row is linked to one that is not even linked to itself, its dictionary of neighbours
-    grows while it goes through it.
+    Or it dies: where a row is linked to one that is not even linked to itself, its dictionary
+    of neighbours grows while it goes through it.
     """
     folder = folders[TWO_FILES]
     (answer,) = ask(Question(str(folder), k, nprobe), centroid)
