@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 PORT ?= 3000
 
-.PHONY: help demo dev test test-dev lint bench bench-quick lock clean
+.PHONY: help demo dev test test-dev test-peer golden lint bench bench-quick lock clean
 
 help: ## List the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -30,6 +30,12 @@ test: $(READY) ## Run the tests
 
 test-dev: $(READY) ## Run the tests against a real `make dev`, with a real browser; needs chromium
 	$(BIN)/python -m pytest tests/dev
+
+test-peer: $(READY) ## Compare with clip-retrieval, and with indices of autofaiss, in their own environment
+	PYTHONPATH=benchmarks $(BIN)/python -m pytest tests/peer
+
+golden: $(READY) ## Write down what clip-retrieval answers, for a test that runs without it
+	PYTHONPATH=benchmarks:tests $(BIN)/python tests/peer/golden.py
 
 lint: $(READY) ## Lint, check formatting and types
 	$(BIN)/ruff check .
