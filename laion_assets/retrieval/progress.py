@@ -6,6 +6,7 @@ What must not live here: knowledge of what is being done.
 from __future__ import annotations
 
 import sys
+import threading
 import time
 from collections.abc import Callable
 from types import TracebackType
@@ -16,7 +17,7 @@ SECONDS_BETWEEN_LINES = 15.0
 
 
 class Progress:
-    """Counts work done towards a total.
+    """Counts work done towards a total; many threads may add to it.
 
     Args:
         what: what is being done, for people.
@@ -27,6 +28,7 @@ class Progress:
     """
 
     def __init__(self, what: str, total: int, unit: str, log: Callable[[str], None]) -> None:
+        self._lock = threading.Lock()
         self._what = what
         self._total = total
         self._log = log
@@ -46,12 +48,13 @@ class Progress:
 
     def advance(self, amount: int) -> None:
         """Add work done."""
-        self._done += amount
-        self._bar.update(amount)
-        now = time.monotonic()
-        if self._bar.disable and now - self._said >= SECONDS_BETWEEN_LINES:
-            self._said = now
-            self._log(self._line(now - self._started))
+        with self._lock:
+            self._done += amount
+            self._bar.update(amount)
+            now = time.monotonic()
+            if self._bar.disable and now - self._said >= SECONDS_BETWEEN_LINES:
+                self._said = now
+                self._log(self._line(now - self._started))
 
     def _line(self, seconds: float) -> str:
         rate = self._done / seconds
