@@ -14,7 +14,7 @@ from laion_assets.retrieval.staging.manifest import (
     verified_manifest,
 )
 from laion_assets.retrieval.staging.opening import OpenIndex, open_staged
-from laion_assets.retrieval.staging.plan import Plan, SourceFile, plan
+from laion_assets.retrieval.staging.plan import Plan, SourceFile, Transfer, plan
 from laion_assets.retrieval.staging.stager import Staged, stage
 
 __all__ = [
@@ -25,6 +25,7 @@ __all__ = [
     "SourceFile",
     "Staged",
     "StagedFile",
+    "Transfer",
     "open_staged",
     "plan",
     "stage",

@@ -17,10 +17,9 @@ from laion_assets.retrieval.progress import Progress
 from laion_assets.retrieval.staging.faults import ChangedError, Patience, TransientError
 from laion_assets.retrieval.staging.manifest import StagedFile
 from laion_assets.retrieval.staging.partial import Partial, Unfinished
-from laion_assets.retrieval.staging.plan import Chunk, SourceFile
+from laion_assets.retrieval.staging.plan import Chunk, SourceFile, Transfer
 from laion_assets.retrieval.staging.source import RangeReader
 
-THREADS = 16
 SECONDS_BETWEEN_LOOKS = 0.5  # for lines to log
 
 
@@ -56,16 +55,23 @@ class Copy:
     Args:
         reader: of the source.
         cache: where the partial files go; None where nothing is to be written.
+        transfer: how to read.
         log: takes lines about the progress and about tries that failed, in the thread that calls `run`.
         tally: is added to.
 
     """
 
     def __init__(
-        self, reader: RangeReader, cache: Path | None, log: Callable[[str], None], tally: Tally
+        self,
+        reader: RangeReader,
+        cache: Path | None,
+        transfer: Transfer,
+        log: Callable[[str], None],
+        tally: Tally,
     ) -> None:
         self._reader = reader
         self._cache = cache
+        self._transfer = transfer
         self._log = log
         self._tally = tally
         self._stop = threading.Event()
@@ -103,9 +109,9 @@ class Copy:
                 self._stop.set()
 
         try:
-            with ThreadPoolExecutor(THREADS, thread_name_prefix="staging") as pool:
+            with ThreadPoolExecutor(self._transfer.threads, thread_name_prefix="staging") as pool:
                 try:
-                    workers = [pool.submit(copy_chunks) for _ in range(THREADS)]
+                    workers = [pool.submit(copy_chunks) for _ in range(self._transfer.threads)]
                     while wait(workers, SECONDS_BETWEEN_LOOKS).not_done:
                         self._pass_on_lines()
                 finally:
@@ -126,10 +132,14 @@ class Copy:
         self, files: Sequence[SourceFile], opened: list[Unfinished]
     ) -> Iterator[tuple[Unfinished, Chunk]]:
         for file in files:
-            unfinished = Partial(file, self._cache) if self._cache else Unfinished(file)
+            unfinished = self._begin(file)
             opened.append(unfinished)
             for chunk in unfinished.chunks:
                 yield unfinished, chunk
+
+    def _begin(self, file: SourceFile) -> Unfinished:
+        chunk = self._transfer.chunk
+        return Partial(file, chunk, self._cache) if self._cache else Unfinished(file, chunk)
 
     def _copy_chunk(self, unfinished: Unfinished, chunk: Chunk, progress: Progress) -> None:
         if unfinished.has(chunk):

@@ -11,7 +11,7 @@ import json
 import re
 from pathlib import Path
 
-from laion_assets.retrieval.staging.plan import CHUNK, SourceFile
+from laion_assets.retrieval.staging.plan import SourceFile
 
 # A folder of its own, for an index of one form has a file where that of another has a folder.
 INCOMING = ".incoming"
@@ -35,19 +35,20 @@ class Journal:
     Args:
         partial: the partial file, which need not exist.
         file: what it becomes. The journal of anything else is thrown away, with the partial file.
+        chunk: bytes of its chunks.
 
     Attributes:
         recorded: checksum by number of the chunks of earlier attempts.
 
     """
 
-    def __init__(self, partial: Path, file: SourceFile) -> None:
+    def __init__(self, partial: Path, file: SourceFile, chunk: int) -> None:
         path = journal_of(partial)
-        found = recorded_chunks(partial, file)
+        found = recorded_chunks(partial, file, chunk)
         self.recorded = found or {}
         if found is None:
             partial.unlink(missing_ok=True)  # first: a journal without its file says nothing
-            path.write_text(_head(file))
+            path.write_text(_head(file, chunk))
         self._lines = path.open("ab", buffering=0)  # so that a line is one write, whichever thread's
 
     def record(self, number: int, checksum: int) -> None:
@@ -59,7 +60,7 @@ class Journal:
         self._lines.close()
 
 
-def recorded_chunks(partial: Path, file: SourceFile) -> dict[int, int] | None:
+def recorded_chunks(partial: Path, file: SourceFile, chunk: int) -> dict[int, int] | None:
     """Return the checksums recorded for a partial file, by number; None where it is of no use.
 
     Only reads: it tells how much is left before anything is changed.
@@ -68,12 +69,12 @@ def recorded_chunks(partial: Path, file: SourceFile) -> dict[int, int] | None:
     if not path.exists() or not partial.exists():
         return None
     head, *lines = path.read_text(errors="replace").splitlines(keepends=True) or [""]
-    if head != _head(file):
+    if head != _head(file, chunk):
         return None
     found = (LINE.fullmatch(line) for line in lines)
     return {int(match[1]): int(match[2], 16) for match in found if match}
 
 
-def _head(file: SourceFile) -> str:
-    head = {"source": file.url, "version": file.version, "size": file.size, "chunk": CHUNK}
+def _head(file: SourceFile, chunk: int) -> str:
+    head = {"source": file.url, "version": file.version, "size": file.size, "chunk": chunk}
     return json.dumps(head) + "\n"

@@ -23,15 +23,16 @@ class Unfinished:
 
     Args:
         file: as it was listed.
+        chunk: bytes of its chunks.
 
     Attributes:
         chunks: its parts, in order.
 
     """
 
-    def __init__(self, file: SourceFile) -> None:
+    def __init__(self, file: SourceFile, chunk: int) -> None:
         self.file = file
-        self.chunks = chunks_of(file.size)
+        self.chunks = chunks_of(file.size, chunk)
         self._checksums: dict[int, int] = {}
         self._lock = threading.Lock()
         self._staged: StagedFile | None = None
@@ -88,15 +89,16 @@ class Partial(Unfinished):
 
     Args:
         file: as it was listed.
+        chunk: bytes of its chunks.
         cache: the folder of the copy.
 
     """
 
-    def __init__(self, file: SourceFile, cache: Path) -> None:
-        super().__init__(file)
+    def __init__(self, file: SourceFile, chunk: int, cache: Path) -> None:
+        super().__init__(file, chunk)
         self._partial = partial_of(cache, file.name)
         self._partial.parent.mkdir(parents=True, exist_ok=True)
-        self._journal = Journal(self._partial, file)
+        self._journal = Journal(self._partial, file, chunk)
         self._file = os.fdopen(os.open(self._partial, os.O_RDWR | os.O_CREAT), "r+b", buffering=0)
 
     def has(self, chunk: Chunk) -> bool:

@@ -10,7 +10,19 @@ from dataclasses import dataclass, replace
 
 from laion_assets.retrieval.staging.manifest import Manifest, StagedFile
 
-CHUNK = 32 << 20
+
+@dataclass(frozen=True)
+class Transfer:
+    """How files are read.
+
+    Attributes:
+        chunk: bytes that are read, recorded and, if need be, read again as one.
+        threads: chunks that are read at a time, of one file or of many.
+
+    """
+
+    chunk: int = 32 << 20
+    threads: int = 16
 
 
 @dataclass(frozen=True)
@@ -128,7 +140,7 @@ def staged_path(file: SourceFile, in_place: bool) -> str:
     return file.path if in_place else file.name
 
 
-def chunks_of(size: int, chunk: int = CHUNK) -> list[Chunk]:
+def chunks_of(size: int, chunk: int) -> list[Chunk]:
     """Cut a file into chunks, the last one shorter; an empty file is one empty chunk."""
     starts = range(0, max(size, 1), chunk)
     return [Chunk(number, start, min(start + chunk, size)) for number, start in enumerate(starts)]

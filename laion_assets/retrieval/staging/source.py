@@ -9,14 +9,15 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Any, Protocol
 
-import fsspec
-
 from laion_assets.retrieval.errors import InputError
 from laion_assets.retrieval.layout import METADATA_FOLDER, index_files, metadata_files
 from laion_assets.retrieval.staging.bucket import BucketReader
 from laion_assets.retrieval.staging.faults import ChangedError, TransientError, not_allowed
 from laion_assets.retrieval.staging.plan import SourceFile
+from laion_assets.retrieval.storage import BUCKETS, is_local, open_storage, reaching
 
+INDEX_SETTING = "LAION_INDEX_URI"
+METADATA_SETTING = "LAION_METADATA_URI"
 PIECE = 8 << 20  # read at a time, where a client hands over only what it has read whole
 # What changes when a file is overwritten, best first; file systems spell them in many ways.
 VERSION_KEYS = ("generation", "etag", "mtime", "last_modified", "lastmodified", "created")
@@ -50,13 +51,13 @@ class Source:
     def __init__(self, index_uri: str, metadata_uri: str | None) -> None:
         self.index_uri = index_uri
         self._metadata_uri = metadata_uri or f"{index_uri.rstrip('/')}/{METADATA_FOLDER}"
-        self._fs, self._root = fsspec.url_to_fs(index_uri)
-        metadata_fs, self._metadata_root = fsspec.url_to_fs(self._metadata_uri)
+        self._fs, self._root = open_storage(index_uri, INDEX_SETTING)
+        metadata_fs, self._metadata_root = open_storage(self._metadata_uri, METADATA_SETTING)
         if type(metadata_fs) is not type(self._fs):
             raise InputError(f"{index_uri} and {self._metadata_uri} must be on the same kind of storage")
-        protocols = (self._fs.protocol,) if isinstance(self._fs.protocol, str) else self._fs.protocol
-        self.is_local = "file" in protocols
-        self.reader: RangeReader = BucketReader(self._fs) if "gs" in protocols else FsspecReader(self._fs)
+        self.is_local = is_local(self._fs)
+        in_bucket = index_uri.startswith(BUCKETS)
+        self.reader: RangeReader = BucketReader(self._fs) if in_bucket else FsspecReader(self._fs)
 
     def list(self) -> tuple[SourceFile, ...]:
         """List the files of the index, as they are now.
@@ -65,10 +66,10 @@ class Source:
             InputError: no such folder, no index or metadata in it, or no right to list it.
 
         """
-        image_index = self._find(self._root, self.index_uri, "LAION_INDEX_URI", maxdepth=2)
+        image_index = self._find(self._root, self.index_uri, INDEX_SETTING, maxdepth=2)
         index, lists = index_files(image_index, self.index_uri)
         files = [self._file(name, *image_index[name]) for name in (index, lists) if name]
-        metadata = self._find(self._metadata_root, self._metadata_uri, "LAION_METADATA_URI", maxdepth=1)
+        metadata = self._find(self._metadata_root, self._metadata_uri, METADATA_SETTING, maxdepth=1)
         names = metadata_files(metadata, self._metadata_uri)
         files += [self._file(f"{METADATA_FOLDER}/{name}", *metadata[name]) for name in names]
         return tuple(files)
@@ -76,16 +77,13 @@ class Source:
     def _find(
         self, root: str, uri: str, setting: str, maxdepth: int
     ) -> dict[str, tuple[str, Mapping[str, Any]]]:
-        self._fs.invalidate_cache()  # a listing of an hour ago would hide that a file was overwritten
-        try:
+        with reaching(uri, setting):
             found = self._fs.find(root, maxdepth=maxdepth, detail=True)
             if not found and not self._fs.isdir(root):
                 raise InputError(
                     f"there is no folder {uri}: set {setting} to the folder that it should be, or run "
                     "`laion-assets demo` to build the demo's"
                 )
-        except PermissionError as error:
-            raise not_allowed(uri, error) from error
         return {
             path.removeprefix(root).lstrip("/"): (path, info)
             for path, info in found.items()

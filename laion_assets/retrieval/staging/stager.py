@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from laion_assets.retrieval.errors import InputError
+from laion_assets.retrieval.layout import METADATA_FOLDER, SINGLE_INDEX
 from laion_assets.retrieval.staging import locks
 from laion_assets.retrieval.staging.copy import Copy, Tally
 from laion_assets.retrieval.staging.faults import ChangedError
@@ -25,7 +26,7 @@ from laion_assets.retrieval.staging.manifest import (
     sizes_on_disk,
     sync_folder,
 )
-from laion_assets.retrieval.staging.plan import Plan, SourceFile, plan
+from laion_assets.retrieval.staging.plan import Plan, SourceFile, Transfer, plan
 from laion_assets.retrieval.staging.source import Source
 
 DISK_TAKES_NO_MORE = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS}
@@ -63,6 +64,7 @@ def stage(
     cache: Path,
     *,
     in_place: bool = False,
+    transfer: Transfer | None = None,
     log: Callable[[str], None] = lambda _: None,
 ) -> Staged:
     """Make the index available on the local disk; does nothing when it is already there.
@@ -79,6 +81,7 @@ def stage(
         metadata_uri: folder of the metadata, if elsewhere.
         cache: local directory for the copy, or only for the manifest when `in_place`.
         in_place: use the files where they are, which must be a local disk.
+        transfer: how to read, when not as usual.
         log: takes lines about the progress.
 
     Raises:
@@ -94,7 +97,7 @@ def stage(
         _check_apart(files, cache)
     _make(cache)
     try:
-        return _Stager(source, cache, in_place, log).run()
+        return _Stager(source, cache, in_place, transfer or Transfer(), log).run()
     except OSError as error:
         if error.errno not in DISK_TAKES_NO_MORE:
             raise
@@ -108,6 +111,7 @@ class _Stager:
     source: Source
     cache: Path
     in_place: bool
+    transfer: Transfer
     log: Callable[[str], None]
     tally: Tally = field(default_factory=Tally)
     readers_are_out: bool = False
@@ -137,7 +141,8 @@ class _Stager:
 
     def _copy(self, todo: Plan) -> list[StagedFile] | None:
         """Copy what is to be fetched; None when the source is no longer as it was listed."""
-        copy = Copy(self.source.reader, None if self.in_place else self.cache, self.log, self.tally)
+        cache = None if self.in_place else self.cache
+        copy = Copy(self.source.reader, cache, self.transfer, self.log, self.tally)
         try:
             return copy.run(todo.fetch)
         except ChangedError as changed:
@@ -188,7 +193,7 @@ class _Stager:
                 self._give_name(file)
             for folder in {(self.cache / file.path).parent for file in copied}:
                 sync_folder(folder)
-            shutil.rmtree(self.cache / INCOMING, ignore_errors=True)  # folders, without a file
+            _remove_empty_folders(self.cache)
         by_name = {file.name: file for file in (*todo.keep, *copied)}
         return self._write([by_name[file.name] for file in files], complete=True)
 
@@ -216,21 +221,20 @@ class _Stager:
         for path in stale:
             self.log(f"removing {path}, which the index no longer needs")
             path.unlink()
-            _remove_if_empty(path.parent)
+        _remove_empty_folders(self.cache)
 
     def _remove_strays(self, todo: Plan) -> None:
         """Remove what killed stagers left of files that are not wanted any more."""
         wanted = set()
         for file in () if self.in_place else todo.fetch:
             partial = partial_of(self.cache, file.name)
-            if recorded_chunks(partial, file) is not None:
+            if recorded_chunks(partial, file, self.transfer.chunk) is not None:
                 wanted |= {partial, journal_of(partial)}
-        for path in sorted((self.cache / INCOMING).rglob("*"), reverse=True):  # what is in a folder first
-            if path.is_dir():
-                _remove_if_empty(path)
-            elif path not in wanted:
+        for path in list((self.cache / INCOMING).rglob("*")):
+            if path.is_file() and path not in wanted:
                 self.log(f"removing {path}, which is no longer wanted")
                 path.unlink()
+        _remove_empty_folders(self.cache)
 
     def _keep_readers_out(self, held: ExitStack) -> None:
         if not self.readers_are_out:
@@ -266,9 +270,12 @@ def _verified(files: Sequence[SourceFile]) -> str:
     )
 
 
-def _remove_if_empty(folder: Path) -> None:
-    if not any(folder.iterdir()):
-        folder.rmdir()
+def _remove_empty_folders(cache: Path) -> None:
+    """Make way for an index of another form, which has a file where this one has a folder."""
+    for top in (SINGLE_INDEX, METADATA_FOLDER, INCOMING):
+        for folder in (*sorted((cache / top).rglob("*"), reverse=True), cache / top):
+            if folder.is_dir() and not any(folder.iterdir()):
+                folder.rmdir()
 
 
 def _check_apart(source: Sequence[SourceFile], cache: Path) -> None:
