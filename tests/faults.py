@@ -24,6 +24,7 @@ class Proxy:
             status to answer with, or do something first and return None.
         bytes_read: passed on of objects, listings not counted.
         reads: of objects, whatever became of them.
+        authorizations: that the reads came with.
 
     """
 
@@ -32,6 +33,7 @@ class Proxy:
         self.rule: Callable[[str], str | int | None] = lambda _: None
         self.bytes_read = 0
         self.reads = 0
+        self.authorizations: set[str | None] = set()
         self.lock = threading.Lock()
         proxy = self
 
@@ -59,6 +61,7 @@ class Proxy:
         if is_read:
             with self.lock:
                 self.reads += 1
+                self.authorizations.add(request.headers["Authorization"])
                 fault = self.rule(request.path)
         if isinstance(fault, int):
             body = b"refused by the proxy"
@@ -95,7 +98,7 @@ class Proxy:
                         self.bytes_read += len(piece)
             if half:
                 request.close_connection = True
-        except (BrokenPipeError, ConnectionResetError):  # who asked was killed
+        except OSError:  # who asked was killed, or the test is over
             request.close_connection = True
         finally:
             server.close()

@@ -25,6 +25,7 @@ from hypothesis import strategies as st
 
 from laion_assets.retrieval import checksums
 from laion_assets.retrieval.errors import InputError
+from laion_assets.retrieval.progress import Progress
 from laion_assets.retrieval.staging import (
     Manifest,
     NotStagedError,
@@ -565,6 +566,22 @@ def test_two_stagers_at_once_fetch_once(source, cache):
         thread.join(30)
     assert sorted(results[0].fetched for _, results in both) == [0, len(contents(source))]
     assert data(cache) == contents(source)
+
+
+# --- progress -------------------------------------------------------------------------------------
+
+
+def test_the_log_tells_bytes_rate_and_time_left_and_seldom(monkeypatch):
+    now = [0.0]
+    monkeypatch.setattr(time, "monotonic", lambda: now[0])
+    lines: list[str] = []
+    with Progress("staging", 2_000 * 10**9, "B", lines.append) as progress:
+        for _ in range(2_000):  # a GB a second
+            now[0] += 1
+            progress.advance(10**9)
+    assert lines[0] == "staging: 15.0GB of 2.00TB, 1.00GB/s, 33 min left"
+    assert lines[-1].endswith("2 min left") or lines[-1].endswith("s left")
+    assert 20 < len(lines) < 80
 
 
 # --- checksums and versions -----------------------------------------------------------------------

@@ -10,8 +10,10 @@ import sys
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from datetime import UTC, datetime, timedelta
 from itertools import count
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import gcsfs
@@ -20,6 +22,7 @@ import pytest
 from conftest import contents
 from faults import Proxy, first, proxy_before
 from gcs import gcs_server
+from google.auth.credentials import Credentials
 from test_staging import (
     LISTS,
     ROWS,
@@ -34,7 +37,7 @@ from test_staging import (
 )
 
 from laion_assets.retrieval.errors import InputError
-from laion_assets.retrieval.staging import Manifest, Staged, open_staged, stage
+from laion_assets.retrieval.staging import Manifest, SourceFile, Staged, open_staged, stage
 from laion_assets.retrieval.staging import bucket as bucket_module
 from laion_assets.retrieval.staging import faults as faults_module
 
@@ -67,11 +70,16 @@ class Bucket:
     def remove(self, name: str) -> None:
         self._fs.rm_file(f"{self._name}/laion/{name}")
 
+    def stored(self, name: str) -> dict[str, Any]:
+        """What the server knows of an object."""
+        known: dict[str, Any] = json.loads(os.getxattr(self.objects / name, "user.metadata"))
+        return known
+
     def set_checksum(self, name: str, checksum: str) -> str:
         """Change what the server says is an object's crc32c; returns what it said before."""
-        path = self.objects / name
-        stored = json.loads(os.getxattr(path, "user.metadata"))
-        os.setxattr(path, "user.metadata", json.dumps(stored | {"Crc32c": checksum}).encode())
+        stored = self.stored(name)
+        told = json.dumps(stored | {"Crc32c": checksum}).encode()
+        os.setxattr(self.objects / name, "user.metadata", told)
         before: str = stored["Crc32c"]
         return before
 
@@ -152,12 +160,38 @@ def test_only_what_changed_is_fetched_and_the_same_bytes_uploaded_again_are_not(
     assert stage(bucket.uri, None, cache).manifest == done.manifest
 
 
+class Signed(Credentials):
+    """Credentials that give another token each time they are asked."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.given = count()
+
+    def refresh(self, _: Any) -> None:
+        self.token = f"token-{next(self.given)}"
+        self.expiry = datetime.now(UTC).replace(tzinfo=None) + timedelta(hours=1)
+
+
+@pytest.mark.parametrize(("credentials", "sent"), [(None, None), (Signed(), "Bearer token-0")])
+def test_a_bucket_is_read_with_the_credentials_that_listed_it(bucket, source, credentials, sent):
+    gcs = SimpleNamespace(
+        base=f"{bucket.proxy.url}/storage/v1/", credentials=SimpleNamespace(credentials=credentials)
+    )
+    path = f"{bucket.uri.removeprefix('gs://')}/{LISTS}"
+    held = (source / LISTS).read_bytes()
+    generation = str(bucket.stored(LISTS)["Generation"])
+    file = SourceFile(LISTS, f"gs://{path}", path, len(held), generation, None)
+    reader = bucket_module.BucketReader(gcs)
+    assert b"".join(reader.read(file, 3, len(held))) == held[3:]
+    assert bucket.proxy.authorizations == {sent}
+
+
 # --- faults that pass -----------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("fault", [503, 500, 429, 408, "reset", "half", "silence"])
 def test_what_passes_is_tried_again_counted_and_told_of(bucket, source, cache, monkeypatch, fault):
-    monkeypatch.setattr(bucket_module, "SILENCE", bucket_module.timedelta(seconds=0.3))
+    monkeypatch.setattr(bucket_module, "SILENCE", timedelta(seconds=0.3))
     bucket.proxy.rule = first(5, fault)
     told: list[str] = []
     done = stage(bucket.uri, None, cache, log=told.append)

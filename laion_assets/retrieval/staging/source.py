@@ -9,6 +9,8 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Any, Protocol
 
+import aiohttp
+
 from laion_assets.retrieval.errors import InputError
 from laion_assets.retrieval.layout import METADATA_FOLDER, index_files, metadata_files
 from laion_assets.retrieval.staging.bucket import BucketReader
@@ -110,7 +112,7 @@ class FsspecReader:
                 raise ChangedError(file, "it is gone") from error
             except PermissionError as error:
                 raise not_allowed(file.url, error) from error
-            except (OSError, TimeoutError) as error:
+            except (OSError, aiohttp.ClientError) as error:  # a timeout is the former
                 raise TransientError(str(error) or repr(error)) from error
             yield piece
 
