@@ -49,7 +49,8 @@ def staged_laion_index(
     manifest = staged.manifest
     context.log.info(
         f"{len(manifest.files)} files, {manifest.size:,} bytes in {laion_index.cache_dir}; "
-        f"{staged.bytes_fetched:,} bytes fetched in {staged.seconds:.1f} s"
+        f"{staged.bytes_fetched:,} bytes fetched in {staged.seconds:.1f} s, {staged.bytes_reused:,} were "
+        f"there, {staged.retries} reads tried again; compared: {staged.verified}"
     )
     return dg.MaterializeResult(
         data_version=dg.DataVersion(manifest.fingerprint),
@@ -64,7 +65,11 @@ def staged_laion_index(
             "files": len(manifest.files),
             "bytes": manifest.size,
             "bytes fetched": staged.bytes_fetched,
+            "bytes reused": staged.bytes_reused,
+            "bytes per second": round(staged.bytes_fetched / staged.seconds),
+            "retries": staged.retries,
             "seconds": round(staged.seconds, 2),
+            "verified": staged.verified,
         },
         check_results=[
             dg.AssetCheckResult(
