@@ -23,7 +23,6 @@ from itertools import chain
 from pathlib import Path
 from typing import Any
 
-import fsspec
 import google_crc32c
 
 from laion_assets.retrieval.checksums import checksum_text
@@ -32,6 +31,7 @@ from laion_assets.retrieval.index import Index
 from laion_assets.retrieval.layout import METADATA_FOLDER, index_files, metadata_files
 from laion_assets.retrieval.metadata import Metadata
 from laion_assets.retrieval.progress import Progress
+from laion_assets.retrieval.storage import open_storage
 
 MANIFEST = "manifest.json"
 LOCK = ".lock"
@@ -220,29 +220,29 @@ def list_source(index_uri: str, metadata_uri: str | None) -> tuple[Any, list[Sou
         InputError: no such folder, or no index or metadata in it.
 
     """
-    fs, root = fsspec.url_to_fs(index_uri)
-    if not fs.isdir(root):
-        raise InputError(
-            f"there is no folder {index_uri}: set LAION_INDEX_URI to the folder of the index, "
-            "or run `laion-assets demo` to build the demo's"
-        )
+    fs, root = open_storage(index_uri, "LAION_INDEX_URI")
     image_index = {
         path.removeprefix(root).lstrip("/"): (path, info)
         for path, info in fs.find(root, maxdepth=2, detail=True).items()
     }
+    if not image_index and not fs.isdir(root):
+        raise InputError(
+            f"there is no folder {index_uri}: set LAION_INDEX_URI to the folder of the index, "
+            "or run `laion-assets demo` to build the demo's"
+        )
     index, lists = index_files(image_index, index_uri)
     files = [_source_file(name, *image_index[name]) for name in (index, lists) if name]
 
     folder = metadata_uri or f"{index_uri.rstrip('/')}/{METADATA_FOLDER}"
-    metadata_fs, metadata_root = fsspec.url_to_fs(folder)
+    metadata_fs, metadata_root = open_storage(folder, "LAION_METADATA_URI")
     if type(metadata_fs) is not type(fs):
         raise InputError(f"{index_uri} and {folder} must be on the same kind of storage")
-    if not fs.isdir(metadata_root):
-        raise InputError(f"there is no folder {folder}: set LAION_METADATA_URI to that of the metadata")
     found = {
         path.rpartition("/")[2]: (path, info)
         for path, info in fs.find(metadata_root, maxdepth=1, detail=True).items()
     }
+    if not found and not fs.isdir(metadata_root):
+        raise InputError(f"there is no folder {folder}: set LAION_METADATA_URI to that of the metadata")
     names = metadata_files(found, folder)
     files += [_source_file(f"{METADATA_FOLDER}/{name}", *found[name]) for name in names]
     return fs, files
