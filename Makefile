@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: help demo dev test lint bench bench-quick lock clean
+.PHONY: help demo dev test lint bench bench-quick bench-sensor lock clean
 
 help: ## List the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -37,6 +37,9 @@ bench: $(READY) ## Measure against the peer, about an hour; writes benchmarks/re
 
 bench-quick: $(READY) ## The same on less data, a few minutes; writes benchmarks/.cache/quick
 	$(BIN)/python benchmarks/bench.py --quick --output benchmarks/.cache/quick
+
+bench-sensor: $(READY) ## Measure a tick of the sensor over 100,000 seed files in a bucket, a few minutes
+	$(BIN)/python benchmarks/sensor.py
 
 lock: $(READY) ## Pin today's versions of everything into requirements.lock
 	$(BIN)/python -m pip install --quiet uv

