@@ -470,10 +470,9 @@ def test_an_update_during_a_search_changes_nothing_under_it(bucket, cache, tmp_p
         before = opened.index.search(query, ROWS, opened.index.nlist)
         bucket.put(new)
         thread, results = start(lambda: stage(bucket.uri, None, cache))
-        while not bytes_on_disk(cache / ".incoming") and thread.is_alive():
-            thread.join(0.01)
-        thread.join(0.5)
-        assert thread.is_alive()  # it has copied all, and waits for us
+        thread.join(1)
+        assert thread.is_alive()  # it waits for us,
+        assert set(contents(cache / ".incoming")) >= set(contents(new))  # and has copied all
         after = opened.index.search(query, ROWS, opened.index.nlist)
         np.testing.assert_array_equal(before.ids, after.ids)
         np.testing.assert_array_equal(before.similarity, after.similarity)
