@@ -9,7 +9,6 @@ from collections.abc import Mapping
 from typing import Any
 
 import dagster as dg
-from dagster_k8s import k8s_job_executor
 
 CACHE_MOUNT = "/mnt/laion"
 CACHE_CLAIM = "laion-index"
@@ -47,4 +46,9 @@ NVME_OP_TAGS: Mapping[str, Any] = {
 
 def executor(environment: Mapping[str, str]) -> dg.ExecutorDefinition | None:
     """Return one pod for each step inside a cluster, Dagster's default executor anywhere else."""
-    return k8s_job_executor if "KUBERNETES_SERVICE_HOST" in environment else None
+    if "KUBERNETES_SERVICE_HOST" not in environment:
+        return None
+    # Here, because it takes as long to load as all of Dagster, and each step is a process of its own.
+    from dagster_k8s import k8s_job_executor
+
+    return k8s_job_executor

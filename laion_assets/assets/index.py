@@ -9,6 +9,7 @@ import dagster as dg
 from laion_assets.failures import as_failures
 from laion_assets.kubernetes import NVME_OP_TAGS
 from laion_assets.resources import LaionIndex
+from laion_assets.retrieval.staging import Staged
 
 laion_index_source = dg.AssetSpec(
     "laion_index_source",
@@ -47,11 +48,7 @@ def staged_laion_index(
             rows, metadata_rows = opened.index.rows, len(opened.metadata)
             dimension, nlist = opened.index.dimension, opened.index.nlist
     manifest = staged.manifest
-    context.log.info(
-        f"{len(manifest.files)} files, {manifest.size:,} bytes in {laion_index.cache_dir}; "
-        f"{staged.bytes_fetched:,} bytes fetched in {staged.seconds:.1f} s, {staged.bytes_reused:,} were "
-        f"there, {staged.retries} reads tried again; compared: {staged.verified}"
-    )
+    context.log.info(_sentence(staged, laion_index))
     return dg.MaterializeResult(
         data_version=dg.DataVersion(manifest.fingerprint),
         metadata={
@@ -80,6 +77,22 @@ def staged_laion_index(
             )
         ],
     )
+
+
+def _sentence(staged: Staged, laion_index: LaionIndex) -> str:
+    in_place = laion_index.staging == "in-place"
+    parts = [
+        f"{len(staged.manifest.files)} files, {staged.manifest.size:,} bytes "
+        + ("used where they are" if in_place else f"in {laion_index.cache_dir}")
+    ]
+    if staged.bytes_fetched:
+        done = "checked" if in_place else "fetched"
+        parts.append(f"{staged.bytes_fetched:,} of them {done} in {staged.seconds:.1f} s")
+    else:
+        parts.append("nothing to do")
+    if staged.retries:
+        parts.append(f"{staged.retries} reads tried again")
+    return "; ".join(parts)
 
 
 def _coverage(rows: int, metadata_rows: int) -> str:

@@ -31,7 +31,15 @@ logging.getLogger("gcsfs").addHandler(logging.NullHandler())
 BUCKETS = ("gs://", "gcs://")
 UPLOAD_AT_ONCE = 16 << 20  # bytes; each piece is a request
 PARTIAL = ".partial"
-CANNOT_WRITE = {errno.EROFS, errno.ENOTDIR, errno.EEXIST, errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
+CANNOT_WRITE = {
+    errno.ENOENT,  # what a folder that takes no new files may say, such as /proc
+    errno.EROFS,
+    errno.ENOTDIR,
+    errno.EEXIST,
+    errno.ENOSPC,
+    errno.EDQUOT,
+    errno.EFBIG,
+}
 LOG_IN = (
     "run `gcloud auth application-default login`, or on a cluster give the service account of its pods a "
     "Google account (Workload Identity)"
