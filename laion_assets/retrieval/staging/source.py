@@ -68,10 +68,16 @@ class Source:
             InputError: no such folder, no index or metadata in it, or no right to list it.
 
         """
-        image_index = self._find(self._root, self.index_uri, INDEX_SETTING)
-        index, lists = index_files(image_index, self.index_uri)
-        files = [self._file(name, *image_index[name]) for name in (index, lists) if name]
-        metadata = self._find(self._metadata_root, self._metadata_uri, METADATA_SETTING)
+        found = self._find(self._root, self.index_uri, INDEX_SETTING)
+        index, lists = index_files(found, self.index_uri)
+        files = [self._file(name, *found[name]) for name in (index, lists) if name]
+        below = f"{self._metadata_root}/"  # usually within that folder, and listed with it
+        inside = {
+            path.removeprefix(below): (path, info)
+            for path, info in found.values()
+            if path.startswith(below)
+        }
+        metadata = inside or self._find(self._metadata_root, self._metadata_uri, METADATA_SETTING)
         names = metadata_files((name for name in metadata if "/" not in name), self._metadata_uri)
         files += [self._file(f"{METADATA_FOLDER}/{name}", *metadata[name]) for name in names]
         return tuple(files)
