@@ -11,6 +11,7 @@ import dagster as dg
 from laion_assets.failures import as_failures
 from laion_assets.kubernetes import NVME_OP_TAGS
 from laion_assets.observations import observe
+from laion_assets.partitions import require_seed_set
 from laion_assets.resources import LaionIndex
 from laion_assets.retrieval.staging import Staged
 
@@ -50,6 +51,7 @@ def staged_laion_index(
     The data version is the fingerprint of all files.
     """
     with as_failures():
+        require_seed_set(context)
         observe(context, laion_index_source.key, laion_index.source_version())
         staged = laion_index.stage(context.log.info)
         with laion_index.open() as opened:

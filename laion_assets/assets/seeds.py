@@ -14,10 +14,9 @@ import pyarrow as pa
 from laion_assets.failures import as_failures
 from laion_assets.io_managers import StoredTable, TableOutput
 from laion_assets.observations import observe
-from laion_assets.partitions import seed_sets
+from laion_assets.partitions import require_seed_set, seed_sets
 from laion_assets.presentation import as_markdown, draw, strip
 from laion_assets.resources import RetrievalConfig, SeedFolder
-from laion_assets.retrieval.errors import InputError
 from laion_assets.retrieval.seeds import centroid, embeddings_of
 from laion_assets.retrieval.tables import Provenance, Table
 
@@ -47,8 +46,7 @@ def seed_embeddings(
     The data version is the fingerprint of the files, by which the sensor knows what was done.
     """
     with as_failures():
-        if not context.has_partition_key:
-            raise InputError("no seed set was chosen: launch the run for a partition, each is a seed set")
+        require_seed_set(context)
         retrieval_config.resolve(os.environ)  # a wrong setting shows here, not after the index was staged
         seed_set = seeds.find(context.partition_key)
         observe(context, seed_folder.key, seed_set.fingerprint, seed_set.name)
