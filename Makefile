@@ -40,7 +40,7 @@ bench-quick: $(READY) ## The same on less data, a few minutes; writes benchmarks
 
 lock: $(READY) ## Pin today's versions of everything into requirements.lock
 	$(BIN)/python -m pip install --quiet uv
-	$(BIN)/uv pip compile --quiet --upgrade --group dev --no-header --no-annotate --no-emit-index-url \
+	$(BIN)/uv pip compile --quiet --upgrade --extra cluster --group dev --no-header --no-annotate --no-emit-index-url \
 		pyproject.toml --output-file requirements.lock
 
 clean: ## Remove the environment and caches; data/ stays

@@ -4,11 +4,15 @@ What must not live here: how it is copied and verified (retrieval.staging).
 Dagster's concept: https://docs.dagster.io/guides/build/assets
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import dagster as dg
 
 from laion_assets.failures import as_failures
-from laion_assets.kubernetes import NVME_OP_TAGS
+from laion_assets.kubernetes import RETRY_POLICY, on_nvme_node
 from laion_assets.resources import LaionIndex
+from laion_assets.retrieval.staging import OpenIndex
 
 laion_index_source = dg.AssetSpec(
     "laion_index_source",
@@ -22,7 +26,8 @@ laion_index_source = dg.AssetSpec(
     deps=[laion_index_source],
     group_name="index",
     kinds={"faiss", "arrow"},
-    op_tags=NVME_OP_TAGS,
+    op_tags=on_nvme_node("staged_laion_index"),
+    retry_policy=RETRY_POLICY,
     pool="staging",
     code_version="1",
     check_specs=[
@@ -74,6 +79,43 @@ def staged_laion_index(
                 description=_coverage(rows, metadata_rows),
             )
         ],
+    )
+
+
+@contextmanager
+def open_index(context: dg.AssetExecutionContext, laion_index: LaionIndex) -> Iterator[OpenIndex]:
+    """Open the staged index for a step that needs it, on a disk that may have lost it.
+
+    A node can come back under its name with an empty disk. Then the index is staged again, as
+    LAION_LOST_INDEX says, and that is a materialization of `staged_laion_index` like any other.
+    """
+    missing = laion_index.what_is_missing()
+    if missing and laion_index.lost_index == "restage":
+        context.log.warning(f"{missing}. LAION_LOST_INDEX is restage: staging it now")
+        _restage(context, laion_index)
+    with laion_index.open() as index:
+        yield index
+
+
+def _restage(context: dg.AssetExecutionContext, laion_index: LaionIndex) -> None:
+    staged = laion_index.stage(context.log.info)
+    if staged.fetched == 0:
+        return  # another step did it while this one waited for the lock
+    context.log_event(
+        dg.AssetMaterialization(
+            "staged_laion_index",
+            description=f"staged again by {context.asset_key.to_user_string()}: the disk had lost it",
+            metadata={
+                "source": staged.manifest.source,
+                "dagster/uri": laion_index.cache_dir,
+                "fingerprint": staged.manifest.fingerprint,
+                "files": len(staged.manifest.files),
+                "bytes": staged.manifest.size,
+                "bytes fetched": staged.bytes_fetched,
+                "seconds": round(staged.seconds, 2),
+            },
+            tags={"dagster/data_version": staged.manifest.fingerprint},
+        )
     )
 
 
