@@ -6,6 +6,7 @@ compared with a snapshot: `UPDATE_SNAPSHOTS=1 make test` writes it anew.
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -15,15 +16,18 @@ import dagster as dg
 import kubernetes
 import kubernetes_validate
 import pytest
-from conftest import Demo, failures, new_project
+import yaml
+from conftest import REPOSITORY, Demo, failures, new_project
 from dagster_k8s import K8sRunLauncher, construct_dagster_k8s_job
 from dagster_k8s.container_context import K8sContainerContext
 from dagster_k8s.job import get_user_defined_k8s_config
+from test_architecture import variables_read
 
+from laion_assets import claim
 from laion_assets import kubernetes as placement
 from laion_assets.definitions import ASSETS, build_defs
 from laion_assets.kubernetes import NvmeNode, on_nvme_node, retry_policy
-from laion_assets.step_pods import executor
+from laion_assets.step_pods import RENEW, executor
 
 ON_NVME = {"staged_laion_index", "knn_urls", "centroid_urls"}
 SNAPSHOT = Path(__file__).with_name("step_pods.json")
@@ -192,3 +196,156 @@ def test_an_error_of_ours_is_not_tried_again(asset, demo: Demo, tmp_path, monkey
         assert asset in failures(result)
         assert set(failures(result).values()) == {"OSError: the wire was cut"}
         assert not result.filter_events(lambda event: event.is_step_up_for_retry)
+
+
+# --- what an operator applies ---------------------------------------------------------------------
+
+K8S = REPOSITORY / "k8s"
+# Google's own kinds, of which Kubernetes' schemas know nothing; and kustomize's, read by kubectl.
+OTHERS = {"BackendConfig", "ManagedCertificate", "Kustomization"}
+VALUES = yaml.safe_load((K8S / "values.yaml").read_text())
+(DEPLOYMENT,) = VALUES["dagster-user-deployments"]["deployments"]
+
+
+def manifests(name: str = "*.yaml") -> list[dict[str, Any]]:
+    files = [path for path in sorted(K8S.glob(name)) if path.name != "values.yaml"]
+    assert files
+    return [manifest for path in files for manifest in yaml.safe_load_all(path.read_text())]
+
+
+def of_kind(kind: str, name: str | None = None) -> dict[str, Any]:
+    (found,) = [
+        manifest
+        for manifest in manifests()
+        if manifest["kind"] == kind and name in (None, manifest.get("metadata", {}).get("name"))
+    ]
+    return found
+
+
+def test_every_manifest_is_one_that_kubernetes_accepts():
+    for manifest in manifests():
+        if manifest["kind"] not in OTHERS:
+            validate(manifest)
+
+
+def test_the_kustomization_has_all_of_it_but_the_proxy():
+    listed = set(yaml.safe_load((K8S / "kustomization.yaml").read_text())["resources"])
+    there = {path.name for path in K8S.glob("*.yaml")}
+    assert listed == there - {"kustomization.yaml", "values.yaml", "iap.yaml"}
+
+
+def test_claim_class_label_and_taint_are_the_same_everywhere():
+    node = NvmeNode()
+    wanted = of_kind("PersistentVolumeClaim")
+    assert wanted["metadata"]["name"] == node.claim
+    storage = of_kind("StorageClass")
+    assert wanted["spec"]["storageClassName"] == storage["metadata"]["name"]
+    assert storage["volumeBindingMode"] == "WaitForFirstConsumer"
+    classes = yaml.safe_load(of_kind("ConfigMap")["data"]["storageClassMap"])
+    assert set(classes) == {storage["metadata"]["name"]}
+    cleanup = of_kind("Deployment", "node-cleanup")["spec"]["template"]["spec"]["containers"][0]
+    assert f"--storageclass-names={storage['metadata']['name']}" in cleanup["args"]
+    for name in ("raid", "volume-provisioner"):
+        pod = of_kind("DaemonSet", name)["spec"]["template"]["spec"]
+        assert pod["nodeSelector"] == dict([node.label.split("=")])
+        assert [toleration["key"] for toleration in pod["tolerations"]] == [node.taint]
+    assert f"--node-taints {node.taint}=true:NoSchedule" in (K8S / "README.md").read_text()
+
+
+def test_whoever_looks_at_the_claim_may():
+    for file, kind in (("renew-claim.yaml", "delete"), ("dagster-may-look.yaml", "get")):
+        allowed = {
+            (resource, verb)
+            for manifest in manifests(file)
+            for rule in manifest.get("rules", ())
+            for resource in rule["resources"]
+            for verb in rule["verbs"]
+        }
+        assert allowed >= {
+            ("persistentvolumeclaims", kind),
+            ("persistentvolumes", kind),
+            ("nodes", "list"),
+        }
+    accounts = {
+        subject["name"]
+        for manifest in manifests("dagster-may-look.yaml")
+        for subject in manifest.get("subjects", ())
+    }
+    assert accounts == {VALUES["serviceAccount"]["name"]} == {VALUES["global"]["serviceAccountName"]}
+
+
+def test_the_job_that_renews_the_claim_runs_what_there_is():
+    job = of_kind("CronJob")
+    pod = job["spec"]["jobTemplate"]["spec"]["template"]["spec"]
+    (container,) = pod["containers"]
+    assert container["args"][:3] == ["python", "-m", claim.__name__]
+    (generated,) = yaml.safe_load((K8S / "kustomization.yaml").read_text())["configMapGenerator"]
+    assert pod["volumes"][0]["configMap"]["name"] == generated["name"]
+    assert container["args"][3] == f"{container['volumeMounts'][0]['mountPath']}/{generated['files'][0]}"
+    image = f"{DEPLOYMENT['image']['repository']}:{DEPLOYMENT['image']['tag']}"
+    assert container["image"] == image
+    assert f"--from=cronjob/{job['metadata']['name']}" in RENEW
+    assert RENEW in (K8S / "README.md").read_text()
+    assert (
+        pod["serviceAccountName"]
+        == of_kind("ServiceAccount", job["metadata"]["name"])["metadata"]["name"]
+    )
+
+
+def test_the_image_s_user_is_the_one_who_may_write():
+    dockerfile = (REPOSITORY / "Dockerfile").read_text()
+    (user, group) = re.findall(r"^USER (\d+):(\d+)$", dockerfile, re.MULTILINE)[0]
+    assert user != "0"
+    assert group == NvmeNode().group
+    launched = VALUES["runLauncher"]["config"]["k8sRunLauncher"]["runK8sConfig"]
+    assert launched["podSpecConfig"]["securityContext"]["fsGroup"] == int(group)
+    assert "--constraint requirements.lock" in dockerfile
+
+
+def test_the_same_module_and_image_serve_the_code_location_and_the_steps():
+    workspace = yaml.safe_load((REPOSITORY / "workspace.yaml").read_text())
+    module = workspace["load_from"][0]["python_module"]["module_name"]
+    assert DEPLOYMENT["dagsterApiGrpcArgs"] == ["-m", module]
+    assert DEPLOYMENT["includeConfigInLaunchedRuns"] == {"enabled": True}
+    for part in ("dagsterWebserver", "dagsterDaemon"):
+        assert VALUES[part]["image"] == DEPLOYMENT["image"]
+
+
+def test_the_chart_limits_and_frees_what_dagster_yaml_does():
+    local = yaml.safe_load((REPOSITORY / "dagster.yaml").read_text())
+    pools = VALUES["concurrency"]["pools"]
+    assert pools["defaultLimit"] == local["concurrency"]["pools"]["default_limit"]
+    assert pools["granularity"] == local["concurrency"]["pools"]["granularity"]
+    monitoring = VALUES["dagsterDaemon"]["runMonitoring"]
+    assert monitoring["enabled"]
+    freed = local["run_monitoring"]["free_slots_after_run_end_seconds"]
+    assert monitoring["freeSlotsAfterRunEndSeconds"] == freed
+    assert monitoring["startTimeoutSeconds"] >= int(NvmeNode().pending_seconds)
+    assert VALUES["dagsterWebserver"]["service"]["type"] == "ClusterIP"
+
+
+def test_every_variable_in_the_values_is_one_that_is_read():
+    known = variables_read() | nvme_variables()
+    assert {variable["name"] for variable in DEPLOYMENT["env"]} <= known
+    readme = (K8S / "README.md").read_text()
+    told = dict(re.findall(r"^\| `(LAION_NVME_\w+)` \| `([^`]+)` \|", readme, re.MULTILINE))
+    assert told == {f"LAION_NVME_{n.upper()}": value for n, value in vars(NvmeNode()).items()}
+
+
+def nvme_variables() -> set[str]:
+    return {f"LAION_NVME_{name.upper()}" for name in vars(NvmeNode())}
+
+
+def test_dagster_and_its_chart_have_one_version():
+    (locked,) = re.findall(
+        r"^dagster==(.+)$", (REPOSITORY / "requirements.lock").read_text(), re.MULTILINE
+    )
+    told = set(re.findall(r"--version (\S+)", (K8S / "README.md").read_text()))
+    assert told | set(re.findall(r"--version (\S+)", (K8S / "values.yaml").read_text())) == {locked}
+
+
+@pytest.mark.parametrize(
+    "target", sorted(set(re.findall(r"\]\(((?!https:)[^)#]+)\)", (K8S / "README.md").read_text())))
+)
+def test_what_the_recipe_points_to_is_there(target):
+    assert (K8S / target).exists()
