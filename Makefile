@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: help demo dev test lint bench bench-quick lock clean
+.PHONY: help demo dev test test-k8s lint bench bench-quick lock clean
 
 help: ## List the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -26,6 +26,9 @@ dev: $(READY) ## Start the Dagster UI on http://127.0.0.1:3000, on the same data
 
 test: $(READY) ## Run the tests
 	$(BIN)/python -m pytest
+
+test-k8s: $(READY) ## Run the graph on a stand-in for a Kubernetes cluster; needs PostgreSQL
+	$(BIN)/python -m pytest tests/k8s
 
 lint: $(READY) ## Lint, check formatting and types
 	$(BIN)/ruff check .

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 
 import dagster as dg
 
-from laion_assets import resources, step_pods
+from laion_assets import kubernetes, resources
 from laion_assets.assets import index, seeds, urls
 from laion_assets.io_managers import ParquetIOManager
 from laion_assets.sensors import build_seed_sets_sensor
@@ -46,7 +46,7 @@ def build_defs(
             "retrieval_config": resources.RetrievalConfig(),
             "io_manager": ParquetIOManager(base=resources.output_from(environment)),
         },
-        executor=step_pods.executor(environment),
+        executor=kubernetes.executor(environment),
         loggers=loggers,
     )
 

@@ -16,6 +16,7 @@ import dagster as dg
 
 VOLUME = "laion-index"
 ASSET_LABEL = "laion-assets/asset"
+ANY_NODE_RESOURCES = {"requests": {"cpu": "1", "memory": "4Gi"}, "limits": {"memory": "16Gi"}}
 
 
 @dataclass(frozen=True)
@@ -63,8 +64,13 @@ class NvmeNode:
 
 
 def on_any_node(asset: str) -> dict[str, Any]:
-    """Op tags of an asset that needs no index: the pod carries its name, that is all."""
-    return {"dagster-k8s/config": {"pod_template_spec_metadata": {"labels": {ASSET_LABEL: asset}}}}
+    """Op tags of an asset that needs no index: what it takes to read, combine and write tables."""
+    return {
+        "dagster-k8s/config": {
+            "container_config": {"resources": ANY_NODE_RESOURCES},
+            "pod_template_spec_metadata": {"labels": {ASSET_LABEL: asset}},
+        }
+    }
 
 
 def on_nvme_node(asset: str, node: NvmeNode | None = None) -> dict[str, Any]:
@@ -110,6 +116,16 @@ def on_nvme_node(asset: str, node: NvmeNode | None = None) -> dict[str, Any]:
 def is_cluster(environment: Mapping[str, str]) -> bool:
     """Tell whether this process is a pod: Kubernetes sets this variable in all of them."""
     return "KUBERNETES_SERVICE_HOST" in environment
+
+
+def executor(environment: Mapping[str, str]) -> dg.ExecutorDefinition | None:
+    """Return one pod for each step inside a cluster, Dagster's default executor anywhere else."""
+    if not is_cluster(environment):
+        return None
+    # Here, because it takes as long to load as all of Dagster, and each step is a process of its own.
+    from laion_assets.step_pods import step_pods
+
+    return step_pods
 
 
 def retry_policy(environment: Mapping[str, str]) -> dg.RetryPolicy | None:

@@ -9,7 +9,7 @@ Dagster's concept: https://docs.dagster.io/deployment/oss/deployment-options/kub
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from datetime import UTC, datetime
 from typing import Any
 
@@ -28,14 +28,9 @@ from dagster_shared.error import SerializableErrorInfo
 from kubernetes.client import ApiException, CoreV1Api
 
 from laion_assets.claim import what_is_wrong
-from laion_assets.kubernetes import NvmeNode, is_cluster
+from laion_assets.kubernetes import NvmeNode
 
 RENEW = "kubectl create job renew-now -n laion --from=cronjob/renew-laion-claim"
-
-
-def executor(environment: Mapping[str, str]) -> dg.ExecutorDefinition | None:
-    """Return one pod for each step inside a cluster, Dagster's default executor anywhere else."""
-    return step_pods if is_cluster(environment) else None
 
 
 def _step_pods(context: dg.InitExecutorContext) -> dg.Executor:

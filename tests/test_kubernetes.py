@@ -17,7 +17,10 @@ import kubernetes
 import kubernetes_validate
 import pytest
 import yaml
+from chart import DEPLOYMENT, IMAGE, VALUES, container_context, instance_config, run_launcher
 from conftest import REPOSITORY, Demo, failures, new_project
+from dagster._config import process_config, resolve_to_config_type
+from dagster._core.instance.config import dagster_instance_config_schema
 from dagster_k8s import K8sRunLauncher, construct_dagster_k8s_job
 from dagster_k8s.container_context import K8sContainerContext
 from dagster_k8s.job import get_user_defined_k8s_config
@@ -26,8 +29,8 @@ from test_architecture import variables_read
 from laion_assets import claim
 from laion_assets import kubernetes as placement
 from laion_assets.definitions import ASSETS, build_defs
-from laion_assets.kubernetes import NvmeNode, on_nvme_node, retry_policy
-from laion_assets.step_pods import RENEW, executor
+from laion_assets.kubernetes import NvmeNode, executor, on_nvme_node, retry_policy
+from laion_assets.step_pods import RENEW
 
 ON_NVME = {"staged_laion_index", "knn_urls", "centroid_urls"}
 SNAPSHOT = Path(__file__).with_name("step_pods.json")
@@ -39,21 +42,23 @@ def validate(manifest: dict[str, Any]) -> None:
 
 
 def step_pod(asset: dg.AssetsDefinition) -> dict[str, Any]:
-    """The Job of a step, merged over the launcher's as `k8s_job_executor` does."""
+    """The Job of a step as `k8s_job_executor` makes it: the launcher's, the code location's, its own."""
     launcher = K8sRunLauncher(
-        service_account_name="laion-assets",
-        instance_config_map="dagster-instance",
-        dagster_home="/opt/dagster/dagster_home",
-        job_image="laion-assets:1",
+        **run_launcher(),
         load_incluster_config=False,
         k8s_client_batch_api=object(),
         k8s_client_core_api=object(),
     )
     context = K8sContainerContext.create_for_run(
         dg.DagsterRun(job_name="seed_set_job"), launcher, include_run_tags=False
-    ).merge(K8sContainerContext(run_k8s_config=get_user_defined_k8s_config(asset.op.tags)))
+    )
+    for more in (
+        K8sContainerContext.create_from_config(container_context()),
+        K8sContainerContext(run_k8s_config=get_user_defined_k8s_config(asset.op.tags)),
+    ):
+        context = context.merge(more)
     job = construct_dagster_k8s_job(
-        context.get_k8s_job_config("laion-assets:1", launcher),
+        context.get_k8s_job_config(IMAGE, launcher),
         args=["dagster", "api", "execute_step"],
         job_name=f"dagster-step-{asset.key.path[-1].replace('_', '-')}",
         user_defined_k8s_config=context.run_k8s_config,
@@ -203,8 +208,6 @@ def test_an_error_of_ours_is_not_tried_again(asset, demo: Demo, tmp_path, monkey
 K8S = REPOSITORY / "k8s"
 # Google's own kinds, of which Kubernetes' schemas know nothing; and kustomize's, read by kubectl.
 OTHERS = {"BackendConfig", "ManagedCertificate", "Kustomization"}
-VALUES = yaml.safe_load((K8S / "values.yaml").read_text())
-(DEPLOYMENT,) = VALUES["dagster-user-deployments"]["deployments"]
 
 
 def manifests(name: str = "*.yaml") -> list[dict[str, Any]]:
@@ -282,8 +285,7 @@ def test_the_job_that_renews_the_claim_runs_what_there_is():
     (generated,) = yaml.safe_load((K8S / "kustomization.yaml").read_text())["configMapGenerator"]
     assert pod["volumes"][0]["configMap"]["name"] == generated["name"]
     assert container["args"][3] == f"{container['volumeMounts'][0]['mountPath']}/{generated['files'][0]}"
-    image = f"{DEPLOYMENT['image']['repository']}:{DEPLOYMENT['image']['tag']}"
-    assert container["image"] == image
+    assert container["image"] == IMAGE
     assert f"--from=cronjob/{job['metadata']['name']}" in RENEW
     assert RENEW in (K8S / "README.md").read_text()
     assert (
@@ -309,6 +311,14 @@ def test_the_same_module_and_image_serve_the_code_location_and_the_steps():
     assert DEPLOYMENT["includeConfigInLaunchedRuns"] == {"enabled": True}
     for part in ("dagsterWebserver", "dagsterDaemon"):
         assert VALUES[part]["image"] == DEPLOYMENT["image"]
+
+
+def test_dagster_takes_what_the_chart_makes_of_the_values(tmp_path):
+    database = {"hostname": "db", "username": "dagster", "password": "", "db_name": "dagster"}
+    config = instance_config(tmp_path / "kubeconfig", database, tmp_path)
+    schema = resolve_to_config_type(dagster_instance_config_schema())
+    read = process_config(schema, config)
+    assert read.success, read.errors
 
 
 def test_the_chart_limits_and_frees_what_dagster_yaml_does():
