@@ -3,8 +3,9 @@ PYTHON ?= python3.11
 VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
+PORT ?= 3000
 
-.PHONY: help demo dev test test-k8s lint bench bench-quick lock clean
+.PHONY: help demo dev test test-dev test-peer test-k8s golden lint bench bench-quick lock clean
 
 help: ## List the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -18,17 +19,26 @@ $(READY): requirements.lock pyproject.toml
 demo: $(READY) ## Build the demo index, materialize all assets for one seed set, show the result
 	@$(BIN)/laion-assets demo
 
-dev: $(READY) ## Start the Dagster UI on http://127.0.0.1:3000, on the same data and history
+dev: $(READY) ## Start the Dagster UI on http://127.0.0.1:3000, on the same data and history; PORT= for another
 	@$(BIN)/laion-assets demo --data-only
-	@echo "Dagster's UI: http://127.0.0.1:3000"
+	@echo "Dagster's UI: http://127.0.0.1:$(PORT)"
 	@DAGSTER_HOME=$(CURDIR) PYTHONWARNINGS='ignore:Function `dev_command`' \
-		$(BIN)/dagster dev --workspace workspace.yaml --host 127.0.0.1 --port 3000
+		$(BIN)/dagster dev --workspace workspace.yaml --host 127.0.0.1 --port $(PORT)
 
 test: $(READY) ## Run the tests
 	$(BIN)/python -m pytest
 
 test-k8s: $(READY) ## Run the graph on a stand-in for a Kubernetes cluster; needs PostgreSQL
 	$(BIN)/python -m pytest tests/k8s
+
+test-dev: $(READY) ## Run the tests against a real `make dev`, with a real browser; needs chromium
+	$(BIN)/python -m pytest tests/dev
+
+test-peer: $(READY) ## Compare with clip-retrieval, and with indices of autofaiss, in their own environment
+	PYTHONPATH=benchmarks $(BIN)/python -m pytest tests/peer
+
+golden: $(READY) ## Write down what clip-retrieval answers, for a test that runs without it
+	PYTHONPATH=benchmarks:tests $(BIN)/python tests/peer/golden.py
 
 lint: $(READY) ## Lint, check formatting and types
 	$(BIN)/ruff check .

@@ -22,9 +22,9 @@ from typing import Any
 import numpy as np
 from memory import PeakMemory
 
-PEER = "clip-retrieval==2.45.0"
-IMPORTED_BY_ITS_SERVICE = [
-    "faiss-cpu==1.15.1",
+PEER = ["clip-retrieval==2.45.0", "autofaiss==2.18.0"]  # without the training tools they ask for
+IMPORTED = [
+    "embedding-reader",
     "fire",
     "flask",
     "flask-cors",
@@ -32,6 +32,7 @@ IMPORTED_BY_ITS_SERVICE = [
     "fsspec",
     "h5py",
     "numpy==1.26.4",
+    "packaging",
     "pandas==2.3.3",
     "pillow",
     "prometheus-client",
@@ -39,6 +40,8 @@ IMPORTED_BY_ITS_SERVICE = [
     "setuptools<81",
     "tqdm",
 ]
+SERVICE = ["faiss-cpu==1.15.1"]  # ours: the same search
+BUILDER = ["faiss-cpu==1.12.0"]  # autofaiss cannot make an OPQ index with the newest
 COLUMNS = ["url", "image_path", "caption", "NSFW"]  # the service's default
 
 
@@ -47,40 +50,49 @@ def cache() -> Path:
     return Path(os.environ.get("LAION_BENCH_CACHE", Path(__file__).parent / ".cache"))
 
 
-def environment() -> Path:
-    """The interpreter of the peer's environment: installed from PyPI the first time."""
-    folder = cache() / "peer"
+def environment(name: str = "peer", more: list[str] = SERVICE) -> Path:
+    """The interpreter of an environment of the peer: installed from PyPI the first time."""
+    folder = cache() / name
     python, recipe = folder / "bin" / "python", folder / "requirements.txt"
-    wanted = "\n".join([PEER, *IMPORTED_BY_ITS_SERVICE])
+    wanted = "\n".join([*PEER, *IMPORTED, *more])
     if not recipe.exists() or recipe.read_text() != wanted:
         venv.create(folder, clear=True, with_pip=True)
         pip = [str(python), "-m", "pip", "install", "--quiet", "--disable-pip-version-check"]
-        subprocess.run([*pip, "--no-deps", PEER], check=True, stdout=sys.stderr)
-        subprocess.run([*pip, *IMPORTED_BY_ITS_SERVICE], check=True, stdout=sys.stderr)
+        pip += ["--only-binary", ":all:"]
+        subprocess.run([*pip, "--no-deps", *PEER], check=True, stdout=sys.stderr)
+        subprocess.run([*pip, *IMPORTED, *more], check=True, stdout=sys.stderr)
         recipe.write_text(wanted)
     return python
 
 
-def clip_back() -> Any:
-    """The peer's service module, without the package's front door and torch.
+def part(name: str) -> Any:
+    """A module of the peer, without the front doors of its packages and without torch.
 
-    The front door imports the training tools; torch is imported by every query, and used by
-    queries of text and images only.
+    The front doors import the training tools; torch is imported by every query, and used by queries of
+    text and images only.
     """
-    package = types.ModuleType("clip_retrieval")
-    package.__path__ = [str(distribution("clip-retrieval").locate_file("clip_retrieval"))]
-    sys.modules["clip_retrieval"] = package
+    root = Path(str(distribution("clip-retrieval").locate_file("clip_retrieval")))
+    for package in ("clip_retrieval", "clip_retrieval.clip_inference"):
+        door = types.ModuleType(package)
+        door.__path__ = [str(root.parent.joinpath(*package.split(".")))]
+        sys.modules[package] = door
     sys.modules.setdefault("torch", types.ModuleType("torch"))
-    return importlib.import_module("clip_retrieval.clip_back")
+    return importlib.import_module(f"clip_retrieval.{name}")
 
 
-def service(module: Any, folder: Path, nprobe: int) -> Any:
-    """The service over one index, with Arrow metadata and memory mapping as its users run it."""
+def resource(module: Any, folder: Path, nprobe: int | None) -> Any:
+    """One index, mapped, with its metadata, as users of the service run it; nprobe may be as stored."""
     index = module.load_index(str(folder / "image.index"), True)
-    # As it sets them itself where the metadata has the order of the lists.
-    space = module.faiss.ParameterSpace()
-    space.set_index_parameters(index, f"nprobe={nprobe},efSearch={2 * nprobe}")
-    resource = module.ClipResource(
+    if nprobe is not None:
+        # As it sets them itself where the metadata has the order of the lists, and as autofaiss does.
+        set_parameter = module.faiss.ParameterSpace().set_index_parameter
+        set_parameter(index, "nprobe", nprobe)
+        if type(module.faiss.extract_index_ivf(index).quantizer).__name__.startswith("IndexHNSW"):
+            set_parameter(index, "efSearch", 2 * nprobe)
+    metadata = folder / "metadata"
+    is_arrow = any(metadata.glob("*.arrow"))
+    provider = module.ArrowMetadataProvider if is_arrow else module.ParquetMetadataProvider
+    return module.ClipResource(
         device="cpu",
         model=None,
         preprocess=None,
@@ -88,7 +100,7 @@ def service(module: Any, folder: Path, nprobe: int) -> Any:
         model_txt_mclip=None,
         safety_model=None,
         violence_detector=None,
-        metadata_provider=module.ArrowMetadataProvider(str(folder / "metadata")),
+        metadata_provider=provider(str(metadata)),
         image_index=index,
         text_index=None,
         ivf_old_to_new_mapping=None,
@@ -96,6 +108,10 @@ def service(module: Any, folder: Path, nprobe: int) -> Any:
         metadata_is_ordered_by_ivf=False,
         aesthetic_embeddings=None,
     )
+
+
+def service(module: Any, folder: Path, nprobe: int) -> Any:
+    """The service over one index."""
 
     class Watched(module.KnnService):  # type: ignore[misc]
         """The service, which also tells how many rows it received."""
@@ -106,7 +122,7 @@ def service(module: Any, folder: Path, nprobe: int) -> Any:
             self.received = len(embeddings)
             return super().post_filter(safety_model, embeddings, *options)
 
-    return Watched(clip_resources={"laion": resource})
+    return Watched(clip_resources={"laion": resource(module, folder, nprobe)})
 
 
 def phases(module: Any) -> dict[str, float]:
@@ -135,7 +151,7 @@ def ask(module: Any, knn: Any, query: Any, k: int) -> dict[str, Any]:
 
 def serve(arguments: argparse.Namespace) -> dict[str, Any]:
     """Answer every query: this runs inside the peer's environment."""
-    module = clip_back()
+    module = part("clip_back")
     queries = np.atleast_2d(np.load(arguments.queries))[: arguments.first]
     with PeakMemory() as memory:
         knn = service(module, arguments.folder, arguments.nprobe)

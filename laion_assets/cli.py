@@ -43,13 +43,22 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="laion-assets", description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(
+        prog="laion-assets",
+        description="Seed images in, a clean table of similar images from LAION out: the assets of the "
+        "Dagster UI, without a server.",
+    )
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
     materialize = commands.add_parser("materialize", help="materialize all assets of one seed set")
     materialize.add_argument("seed_set", metavar="SEED_SET", help="folder under LAION_SEEDS_URI")
     for name, kind in KINDS.items():
-        materialize.add_argument(f"--{name.replace('_', '-')}", type=kind, metavar="N")
+        materialize.add_argument(
+            f"--{name.replace('_', '-')}",
+            type=kind,
+            metavar="N" if kind is int else "COSINE",
+            help=RetrievalConfig.model_fields[name].description,
+        )
     materialize.set_defaults(command=_materialize)
 
     demo = commands.add_parser("demo", help="build the demo's index and seeds, and materialize one set")
@@ -65,7 +74,10 @@ def _materialize(parsed: argparse.Namespace) -> int:
 
 def _demo(parsed: argparse.Namespace) -> int:
     set_elsewhere = [name for name in ENVIRONMENT_OF_DATA if os.environ.get(name)]
-    if set_elsewhere:
+    if parsed.data_only and os.environ.get("LAION_INDEX_URI"):
+        print("LAION_INDEX_URI is set: no demo is needed")
+        return 0
+    if set_elsewhere and not parsed.data_only:
         raise InputError(
             f"{', '.join(set_elsewhere)} is set, so this would not be the demo: unset it, or use "
             "`laion-assets materialize SEED_SET`"
@@ -136,8 +148,14 @@ def console(_: dg.InitLoggerContext) -> logging.Logger:
     logger = logging.Logger("laion_assets", logging.INFO)
     handler = logging.StreamHandler(sys.stdout)
     handler.setFormatter(_ShortLine())
+    handler.addFilter(_is_told_by_an_asset)
     logger.addHandler(handler)
     return logger
+
+
+def _is_told_by_an_asset(record: logging.LogRecord) -> bool:
+    """Leave out what Dagster says of its steps: what failed, and why, stands at the end."""
+    return getattr(record, "dagster_meta", {}).get("dagster_event") is None
 
 
 class _ShortLine(logging.Formatter):

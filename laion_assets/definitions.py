@@ -11,6 +11,7 @@ import dagster as dg
 from laion_assets import kubernetes, resources
 from laion_assets.assets import index, seeds, urls
 from laion_assets.io_managers import ParquetIOManager
+from laion_assets.launcher import end_with_parent
 from laion_assets.sensors import build_seed_sets_sensor
 
 JOB = "seed_set_job"
@@ -51,4 +52,10 @@ def build_defs(
     )
 
 
-defs = build_defs()
+@dg.definitions
+def defs() -> dg.Definitions:
+    """What Dagster loads: the code location for this environment."""
+    return build_defs()
+
+
+end_with_parent()  # here, because each process of a run loads this module, and no other code of ours

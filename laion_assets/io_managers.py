@@ -27,7 +27,15 @@ from laion_assets.retrieval.tables import DESCRIPTIONS, Table
 
 PREVIEW_ROWS = 10
 PREVIEW_TEXT = 120  # characters; the event log holds every preview for ever
-CANNOT_WRITE = {errno.EROFS, errno.ENOTDIR, errno.EEXIST, errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
+CANNOT_WRITE = {
+    errno.ENOENT,
+    errno.EROFS,
+    errno.ENOTDIR,
+    errno.EEXIST,
+    errno.ENOSPC,
+    errno.EDQUOT,
+    errno.EFBIG,
+}
 PARTIAL = ".partial"
 MAX_FOOTER_TEXT = 1 << 30  # a decoder may be larger than the 100 MB that Arrow allows by default
 

@@ -1,7 +1,8 @@
-"""Runs on one machine: launched as Dagster does by default, and noticed when their process is gone.
+"""Runs on one machine: launched as Dagster does by default, noticed when killed, and then gone entirely.
 
 Dagster's default launcher cannot tell a killed run from a busy one; such a run would stay "started" and
-keep its place in the pools. What must not live here: anything a cluster needs.
+keep its place in the pools, and its steps would work on. What must not live here: anything a cluster
+needs.
 Dagster's concept: https://docs.dagster.io/deployment/execution/run-monitoring
 """
 
@@ -9,6 +10,9 @@ from __future__ import annotations
 
 import fcntl
 import json
+import multiprocessing
+import os
+import threading
 import uuid
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -18,12 +22,12 @@ import dagster as dg
 from dagster._core.errors import DagsterUserCodeUnreachableError
 from dagster._core.launcher.base import CheckRunHealthResult, WorkerStatus
 from dagster._core.launcher.default_run_launcher import DefaultRunLauncher
-from dagster._core.storage.tags import GRPC_INFO_TAG
+from dagster._core.storage.tags import GRPC_INFO_TAG, HIDDEN_TAG_PREFIX
 from dagster._grpc.client import DagsterGrpcClient
 
 from laion_assets.resources import DATA
 
-LOCK_TAG = "laion_assets/process"
+LOCK_TAG = f"{HIDDEN_TAG_PREFIX}laion_assets_process"  # of no interest to those who look at runs
 LOCKS = DATA / "dagster" / "processes"
 
 
@@ -45,7 +49,7 @@ class LocalRunLauncher(DefaultRunLauncher):
 def is_worked_on(tags: Mapping[str, str]) -> bool:
     """Tell whether the process that a run's tags name is alive."""
     if LOCK_TAG in tags:
-        return _is_locked(LOCKS / tags[LOCK_TAG])
+        return _is_locked(Path(tags[LOCK_TAG]))
     if GRPC_INFO_TAG in tags:
         server = json.loads(tags[GRPC_INFO_TAG])
         client = DagsterGrpcClient(
@@ -67,11 +71,31 @@ def process_lock() -> Iterator[dict[str, str]]:
     The system frees the lock however the process ends.
     """
     LOCKS.mkdir(parents=True, exist_ok=True)
-    path = LOCKS / uuid.uuid4().hex[:12]
-    with path.open("w") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
-        yield {LOCK_TAG: path.name}
-    path.unlink(missing_ok=True)
+    path = LOCKS.absolute() / uuid.uuid4().hex[:12]  # for a daemon that runs in another folder
+    try:
+        with path.open("w") as file:
+            fcntl.flock(file, fcntl.LOCK_EX)
+            yield {LOCK_TAG: str(path)}
+    finally:
+        path.unlink(missing_ok=True)
+
+
+def end_with_parent() -> None:
+    """Let this process end when the one that started it has ended, however that came about.
+
+    Dagster starts a process for each run, and that one for each step. Of these alone Python knows the
+    parent; nothing happens in any other process. Without this the steps of a killed run work on, into the
+    tables and the cache that by then belong to the next run.
+    """
+    parent = multiprocessing.parent_process()
+    if parent is None:
+        return
+
+    def watch() -> None:
+        parent.join()
+        os._exit(1)  # at once, whatever the other threads are in the middle of: as if killed itself
+
+    threading.Thread(target=watch, name="end with parent", daemon=True).start()
 
 
 def fail_abandoned_runs(instance: dg.DagsterInstance) -> list[str]:

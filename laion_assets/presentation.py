@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import base64
 import html
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from urllib.parse import quote
 
 import dagster as dg
@@ -22,6 +22,7 @@ from laion_assets.retrieval.contact_sheet import Strip, contact_sheet, encode
 from laion_assets.retrieval.retrieve import PICTURES
 
 COLUMNS = 12
+SHEET_WIDTH = 960  # the UI shows it in a dialog that cuts off what is wider
 SHEET_BYTES = 160_000  # it sits in the event log, once for every materialization
 LINKS = 20
 
@@ -30,7 +31,7 @@ def strip(table: StoredTable, title: str, subtitle: str) -> Strip | None:
     """Return the pictures that travel with a table; None where it has none."""
     if "thumbnail" not in table.schema.names:
         return None
-    rows = pa.Table.from_batches(list(_with_pictures(table)))
+    rows = _with_pictures(table)
     order = "rank" if "rank" in rows.column_names else "row"
     by = [(name, "ascending") for name in (order, "seed") if name in rows.column_names]
     rows = rows.sort_by(by) if "rank" in rows.column_names else rows
@@ -39,15 +40,14 @@ def strip(table: StoredTable, title: str, subtitle: str) -> Strip | None:
     return Strip(title, subtitle, rows["thumbnail"].to_pylist(), captions)
 
 
-def _with_pictures(table: StoredTable) -> Iterator[pa.RecordBatch]:
+def _with_pictures(table: StoredTable) -> pa.Table:
     wanted = [n for n in ("thumbnail", "caption", "rank", "seed", "row") if n in table.schema.names]
-    found = 0
+    batches: list[pa.RecordBatch] = []
     for batch in table.batches(wanted):
-        pictured = batch.filter(pc.is_valid(batch["thumbnail"]))
-        found += len(pictured)
-        yield pictured
-        if found >= PICTURES:
-            return
+        batches.append(batch.filter(pc.is_valid(batch["thumbnail"])))
+        if sum(map(len, batches)) >= PICTURES:
+            break
+    return pa.Table.from_batches(batches, pa.schema([table.schema.field(name) for name in wanted]))
 
 
 def draw(strips: Sequence[Strip | None]) -> Image.Image | None:
@@ -57,8 +57,10 @@ def draw(strips: Sequence[Strip | None]) -> Image.Image | None:
 
 
 def as_markdown(image: Image.Image) -> dg.MarkdownMetadataValue:
-    """Embed a picture, small enough for the event log."""
-    data, mime = encode(image, max_bytes=SHEET_BYTES)
+    """Embed a picture, small enough for the event log and for the dialog that shows it."""
+    shown = image.copy()
+    shown.thumbnail((SHEET_WIDTH, image.height))
+    data, mime = encode(shown, max_bytes=SHEET_BYTES)
     text = base64.b64encode(data).decode("ascii")
     return dg.MetadataValue.md(f"![contact sheet](data:{mime};base64,{text})")
 

@@ -85,7 +85,9 @@ class ImpatientStepHandler(StepHandler):
     def _newest_pod(self, context: StepHandlerContext) -> Any:
         (step,) = context.execute_step_args.step_keys_to_execute or ()
         selector = f"dagster/run-id={context.dagster_run.run_id},dagster/op={step}"
-        pods = self._core.list_namespaced_pod(_namespace(context), label_selector=selector).items
+        launcher: Any = context.instance.run_launcher
+        namespace = launcher.get_container_context_for_run(context.dagster_run).namespace
+        pods = self._core.list_namespaced_pod(namespace, label_selector=selector).items
         return max(pods, key=lambda pod: pod.metadata.creation_timestamp, default=None)
 
     def _has_waited_too_long(self, pod: Any) -> bool:
@@ -95,7 +97,7 @@ class ImpatientStepHandler(StepHandler):
     def _give_up(self, context: StepHandlerContext, pod: Any) -> None:
         """Take the pod away, or it might start beside a later try, and fail the step for good."""
         (step,) = context.execute_step_args.step_keys_to_execute or ()
-        sentence = self._why(step, pod, _namespace(context))
+        sentence = why_it_cannot_start(self._core, self._node, step, pod)
         list(self.terminate_step(context))
         DagsterEvent.step_failure_event(
             context.get_step_context(step),
@@ -105,28 +107,27 @@ class ImpatientStepHandler(StepHandler):
             ),
         )
 
-    def _why(self, step: str, pod: Any, namespace: str) -> str:
-        wrong = self._wrong_with_the_claim(pod, namespace)
-        if wrong:
-            remedy = f"Renew the claim (`{RENEW}`), then re-execute from failure"
-            return f"{step} cannot start: {wrong}. {remedy}"
-        waited = f"its pod was Pending for {self._node.pending_seconds} s, {_reason(pod)}"
-        remedy = "Give it a node that fits, or more time with LAION_NVME_PENDING_SECONDS"
-        return f"{step} cannot start: {waited}. {remedy}"
 
-    def _wrong_with_the_claim(self, pod: Any, namespace: str) -> str | None:
-        claims = [volume.persistent_volume_claim for volume in pod.spec.volumes or ()]
-        if self._node.claim not in {claim.claim_name for claim in claims if claim}:
-            return None
-        try:
-            return what_is_wrong(self._core, namespace, self._node.claim)
-        except ApiException as error:
-            return f"the claim {self._node.claim} cannot be looked at ({error.reason})"
+def why_it_cannot_start(core: CoreV1Api, node: NvmeNode, step: str, pod: Any) -> str:
+    """Say in a sentence why the pod of a step is still Pending, and what to do."""
+    wrong = _wrong_with_the_claim(core, node, pod)
+    if wrong:
+        remedy = f"Renew the claim (`{RENEW}`), then re-execute from failure"
+        return f"{step} cannot start: {wrong}. {remedy}"
+    waited = f"its pod was Pending for {node.pending_seconds} s, {_reason(pod)}"
+    remedy = "Give it a node that fits, or more time with LAION_NVME_PENDING_SECONDS"
+    return f"{step} cannot start: {waited}. {remedy}"
 
 
-def _namespace(context: StepHandlerContext) -> str:
-    launcher: Any = context.instance.run_launcher
-    return str(launcher.get_container_context_for_run(context.dagster_run).namespace)
+def _wrong_with_the_claim(core: CoreV1Api, node: NvmeNode, pod: Any) -> str | None:
+    claims = [volume.persistent_volume_claim for volume in pod.spec.volumes or ()]
+    if node.claim not in {claim.claim_name for claim in claims if claim}:
+        return None
+    try:
+        return what_is_wrong(core, pod.metadata.namespace, node.claim)
+    except ApiException as error:
+        remedy = "apply k8s/dagster-may-look.yaml"
+        return f"the claim {node.claim} cannot be looked at ({error.reason}: {remedy})"
 
 
 def _reason(pod: Any) -> str:

@@ -52,7 +52,12 @@ def random_rows(random: np.random.Generator, n: int, alike: float = 0.15) -> np.
 def trained(key: str, metric: int = faiss.METRIC_INNER_PRODUCT) -> Any:
     """An empty index, trained on rows of its own: silently, and on one thread, as they are few."""
     index: Any = faiss.index_factory(DIMENSION, key, metric)
-    rows = random_rows(np.random.default_rng(0), 800)
+    train(index, random_rows(np.random.default_rng(0), 800))
+    return index
+
+
+def train(index: Any, rows: np.ndarray) -> None:
+    """Train quickly: a test needs no perfect index."""
     ivf = faiss.try_extract_index_ivf(index)
     if ivf is not None:
         ivf = faiss.downcast_index(ivf)
@@ -71,7 +76,6 @@ def trained(key: str, metric: int = faiss.METRIC_INNER_PRODUCT) -> Any:
             rotation.train(rows)
             rotation.pq = None  # faiss does not own it
         index.train(rows)
-    return index
 
 
 def write_index(folder: Path, rows: np.ndarray, form: str) -> None:
@@ -82,6 +86,11 @@ def write_index(folder: Path, rows: np.ndarray, form: str) -> None:
         index.add(rows)
         faiss.write_index(index, str(folder / "image.index"))
         return
+    write_merged(folder, index, rows)
+
+
+def write_merged(folder: Path, index: Any, rows: np.ndarray) -> None:
+    """Write `rows` to `<folder>/image.index` in two files, the lists of an empty index merged on disk."""
     target = folder / "image.index"
     target.mkdir(parents=True)
     half = len(rows) // 2

@@ -17,6 +17,8 @@ import pyarrow.parquet as pq
 import pytest
 from conftest import REPOSITORY, Demo, contents
 
+from laion_assets.cli import main
+
 ASSETS = (
     "staged_laion_index", "seed_embeddings", "centroid_vector",
     "knn_urls", "centroid_urls", "combined_urls",
@@ -218,6 +220,10 @@ MISTAKES: dict[str, tuple[list[str], dict[str, str], int, str]] = {
         ["materialize", "flower", "--nprobe", "x"], {}, 2,
         r"usage: laion-assets materialize .*error: argument --nprobe: invalid int value: 'x'",
     ),
+    "a way of staging that is none": (
+        ["materialize", "flower"], {"LAION_STAGING": "inplace"}, 1,
+        "error: LAION_STAGING is 'inplace': set it to full or in-place",
+    ),
     "a demo that is none": (
         ["demo"], {"LAION_INDEX_URI": "/elsewhere"}, 1,
         "error: LAION_INDEX_URI is set, so this would not be the demo: unset it, or use .*",
@@ -248,6 +254,14 @@ def test_a_mistake_is_told_in_a_sentence(mistaken, name: str) -> None:
 def test_a_mistake_leaves_nothing_behind(mistaken) -> None:
     folder, _ = mistaken
     assert {path.name for path in (folder / "data").iterdir()} == {"index", "seeds"}
+
+
+def test_make_dev_builds_no_demo_beside_an_index_of_ones_own(tmp_path, monkeypatch, capsys) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("LAION_INDEX_URI", "/an/index")
+    assert main(["demo", "--data-only"]) == 0
+    assert capsys.readouterr().out == "LAION_INDEX_URI is set: no demo is needed\n"
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_an_output_that_cannot_be_written_to_fails_the_run_in_a_sentence(demo, tmp_path) -> None:

@@ -18,7 +18,7 @@ from markdown_it import MarkdownIt
 from PIL import Image
 
 from laion_assets.definitions import build_defs
-from laion_assets.presentation import SHEET_BYTES
+from laion_assets.presentation import SHEET_BYTES, SHEET_WIDTH
 from laion_assets.resources import RetrievalConfig
 from laion_assets.retrieval.errors import InputError
 from laion_assets.retrieval.seeds import list_seed_sets
@@ -152,11 +152,11 @@ def test_the_counts_go_from_requested_to_kept_without_a_gap(done):
         told = reported(result, name)
         assert told["requested"] == requested
         assert told["requested"] >= told["received"] > told["kept"] > 0
-        assert told["received"] - told["near_duplicates"] - told["without_url"] == told["kept"]
+        assert told["received"] - told["near duplicates"] - told["without url"] == told["kept"]
         assert told["kept"] == pq.read_metadata(project.table(name, "flower")).num_rows
         assert told["yield"] == round(told["kept"] / told["requested"], 4)
     told = reported(result, "combined_urls")
-    dropped = told["repeated_ids"] + told["repeated_urls"] + told["near_duplicates"]
+    dropped = told["repeated ids"] + told["repeated urls"] + told["near duplicates"]
     assert (told["knn"], told["centroid"]) == (
         reported(result, "knn_urls")["kept"],
         reported(result, "centroid_urls")["kept"],
@@ -195,7 +195,9 @@ def test_the_contact_sheet_is_a_picture_small_enough_for_the_event_log(done):
         assert start.startswith("![contact sheet](data:image/")
         picture = base64.b64decode(data, validate=True)
         assert len(picture) <= SHEET_BYTES
-        assert min(Image.open(io.BytesIO(picture)).size) > 100
+        size = Image.open(io.BytesIO(picture)).size
+        assert min(size) > 100
+        assert size[0] <= SHEET_WIDTH
     saved = reported(result, "combined_urls")["picture"]
     assert Image.open(saved).format == "PNG"
 
@@ -204,6 +206,10 @@ def test_one_row_per_image_is_checked_and_true(done):
     project, result = done
     checks = {check.check_name: check.passed for check in result.get_asset_check_evaluations()}
     assert checks == {"one_row_per_image": True, "metadata_covers_the_index": True}
+    partitions = {
+        evaluation.check_name: evaluation.partition for evaluation in result.get_asset_check_evaluations()
+    }
+    assert partitions == {"one_row_per_image": "flower", "metadata_covers_the_index": None}
     rows = pq.read_table(project.table("combined_urls", "flower"))
     assert len(set(rows["id"].to_pylist())) == len(set(rows["url"].to_pylist())) == len(rows)
 
@@ -239,7 +245,9 @@ def test_a_setting_out_of_bounds_is_named_with_its_origin_and_costs_no_table(fin
     }
     monkeypatch.setenv("LAION_NB_IMAGES_KNN", "0")
     told = failures(finished.run("flower", "knn_urls"))
-    assert told == {"knn_urls": "nb_images_knn is 0 (from LAION_NB_IMAGES_KNN): give 1 or more"}
+    wrong = "nb_images_knn is 0 (from LAION_NB_IMAGES_KNN): give 1 or more"
+    assert told == {"knn_urls": wrong}
+    assert failures(finished.run("flower", "seed_embeddings")) == {"seed_embeddings": wrong}  # at once
     assert contents(finished.output) == before
 
 

@@ -10,6 +10,7 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import dagster as dg
@@ -24,13 +25,14 @@ from dagster._core.instance.config import dagster_instance_config_schema
 from dagster_k8s import K8sRunLauncher, construct_dagster_k8s_job
 from dagster_k8s.container_context import K8sContainerContext
 from dagster_k8s.job import get_user_defined_k8s_config
+from kubernetes.client import ApiException
 from test_architecture import variables_read
 
 from laion_assets import claim
 from laion_assets import kubernetes as placement
 from laion_assets.definitions import ASSETS, build_defs
 from laion_assets.kubernetes import NvmeNode, executor, on_nvme_node, retry_policy
-from laion_assets.step_pods import RENEW
+from laion_assets.step_pods import RENEW, why_it_cannot_start
 
 ON_NVME = {"staged_laion_index", "knn_urls", "centroid_urls"}
 SNAPSHOT = Path(__file__).with_name("step_pods.json")
@@ -153,6 +155,25 @@ def test_pods_only_inside_a_cluster():
     assert chosen.name == "k8s"
     assert executor({}) is None
     assert build_defs(inside).executor.name == "k8s"  # type: ignore[union-attr]
+
+
+# --- pods that do not start -----------------------------------------------------------------------
+
+
+def test_a_step_that_may_not_look_at_the_claim_names_the_file_that_lets_it():
+    def forbidden(*_: Any) -> None:
+        raise ApiException(403, "Forbidden")
+
+    core = SimpleNamespace(read_namespaced_persistent_volume_claim=forbidden)
+    claimed = SimpleNamespace(persistent_volume_claim=SimpleNamespace(claim_name="laion-index"))
+    pod = SimpleNamespace(
+        metadata=SimpleNamespace(namespace="laion"), spec=SimpleNamespace(volumes=[claimed])
+    )
+    told = why_it_cannot_start(core, NvmeNode(), "knn_urls", pod)
+    assert (
+        "the claim laion-index cannot be looked at (Forbidden: apply k8s/dagster-may-look.yaml)" in told
+    )
+    assert (K8S / "dagster-may-look.yaml").exists()
 
 
 # --- retries --------------------------------------------------------------------------------------

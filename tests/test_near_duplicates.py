@@ -21,6 +21,11 @@ WAYS = {
     "by wide caps, pairs at once": Sizes(width=6, cell_width=3, widest_cap=3, many_pairs=1, **ALMOST_ALL),
     "each row a chunk": Sizes(width=6, cell_width=3, **{**ALMOST_ALL, "chunk": 1}),
 }
+WAYS_WITH_LISTS = {
+    "as it is": SIZES,
+    "by caps": WAYS["by caps"],
+    "lists whose rows are all alike": Sizes(many_of_row=0),
+}
 thresholds = st.sampled_from([0.0, 0.3, 0.8, 0.94, 0.99, 0.9999])
 
 
@@ -55,14 +60,14 @@ def test_any_rows_have_the_components_that_brute_force_finds(way, seed, n, thres
 
 @settings(deadline=None, max_examples=60)
 @given(seed=st.integers(0, 1 << 30), n=st.integers(1, 60), lists=st.integers(1, 8), threshold=thresholds)
-@pytest.mark.parametrize("way", ["as it is", "by caps"])
+@pytest.mark.parametrize("way", WAYS_WITH_LISTS)
 def test_each_list_has_the_components_it_has_alone(way, seed, n, lists, threshold) -> None:
     random = np.random.default_rng(seed)
     rows = clumps(random, n)
     each = [random.permutation(n)[: random.integers(0, n + 1)] for _ in range(lists)]
     members = np.concatenate(each)
     number = np.repeat(np.arange(lists), [len(part) for part in each])
-    found = components_of_lists(rows, members, number, threshold, WAYS[way])
+    found = components_of_lists(rows, members, number, threshold, WAYS_WITH_LISTS[way])
     starts = np.cumsum([0, *(len(part) for part in each)])
     alone = [
         brute_force(rows[part], threshold) + start for part, start in zip(each, starts, strict=False)

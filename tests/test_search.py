@@ -96,7 +96,7 @@ def test_seeds_in_batches_find_what_they_find_alone(demo, monkeypatch) -> None:
     index, metadata = open_folder(demo.index)
     queries = unit(indices.reconstructed(demo.index)[::300])
     whole = rows_of(retrieve(index, metadata, queries, Request(20, 0.94), per_seed=True))
-    monkeypatch.setattr(retrieve_module, "ROWS_AT_ONCE", 50)
+    monkeypatch.setattr(retrieve_module, "BYTES_AT_ONCE", 1)
     batched = rows_of(retrieve(index, metadata, queries, Request(20, 0.94), per_seed=True))
     assert [*zip(batched["seed"].to_pylist(), ordered(batched), strict=True)] == [
         *zip(whole["seed"].to_pylist(), ordered(whole), strict=True)
@@ -171,15 +171,53 @@ def recall(folder: Path, queries: np.ndarray, k: int, nprobe: int) -> float:
     return float(np.mean(shares))
 
 
-def test_rows_without_metadata_or_url_are_counted_and_displace_nothing(tmp_path) -> None:
+@pytest.mark.parametrize(("threshold", "urls"), [(1.0, ["c", "d"]), (0.94, ["c"])])
+def test_rows_without_metadata_or_url_are_counted_and_displace_nothing(tmp_path, threshold, urls) -> None:
     row = indices.random_rows(np.random.default_rng(1), 1)
     indices.write_index(tmp_path, np.repeat(row, 6, axis=0), "Flat")
-    urls = pa.array(["", None, "c", "d"], pa.string())
-    indices.write_metadata(tmp_path, pa.table({"url": urls}))
+    indices.write_metadata(tmp_path, pa.table({"url": pa.array(["", None, "c", "d"], pa.string())}))
     index, metadata = open_folder(tmp_path)
-    found = retrieve(index, metadata, row, Request(6, 1.0), per_seed=False)
-    assert [r["url"] for r in rows_of(found).to_pylist()] == ["c", "d"]
-    assert (found.funnel.received, found.funnel.without_url, found.funnel.kept) == (6, 4, 2)
+    found = retrieve(index, metadata, row, Request(6, threshold), per_seed=False)
+    assert [r["url"] for r in rows_of(found).to_pylist()] == urls
+    assert (found.funnel.received, found.funnel.without_url, found.funnel.kept) == (6, 4, len(urls))
+    assert found.funnel.near_duplicates == 2 - len(urls)
+
+
+@pytest.mark.parametrize("form", indices.FORMS)
+def test_a_request_of_which_no_row_has_metadata_gives_an_empty_table(tmp_path, form) -> None:
+    rows = indices.random_rows(np.random.default_rng(6), 400)
+    indices.write_index(tmp_path, rows, form)
+    indices.write_metadata(tmp_path, pa.table({"url": ["only this one"]}))
+    index, metadata = open_folder(tmp_path)
+    found = retrieve(index, metadata, unit(rows[-1:]), Request(5, 0.94, 1), per_seed=False)
+    assert len(rows_of(found)) == found.funnel.kept == 0
+    assert found.funnel.without_url == found.funnel.received > 0
+    decoder = Decoder.from_bytes(decoder_bytes(found.table.footer(), "the table"))
+    assert decoder.decode(np.empty((0, index.code_size), np.uint8)).shape == (0, index.dimension)
+
+
+@pytest.mark.parametrize("scale", [1, 1000])
+@pytest.mark.parametrize("nprobe", [1, 2, 8])
+def test_recall_is_told_whatever_the_length_of_the_vectors(tmp_path, scale, nprobe) -> None:
+    rows = indices.random_rows(np.random.default_rng(7), 400)
+    indices.write_index(tmp_path, rows * np.float32(scale), indices.MANY_LISTS)
+    indices.write_metadata(tmp_path, pa.table({"url": ["u"] * len(rows)}))
+    index, metadata = open_folder(tmp_path)
+    found = retrieve(index, metadata, unit(rows[:16]), Request(20, 1.0, nprobe), per_seed=True)
+    rows_of(found)
+    assert 0 < found.recall <= 1
+
+
+@pytest.mark.parametrize(
+    "key", ["IDMap,Flat", "IVF4,PQ8x4fs", "IVF4,Flat,RFlat", "OPQ8,IDMap,IVF4,PQ8x4"]
+)
+def test_a_kind_of_index_that_would_give_other_rows_is_refused(tmp_path, key) -> None:
+    rows = indices.random_rows(np.random.default_rng(8), 400)
+    index = faiss.index_factory(rows.shape[1], key, faiss.METRIC_INNER_PRODUCT)
+    index.train(rows)
+    faiss.write_index(index, str(tmp_path / "image.index"))
+    with pytest.raises(InputError, match=r"image.index is a faiss Index.*build it as"):
+        Index(tmp_path / "image.index")
 
 
 def test_seeds_of_another_dimension_are_refused(demo) -> None:

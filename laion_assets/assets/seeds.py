@@ -4,6 +4,7 @@ What must not live here: how seed files are read and checked (retrieval.seeds).
 Dagster's concept: https://docs.dagster.io/guides/build/assets
 """
 
+import os
 from collections.abc import Mapping
 from typing import Any
 
@@ -15,7 +16,7 @@ from laion_assets.io_managers import StoredTable, TableOutput
 from laion_assets.kubernetes import RETRY_POLICY, on_any_node
 from laion_assets.partitions import seed_sets
 from laion_assets.presentation import as_markdown, draw, strip
-from laion_assets.resources import SeedFolder
+from laion_assets.resources import RetrievalConfig, SeedFolder
 from laion_assets.retrieval.errors import InputError
 from laion_assets.retrieval.seeds import centroid, embeddings_of
 from laion_assets.retrieval.tables import Provenance, Table
@@ -39,7 +40,9 @@ seed_folder = dg.AssetSpec(
     code_version="1",
 )
 def seed_embeddings(
-    context: dg.AssetExecutionContext, seeds: dg.ResourceParam[SeedFolder]
+    context: dg.AssetExecutionContext,
+    seeds: dg.ResourceParam[SeedFolder],
+    retrieval_config: RetrievalConfig,
 ) -> dg.MaterializeResult[TableOutput]:
     """The seeds of one set: checked, scaled to length 1, a row per seed.
 
@@ -48,6 +51,7 @@ def seed_embeddings(
     with as_failures():
         if not context.has_partition_key:
             raise InputError("no seed set was chosen: launch the run for a partition, each is a seed set")
+        retrieval_config.resolve(os.environ)  # a wrong setting shows here, not after the index was staged
         seed_set = seeds.find(context.partition_key)
         found = seeds.read(seed_set)
     count, dimension = found.embeddings.shape

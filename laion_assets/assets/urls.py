@@ -19,7 +19,7 @@ from laion_assets.kubernetes import RETRY_POLICY, on_any_node, on_nvme_node
 from laion_assets.partitions import seed_sets
 from laion_assets.presentation import as_markdown, draw, links, save_png, strip
 from laion_assets.resources import LaionIndex, RetrievalConfig, Settings
-from laion_assets.retrieval.combine import check_same_origin, combine
+from laion_assets.retrieval.combine import CombinedFunnel, check_same_origin, combine
 from laion_assets.retrieval.index import FURTHER
 from laion_assets.retrieval.progress import Progress
 from laion_assets.retrieval.retrieve import PICTURES, Funnel, Request, Retrieval, retrieve
@@ -51,11 +51,7 @@ def knn_urls(
 
     Near-duplicates are removed within each seed's results; an image found for two seeds has two rows.
     """
-    with as_failures():
-        settings = retrieval_config.resolve(os.environ)
-    yield from _retrieved(
-        context, seed_embeddings, laion_index, settings, settings.nb_images_knn, per_seed=True
-    )
+    yield from _retrieved(context, seed_embeddings, laion_index, retrieval_config, per_seed=True)
 
 
 @dg.asset(
@@ -75,23 +71,21 @@ def centroid_urls(
     retrieval_config: RetrievalConfig,
 ) -> Outputs:
     """Images found around the centroid: same style, varied content; near-duplicates removed."""
-    with as_failures():
-        settings = retrieval_config.resolve(os.environ)
-    yield from _retrieved(
-        context, centroid_vector, laion_index, settings, settings.nb_images_centroid, per_seed=False
-    )
+    yield from _retrieved(context, centroid_vector, laion_index, retrieval_config, per_seed=False)
 
 
 def _retrieved(
     context: dg.AssetExecutionContext,
     vectors: StoredTable,
     laion_index: LaionIndex,
-    settings: Settings,
-    k: int,
+    retrieval_config: RetrievalConfig,
     *,
     per_seed: bool,
 ) -> Outputs:
     """Yield the images around the vectors of a table; the index stays open while they are written."""
+    with as_failures():
+        settings = retrieval_config.resolve(os.environ)
+        k = settings.nb_images_knn if per_seed else settings.nb_images_centroid
     with as_failures(), open_index(context, laion_index) as opened:
         origin = Provenance.from_footer(vectors.footer, vectors.where)
         queries = embeddings_of(vectors.read(["embedding"]))
@@ -104,12 +98,9 @@ def _retrieved(
             per_seed=per_seed,
             progress=progress.advance,
         )
+        used = _used(settings, found.nprobe)
         provenance = Provenance.now(
-            origin.seed_set,
-            origin.seeds,
-            opened.manifest.fingerprint,
-            {**settings.values(), "nprobe": found.nprobe, "origins": dict(settings.origins)},
-            context.run.run_id,
+            origin.seed_set, origin.seeds, opened.manifest.fingerprint, used, context.run.run_id
         )
         context.log.info(
             f"looking for {k:,} images around {'each of ' if per_seed else ''}{len(queries):,} "
@@ -134,10 +125,10 @@ def _retrieved(
             title = "around each seed" if per_seed else "around the centroid"
             sheet = draw([strip(stored, title, found.funnel.sentence())])
             return {
-                **asdict(found.funnel),
+                **_labelled(found.funnel),
                 "yield": round(found.funnel.yielded, 4),
                 "recall of nprobe": round(found.recall, 4),
-                "settings": _settings(settings, found.nprobe),
+                "settings": _with_origins(used),
                 "index fingerprint": opened.manifest.fingerprint,
                 "seeds fingerprint": origin.seeds,
                 "contact sheet": as_markdown(sheet) if sheet else links(stored),
@@ -193,10 +184,10 @@ def combined_urls(
             ]
         )
         figures = {
-            **asdict(funnel),
+            **_labelled(funnel),
             "index fingerprint": origin.index,
             "seeds fingerprint": origin.seeds,
-            "settings": dict(origin.settings),
+            "settings": _with_origins(origin.settings),
         }
         if sheet is None:
             return figures | {"contact sheet": links(stored)}
@@ -221,12 +212,19 @@ def _found(table: StoredTable) -> str:
     return Provenance.from_footer(table.footer, table.where).found
 
 
-def _settings(settings: Settings, nprobe: int | None) -> dict[str, str]:
-    """Each setting with where it came from."""
-    shown = settings.values() | {"nprobe": nprobe}
+def _used(settings: Settings, nprobe: int | None) -> dict[str, Any]:
+    """Settings as they were used, with where each came from."""
     chosen = {"nprobe": "chosen from the number of images"} if settings.nprobe is None else {}
-    origins = dict(settings.origins) | chosen
-    return {name: f"{value} ({origins[name]})" for name, value in shown.items()}
+    return settings.values() | {"nprobe": nprobe, "origins": dict(settings.origins) | chosen}
+
+
+def _with_origins(used: Mapping[str, Any]) -> dict[str, str]:
+    return {name: f"{used[name]} ({origin})" for name, origin in used["origins"].items()}
+
+
+def _labelled(funnel: Funnel | CombinedFunnel) -> dict[str, int]:
+    """The counts, named as all other metadata in the UI."""
+    return {name.replace("_", " "): count for name, count in asdict(funnel).items()}
 
 
 def _sentence(funnel: Funnel) -> str:

@@ -25,6 +25,7 @@ MIN_NPROBE = 64
 ROUNDING = 1e-6  # scores of the same row in two scans differ by less
 FURTHER = 4  # how many times the lists a check of the recall looks into
 ORTHONORMAL = 1e-4  # how far from it a matrix may be that faiss trained to be orthonormal
+UNSUPPORTED = (faiss.IndexIDMap, faiss.IndexRefine, faiss.IndexFastScan, faiss.IndexIVFFastScan)
 CANDIDATES_PER_RESULT = 16  # rows in the probed lists for each row asked for, as with clip-retrieval
 
 
@@ -56,8 +57,9 @@ class Index:
         lists: its on-disk inverted lists, if they are a file of their own beside it.
 
     Raises:
-        InputError: not a whole faiss index, lists shorter than their table, another metric.
+        InputError: not a whole faiss index, lists shorter than their table, another metric or kind.
 
+    To be used by one thread at a time: how far a search looks is set on the index itself.
     """
 
     def __init__(self, path: Path, lists: Path | None = None) -> None:
@@ -67,6 +69,7 @@ class Index:
                 f"{path} measures by L2 distance; this needs inner product: build the index with "
                 'metric_type="ip"'
             )
+        _check_kind(self._index, path)
         self._ivf = faiss.try_extract_index_ivf(self._index)
         if self._ivf is not None:
             self._ivf = faiss.downcast_index(self._ivf)
@@ -133,12 +136,17 @@ class Index:
         parameters = self._parameters(FURTHER * nprobe)
         stayed = received = 0
         for query, ids, similarity in zip(queries, hits.ids, hits.similarity, strict=True):
-            found = similarity[ids >= 0]
+            found, found_ids = similarity[ids >= 0], ids[ids >= 0]
+            if not len(found):
+                continue
+            rounding = ROUNDING * max(1, abs(float(found[0])))
             transformed = self._transformed(query[None].astype(np.float32))
-            worst = float(found[-1]) - ROUNDING  # so that everything found is among `further`
-            _, further, _ = self._ivf.range_search(transformed, worst, params=parameters)
-            best = -np.partition(-further, len(found) - 1)[len(found) - 1]
-            stayed += int((found >= best - ROUNDING).sum())
+            worst = float(found[-1]) - rounding
+            _, further, further_ids = self._ivf.range_search(transformed, worst, params=parameters)
+            # Not all that was found need be among `further`: a graph over the lists is not exact.
+            _, distinct = np.unique(np.concatenate([found_ids, further_ids]), return_index=True)
+            best_first = -np.sort(-np.concatenate([found, further])[distinct])
+            stayed += int((found >= best_first[: len(found)][-1] - rounding).sum())
             received += len(found)
         return stayed / received
 
@@ -166,7 +174,9 @@ class Index:
             return Decoder(None, np.empty(0, np.int64), self.dimension)
         if lists is None:
             return self._whole_decoder
-        centres = np.stack([self._ivf.quantizer.reconstruct(int(number)) for number in lists])
+        centres = np.empty((len(lists), self._ivf.d), np.float32)
+        for place, number in enumerate(lists):
+            centres[place] = self._ivf.quantizer.reconstruct(int(number))
         return Decoder(_emptied(self._index, self._ivf, centres), lists, self.dimension)
 
     @cached_property
@@ -340,13 +350,9 @@ def _list_bytes(numbers: Ids, wide: int) -> Bytes:
 
 def _in_order(ids: Ids, similarity: Floats, codes: Bytes) -> Hits:
     """Order each query's rows by similarity, then id; faiss orders ties differently in batches."""
+    query = np.arange(len(ids))[:, None]
     order = np.lexsort((ids, -similarity), axis=1)
-    found = np.take_along_axis(ids, order, 1)
-    return Hits(
-        ids=found,
-        similarity=np.take_along_axis(similarity, order, 1),
-        codes=np.take_along_axis(codes, order[:, :, None], 1),
-    )
+    return Hits(ids[query, order], similarity[query, order], codes[query, order])
 
 
 def _read(path: Path, *, on_disk_lists: bool) -> Any:
@@ -361,6 +367,17 @@ def _read(path: Path, *, on_disk_lists: bool) -> Any:
             f"{path} is not a whole faiss index ({reason}): stage the index again, and if it stays, "
             "copy the file to the source again"
         ) from error
+
+
+def _check_kind(index: Any, path: Path) -> None:
+    """Refuse what has no codes to decode, or gives other ids than the places of its rows."""
+    while isinstance(index, faiss.IndexPreTransform):
+        index = faiss.downcast_index(index.index)
+    if isinstance(index, UNSUPPORTED):
+        raise InputError(
+            f"{path} is a faiss {type(index).__name__}, which cannot be used here: build it as Flat, HNSW"
+            " or IVF with Flat or PQ, as autofaiss does, its ids the numbers of the rows"
+        )
 
 
 def _check_lists_are_whole(ivf: Any, path: Path) -> None:

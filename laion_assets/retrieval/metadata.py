@@ -7,7 +7,6 @@ is concatenated that was not asked for. What must not live here: knowledge of fa
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from functools import lru_cache
 from itertools import pairwise
 from pathlib import Path
 from typing import Protocol
@@ -77,14 +76,9 @@ class ParquetRows:
         self.schema: pa.Schema = self._file.schema_arrow
         groups = self._file.metadata
         self.batch_lengths = [groups.row_group(i).num_rows for i in range(groups.num_row_groups)]
-        # The next request for the same group is usually the next one made: unpack it once.
-        self._group = lru_cache(maxsize=1)(self._read_group)
 
     def batch(self, number: int, columns: Sequence[str]) -> pa.Table:
         """Return one row group, unpacked."""
-        return self._group(number, tuple(columns))
-
-    def _read_group(self, number: int, columns: tuple[str, ...]) -> pa.Table:
         return self._file.read_row_group(number, columns=list(columns)).select(list(columns))
 
 

@@ -23,7 +23,8 @@ from laion_assets.retrieval.near_duplicates import components_of_lists
 from laion_assets.retrieval.tables import Table, decoder_footer
 from laion_assets.retrieval.vectors import decoded
 
-ROWS_AT_ONCE = 1 << 18  # results held in memory at a time, unless one query alone asks for more
+BYTES_AT_ONCE = 1 << 30  # of results held in memory, unless one query alone asks for more
+COPIES = 4  # of a row's code, at most, at a time
 CHECKED_QUERIES = 16  # whose recall is measured
 PICTURES = 48  # thumbnails that travel with a table
 
@@ -129,7 +130,8 @@ class Retrieval:
         self.table = Table(self._schema, self._batches(), self._footer)
 
     def _batches(self) -> Iterator[pa.RecordBatch]:
-        at_once = max(1, ROWS_AT_ONCE // self._request.k)
+        row = COPIES * self._index.code_size + 4 * self._index.dimension
+        at_once = max(1, BYTES_AT_ONCE // (row * self._request.k))
         for first in range(0, len(self._queries), at_once):
             some = self._queries[first : first + at_once]
             hits = self._index.search(some, self._request.k, self.nprobe)
@@ -137,52 +139,62 @@ class Retrieval:
             if first == 0:
                 sample = hits.first(CHECKED_QUERIES)
                 self.recall = self._index.recall(some[:CHECKED_QUERIES], sample, self.nprobe)
-            yield from self._with_metadata(self._kept_rows(hits, first)).to_batches(1 << 16)
+            yield from self._kept_rows(hits, first).to_batches(1 << 16)
             self._progress(len(some))
 
     def _footer(self) -> dict[str, str]:
         return decoder_footer(self._index.decoder(self._lists).to_bytes())
 
-    def _kept_rows(self, hits: Hits, first: int) -> _Rows:
-        """Return what stays of a batch of queries, the first of which has number `first`.
-
-        A row without metadata has no URL to give: it goes first, so that it never displaces its
-        near-duplicate that has one.
-        """
+    def _kept_rows(self, hits: Hits, first: int) -> pa.Table:
+        """Return what stays of a batch of queries, the first of which has number `first`."""
+        codes = hits.codes.reshape(-1, hits.codes.shape[-1])
         received = _Rows.of(hits, first)
         distinct = received[_first_of_each(received.query, received.ids)]
         covered = distinct[self._metadata.covers(distinct.ids)]
-        kept = covered[self._staying(covered)]
-        self._lists = np.union1d(self._lists, self._index.lists_of(kept.codes))
+        labels = self._components(covered, codes)
+        best, columns, without_url = self._best_with_url(covered.ids, labels)
+        without_url += len(distinct) - len(covered)
         self.funnel.received += len(received)
-        self.funnel.without_url += len(distinct) - len(covered)
-        self.funnel.near_duplicates += len(received) - len(distinct) + len(covered) - len(kept)
-        return kept
+        self.funnel.without_url += without_url
+        self.funnel.near_duplicates += len(received) - without_url - len(best)
+        self.funnel.kept += len(best)
+        return self._as_table(covered[best], columns, codes)
 
-    def _staying(self, rows: _Rows) -> Mask:
-        """Tell which rows are the best-ranked of their near-duplicates among the same query's rows."""
+    def _components(self, rows: _Rows, codes: Bytes) -> Ids:
+        """Label each row with the best-ranked of its near-duplicates among the same query's rows."""
         _, image, number = np.unique(rows.ids, return_index=True, return_inverse=True)
-        vectors = decoded(rows.codes[image], self._decode)
-        labels = components_of_lists(vectors, number, rows.query, self._request.dedup_threshold)
-        staying: Mask = labels == np.arange(len(rows))
-        return staying
+        vectors = decoded(codes[rows.code[image]], self._decode)
+        return components_of_lists(vectors, number, rows.query, self._request.dedup_threshold)
 
-    def _with_metadata(self, kept: _Rows) -> pa.Table:
-        columns = self._metadata.take(kept.ids)
+    def _best_with_url(self, ids: Ids, labels: Ids) -> tuple[Ids, pa.Table, int]:
+        """Return the best-ranked row with a URL of each component, their metadata, and how many had none.
+
+        A row without a URL has nothing to give: it never displaces its near-duplicate that has one.
+        """
+        best = np.flatnonzero(labels == np.arange(len(labels)))
+        columns = self._metadata.take(ids[best])
+        named = _has_url(columns)
+        if named.all():
+            return best, columns, 0
+        members = np.flatnonzero(np.isin(labels, best[~named]))
+        heirs = members[_has_url(self._metadata.take(ids[members], ["url"]))]
+        _, first = np.unique(labels[heirs], return_index=True)
+        best = np.sort(np.concatenate([best[named], heirs[first]]))
+        return best, self._metadata.take(ids[best]), len(members) - len(heirs)
+
+    def _as_table(self, kept: _Rows, columns: pa.Table, codes: Bytes) -> pa.Table:
+        kept_codes = codes[kept.code]
+        self._lists = np.union1d(self._lists, self._index.lists_of(kept_codes))
         found = {name: columns[name] for name in columns.column_names} | {
             "id": kept.ids,
             "similarity": kept.similarity,
             "rank": kept.rank.astype(np.int32),
             "seed": kept.query.astype(np.int32),
-            "code": _fixed_size_binary(kept.codes),
+            "code": _fixed_size_binary(kept_codes),
         }
         if THUMBNAIL_COLUMN in self._schema.names:
             found[THUMBNAIL_COLUMN] = self._thumbnails(kept)
-        rows = pa.table({name: found[name] for name in self._schema.names}, schema=self._schema)
-        with_url = rows.filter(pc.greater(pc.binary_length(rows["url"]), 0))
-        self.funnel.without_url += len(rows) - len(with_url)
-        self.funnel.kept += len(with_url)
-        return with_url
+        return pa.table({name: found[name] for name in self._schema.names}, schema=self._schema)
 
     def _thumbnails(self, kept: _Rows) -> pa.ChunkedArray:
         """Pictures of the first rows of the first queries, null for all others."""
@@ -198,13 +210,13 @@ class Retrieval:
 
 @dataclass(frozen=True)
 class _Rows:
-    """What queries found, n rows in order of query and rank."""
+    """What queries found, n rows in order of query and rank; of a code, only the place where it is."""
 
     ids: Ids
     similarity: Floats
     rank: Ids
     query: Ids
-    codes: Bytes
+    code: Ids
 
     @classmethod
     def of(cls, hits: Hits, first: int) -> _Rows:
@@ -215,7 +227,7 @@ class _Rows:
             hits.similarity[query, place],
             place + 1,
             query + first,
-            hits.codes[query, place],
+            query * hits.ids.shape[1] + place,
         )
 
     def __len__(self) -> int:
@@ -223,8 +235,14 @@ class _Rows:
 
     def __getitem__(self, rows: Ids | Mask) -> _Rows:
         return _Rows(
-            self.ids[rows], self.similarity[rows], self.rank[rows], self.query[rows], self.codes[rows]
+            self.ids[rows], self.similarity[rows], self.rank[rows], self.query[rows], self.code[rows]
         )
+
+
+def _has_url(columns: pa.Table) -> Mask:
+    named = pc.greater(pc.binary_length(columns["url"]), 0)
+    found: Mask = pc.fill_null(named, False).to_numpy()
+    return found
 
 
 def _first_of_each(query: Ids, ids: Ids) -> Ids:

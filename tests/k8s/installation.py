@@ -64,19 +64,11 @@ def postgres() -> Iterator[dict[str, Any]]:
     options = f"-p {port} -c listen_addresses=127.0.0.1 -c unix_socket_directories={root} -c fsync=off"
     subprocess.run([*pg_ctl, "-l", str(root / "log"), "-o", options, "start"], **run)
     try:
-        subprocess.run(
-            [
-                str(programs[-1] / "createdb"),
-                "-h",
-                "127.0.0.1",
-                "-p",
-                str(port),
-                "-U",
-                "dagster",
-                "dagster",
-            ],
-            **run,
-        )
+        createdb = [
+            str(programs[-1] / "createdb"),
+            *("-h", "127.0.0.1", "-p", str(port), "-U", "dagster"),
+        ]
+        subprocess.run([*createdb, "dagster"], **run)
         yield {
             "hostname": "127.0.0.1",
             "port": port,
