@@ -274,7 +274,7 @@ def test_metadata_shorter_or_longer_than_the_index_is_reported_and_no_row_is_wro
         for asset, queries in (("knn_urls", 3), ("centroid_urls", 1)):
             told = reported(result, asset)
             assert told["received"] == queries * ROWS
-            assert told["without_url"] == queries * (ROWS - covered)
+            assert told["without url"] == queries * (ROWS - covered)
             assert told["kept"] == queries * covered
         for asset in ("knn_urls", "centroid_urls", "combined_urls"):
             table = pq.read_table(project.table(asset, "mine"), columns=["id", "url"]).to_pylist()

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -19,9 +20,10 @@ import numpy as np
 from laion_assets.retrieval.arrays import Bytes, Floats, Ids
 from laion_assets.retrieval.console import silent_stdout
 from laion_assets.retrieval.errors import InputError
-from laion_assets.retrieval.parallel import one_blas_thread
+from laion_assets.retrieval.parallel import in_threads, one_blas_thread
 
 MIN_NPROBE = 64
+QUERIES_AT_ONCE = 16
 ROUNDING = 1e-6  # scores of the same row in two scans differ by less
 FURTHER = 4  # how many times the lists a check of the recall looks into
 ORTHONORMAL = 1e-4  # how far from it a matrix may be that faiss trained to be orthonormal
@@ -36,17 +38,15 @@ class Hits:
     Attributes:
         ids: (q, k) int64; -1 where the probed lists held fewer than k rows.
         similarity: (q, k) float32, inner product of the query and the decoded row.
-        codes: (q, k, code size) uint8.
+        code: (q, k) int64, where in `codes` the row's code is; -1 likewise.
+        codes: (c, code size) uint8, of each row found, once however many queries found it.
 
     """
 
     ids: Ids
     similarity: Floats
+    code: Ids
     codes: Bytes
-
-    def first(self, queries: int) -> Hits:
-        """Return what the first queries found."""
-        return Hits(self.ids[:queries], self.similarity[:queries], self.codes[:queries])
 
 
 class Index:
@@ -109,16 +109,58 @@ class Index:
         k = min(k, self.rows)
         queries = np.ascontiguousarray(queries, dtype=np.float32)
         if self._ivf is None:
-            similarity, ids = self._index.search(queries, k)
-            codes = self._vectors(ids).view(np.uint8)
+            similarity, places = self._index.search(queries, k)
         else:
-            similarity, ids, codes = self._ivf.search_and_return_codes(
-                self._transformed(queries), k, include_listnos=True, params=self._parameters(nprobe)
+            similarity, places = self._search_lists(self._transformed(queries), k, nprobe)
+        found = places >= 0
+        rows, number = np.unique(places[found], return_inverse=True)
+        row_ids, codes = self._rows_at(rows)
+        ids, code = np.full_like(places, -1), np.full_like(places, -1)
+        ids[found], code[found] = row_ids[number], number
+        query = np.arange(len(ids))[:, None]
+        order = np.lexsort((ids, -similarity), axis=1)  # faiss orders ties differently in batches
+        return Hits(ids[query, order], similarity[query, order], code[query, order], codes)
+
+    def _search_lists(self, transformed: Floats, k: int, nprobe: int | None) -> tuple[Floats, Ids]:
+        """Return similarity and place (list << 32 | row in it) of the rows nearest to each query."""
+        similarity = np.empty((len(transformed), k), np.float32)
+        places = np.empty((len(transformed), k), np.int64)
+        parameters = self._parameters(nprobe)
+
+        def search_some(first: int) -> None:
+            # In threads of ours: this call of faiss, the one that returns places, uses one.
+            some = slice(first, first + QUERIES_AT_ONCE)
+            nearness, lists = self._ivf.quantizer.search(transformed[some], parameters.nprobe)
+            self._ivf.search_preassigned_c(
+                len(lists), faiss.swig_ptr(transformed[some]), k, faiss.swig_ptr(lists),
+                faiss.swig_ptr(nearness), faiss.swig_ptr(similarity[some]), faiss.swig_ptr(places[some]),
+                True, parameters,
+            )  # fmt: skip
+
+        in_threads(search_some, range(0, len(transformed), QUERIES_AT_ONCE))
+        return similarity, places
+
+    def _rows_at(self, places: Ids) -> tuple[Ids, Bytes]:
+        """Return ids and codes of the rows at some places, ascending."""
+        if self._ivf is None:
+            vectors = (
+                self._index.reconstruct_batch(places) if len(places) else np.empty((0, self.dimension))
             )
-            if not self._portable:
-                flat = self._index.sa_decode(codes.reshape(-1, codes.shape[-1]))
-                codes = flat.reshape(*ids.shape, self.dimension).view(np.uint8)
-        return _in_order(ids, similarity, codes)
+            return places, np.ascontiguousarray(vectors, np.float32).view(np.uint8)
+        lists, rows = places >> 32, places & 0xFFFFFFFF
+        wide, size = self._ivf.coarse_code_size(), self._ivf.code_size
+        ids, codes = np.empty_like(places), np.empty((len(places), wide + size), np.uint8)
+        codes[:, :wide] = _list_bytes(lists, wide)
+        stored = self._ivf.invlists
+        for first, last in pairwise(np.flatnonzero(np.diff(lists, prepend=-1, append=-1))):
+            number = int(lists[first])
+            length, there = stored.list_size(number), rows[first:last]
+            ids[first:last] = faiss.rev_swig_ptr(stored.get_ids(number), length)[there]
+            in_list = faiss.rev_swig_ptr(stored.get_codes(number), length * size)
+            codes[first:last, wide:] = in_list.reshape(length, size)[there]
+        if self._portable:
+            return ids, codes
+        return ids, self._index.sa_decode(codes).view(np.uint8)
 
     def recall(self, queries: Floats, hits: Hits, nprobe: int | None) -> float:
         """Measure which share of what the queries found is also found when probing further.
@@ -128,14 +170,17 @@ class Index:
 
         Args:
             queries: (q, dimension) float32.
-            hits: what `search` found for them.
+            hits: what `search` found for them, and perhaps for more after them.
             nprobe: the lists that were probed for it.
         """
         if self._ivf is None or nprobe is None or nprobe >= self.nlist or not (hits.ids >= 0).any():
             return 1.0
         parameters = self._parameters(FURTHER * nprobe)
         stayed = received = 0
-        for query, ids, similarity in zip(queries, hits.ids, hits.similarity, strict=True):
+        sampled = slice(len(queries))
+        for query, ids, similarity in zip(
+            queries, hits.ids[sampled], hits.similarity[sampled], strict=True
+        ):
             found, found_ids = similarity[ids >= 0], ids[ids >= 0]
             if not len(found):
                 continue
@@ -199,14 +244,9 @@ class Index:
         nprobe = min(nprobe or self._ivf.nprobe, self.nlist)
         quantizer = faiss.downcast_index(self._ivf.quantizer)
         if isinstance(quantizer, faiss.IndexHNSW):
-            # To find the nearest lists the graph has to look at more than nprobe. It is set on the graph,
-            # since search_and_return_codes does not hand on the parameters of the quantizer.
+            # To find the nearest lists the graph has to look at more than nprobe.
             quantizer.hnsw.efSearch = 2 * nprobe
         return faiss.SearchParametersIVF(nprobe=nprobe)
-
-    def _vectors(self, ids: Ids) -> Floats:
-        found = self._index.reconstruct_batch(np.maximum(ids, 0).ravel())
-        return np.ascontiguousarray(found.reshape(*ids.shape, self.dimension))
 
 
 class Decoder:
@@ -346,13 +386,6 @@ def _list_numbers(codes: Bytes, wide: int) -> Ids:
 
 def _list_bytes(numbers: Ids, wide: int) -> Bytes:
     return numbers.astype("<i8").view(np.uint8).reshape(-1, 8)[:, :wide]
-
-
-def _in_order(ids: Ids, similarity: Floats, codes: Bytes) -> Hits:
-    """Order each query's rows by similarity, then id; faiss orders ties differently in batches."""
-    query = np.arange(len(ids))[:, None]
-    order = np.lexsort((ids, -similarity), axis=1)
-    return Hits(ids[query, order], similarity[query, order], codes[query, order])
 
 
 def _read(path: Path, *, on_disk_lists: bool) -> Any:

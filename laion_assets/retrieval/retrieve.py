@@ -137,8 +137,7 @@ class Retrieval:
             hits = self._index.search(some, self._request.k, self.nprobe)
             self.funnel.requested += self._request.k * len(some)
             if first == 0:
-                sample = hits.first(CHECKED_QUERIES)
-                self.recall = self._index.recall(some[:CHECKED_QUERIES], sample, self.nprobe)
+                self.recall = self._index.recall(some[:CHECKED_QUERIES], hits, self.nprobe)
             yield from self._kept_rows(hits, first).to_batches(1 << 16)
             self._progress(len(some))
 
@@ -147,24 +146,19 @@ class Retrieval:
 
     def _kept_rows(self, hits: Hits, first: int) -> pa.Table:
         """Return what stays of a batch of queries, the first of which has number `first`."""
-        codes = hits.codes.reshape(-1, hits.codes.shape[-1])
         received = _Rows.of(hits, first)
         distinct = received[_first_of_each(received.query, received.ids)]
         covered = distinct[self._metadata.covers(distinct.ids)]
-        labels = self._components(covered, codes)
+        vectors = decoded(hits.codes, self._decode)
+        threshold = self._request.dedup_threshold
+        labels = components_of_lists(vectors, covered.code, covered.query, threshold)
         best, columns, without_url = self._best_with_url(covered.ids, labels)
         without_url += len(distinct) - len(covered)
         self.funnel.received += len(received)
         self.funnel.without_url += without_url
         self.funnel.near_duplicates += len(received) - without_url - len(best)
         self.funnel.kept += len(best)
-        return self._as_table(covered[best], columns, codes)
-
-    def _components(self, rows: _Rows, codes: Bytes) -> Ids:
-        """Label each row with the best-ranked of its near-duplicates among the same query's rows."""
-        _, image, number = np.unique(rows.ids, return_index=True, return_inverse=True)
-        vectors = decoded(codes[rows.code[image]], self._decode)
-        return components_of_lists(vectors, number, rows.query, self._request.dedup_threshold)
+        return self._as_table(covered[best], columns, hits.codes)
 
     def _best_with_url(self, ids: Ids, labels: Ids) -> tuple[Ids, pa.Table, int]:
         """Return the best-ranked row with a URL of each component, their metadata, and how many had none.
@@ -210,7 +204,7 @@ class Retrieval:
 
 @dataclass(frozen=True)
 class _Rows:
-    """What queries found, n rows in order of query and rank; of a code, only the place where it is."""
+    """What queries found, n rows in order of query and rank; of a code, only where it is."""
 
     ids: Ids
     similarity: Floats
@@ -227,7 +221,7 @@ class _Rows:
             hits.similarity[query, place],
             place + 1,
             query + first,
-            query * hits.ids.shape[1] + place,
+            hits.code[query, place],
         )
 
     def __len__(self) -> int:

@@ -11,8 +11,8 @@ import numpy as np
 from laion_assets.retrieval.arrays import Bytes, Floats, Ids
 from laion_assets.retrieval.parallel import in_threads
 
-HELD_ROWS = 1 << 18  # more than that are decoded anew wherever they are looked at
-BLOCK = 4096  # rows decoded at once: what lies between code and vector stays in the processor's cache
+HELD_ROWS = 1 << 19  # more than that are decoded anew wherever they are looked at
+BLOCK = 1024  # rows decoded at once: what lies between code and vector stays in the processor's cache
 
 
 class Vectors(Protocol):
