@@ -135,7 +135,7 @@ def _reason(pod: Any) -> str:
     waiting = [status.state.waiting for status in pod.status.container_statuses or ()]
     told = [f"{state.reason} {state.message or ''}".strip() for state in waiting if state]
     told += [c.message for c in pod.status.conditions or () if c.status == "False" and c.message]
-    return told[0] if told else "for no reason that Kubernetes gives"
+    return told[0].rstrip(".") if told else "for no reason that Kubernetes gives"
 
 
 def _how_it_ended(pod: Any) -> str:

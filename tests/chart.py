@@ -84,4 +84,5 @@ def instance_config(kubeconfig: Path, postgres: dict[str, Any], logs: Path) -> d
         },
         "telemetry": VALUES["telemetry"],
         "nux": {"enabled": False},
+        **VALUES["additionalInstanceConfig"],
     }

@@ -182,6 +182,10 @@ class Platform:
         status: dg.DagsterRunStatus = wait_until(ended, f"run {run} has ended", seconds)
         return status
 
+    def children(self, run: str) -> list[dg.DagsterRun]:
+        """The runs that were started to repeat a run."""
+        return list(self.instance.get_runs(dg.RunsFilter(tags={"dagster/parent_run_id": run})))
+
     def succeed(self, run: str) -> None:
         """Wait for the good end of a run."""
         assert self.wait(run) == dg.DagsterRunStatus.SUCCESS, self.sentences(run)

@@ -137,10 +137,12 @@ def test_a_run_that_was_cancelled_gives_its_place_to_the_next(platform: Platform
     platform.succeed(second)
 
 
-def test_a_run_whose_own_pod_was_lost_goes_on_in_another(platform: Platform):
-    run = platform.launch("fruit", "knn_urls")
+def test_a_run_whose_own_pod_was_lost_starts_again_from_where_it_was(platform: Platform):
+    run = platform.launch("fruit", "knn_urls", "combined_urls")
     platform.running_pod("knn_urls")
     (own,) = [name for name in platform.cluster.running if name.startswith(f"dagster-run-{run}")]
     platform.cluster.kill(own)
-    platform.succeed(run)
-    assert len(platform.events(run, dg.DagsterEventType.STEP_START)) == 1
+    assert platform.wait(run) == dg.DagsterRunStatus.FAILURE
+    (again,) = wait_until(lambda: platform.children(run), "the run starts again", 60)
+    platform.succeed(again.run_id)
+    assert platform.events(again.run_id, dg.DagsterEventType.STEP_SUCCESS, "combined_urls")
