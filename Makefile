@@ -51,6 +51,10 @@ bench: $(READY) ## Measure against the peer, about an hour; writes benchmarks/re
 bench-quick: $(READY) ## The same on less data, a few minutes; writes benchmarks/.cache/quick
 	$(BIN)/python benchmarks/bench.py --quick --output benchmarks/.cache/quick
 
+.PHONY: bench-staging
+bench-staging: $(READY) ## How fast an index comes from a bucket, a few minutes; writes benchmarks/staging.md
+	$(BIN)/python benchmarks/staging.py
+
 lock: $(READY) ## Pin today's versions of everything into requirements.lock
 	$(BIN)/python -m pip install --quiet uv
 	$(BIN)/uv pip compile --quiet --upgrade --extra cluster --group dev --no-header --no-annotate --no-emit-index-url \

@@ -87,7 +87,8 @@ def resource(module: Any, folder: Path, nprobe: int | None) -> Any:
         # As it sets them itself where the metadata has the order of the lists, and as autofaiss does.
         set_parameter = module.faiss.ParameterSpace().set_index_parameter
         set_parameter(index, "nprobe", nprobe)
-        if type(module.faiss.extract_index_ivf(index).quantizer).__name__.startswith("IndexHNSW"):
+        quantizer = module.faiss.downcast_index(module.faiss.extract_index_ivf(index).quantizer)
+        if isinstance(quantizer, module.faiss.IndexHNSW):
             set_parameter(index, "efSearch", 2 * nprobe)
     metadata = folder / "metadata"
     is_arrow = any(metadata.glob("*.arrow"))

@@ -155,7 +155,8 @@ def console(_: dg.InitLoggerContext) -> logging.Logger:
 
 def _is_told_by_an_asset(record: logging.LogRecord) -> bool:
     """Leave out what Dagster says of its steps: what failed, and why, stands at the end."""
-    return getattr(record, "dagster_meta", {}).get("dagster_event") is None
+    is_event = getattr(record, "dagster_meta", {}).get("dagster_event") is not None
+    return not is_event and record.levelno < logging.ERROR
 
 
 class _ShortLine(logging.Formatter):

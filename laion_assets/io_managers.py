@@ -7,36 +7,25 @@ Dagster's concept: https://docs.dagster.io/guides/build/io-managers
 
 from __future__ import annotations
 
-import contextlib
-import errno
-import os
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import dagster as dg
-import fsspec
 import pyarrow as pa
 import pyarrow.parquet as pq
 
 from laion_assets.failures import as_failures
 from laion_assets.retrieval.errors import InputError
+from laion_assets.retrieval.storage import new_file, open_storage, reaching
 from laion_assets.retrieval.tables import DESCRIPTIONS, Table
 
 PREVIEW_ROWS = 10
 PREVIEW_TEXT = 120  # characters; the event log holds every preview for ever
-CANNOT_WRITE = {
-    errno.ENOENT,
-    errno.EROFS,
-    errno.ENOTDIR,
-    errno.EEXIST,
-    errno.ENOSPC,
-    errno.EDQUOT,
-    errno.EFBIG,
-}
-PARTIAL = ".partial"
+OUTPUT_SETTING = "LAION_OUTPUT_URI"
 MAX_FOOTER_TEXT = 1 << 30  # a decoder may be larger than the 100 MB that Arrow allows by default
 
 
@@ -55,18 +44,17 @@ class TableOutput:
 
 
 class StoredTable:
-    """A Parquet file that was written here: opened once, read as often as needed."""
+    """A Parquet file that was written here: opened once, read as often as needed.
+
+    In a bucket, each column of a group of rows is one request and nothing else is held.
+    """
 
     def __init__(self, uri: str) -> None:
         self.where = uri
-        fs, path = fsspec.url_to_fs(uri)
-        try:
-            self._file = pq.ParquetFile(fs.open(path, "rb"), thrift_string_size_limit=MAX_FOOTER_TEXT)
-        except FileNotFoundError as error:
-            asset = Path(uri).parent.name
-            raise InputError(f"{uri} is not there: materialize {asset} again") from error
-        except (pa.ArrowInvalid, OSError) as error:
-            raise InputError(f"{uri} cannot be read ({error}): materialize it again") from error
+        with self._telling():
+            fs, path = open_storage(uri, OUTPUT_SETTING)
+            source = fs.open(path, "rb", cache_type="none")
+            self._file = pq.ParquetFile(source, thrift_string_size_limit=MAX_FOOTER_TEXT)
         self.schema: pa.Schema = self._file.schema_arrow.remove_metadata()
 
     @property
@@ -81,16 +69,37 @@ class StoredTable:
     def batches(self, columns: Iterable[str] | None = None) -> Iterator[pa.RecordBatch]:
         """Read the rows in order."""
         names = None if columns is None else list(columns)
-        yield from self._file.iter_batches(columns=names)
+        batches = self._file.iter_batches(columns=names)
+        while True:
+            with self._telling():
+                batch = next(batches, None)
+            if batch is None:
+                return
+            yield batch
 
     def read(self, columns: Iterable[str] | None = None) -> pa.Table:
         """Read all rows at once."""
-        return self._file.read(columns=None if columns is None else list(columns))
+        with self._telling():
+            return self._file.read(columns=None if columns is None else list(columns))
 
     def top(self, rows: int, columns: Iterable[str]) -> pa.Table:
         """Read the first rows only."""
-        first = next(self._file.iter_batches(batch_size=max(rows, 1), columns=list(columns)), None)
+        with self._telling():
+            first = next(self._file.iter_batches(batch_size=max(rows, 1), columns=list(columns)), None)
         return pa.table({}) if first is None else pa.Table.from_batches([first])
+
+    @contextmanager
+    def _telling(self) -> Iterator[None]:
+        """Turn what goes wrong while reading into a sentence with the remedy."""
+        try:
+            with reaching(self.where, OUTPUT_SETTING):
+                try:
+                    yield
+                except FileNotFoundError as error:
+                    asset = Path(self.where).parent.name
+                    raise InputError(f"{self.where} is not there: materialize {asset} again") from error
+        except (pa.ArrowInvalid, OSError) as error:
+            raise InputError(f"{self.where} cannot be read ({error}): materialize it again") from error
 
 
 class ParquetIOManager(dg.IOManager):
@@ -146,7 +155,7 @@ def write_table(table: Table, uri: str) -> tuple[int, list[dict[str, Any]]]:
     rows = 0
     preview: list[dict[str, Any]] = []
     with (
-        _new_file(uri) as sink,
+        new_file(uri, OUTPUT_SETTING) as sink,
         pq.ParquetWriter(sink, table.schema, compression="zstd") as writer,
     ):
         for batch in table.batches:
@@ -156,66 +165,6 @@ def write_table(table: Table, uri: str) -> tuple[int, list[dict[str, Any]]]:
                 preview += batch.slice(0, PREVIEW_ROWS - len(preview)).to_pylist()
         writer.add_key_value_metadata(dict(table.footer()))
     return rows, preview
-
-
-@contextlib.contextmanager
-def _new_file(uri: str) -> Iterator[BinaryIO]:
-    """Open a file that takes its name only if the block ends well."""
-    fs, path = fsspec.url_to_fs(uri)
-    try:
-        if "file" in ((fs.protocol,) if isinstance(fs.protocol, str) else fs.protocol):
-            with _new_local_file(Path(path)) as sink:
-                yield sink
-        else:
-            with _new_object(fs, path) as sink:
-                yield sink
-    except OSError as error:
-        if not isinstance(error, PermissionError) and error.errno not in CANNOT_WRITE:
-            raise
-        raise InputError(
-            f"cannot write {uri} ({error.strerror or error}): set LAION_OUTPUT_URI to a folder with room "
-            "that you can write to"
-        ) from error
-
-
-@contextlib.contextmanager
-def _new_local_file(path: Path) -> Iterator[BinaryIO]:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    _remove_abandoned(path)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}{PARTIAL}")
-    try:
-        with temporary.open("wb") as sink:
-            yield sink
-            sink.flush()
-            os.fsync(sink.fileno())
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
-def _remove_abandoned(path: Path) -> None:
-    """Remove what processes that were killed have left of this table."""
-    for left in path.parent.glob(f".{path.name}.*{PARTIAL}"):
-        writer = int(left.name.removesuffix(PARTIAL).rpartition(".")[2])
-        if not _is_alive(writer):
-            left.unlink(missing_ok=True)
-
-
-def _is_alive(process: int) -> bool:
-    try:
-        os.kill(process, 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:  # it is, and somebody else's
-        return True
-    return True
-
-
-@contextlib.contextmanager
-def _new_object(fs: Any, path: str) -> Iterator[BinaryIO]:
-    """One upload, which makes an object only when the block ends well."""
-    with fs.transaction, fs.open(path, "wb") as sink:
-        yield sink
 
 
 def column_schema(schema: pa.Schema) -> dg.TableSchema:

@@ -8,18 +8,19 @@ from __future__ import annotations
 
 import base64
 import html
+import io
 from collections.abc import Sequence
 from urllib.parse import quote
 
 import dagster as dg
-import fsspec
 import pyarrow as pa
 import pyarrow.compute as pc
 from PIL import Image
 
-from laion_assets.io_managers import StoredTable
+from laion_assets.io_managers import OUTPUT_SETTING, StoredTable
 from laion_assets.retrieval.contact_sheet import Strip, contact_sheet, encode
 from laion_assets.retrieval.retrieve import PICTURES
+from laion_assets.retrieval.storage import new_file
 
 COLUMNS = 12
 SHEET_WIDTH = 960  # the UI shows it in a dialog that cuts off what is wider
@@ -67,8 +68,10 @@ def as_markdown(image: Image.Image) -> dg.MarkdownMetadataValue:
 
 def save_png(image: Image.Image, uri: str) -> str:
     """Write a picture beside a table and return where it is."""
-    with fsspec.open(uri, "wb") as file:
-        image.save(file, "PNG", optimize=True)
+    encoded = io.BytesIO()
+    image.save(encoded, "PNG", optimize=True)
+    with new_file(uri, OUTPUT_SETTING) as sink:
+        sink.write(encoded.getvalue())
     return uri
 
 

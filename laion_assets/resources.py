@@ -18,7 +18,14 @@ from pydantic import Field
 
 from laion_assets.retrieval.errors import InputError
 from laion_assets.retrieval.seeds import Seeds, SeedSet, find_seed_set, list_seed_sets, read_seeds
-from laion_assets.retrieval.staging import OpenIndex, Staged, open_staged, stage, verified_manifest
+from laion_assets.retrieval.staging import (
+    NotStagedError,
+    OpenIndex,
+    Staged,
+    open_staged,
+    stage,
+    verified_manifest,
+)
 
 DATA = Path("data")  # the one project folder; dagster.yaml keeps Dagster's own storage there too
 Staging = Literal["full", "in-place"]
@@ -60,7 +67,7 @@ class LaionIndex:
         """Say what the local disk lacks of the index; None when all of it is there."""
         try:
             verified_manifest(self.cache_dir)
-        except InputError as error:
+        except NotStagedError as error:
             return str(error)
         return None
 

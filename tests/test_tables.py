@@ -15,6 +15,7 @@ from conftest import contents, failures, files_limited_to
 from laion_assets.io_managers import ParquetIOManager, StoredTable, TableOutput, write_table
 from laion_assets.partitions import seed_sets
 from laion_assets.retrieval.errors import InputError
+from laion_assets.retrieval.storage import open_storage
 from laion_assets.retrieval.tables import Provenance, Table, decoder_bytes, decoder_footer
 
 SCHEMA = pa.schema({"id": pa.int64(), "url": pa.string(), "code": pa.binary(8)})
@@ -35,16 +36,14 @@ def breaking(after: int) -> Iterator[pa.RecordBatch]:
     raise RuntimeError("the search broke")
 
 
-@pytest.fixture(params=["local path", "object store"])
+@pytest.fixture(params=["local path", "bucket"])
 def place(request, tmp_path):
     """A folder for tables, and a function that lists every object in it."""
     if request.param == "local path":
-        yield str(tmp_path), lambda: contents(tmp_path)
-        return
-    fs = fsspec.filesystem("memory")
-    root = f"/{tmp_path.name}"
-    yield f"memory:/{root}", lambda: {path: fs.cat_file(path) for path in fs.find(root)}
-    fs.rm(root, recursive=True)
+        return str(tmp_path), lambda: contents(tmp_path)
+    bucket = request.getfixturevalue("new_bucket")
+    fs, root = open_storage(bucket, "")
+    return f"{bucket}/tables", lambda: {path: fs.cat_file(path) for path in fs.find(root)}
 
 
 def test_what_is_written_is_read_back_in_order(place):

@@ -6,13 +6,14 @@ Dagster's concept: https://docs.dagster.io/guides/build/assets
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import dagster as dg
 
 from laion_assets.failures import as_failures
 from laion_assets.kubernetes import RETRY_POLICY, on_nvme_node
 from laion_assets.resources import LaionIndex
-from laion_assets.retrieval.staging import OpenIndex
+from laion_assets.retrieval.staging import OpenIndex, Staged
 
 laion_index_source = dg.AssetSpec(
     "laion_index_source",
@@ -51,25 +52,15 @@ def staged_laion_index(
         with laion_index.open() as opened:
             rows, metadata_rows = opened.index.rows, len(opened.metadata)
             dimension, nlist = opened.index.dimension, opened.index.nlist
-    manifest = staged.manifest
-    context.log.info(
-        f"{len(manifest.files)} files, {manifest.size:,} bytes in {laion_index.cache_dir}; "
-        f"{staged.bytes_fetched:,} bytes fetched in {staged.seconds:.1f} s"
-    )
+    context.log.info(_sentence(staged, laion_index))
     return dg.MaterializeResult(
-        data_version=dg.DataVersion(manifest.fingerprint),
+        data_version=dg.DataVersion(staged.manifest.fingerprint),
         metadata={
-            "source": manifest.source,
-            "dagster/uri": laion_index.cache_dir,
-            "fingerprint": manifest.fingerprint,
+            **_figures(staged, laion_index),
             "dagster/row_count": rows,
             "metadata rows": metadata_rows,
             "dimension": dimension,
             "inverted lists": nlist,
-            "files": len(manifest.files),
-            "bytes": manifest.size,
-            "bytes fetched": staged.bytes_fetched,
-            "seconds": round(staged.seconds, 2),
         },
         check_results=[
             dg.AssetCheckResult(
@@ -105,18 +96,42 @@ def _restage(context: dg.AssetExecutionContext, laion_index: LaionIndex) -> None
         dg.AssetMaterialization(
             "staged_laion_index",
             description=f"staged again by {context.asset_key.to_user_string()}: the disk had lost it",
-            metadata={
-                "source": staged.manifest.source,
-                "dagster/uri": laion_index.cache_dir,
-                "fingerprint": staged.manifest.fingerprint,
-                "files": len(staged.manifest.files),
-                "bytes": staged.manifest.size,
-                "bytes fetched": staged.bytes_fetched,
-                "seconds": round(staged.seconds, 2),
-            },
+            metadata=_figures(staged, laion_index),
             tags={"dagster/data_version": staged.manifest.fingerprint},
         )
     )
+
+
+def _figures(staged: Staged, laion_index: LaionIndex) -> dict[str, Any]:
+    return {
+        "source": staged.manifest.source,
+        "dagster/uri": laion_index.cache_dir,
+        "fingerprint": staged.manifest.fingerprint,
+        "files": len(staged.manifest.files),
+        "bytes": staged.manifest.size,
+        "bytes fetched": staged.bytes_fetched,
+        "bytes reused": staged.bytes_reused,
+        "bytes per second": round(staged.bytes_fetched / staged.seconds),
+        "retries": staged.retries,
+        "seconds": round(staged.seconds, 2),
+        "verified": staged.verified,
+    }
+
+
+def _sentence(staged: Staged, laion_index: LaionIndex) -> str:
+    in_place = laion_index.staging == "in-place"
+    parts = [
+        f"{len(staged.manifest.files)} files, {staged.manifest.size:,} bytes "
+        + ("used where they are" if in_place else f"in {laion_index.cache_dir}")
+    ]
+    if staged.bytes_fetched:
+        done = "checked" if in_place else "fetched"
+        parts.append(f"{staged.bytes_fetched:,} of them {done} in {staged.seconds:.1f} s")
+    else:
+        parts.append("nothing to do")
+    if staged.retries:
+        parts.append(f"{staged.retries} reads tried again")
+    return "; ".join(parts)
 
 
 def _coverage(rows: int, metadata_rows: int) -> str:

@@ -6,17 +6,19 @@ What must not live here: knowledge of what is being done.
 from __future__ import annotations
 
 import sys
+import threading
 import time
 from collections.abc import Callable
 from types import TracebackType
 
 from tqdm import tqdm
 
-SECONDS_BETWEEN_LINES = 15.0
+SECONDS_BETWEEN_LINES = 15.0  # at first; in long work, a line for each twentieth of its time
+TWENTIETH = 0.05
 
 
 class Progress:
-    """Counts work done towards a total.
+    """Counts work done towards a total; many threads may add to it.
 
     Args:
         what: what is being done, for people.
@@ -27,10 +29,12 @@ class Progress:
     """
 
     def __init__(self, what: str, total: int, unit: str, log: Callable[[str], None]) -> None:
+        self._lock = threading.Lock()
         self._what = what
         self._total = total
         self._log = log
         self._done = 0
+        self._done_before = 0  # when the last line was said
         self._said = self._started = time.monotonic()
         terminal = sys.stderr.isatty()
         self._bar = tqdm(
@@ -41,26 +45,30 @@ class Progress:
             leave=False,
             disable=not terminal,
         )
-        self._format = tqdm.format_sizeof if unit == "B" else str
         self._unit = unit
 
     def advance(self, amount: int) -> None:
         """Add work done."""
-        self._done += amount
-        self._bar.update(amount)
-        now = time.monotonic()
-        if self._bar.disable and now - self._said >= SECONDS_BETWEEN_LINES:
-            self._said = now
-            self._log(self._line(now - self._started))
+        with self._lock:
+            self._done += amount
+            self._bar.update(amount)
+            now = time.monotonic()
+            pause = max(SECONDS_BETWEEN_LINES, TWENTIETH * (now - self._started))
+            news = self._done > self._done_before
+            if self._bar.disable and news and now - self._said >= pause:
+                self._log(self._line(now - self._said))
+                self._said, self._done_before = now, self._done
 
     def _line(self, seconds: float) -> str:
-        rate = self._done / seconds
-        left = (self._total - self._done) / rate if rate else float("inf")
-        done, total = self._format(self._done), self._format(self._total)
-        return (
-            f"{self._what}: {done} of {total} {self._unit}, "
-            f"{self._format(round(rate, 1))} {self._unit}/s, {left:.0f} s left"
-        )
+        """Tell how far it is, at the rate of the last seconds: a copy may have gone on from before."""
+        rate = (self._done - self._done_before) / seconds
+        left = _told((self._total - self._done) / rate)
+        done, total, speed = (self._amount(count) for count in (self._done, self._total, rate))
+        return f"{self._what}: {done} of {total}, {speed}/s, {left} left"
+
+    def _amount(self, count: float) -> str:
+        number = tqdm.format_sizeof(count) if self._unit == "B" else f"{count:,.4g}"
+        return f"{number}{self._unit}"
 
     def close(self) -> None:
         """Take the bar off the terminal."""
@@ -76,3 +84,11 @@ class Progress:
         trace: TracebackType | None,
     ) -> None:
         self.close()
+
+
+def _told(seconds: float) -> str:
+    """Write a time as people say it."""
+    minutes = round(seconds / 60)
+    if minutes >= 60:
+        return f"{minutes // 60} h {minutes % 60} min"
+    return f"{minutes} min" if seconds >= 120 else f"{seconds:.0f} s"

@@ -17,7 +17,6 @@ from functools import lru_cache
 from pathlib import PurePosixPath
 from typing import Any
 
-import fsspec
 import google_crc32c
 import numpy as np
 import pyarrow as pa
@@ -26,7 +25,9 @@ import pyarrow.parquet as pq
 from laion_assets.retrieval.arrays import Floats
 from laion_assets.retrieval.checksums import checksum_text
 from laion_assets.retrieval.errors import InputError
+from laion_assets.retrieval.storage import first_line, open_storage, reaching
 
+SETTING = "LAION_SEEDS_URI"
 EMBEDDING_COLUMNS = ("embedding", "image_embedding", "img_emb", "vector")
 CARRIED_COLUMNS = {"url": pa.string(), "caption": pa.string(), "thumbnail": pa.binary()}
 CLIP_RETRIEVAL_FOLDER = "img_emb"
@@ -95,18 +96,18 @@ def list_seed_sets(uri: str) -> dict[str, SeedSet]:
     """List the seed sets of a folder: its subfolders that hold seed files.
 
     Raises:
-        InputError: no such folder.
+        InputError: no such folder, or no access to it.
 
     """
-    fs, root = fsspec.url_to_fs(uri)
-    if not fs.isdir(root):
-        raise InputError(f"{uri} is not a folder: set LAION_SEEDS_URI to the folder of the seed sets")
+    fs, root = open_storage(uri, SETTING)
     by_set: dict[str, list[SeedFile]] = {}
-    for path, info in fs.find(root, detail=True).items():
-        set_name, _, name = path.removeprefix(root).lstrip("/").partition("/")
-        if name and _is_seed_file(name) and set_name[0] not in "._":
-            file = SeedFile(name, path, info["size"], _checksum(fs, path, info))
-            by_set.setdefault(set_name, []).append(file)
+    with reaching(uri, SETTING):
+        for path, info in fs.find(root, detail=True).items():
+            set_name, _, name = path.removeprefix(root).lstrip("/").partition("/")
+            if _is_seed_file(name) and set_name[0] not in "._":
+                by_set.setdefault(set_name, []).append(_seed_file(fs, name, path, info))
+        if not by_set and not fs.isdir(root):
+            raise InputError(f"{uri} is not a folder: set {SETTING} to the folder of the seed sets")
     return {name: SeedSet(name, _chosen(files)) for name, files in sorted(by_set.items())}
 
 
@@ -118,16 +119,19 @@ def find_seed_set(uri: str, name: str) -> SeedSet:
 
     """
     check_name(name)
-    fs, root = fsspec.url_to_fs(uri)
-    if fs.isdir(f"{root}/{name}"):
+    fs, root = open_storage(uri, SETTING)
+    folder = f"{root}/{name}"
+    with reaching(uri, SETTING):
+        found = {
+            path.removeprefix(f"{folder}/"): info for path, info in fs.find(folder, detail=True).items()
+        }
         files = [
-            SeedFile(path.removeprefix(f"{root}/{name}/"), path, info["size"], _checksum(fs, path, info))
-            for path, info in fs.find(f"{root}/{name}", detail=True).items()
-            if _is_seed_file(path.removeprefix(f"{root}/{name}/"))
+            _seed_file(fs, file, f"{folder}/{file}", found[file]) for file in found if _is_seed_file(file)
         ]
-        if not files:
+        if files:
+            return SeedSet(name, _chosen(files))
+        if fs.isdir(folder):
             raise InputError(f"seed set {name!r} is empty: put .npy or .parquet files into {uri}/{name}")
-        return SeedSet(name, _chosen(files))
     there = sorted(list_seed_sets(uri))
     near = difflib.get_close_matches(name, there, n=1)
     hint = f"did you mean {near[0]!r}?" if near else f"there are: {', '.join(there) or 'none'}"
@@ -155,7 +159,7 @@ def read_seeds(uri: str, seed_set: SeedSet) -> Seeds:
         InputError: names every bad file and row (the first 20 of them) and the remedy.
 
     """
-    fs, _ = fsspec.url_to_fs(uri)
+    fs, _ = open_storage(uri, SETTING)
     problems: list[str] = []
     parts: dict[str, tuple[Floats, pa.Table]] = {}
     for file in seed_set.files:
@@ -209,7 +213,7 @@ def _content(fs: Any, file: SeedFile) -> bytes:
     try:
         data: bytes = fs.cat_file(file.path)
     except OSError as error:
-        raise _BadSeedsError(f" cannot be read ({_first_line(error)})") from error
+        raise _BadSeedsError(f" cannot be read ({first_line(error)})") from error
     return data
 
 
@@ -222,7 +226,7 @@ def _read_npy(data: bytes) -> tuple[Any, dict[str, pa.ChunkedArray]]:
             raise _BadSeedsError(
                 " holds pickled objects, which are never loaded: save a plain array of numbers"
             ) from error
-        raise _BadSeedsError(f" is not a whole .npy file ({_first_line(error)})") from error
+        raise _BadSeedsError(f" is not a whole .npy file ({first_line(error)})") from error
     return (vectors[None] if vectors.ndim == 1 else vectors), {}
 
 
@@ -232,7 +236,7 @@ def _read_parquet(data: bytes) -> tuple[Any, dict[str, pa.ChunkedArray]]:
         table = pq.read_table(io.BytesIO(data))
         names = table.column_names
     except (pa.ArrowException, ValueError, OSError) as error:
-        raise _BadSeedsError(f" is not a whole Parquet file ({_first_line(error)})") from error
+        raise _BadSeedsError(f" is not a whole Parquet file ({first_line(error)})") from error
     column = next((name for name in EMBEDDING_COLUMNS if name in names), None)
     if column is None:
         raise _BadSeedsError(
@@ -316,7 +320,12 @@ def _differing_dimensions(vectors_by_file: Mapping[str, Floats]) -> list[str]:
 
 def _is_seed_file(name: str) -> bool:
     path = PurePosixPath(name)
-    return path.suffix in READERS and not any(part[0] in "._" for part in path.parts)
+    is_marker = name.endswith("/")  # what some tools put into a bucket for a folder
+    return path.suffix in READERS and not is_marker and not any(part[0] in "._" for part in path.parts)
+
+
+def _seed_file(fs: Any, name: str, path: str, info: Mapping[str, Any]) -> SeedFile:
+    return SeedFile(name, path, info["size"], _checksum(fs, path, info))
 
 
 def _chosen(files: Iterable[SeedFile]) -> tuple[SeedFile, ...]:
@@ -333,13 +342,9 @@ def _checksum(fs: Any, path: str, info: Mapping[str, Any]) -> str:
     try:
         return _computed_checksum(fs, path, info["size"], str(info.get("mtime")))
     except OSError as error:  # one bad file holds up no other set: reading the seeds will name it
-        return f"unreadable: {_first_line(error)}"
+        return f"unreadable: {first_line(error)}"
 
 
 @lru_cache(maxsize=1 << 18)
 def _computed_checksum(fs: Any, path: str, size: int, mtime: str) -> str:  # noqa: ARG001
     return checksum_text(google_crc32c.Checksum(fs.cat_file(path)))
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error) or type(error).__name__).splitlines()[0]

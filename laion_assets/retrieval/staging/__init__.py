@@ -1,0 +1,33 @@
+"""The index on local disk: copied from any fsspec URL or used in place, verified, and opened.
+
+A manifest beside the data says what is there. It is marked incomplete before the first byte changes and
+complete after the last one. Files are copied to `.partial` files in chunks, each recorded in a journal
+once it is on the disk, so that a copy that was killed goes on where it stopped; they take their names
+when all of them are whole. Readers hold a shared lock from verification to close; the stager takes the
+exclusive one only to change what they could read.
+"""
+
+from laion_assets.retrieval.staging.manifest import (
+    Manifest,
+    NotStagedError,
+    StagedFile,
+    verified_manifest,
+)
+from laion_assets.retrieval.staging.opening import OpenIndex, open_staged
+from laion_assets.retrieval.staging.plan import Plan, SourceFile, Transfer, plan
+from laion_assets.retrieval.staging.stager import Staged, stage
+
+__all__ = [
+    "Manifest",
+    "NotStagedError",
+    "OpenIndex",
+    "Plan",
+    "SourceFile",
+    "Staged",
+    "StagedFile",
+    "Transfer",
+    "open_staged",
+    "plan",
+    "stage",
+    "verified_manifest",
+]

@@ -1,0 +1,55 @@
+"""The staged index, verified and open for reading.
+
+What must not live here: staging.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from laion_assets.retrieval.index import Index
+from laion_assets.retrieval.layout import METADATA_FOLDER, index_files
+from laion_assets.retrieval.metadata import Metadata
+from laion_assets.retrieval.staging import locks
+from laion_assets.retrieval.staging.manifest import Manifest, NotStagedError, verified_manifest
+
+
+@dataclass(frozen=True)
+class OpenIndex:
+    """A verified index and its metadata, open for reading."""
+
+    index: Index
+    metadata: Metadata
+    manifest: Manifest
+
+
+@contextmanager
+def open_staged(cache: Path, columns: Mapping[str, str] | None = None) -> Iterator[OpenIndex]:
+    """Verify the staged index, open it, and keep stagers from changing it until the end of the block.
+
+    The cache may be mounted read-only.
+
+    Args:
+        cache: the directory it was staged to.
+        columns: names of metadata columns, see `Metadata`.
+
+    Raises:
+        NotStagedError: nothing staged, or files that are not as the manifest says.
+        InputError: files that hold no index or metadata.
+
+    """
+    if not (cache / locks.DATA).exists():
+        raise NotStagedError(f"nothing is staged in {cache}: materialize staged_laion_index first")
+    with locks.reading(cache):
+        manifest = verified_manifest(cache)
+        paths = {file.name: cache / file.path for file in manifest.files}
+        index, lists = index_files(paths, str(cache))
+        metadata = [paths[name] for name in sorted(paths) if name.startswith(f"{METADATA_FOLDER}/")]
+        yield OpenIndex(
+            Index(paths[index], paths[lists] if lists else None),
+            Metadata(metadata, columns),
+            manifest,
+        )

@@ -1,0 +1,137 @@
+"""A proxy before the GCS server of the tests that fails as networks and buckets do, and counts."""
+
+import http.client
+import re
+import socket
+import struct
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from typing import Any
+
+PIECE = 1 << 16
+HOP_BY_HOP = {"connection", "date", "server", "transfer-encoding", "content-length"}
+
+
+class Proxy:
+    """Passes requests on, but for reads of objects that a rule takes for itself.
+
+    Attributes:
+        url: of the proxy.
+        rule: called with each read of an object; may fail it by returning the name of a fault or the
+            status to answer with, or do something first and return None.
+        bytes_read: passed on of objects, listings not counted.
+        reads: of objects, whatever became of them.
+        authorizations: that the reads came with.
+
+    """
+
+    def __init__(self, upstream: str) -> None:
+        self.upstream = upstream.removeprefix("http://")
+        self.rule: Callable[[str], str | int | None] = lambda _: None
+        self.bytes_read = 0
+        self.reads = 0
+        self.authorizations: set[str | None] = set()
+        self.lock = threading.Lock()
+        proxy = self
+
+        class Handler(BaseHTTPRequestHandler):
+            protocol_version = "HTTP/1.1"
+
+            def log_message(self, *_: Any) -> None:
+                pass
+
+            def do_GET(self) -> None:
+                proxy.answer(self)
+
+        self._server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        self._server.daemon_threads = True
+        self.url = f"http://127.0.0.1:{self._server.server_port}"
+        threading.Thread(target=self._server.serve_forever, daemon=True).start()
+
+    def close(self) -> None:
+        self._server.shutdown()
+        self._server.server_close()
+
+    def answer(self, request: BaseHTTPRequestHandler) -> None:
+        is_read = not request.path.startswith("/storage/")
+        fault = None
+        if is_read:
+            with self.lock:
+                self.reads += 1
+                self.authorizations.add(request.headers["Authorization"])
+                fault = self.rule(request.path)
+        if isinstance(fault, int):
+            body = b"refused by the proxy"
+            request.send_response(fault)
+            request.send_header("Content-Length", str(len(body)))
+            request.end_headers()
+            request.wfile.write(body)
+        elif fault == "reset":
+            now = struct.pack("ii", 1, 0)  # no goodbye
+            request.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, now)
+            request.connection.close()
+        else:
+            if fault == "silence":
+                time.sleep(1)
+            self._pass_on(request, is_read, half=fault == "half")
+
+    def _pass_on(self, request: BaseHTTPRequestHandler, is_read: bool, half: bool) -> None:
+        server = http.client.HTTPConnection(self.upstream, timeout=30)
+        try:
+            headers = {name: value for name, value in request.headers.items() if name.lower() != "host"}
+            server.request("GET", request.path, headers=headers)
+            reply = server.getresponse()
+            if reply.headers["Content-Length"] is None:  # a listing
+                self._reply(request, reply, body := reply.read(), len(body))
+                return
+            length = int(reply.headers["Content-Length"])
+            self._reply(request, reply, b"", length)
+            left = length // 2 if half else length
+            while piece := reply.read(min(PIECE, left)):
+                request.wfile.write(piece)
+                left -= len(piece)
+                if is_read and reply.status < 300:
+                    with self.lock:
+                        self.bytes_read += len(piece)
+            if half:
+                request.close_connection = True
+        except OSError:  # who asked was killed, or the test is over
+            request.close_connection = True
+        finally:
+            server.close()
+
+    def _reply(
+        self, request: BaseHTTPRequestHandler, reply: http.client.HTTPResponse, body: bytes, length: int
+    ) -> None:
+        request.send_response(reply.status)
+        for name, value in reply.getheaders():
+            if name.lower() not in HOP_BY_HOP:
+                request.send_header(name, value)
+        request.send_header("Content-Length", str(length))
+        request.end_headers()
+        request.wfile.write(body)
+
+
+@contextmanager
+def proxy_before(upstream: str) -> Iterator[Proxy]:
+    proxy = Proxy(upstream)
+    try:
+        yield proxy
+    finally:
+        proxy.close()
+
+
+def first(times: int, fault: str | int, of: str = "") -> Callable[[str], str | int | None]:
+    """A rule: the first reads of some objects fail."""
+    left = [times]
+
+    def rule(path: str) -> str | int | None:
+        if left[0] and re.search(of, path):
+            left[0] -= 1
+            return fault
+        return None
+
+    return rule
