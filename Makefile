@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 PORT ?= 3000
 
-.PHONY: help demo dev test test-dev test-peer test-k8s golden lint bench bench-quick lock clean
+.PHONY: help demo dev test test-dev test-peer test-k8s golden lint bench bench-quick bench-staging bench-sensor lock clean
 
 help: ## List the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -51,9 +51,11 @@ bench: $(READY) ## Measure against the peer, about an hour; writes benchmarks/re
 bench-quick: $(READY) ## The same on less data, a few minutes; writes benchmarks/.cache/quick
 	$(BIN)/python benchmarks/bench.py --quick --output benchmarks/.cache/quick
 
-.PHONY: bench-staging
 bench-staging: $(READY) ## How fast an index comes from a bucket, a few minutes; writes benchmarks/staging.md
 	$(BIN)/python benchmarks/staging.py
+
+bench-sensor: $(READY) ## Measure a tick of the sensor over 100,000 seed files in a bucket, a few minutes
+	$(BIN)/python benchmarks/sensor.py
 
 lock: $(READY) ## Pin today's versions of everything into requirements.lock
 	$(BIN)/python -m pip install --quiet uv

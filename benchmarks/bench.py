@@ -179,7 +179,10 @@ def report(
     load: float,
 ) -> str:
     """The results as Markdown."""
-    versions = compared[0].ours[0]["versions"], compared[0].theirs[0]["versions"]
+    ours_with, theirs_with = (
+        ", ".join(f"{name} {number}" for name, number in runs[0]["versions"].items())
+        for runs in (compared[0].ours, compared[0].theirs)
+    )
     seconds = [r["requests"][0]["seconds"]["total"] for r in ours]
     grows = exponent([r["k"] for r in ours], seconds)
     recipe = plan.recipe
@@ -187,7 +190,7 @@ def report(
         "# Results",
         "",
         f"{datetime.now(UTC):%Y-%m-%d}, {processor()}, {os.cpu_count()} cores, "
-        f"load at the start {load:.1f}; {versions[0]}; the peer: {versions[1]}.",
+        f"load at the start {load:.1f}. Ours: {ours_with}. The peer: {theirs_with}.",
         "",
         f"Data: {recipe.rows:,} x 768, `{recipe.index_key}`, lists on disk, Arrow metadata "
         f"(`benchmarks/generate.py`). Medians of {plan.repeats} runs, each in a process of its own, page "
@@ -208,6 +211,8 @@ def report(
         )
     lines += [
         "",
+        "A row may differ where two scores, or a cosine and the threshold, are the same but for rounding "
+        "(`make test-peer` allows nothing else). "
         "Memory is the peak of anonymous memory (mapped files do not count). The peer is told to "
         "use OpenBLAS's products for Haswell: the OpenBLAS in faiss's wheel is of 2021, and takes "
         "processors made since for very old ones.",

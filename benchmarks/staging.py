@@ -55,9 +55,13 @@ def in_ranges(target: Path, size: int, read: Callable[[int, int], bytes]) -> Non
 def staging(_: str, target: Path, size: int) -> Callable[[], None]:
     """Everything that `staged_laion_index` does."""
     from laion_assets.retrieval.staging import stage
+    from laion_assets.retrieval.storage import open_storage
+
+    uri = f"gs://{BUCKET}/{FOLDER}"
+    open_storage(uri, "")  # makes the client, as for the others, before the clock starts
 
     def run() -> None:
-        done = stage(f"gs://{BUCKET}/{FOLDER}", None, target.parent / "cache")
+        done = stage(uri, None, target.parent / "cache")
         assert done.bytes_fetched >= size
 
     return run
@@ -197,32 +201,39 @@ def put_object(url: str, root: Path, size: int) -> None:
 def relay(upstream: int, latency: float) -> None:
     """Pass connections on, each request after a while; prints the port and stays."""
     listener = socket.create_server(("127.0.0.1", 0), backlog=256)
-    print(listener.getsockname()[1], flush=True)
+    port = listener.getsockname()[1]
+    print(port, flush=True)
+
+    def requests(client: socket.socket, server: socket.socket) -> None:
+        while data := client.recv(1 << 16):
+            time.sleep(latency)
+            # The server answers only to its own name.
+            server.sendall(data.replace(b":%d\r\n" % port, b":%d\r\n" % upstream))
+
+    def replies(client: socket.socket, server: socket.socket) -> None:
+        out, into = os.pipe()  # the bytes stay within the kernel
+        try:
+            while moved := os.splice(server.fileno(), into, MIB):
+                while moved:
+                    moved -= os.splice(out, client.fileno(), moved)
+        finally:
+            os.close(out)
+            os.close(into)
+
+    def until_closed(pass_on: Callable[..., None], client: socket.socket, server: socket.socket) -> None:
+        with contextlib.suppress(OSError):  # one side has gone
+            pass_on(client, server)
+        for end in (client, server):
+            with contextlib.suppress(OSError):
+                end.shutdown(socket.SHUT_RDWR)
+
     while True:
         client, _ = listener.accept()
         server = socket.create_connection(("127.0.0.1", upstream))
         for end in (client, server):
             end.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        threading.Thread(target=pass_on, args=(client, server, latency), daemon=True).start()
-        threading.Thread(target=pass_on, args=(server, client, 0), daemon=True).start()
-
-
-def pass_on(source: socket.socket, sink: socket.socket, latency: float) -> None:
-    """Move bytes within the kernel."""
-    out, into = os.pipe()
-    try:
-        while moved := os.splice(source.fileno(), into, MIB):
-            time.sleep(latency)
-            while moved:
-                moved -= os.splice(out, sink.fileno(), moved)
-    except OSError:
-        pass  # one side has gone
-    finally:
-        os.close(out)
-        os.close(into)
-        for end in (source, sink):
-            with contextlib.suppress(OSError):
-                end.shutdown(socket.SHUT_RDWR)
+        for way in (requests, replies):
+            threading.Thread(target=until_closed, args=(way, client, server), daemon=True).start()
 
 
 @contextmanager
@@ -306,7 +317,7 @@ def checksum_cost(size: int) -> str:
 def main() -> None:
     """Measure and write the report."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--mib", type=int, default=1024, help="size of the object")
     parser.add_argument("--output", type=Path, default=REPOSITORY / "benchmarks" / "staging.md")
     parser.add_argument("--folder", type=Path, help="where the copies go; in memory if not given")

@@ -54,7 +54,10 @@ class StoredTable:
         with self._telling():
             fs, path = open_storage(uri, OUTPUT_SETTING)
             source = fs.open(path, "rb", cache_type="none")
-            self._file = pq.ParquetFile(source, thrift_string_size_limit=MAX_FOOTER_TEXT)
+            # By default all of the file would be read ahead, whatever its size.
+            self._file = pq.ParquetFile(
+                source, thrift_string_size_limit=MAX_FOOTER_TEXT, pre_buffer=False
+            )
         self.schema: pa.Schema = self._file.schema_arrow.remove_metadata()
 
     @property

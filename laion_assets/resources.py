@@ -7,6 +7,7 @@ Dagster's concept: https://docs.dagster.io/guides/build/external-resources
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -21,6 +22,7 @@ from laion_assets.retrieval.seeds import Seeds, SeedSet, find_seed_set, list_see
 from laion_assets.retrieval.staging import (
     NotStagedError,
     OpenIndex,
+    Source,
     Staged,
     open_staged,
     stage,
@@ -71,6 +73,15 @@ class LaionIndex:
             return str(error)
         return None
 
+    def source_version(self) -> str:
+        """Changes with the name, size or content of any file at the source; only lists them.
+
+        Where a listing tells no checksums, the time of writing stands for the content.
+        """
+        files = Source(self.index_uri, self.metadata_uri).list()
+        lines = sorted(f"{file.name}\t{file.size}\t{file.checksum or file.version}" for file in files)
+        return hashlib.sha256("\n".join(lines).encode()).hexdigest()[:16]
+
     @contextmanager
     def open(self) -> Iterator[OpenIndex]:
         """Open the staged index after verifying it; nobody changes it until the block ends."""
@@ -89,9 +100,9 @@ class SeedFolder:
 
     uri: str
 
-    def list(self) -> dict[str, SeedSet]:
-        """List all seed sets."""
-        return list_seed_sets(self.uri)
+    def fingerprints(self) -> dict[str, str]:
+        """Fingerprint of each seed set."""
+        return {name: seed_set.fingerprint for name, seed_set in list_seed_sets(self.uri).items()}
 
     def find(self, name: str) -> SeedSet:
         """Find one seed set by name."""

@@ -1,42 +1,47 @@
-"""New seed data starts a run: the sensor over the folder of seed sets.
+"""What is new in the sources: runs for new seeds, and word to Dagster of what its graph starts from.
 
 Deciding is a pure function over what was seen before, what is there now and what was already done; the
-sensor around it only looks and reports. What must not live here: how seed sets are listed.
+sensors around it only look and report. What must not live here: how seed sets and indices are listed.
 Dagster's concept: https://docs.dagster.io/guides/automate/sensors
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import astuple, dataclass, replace
 
 import dagster as dg
-from dagster._core.definitions.data_version import extract_data_version_from_entry
 
+from laion_assets.assets.index import laion_index_source
+from laion_assets.assets.seeds import seed_embeddings, seed_folder
+from laion_assets.observations import last_version, last_versions, observation
 from laion_assets.partitions import seed_sets
-from laion_assets.resources import SeedFolder
+from laion_assets.resources import LaionIndex, SeedFolder
 from laion_assets.retrieval.errors import InputError
 from laion_assets.retrieval.seeds import check_name
 
 SECONDS_BETWEEN_TICKS = 15
+SECONDS_BETWEEN_LOOKS_AT_THE_INDEX = 300
 RUNS_PER_TICK = 5
+NAMES_SHOWN = 10
 
 
 @dataclass(frozen=True)
-class Seen:
-    """What the cursor remembers of one seed set.
+class Moving:
+    """What the cursor remembers of a seed set that is not yet as Dagster knows it.
 
     Attributes:
-        fingerprint: at the last tick; empty for a set that is gone.
-        settled: whether that was decided on: run, or found to be done already.
-        changes: how often was decided; it keeps run keys apart when a set changes back, or comes back.
+        fingerprint: at the last tick.
+        since: when it was first seen, in milliseconds; it keeps run keys apart when a set changes back.
+        asked: whether a run was requested.
 
     """
 
     fingerprint: str
-    settled: bool = False
-    changes: int = 0
+    since: int
+    asked: bool = False
 
 
 @dataclass(frozen=True)
@@ -44,52 +49,60 @@ class Decision:
     """What one tick decided.
 
     Attributes:
-        memory: for the next tick.
+        moving: for the next tick.
         run: seed sets to run.
+        report: seed sets of which Dagster is told what is in them now.
         waiting: seed sets that still change, or wait for their turn.
 
     """
 
-    memory: Mapping[str, Seen]
+    moving: Mapping[str, Moving]
     run: tuple[str, ...]
+    report: tuple[str, ...]
     waiting: tuple[str, ...]
 
 
 def decide(
-    memory: Mapping[str, Seen],
+    moving: Mapping[str, Moving],
     present: Mapping[str, str],
-    done: Mapping[str, str | None],
+    known: Mapping[str, str],
+    done: Mapping[str, str],
+    now: int,
     at_most: int = RUNS_PER_TICK,
 ) -> Decision:
     """Compare the seed sets with what was seen and done before; a pure function.
 
+    A set must look the same at two ticks in a row before it is acted on: uploads take time. Dagster is
+    told of a set at the tick after its run was requested: a daemon that is killed between the two then
+    requests it again, under the same key.
+
     Args:
-        memory: of the last tick.
+        moving: of the last tick.
         present: fingerprint of each seed set now.
-        done: data version of each set's last materialized seeds.
+        known: of each, as Dagster was last told; a set that is as told is at rest.
+        done: of each, as last materialized.
+        now: time of the tick, in milliseconds.
         at_most: runs to start; the others wait for the next tick.
 
-    A set must look the same at two ticks in a row before it is acted on: uploads take time.
-
     """
-    next_memory = {name: Seen("", changes=seen.changes) for name, seen in memory.items()}
+    next_moving: dict[str, Moving] = {}
     run: list[str] = []
-    waiting: list[str] = []
+    report: list[str] = []
     for name, fingerprint in present.items():
-        seen = memory.get(name, Seen(""))
-        if fingerprint != seen.fingerprint:
-            next_memory[name] = Seen(fingerprint, changes=seen.changes)
-            waiting.append(name)
+        seen = moving.get(name)
+        if known.get(name) == fingerprint:
             continue
-        needs_run = not seen.settled and done.get(name) != fingerprint
-        if needs_run and len(run) == at_most:
-            next_memory[name] = seen
-            waiting.append(name)
-            continue
-        if needs_run:
+        if seen is None or seen.fingerprint != fingerprint:
+            next_moving[name] = Moving(fingerprint, now)
+        elif seen.asked or done.get(name) == fingerprint:
+            report.append(name)
+        elif len(run) < at_most:
             run.append(name)
-        next_memory[name] = Seen(fingerprint, True, seen.changes + (not seen.settled))
-    return Decision(next_memory, tuple(run), tuple(waiting))
+            next_moving[name] = replace(seen, asked=True)
+        else:
+            next_moving[name] = seen
+    waiting = tuple(name for name, seen in next_moving.items() if not seen.asked)
+    return Decision(next_moving, tuple(run), tuple(report), waiting)
 
 
 def build_seed_sets_sensor(job: dg.UnresolvedAssetJobDefinition) -> dg.SensorDefinition:
@@ -100,36 +113,77 @@ def build_seed_sets_sensor(job: dg.UnresolvedAssetJobDefinition) -> dg.SensorDef
         job=job,
         minimum_interval_seconds=SECONDS_BETWEEN_TICKS,
         default_status=dg.DefaultSensorStatus.RUNNING,
-        description="Registers seed sets as partitions and runs those whose seeds are new or changed.",
+        description="Registers seed sets as partitions, runs those whose seeds are new or changed, and "
+        "tells Dagster what is in them.",
     )
     def seed_sets_sensor(
         context: dg.SensorEvaluationContext, seeds: dg.ResourceParam[SeedFolder]
     ) -> dg.SensorResult | dg.SkipReason:
         try:
-            found = {name: seed_set.fingerprint for name, seed_set in seeds.list().items()}
+            found = seeds.fingerprints()
         except InputError as error:
             return dg.SkipReason(str(error))
         present = {name: mark for name, mark in found.items() if _is_usable(name)}
-        memory = {k: Seen(**v) for k, v in json.loads(context.cursor or "{}").items()}
+        decision = decide(
+            _moving(context.cursor),
+            present,
+            last_versions(context.instance, seed_folder.key, dg.DagsterEventType.ASSET_OBSERVATION),
+            last_versions(
+                context.instance, seed_embeddings.key, dg.DagsterEventType.ASSET_MATERIALIZATION
+            ),
+            time.time_ns() // 1_000_000,
+        )
         registered = set(context.instance.get_dynamic_partitions(seed_sets.name or ""))
-        done = {name: _materialized_version(context.instance, name) for name in present}
-        decision = decide(memory, present, done)
         new = [name for name in present if name not in registered and name not in decision.waiting]
-        context.log.info(_sentence(found, present, decision))
+        sentence = _sentence(found, present, decision)
+        context.log.info(sentence)
         return dg.SensorResult(
             run_requests=[
                 dg.RunRequest(
                     partition_key=name,
-                    run_key=f"{name}:{present[name]}:{decision.memory[name].changes}",
+                    run_key=f"{name}:{present[name]}:{decision.moving[name].since}",
                 )
                 for name in decision.run
             ],
             dynamic_partitions_requests=[seed_sets.build_add_request(new)] if new else [],
-            cursor=json.dumps({name: asdict(seen) for name, seen in decision.memory.items()}),
-            skip_reason=None if decision.run else _sentence(found, present, decision),
+            asset_events=[observation(seed_folder.key, present[name], name) for name in decision.report],
+            cursor=json.dumps({"moving": {name: astuple(s) for name, s in decision.moving.items()}}),
+            skip_reason=None if decision.run else sentence,
         )
 
     return seed_sets_sensor
+
+
+def build_laion_index_sensor() -> dg.SensorDefinition:
+    """Return the sensor that tells Dagster when the published index has changed; it starts nothing."""
+
+    @dg.sensor(
+        name="laion_index_sensor",
+        minimum_interval_seconds=SECONDS_BETWEEN_LOOKS_AT_THE_INDEX,
+        default_status=dg.DefaultSensorStatus.RUNNING,
+        description="Tells Dagster which version of the index is at its source: staged_laion_index is "
+        "stale when it has changed.",
+    )
+    def laion_index_sensor(
+        context: dg.SensorEvaluationContext, laion_index: dg.ResourceParam[LaionIndex]
+    ) -> dg.SensorResult | dg.SkipReason:
+        try:
+            version = laion_index.source_version()
+        except InputError as error:
+            return dg.SkipReason(str(error))
+        if version == last_version(context.instance, laion_index_source.key):
+            return dg.SkipReason(f"{laion_index.index_uri} is as it was, version {version}")
+        return dg.SensorResult(
+            asset_events=[observation(laion_index_source.key, version)],
+            skip_reason=f"{laion_index.index_uri} is new or has changed, version {version}",
+        )
+
+    return laion_index_sensor
+
+
+def _moving(cursor: str | None) -> dict[str, Moving]:
+    stored = json.loads(cursor or "{}").get("moving", {})
+    return {name: Moving(*seen) for name, seen in stored.items()}
 
 
 def _is_usable(name: str) -> bool:
@@ -140,23 +194,20 @@ def _is_usable(name: str) -> bool:
     return True
 
 
-def _materialized_version(instance: dg.DagsterInstance, seed_set: str) -> str | None:
-    record = instance.get_latest_data_version_record(
-        dg.AssetKey("seed_embeddings"), partition_key=seed_set
-    )
-    version = extract_data_version_from_entry(record.event_log_entry) if record else None
-    return version.value if version else None
-
-
 def _sentence(found: Mapping[str, str], present: Mapping[str, str], decision: Decision) -> str:
     parts = [f"{len(present)} seed sets"]
     if decision.run:
         parts.append(f"running {', '.join(decision.run)}")
     if decision.waiting:
-        parts.append(f"waiting for {', '.join(decision.waiting)}")
+        parts.append(f"waiting for {_some(decision.waiting)}")
     unusable = [repr(name) for name in found if name not in present]
     if unusable:
-        parts.append(f"names that cannot be used: {', '.join(unusable)}; rename these folders")
+        parts.append(f"names that cannot be used: {_some(unusable)}; rename these folders")
     if len(parts) == 1:
         parts.append("nothing new")
     return "; ".join(parts)
+
+
+def _some(names: Sequence[str]) -> str:
+    more = len(names) - NAMES_SHOWN
+    return ", ".join(names[:NAMES_SHOWN]) + (f" and {more} more" if more > 0 else "")

@@ -77,6 +77,61 @@ class Project:
         return self.output / asset / f"{seed_set}.parquet"
 
 
+class Ticks:
+    """What Dagster's daemon does with a sensor: ticks, partitions, and no run key twice."""
+
+    def __init__(self, project: Project) -> None:
+        self.project = project
+        self.cursor: str | None = None
+        self.reported: list[tuple[str, str | None]] = []
+        self.run_keys: list[str] = []
+        self.said = ""
+
+    def _evaluate(self, sensor: str, resource: str) -> dg.SensorResult | dg.SkipReason:
+        repository = self.project.defs.get_repository_def()
+        context = dg.build_sensor_context(
+            self.project.instance,
+            self.cursor,
+            repository_def=repository,
+            resources={resource: repository.get_top_level_resources()[resource]},
+        )
+        with context:
+            seen = repository.get_sensor_def(sensor)(context)
+        for event in getattr(seen, "asset_events", []):
+            self.project.instance.report_runless_asset_event(event)
+            self.reported.append((event.asset_key.to_user_string(), event.partition))
+        return seen
+
+    def look_at_index(self) -> str:
+        """Evaluate the sensor of the index once; return what it says."""
+        seen = self._evaluate("laion_index_sensor", "laion_index")
+        skipped = seen if isinstance(seen, dg.SkipReason) else seen.skip_reason
+        return skipped.skip_message or ""
+
+    def tick(self) -> list[str]:
+        """Evaluate the sensor once; return the seed sets for which a run is launched."""
+        seen = self._evaluate("seed_sets_sensor", "seeds")
+        if isinstance(seen, dg.SkipReason):
+            self.said = seen.skip_message or ""
+            return []
+        self.cursor, self.said = seen.cursor, getattr(seen.skip_reason, "skip_message", "") or ""
+        for request in seen.dynamic_partitions_requests or []:
+            self.project.instance.add_dynamic_partitions("seed_sets", list(request.partition_keys))
+        requests = seen.run_requests or []
+        launched = [request for request in requests if request.run_key not in self.run_keys]
+        self.run_keys += [request.run_key or "" for request in launched]
+        for request in launched:
+            assert self.project.instance.has_dynamic_partition("seed_sets", request.partition_key or "")
+        return [request.partition_key or "" for request in launched]
+
+    def tick_and_work(self) -> list[str]:
+        """Tick, and let the runs read their seeds."""
+        launched = self.tick()
+        for name in launched:
+            assert self.project.run(name, "seed_embeddings").success
+        return launched
+
+
 def reported(result: dg.ExecuteInProcessResult, asset: str) -> dict[str, Any]:
     """What a materialization tells the UI, as plain values."""
     (event,) = result.asset_materializations_for_node(asset)

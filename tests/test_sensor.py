@@ -2,59 +2,18 @@
 
 import itertools
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
 
-import dagster as dg
 import numpy as np
 import pytest
-from conftest import Project, failures, new_project
+from conftest import Ticks, failures, new_project
 from hypothesis import given
 from hypothesis import strategies as st
 
-from laion_assets.sensors import RUNS_PER_TICK, Seen, decide
+from laion_assets.sensors import RUNS_PER_TICK, Moving, decide
 
 # --- the sensor, tick by tick ---------------------------------------------------------------------
-
-
-class Ticks:
-    """What Dagster's daemon does with a sensor: ticks, partitions, and no run key twice."""
-
-    def __init__(self, project: Project) -> None:
-        self.project = project
-        self.cursor: str | None = None
-        self.run_keys: list[str] = []
-        self.said = ""
-
-    def tick(self) -> list[str]:
-        """Evaluate the sensor once; return the seed sets for which a run is launched."""
-        repository = self.project.defs.get_repository_def()
-        context = dg.build_sensor_context(
-            self.project.instance,
-            self.cursor,
-            repository_def=repository,
-            resources={"seeds": repository.get_top_level_resources()["seeds"]},
-        )
-        with context:
-            seen = repository.get_sensor_def("seed_sets_sensor")(context)
-        if isinstance(seen, dg.SkipReason):
-            self.said = seen.skip_message or ""
-            return []
-        self.cursor, self.said = seen.cursor, getattr(seen.skip_reason, "skip_message", "") or ""
-        for request in seen.dynamic_partitions_requests or []:
-            self.project.instance.add_dynamic_partitions("seed_sets", list(request.partition_keys))
-        requests = seen.run_requests or []
-        launched = [request for request in requests if request.run_key not in self.run_keys]
-        self.run_keys += [request.run_key or "" for request in launched]
-        for request in launched:
-            assert self.project.instance.has_dynamic_partition("seed_sets", request.partition_key or "")
-        return [request.partition_key or "" for request in launched]
-
-    def tick_and_work(self) -> list[str]:
-        """Tick, and let the runs read their seeds."""
-        launched = self.tick()
-        for name in launched:
-            assert self.project.run(name, "seed_embeddings").success
-        return launched
 
 
 @pytest.fixture
@@ -176,51 +135,61 @@ ENDING = st.frozensets(st.sampled_from(NAMES))
 
 @given(st.lists(st.tuples(LOOKS, ENDING, ENDING), max_size=12), st.integers(1, 3))
 def test_whatever_happens_each_content_at_rest_is_run_under_a_key_of_its_own(history, at_most):
-    memory: dict[str, Seen] = {}
-    done: dict[str, str | None] = {}
+    moving: Mapping[str, Moving] = {}
+    known: dict[str, str] = {}
+    done: dict[str, str] = {}
     under_way: set[str] = set()
     keys: list[str] = []
     before: dict[str, str] = {}
     asked: dict[str, str] = {}  # content of the last request of each set
+    clock = itertools.count()
 
     def tick(looks: dict[str, str | None]) -> int:
-        nonlocal memory, before
+        nonlocal moving, before
         present = {name: look for name, look in looks.items() if look}
-        decision = decide(memory, present, done, at_most)
+        decision = decide(moving, present, known, done, next(clock), at_most)
         assert len(decision.run) <= at_most
         for name in decision.run:
             assert before.get(name) == present[name], "requested before it was at rest"
             assert done.get(name) != present[name], "requested though it is done"
-            keys.append(f"{name}:{present[name]}:{decision.memory[name].changes}")
+            keys.append(f"{name}:{present[name]}:{decision.moving[name].since}")
             asked[name] = present[name]
             under_way.add(name)
-        memory, before = dict(decision.memory), present
-        return len(decision.run)
+        for name in decision.report:
+            assert before.get(name) == present[name], "reported before it was at rest"
+            assert known.get(name) != present[name], "reported though it is known"
+            known[name] = present[name]
+        moving, before = decision.moving, present
+        return len(decision.run) + len(decision.report)
 
     for looks, ended, by_hand in history:
         for name in (ended & under_way) | by_hand:
-            if looks[name]:
-                done[name] = looks[name]
+            if look := looks[name]:
+                done[name] = known[name] = look  # a run says what it reads
         under_way -= ended
         tick(looks)
     final = history[-1][0] if history else {}
-    for _ in range(2 + len(NAMES)):
+    for _ in range(3 + len(NAMES)):
         tick(final)
-    assert tick(final) == 0, "asks again and again"
+    assert tick(final) == 0, "asks or reports again and again"
+    assert not moving, "remembers what is at rest"
     assert len(set(keys)) == len(keys), "Dagster starts no run for a key it knows"
     for name, look in final.items():
         if look:
+            assert known[name] == look
             assert done.get(name) == look or asked.get(name) == look, "a seed set was lost"
 
 
 @given(st.permutations(NAMES))
 def test_sets_that_wait_for_their_turn_all_get_it(order):
     present = dict.fromkeys(order, "A")
-    memory = decide({}, present, {}, at_most=1).memory
+    known: dict[str, str] = {}
+    moving = decide({}, present, known, {}, 0, at_most=1).moving
     run = []
-    for _ in NAMES:
-        decision = decide(memory, present, {}, at_most=1)
-        assert set(decision.waiting) == set(NAMES) - set(run) - set(decision.run)
-        memory = decision.memory
+    for now in range(len(NAMES)):
+        decision = decide(moving, present, known, {}, now, at_most=1)
+        moving = decision.moving
+        known |= {name: present[name] for name in decision.report}
         run += decision.run
+        assert set(decision.waiting) == set(NAMES) - set(run)
     assert sorted(run) == sorted(NAMES)

@@ -11,6 +11,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Mapping
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +37,7 @@ from laion_assets.retrieval.staging import (
     open_staged,
     plan,
     stage,
+    stager,
     verified_manifest,
 )
 from laion_assets.retrieval.staging.source import _version
@@ -197,31 +199,35 @@ stage(sys.argv[1], None, Path(sys.argv[2]), transfer=Transfer(chunk=1 << 16, thr
 """
 SMALL = Transfer(chunk=1 << 16, threads=4)
 
-KILLED_AT = """
-import os, sys
-from pathlib import Path
-from laion_assets.retrieval.staging import stage
-from laion_assets.retrieval.staging.stager import _Stager
 
-left = int(sys.argv[3])
+def killed_at(step: int, call: Callable[[], Any], monkeypatch: pytest.MonkeyPatch) -> bool:
+    """Do something in a process of its own that is killed before some step of the exchange."""
+    child = os.fork()
+    if child:
+        return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGKILL
+    left = [step]
 
-def before(step):
-    def taken(*args, **more):
-        global left
-        if not left:
-            os.kill(os.getpid(), 9)
-        left -= 1
-        return step(*args, **more)
-    return taken
+    def counted(taken: Callable[..., Any]) -> Callable[..., Any]:
+        def or_killed(*args: Any, **more: Any) -> Any:
+            if not left[0]:
+                os.kill(os.getpid(), signal.SIGKILL)
+            left[0] -= 1
+            return taken(*args, **more)
 
-def put_into_place(stager, *args):
-    for owner, name in ((os, "fsync"), (Path, "unlink"), (Path, "replace"), (Path, "rmdir")):
-        setattr(owner, name, before(getattr(owner, name)))
-    return begin(stager, *args)
+        return or_killed
 
-begin, _Stager._put_into_place = _Stager._put_into_place, put_into_place
-stage(sys.argv[1], None, Path(sys.argv[2]))
-"""
+    exchange = stager._Stager._put_into_place
+
+    def counting(*args: Any) -> Manifest:
+        for owner, name in ((os, "fsync"), (Path, "unlink"), (Path, "replace"), (Path, "rmdir")):
+            monkeypatch.setattr(owner, name, counted(getattr(owner, name)))
+        return exchange(*args)
+
+    monkeypatch.setattr(stager._Stager, "_put_into_place", counting)
+    try:
+        call()
+    finally:
+        os._exit(0)
 
 
 def verified_or_none(cache: Path) -> Manifest | None:
@@ -271,24 +277,20 @@ def test_a_stager_that_is_killed_goes_on_where_it_was(source, cache):
     assert verified_manifest(cache) == done.manifest
 
 
-def test_killed_while_files_take_their_names_nothing_is_lost(source, cache):
+def test_killed_while_files_take_their_names_nothing_is_lost(source, cache, tmp_path, monkeypatch):
     """Whichever step of the exchange it was killed at, the next run ends it and fetches nothing."""
-    steps = 0
-    while True:
+    new = write_source(tmp_path / "new", "Flat", seed=1)
+    for step in count():
         shutil.rmtree(cache, ignore_errors=True)
         stage(str(source), None, cache)
-        new = write_source(cache.parent / f"new{steps}", "Flat", seed=1)
-        program = [sys.executable, "-c", KILLED_AT, str(new), str(cache), str(steps)]
-        code = subprocess.run(program).returncode
+        killed = killed_at(step, lambda: stage(str(new), None, cache), monkeypatch)
         done = stage(str(new), None, cache)
         assert data(cache) == contents(new)
         assert is_readable(cache)
-        if code == 0:
-            break
-        assert code == -signal.SIGKILL
         assert done.bytes_fetched == 0
-        steps += 1
-    assert steps > 10
+        if not killed:
+            break
+    assert step > 10
 
 
 def test_what_a_killed_stager_left_is_gone_when_the_source_no_longer_has_it(source, cache, tmp_path):

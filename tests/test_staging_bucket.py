@@ -338,8 +338,8 @@ def test_killed_at_any_point_it_goes_on_and_fetches_only_what_is_missing(bucket,
     assert kills  # or nothing was killed in the middle
     done = stage(bucket.uri, None, cache, transfer=SMALL)
     assert data(cache) == contents(source)
-    # At a kill, chunks that were not yet recorded are lost: one for each thread, and what is on its way.
-    assert bucket.proxy.bytes_read <= total + kills * SMALL.threads * (SMALL.chunk + 4 * MIB)
+    # At a kill, what is lost are the chunks that were not yet recorded: at most one for each thread.
+    assert bucket.proxy.bytes_read <= total + kills * SMALL.threads * SMALL.chunk
     assert done.bytes_reused >= done.manifest.size - done.bytes_fetched
 
 
@@ -470,10 +470,9 @@ def test_an_update_during_a_search_changes_nothing_under_it(bucket, cache, tmp_p
         before = opened.index.search(query, ROWS, opened.index.nlist)
         bucket.put(new)
         thread, results = start(lambda: stage(bucket.uri, None, cache))
-        while not bytes_on_disk(cache / ".incoming") and thread.is_alive():
-            thread.join(0.01)
-        thread.join(0.5)
-        assert thread.is_alive()  # it has copied all, and waits for us
+        thread.join(1)
+        assert thread.is_alive()  # it waits for us,
+        assert set(contents(cache / ".incoming")) >= set(contents(new))  # and has copied all
         after = opened.index.search(query, ROWS, opened.index.nlist)
         np.testing.assert_array_equal(before.ids, after.ids)
         np.testing.assert_array_equal(before.similarity, after.similarity)

@@ -4,6 +4,7 @@ What must not live here: how it is copied and verified (retrieval.staging).
 Dagster's concept: https://docs.dagster.io/guides/build/assets
 """
 
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -12,15 +13,20 @@ import dagster as dg
 
 from laion_assets.failures import as_failures
 from laion_assets.kubernetes import RETRY_POLICY, on_nvme_node
+from laion_assets.observations import observe
 from laion_assets.resources import LaionIndex
 from laion_assets.retrieval.staging import OpenIndex, Staged
 
-laion_index_source = dg.AssetSpec(
-    "laion_index_source",
-    group_name="sources",
-    kinds={"gcs"},
-    description="The published index and its metadata, where LAION_INDEX_URI says. Not made here.",
-)
+with warnings.catch_warnings(action="ignore", category=dg.BetaWarning):
+
+    @dg.observable_source_asset(group_name="sources", tags={"dagster/kind/gcs": ""})
+    def laion_index_source(laion_index: dg.ResourceParam[LaionIndex]) -> dg.DataVersion:
+        """The published index and its metadata, where LAION_INDEX_URI says. Not made here.
+
+        A sensor observes it every few minutes.
+        """
+        with as_failures():
+            return dg.DataVersion(laion_index.source_version())
 
 
 @dg.asset(
@@ -48,6 +54,7 @@ def staged_laion_index(
     The data version is the fingerprint of all files.
     """
     with as_failures():
+        observe(context, laion_index_source.key, laion_index.source_version())
         staged = laion_index.stage(context.log.info)
         with laion_index.open() as opened:
             rows, metadata_rows = opened.index.rows, len(opened.metadata)

@@ -14,6 +14,7 @@ import pyarrow as pa
 from laion_assets.failures import as_failures
 from laion_assets.io_managers import StoredTable, TableOutput
 from laion_assets.kubernetes import RETRY_POLICY, on_any_node
+from laion_assets.observations import observe
 from laion_assets.partitions import seed_sets
 from laion_assets.presentation import as_markdown, draw, strip
 from laion_assets.resources import RetrievalConfig, SeedFolder
@@ -53,6 +54,7 @@ def seed_embeddings(
             raise InputError("no seed set was chosen: launch the run for a partition, each is a seed set")
         retrieval_config.resolve(os.environ)  # a wrong setting shows here, not after the index was staged
         seed_set = seeds.find(context.partition_key)
+        observe(context, seed_folder.key, seed_set.fingerprint, seed_set.name)
         found = seeds.read(seed_set)
     count, dimension = found.embeddings.shape
     context.log.info(f"{count:,} seeds of {dimension} dimensions from {len(seed_set.files)} files")

@@ -11,7 +11,7 @@ import difflib
 import hashlib
 import io
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import PurePosixPath
@@ -25,16 +25,25 @@ import pyarrow.parquet as pq
 from laion_assets.retrieval.arrays import Floats
 from laion_assets.retrieval.checksums import checksum_text
 from laion_assets.retrieval.errors import InputError
-from laion_assets.retrieval.storage import first_line, open_storage, reaching
+from laion_assets.retrieval.storage import (
+    Listed,
+    first_line,
+    is_local,
+    list_files,
+    open_storage,
+    reaching,
+)
 
 SETTING = "LAION_SEEDS_URI"
 EMBEDDING_COLUMNS = ("embedding", "image_embedding", "img_emb", "vector")
 CARRIED_COLUMNS = {"url": pa.string(), "caption": pa.string(), "thumbnail": pa.binary()}
 CLIP_RETRIEVAL_FOLDER = "img_emb"
 PROBLEMS_SHOWN = 20
+FILES_AT_ONCE = 64
+BYTES_AT_ONCE = 64 << 20
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class SeedFile:
     """One file of a seed set.
 
@@ -102,10 +111,10 @@ def list_seed_sets(uri: str) -> dict[str, SeedSet]:
     fs, root = open_storage(uri, SETTING)
     by_set: dict[str, list[SeedFile]] = {}
     with reaching(uri, SETTING):
-        for path, info in fs.find(root, detail=True).items():
-            set_name, _, name = path.removeprefix(root).lstrip("/").partition("/")
+        for listed in list_files(fs, root):
+            set_name, _, name = listed.name.partition("/")
             if _is_seed_file(name) and set_name[0] not in "._":
-                by_set.setdefault(set_name, []).append(_seed_file(fs, name, path, info))
+                by_set.setdefault(set_name, []).append(_seed_file(fs, name, listed))
         if not by_set and not fs.isdir(root):
             raise InputError(f"{uri} is not a folder: set {SETTING} to the folder of the seed sets")
     return {name: SeedSet(name, _chosen(files)) for name, files in sorted(by_set.items())}
@@ -122,11 +131,10 @@ def find_seed_set(uri: str, name: str) -> SeedSet:
     fs, root = open_storage(uri, SETTING)
     folder = f"{root}/{name}"
     with reaching(uri, SETTING):
-        found = {
-            path.removeprefix(f"{folder}/"): info for path, info in fs.find(folder, detail=True).items()
-        }
         files = [
-            _seed_file(fs, file, f"{folder}/{file}", found[file]) for file in found if _is_seed_file(file)
+            _seed_file(fs, listed.name, listed)
+            for listed in list_files(fs, folder)
+            if _is_seed_file(listed.name)
         ]
         if files:
             return SeedSet(name, _chosen(files))
@@ -162,13 +170,15 @@ def read_seeds(uri: str, seed_set: SeedSet) -> Seeds:
     fs, _ = open_storage(uri, SETTING)
     problems: list[str] = []
     parts: dict[str, tuple[Floats, pa.Table]] = {}
-    for file in seed_set.files:
-        where = f"{seed_set.name}/{file.name}"
-        try:
-            raw, columns = READERS[PurePosixPath(file.name).suffix](_content(fs, file))
-            parts[where] = _checked(raw), _labelled(columns, file.name, len(raw))
-        except _BadSeedsError as bad:
-            problems += [f"{where}{problem}" for problem in bad.problems]
+    with reaching(uri, SETTING):
+        for file, content in _contents(fs, seed_set.files):
+            where = f"{seed_set.name}/{file.name}"
+            try:
+                data = _verified(content, file)
+                raw, columns = READERS[PurePosixPath(file.name).suffix](data)
+                parts[where] = _checked(raw), _labelled(columns, file.name, len(raw))
+            except _BadSeedsError as bad:
+                problems += [f"{where}{problem}" for problem in bad.problems]
     problems += _differing_dimensions({where: vectors for where, (vectors, _) in parts.items()})
     if problems:
         more = len(problems) - PROBLEMS_SHOWN
@@ -209,12 +219,35 @@ class _BadSeedsError(Exception):
         self.problems = problems
 
 
-def _content(fs: Any, file: SeedFile) -> bytes:
-    try:
-        data: bytes = fs.cat_file(file.path)
-    except OSError as error:
-        raise _BadSeedsError(f" cannot be read ({first_line(error)})") from error
-    return data
+def _contents(fs: Any, files: Sequence[SeedFile]) -> Iterator[tuple[SeedFile, bytes | OSError]]:
+    """Read files, many at a time where they are far away; an error stands for one that is unreadable."""
+    unreadable = OSError if is_local(fs) else FileNotFoundError
+    for batch in _batches(files):
+        for file, content in zip(batch, fs.cat_ranges([f.path for f in batch], None, None), strict=True):
+            if isinstance(content, Exception) and not isinstance(content, unreadable):
+                raise content
+            yield file, content
+
+
+def _batches(files: Sequence[SeedFile]) -> Iterator[list[SeedFile]]:
+    batch: list[SeedFile] = []
+    for file in files:
+        batch.append(file)
+        if len(batch) == FILES_AT_ONCE or sum(f.size for f in batch) >= BYTES_AT_ONCE:
+            yield batch
+            batch = []
+    if batch:
+        yield batch
+
+
+def _verified(content: bytes | OSError, file: SeedFile) -> bytes:
+    if isinstance(content, FileNotFoundError):
+        raise _BadSeedsError(" cannot be read (it is gone)") from content
+    if isinstance(content, OSError):
+        raise _BadSeedsError(f" cannot be read ({first_line(content)})") from content
+    if checksum_text(google_crc32c.Checksum(content)) != file.checksum:
+        raise _BadSeedsError(" changed while it was read; run again once it is whole")
+    return content
 
 
 def _read_npy(data: bytes) -> tuple[Any, dict[str, pa.ChunkedArray]]:
@@ -324,8 +357,8 @@ def _is_seed_file(name: str) -> bool:
     return path.suffix in READERS and not is_marker and not any(part[0] in "._" for part in path.parts)
 
 
-def _seed_file(fs: Any, name: str, path: str, info: Mapping[str, Any]) -> SeedFile:
-    return SeedFile(name, path, info["size"], _checksum(fs, path, info))
+def _seed_file(fs: Any, name: str, listed: Listed) -> SeedFile:
+    return SeedFile(name, listed.path, listed.size, _checksum(fs, listed))
 
 
 def _chosen(files: Iterable[SeedFile]) -> tuple[SeedFile, ...]:
@@ -335,16 +368,16 @@ def _chosen(files: Iterable[SeedFile]) -> tuple[SeedFile, ...]:
     return tuple(images or found)
 
 
-def _checksum(fs: Any, path: str, info: Mapping[str, Any]) -> str:
+def _checksum(fs: Any, listed: Listed) -> str:
     """Return the bucket's crc32c, or compute it; a local file is read again only when it changed."""
-    if "crc32c" in info:
-        return str(info["crc32c"])
+    if listed.checksum:
+        return listed.checksum
     try:
-        return _computed_checksum(fs, path, info["size"], str(info.get("mtime")))
+        return _computed_checksum(fs, listed.path, listed.size, listed.written)
     except OSError as error:  # one bad file holds up no other set: reading the seeds will name it
         return f"unreadable: {first_line(error)}"
 
 
 @lru_cache(maxsize=1 << 18)
-def _computed_checksum(fs: Any, path: str, size: int, mtime: str) -> str:  # noqa: ARG001
+def _computed_checksum(fs: Any, path: str, size: int, written: str) -> str:  # noqa: ARG001
     return checksum_text(google_crc32c.Checksum(fs.cat_file(path)))

@@ -14,6 +14,7 @@ import logging
 import os
 import re
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -21,14 +22,12 @@ import fsspec
 
 from laion_assets.retrieval.errors import InputError
 
-# By default gcsfs asks for the kind of each bucket first, by gRPC and with a right of its own. It takes
-# most of a minute where gRPC does not get through, as with an emulator, and what is done here is the same
-# for every kind but zonal ones; who has such a bucket sets it to true.
-os.environ.setdefault("GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT", "false")
-# It raises every error that it logs, and ours are told once.
+# It raises what it logs as well, and an error is told once.
 logging.getLogger("gcsfs").addHandler(logging.NullHandler())
 
 BUCKETS = ("gs://", "gcs://")
+LISTED_AT_ONCE = 1000  # the most that Google Cloud Storage allows
+LISTED_FIELDS = "items(name,size,updated,crc32c),nextPageToken"
 UPLOAD_AT_ONCE = 16 << 20  # bytes; each piece is a request
 PARTIAL = ".partial"
 CANNOT_WRITE = {
@@ -64,7 +63,11 @@ def open_storage(uri: str, setting: str) -> tuple[Any, str]:
         if not re.match(r"gc?s://[^/]", uri):
             raise InputError(f"{uri} names no bucket: set {setting} to gs://bucket/folder")
         options["token"] = "anon" if os.environ.get("STORAGE_EMULATOR_HOST") else "google_default"
-    elif "://" not in uri and re.match(r"gc?s:?/", uri):
+        # By default gcsfs asks for the kind of each bucket first, by gRPC and with a right of its own. It
+        # takes most of a minute where gRPC does not get through, as with an emulator, and what is done
+        # here is the same for every kind but zonal ones; who has such a bucket sets it to true.
+        os.environ.setdefault("GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT", "false")
+    elif re.match(r"gc?s(:/|//)", uri):
         raise InputError(f"{uri} is neither a path nor a URL: set {setting} to gs://bucket/folder")
     with reaching(uri, setting):
         try:
@@ -72,6 +75,52 @@ def open_storage(uri: str, setting: str) -> tuple[Any, str]:
         except (ValueError, ImportError) as error:  # an unknown protocol, or one that is not installed
             raise InputError(f"{uri} cannot be opened ({error}): correct {setting}") from error
     return fs, path.rstrip("/") or "/"
+
+
+@dataclass(frozen=True, slots=True)
+class Listed:
+    """A file as a listing tells of it.
+
+    Attributes:
+        name: relative to the folder that was listed.
+        path: for the file system it lies on.
+        size: bytes.
+        written: when it was last written, in whatever form; empty where that is not told.
+        checksum: crc32c of the content, base64, as a bucket reports it.
+
+    """
+
+    name: str
+    path: str
+    size: int
+    written: str
+    checksum: str | None
+
+
+def list_files(fs: Any, root: str) -> Iterator[Listed]:
+    """List all files below a folder; none where there is no such folder.
+
+    A bucket is listed in pages of a thousand and asked for no more than is used: gcsfs's own listing
+    would hold several kilobytes for each object until the end.
+    """
+    if not {"gs", "gcs"} & _protocols(fs):
+        for path, info in fs.find(root, detail=True).items():
+            name = path.removeprefix(root).lstrip("/")
+            yield Listed(name, path, info["size"], str(info.get("mtime", "")), info.get("crc32c"))
+        return
+    bucket, _, folder = root.partition("/")
+    prefix = f"{folder}/" if folder else ""
+    asked = {"prefix": prefix, "maxResults": LISTED_AT_ONCE, "fields": LISTED_FIELDS}
+    token = None
+    while True:
+        page = fs.call("GET", "b/{}/o", bucket, json_out=True, pageToken=token, **asked)
+        for item in page.get("items", ()):
+            name = item["name"].removeprefix(prefix)
+            path = f"{bucket}/{item['name']}"
+            yield Listed(name, path, int(item["size"]), item["updated"], item.get("crc32c"))
+        token = page.get("nextPageToken")
+        if not token:
+            return
 
 
 @contextlib.contextmanager
@@ -115,8 +164,10 @@ def _refusal(uri: str, setting: str, error: Exception) -> str | None:
             f"{uri} cannot be reached ({answer}): check the network, and STORAGE_EMULATOR_HOST if it is "
             "set, then try again"
         )
+    if isinstance(error, HttpError) and (error.code == 429 or error.code >= 500):
+        return f"{uri} is busy or out of order ({answer}): try again later"
     if isinstance(error, HttpError) or (isinstance(error, ValueError) and "Bad Request" in str(error)):
-        return f"{uri} cannot be used ({answer}): correct {setting}, or try again later"
+        return f"{uri} cannot be used ({answer}): correct {setting}"
     return None
 
 
@@ -158,7 +209,11 @@ def new_file(uri: str, setting: str) -> Iterator[BinaryIO]:
 
 def is_local(fs: Any) -> bool:
     """Tell whether a file system is the local disk."""
-    return "file" in ((fs.protocol,) if isinstance(fs.protocol, str) else fs.protocol)
+    return "file" in _protocols(fs)
+
+
+def _protocols(fs: Any) -> set[str]:
+    return {fs.protocol} if isinstance(fs.protocol, str) else set(fs.protocol)
 
 
 @contextlib.contextmanager

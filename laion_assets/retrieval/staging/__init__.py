@@ -15,6 +15,7 @@ from laion_assets.retrieval.staging.manifest import (
 )
 from laion_assets.retrieval.staging.opening import OpenIndex, open_staged
 from laion_assets.retrieval.staging.plan import Plan, SourceFile, Transfer, plan
+from laion_assets.retrieval.staging.source import Source
 from laion_assets.retrieval.staging.stager import Staged, stage
 
 __all__ = [
@@ -22,6 +23,7 @@ __all__ = [
     "NotStagedError",
     "OpenIndex",
     "Plan",
+    "Source",
     "SourceFile",
     "Staged",
     "StagedFile",

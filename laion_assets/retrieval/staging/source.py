@@ -68,29 +68,30 @@ class Source:
             InputError: no such folder, no index or metadata in it, or no right to list it.
 
         """
-        image_index = self._find(self._root, self.index_uri, INDEX_SETTING, maxdepth=2)
-        index, lists = index_files(image_index, self.index_uri)
-        files = [self._file(name, *image_index[name]) for name in (index, lists) if name]
-        metadata = self._find(self._metadata_root, self._metadata_uri, METADATA_SETTING, maxdepth=1)
-        names = metadata_files(metadata, self._metadata_uri)
+        found = self._find(self._root, self.index_uri, INDEX_SETTING)
+        index, lists = index_files(found, self.index_uri)
+        files = [self._file(name, *found[name]) for name in (index, lists) if name]
+        below = f"{self._metadata_root}/"  # usually within that folder, and listed with it
+        inside = {
+            path.removeprefix(below): (path, info)
+            for path, info in found.values()
+            if path.startswith(below)
+        }
+        metadata = inside or self._find(self._metadata_root, self._metadata_uri, METADATA_SETTING)
+        names = metadata_files((name for name in metadata if "/" not in name), self._metadata_uri)
         files += [self._file(f"{METADATA_FOLDER}/{name}", *metadata[name]) for name in names]
         return tuple(files)
 
-    def _find(
-        self, root: str, uri: str, setting: str, maxdepth: int
-    ) -> dict[str, tuple[str, Mapping[str, Any]]]:
+    def _find(self, root: str, uri: str, setting: str) -> dict[str, tuple[str, Mapping[str, Any]]]:
+        """Return path and details of the files in a folder and its subfolders, by relative path."""
         with reaching(uri, setting):
-            found = self._fs.find(root, maxdepth=maxdepth, detail=True)
+            found = self._fs.find(root, maxdepth=2, detail=True)
             if not found and not self._fs.isdir(root):
                 raise InputError(
                     f"there is no folder {uri}: set {setting} to the folder that it should be, or run "
                     "`laion-assets demo` to build the demo's"
                 )
-        return {
-            path.removeprefix(root).lstrip("/"): (path, info)
-            for path, info in found.items()
-            if path.removeprefix(root).count("/") <= maxdepth
-        }
+        return {path.removeprefix(root).lstrip("/"): (path, info) for path, info in found.items()}
 
     def _file(self, name: str, path: str, info: Mapping[str, Any]) -> SourceFile:
         url = self._fs.unstrip_protocol(path)

@@ -90,11 +90,10 @@ def stage(
 
     """
     source = Source(index_uri, metadata_uri)
-    files = source.list()
     if in_place and not source.is_local:
         raise InputError(f"{index_uri} is not on a local disk: LAION_STAGING=in-place needs one")
     if source.is_local and not in_place:
-        _check_apart(files, cache)
+        _check_apart(source.list(), cache)
     _make(cache)
     try:
         return _Stager(source, cache, in_place, transfer or Transfer(), log).run()
