@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 PORT ?= 3000
 
-.PHONY: help demo dev test test-dev test-peer golden lint bench bench-quick bench-staging bench-sensor lock clean
+.PHONY: help demo dev test test-dev test-peer test-k8s golden lint bench bench-quick bench-staging bench-sensor lock clean
 
 help: ## List the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -27,6 +27,9 @@ dev: $(READY) ## Start the Dagster UI on http://127.0.0.1:3000, on the same data
 
 test: $(READY) ## Run the tests
 	$(BIN)/python -m pytest
+
+test-k8s: $(READY) ## Run the graph on a stand-in for a Kubernetes cluster; needs PostgreSQL
+	$(BIN)/python -m pytest tests/k8s
 
 test-dev: $(READY) ## Run the tests against a real `make dev`, with a real browser; needs chromium
 	$(BIN)/python -m pytest tests/dev
@@ -56,7 +59,7 @@ bench-sensor: $(READY) ## Measure a tick of the sensor over 100,000 seed files i
 
 lock: $(READY) ## Pin today's versions of everything into requirements.lock
 	$(BIN)/python -m pip install --quiet uv
-	$(BIN)/uv pip compile --quiet --upgrade --group dev --no-header --no-annotate --no-emit-index-url \
+	$(BIN)/uv pip compile --quiet --upgrade --extra cluster --group dev --no-header --no-annotate --no-emit-index-url \
 		pyproject.toml --output-file requirements.lock
 
 clean: ## Remove the environment and caches; data/ stays

@@ -13,8 +13,16 @@ from laion_assets.retrieval.errors import InputError
 
 @contextmanager
 def as_failures() -> Iterator[None]:
-    """Turn an `InputError` into a failure of the step with the same sentence."""
+    """Turn every error into a failure of the step that is not retried, an `InputError` as its sentence.
+
+    What is retried is a step whose pod was evicted or killed, which raises nothing here.
+    """
     try:
         yield
+    except dg.Failure:
+        raise
     except InputError as error:
         raise dg.Failure(description=str(error), allow_retries=False) from error
+    except Exception as error:
+        sentence = f"{type(error).__name__}: {error}"
+        raise dg.Failure(description=sentence, allow_retries=False) from error

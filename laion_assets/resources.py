@@ -8,7 +8,7 @@ Dagster's concept: https://docs.dagster.io/guides/build/external-resources
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,10 +19,19 @@ from pydantic import Field
 
 from laion_assets.retrieval.errors import InputError
 from laion_assets.retrieval.seeds import Seeds, SeedSet, find_seed_set, list_seed_sets, read_seeds
-from laion_assets.retrieval.staging import OpenIndex, Source, Staged, open_staged, stage
+from laion_assets.retrieval.staging import (
+    NotStagedError,
+    OpenIndex,
+    Source,
+    Staged,
+    open_staged,
+    stage,
+    verified_manifest,
+)
 
 DATA = Path("data")  # the one project folder; dagster.yaml keeps Dagster's own storage there too
 Staging = Literal["full", "in-place"]
+LostIndex = Literal["restage", "fail"]
 
 
 @dataclass(frozen=True)
@@ -35,6 +44,7 @@ class LaionIndex:
         cache_dir: local directory the index is staged to.
         staging: `full` copies it there, `in-place` uses a local index where it is.
         metadata_columns: names of the url and caption columns, when unusual.
+        lost_index: what a step that needs the index does on a disk that lacks it: `restage` or `fail`.
 
     """
 
@@ -43,6 +53,7 @@ class LaionIndex:
     cache_dir: Path
     staging: str
     metadata_columns: Mapping[str, str]
+    lost_index: str
 
     def stage(self, log: Callable[[str], None]) -> Staged:
         """Make the index available on the local disk."""
@@ -53,6 +64,14 @@ class LaionIndex:
             in_place=self.staging == "in-place",
             log=log,
         )
+
+    def what_is_missing(self) -> str | None:
+        """Say what the local disk lacks of the index; None when all of it is there."""
+        try:
+            verified_manifest(self.cache_dir)
+        except NotStagedError as error:
+            return str(error)
+        return None
 
     def source_version(self) -> str:
         """Changes with the name, size or content of any file at the source; only lists them.
@@ -192,15 +211,13 @@ def _check(name: str, value: Any, origin: str) -> None:
 
 def index_from(environment: Mapping[str, str]) -> LaionIndex:
     """Where the index is, from the environment; the demo's when nothing is set."""
-    mode = environment.get("LAION_STAGING") or "full"
-    if mode not in get_args(Staging):
-        raise InputError(f"LAION_STAGING is {mode!r}: set it to {' or '.join(get_args(Staging))}")
     return LaionIndex(
         index_uri=environment.get("LAION_INDEX_URI") or _default("index"),
         metadata_uri=environment.get("LAION_METADATA_URI") or None,
         cache_dir=Path(environment.get("LAION_CACHE_DIR") or _default("cache")),
-        staging=mode,
+        staging=_choice(environment, "LAION_STAGING", get_args(Staging)),
         metadata_columns=_columns(environment.get("LAION_METADATA_COLUMNS", "")),
+        lost_index=_choice(environment, "LAION_LOST_INDEX", get_args(LostIndex)),
     )
 
 
@@ -212,6 +229,14 @@ def seeds_from(environment: Mapping[str, str]) -> SeedFolder:
 def output_from(environment: Mapping[str, str]) -> str:
     """Where the tables go, from the environment."""
     return environment.get("LAION_OUTPUT_URI") or _default("output")
+
+
+def _choice(environment: Mapping[str, str], variable: str, allowed: Sequence[str]) -> str:
+    """One of a few words, the first when it is not set."""
+    chosen = environment.get(variable) or allowed[0]
+    if chosen not in allowed:
+        raise InputError(f"{variable} is {chosen!r}: set it to {' or '.join(allowed)}")
+    return chosen
 
 
 def _default(name: str) -> str:

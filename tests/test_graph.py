@@ -53,7 +53,7 @@ def test_the_graph_is_this():
             "by seed set" if node.partitions_def else "whole",
             {parent.to_user_string() for parent in node.parent_keys},
             op.pool if op else None,
-            "on NVMe" if op and "dagster-k8s/config" in op.tags else "anywhere",
+            "on NVMe" if op and "node_selector" in op.tags["dagster-k8s/config"] else "anywhere",
         )
     assert found == {
         "laion_index_source": ("sources", "whole", set(), None, "anywhere"),

@@ -5,15 +5,18 @@ Dagster's concept: https://docs.dagster.io/guides/build/assets
 """
 
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
 
 import dagster as dg
 
 from laion_assets.failures import as_failures
-from laion_assets.kubernetes import NVME_OP_TAGS
+from laion_assets.kubernetes import RETRY_POLICY, on_nvme_node
 from laion_assets.observations import observe
 from laion_assets.partitions import require_seed_set
 from laion_assets.resources import LaionIndex
-from laion_assets.retrieval.staging import Staged
+from laion_assets.retrieval.staging import OpenIndex, Staged
 
 with warnings.catch_warnings(action="ignore", category=dg.BetaWarning):
 
@@ -31,7 +34,8 @@ with warnings.catch_warnings(action="ignore", category=dg.BetaWarning):
     deps=[laion_index_source],
     group_name="index",
     kinds={"faiss", "arrow"},
-    op_tags=NVME_OP_TAGS,
+    op_tags=on_nvme_node("staged_laion_index"),
+    retry_policy=RETRY_POLICY,
     pool="staging",
     code_version="1",
     check_specs=[
@@ -57,26 +61,15 @@ def staged_laion_index(
         with laion_index.open() as opened:
             rows, metadata_rows = opened.index.rows, len(opened.metadata)
             dimension, nlist = opened.index.dimension, opened.index.nlist
-    manifest = staged.manifest
     context.log.info(_sentence(staged, laion_index))
     return dg.MaterializeResult(
-        data_version=dg.DataVersion(manifest.fingerprint),
+        data_version=dg.DataVersion(staged.manifest.fingerprint),
         metadata={
-            "source": manifest.source,
-            "dagster/uri": laion_index.cache_dir,
-            "fingerprint": manifest.fingerprint,
+            **_figures(staged, laion_index),
             "dagster/row_count": rows,
             "metadata rows": metadata_rows,
             "dimension": dimension,
             "inverted lists": nlist,
-            "files": len(manifest.files),
-            "bytes": manifest.size,
-            "bytes fetched": staged.bytes_fetched,
-            "bytes reused": staged.bytes_reused,
-            "bytes per second": round(staged.bytes_fetched / staged.seconds),
-            "retries": staged.retries,
-            "seconds": round(staged.seconds, 2),
-            "verified": staged.verified,
         },
         check_results=[
             dg.AssetCheckResult(
@@ -87,6 +80,51 @@ def staged_laion_index(
             )
         ],
     )
+
+
+@contextmanager
+def open_index(context: dg.AssetExecutionContext, laion_index: LaionIndex) -> Iterator[OpenIndex]:
+    """Open the staged index for a step that needs it, on a disk that may have lost it.
+
+    A node can come back under its name with an empty disk. Then the index is staged again, as
+    LAION_LOST_INDEX says, and that is a materialization of `staged_laion_index` like any other.
+    """
+    missing = laion_index.what_is_missing()
+    if missing and laion_index.lost_index == "restage":
+        context.log.warning(f"{missing}. LAION_LOST_INDEX is restage: staging it now")
+        _restage(context, laion_index)
+    with laion_index.open() as index:
+        yield index
+
+
+def _restage(context: dg.AssetExecutionContext, laion_index: LaionIndex) -> None:
+    staged = laion_index.stage(context.log.info)
+    if staged.fetched == 0:
+        return  # another step did it while this one waited for the lock
+    context.log_event(
+        dg.AssetMaterialization(
+            "staged_laion_index",
+            description=f"staged again by {context.asset_key.to_user_string()}: the disk had lost it",
+            metadata=_figures(staged, laion_index),
+            tags={"dagster/data_version": staged.manifest.fingerprint},
+        )
+    )
+
+
+def _figures(staged: Staged, laion_index: LaionIndex) -> dict[str, Any]:
+    return {
+        "source": staged.manifest.source,
+        "dagster/uri": laion_index.cache_dir,
+        "fingerprint": staged.manifest.fingerprint,
+        "files": len(staged.manifest.files),
+        "bytes": staged.manifest.size,
+        "bytes fetched": staged.bytes_fetched,
+        "bytes reused": staged.bytes_reused,
+        "bytes per second": round(staged.bytes_fetched / staged.seconds),
+        "retries": staged.retries,
+        "seconds": round(staged.seconds, 2),
+        "verified": staged.verified,
+    }
 
 
 def _sentence(staged: Staged, laion_index: LaionIndex) -> str:

@@ -13,6 +13,7 @@ import pyarrow as pa
 
 from laion_assets.failures import as_failures
 from laion_assets.io_managers import StoredTable, TableOutput
+from laion_assets.kubernetes import RETRY_POLICY, on_any_node
 from laion_assets.observations import observe
 from laion_assets.partitions import require_seed_set, seed_sets
 from laion_assets.presentation import as_markdown, draw, strip
@@ -34,6 +35,8 @@ seed_folder = dg.AssetSpec(
     group_name="seeds",
     kinds={"numpy", "parquet"},
     partitions_def=seed_sets,
+    op_tags=on_any_node("seed_embeddings"),
+    retry_policy=RETRY_POLICY,
     code_version="1",
 )
 def seed_embeddings(
@@ -71,7 +74,14 @@ def seed_embeddings(
     )
 
 
-@dg.asset(group_name="seeds", kinds={"numpy", "parquet"}, partitions_def=seed_sets, code_version="1")
+@dg.asset(
+    group_name="seeds",
+    kinds={"numpy", "parquet"},
+    partitions_def=seed_sets,
+    op_tags=on_any_node("centroid_vector"),
+    retry_policy=RETRY_POLICY,
+    code_version="1",
+)
 def centroid_vector(
     context: dg.AssetExecutionContext, seed_embeddings: StoredTable
 ) -> dg.MaterializeResult[TableOutput]:

@@ -11,10 +11,11 @@ from typing import Any
 
 import dagster as dg
 
+from laion_assets.assets.index import open_index
 from laion_assets.checks import ONE_ROW_PER_IMAGE, one_row_per_image
 from laion_assets.failures import as_failures
 from laion_assets.io_managers import StoredTable, TableOutput
-from laion_assets.kubernetes import NVME_OP_TAGS
+from laion_assets.kubernetes import RETRY_POLICY, on_any_node, on_nvme_node
 from laion_assets.partitions import seed_sets
 from laion_assets.presentation import as_markdown, draw, links, save_png, strip
 from laion_assets.resources import LaionIndex, RetrievalConfig, Settings
@@ -35,7 +36,8 @@ Outputs = Iterator[dg.MaterializeResult[TableOutput]]
     group_name="urls",
     kinds={"faiss", "parquet"},
     partitions_def=seed_sets,
-    op_tags=NVME_OP_TAGS,
+    op_tags=on_nvme_node("knn_urls"),
+    retry_policy=RETRY_POLICY,
     pool="retrieval",
     code_version="1",
 )
@@ -57,7 +59,8 @@ def knn_urls(
     group_name="urls",
     kinds={"faiss", "parquet"},
     partitions_def=seed_sets,
-    op_tags=NVME_OP_TAGS,
+    op_tags=on_nvme_node("centroid_urls"),
+    retry_policy=RETRY_POLICY,
     pool="retrieval",
     code_version="1",
 )
@@ -80,9 +83,10 @@ def _retrieved(
     per_seed: bool,
 ) -> Outputs:
     """Yield the images around the vectors of a table; the index stays open while they are written."""
-    with as_failures(), laion_index.open() as opened:
+    with as_failures():
         settings = retrieval_config.resolve(os.environ)
         k = settings.nb_images_knn if per_seed else settings.nb_images_centroid
+    with as_failures(), open_index(context, laion_index) as opened:
         origin = Provenance.from_footer(vectors.footer, vectors.where)
         queries = embeddings_of(vectors.read(["embedding"]))
         progress = Progress("queries", len(queries), "", context.log.info)
@@ -138,6 +142,8 @@ def _retrieved(
     group_name="urls",
     kinds={"parquet"},
     partitions_def=seed_sets,
+    op_tags=on_any_node("combined_urls"),
+    retry_policy=RETRY_POLICY,
     code_version="1",
     check_specs=[ONE_ROW_PER_IMAGE],
 )

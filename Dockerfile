@@ -1,0 +1,18 @@
+# One image for the code location, the daemon, the webserver, and every run and step pod.
+FROM python:3.11-slim-bookworm AS build
+WORKDIR /build
+RUN python -m venv /venv
+# Pinned by the lock, without what only development needs: the lock constrains, the project chooses.
+COPY requirements.lock pyproject.toml README.md LICENSE ./
+COPY laion_assets laion_assets
+RUN /venv/bin/pip install --no-cache-dir --constraint requirements.lock ".[cluster]"
+
+FROM python:3.11-slim-bookworm
+RUN groupadd --gid 1000 laion \
+    && useradd --uid 1000 --gid 1000 --create-home laion \
+    && install --directory --owner laion --group laion /opt/dagster/dagster_home
+COPY --from=build /venv /venv
+ENV PATH=/venv/bin:$PATH PYTHONUNBUFFERED=1 DAGSTER_HOME=/opt/dagster/dagster_home
+# A number, or Kubernetes could not tell that it is not root.
+USER 1000:1000
+WORKDIR /home/laion

@@ -1,0 +1,305 @@
+"""Dagster as the chart installs it, on the stand-in for a cluster, with a PostgreSQL of its own."""
+
+import json
+import os
+import shutil
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+import urllib.request
+import uuid
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import dagster as dg
+import pytest
+import yaml
+from chart import DEPLOYMENT, IMAGE, VALUES, container_context, instance_config
+from cluster import Cluster, running_cluster, wait_until
+from conftest import REPOSITORY
+
+from laion_assets.definitions import JOB
+from laion_assets.demo.build import build_demo
+
+BIN = Path(sys.executable).parent
+LOCATION = DEPLOYMENT["name"]
+PASSWORD = "not a secret"  # of a database that lives for one test run
+PENDING_SECONDS = 15
+
+
+def free_port() -> int:
+    with socket.socket() as listening:
+        listening.bind(("127.0.0.1", 0))
+        port: int = listening.getsockname()[1]
+        return port
+
+
+@contextmanager
+def postgres() -> Iterator[dict[str, Any]]:
+    """A real PostgreSQL, run by its own user when the tests run as root, which it refuses to be."""
+    root = Path(tempfile.mkdtemp(prefix="postgres-"))  # pytest's folders are closed to other users
+    programs = sorted(Path("/usr/lib/postgresql").glob("*/bin"))
+    if not programs:
+        pytest.fail("PostgreSQL is not installed: apt-get install postgresql")
+    data, port = root / "data", free_port()
+    as_postgres = []
+    if os.getuid() == 0:
+        shutil.chown(root, "postgres")
+        as_postgres = ["runuser", "-u", "postgres", "--"]
+    pg_ctl = [*as_postgres, str(programs[-1] / "pg_ctl"), "-D", str(data), "-w"]
+    run = {"check": True, "cwd": "/", "stdout": subprocess.DEVNULL}
+    subprocess.run(
+        [
+            *as_postgres,
+            str(programs[-1] / "initdb"),
+            *("-D", str(data), "-A", "trust", "-U", "dagster", "--no-sync"),
+        ],
+        **run,
+    )
+    options = f"-p {port} -c listen_addresses=127.0.0.1 -c unix_socket_directories={root} -c fsync=off"
+    subprocess.run([*pg_ctl, "-l", str(root / "log"), "-o", options, "start"], **run)
+    try:
+        createdb = [
+            str(programs[-1] / "createdb"),
+            *("-h", "127.0.0.1", "-p", str(port), "-U", "dagster"),
+        ]
+        subprocess.run([*createdb, "dagster"], **run)
+        yield {
+            "hostname": "127.0.0.1",
+            "port": port,
+            "username": "dagster",
+            "password": {"env": "DAGSTER_PG_PASSWORD"},
+            "db_name": "dagster",
+        }
+    finally:
+        subprocess.run([*pg_ctl, "-m", "immediate", "stop"], **run)
+        shutil.rmtree(root)
+
+
+@dataclass
+class Platform:
+    """Dagster as the chart installs it, on the stand-in: what an operator has in front of them."""
+
+    cluster: Cluster
+    instance: dg.DagsterInstance
+    webserver: str
+    root: Path
+
+    @property
+    def claim(self) -> dict[str, Any]:
+        """The manifest of the claim, as it is in k8s/."""
+        manifest: dict[str, Any] = yaml.safe_load((REPOSITORY / "k8s" / "claim.yaml").read_text())
+        return manifest
+
+    def launch(self, seed_set: str, *assets: str) -> str:
+        """Launch the job for a seed set, or only some of its assets; return the run's id."""
+        self.instance.add_dynamic_partitions("seed_sets", [seed_set])
+        chosen = [{"path": [asset]} for asset in assets] or None
+        told = self.ask(
+            "mutation($p: ExecutionParams!) { launchRun(executionParams: $p) "
+            "{ __typename ... on LaunchRunSuccess { run { runId } } ... on PythonError { message } } }",
+            p={
+                "selector": {
+                    "repositoryLocationName": LOCATION,
+                    "repositoryName": "__repository__",
+                    "jobName": JOB,
+                    "assetSelection": chosen,
+                },
+                "executionMetadata": {"tags": [{"key": "dagster/partition", "value": seed_set}]},
+            },
+        )["launchRun"]
+        return str(told["run"]["runId"])
+
+    def reexecute(self, run: str) -> str:
+        """Re-execute a run from failure, as the button does."""
+        told = self.ask(
+            "mutation($p: ReexecutionParams!) { launchRunReexecution(reexecutionParams: $p) "
+            "{ __typename ... on LaunchRunSuccess { run { runId } } ... on PythonError { message } } }",
+            p={"parentRunId": run, "strategy": "FROM_FAILURE"},
+        )["launchRunReexecution"]
+        return str(told["run"]["runId"])
+
+    def stop_sensor(self) -> None:
+        sensor = {
+            "repositoryLocationName": LOCATION,
+            "repositoryName": "__repository__",
+            "sensorName": "seed_sets_sensor",
+        }
+        found = self.ask(
+            "query($s: SensorSelector!) { sensorOrError(sensorSelector: $s) "
+            "{ ... on Sensor { id } ... on PythonError { message } } }",
+            s=sensor,
+        )["sensorOrError"]
+        self.ask("mutation($i: String!) { stopSensor(id: $i) { __typename } }", i=found["id"])
+
+    def renew_claim(self) -> str:
+        """Run the job that renews the claim, as `kubectl create job --from` does; return what it says."""
+        (cron,) = [
+            manifest
+            for manifest in yaml.safe_load_all((REPOSITORY / "k8s" / "renew-claim.yaml").read_text())
+            if manifest["kind"] == "CronJob"
+        ]
+        name = f"renew-{uuid.uuid4().hex[:5]}"
+        job = {"metadata": {"name": name}, "spec": cron["spec"]["jobTemplate"]["spec"]}
+        self.cluster.create("jobs", "laion", job)
+
+        def ended() -> str | None:
+            made = self.cluster.objects["jobs", name]["status"]
+            return "succeeded" if made.get("succeeded") else "failed" if made.get("failed") else None
+
+        outcome = wait_until(ended, "the claim is renewed", 60)
+        (pod,) = (self.cluster.root / "pods").glob(f"{name}-*")
+        told = (pod / "log").read_text()
+        assert outcome == "succeeded", told
+        return told
+
+    def cancel(self, run: str) -> None:
+        self.ask("mutation($r: String!) { terminateRun(runId: $r) { __typename } }", r=run)
+
+    def ask(self, query: str, **variables: Any) -> Any:
+        request = urllib.request.Request(
+            f"{self.webserver}/graphql",
+            json.dumps({"query": query, "variables": variables}).encode(),
+            {"Content-Type": "application/json"},
+        )
+        with urllib.request.urlopen(request, timeout=60) as response:
+            told = json.load(response)
+        assert "errors" not in told, told["errors"]
+        return told["data"]
+
+    def wait(self, run: str, seconds: float = 300) -> dg.DagsterRunStatus:
+        """Wait for the end of a run."""
+
+        def ended() -> dg.DagsterRunStatus | None:
+            found = self.instance.get_run_by_id(run)
+            return found.status if found and found.is_finished else None
+
+        status: dg.DagsterRunStatus = wait_until(ended, f"run {run} has ended", seconds)
+        return status
+
+    def children(self, run: str) -> list[dg.DagsterRun]:
+        """The runs that were started to repeat a run."""
+        return list(self.instance.get_runs(dg.RunsFilter(tags={"dagster/parent_run_id": run})))
+
+    def succeed(self, run: str) -> None:
+        """Wait for the good end of a run."""
+        assert self.wait(run) == dg.DagsterRunStatus.SUCCESS, self.sentences(run)
+
+    def events(self, run: str, kind: dg.DagsterEventType, step: str | None = None) -> list[Any]:
+        """The events of a kind, with the time of each."""
+        logs = self.instance.all_logs(run, of_type=kind)
+        return [log for log in logs if step in (None, log.dagster_event.step_key)]
+
+    def sentences(self, run: str) -> dict[str, str]:
+        """The failed steps of a run, and what each says."""
+        found = {}
+        for log in self.events(run, dg.DagsterEventType.STEP_FAILURE):
+            failure = log.dagster_event.step_failure_data
+            told = failure.user_failure_data and failure.user_failure_data.description
+            found[log.dagster_event.step_key] = told or failure.error.message
+        return found
+
+    def running_pod(self, asset: str) -> str:
+        """Wait until the step of an asset is at work in a pod; return the pod's name."""
+        (pod,) = wait_until(lambda: self.cluster.pods_of(asset, "Running"), f"{asset} runs")
+        return str(pod["metadata"]["name"])
+
+    def stagings(self) -> list[dg.AssetMaterialization]:
+        """The materializations of the staged index that copied anything, newest first."""
+        records = self.instance.fetch_materializations(
+            dg.AssetKey("staged_laion_index"), limit=50
+        ).records
+        made = [record.asset_materialization for record in records]
+        return [one for one in made if one and one.metadata["bytes fetched"].value]
+
+
+@contextmanager
+def installed(root: Path) -> Iterator[Platform]:
+    """The demo's data in a bucket, an empty cluster, and Dagster installed on it."""
+    for name in ("bucket", "cluster", "home", "logs"):
+        (root / name).mkdir()
+    bucket = root / "bucket"
+    build_demo(bucket / "index", root / "seeds")
+    places = {
+        "LAION_INDEX_URI": str(bucket / "index"),
+        "LAION_SEEDS_URI": str(bucket / "seeds"),
+        "LAION_OUTPUT_URI": str(bucket / "tables"),
+        "LAION_NVME_PENDING_SECONDS": str(PENDING_SECONDS),
+    }
+    with ExitStack() as stack:
+        database = stack.enter_context(postgres())
+        cluster = stack.enter_context(
+            running_cluster(
+                root / "cluster",
+                secrets={VALUES["global"]["postgresqlSecretName"]: {"postgresql-password": PASSWORD}},
+                config_maps={
+                    "laion-claim": {"claim.yaml": (REPOSITORY / "k8s" / "claim.yaml").read_text()}
+                },
+            )
+        )
+        stack.enter_context(pytest.MonkeyPatch.context()).setenv("DAGSTER_PG_PASSWORD", PASSWORD)
+        config = instance_config(cluster.kubeconfig, database, root / "logs")
+        config["run_monitoring"]["poll_interval_seconds"] = 5
+        config["run_monitoring"]["free_slots_after_run_end_seconds"] = 1
+        (root / "home" / "dagster.yaml").write_text(yaml.safe_dump(config))
+        webserver = start_dagster(stack, root, places)
+        instance = stack.enter_context(dg.DagsterInstance.from_config(str(root / "home")))
+        platform = Platform(cluster, instance, webserver, root)
+        platform.stop_sensor()  # seeds that arrive start runs here too, and the tests start their own
+        shutil.copytree(root / "seeds", bucket / "seeds")
+        yield platform
+
+
+def start_dagster(stack: ExitStack, root: Path, places: dict[str, str]) -> str:
+    """Start the code server, the daemon and the webserver; return the webserver's address."""
+    code, web = free_port(), free_port()
+    workspace = root / "home" / "workspace.yaml"
+    server = {"grpc_server": {"host": "127.0.0.1", "port": code, "location_name": LOCATION}}
+    workspace.write_text(yaml.safe_dump({"load_from": [server]}))
+    environment = os.environ | {
+        "DAGSTER_HOME": str(root / "home"),
+        "KUBERNETES_SERVICE_HOST": "127.0.0.1",
+        "DAGSTER_CURRENT_IMAGE": IMAGE,
+        "DAGSTER_CLI_API_GRPC_CONTAINER_CONTEXT": json.dumps(container_context(**places)),
+        **places,
+    }
+    commands = {
+        "code": ["dagster", "api", "grpc", "-h", "127.0.0.1", "-p", str(code)]
+        + DEPLOYMENT["dagsterApiGrpcArgs"],
+        "daemon": ["dagster-daemon", "run", "-w", str(workspace)],
+        "web": ["dagster-webserver", "-w", str(workspace), "-h", "127.0.0.1", "-p", str(web)],
+    }
+    for name, (program, *arguments) in commands.items():
+        log = stack.enter_context((root / f"{name}.log").open("wb"))
+        process = subprocess.Popen(
+            [str(BIN / program), *arguments],
+            cwd=root,
+            env=environment,
+            stdout=log,
+            stderr=subprocess.STDOUT,
+        )
+        stack.callback(stop, process)
+        if name == "code":
+            wait_until(lambda: is_open(code), "the code server answers", 120)
+    wait_until(lambda: is_open(web), "the webserver answers", 120)
+    return f"http://127.0.0.1:{web}"
+
+
+def is_open(port: int) -> bool:
+    with socket.socket() as client:
+        client.settimeout(1)
+        return client.connect_ex(("127.0.0.1", port)) == 0
+
+
+def stop(process: subprocess.Popen[bytes]) -> None:
+    process.terminate()
+    deadline = time.monotonic() + 10
+    while process.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.1)
+    process.kill()
+    process.wait()
