@@ -94,7 +94,7 @@ def test_the_whole_graph_runs_on_it_and_finds_what_the_peer_finds(made, staging,
         assert copied.exists() == (staging == "full")
         told = reported(result, "centroid_urls")
         assert told["requested"] == K
-        assert told["without_url"] == 0
+        assert told["without url"] == 0
 
         (centroid,) = pq.read_table(project.table("centroid_vector", "mine"))["embedding"].to_pylist()
         seeds = pq.read_table(project.table("seed_embeddings", "mine"))["embedding"].to_pylist()
