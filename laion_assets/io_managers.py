@@ -126,17 +126,17 @@ class ParquetIOManager(dg.IOManager):
         started = time.monotonic()
         with as_failures():
             rows, preview = write_table(obj.table, uri)
-        stored = StoredTable(uri)
-        context.add_output_metadata(
-            {
-                "dagster/partition_row_count": rows,
-                "dagster/uri": uri,
-                "dagster/column_schema": column_schema(stored.schema),
-                "seconds": round(time.monotonic() - started, 2),
-                **obj.report(stored),
-                "first rows": preview_table(preview, stored.schema),
-            }
-        )
+            stored = StoredTable(uri)
+            context.add_output_metadata(
+                {
+                    "dagster/partition_row_count": rows,
+                    "dagster/uri": uri,
+                    "dagster/column_schema": column_schema(stored.schema),
+                    "seconds": round(time.monotonic() - started, 2),
+                    **obj.report(stored),
+                    "first rows": preview_table(preview, stored.schema),
+                }
+            )
 
     def load_input(self, context: dg.InputContext) -> StoredTable:
         """Open a table that was written before.
