@@ -270,7 +270,7 @@ def report(
         f"{seeds:,} seeds x {k:,}, written to Parquet: once as users do, once with near-duplicates left "
         "in, so that all those rows are combined with a centroid's.",
     ]
-    return "\n".join([*lines, "", "![Images requested and received against time](results.png)", ""])
+    return "\n".join([*lines, "", "![Images requested and kept against time](results.png)", ""])
 
 
 PHASES = ("search", "recall_check", "decode", "near_duplicates", "metadata", "other")
