@@ -27,8 +27,6 @@ from laion_assets.retrieval.near_duplicates import components
 from laion_assets.retrieval.tables import Provenance, Table, decoder_bytes
 from laion_assets.retrieval.vectors import decoded
 
-STRATEGIES = ("knn", "centroid")  # in the order in which ties are settled
-
 
 class Stored(Protocol):
     """A table that was written, to be read as often as needed."""
@@ -162,7 +160,7 @@ def combine(knn: Stored, centroid: Stored, threshold: float, pictures: int) -> C
 
 def _read_numbers(knn: Stored, centroid: Stored) -> _Rows:
     parts: list[tuple[NDArray[Any], ...]] = []
-    for number, table in enumerate((knn, centroid)):
+    for number, table in enumerate((knn, centroid)):  # the order in which ties are settled
         names = [name for name in table.schema.names if name in ("id", "rank", "seed", "similarity")]
         for batch in table.batches(names):
             n = len(batch)

@@ -5,7 +5,6 @@ What must not live here: opening, copying or checking files.
 """
 
 from collections.abc import Iterable
-from dataclasses import dataclass
 from pathlib import PurePosixPath
 
 from laion_assets.retrieval.errors import InputError
@@ -15,22 +14,6 @@ POPULATED_INDEX = "image.index/populated.index"
 INVERTED_LISTS = "image.index/merged_index.ivfdata"
 METADATA_FOLDER = "metadata"
 METADATA_SUFFIXES = (".arrow", ".parquet")  # Arrow first: it is read without unpacking
-
-
-@dataclass(frozen=True)
-class Layout:
-    """The files of one index, as paths relative to the folder they lie in.
-
-    Attributes:
-        index: the faiss file to open.
-        lists: its on-disk inverted lists; None where the index is one file.
-        metadata: files whose rows, in this order, are the ids 0..n-1.
-
-    """
-
-    index: str
-    lists: str | None
-    metadata: tuple[str, ...]
 
 
 def index_files(names: Iterable[str], where: str) -> tuple[str, str | None]:

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from conftest import REPOSITORY
+from webserver_questions import ask
 
 REPOSITORY_SELECTOR = {"repositoryName": "__repository__", "repositoryLocationName": "laion_assets"}
 IN_PROGRESS = {"NOT_STARTED", "QUEUED", "STARTING", "STARTED", "CANCELING"}
@@ -49,15 +50,7 @@ class Webserver:
         self.url = f"http://127.0.0.1:{port}"
 
     def ask(self, query: str, **variables: Any) -> dict[str, Any]:
-        request = urllib.request.Request(
-            f"{self.url}/graphql",
-            json.dumps({"query": query, "variables": variables}).encode(),
-            {"Content-Type": "application/json"},
-        )
-        with urllib.request.urlopen(request, timeout=60) as answer:
-            told = json.load(answer)
-        assert "errors" not in told, told["errors"]
-        return told["data"]
+        return ask(self.url, query, **variables)
 
     def is_up(self) -> bool:
         try:

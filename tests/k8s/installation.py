@@ -8,7 +8,6 @@ import subprocess
 import sys
 import tempfile
 import time
-import urllib.request
 import uuid
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
@@ -22,6 +21,7 @@ import yaml
 from chart import DEPLOYMENT, IMAGE, VALUES, container_context, instance_config
 from cluster import Cluster, running_cluster, wait_until
 from conftest import REPOSITORY
+from webserver_questions import ask
 
 from laion_assets.definitions import JOB
 from laion_assets.demo.build import build_demo
@@ -162,15 +162,7 @@ class Platform:
         self.ask("mutation($r: String!) { terminateRun(runId: $r) { __typename } }", r=run)
 
     def ask(self, query: str, **variables: Any) -> Any:
-        request = urllib.request.Request(
-            f"{self.webserver}/graphql",
-            json.dumps({"query": query, "variables": variables}).encode(),
-            {"Content-Type": "application/json"},
-        )
-        with urllib.request.urlopen(request, timeout=60) as response:
-            told = json.load(response)
-        assert "errors" not in told, told["errors"]
-        return told["data"]
+        return ask(self.webserver, query, **variables)
 
     def wait(self, run: str, seconds: float = 300) -> dg.DagsterRunStatus:
         """Wait for the end of a run."""
