@@ -8,6 +8,7 @@ What must not live here: near-duplicates, metadata, where files come from.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import pairwise
@@ -21,6 +22,7 @@ from laion_assets.retrieval.arrays import Bytes, Floats, Ids
 from laion_assets.retrieval.console import silent_stdout
 from laion_assets.retrieval.errors import InputError
 from laion_assets.retrieval.parallel import in_threads, one_blas_thread
+from laion_assets.retrieval.vectors import unit
 
 MIN_NPROBE = 64
 QUERIES_AT_ONCE = 16
@@ -194,6 +196,29 @@ class Index:
             stayed += int((found >= best_first[: len(found)][-1] - rounding).sum())
             received += len(found)
         return stayed / received
+
+    def sample(self, lists: int, rows: int) -> Iterator[tuple[Ids, Floats]]:
+        """Yield ids and unit vectors of rows chosen by chance, always the same ones.
+
+        Rows of one inverted list come together, and are neighbours more often than others.
+
+        Args:
+            lists: to look into; all where there are fewer. Without any, the whole index is one.
+            rows: of each list, from its beginning; all where there are fewer.
+
+        """
+        random = np.random.default_rng(0)
+        decode = self.decoder().decode_to_compare
+        if self._ivf is None:
+            some = np.sort(random.permutation(self.rows)[: lists * rows])
+            ids, codes = self._rows_at(some)
+            yield ids, unit(decode(codes))
+            return
+        lengths = np.array([self._ivf.invlists.list_size(number) for number in range(self.nlist)])
+        filled = np.flatnonzero(lengths)
+        for number in np.sort(random.permutation(filled)[:lists]):
+            ids, codes = self._rows_at((number << 32) + np.arange(min(lengths[number], rows)))
+            yield ids, unit(decode(codes))
 
     @property
     def code_size(self) -> int:

@@ -21,12 +21,13 @@ from laion_assets.retrieval.index import Hits, Index
 from laion_assets.retrieval.metadata import THUMBNAIL_COLUMN, Metadata
 from laion_assets.retrieval.near_duplicates import components_of_lists
 from laion_assets.retrieval.tables import Table, decoder_footer
-from laion_assets.retrieval.vectors import decoded
+from laion_assets.retrieval.vectors import Vectors, decoded
 
 BYTES_AT_ONCE = 1 << 30  # of results held in memory, unless one query alone asks for more
 COPIES = 4  # of a row's code, at most, at a time
 CHECKED_QUERIES = 16  # whose recall is measured
 PICTURES = 48  # thumbnails that travel with a table
+PAIRS = 24  # near-duplicates that are shown beside what stays
 
 
 @dataclass(frozen=True)
@@ -63,6 +64,22 @@ class Funnel:
     def yielded(self) -> float:
         """Share of the images asked for that were kept."""
         return self.kept / self.requested if self.requested else 0.0
+
+
+@dataclass(frozen=True)
+class Removed:
+    """Some near-duplicates that were removed, and what stays in their place; n pairs.
+
+    Attributes:
+        removed: url, caption and, where the metadata has it, thumbnail; n rows.
+        stays: the same of what each is a near-duplicate of.
+        cosine: (n,) of the two; below the threshold where others connect them.
+
+    """
+
+    removed: pa.Table
+    stays: pa.Table
+    cosine: Floats
 
 
 def retrieve(
@@ -105,6 +122,7 @@ class Retrieval:
         funnel: complete once the table was read.
         recall: share of a sample's results that stays when many more lists are probed; NaN before the
             table was read.
+        removed: some of the near-duplicates of the first queries; None before the table was read.
     """
 
     def __init__(
@@ -127,6 +145,7 @@ class Retrieval:
         self.nprobe = index.nprobe_for(request.k, request.nprobe)
         self.funnel = Funnel()
         self.recall = math.nan
+        self.removed: Removed | None = None
         self.table = Table(self._schema, self._batches(), self._footer)
 
     def _batches(self) -> Iterator[pa.RecordBatch]:
@@ -154,6 +173,8 @@ class Retrieval:
         labels = components_of_lists(vectors, covered.code, covered.query, threshold)
         best, columns, without_url = self._best_with_url(covered.ids, labels)
         without_url += len(distinct) - len(covered)
+        if self.removed is None:
+            self.removed = self._removed(covered, labels, best, vectors)
         self.funnel.received += len(received)
         self.funnel.without_url += without_url
         self.funnel.near_duplicates += len(received) - without_url - len(best)
@@ -175,6 +196,26 @@ class Retrieval:
         _, first = np.unique(labels[heirs], return_index=True)
         best = np.sort(np.concatenate([best[named], heirs[first]]))
         return best, self._metadata.take(ids[best]), len(members) - len(heirs)
+
+    def _removed(self, rows: _Rows, labels: Ids, best: Ids, vectors: Vectors) -> Removed:
+        """Choose near-duplicates to show: one of each group, of every query in turn."""
+        heir = np.full(len(labels), -1)
+        heir[labels[best]] = best
+        stays = heir[labels]
+        gone = np.flatnonzero((stays >= 0) & (stays != np.arange(len(labels))))
+        _, first = np.unique(stays[gone], return_index=True)
+        gone = gone[first]
+        starts = np.flatnonzero(np.diff(rows.query[gone], prepend=-1))
+        turn = np.arange(len(gone)) - np.repeat(starts, np.diff(starts, append=len(gone)))
+        gone = gone[np.argsort(turn, kind="stable")[:PAIRS]]
+        there = self._metadata.schema.names
+        shown = [name for name in ("url", "caption", THUMBNAIL_COLUMN) if name in there]
+        stays = stays[gone]
+        return Removed(
+            removed=self._metadata.take(rows.ids[gone], shown),
+            stays=self._metadata.take(rows.ids[stays], shown),
+            cosine=np.einsum("ij,ij->i", vectors[rows.code[gone]], vectors[rows.code[stays]]),
+        )
 
     def _as_table(self, kept: _Rows, columns: pa.Table, codes: Bytes) -> pa.Table:
         kept_codes = codes[kept.code]

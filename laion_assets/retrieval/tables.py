@@ -8,12 +8,14 @@ from __future__ import annotations
 import base64
 import json
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 
+from laion_assets.retrieval.arrays import Bytes
 from laion_assets.retrieval.errors import InputError
 
 PROVENANCE_KEY = "laion_assets"
@@ -28,10 +30,22 @@ DESCRIPTIONS = {
     "seed": "row of seed_embeddings this was found for; null where only the centroid found it",
     "strategies": "which strategies found the image or a near-duplicate of it",
     "code": "the row as the index stores it; the decoder in the file's footer makes it a vector",
-    "embedding": "unit vector",
+    "embedding": "unit vector: the seed, or the mean of the seeds",
+    "norm_of_mean": "length of the mean of the seeds: 1 when all are the same, near 0 without a style",
+    "seeds": "how many seeds the mean is of",
     "file": "seed file, relative to the folder of the seed set",
     "row": "row of that file",
     "thumbnail": "small picture, with the first rows only",
+    **dict.fromkeys(("NSFW", "nsfw", "punsafe"), "how unsafe the image is, as LAION's classifier says"),
+    "pwatermark": "how likely it has a watermark, as LAION's classifier says",
+    "LICENSE": "of the image, where the page named one",
+    **dict.fromkeys(("LANGUAGE", "language"), "of the caption"),
+    **dict.fromkeys(("WIDTH", "width", "original_width"), "of the image when it was collected, pixels"),
+    **dict.fromkeys(
+        ("HEIGHT", "height", "original_height"), "of the image when it was collected, pixels"
+    ),
+    "aesthetic": "how pleasing the image is, as a model predicts, from 1 to 10",
+    "md5": "of the image when it was collected",
 }
 
 
@@ -46,6 +60,8 @@ class Provenance:
         settings: the settings used, and where each came from.
         run: id of the Dagster run.
         written: when, ISO 8601 in UTC.
+        found: the counts of a search in a sentence.
+        counts: the same and all others, by name.
 
     """
 
@@ -56,6 +72,7 @@ class Provenance:
     run: str
     written: str
     found: str = ""
+    counts: Mapping[str, int] = field(default_factory=dict)
 
     @classmethod
     def now(
@@ -99,6 +116,15 @@ class Table:
     schema: pa.Schema
     batches: Iterable[pa.RecordBatch]
     footer: Callable[[], Mapping[str, str]] = dict
+
+
+def code_bytes(column: pa.ChunkedArray) -> Bytes:
+    """Return the codes of a table, (n, code size), without copying more than one column needs."""
+    codes, wide = column.combine_chunks(), column.type.byte_width
+    if not len(codes):
+        return np.empty((0, wide), np.uint8)
+    data = np.frombuffer(codes.buffers()[1], np.uint8)
+    return data[codes.offset * wide : (codes.offset + len(codes)) * wide].reshape(-1, wide)
 
 
 def decoder_footer(data: bytes) -> dict[str, str]:
