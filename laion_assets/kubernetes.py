@@ -16,6 +16,9 @@ import dagster as dg
 
 VOLUME = "laion-index"
 ASSET_LABEL = "laion-assets/asset"
+# Tags of assets, to be seen and searched for in the UI; where a step runs is decided by its op tags.
+RUNS_ON_NVME_NODE = {"laion_assets/runs_on": "nvme_node"}
+RUNS_ON_ANY_NODE = {"laion_assets/runs_on": "any_node"}
 ANY_NODE_RESOURCES = {"requests": {"cpu": "1", "memory": "4Gi"}, "limits": {"memory": "16Gi"}}
 
 

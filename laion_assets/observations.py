@@ -1,4 +1,4 @@
-"""What Dagster is told of the sources: observations with a data version, so that it knows what is stale.
+"""What Dagster is told of the sources: which version is there, so that it knows what is stale.
 
 What must not live here: looking at the sources.
 Dagster's concept: https://docs.dagster.io/guides/build/assets/external-assets
@@ -17,11 +17,20 @@ def observation(source: dg.AssetKey, version: str, seed_set: str | None = None) 
     return dg.AssetObservation(source, partition=seed_set, tags={DATA_VERSION_TAG: version})
 
 
+def arrival(source: dg.AssetKey, version: str, seed_set: str | None = None) -> dg.AssetMaterialization:
+    """Return the event that says that a source, or one seed set of it, is there in this version.
+
+    Dagster takes the two for different things: of a partitioned source it compares what was observed, of
+    any other, and for what its pages call filled, what was materialized, by whomever.
+    """
+    return dg.AssetMaterialization(source, partition=seed_set, tags={DATA_VERSION_TAG: version})
+
+
 def last_version(
     instance: dg.DagsterInstance, asset: dg.AssetKey, seed_set: str | None = None
 ) -> str | None:
     """Data version of an asset that Dagster was last told of."""
-    record = instance.get_latest_data_version_record(asset, partition_key=seed_set)
+    record = instance.get_latest_data_version_record(asset, is_source=False, partition_key=seed_set)
     version = extract_data_version_from_entry(record.event_log_entry) if record else None
     return version.value if version else None
 
@@ -44,4 +53,5 @@ def observe(
     """
     if last_version(context.instance, source, seed_set) != version:
         context.log_event(observation(source, version, seed_set))
+        context.instance.report_runless_asset_event(arrival(source, version, seed_set))
         context.get_step_execution_context().wipe_input_asset_version_info(source)

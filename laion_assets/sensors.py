@@ -16,7 +16,7 @@ import dagster as dg
 
 from laion_assets.assets.index import laion_index_source
 from laion_assets.assets.seeds import seed_embeddings, seed_folder
-from laion_assets.observations import last_version, last_versions, observation
+from laion_assets.observations import arrival, last_version, last_versions, observation
 from laion_assets.partitions import seed_sets
 from laion_assets.resources import LaionIndex, SeedFolder
 from laion_assets.retrieval.errors import InputError
@@ -127,7 +127,7 @@ def build_seed_sets_sensor(job: dg.UnresolvedAssetJobDefinition) -> dg.SensorDef
         decision = decide(
             _moving(context.cursor),
             present,
-            last_versions(context.instance, seed_folder.key, dg.DagsterEventType.ASSET_OBSERVATION),
+            last_versions(context.instance, seed_folder.key, dg.DagsterEventType.ASSET_MATERIALIZATION),
             last_versions(
                 context.instance, seed_embeddings.key, dg.DagsterEventType.ASSET_MATERIALIZATION
             ),
@@ -146,7 +146,11 @@ def build_seed_sets_sensor(job: dg.UnresolvedAssetJobDefinition) -> dg.SensorDef
                 for name in decision.run
             ],
             dynamic_partitions_requests=[seed_sets.build_add_request(new)] if new else [],
-            asset_events=[observation(seed_folder.key, present[name], name) for name in decision.report],
+            asset_events=[
+                event(seed_folder.key, present[name], name)
+                for name in decision.report
+                for event in (observation, arrival)
+            ],
             cursor=json.dumps({"moving": {name: astuple(s) for name, s in decision.moving.items()}}),
             skip_reason=None if decision.run else sentence,
         )
@@ -174,7 +178,7 @@ def build_laion_index_sensor() -> dg.SensorDefinition:
         if version == last_version(context.instance, laion_index_source.key):
             return dg.SkipReason(f"{laion_index.index_uri} is as it was, version {version}")
         return dg.SensorResult(
-            asset_events=[observation(laion_index_source.key, version)],
+            asset_events=[event(laion_index_source.key, version) for event in (observation, arrival)],
             skip_reason=f"{laion_index.index_uri} is new or has changed, version {version}",
         )
 

@@ -4,55 +4,47 @@ What must not live here: how it is copied and verified (retrieval.staging).
 Dagster's concept: https://docs.dagster.io/guides/build/assets
 """
 
-import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
 import dagster as dg
 
+from laion_assets import checks
 from laion_assets.failures import as_failures
-from laion_assets.kubernetes import RETRY_POLICY, on_nvme_node
+from laion_assets.kubernetes import RETRY_POLICY, RUNS_ON_NVME_NODE, on_nvme_node
 from laion_assets.observations import observe
 from laion_assets.partitions import require_seed_set
 from laion_assets.resources import LaionIndex
 from laion_assets.retrieval.staging import OpenIndex, Staged
 
-with warnings.catch_warnings(action="ignore", category=dg.BetaWarning):
-
-    @dg.observable_source_asset(group_name="sources", tags={"dagster/kind/gcs": ""})
-    def laion_index_source(laion_index: dg.ResourceParam[LaionIndex]) -> dg.DataVersion:
-        """The published index and its metadata, where LAION_INDEX_URI says. Not made here.
-
-        A sensor observes it every few minutes.
-        """
-        with as_failures():
-            return dg.DataVersion(laion_index.source_version())
+laion_index_source = dg.AssetSpec(
+    "laion_index_source",
+    group_name="sources",
+    kinds={"faiss", "arrow"},
+    description="The published index and its metadata, where LAION_INDEX_URI says. Not made here: a "
+    "sensor looks every few minutes whether it has changed; `staged_laion_index` is then out of date.",
+)
 
 
 @dg.asset(
     deps=[laion_index_source],
     group_name="index",
     kinds={"faiss", "arrow"},
+    tags=RUNS_ON_NVME_NODE,
     op_tags=on_nvme_node("staged_laion_index"),
     retry_policy=RETRY_POLICY,
     pool="staging",
     code_version="1",
-    check_specs=[
-        dg.AssetCheckSpec(
-            "metadata_covers_the_index",
-            asset="staged_laion_index",
-            description="Every row of the index has a metadata row, and the reverse.",
-        )
-    ],
+    check_specs=checks.STAGED,
 )
 def staged_laion_index(
     context: dg.AssetExecutionContext, laion_index: dg.ResourceParam[LaionIndex]
 ) -> dg.MaterializeResult:  # type: ignore[type-arg]  # with checks Dagster takes no other form
     """The index and its metadata on the local disk, verified.
 
-    Copied from the source when that has changed or the disk does not hold it; otherwise only checked.
-    The data version is the fingerprint of all files.
+    Copied from the source when that has changed or the disk does not hold it; otherwise only checked,
+    so a run of it costs little. Searches read it there. The data version is the fingerprint of all files.
     """
     with as_failures():
         require_seed_set(context)
@@ -61,6 +53,7 @@ def staged_laion_index(
         with laion_index.open() as opened:
             rows, metadata_rows = opened.index.rows, len(opened.metadata)
             dimension, nlist = opened.index.dimension, opened.index.nlist
+            checked = checks.of_staged_index(opened, laion_index.cache_dir)
     context.log.info(_sentence(staged, laion_index))
     return dg.MaterializeResult(
         data_version=dg.DataVersion(staged.manifest.fingerprint),
@@ -71,14 +64,7 @@ def staged_laion_index(
             "dimension": dimension,
             "inverted lists": nlist,
         },
-        check_results=[
-            dg.AssetCheckResult(
-                check_name="metadata_covers_the_index",
-                passed=rows == metadata_rows,
-                severity=dg.AssetCheckSeverity.WARN,
-                description=_coverage(rows, metadata_rows),
-            )
-        ],
+        check_results=checked,
     )
 
 
@@ -141,17 +127,3 @@ def _sentence(staged: Staged, laion_index: LaionIndex) -> str:
     if staged.retries:
         parts.append(f"{staged.retries} reads tried again")
     return "; ".join(parts)
-
-
-def _coverage(rows: int, metadata_rows: int) -> str:
-    if rows == metadata_rows:
-        return f"all {rows:,} rows have metadata"
-    if rows > metadata_rows:
-        return (
-            f"{rows - metadata_rows:,} of {rows:,} rows have no metadata: they are left out and "
-            "counted; fine if you keep only a part, such as the English one"
-        )
-    return (
-        f"{metadata_rows - rows:,} metadata rows belong to no row of the index: make sure that both are "
-        "of the same release"
-    )

@@ -11,15 +11,20 @@ from typing import Any
 
 import dagster as dg
 
+from laion_assets import checks, reports
 from laion_assets.assets.index import open_index
-from laion_assets.checks import ONE_ROW_PER_IMAGE, one_row_per_image
 from laion_assets.failures import as_failures
 from laion_assets.io_managers import StoredTable, TableOutput
-from laion_assets.kubernetes import RETRY_POLICY, on_any_node, on_nvme_node
+from laion_assets.kubernetes import (
+    RETRY_POLICY,
+    RUNS_ON_ANY_NODE,
+    RUNS_ON_NVME_NODE,
+    on_any_node,
+    on_nvme_node,
+)
 from laion_assets.partitions import seed_sets
-from laion_assets.presentation import as_markdown, draw, links, save_png, strip
-from laion_assets.resources import LaionIndex, RetrievalConfig, Settings
-from laion_assets.retrieval.combine import CombinedFunnel, check_same_origin, combine
+from laion_assets.resources import LaionIndex, Pictures, RetrievalConfig, Settings
+from laion_assets.retrieval.combine import check_same_origin, combine
 from laion_assets.retrieval.index import FURTHER
 from laion_assets.retrieval.progress import Progress
 from laion_assets.retrieval.retrieve import PICTURES, Funnel, Request, Retrieval, retrieve
@@ -28,7 +33,7 @@ from laion_assets.retrieval.tables import Provenance, Table
 
 LOW_RECALL = 0.9
 
-Outputs = Iterator[dg.MaterializeResult[TableOutput]]
+Outputs = Iterator[dg.MaterializeResult[TableOutput] | dg.AssetCheckResult]
 
 
 @dg.asset(
@@ -36,22 +41,27 @@ Outputs = Iterator[dg.MaterializeResult[TableOutput]]
     group_name="urls",
     kinds={"faiss", "parquet"},
     partitions_def=seed_sets,
+    tags=RUNS_ON_NVME_NODE,
     op_tags=on_nvme_node("knn_urls"),
     retry_policy=RETRY_POLICY,
     pool="retrieval",
-    code_version="1",
+    code_version="2",
+    check_specs=checks.KNN_URLS,
 )
 def knn_urls(
     context: dg.AssetExecutionContext,
     seed_embeddings: StoredTable,
     laion_index: dg.ResourceParam[LaionIndex],
     retrieval_config: RetrievalConfig,
+    pictures: dg.ResourceParam[Pictures],
 ) -> Outputs:
     """Images found around each seed: same context and style.
 
     Near-duplicates are removed within each seed's results; an image found for two seeds has two rows.
     """
-    yield from _retrieved(context, seed_embeddings, laion_index, retrieval_config, per_seed=True)
+    yield from _retrieved(
+        context, seed_embeddings, laion_index, retrieval_config, pictures, per_seed=True
+    )
 
 
 @dg.asset(
@@ -59,19 +69,24 @@ def knn_urls(
     group_name="urls",
     kinds={"faiss", "parquet"},
     partitions_def=seed_sets,
+    tags=RUNS_ON_NVME_NODE,
     op_tags=on_nvme_node("centroid_urls"),
     retry_policy=RETRY_POLICY,
     pool="retrieval",
-    code_version="1",
+    code_version="2",
+    check_specs=checks.CENTROID_URLS,
 )
 def centroid_urls(
     context: dg.AssetExecutionContext,
     centroid_vector: StoredTable,
     laion_index: dg.ResourceParam[LaionIndex],
     retrieval_config: RetrievalConfig,
+    pictures: dg.ResourceParam[Pictures],
 ) -> Outputs:
     """Images found around the centroid: same style, varied content; near-duplicates removed."""
-    yield from _retrieved(context, centroid_vector, laion_index, retrieval_config, per_seed=False)
+    yield from _retrieved(
+        context, centroid_vector, laion_index, retrieval_config, pictures, per_seed=False
+    )
 
 
 def _retrieved(
@@ -79,6 +94,7 @@ def _retrieved(
     vectors: StoredTable,
     laion_index: LaionIndex,
     retrieval_config: RetrievalConfig,
+    pictures: Pictures,
     *,
     per_seed: bool,
 ) -> Outputs:
@@ -108,9 +124,13 @@ def _retrieved(
             f"nprobe {found.nprobe}"
         )
 
+        written: list[tuple[StoredTable, Mapping[str, Any]]] = []
+
+        def made() -> Provenance:
+            return replace(provenance, found=found.funnel.sentence(), counts=asdict(found.funnel))
+
         def footer() -> dict[str, str]:
-            counted = replace(provenance, found=found.funnel.sentence())
-            return counted.to_footer() | dict(found.table.footer())
+            return made().to_footer() | dict(found.table.footer())
 
         def report(stored: StoredTable) -> Mapping[str, Any]:
             progress.close()
@@ -122,37 +142,39 @@ def _retrieved(
                     f"probing {FURTHER} times the lists would replace {1 - found.recall:.0%} of the "
                     f"images found: set nprobe above {found.nprobe}"
                 )
-            title = "around each seed" if per_seed else "around the centroid"
-            sheet = draw([strip(stored, title, found.funnel.sentence())])
-            return {
-                **_labelled(found.funnel),
-                "yield": round(found.funnel.yielded, 4),
-                "recall of nprobe": round(found.recall, 4),
-                "settings": _with_origins(used),
-                "index fingerprint": opened.manifest.fingerprint,
-                "seeds fingerprint": origin.seeds,
-                "contact sheet": as_markdown(sheet) if sheet else links(stored),
-            }
+            title = reports.AROUND_SEEDS if per_seed else reports.AROUND_CENTROID
+            told = reports.of_search(stored, found, made(), title, remote_pictures=pictures.remote)
+            written.append((stored, told))
+            return told
 
         table = Table(found.table.schema, found.table.batches, footer)
         yield dg.MaterializeResult(value=TableOutput(table, report))
+    ((stored, told),) = written
+    with as_failures():
+        results = [
+            *checks.of_search(stored, settings.dedup_threshold),
+            checks.yield_as_before(context, told),
+        ]
+    yield from results
 
 
 @dg.asset(
     group_name="urls",
     kinds={"parquet"},
     partitions_def=seed_sets,
+    tags=RUNS_ON_ANY_NODE,
     op_tags=on_any_node("combined_urls"),
     retry_policy=RETRY_POLICY,
     code_version="1",
-    check_specs=[ONE_ROW_PER_IMAGE],
+    check_specs=checks.COMBINED,
 )
 def combined_urls(
     context: dg.AssetExecutionContext,
     knn_urls: StoredTable,
     centroid_urls: StoredTable,
     seed_embeddings: StoredTable,
-) -> Iterator[dg.MaterializeResult[TableOutput] | dg.AssetCheckResult]:
+    pictures: dg.ResourceParam[Pictures],
+) -> Outputs:
     """Both URL sets as one table, a row per image, ready for img2dataset.
 
     Rows with the same id, the same URL, or near-duplicate pictures are one image; the row with the
@@ -171,35 +193,30 @@ def combined_urls(
         origin.seed_set, origin.seeds, origin.index, origin.settings, context.run.run_id
     )
 
-    written: list[StoredTable] = []
+    written: list[tuple[StoredTable, Mapping[str, Any]]] = []
 
     def report(stored: StoredTable) -> Mapping[str, Any]:
-        written.append(stored)
-        sheet = draw(
-            [
-                strip(seed_embeddings, origin.seed_set, f"{len(seed_embeddings):,} seeds"),
-                strip(knn_urls, "around each seed", _found(knn_urls)),
-                strip(centroid_urls, "around the centroid", _found(centroid_urls)),
-                strip(stored, "combined", f"{funnel.kept:,} images"),
-            ]
+        told = reports.of_combined(
+            stored,
+            funnel,
+            provenance,
+            {reports.AROUND_SEEDS: knn_urls, reports.AROUND_CENTROID: centroid_urls},
+            seed_embeddings,
+            remote_pictures=pictures.remote,
         )
-        figures = {
-            **_labelled(funnel),
-            "index fingerprint": origin.index,
-            "seeds fingerprint": origin.seeds,
-            "settings": _with_origins(origin.settings),
-        }
-        if sheet is None:
-            return figures | {"contact sheet": links(stored)}
-        picture = save_png(sheet, stored.where.removesuffix(".parquet") + ".png")
-        return figures | {
-            "picture": dg.MetadataValue.path(picture),
-            "contact sheet": as_markdown(sheet),
-        }
+        written.append((stored, told))
+        return told
 
     table = Table(combined.table.schema, combined.table.batches, provenance.to_footer)
     yield dg.MaterializeResult(value=TableOutput(table, report))
-    yield one_row_per_image(written[0])
+    ((stored, told),) = written
+    with as_failures():
+        threshold = origin.settings["dedup_threshold"]
+        results = [
+            *checks.of_combined(stored, knn_urls, centroid_urls, threshold),
+            checks.yield_as_before(context, told),
+        ]
+    yield from results
 
 
 def _shortfall(found: Retrieval) -> str:
@@ -208,23 +225,10 @@ def _shortfall(found: Retrieval) -> str:
     return f"the index returned {missing:,} fewer than requested (nprobe {found.nprobe}): {remedy}"
 
 
-def _found(table: StoredTable) -> str:
-    return Provenance.from_footer(table.footer, table.where).found
-
-
 def _used(settings: Settings, nprobe: int | None) -> dict[str, Any]:
     """Settings as they were used, with where each came from."""
     chosen = {"nprobe": "chosen from the number of images"} if settings.nprobe is None else {}
     return settings.values() | {"nprobe": nprobe, "origins": dict(settings.origins) | chosen}
-
-
-def _with_origins(used: Mapping[str, Any]) -> dict[str, str]:
-    return {name: f"{used[name]} ({origin})" for name, origin in used["origins"].items()}
-
-
-def _labelled(funnel: Funnel | CombinedFunnel) -> dict[str, int]:
-    """The counts, named as all other metadata in the UI."""
-    return {name.replace("_", " "): count for name, count in asdict(funnel).items()}
 
 
 def _sentence(funnel: Funnel) -> str:
