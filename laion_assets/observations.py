@@ -23,7 +23,12 @@ def arrival(source: dg.AssetKey, version: str, seed_set: str | None = None) -> d
     Dagster takes the two for different things: of a partitioned source it compares what was observed, of
     any other, and for what its pages call filled, what was materialized, by whomever.
     """
-    return dg.AssetMaterialization(source, partition=seed_set, tags={DATA_VERSION_TAG: version})
+    return dg.AssetMaterialization(
+        source,
+        partition=seed_set,
+        metadata={"fingerprint": version},
+        tags={DATA_VERSION_TAG: version},
+    )
 
 
 def last_version(

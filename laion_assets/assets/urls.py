@@ -204,6 +204,7 @@ def combined_urls(
             seed_embeddings,
             remote_pictures=pictures.remote,
         )
+        context.log.info(f"{len(stored):,} rows, {stored.size:,} bytes in {stored.where}")
         written.append((stored, told))
         return told
 

@@ -84,7 +84,7 @@ class Provenance:
 
     def to_footer(self) -> dict[str, str]:
         """Key-value metadata for the file's footer."""
-        return {PROVENANCE_KEY: json.dumps(asdict(self), sort_keys=True)}
+        return {PROVENANCE_KEY: json.dumps(asdict(self))}
 
     @classmethod
     def from_footer(cls, footer: Mapping[str, str], where: str) -> Provenance:
