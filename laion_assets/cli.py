@@ -22,8 +22,9 @@ from laion_assets.definitions import JOB, build_defs
 from laion_assets.demo.build import build_demo
 from laion_assets.launcher import fail_abandoned_runs, process_lock
 from laion_assets.partitions import seed_sets
-from laion_assets.resources import DATA, DEFAULTS, KINDS, RetrievalConfig, seeds_from
+from laion_assets.resources import DATA, seeds_from
 from laion_assets.retrieval.errors import InputError
+from laion_assets.settings import DEFAULTS, KINDS, RetrievalConfig
 
 DEMO_SET = "fruit"
 ENVIRONMENT_OF_DATA = ("LAION_INDEX_URI", "LAION_METADATA_URI", "LAION_SEEDS_URI")
@@ -99,9 +100,9 @@ def materialize(seed_set: str, given: Mapping[str, Any]) -> int:
         InputError: no such seed set, or a setting out of bounds.
 
     """
-    seeds_from(os.environ).find(seed_set)
-    config = RetrievalConfig(**given)
-    config.resolve(os.environ)
+    seeds = seeds_from(os.environ)
+    own = seeds.settings(seeds.find(seed_set))
+    RetrievalConfig(**given).resolve(os.environ, own, seed_set)
     job = build_defs(os.environ, {"console": console}).resolve_job_def(JOB)
     with instance() as kept, process_lock() as tags:
         for run_id in fail_abandoned_runs(kept):

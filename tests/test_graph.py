@@ -19,11 +19,11 @@ from PIL import Image
 
 from laion_assets.definitions import build_defs
 from laion_assets.presentation import SHEET_BYTES, SHEET_WIDTH
-from laion_assets.resources import RetrievalConfig
 from laion_assets.retrieval.errors import InputError
 from laion_assets.retrieval.seeds import list_seed_sets
 from laion_assets.retrieval.staging import Manifest
 from laion_assets.retrieval.tables import PROVENANCE_KEY
+from laion_assets.settings import RetrievalConfig
 
 TABLES = ("seed_embeddings", "centroid_vector", "knn_urls", "centroid_urls", "combined_urls")
 
@@ -91,6 +91,7 @@ def test_only_the_settings_of_a_request_can_be_changed_for_a_run():
     assert set(fields["retrieval_config"].config_type.fields["config"].config_type.fields) == {
         "nb_images_knn",
         "nb_images_centroid",
+        "target_images",
         "dedup_threshold",
         "nprobe",
     }

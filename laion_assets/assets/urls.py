@@ -17,14 +17,16 @@ from laion_assets.failures import as_failures
 from laion_assets.io_managers import StoredTable, TableOutput
 from laion_assets.kubernetes import RETRY_POLICY, on_any_node, on_nvme_node
 from laion_assets.partitions import seed_sets
+from laion_assets.past_runs import MADE_WITH, YIELD, yield_for
 from laion_assets.presentation import as_markdown, draw, links, save_png, strip
-from laion_assets.resources import LaionIndex, RetrievalConfig, Settings
+from laion_assets.resources import LaionIndex
 from laion_assets.retrieval.combine import CombinedFunnel, check_same_origin, combine
 from laion_assets.retrieval.index import FURTHER
 from laion_assets.retrieval.progress import Progress
 from laion_assets.retrieval.retrieve import PICTURES, Funnel, Request, Retrieval, retrieve
 from laion_assets.retrieval.seeds import embeddings_of
 from laion_assets.retrieval.tables import Provenance, Table
+from laion_assets.settings import RetrievalConfig, Settings
 
 LOW_RECALL = 0.9
 
@@ -84,11 +86,18 @@ def _retrieved(
 ) -> Outputs:
     """Yield the images around the vectors of a table; the index stays open while they are written."""
     with as_failures():
-        settings = retrieval_config.resolve(os.environ)
-        k = settings.nb_images_knn if per_seed else settings.nb_images_centroid
-    with as_failures(), open_index(context, laion_index) as opened:
         origin = Provenance.from_footer(vectors.footer, vectors.where)
+        asked = retrieval_config.resolve(os.environ, origin.own_settings, origin.seed_set)
+        expected = yield_for(context, origin.seed_set, asked)
         queries = embeddings_of(vectors.read(["embedding"]))
+        seeds = len(queries) if per_seed else vectors.read(["seeds"])["seeds"][0].as_py()
+    with as_failures(), open_index(context, laion_index) as opened:
+        settings = asked.sized(seeds, expected, opened.index.rows)
+        k = settings.values()["nb_images_knn" if per_seed else "nb_images_centroid"]
+        if asked.target_images:
+            context.log.info(
+                f"to keep {asked.target_images:,} images, from {seeds:,} seeds, at {expected}"
+            )
         progress = Progress("queries", len(queries), "", context.log.info)
         found = retrieve(
             opened.index,
@@ -185,9 +194,11 @@ def combined_urls(
         )
         figures = {
             **_labelled(funnel),
+            **_against_what_was_wanted(funnel.kept, origin.settings, len(seed_embeddings)),
             "index fingerprint": origin.index,
             "seeds fingerprint": origin.seeds,
             "settings": _with_origins(origin.settings),
+            MADE_WITH: dict(origin.settings),
         }
         if sheet is None:
             return figures | {"contact sheet": links(stored)}
@@ -200,6 +211,15 @@ def combined_urls(
     table = Table(combined.table.schema, combined.table.batches, provenance.to_footer)
     yield dg.MaterializeResult(value=TableOutput(table, report))
     yield one_row_per_image(written[0])
+
+
+def _against_what_was_wanted(kept: int, settings: Mapping[str, Any], seeds: int) -> dict[str, Any]:
+    """Compare what was kept with what both strategies asked for, and with the target if there is one."""
+    requested = settings["nb_images_knn"] * seeds + settings["nb_images_centroid"]
+    figures = {"requested": requested, YIELD: round(kept / requested, 6)}
+    target = settings.get("target_images")
+    wanted = {"target images": target, "target reached": round(kept / target, 4)} if target else {}
+    return figures | wanted
 
 
 def _shortfall(found: Retrieval) -> str:
