@@ -36,18 +36,18 @@ class Materialized:
 
 
 def materializations(
-    instance: dg.DagsterInstance, asset: str, seed_set: str, before: float | None = None
+    instance: dg.DagsterInstance, asset: str, seed_set: str | None = None, before: float | None = None
 ) -> Iterator[Materialized]:
     """Yield what was reported of the last materializations, the latest first.
 
     Args:
         instance: whose history to look into.
         asset: name.
-        seed_set: partition.
+        seed_set: partition; None for an asset that has none.
         before: seconds since 1970; what came later does not count.
 
     """
-    asked = dg.AssetRecordsFilter(dg.AssetKey(asset), [seed_set], before_timestamp=before)
+    asked = dg.AssetRecordsFilter(dg.AssetKey(asset), seed_set and [seed_set], before_timestamp=before)
     for record in instance.fetch_materializations(asked, limit=LOOKED_AT).records:
         made = record.asset_materialization
         if made is not None:
