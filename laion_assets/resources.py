@@ -6,7 +6,6 @@ Dagster's concept: https://docs.dagster.io/guides/build/external-resources
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -23,6 +22,7 @@ from laion_assets.retrieval.seeds import (
     read_settings,
 )
 from laion_assets.retrieval.staging import (
+    STAGE_AGAIN,
     NotStagedError,
     OpenIndex,
     Source,
@@ -30,6 +30,7 @@ from laion_assets.retrieval.staging import (
     open_staged,
     stage,
     verified_manifest,
+    version_of,
 )
 
 DATA = Path("data")  # the one project folder; dagster.yaml keeps Dagster's own storage there too
@@ -68,22 +69,27 @@ class LaionIndex:
             log=log,
         )
 
-    def what_is_missing(self) -> str | None:
-        """Say what the local disk lacks of the index; None when all of it is there."""
+    def what_is_missing(self, claimed: str | None) -> str | None:
+        """Say what the local disk lacks of the index; None when all of it is there.
+
+        Args:
+            claimed: fingerprint of the index that was staged last, as far as Dagster knows.
+
+        """
         try:
-            verified_manifest(self.cache_dir)
+            held = verified_manifest(self.cache_dir).fingerprint
         except NotStagedError as error:
             return str(error)
-        return None
+        if claimed in (None, held):
+            return None
+        return (
+            f"{self.cache_dir} holds the index {held}, and the last that Dagster knows to be staged is "
+            f"{claimed}: {STAGE_AGAIN}"
+        )
 
     def source_version(self) -> str:
-        """Changes with the name, size or content of any file at the source; only lists them.
-
-        Where a listing tells no checksums, the time of writing stands for the content.
-        """
-        files = Source(self.index_uri, self.metadata_uri).list()
-        lines = sorted(f"{file.name}\t{file.size}\t{file.checksum or file.version}" for file in files)
-        return hashlib.sha256("\n".join(lines).encode()).hexdigest()[:16]
+        """Return the version of the source; only lists its files."""
+        return version_of(Source(self.index_uri, self.metadata_uri).list())
 
     @contextmanager
     def open(self) -> Iterator[OpenIndex]:
