@@ -28,6 +28,7 @@ from laion_assets.retrieval.errors import InputError
 from laion_assets.settings import DEFAULTS, KINDS, RetrievalConfig
 
 DEMO_SET = "fruit"
+METAVARS: Mapping[type, str] = {int: "N", float: "COSINE", str: "CONDITIONS"}
 ENVIRONMENT_OF_DATA = ("LAION_INDEX_URI", "LAION_METADATA_URI", "LAION_SEEDS_URI")
 
 
@@ -58,7 +59,7 @@ def _parser() -> argparse.ArgumentParser:
         materialize.add_argument(
             f"--{name.replace('_', '-')}",
             type=kind,
-            metavar="N" if kind is int else "COSINE",
+            metavar=METAVARS[kind],
             help=RetrievalConfig.model_fields[name].description,
         )
     materialize.set_defaults(command=_materialize)

@@ -18,7 +18,7 @@ from laion_assets.settings import Settings
 LOOKED_AT = 20  # materializations, the latest first
 YIELD = "combined yield"
 MADE_WITH = "made with"
-THAT_CHANGE_THE_YIELD = ("dedup_threshold",)
+THAT_CHANGE_THE_YIELD = ("dedup_threshold", "filters")
 
 
 @dataclass(frozen=True)
@@ -60,8 +60,8 @@ def measured_yield(
 ) -> Yield:
     """Return the combined yield of the last run of a set with settings that give the same one.
 
-    A run that kept nothing, or that had another threshold, tells nothing; without any other the yield is
-    the one that is usual.
+    A run that kept nothing, or that had another threshold or other filters, tells nothing; without any
+    other the yield is the one that is usual.
     """
     wanted = {name: settings.values()[name] for name in THAT_CHANGE_THE_YIELD}
     for past in materializations(instance, "combined_urls", seed_set, before):

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, Literal, get_args
 
 from laion_assets.retrieval.errors import InputError
+from laion_assets.retrieval.filters import BlockList, read_block_list
 from laion_assets.retrieval.seeds import (
     Seeds,
     SeedSet,
@@ -49,6 +50,7 @@ class LaionIndex:
         staging: `full` copies it there, `in-place` uses a local index where it is.
         metadata_columns: names of the url and caption columns, when unusual.
         lost_index: what a step that needs the index does on a disk that lacks it: `restage` or `fail`.
+        block_list_uri: file of the images that must not get into any table.
 
     """
 
@@ -58,6 +60,7 @@ class LaionIndex:
     staging: str
     metadata_columns: Mapping[str, str]
     lost_index: str
+    block_list_uri: str | None
 
     def stage(self, log: Callable[[str], None]) -> Staged:
         """Make the index available on the local disk."""
@@ -90,6 +93,10 @@ class LaionIndex:
     def source_version(self) -> str:
         """Return the version of the source; only lists its files."""
         return version_of(Source(self.index_uri, self.metadata_uri).list())
+
+    def block_list(self) -> BlockList | None:
+        """Read the images that must not get into any table; None where no list is set."""
+        return read_block_list(self.block_list_uri) if self.block_list_uri else None
 
     @contextmanager
     def open(self) -> Iterator[OpenIndex]:
@@ -135,6 +142,7 @@ def index_from(environment: Mapping[str, str]) -> LaionIndex:
         staging=_choice(environment, "LAION_STAGING", get_args(Staging)),
         metadata_columns=_columns(environment.get("LAION_METADATA_COLUMNS", "")),
         lost_index=_choice(environment, "LAION_LOST_INDEX", get_args(LostIndex)),
+        block_list_uri=environment.get("LAION_BLOCK_LIST") or None,
     )
 
 

@@ -16,6 +16,7 @@ import dagster as dg
 from pydantic import Field
 
 from laion_assets.retrieval.errors import InputError
+from laion_assets.retrieval.filters import conditions_in
 from laion_assets.retrieval.seeds import SETTINGS_FILE
 from laion_assets.retrieval.sizing import Yield, counts_for
 
@@ -25,6 +26,7 @@ DEFAULTS: Mapping[str, Any] = {
     "target_images": None,
     "dedup_threshold": 0.94,
     "nprobe": None,
+    "filters": None,
 }
 KINDS: Mapping[str, type] = {
     "nb_images_knn": int,
@@ -32,8 +34,13 @@ KINDS: Mapping[str, type] = {
     "target_images": int,
     "dedup_threshold": float,
     "nprobe": int,
+    "filters": str,
 }
-KIND_NAMES: Mapping[type, str] = {int: "a whole number", float: "a number"}
+KIND_NAMES: Mapping[type, str] = {
+    int: "a whole number",
+    float: "a number",
+    str: "a text (quote it)",
+}
 COUNTS = ("nb_images_knn", "nb_images_centroid")
 MANY = 1e300  # beyond that numbers are not numbers any more
 FOR_THIS_RUN = "Launchpad or command line"
@@ -49,6 +56,7 @@ class Settings:
         target_images: images wanted in the combined table; None where the two counts are given.
         dedup_threshold: cosine above which two images are near-duplicates.
         nprobe: inverted lists to look into; None to choose it from the number of images.
+        filters: conditions on the metadata; None for none.
         origins: of each setting that has a value.
 
     """
@@ -58,6 +66,7 @@ class Settings:
     target_images: int | None
     dedup_threshold: float
     nprobe: int | None
+    filters: str | None
     origins: Mapping[str, str]
 
     def values(self) -> dict[str, Any]:
@@ -115,6 +124,11 @@ class RetrievalConfig(dg.ConfigurableResource[None]):
         default=None,
         description="Inverted lists to probe, at least 1 (default: chosen from the number of images)",
     )
+    filters: str | None = Field(
+        default=None,
+        description="Conditions on columns of the metadata, such as punsafe < 0.5 and width >= 256 "
+        "(default: none)",
+    )
 
     def resolve(
         self,
@@ -146,6 +160,8 @@ class RetrievalConfig(dg.ConfigurableResource[None]):
         chosen |= _how_many(levels)
         for name, value in chosen.items():
             _check(name, value)
+        if not chosen["filters"].value:  # an empty text: those of levels further away do not hold
+            chosen["filters"] = UNSET
         return Settings(
             **{name: value.value for name, value in chosen.items()},
             origins={name: v.origin for name, v in chosen.items() if v.value is not None},
@@ -241,5 +257,7 @@ def _check(name: str, chosen: _Value) -> None:
                 f"dedup_threshold is {chosen.value} (from {chosen.origin}): give a cosine over 0 and up "
                 "to 1, where 1 keeps all"
             )
+    elif name == "filters":
+        conditions_in(chosen.value, chosen.origin)
     elif chosen.value < 1:
         raise InputError(f"{name} is {chosen.value} (from {chosen.origin}): give 1 or more")

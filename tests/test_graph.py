@@ -94,6 +94,7 @@ def test_only_the_settings_of_a_request_can_be_changed_for_a_run():
         "target_images",
         "dedup_threshold",
         "nprobe",
+        "filters",
     }
 
 
@@ -153,7 +154,8 @@ def test_the_counts_go_from_requested_to_kept_without_a_gap(done):
         told = reported(result, name)
         assert told["requested"] == requested
         assert told["requested"] >= told["received"] > told["kept"] > 0
-        assert told["received"] - told["near duplicates"] - told["without url"] == told["kept"]
+        lost = ("without url", "blocked", "filtered", "near duplicates")
+        assert told["received"] - sum(told[reason] for reason in lost) == told["kept"]
         assert told["kept"] == pq.read_metadata(project.table(name, "flower")).num_rows
         assert told["yield"] == round(told["kept"] / told["requested"], 4)
     told = reported(result, "combined_urls")

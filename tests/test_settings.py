@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 from conftest import Project, Ticks, failures, new_project, reported
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from laion_assets.retrieval.errors import InputError
@@ -43,6 +43,7 @@ NAMES = ("target_images", *COUNTS, "nprobe")
 LEVEL = st.dictionaries(st.sampled_from(NAMES), st.integers(1, 10**6))
 
 
+@settings(deadline=None)
 @given(run=LEVEL, own=LEVEL, environment=LEVEL)
 def test_the_nearest_level_decides_each_setting_and_whether_counts_or_a_target(run, own, environment):
     levels = {RUN: run, OWN: own, "environment": environment}
@@ -96,6 +97,8 @@ REFUSED = {
     "nb_images_knn: [1, 2]": "sets nb_images_knn to a list, which is not a whole number",
     "dedup_threshold: 2001-01-01": "sets dedup_threshold to .*, which is not a number",
     f"dedup_threshold: 1{'0' * 400}": "sets dedup_threshold to 10*, which is not a number",
+    "filters: 5": r"sets filters to 5, which is not a text \(quote it\): correct or remove it",
+    "filters: width >> 5": r"filters \(from cats/.*\) cannot be read from 'width >> 5' on: write",
     "dedup_threshold: .nan": "sets dedup_threshold to nan, which is not a number",
     "nb_images_knn: 0": r"nb_images_knn is 0 \(from cats/settings.yaml\): give 1 or more",
     "target_images: 5\nnb_images_knn: 5": "target_images is 5 .* and nb_images_knn is 5 .* not both",
@@ -232,6 +235,7 @@ def test_a_set_with_wrong_settings_fails_at_once_in_a_sentence(project):
 # --- as many images as are wanted -----------------------------------------------------------------
 
 
+@settings(deadline=None)
 @given(
     target=st.integers(1, 10**9),
     seeds=st.integers(1, 10**5),

@@ -21,6 +21,7 @@ from laion_assets.past_runs import MADE_WITH, YIELD, yield_for
 from laion_assets.presentation import as_markdown, draw, links, save_png, strip
 from laion_assets.resources import LaionIndex
 from laion_assets.retrieval.combine import CombinedFunnel, check_same_origin, combine
+from laion_assets.retrieval.filters import BLOCK_LIST_SETTING, BlockList, Filters, conditions_in
 from laion_assets.retrieval.index import FURTHER
 from laion_assets.retrieval.progress import Progress
 from laion_assets.retrieval.retrieve import PICTURES, Funnel, Request, Retrieval, retrieve
@@ -91,6 +92,8 @@ def _retrieved(
         expected = yield_for(context, origin.seed_set, asked)
         queries = embeddings_of(vectors.read(["embedding"]))
         seeds = len(queries) if per_seed else vectors.read(["seeds"])["seeds"][0].as_py()
+        conditions = conditions_in(asked.filters or "", asked.origins.get("filters", ""))
+        filters = Filters(conditions, laion_index.block_list())
     with as_failures(), open_index(context, laion_index) as opened:
         settings = asked.sized(seeds, expected, opened.index.rows)
         k = settings.values()["nb_images_knn" if per_seed else "nb_images_centroid"]
@@ -103,11 +106,11 @@ def _retrieved(
             opened.index,
             opened.metadata,
             queries,
-            Request(k, settings.dedup_threshold, settings.nprobe),
+            Request(k, settings.dedup_threshold, settings.nprobe, filters),
             per_seed=per_seed,
             progress=progress.advance,
         )
-        used = _used(settings, found.nprobe)
+        used = _used(settings, found.nprobe, filters.block_list)
         provenance = Provenance.now(
             origin.seed_set, origin.seeds, opened.manifest.fingerprint, used, context.run.run_id
         )
@@ -232,10 +235,15 @@ def _found(table: StoredTable) -> str:
     return Provenance.from_footer(table.footer, table.where).found
 
 
-def _used(settings: Settings, nprobe: int | None) -> dict[str, Any]:
+def _used(settings: Settings, nprobe: int | None, block_list: BlockList | None) -> dict[str, Any]:
     """Settings as they were used, with where each came from."""
-    chosen = {"nprobe": "chosen from the number of images"} if settings.nprobe is None else {}
-    return settings.values() | {"nprobe": nprobe, "origins": dict(settings.origins) | chosen}
+    used = settings.values() | {"nprobe": nprobe}
+    origins = dict(settings.origins)
+    if settings.nprobe is None:
+        origins["nprobe"] = "chosen from the number of images"
+    if block_list is not None:
+        used["block_list"], origins["block_list"] = str(block_list), BLOCK_LIST_SETTING
+    return used | {"origins": origins}
 
 
 def _with_origins(used: Mapping[str, Any]) -> dict[str, str]:
@@ -248,7 +256,7 @@ def _labelled(funnel: Funnel | CombinedFunnel) -> dict[str, int]:
 
 
 def _sentence(funnel: Funnel) -> str:
-    return (
-        f"{funnel.sentence()} ({funnel.near_duplicates:,} near-duplicates, "
-        f"{funnel.without_url:,} without a URL; yield {funnel.yielded:.0%})"
-    )
+    lost = [f"{funnel.near_duplicates:,} near-duplicates", f"{funnel.without_url:,} without a URL"]
+    lost += [f"{funnel.blocked:,} blocked"] if funnel.blocked else []
+    lost += [f"{funnel.filtered:,} filtered out"] if funnel.filtered else []
+    return f"{funnel.sentence()} ({', '.join(lost)}; yield {funnel.yielded:.0%})"

@@ -79,7 +79,7 @@ class _Rows:
 
 
 def check_same_origin(knn: Stored, centroid: Stored, seeds: Stored) -> Provenance:
-    """Refuse two sets that were not made from the same index and from these seeds.
+    """Refuse two sets that were not made from the same index and these seeds, with the same filters.
 
     Returns:
         The provenance of the knn set, with the settings of both.
@@ -97,12 +97,19 @@ def check_same_origin(knn: Stored, centroid: Stored, seeds: Stored) -> Provenanc
                 f"{asset} of {made.seed_set!r} was made from other seeds or another settings.yaml "
                 f"({made.seeds}) than seed_embeddings now holds ({current}): materialize {asset} again"
             )
+    older = "knn_urls" if one.written < other.written else "centroid_urls"
     if one.index != other.index:
-        older = "knn_urls" if one.written < other.written else "centroid_urls"
         raise InputError(
             f"knn_urls and centroid_urls of {one.seed_set!r} were made from different indices "
             f"({one.index} and {other.index}): materialize {older} again, it is the older one"
         )
+    for name in ("filters", "block_list"):
+        if one.settings.get(name) != other.settings.get(name):
+            raise InputError(
+                f"knn_urls and centroid_urls of {one.seed_set!r} were made with different "
+                f"{name.replace('_', ' ')} ({one.settings.get(name) or 'none'} and "
+                f"{other.settings.get(name) or 'none'}): materialize {older} again, it is the older one"
+            )
     return replace(one, settings=_settings_of_both(one.settings, other.settings))
 
 
