@@ -18,6 +18,7 @@ from laion_assets.settings import Settings
 LOOKED_AT = 20  # materializations, the latest first
 YIELD = "combined yield"
 MADE_WITH = "made with"
+OWN_SETTINGS = "settings.yaml"
 THAT_CHANGE_THE_YIELD = ("dedup_threshold", "filters")
 
 
