@@ -149,9 +149,7 @@ class Retrieval:
         received = _Rows.of(hits, first)
         distinct = received[_first_of_each(received.query, received.ids)]
         covered = distinct[self._metadata.covers(distinct.ids)]
-        vectors = decoded(hits.codes, self._decode)
-        threshold = self._request.dedup_threshold
-        labels = components_of_lists(vectors, covered.code, covered.query, threshold)
+        labels = self._labels(covered, hits.codes)
         best, columns, without_url = self._best_with_url(covered.ids, labels)
         without_url += len(distinct) - len(covered)
         self.funnel.received += len(received)
@@ -159,6 +157,13 @@ class Retrieval:
         self.funnel.near_duplicates += len(received) - without_url - len(best)
         self.funnel.kept += len(best)
         return self._as_table(covered[best], columns, hits.codes)
+
+    def _labels(self, rows: _Rows, codes: Bytes) -> Ids:
+        """Label each row with its best-ranked near-duplicate; at a threshold of 1 there are none."""
+        threshold = self._request.dedup_threshold
+        if threshold < 1:
+            return components_of_lists(decoded(codes, self._decode), rows.code, rows.query, threshold)
+        return np.arange(len(rows))
 
     def _best_with_url(self, ids: Ids, labels: Ids) -> tuple[Ids, pa.Table, int]:
         """Return the best-ranked row with a URL of each component, their metadata, and how many had none.
