@@ -13,6 +13,7 @@ from laion_assets.assets import index, seeds, urls
 from laion_assets.io_managers import ParquetIOManager
 from laion_assets.launcher import end_with_parent
 from laion_assets.sensors import build_laion_index_sensor, build_seed_sets_sensor
+from laion_assets.settings import RetrievalConfig
 
 JOB = "seed_set_job"
 
@@ -44,7 +45,7 @@ def build_defs(
         resources={
             "laion_index": resources.index_from(environment),
             "seeds": resources.seeds_from(environment),
-            "retrieval_config": resources.RetrievalConfig(),
+            "retrieval_config": RetrievalConfig(),
             "io_manager": ParquetIOManager(base=resources.output_from(environment)),
         },
         executor=kubernetes.executor(environment),

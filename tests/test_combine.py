@@ -167,7 +167,8 @@ def _same(x: dict, y: dict) -> bool:
 
 
 def made_from(seeds: str, index: str | None, written: str) -> InMemory:
-    settings = {"dedup_threshold": 0.94}
+    settings = {"nb_images_centroid": 9, "dedup_threshold": 0.94}
+    settings["origins"] = dict.fromkeys(settings, "default")
     footer = Provenance("cats", seeds, index, settings, "run", written).to_footer()
     assert json.loads(footer["laion_assets"])["seeds"] == seeds
     return InMemory([], seed=True, footer=footer)

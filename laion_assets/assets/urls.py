@@ -17,14 +17,17 @@ from laion_assets.failures import as_failures
 from laion_assets.io_managers import StoredTable, TableOutput
 from laion_assets.kubernetes import RETRY_POLICY, on_any_node, on_nvme_node
 from laion_assets.partitions import seed_sets
+from laion_assets.past_runs import MADE_WITH, YIELD, yield_for
 from laion_assets.presentation import as_markdown, draw, links, save_png, strip
-from laion_assets.resources import LaionIndex, RetrievalConfig, Settings
+from laion_assets.resources import LaionIndex
 from laion_assets.retrieval.combine import CombinedFunnel, check_same_origin, combine
+from laion_assets.retrieval.filters import BLOCK_LIST_SETTING, BlockList, Filters, conditions_in
 from laion_assets.retrieval.index import FURTHER
 from laion_assets.retrieval.progress import Progress
 from laion_assets.retrieval.retrieve import PICTURES, Funnel, Request, Retrieval, retrieve
 from laion_assets.retrieval.seeds import embeddings_of
 from laion_assets.retrieval.tables import Provenance, Table
+from laion_assets.settings import RetrievalConfig, Settings
 
 LOW_RECALL = 0.9
 
@@ -84,21 +87,30 @@ def _retrieved(
 ) -> Outputs:
     """Yield the images around the vectors of a table; the index stays open while they are written."""
     with as_failures():
-        settings = retrieval_config.resolve(os.environ)
-        k = settings.nb_images_knn if per_seed else settings.nb_images_centroid
-    with as_failures(), open_index(context, laion_index) as opened:
         origin = Provenance.from_footer(vectors.footer, vectors.where)
+        asked = retrieval_config.resolve(os.environ, origin.own_settings, origin.seed_set)
+        expected = yield_for(context, origin.seed_set, asked)
         queries = embeddings_of(vectors.read(["embedding"]))
+        seeds = len(queries) if per_seed else vectors.read(["seeds"])["seeds"][0].as_py()
+        conditions = conditions_in(asked.filters or "", asked.origins.get("filters", ""))
+        filters = Filters(conditions, laion_index.block_list())
+    with as_failures(), open_index(context, laion_index) as opened:
+        settings = asked.sized(seeds, expected, opened.index.rows)
+        k = settings.values()["nb_images_knn" if per_seed else "nb_images_centroid"]
+        if asked.target_images:
+            context.log.info(
+                f"to keep {asked.target_images:,} images, from {seeds:,} seeds, at {expected}"
+            )
         progress = Progress("queries", len(queries), "", context.log.info)
         found = retrieve(
             opened.index,
             opened.metadata,
             queries,
-            Request(k, settings.dedup_threshold, settings.nprobe),
+            Request(k, settings.dedup_threshold, settings.nprobe, filters),
             per_seed=per_seed,
             progress=progress.advance,
         )
-        used = _used(settings, found.nprobe)
+        used = _used(settings, found.nprobe, filters.block_list)
         provenance = Provenance.now(
             origin.seed_set, origin.seeds, opened.manifest.fingerprint, used, context.run.run_id
         )
@@ -185,9 +197,11 @@ def combined_urls(
         )
         figures = {
             **_labelled(funnel),
+            **_against_what_was_wanted(funnel.kept, origin.settings, len(seed_embeddings)),
             "index fingerprint": origin.index,
             "seeds fingerprint": origin.seeds,
             "settings": _with_origins(origin.settings),
+            MADE_WITH: dict(origin.settings),
         }
         if sheet is None:
             return figures | {"contact sheet": links(stored)}
@@ -202,6 +216,15 @@ def combined_urls(
     yield one_row_per_image(written[0])
 
 
+def _against_what_was_wanted(kept: int, settings: Mapping[str, Any], seeds: int) -> dict[str, Any]:
+    """Compare what was kept with what both strategies asked for, and with the target if there is one."""
+    requested = settings["nb_images_knn"] * seeds + settings["nb_images_centroid"]
+    figures = {"requested": requested, YIELD: round(kept / requested, 6)}
+    target = settings.get("target_images")
+    wanted = {"target images": target, "target reached": round(kept / target, 4)} if target else {}
+    return figures | wanted
+
+
 def _shortfall(found: Retrieval) -> str:
     missing = found.funnel.requested - found.funnel.received
     remedy = "ask for fewer images" if found.nprobe is None else "set a higher nprobe, or ask for fewer"
@@ -212,10 +235,15 @@ def _found(table: StoredTable) -> str:
     return Provenance.from_footer(table.footer, table.where).found
 
 
-def _used(settings: Settings, nprobe: int | None) -> dict[str, Any]:
+def _used(settings: Settings, nprobe: int | None, block_list: BlockList | None) -> dict[str, Any]:
     """Settings as they were used, with where each came from."""
-    chosen = {"nprobe": "chosen from the number of images"} if settings.nprobe is None else {}
-    return settings.values() | {"nprobe": nprobe, "origins": dict(settings.origins) | chosen}
+    used = settings.values() | {"nprobe": nprobe}
+    origins = dict(settings.origins)
+    if settings.nprobe is None:
+        origins["nprobe"] = "chosen from the number of images"
+    if block_list is not None:
+        used["block_list"], origins["block_list"] = str(block_list), BLOCK_LIST_SETTING
+    return used | {"origins": origins}
 
 
 def _with_origins(used: Mapping[str, Any]) -> dict[str, str]:
@@ -228,7 +256,7 @@ def _labelled(funnel: Funnel | CombinedFunnel) -> dict[str, int]:
 
 
 def _sentence(funnel: Funnel) -> str:
-    return (
-        f"{funnel.sentence()} ({funnel.near_duplicates:,} near-duplicates, "
-        f"{funnel.without_url:,} without a URL; yield {funnel.yielded:.0%})"
-    )
+    lost = [f"{funnel.near_duplicates:,} near-duplicates", f"{funnel.without_url:,} without a URL"]
+    lost += [f"{funnel.blocked:,} blocked"] if funnel.blocked else []
+    lost += [f"{funnel.filtered:,} filtered out"] if funnel.filtered else []
+    return f"{funnel.sentence()} ({', '.join(lost)}; yield {funnel.yielded:.0%})"

@@ -81,10 +81,10 @@ class _Rows:
 
 
 def check_same_origin(knn: Stored, centroid: Stored, seeds: Stored) -> Provenance:
-    """Refuse two sets that were not made from the same index and from these seeds.
+    """Refuse two sets that were not made from the same index and these seeds, with the same filters.
 
     Returns:
-        The provenance of the knn set, with the lower of the two thresholds.
+        The provenance of the knn set, with the settings of both.
 
     Raises:
         InputError: says on what they disagree and which to materialize again.
@@ -96,17 +96,36 @@ def check_same_origin(knn: Stored, centroid: Stored, seeds: Stored) -> Provenanc
     for asset, made in (("knn_urls", one), ("centroid_urls", other)):
         if made.seeds != current:
             raise InputError(
-                f"{asset} of {made.seed_set!r} was made from other seeds ({made.seeds}) than "
-                f"seed_embeddings now holds ({current}): materialize {asset} again"
+                f"{asset} of {made.seed_set!r} was made from other seeds or another settings.yaml "
+                f"({made.seeds}) than seed_embeddings now holds ({current}): materialize {asset} again"
             )
+    older = "knn_urls" if one.written < other.written else "centroid_urls"
     if one.index != other.index:
-        older = "knn_urls" if one.written < other.written else "centroid_urls"
         raise InputError(
             f"knn_urls and centroid_urls of {one.seed_set!r} were made from different indices "
             f"({one.index} and {other.index}): materialize {older} again, it is the older one"
         )
-    lower = min(one.settings["dedup_threshold"], other.settings["dedup_threshold"])
-    return replace(one, settings={**one.settings, "dedup_threshold": lower})
+    for name in ("filters", "block_list"):
+        if one.settings.get(name) != other.settings.get(name):
+            raise InputError(
+                f"knn_urls and centroid_urls of {one.seed_set!r} were made with different "
+                f"{name.replace('_', ' ')} ({one.settings.get(name) or 'none'} and "
+                f"{other.settings.get(name) or 'none'}): materialize {older} again, it is the older one"
+            )
+    return replace(one, settings=_settings_of_both(one.settings, other.settings))
+
+
+def _settings_of_both(knn: Mapping[str, Any], centroid: Mapping[str, Any]) -> dict[str, Any]:
+    """Take the centroid's own number from its set, the lower threshold, and a target that both had."""
+    of_centroid = {"nb_images_centroid": centroid["nb_images_centroid"]}
+    origins = {**knn["origins"], "nb_images_centroid": centroid["origins"]["nb_images_centroid"]}
+    if centroid["dedup_threshold"] < knn["dedup_threshold"]:
+        of_centroid["dedup_threshold"] = centroid["dedup_threshold"]
+        origins["dedup_threshold"] = centroid["origins"]["dedup_threshold"]
+    if centroid.get("target_images") != knn.get("target_images"):
+        of_centroid["target_images"] = None
+        origins.pop("target_images", None)
+    return {**knn} | of_centroid | {"origins": origins}
 
 
 def combine(knn: Stored, centroid: Stored, threshold: float, pictures: int) -> Combined:

@@ -21,6 +21,7 @@ import google_crc32c
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
+import yaml
 
 from laion_assets.retrieval.arrays import Floats
 from laion_assets.retrieval.checksums import checksum_text
@@ -38,6 +39,8 @@ SETTING = "LAION_SEEDS_URI"
 EMBEDDING_COLUMNS = ("embedding", "image_embedding", "img_emb", "vector")
 CARRIED_COLUMNS = {"url": pa.string(), "caption": pa.string(), "thumbnail": pa.binary()}
 CLIP_RETRIEVAL_FOLDER = "img_emb"
+SETTINGS_FILE = "settings.yaml"
+MAX_SETTINGS_BYTES = 16 << 10
 PROBLEMS_SHOWN = 20
 FILES_AT_ONCE = 64
 BYTES_AT_ONCE = 64 << 20
@@ -63,15 +66,24 @@ class SeedFile:
 
 @dataclass(frozen=True)
 class SeedSet:
-    """The files of one seed set as they were when it was listed."""
+    """The files of one seed set as they were when it was listed.
+
+    Attributes:
+        name: of its folder.
+        files: the seeds.
+        settings_files: YAML files in the folder itself; one at most, rightly named, or it cannot be used.
+
+    """
 
     name: str
     files: tuple[SeedFile, ...]
+    settings_files: tuple[SeedFile, ...] = ()
 
     @property
     def fingerprint(self) -> str:
         """Changes with the name, size or content of any file, and only then."""
-        lines = sorted(f"{file.name}\t{file.size}\t{file.checksum}" for file in self.files)
+        files = self.files + self.settings_files
+        lines = sorted(f"{file.name}\t{file.size}\t{file.checksum}" for file in files)
         return hashlib.sha256("\n".join(lines).encode()).hexdigest()[:16]
 
 
@@ -113,11 +125,12 @@ def list_seed_sets(uri: str) -> dict[str, SeedSet]:
     with reaching(uri, SETTING):
         for listed in list_files(fs, root):
             set_name, _, name = listed.name.partition("/")
-            if _is_seed_file(name) and set_name[0] not in "._":
+            if _belongs_to_a_set(name) and set_name[0] not in "._":
                 by_set.setdefault(set_name, []).append(_seed_file(fs, name, listed))
         if not by_set and not fs.isdir(root):
             raise InputError(f"{uri} is not a folder: set {SETTING} to the folder of the seed sets")
-    return {name: SeedSet(name, _chosen(files)) for name, files in sorted(by_set.items())}
+    found = (_seed_set(name, files) for name, files in sorted(by_set.items()))
+    return {seed_set.name: seed_set for seed_set in found if seed_set.files}
 
 
 def find_seed_set(uri: str, name: str) -> SeedSet:
@@ -134,10 +147,11 @@ def find_seed_set(uri: str, name: str) -> SeedSet:
         files = [
             _seed_file(fs, listed.name, listed)
             for listed in list_files(fs, folder)
-            if _is_seed_file(listed.name)
+            if _belongs_to_a_set(listed.name)
         ]
-        if files:
-            return SeedSet(name, _chosen(files))
+        found = _seed_set(name, files)
+        if found.files:
+            return found
         if fs.isdir(folder):
             raise InputError(f"seed set {name!r} is empty: put .npy or .parquet files into {uri}/{name}")
     there = sorted(list_seed_sets(uri))
@@ -190,6 +204,59 @@ def read_seeds(uri: str, seed_set: SeedSet) -> Seeds:
         np.concatenate([vectors for vectors, _ in parts.values()]),
         pa.concat_tables([columns for _, columns in parts.values()], promote_options="default"),
     )
+
+
+def read_settings(uri: str, seed_set: SeedSet) -> dict[str, Any]:
+    """Read the settings that a set brings along, as its settings.yaml has them.
+
+    Returns:
+        What stands there, by name; empty without such a file. Names and values are not checked here.
+
+    Raises:
+        InputError: a YAML file of another name, one too large, one that is not a list of `name: value`.
+
+    """
+    for file in seed_set.settings_files:
+        if file.name != SETTINGS_FILE:
+            raise InputError(
+                f"{seed_set.name}/{file.name} is not read: settings of a seed set stand in "
+                f"{SETTINGS_FILE}; rename or remove it"
+            )
+    return _settings_in(uri, seed_set, *seed_set.settings_files) if seed_set.settings_files else {}
+
+
+def _settings_in(uri: str, seed_set: SeedSet, file: SeedFile) -> dict[str, Any]:
+    where = f"{seed_set.name}/{file.name}"
+    if file.size > MAX_SETTINGS_BYTES:
+        raise InputError(
+            f"{where} has {file.size:,} bytes, settings take {MAX_SETTINGS_BYTES:,} at most: shorten it"
+        )
+    fs, _ = open_storage(uri, SETTING)
+    try:
+        with reaching(uri, SETTING):
+            ((_, content),) = _contents(fs, [file])
+        return _parsed(_verified(content, file))
+    except _BadSeedsError as bad:
+        raise InputError(f"{where}{bad}") from bad
+
+
+def _parsed(content: bytes) -> dict[str, Any]:
+    """Read `name: value` lines; plain data only, whatever tags the YAML has."""
+    try:
+        values = yaml.safe_load(content)
+        root = yaml.compose(content, yaml.SafeLoader)
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
+        told = " ".join(str(error).split())[:200]
+        raise _BadSeedsError(f" is not YAML ({told}): write a setting a line, as name: value") from error
+    if values is None:
+        return {}
+    if not isinstance(values, dict) or not all(isinstance(name, str) for name in values):
+        raise _BadSeedsError(" is not a list of settings: write one a line, as name: value")
+    names = [key.value for key, _ in root.value]
+    for name in names:
+        if names.count(name) > 1:
+            raise _BadSeedsError(f" has {name} twice: remove one of them")
+    return values
 
 
 def centroid(embeddings: Floats) -> tuple[Floats, float]:
@@ -351,10 +418,21 @@ def _differing_dimensions(vectors_by_file: Mapping[str, Floats]) -> list[str]:
     ]
 
 
-def _is_seed_file(name: str) -> bool:
+def _belongs_to_a_set(name: str) -> bool:
     path = PurePosixPath(name)
     is_marker = name.endswith("/")  # what some tools put into a bucket for a folder
-    return path.suffix in READERS and not is_marker and not any(part[0] in "._" for part in path.parts)
+    hidden = any(part[0] in "._" for part in path.parts)
+    return (path.suffix in READERS or _holds_settings(name)) and not is_marker and not hidden
+
+
+def _holds_settings(name: str) -> bool:
+    """Tell YAML files in the folder itself; one with a wrong name would else be overlooked."""
+    return "/" not in name and PurePosixPath(name).suffix in (".yaml", ".yml")
+
+
+def _seed_set(name: str, files: Sequence[SeedFile]) -> SeedSet:
+    settings = sorted((f for f in files if _holds_settings(f.name)), key=lambda file: file.name)
+    return SeedSet(name, _chosen(f for f in files if not _holds_settings(f.name)), tuple(settings))
 
 
 def _seed_file(fs: Any, name: str, listed: Listed) -> SeedFile:
