@@ -5,6 +5,7 @@ import shutil
 from collections.abc import Mapping
 from pathlib import Path
 
+import dagster as dg
 import numpy as np
 import pytest
 from conftest import Ticks, failures, new_project
@@ -31,13 +32,14 @@ def put(ticks: Ticks, name: str, number: int = 0, file: str = "a.npy") -> Path:
 
 def test_a_seed_set_is_run_once_for_each_content_it_has(ticks):
     assert ticks.tick() == []
-    assert "0 seed sets" in ticks.said
+    assert ticks.said == "nothing new; 0 seed sets"
     put(ticks, "cats", 1)
     assert ticks.tick() == []
     assert "waiting for cats" in ticks.said
     assert ticks.tick_and_work() == ["cats"]
+    assert ticks.said == "running cats; 1 seed set"
     assert [ticks.tick() for _ in range(3)] == [[]] * 3
-    assert "nothing new" in ticks.said
+    assert ticks.said == "nothing new; 1 seed set"
     put(ticks, "cats", 2)
     assert [ticks.tick_and_work() for _ in range(4)] == [[], ["cats"], [], []]
     put(ticks, "cats", 1)
@@ -81,6 +83,7 @@ def test_a_broken_set_holds_up_no_other_and_runs_when_it_was_mended(ticks):
     assert "broken/a.npy" in failures(ticks.project.run("broken", "seed_embeddings"))["seed_embeddings"]
     assert ticks.project.run("good", "seed_embeddings").success
     assert [ticks.tick() for _ in range(3)] == [[]] * 3  # a failure is not tried again by itself
+    assert ticks.said == "no seed_embeddings yet of broken; 2 seed sets"
     put(ticks, "broken", 5)
     assert [ticks.tick_and_work() for _ in range(3)] == [[], ["broken"], []]
 
@@ -122,6 +125,52 @@ def test_a_set_that_was_removed_runs_when_it_comes_back_with_other_seeds_and_bac
         assert [ticks.tick_and_work() for _ in range(3)] == [[], ["cats"], []]
         shutil.rmtree(ticks.project.seeds / "cats")
         assert ticks.tick() == []
+
+
+def test_a_set_that_is_removed_is_reported_once_and_keeps_what_was_made_of_it(ticks):
+    for name in ("cats", "dogs"):
+        put(ticks, name)
+    assert [ticks.tick_and_work() for _ in range(3)] == [[], ["cats", "dogs"], []]
+    away = (ticks.project.seeds / "cats").rename(ticks.project.seeds.with_name("away"))
+    ticks.reported.clear()
+    assert [ticks.tick() for _ in range(3)] == [[]] * 3
+    assert ticks.said == "removed, with partition and tables kept: cats; 1 seed set"
+    assert ticks.reported == [("seed_folder", "cats")]
+    assert told_of_cats(ticks) == "its folder was removed; the partition and the tables are kept"
+    assert ticks.project.instance.get_dynamic_partitions("seed_sets") == ["cats", "dogs"]
+    assert ticks.project.table("seed_embeddings", "cats").exists()
+    away.rename(ticks.project.seeds / "cats")  # with the same bytes
+    assert [ticks.tick() for _ in range(3)] == [[]] * 3
+    assert ticks.said == "nothing new; 2 seed sets"
+    assert told_of_cats(ticks) == "its folder is there again"
+    assert len(ticks.reported) == 2
+
+
+def test_a_broken_set_that_comes_back_with_the_same_bytes_fails_no_second_time(ticks):
+    put(ticks, "cats").write_bytes(b"no array")
+    assert [ticks.tick() for _ in range(3)] == [[], ["cats"], []]
+    away = (ticks.project.seeds / "cats").rename(ticks.project.seeds.with_name("away"))
+    assert ticks.tick() == []
+    away.rename(ticks.project.seeds / "cats")
+    assert [ticks.tick() for _ in range(3)] == [[]] * 3
+
+
+def test_a_set_whose_partition_was_deleted_is_no_longer_missed(ticks):
+    put(ticks, "cats")
+    assert [ticks.tick_and_work() for _ in range(3)] == [[], ["cats"], []]
+    shutil.rmtree(ticks.project.seeds / "cats")
+    ticks.tick()
+    ticks.project.instance.delete_dynamic_partition("seed_sets", "cats")
+    assert ticks.tick() == []
+    assert ticks.said == "nothing new; 0 seed sets"
+
+
+def told_of_cats(ticks: Ticks) -> str | None:
+    """What the page of the seed folder says of the partition."""
+    latest = ticks.project.instance.fetch_observations(
+        dg.AssetRecordsFilter(dg.AssetKey("seed_folder"), asset_partitions=["cats"]), limit=1
+    )
+    return latest.records[0].asset_observation.description
 
 
 # --- the decision, in every order of events -------------------------------------------------------

@@ -162,9 +162,7 @@ class Retrieval:
         received = _Rows.of(hits, first)
         distinct = received[_first_of_each(received.query, received.ids)]
         covered = distinct[self._metadata.covers(distinct.ids)]
-        vectors = decoded(hits.codes, self._decode)
-        threshold = self._request.dedup_threshold
-        labels = components_of_lists(vectors, covered.code, covered.query, threshold)
+        labels = self._labels(covered, hits.codes)
         best, columns, fates = self._best_allowed(covered.ids, labels)
         without_url = int(fates[WITHOUT_URL]) + len(distinct) - len(covered)
         gone = without_url + int(fates[BLOCKED] + fates[FILTERED])
@@ -175,6 +173,13 @@ class Retrieval:
         self.funnel.near_duplicates += len(received) - gone - len(best)
         self.funnel.kept += len(best)
         return self._as_table(covered[best], columns, hits.codes)
+
+    def _labels(self, rows: _Rows, codes: Bytes) -> Ids:
+        """Label each row with its best-ranked near-duplicate; at a threshold of 1 there are none."""
+        threshold = self._request.dedup_threshold
+        if threshold < 1:
+            return components_of_lists(decoded(codes, self._decode), rows.code, rows.query, threshold)
+        return np.arange(len(rows))
 
     def _best_allowed(self, ids: Ids, labels: Ids) -> tuple[Ids, pa.Table, Ids]:
         """Return the best-ranked row of each component that may stay, their metadata, and fates counted.
