@@ -29,7 +29,6 @@ from laion_assets.settings import (
     FOR_THIS_RUN,
     RetrievalConfig,
     Settings,
-    variables,
 )
 
 SECONDS_BETWEEN_TICKS = 60
@@ -143,25 +142,26 @@ def build_settings_sensor() -> dg.SensorDefinition:
     )
     def settings_sensor(context: dg.SensorEvaluationContext) -> dg.SensorResult | dg.SkipReason:
         seen = _Seen.read(context.cursor)
-        environment = {name: os.environ[name] for name in variables() if os.environ.get(name)}
-        latest, new = _materialized_since(context.instance, seen.storage_id)
-        if environment == seen.environment and not new:
-            return dg.SkipReason("no other settings, nothing new to compare with them")
-        if environment != seen.environment:
-            new = set(context.instance.get_materialized_partitions(COMBINED))
+        made = context.instance.event_log_storage.get_latest_storage_id_by_partition(
+            COMBINED, dg.DagsterEventType.ASSET_MATERIALIZATION
+        )
         try:
-            found = {name: made for name in sorted(new) if (made := _Made.last(context.instance, name))}
+            settings = RetrievalConfig().resolve(os.environ).values()
+            changed = settings != seen.settings
+            new = {name for name, place in made.items() if changed or place > seen.read_up_to}
+            if not new:
+                return dg.SkipReason("no other settings, nothing new to compare with them")
+            found = {name: last for name in sorted(new) if (last := _Made.last(context.instance, name))}
         except InputError as error:
             return dg.SkipReason(str(error))
-        warned = {name for name, made in found.items() if made.comparison.changed}
+        warned = {name for name, last in found.items() if last.comparison.changed}
         # The step has said already that it is as it should be, unless this sensor said otherwise since.
         for name in sorted(warned | (found.keys() & seen.warned)):
             _report(context.instance, name, found[name])
         still = sorted((set(seen.warned) - new) | warned)
-        return dg.SensorResult(
-            cursor=_Seen(environment, latest, still).to_cursor(),
-            skip_reason=f"{len(new)} sets compared, {len(still)} of all made with other settings",
-        )
+        saw = f"{len(new)} sets compared, {len(still)} of all made with other settings"
+        told = _Seen(saw, settings, max(made.values()), still)
+        return dg.SensorResult(cursor=str(told), skip_reason=saw)
 
     return settings_sensor
 
@@ -171,30 +171,26 @@ class _Seen:
     """What the cursor remembers.
 
     Attributes:
-        environment: the settings in it.
-        storage_id: how far Dagster's history was read.
+        saw: what the tick saw, first, where one reads it in the UI.
+        settings: of the environment and by default.
+        read_up_to: storage id of the newest materialization that was compared with them.
         warned: sets that were made with other settings.
 
     """
 
-    environment: Mapping[str, str]
-    storage_id: int
+    saw: str
+    settings: Mapping[str, Any]
+    read_up_to: int
     warned: Sequence[str]
 
     @classmethod
     def read(cls, cursor: str | None) -> _Seen:
-        return cls(**json.loads(cursor)) if cursor else cls({}, 0, ())
+        saw, _, rest = (cursor or "").partition("\n")
+        return cls(saw, **json.loads(rest)) if rest else cls(saw, {}, 0, ())
 
-    def to_cursor(self) -> str:
-        return json.dumps(vars(self))
-
-
-def _materialized_since(instance: dg.DagsterInstance, storage_id: int) -> tuple[int, set[str]]:
-    """Return how far the history goes, and the sets that were made since."""
-    asked = dg.AssetRecordsFilter(COMBINED, after_storage_id=storage_id)
-    found = instance.fetch_materializations(asked, limit=1000, ascending=True).records
-    latest = max((record.storage_id for record in found), default=storage_id)
-    return latest, {record.partition_key for record in found if record.partition_key}
+    def __str__(self) -> str:
+        rest = {name: kept for name, kept in vars(self).items() if name != "saw"}
+        return f"{self.saw}\n{json.dumps(rest)}"
 
 
 @dataclass(frozen=True)
@@ -211,7 +207,7 @@ class _Made:
         made_with = past.figures.get(MADE_WITH) if past else None
         if past is None or made_with is None:
             return None
-        return cls(past.run, compare(made_with, _now(seed_set, made_with[OWN_SETTINGS])))
+        return cls(past.run, compare(made_with, _now(seed_set, made_with.get(OWN_SETTINGS, {}))))
 
 
 def _report(instance: dg.DagsterInstance, seed_set: str, made: _Made) -> None:
