@@ -12,12 +12,9 @@ import dagster as dg
 from dagster._core.definitions.data_version import DATA_VERSION_TAG, extract_data_version_from_entry
 
 
-def observation(
-    source: dg.AssetKey, version: str, seed_set: str | None = None, description: str | None = None
-) -> dg.AssetObservation:
+def observation(source: dg.AssetKey, version: str, seed_set: str | None = None) -> dg.AssetObservation:
     """Return the event that says which version of a source, or of one seed set of it, was seen."""
-    tags = {DATA_VERSION_TAG: version}
-    return dg.AssetObservation(source, description=description, partition=seed_set, tags=tags)
+    return dg.AssetObservation(source, partition=seed_set, tags={DATA_VERSION_TAG: version})
 
 
 def last_version(

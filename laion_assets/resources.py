@@ -15,10 +15,11 @@ from typing import Any, Literal, get_args
 from laion_assets.retrieval.errors import InputError
 from laion_assets.retrieval.filters import BlockList, read_block_list
 from laion_assets.retrieval.seeds import (
+    Listing,
     Seeds,
     SeedSet,
     find_seed_set,
-    list_seed_sets,
+    list_folder,
     read_seeds,
     read_settings,
 )
@@ -116,9 +117,9 @@ class SeedFolder:
 
     uri: str
 
-    def fingerprints(self) -> dict[str, str]:
-        """Fingerprint of each seed set."""
-        return {name: seed_set.fingerprint for name, seed_set in list_seed_sets(self.uri).items()}
+    def listing(self) -> Listing:
+        """List the seed sets, and the files that nobody reads."""
+        return list_folder(self.uri)
 
     def find(self, name: str) -> SeedSet:
         """Find one seed set by name."""

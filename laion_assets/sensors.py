@@ -26,8 +26,7 @@ SECONDS_BETWEEN_TICKS = 15
 SECONDS_BETWEEN_LOOKS_AT_THE_INDEX = 300
 RUNS_PER_TICK = 5
 NAMES_SHOWN = 10
-GONE = "its folder was removed; the partition and the tables are kept"
-BACK = "its folder is there again"
+GONE = "removed"  # the data version of a seed set whose folder is there no longer
 
 
 @dataclass(frozen=True)
@@ -112,31 +111,27 @@ class Cursor:
     """What a tick leaves for the next one.
 
     In the UI's list of ticks the cursor is what one reads: a skip reason shows only on hovering. So it
-    begins with what the tick saw, and the rest, if any, stands behind it.
+    begins with what the tick saw, and what has to be remembered, if anything, stands behind it.
 
     Attributes:
         saw: the sentence.
         moving: seed sets that are not yet as Dagster knows them.
-        gone: seed sets of which Dagster was told that they were removed.
 
     """
 
     saw: str = ""
     moving: Mapping[str, Moving] = field(default_factory=dict)
-    gone: tuple[str, ...] = ()
 
     @classmethod
     def read(cls, text: str | None) -> Cursor:
         """Read what the last tick left."""
-        saw, _, rest = (text or "").partition("\n")
-        stored = json.loads(rest or "{}")
-        moving = {name: Moving(*seen) for name, seen in stored.get("moving", {}).items()}
-        return cls(saw, moving, tuple(stored.get("gone", ())))
+        saw, _, moving = (text or "").partition("\n")
+        return cls(saw, {name: Moving(*seen) for name, seen in json.loads(moving or "{}").items()})
 
     def __str__(self) -> str:
         moving = {name: astuple(seen) for name, seen in self.moving.items()}
-        rest = {name: kept for name, kept in (("moving", moving), ("gone", self.gone)) if kept}
-        return f"{self.saw}\n{json.dumps(rest)}" if rest else self.saw
+        saw = " ".join(self.saw.split())
+        return f"{saw}\n{json.dumps(moving)}" if moving else saw
 
 
 def build_seed_sets_sensor(job: dg.UnresolvedAssetJobDefinition) -> dg.SensorDefinition:
@@ -155,9 +150,10 @@ def build_seed_sets_sensor(job: dg.UnresolvedAssetJobDefinition) -> dg.SensorDef
     ) -> dg.SensorResult:
         last = Cursor.read(context.cursor)
         try:
-            found = seeds.fingerprints()
+            listing = seeds.listing()
         except InputError as error:
             return _nothing_to_do(replace(last, saw=str(error)))
+        found = {name: seed_set.fingerprint for name, seed_set in listing.sets.items()}
         present = {name: mark for name, mark in found.items() if _is_usable(name)}
         known = last_versions(context.instance, seed_folder.key, dg.DagsterEventType.ASSET_OBSERVATION)
         done = last_versions(
@@ -165,9 +161,18 @@ def build_seed_sets_sensor(job: dg.UnresolvedAssetJobDefinition) -> dg.SensorDef
         )
         decision = decide(last.moving, present, known, done, time.time_ns() // 1_000_000)
         registered = context.instance.get_dynamic_partitions(seed_sets.name or "")
-        gone = tuple(name for name in registered if name in known and name not in found)
-        back = [name for name in last.gone if name in known and name in found]
-        saw = _sentence(found, present, decision, gone, known, done)
+        gone = [name for name in registered if name in known and name not in found]
+        news = {
+            "running": decision.run,
+            "waiting for": decision.waiting,
+            "no seed_embeddings yet of": [
+                name for name, mark in present.items() if known.get(name) == mark != done.get(name)
+            ],
+            "removed, with partition and tables kept:": gone,
+            "to be renamed, as these names cannot be used:": [repr(n) for n in found if n not in present],
+            "ignored files:": listing.ignored,
+        }
+        saw = _sentence(news, len(present))
         context.log.info(saw)
         new = [name for name in present if name not in registered and name not in decision.waiting]
         return dg.SensorResult(
@@ -180,11 +185,10 @@ def build_seed_sets_sensor(job: dg.UnresolvedAssetJobDefinition) -> dg.SensorDef
             ],
             dynamic_partitions_requests=[seed_sets.build_add_request(new)] if new else [],
             asset_events=[
-                *(_observed(name, known[name], GONE) for name in gone if name not in last.gone),
-                *(_observed(name, known[name], BACK) for name in back),
-                *(_observed(name, present[name]) for name in decision.report),
+                *(observation(seed_folder.key, present[name], name) for name in decision.report),
+                *(observation(seed_folder.key, GONE, name) for name in gone if known[name] != GONE),
             ],
-            cursor=str(Cursor(saw, decision.moving, gone)),
+            cursor=str(Cursor(saw, decision.moving)),
             skip_reason=None if decision.run else saw,
         )
 
@@ -222,10 +226,6 @@ def _nothing_to_do(cursor: Cursor) -> dg.SensorResult:
     return dg.SensorResult(cursor=str(cursor), skip_reason=cursor.saw)
 
 
-def _observed(seed_set: str, version: str, event: str | None = None) -> dg.AssetObservation:
-    return observation(seed_folder.key, version, seed_set, event)
-
-
 def _is_usable(name: str) -> bool:
     try:
         check_name(name)
@@ -234,26 +234,10 @@ def _is_usable(name: str) -> bool:
     return True
 
 
-def _sentence(
-    found: Mapping[str, str],
-    present: Mapping[str, str],
-    decision: Decision,
-    gone: Sequence[str],
-    known: Mapping[str, str],
-    done: Mapping[str, str],
-) -> str:
+def _sentence(news: Mapping[str, Sequence[str]], sets: int) -> str:
     """What a tick saw, the news first."""
-    told = [name for name, fingerprint in present.items() if known.get(name) == fingerprint]
-    news = {
-        "running": decision.run,
-        "waiting for": decision.waiting,
-        "no seed_embeddings yet of": [name for name in told if done.get(name) != present[name]],
-        "removed, with partition and tables kept:": gone,
-        "to be renamed, as these names cannot be used:": [repr(n) for n in found if n not in present],
-    }
     parts = [f"{what} {_some(names)}" for what, names in news.items() if names]
-    count = f"{len(present)} seed set{'' if len(present) == 1 else 's'}"
-    return "; ".join([*(parts or ["nothing new"]), count])
+    return "; ".join([*(parts or ["nothing new"]), f"{sets} seed set{'' if sets == 1 else 's'}"])
 
 
 def _some(names: Sequence[str]) -> str:

@@ -22,6 +22,8 @@ from laion_assets.retrieval.seeds import centroid, embeddings_of
 from laion_assets.retrieval.tables import Provenance, Table
 from laion_assets.settings import RetrievalConfig
 
+FILES_SHOWN = 100
+
 seed_folder = dg.AssetSpec(
     "seed_folder",
     group_name="sources",
@@ -59,6 +61,11 @@ def seed_embeddings(
         found = seeds.read(seed_set)
     count, dimension = found.embeddings.shape
     context.log.info(f"{count:,} seeds of {dimension} dimensions from {len(seed_set.files)} files")
+    if seed_set.ignored:
+        names = ", ".join(seed_set.ignored[:FILES_SHOWN])
+        context.log.warning(
+            f"{len(seed_set.ignored):,} files were not read, as they hold no seeds: {names}"
+        )
     provenance = Provenance.now(seed_set.name, seed_set.fingerprint, None, {}, context.run.run_id, own)
     rows = found.to_table()
 
@@ -67,7 +74,8 @@ def seed_embeddings(
         return {
             "seeds": count,
             "dimension": dimension,
-            "files": [file.name for file in seed_set.files[:100]],
+            "files": [file.name for file in seed_set.files[:FILES_SHOWN]],
+            "ignored files": list(seed_set.ignored[:FILES_SHOWN]),
             "fingerprint": seed_set.fingerprint,
             "settings of its own": own,
         } | ({"contact sheet": as_markdown(sheet)} if sheet else {})

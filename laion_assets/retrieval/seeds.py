@@ -11,7 +11,8 @@ import difflib
 import hashlib
 import io
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import PurePosixPath
@@ -38,7 +39,8 @@ from laion_assets.retrieval.storage import (
 SETTING = "LAION_SEEDS_URI"
 EMBEDDING_COLUMNS = ("embedding", "image_embedding", "img_emb", "vector")
 CARRIED_COLUMNS = {"url": pa.string(), "caption": pa.string(), "thumbnail": pa.binary()}
-CLIP_RETRIEVAL_FOLDER = "img_emb"
+CLIP_RETRIEVAL_FOLDER = "img_emb/"
+BESIDE_IT = ("text_emb/", "metadata/", "stats/")  # what clip-retrieval writes into the same folder
 SETTINGS_FILE = "settings.yaml"
 MAX_SETTINGS_BYTES = 16 << 10
 PROBLEMS_SHOWN = 20
@@ -72,12 +74,14 @@ class SeedSet:
         name: of its folder.
         files: the seeds.
         settings_files: YAML files in the folder itself; one at most, rightly named, or it cannot be used.
+        ignored: names of all other files, as far as a person may take them for seeds.
 
     """
 
     name: str
     files: tuple[SeedFile, ...]
     settings_files: tuple[SeedFile, ...] = ()
+    ignored: tuple[str, ...] = ()
 
     @property
     def fingerprint(self) -> str:
@@ -85,6 +89,20 @@ class SeedSet:
         files = self.files + self.settings_files
         lines = sorted(f"{file.name}\t{file.size}\t{file.checksum}" for file in files)
         return hashlib.sha256("\n".join(lines).encode()).hexdigest()[:16]
+
+
+@dataclass(frozen=True)
+class Listing:
+    """What is in the folder of the seed sets.
+
+    Attributes:
+        sets: its subfolders that hold seed files.
+        ignored: files that nobody reads, relative to the folder.
+
+    """
+
+    sets: dict[str, SeedSet]
+    ignored: tuple[str, ...]
 
 
 @dataclass(frozen=True)
@@ -113,24 +131,32 @@ def embeddings_of(table: pa.Table) -> Floats:
     return vectors
 
 
-def list_seed_sets(uri: str) -> dict[str, SeedSet]:
-    """List the seed sets of a folder: its subfolders that hold seed files.
+def list_folder(uri: str) -> Listing:
+    """List the folder of the seed sets.
 
     Raises:
         InputError: no such folder, or no access to it.
 
     """
     fs, root = open_storage(uri, SETTING)
-    by_set: dict[str, list[SeedFile]] = {}
+    folders: defaultdict[str, _Folder] = defaultdict(_Folder)
     with reaching(uri, SETTING):
         for listed in list_files(fs, root):
-            set_name, _, name = listed.name.partition("/")
-            if _belongs_to_a_set(name) and set_name[0] not in "._":
-                by_set.setdefault(set_name, []).append(_seed_file(fs, name, listed))
-        if not by_set and not fs.isdir(root):
+            if not _is_hidden(listed.name):
+                set_name, _, name = listed.name.partition("/")
+                folders[set_name].add(fs, name, listed)
+        if not folders and not fs.isdir(root):
             raise InputError(f"{uri} is not a folder: set {SETTING} to the folder of the seed sets")
-    found = (_seed_set(name, files) for name, files in sorted(by_set.items()))
-    return {seed_set.name: seed_set for seed_set in found if seed_set.files}
+    found = [folder.seed_set(name) for name, folder in sorted(folders.items())]
+    return Listing(
+        {seed_set.name: seed_set for seed_set in found if seed_set.files},
+        tuple(str(PurePosixPath(seed_set.name, file)) for seed_set in found for file in seed_set.ignored),
+    )
+
+
+def list_seed_sets(uri: str) -> dict[str, SeedSet]:
+    """List the seed sets of a folder, as `list_folder`."""
+    return list_folder(uri).sets
 
 
 def find_seed_set(uri: str, name: str) -> SeedSet:
@@ -144,12 +170,11 @@ def find_seed_set(uri: str, name: str) -> SeedSet:
     fs, root = open_storage(uri, SETTING)
     folder = f"{root}/{name}"
     with reaching(uri, SETTING):
-        files = [
-            _seed_file(fs, listed.name, listed)
-            for listed in list_files(fs, folder)
-            if _belongs_to_a_set(listed.name)
-        ]
-        found = _seed_set(name, files)
+        inside = _Folder()
+        for listed in list_files(fs, folder):
+            if not _is_hidden(listed.name):
+                inside.add(fs, listed.name, listed)
+        found = inside.seed_set(name)
         if found.files:
             return found
         if fs.isdir(folder):
@@ -418,11 +443,13 @@ def _differing_dimensions(vectors_by_file: Mapping[str, Floats]) -> list[str]:
     ]
 
 
-def _belongs_to_a_set(name: str) -> bool:
-    path = PurePosixPath(name)
-    is_marker = name.endswith("/")  # what some tools put into a bucket for a folder
-    hidden = any(part[0] in "._" for part in path.parts)
-    return (path.suffix in READERS or _holds_settings(name)) and not is_marker and not hidden
+def _is_hidden(name: str) -> bool:
+    """Tell what tools keep to themselves, and what some put into a bucket for a folder."""
+    return not name or name.endswith("/") or any(part[:1] in (".", "_") for part in name.split("/"))
+
+
+def _is_seed_file(name: str) -> bool:
+    return PurePosixPath(name).suffix in READERS
 
 
 def _holds_settings(name: str) -> bool:
@@ -430,20 +457,40 @@ def _holds_settings(name: str) -> bool:
     return "/" not in name and PurePosixPath(name).suffix in (".yaml", ".yml")
 
 
-def _seed_set(name: str, files: Sequence[SeedFile]) -> SeedSet:
-    settings = sorted((f for f in files if _holds_settings(f.name)), key=lambda file: file.name)
-    return SeedSet(name, _chosen(f for f in files if not _holds_settings(f.name)), tuple(settings))
+class _Folder:
+    """The files of one folder while it is listed: only those that may be used are looked at."""
+
+    def __init__(self) -> None:
+        self._seeds: list[SeedFile] = []
+        self._settings: list[SeedFile] = []
+        self._others: list[str] = []
+
+    def add(self, fs: Any, name: str, listed: Listed) -> None:
+        """Add a file, by its name in this folder."""
+        if _is_seed_file(name):
+            self._seeds.append(_seed_file(fs, name, listed))
+        elif _holds_settings(name):
+            self._settings.append(_seed_file(fs, name, listed))
+        else:
+            self._others.append(name)
+
+    def seed_set(self, name: str) -> SeedSet:
+        """Sort them out; in an output folder of clip-retrieval only the image embeddings are seeds."""
+        seeds, ignored = self._seeds, self._others
+        images = [file for file in seeds if file.name.startswith(CLIP_RETRIEVAL_FOLDER)]
+        if images:
+            beside = [file.name for file in seeds if not file.name.startswith(CLIP_RETRIEVAL_FOLDER)]
+            ignored = [file for file in ignored + beside if not file.startswith(BESIDE_IT)]
+            seeds = images
+        return SeedSet(name, _in_order(seeds), _in_order(self._settings), tuple(sorted(ignored)))
+
+
+def _in_order(files: Sequence[SeedFile]) -> tuple[SeedFile, ...]:
+    return tuple(sorted(files, key=lambda file: file.name))
 
 
 def _seed_file(fs: Any, name: str, listed: Listed) -> SeedFile:
     return SeedFile(name, listed.path, listed.size, _checksum(fs, listed))
-
-
-def _chosen(files: Iterable[SeedFile]) -> tuple[SeedFile, ...]:
-    """In an output folder of clip-retrieval only the image embeddings are seeds."""
-    found = sorted(files, key=lambda file: file.name)
-    images = [file for file in found if file.name.startswith(f"{CLIP_RETRIEVAL_FOLDER}/")]
-    return tuple(images or found)
 
 
 def _checksum(fs: Any, listed: Listed) -> str:
