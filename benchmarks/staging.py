@@ -318,7 +318,7 @@ def main() -> None:
     """Measure and write the report."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--mib", type=int, default=1024, help="size of the object")
+    parser.add_argument("--mib", type=int, default=2048, help="size of the object")
     parser.add_argument("--output", type=Path, default=REPOSITORY / "benchmarks" / "staging.md")
     parser.add_argument("--folder", type=Path, help="where the copies go; in memory if not given")
     parser.add_argument("--one", help=argparse.SUPPRESS)

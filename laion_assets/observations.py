@@ -35,9 +35,21 @@ def last_version(
     instance: dg.DagsterInstance, asset: dg.AssetKey, seed_set: str | None = None
 ) -> str | None:
     """Data version of an asset that Dagster was last told of."""
-    record = instance.get_latest_data_version_record(asset, is_source=False, partition_key=seed_set)
+    record = instance.get_latest_data_version_record(asset, partition_key=seed_set)
     version = extract_data_version_from_entry(record.event_log_entry) if record else None
     return version.value if version else None
+
+
+def is_known(
+    instance: dg.DagsterInstance, source: dg.AssetKey, version: str, seed_set: str | None = None
+) -> bool:
+    """Tell whether Dagster was told of this version of a source, by both events, and of no other since."""
+    for is_source in (True, False):  # observed, materialized
+        record = instance.get_latest_data_version_record(source, is_source, seed_set)
+        known = extract_data_version_from_entry(record.event_log_entry) if record else None
+        if known is None or known.value != version:
+            return False
+    return True
 
 
 def last_versions(
@@ -56,7 +68,7 @@ def observe(
     Dagster has noted the sources' versions already when a step begins; it looks again for those that
     turn out to be others.
     """
-    if last_version(context.instance, source, seed_set) != version:
+    if not is_known(context.instance, source, version, seed_set):
         context.log_event(observation(source, version, seed_set))
         context.instance.report_runless_asset_event(arrival(source, version, seed_set))
         context.get_step_execution_context().wipe_input_asset_version_info(source)

@@ -50,14 +50,18 @@ def steps(search: Mapping[str, int], united: Mapping[str, int] | None = None) ->
     if missing := search["requested"] - search["received"]:
         told.append(Step("not in the lists probed", missing, lost=True))
     told.append(Step("received", search["received"]))
-    told += [Step(_words(name), search[name], lost=True) for name in search if name not in STAGES]
+    told += [
+        Step(_words(name), images, lost=True)
+        for name, images in search.items()
+        if name not in STAGES and images
+    ]
     if united is None:
         return [*told, Step("kept", search["kept"])]
     told.append(Step("kept by the searches", search["kept"]))
     told += [
-        Step(_words(name) + (" across" if name == "near_duplicates" else ""), united[name], lost=True)
-        for name in united
-        if name not in STAGES
+        Step(_words(name) + (" across" if name == "near_duplicates" else ""), images, lost=True)
+        for name, images in united.items()
+        if name not in STAGES and images
     ]
     return [*told, Step("in the table", united["kept"])]
 

@@ -14,6 +14,7 @@ import dagster as dg
 import numpy as np
 
 from laion_assets.io_managers import StoredTable
+from laion_assets.past_runs import MADE_WITH, OWN_SETTINGS, YIELD
 from laion_assets.presentation import (
     as_markdown,
     chart,
@@ -107,8 +108,10 @@ def of_combined(
         "requested": total["requested"],
         "received": total["received"],
         **_labelled(united),
-        "yield": round(yielded, 4),
+        YIELD: round(yielded, 6),
+        **_target(funnel.kept, provenance.settings.get("target_images")),
         **_made_from(provenance),
+        MADE_WITH: {**provenance.settings, OWN_SETTINGS: provenance.own_settings},
         **({"picture": dg.MetadataValue.path(_saved(stored, sheet))} if sheet else {}),
     }
 
@@ -126,6 +129,10 @@ def _saved(stored: StoredTable, sheet: Any) -> str:
 def _labelled(counts: Mapping[str, int]) -> dict[str, int]:
     """The counts, named as all other metadata in the UI."""
     return {name.replace("_", " "): count for name, count in counts.items()}
+
+
+def _target(kept: int, target: int | None) -> dict[str, int | float]:
+    return {"target images": target, "target reached": round(kept / target, 4)} if target else {}
 
 
 def _made_from(provenance: Provenance) -> dict[str, str | None]:

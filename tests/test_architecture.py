@@ -15,8 +15,9 @@ from conftest import REPOSITORY, Demo
 from laion_assets.cli import main
 from laion_assets.definitions import build_defs
 from laion_assets.launcher import LocalRunLauncher
-from laion_assets.resources import DEFAULTS, index_from, output_from, seeds_from
+from laion_assets.resources import index_from, output_from, seeds_from
 from laion_assets.retrieval.staging import stage
+from laion_assets.settings import DEFAULTS
 
 PACKAGE = REPOSITORY / "laion_assets"
 MODULES = sorted(PACKAGE.rglob("*.py"))

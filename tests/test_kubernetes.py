@@ -9,6 +9,7 @@ import os
 import re
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -276,6 +277,74 @@ def test_claim_class_label_and_taint_are_the_same_everywhere():
     assert f"--node-taints {node.taint}=true:NoSchedule" in (K8S / "README.md").read_text()
 
 
+# What the script that prepares disks calls; each notes its arguments, and does what matters of it.
+STUBS = {
+    "mountpoint": '[ -e "$ROOT/mounted" ]',
+    "mdadm": 'mkdir -p "$ROOT/dev/md" && touch "$ROOT/dev/md/laion"',
+    "blkid": '[ -e "$ROOT/formatted" ]',
+    "mkfs.ext4": 'touch "$ROOT/formatted"',
+    "mount": '[ ! -e "$ROOT/broken" ] && touch "$ROOT/mounted"',
+}
+
+
+@pytest.fixture
+def prepare_disks(tmp_path) -> Callable[..., tuple[int, list[str]]]:
+    """Run the real script on a node with some files; return its exit code and the commands it ran."""
+    pod = of_kind("DaemonSet", "raid")["spec"]["template"]["spec"]
+    (script,) = (variable["value"] for variable in pod["containers"][0]["env"])
+    script = script.replace("/dev/", f"{tmp_path}/dev/").replace("/mnt/", f"{tmp_path}/mnt/")
+    programs = tmp_path / "bin"
+    programs.mkdir()
+    for name, does in STUBS.items():
+        (programs / name).write_text(
+            f'#!/bin/bash\necho {name} "$@" >> "$ROOT/ran"\n{does} 2> "$ROOT/null"\n'
+        )
+        (programs / name).chmod(0o755)
+
+    def run(*files: str) -> tuple[int, list[str]]:
+        for name in files:
+            (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+            (tmp_path / name).touch()
+        (tmp_path / "ran").write_text("")
+        environment = {"PATH": f"{programs}:{os.environ['PATH']}", "ROOT": str(tmp_path)}
+        done = subprocess.run(["bash", "-c", script], env=environment, capture_output=True, text=True)
+        assert not done.stderr
+        ran = [line.replace(f"{tmp_path}", "") for line in (tmp_path / "ran").read_text().splitlines()]
+        return done.returncode, ran
+
+    return run
+
+
+DISKS = [f"dev/disk/by-id/google-local-ssd-block{number}" for number in range(3)]
+CREATE = "mdadm --create /dev/md/laion --level=0 --force --run --raid-devices=3 /" + " /".join(DISKS)
+MOUNT = "mount -o discard,defaults /dev/md/{} /mnt/disks/raid/0"
+
+
+def test_the_disks_of_a_fresh_node_become_one_and_are_mounted_once(prepare_disks):
+    failed, ran = prepare_disks(*DISKS)
+    assert (failed, ran[1], ran[3:]) == (
+        0, CREATE, ["mkfs.ext4 -m 0 -F /dev/md/laion", MOUNT.format("laion")]
+    )  # fmt: skip
+    assert prepare_disks() == (0, ["mountpoint --quiet /mnt/disks/raid/0"])
+
+
+def test_an_array_that_survived_a_reboot_is_used_with_what_it_holds(prepare_disks):
+    failed, ran = prepare_disks(*DISKS, "dev/md/127", "formatted")
+    assert (failed, ran[1:]) == (0, ["blkid /dev/md/127", MOUNT.format("127")])
+
+
+def test_a_node_without_disks_or_whose_file_system_is_broken_gets_no_volume(prepare_disks, tmp_path):
+    assert prepare_disks()[0] == 1
+    assert prepare_disks(*DISKS, "broken")[0] == 1
+    assert not (tmp_path / "mnt" / "disks" / "raid" / "0").exists()
+
+
+def test_the_proxy_is_asked_for_before_the_ui_can_be_reached_through_it():
+    annotations = VALUES["dagsterWebserver"]["service"]["annotations"]
+    asked = json.loads(annotations["cloud.google.com/backend-config"])
+    assert asked == {"default": of_kind("BackendConfig")["metadata"]["name"]}
+
+
 def test_whoever_looks_at_the_claim_may():
     for file, kind in (("renew-claim.yaml", "delete"), ("dagster-may-look.yaml", "get")):
         allowed = {
@@ -303,10 +372,12 @@ def test_the_job_that_renews_the_claim_runs_what_there_is():
     pod = job["spec"]["jobTemplate"]["spec"]["template"]["spec"]
     (container,) = pod["containers"]
     assert container["args"][:3] == ["python", "-m", claim.__name__]
-    (generated,) = yaml.safe_load((K8S / "kustomization.yaml").read_text())["configMapGenerator"]
+    kustomization = yaml.safe_load((K8S / "kustomization.yaml").read_text())
+    (generated,), (image,) = kustomization["configMapGenerator"], kustomization["images"]
     assert pod["volumes"][0]["configMap"]["name"] == generated["name"]
     assert container["args"][3] == f"{container['volumeMounts'][0]['mountPath']}/{generated['files'][0]}"
-    assert container["image"] == IMAGE
+    assert container["image"] == image["name"] == image["name"].lower(), "or a new name would miss it"
+    assert f"{image['newName']}:{image['newTag']}" == IMAGE
     assert f"--from=cronjob/{job['metadata']['name']}" in RENEW
     assert RENEW in (K8S / "README.md").read_text()
     assert (

@@ -23,13 +23,17 @@ from laion_assets.kubernetes import (
     on_nvme_node,
 )
 from laion_assets.partitions import seed_sets
-from laion_assets.resources import LaionIndex, Pictures, RetrievalConfig, Settings
+from laion_assets.past_runs import yield_for
+from laion_assets.resources import LaionIndex, Pictures
 from laion_assets.retrieval.combine import check_same_origin, combine
+from laion_assets.retrieval.filters import BLOCK_LIST_SETTING, BlockList, Filters, conditions_in
 from laion_assets.retrieval.index import FURTHER
 from laion_assets.retrieval.progress import Progress
 from laion_assets.retrieval.retrieve import PICTURES, Funnel, Request, Retrieval, retrieve
 from laion_assets.retrieval.seeds import embeddings_of
 from laion_assets.retrieval.tables import Provenance, Table
+from laion_assets.settings import CHOSEN, RetrievalConfig, Settings
+from laion_assets.settings_check import SETTINGS_AS_NOW, settings_as_now
 
 LOW_RECALL = 0.9
 
@@ -100,23 +104,37 @@ def _retrieved(
 ) -> Outputs:
     """Yield the images around the vectors of a table; the index stays open while they are written."""
     with as_failures():
-        settings = retrieval_config.resolve(os.environ)
-        k = settings.nb_images_knn if per_seed else settings.nb_images_centroid
-    with as_failures(), open_index(context, laion_index) as opened:
         origin = Provenance.from_footer(vectors.footer, vectors.where)
+        asked = retrieval_config.resolve(os.environ, origin.own_settings, origin.seed_set)
+        expected = yield_for(context, origin.seed_set, asked)
         queries = embeddings_of(vectors.read(["embedding"]))
+        seeds = len(queries) if per_seed else vectors.read(["seeds"])["seeds"][0].as_py()
+        conditions = conditions_in(asked.filters or "", asked.origins.get("filters", ""))
+        filters = Filters(conditions, laion_index.block_list())
+    with as_failures(), open_index(context, laion_index) as opened:
+        settings = asked.sized(seeds, expected, opened.index.rows)
+        k = settings.values()["nb_images_knn" if per_seed else "nb_images_centroid"]
+        if asked.target_images:
+            context.log.info(
+                f"to keep {asked.target_images:,} images, from {seeds:,} seeds, at {expected}"
+            )
         progress = Progress("queries", len(queries), "", context.log.info)
         found = retrieve(
             opened.index,
             opened.metadata,
             queries,
-            Request(k, settings.dedup_threshold, settings.nprobe),
+            Request(k, settings.dedup_threshold, settings.nprobe, filters),
             per_seed=per_seed,
             progress=progress.advance,
         )
-        used = _used(settings, found.nprobe)
+        used = _used(settings, found.nprobe, filters.block_list)
         provenance = Provenance.now(
-            origin.seed_set, origin.seeds, opened.manifest.fingerprint, used, context.run.run_id
+            origin.seed_set,
+            origin.seeds,
+            opened.manifest.fingerprint,
+            used,
+            context.run.run_id,
+            origin.own_settings,
         )
         context.log.info(
             f"looking for {k:,} images around {'each of ' if per_seed else ''}{len(queries):,} "
@@ -166,7 +184,7 @@ def _retrieved(
     op_tags=on_any_node("combined_urls"),
     retry_policy=RETRY_POLICY,
     code_version="1",
-    check_specs=checks.COMBINED,
+    check_specs=[*checks.COMBINED, SETTINGS_AS_NOW],
 )
 def combined_urls(
     context: dg.AssetExecutionContext,
@@ -182,6 +200,7 @@ def combined_urls(
     """
     with as_failures():
         origin = check_same_origin(knn_urls, centroid_urls, seed_embeddings)
+        as_now = settings_as_now(origin)
         combined = combine(knn_urls, centroid_urls, origin.settings["dedup_threshold"], PICTURES)
     funnel = combined.funnel
     context.log.info(
@@ -190,7 +209,12 @@ def combined_urls(
         f"{funnel.kept:,} kept"
     )
     provenance = Provenance.now(
-        origin.seed_set, origin.seeds, origin.index, origin.settings, context.run.run_id
+        origin.seed_set,
+        origin.seeds,
+        origin.index,
+        origin.settings,
+        context.run.run_id,
+        origin.own_settings,
     )
 
     written: list[tuple[StoredTable, Mapping[str, Any]]] = []
@@ -218,6 +242,7 @@ def combined_urls(
             checks.yield_as_before(context, told),
         ]
     yield from results
+    yield as_now
 
 
 def _shortfall(found: Retrieval) -> str:
@@ -226,14 +251,19 @@ def _shortfall(found: Retrieval) -> str:
     return f"the index returned {missing:,} fewer than requested (nprobe {found.nprobe}): {remedy}"
 
 
-def _used(settings: Settings, nprobe: int | None) -> dict[str, Any]:
+def _used(settings: Settings, nprobe: int | None, block_list: BlockList | None) -> dict[str, Any]:
     """Settings as they were used, with where each came from."""
-    chosen = {"nprobe": "chosen from the number of images"} if settings.nprobe is None else {}
-    return settings.values() | {"nprobe": nprobe, "origins": dict(settings.origins) | chosen}
+    used = settings.values() | {"nprobe": nprobe}
+    origins = dict(settings.origins)
+    if settings.nprobe is None:
+        origins["nprobe"] = CHOSEN
+    if block_list is not None:
+        used["block_list"], origins["block_list"] = str(block_list), BLOCK_LIST_SETTING
+    return used | {"origins": origins}
 
 
 def _sentence(funnel: Funnel) -> str:
-    return (
-        f"{funnel.sentence()} ({funnel.near_duplicates:,} near-duplicates, "
-        f"{funnel.without_url:,} without a URL; yield {funnel.yielded:.0%})"
-    )
+    lost = [f"{funnel.near_duplicates:,} near-duplicates", f"{funnel.without_url:,} without a URL"]
+    lost += [f"{funnel.blocked:,} blocked"] if funnel.blocked else []
+    lost += [f"{funnel.filtered:,} filtered out"] if funnel.filtered else []
+    return f"{funnel.sentence()} ({', '.join(lost)}; yield {funnel.yielded:.0%})"

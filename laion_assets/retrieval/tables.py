@@ -62,6 +62,8 @@ class Provenance:
         written: when, ISO 8601 in UTC.
         found: the counts of a search in a sentence.
         counts: the same and all others, by name.
+        own_settings: what the seed set's settings.yaml said when the seeds were read; it travels with
+            what was made from them, so that all of it is made with the same.
 
     """
 
@@ -72,15 +74,22 @@ class Provenance:
     run: str
     written: str
     found: str = ""
+    own_settings: Mapping[str, Any] = field(default_factory=dict)
     counts: Mapping[str, int] = field(default_factory=dict)
 
     @classmethod
     def now(
-        cls, seed_set: str, seeds: str, index: str | None, settings: Mapping[str, Any], run: str
+        cls,
+        seed_set: str,
+        seeds: str,
+        index: str | None,
+        settings: Mapping[str, Any],
+        run: str,
+        own_settings: Mapping[str, Any],
     ) -> Provenance:
         """Provenance of a table that is being written now."""
         written = datetime.now(UTC).isoformat(timespec="seconds")
-        return cls(seed_set, seeds, index, dict(settings), run, written)
+        return cls(seed_set, seeds, index, dict(settings), run, written, own_settings=dict(own_settings))
 
     def to_footer(self) -> dict[str, str]:
         """Key-value metadata for the file's footer."""

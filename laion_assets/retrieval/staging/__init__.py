@@ -8,17 +8,19 @@ exclusive one only to change what they could read.
 """
 
 from laion_assets.retrieval.staging.manifest import (
+    STAGE_AGAIN,
     Manifest,
     NotStagedError,
     StagedFile,
     verified_manifest,
 )
 from laion_assets.retrieval.staging.opening import OpenIndex, open_staged
-from laion_assets.retrieval.staging.plan import Plan, SourceFile, Transfer, plan
+from laion_assets.retrieval.staging.plan import Plan, SourceFile, Transfer, plan, version_of
 from laion_assets.retrieval.staging.source import Source
 from laion_assets.retrieval.staging.stager import Staged, stage
 
 __all__ = [
+    "STAGE_AGAIN",
     "Manifest",
     "NotStagedError",
     "OpenIndex",
@@ -32,4 +34,5 @@ __all__ = [
     "plan",
     "stage",
     "verified_manifest",
+    "version_of",
 ]

@@ -11,7 +11,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator
 from datetime import timedelta
-from functools import lru_cache
+from threading import Lock
 from typing import Any
 
 import obstore
@@ -39,7 +39,8 @@ class BucketReader:
 
     def __init__(self, gcs: Any) -> None:
         self._gcs = gcs
-        self._store = lru_cache(maxsize=None)(self._new_store)
+        self._stores: dict[str, GCSStore] = {}
+        self._making = Lock()
 
     def read(self, file: SourceFile, start: int, stop: int) -> Iterator[bytes]:
         """Yield the bytes from `start` to `stop` of the generation that was listed.
@@ -66,6 +67,12 @@ class BucketReader:
             if status and status[1].startswith("4") and int(status[1]) not in PASSING:
                 raise InputError(f"{file.url} cannot be read: {reason}") from error
             raise TransientError(reason) from error
+
+    def _store(self, bucket: str) -> GCSStore:
+        with self._making:  # many threads begin at once, and each client has connections of its own
+            if bucket not in self._stores:
+                self._stores[bucket] = self._new_store(bucket)
+            return self._stores[bucket]
 
     def _new_store(self, bucket: str) -> GCSStore:
         credentials = self._gcs.credentials.credentials  # None for a public bucket

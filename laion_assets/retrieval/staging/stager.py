@@ -26,7 +26,7 @@ from laion_assets.retrieval.staging.manifest import (
     sizes_on_disk,
     sync_folder,
 )
-from laion_assets.retrieval.staging.plan import Plan, SourceFile, Transfer, plan
+from laion_assets.retrieval.staging.plan import Plan, SourceFile, Transfer, plan, version_of
 from laion_assets.retrieval.staging.source import Source
 
 DISK_TAKES_NO_MORE = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS}
@@ -40,6 +40,7 @@ class Staged:
 
     Attributes:
         manifest: what is on the disk now.
+        source_version: of the source that it was compared with.
         fetched: files that were copied, or read where they are used in place.
         bytes_fetched: read from the source.
         bytes_reused: that were on the disk already, those of an earlier attempt that was cut off too.
@@ -50,6 +51,7 @@ class Staged:
     """
 
     manifest: Manifest
+    source_version: str
     fetched: int
     bytes_fetched: int
     bytes_reused: int
@@ -250,6 +252,7 @@ class _Stager:
     ) -> Staged:
         return Staged(
             manifest,
+            version_of(files),
             fetched=len(todo.fetch),
             bytes_fetched=self.tally.fetched,
             bytes_reused=self.tally.reused + sum(file.size for file in todo.keep),
