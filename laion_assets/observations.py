@@ -43,7 +43,7 @@ def last_version(
 def is_known(
     instance: dg.DagsterInstance, source: dg.AssetKey, version: str, seed_set: str | None = None
 ) -> bool:
-    """Tell whether Dagster was told of this version of a source, by both events, and of no other since."""
+    """Tell whether this version of a source is the last that Dagster was told of, by both events."""
     for is_source in (True, False):  # observed, materialized
         record = instance.get_latest_data_version_record(source, is_source, seed_set)
         known = extract_data_version_from_entry(record.event_log_entry) if record else None

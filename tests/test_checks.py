@@ -12,6 +12,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from conftest import Demo, Project, failures, new_project
+from hypothesis import given
+from hypothesis import strategies as st
 
 from laion_assets import checks
 from laion_assets.assets import index, seeds, urls
@@ -166,6 +168,19 @@ def test_what_is_wrong_with_the_combined_table_is_told(spoilt, wrong, change, se
     assert {name for name, result in found.items() if not result.passed} == wrong
     for name in wrong:
         assert found[name].severity is severity
+
+
+@given(
+    st.lists(
+        st.none()
+        | st.text(max_size=20)
+        | st.text("aZ0.-/:?#@[]\n\x7f \u00e9", max_size=12).map("https://{}".format)
+    )
+)
+def test_the_fast_look_at_urls_says_what_the_slow_one_says(urls):
+    count, examples = audit.not_web(pa.chunked_array([pa.array(urls, pa.string())]))
+    assert count == sum(not audit.is_web(url) for url in urls)
+    assert len(examples) == min(count, audit.EXAMPLES)
 
 
 def test_near_duplicates_that_combining_left_are_told(done, spoilt):

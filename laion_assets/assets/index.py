@@ -69,7 +69,7 @@ def staged_laion_index(
             "dimension": dimension,
             "inverted lists": nlist,
         },
-        check_results=checked,
+        check_results=[*checks.telling(context, checked)],
     )
 
 

@@ -120,4 +120,4 @@ def centroid_vector(
             lambda _: {"norm of mean": length, "seeds": len(embeddings)},
         )
     )
-    yield from checks.of_centroid(length)
+    yield from checks.telling(context, checks.of_centroid(length))

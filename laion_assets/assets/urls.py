@@ -173,7 +173,7 @@ def _retrieved(
             *checks.of_search(stored, settings.dedup_threshold),
             checks.yield_as_before(context, told),
         ]
-    yield from results
+    yield from checks.telling(context, results)
 
 
 @dg.asset(
@@ -241,8 +241,7 @@ def combined_urls(
             *checks.of_combined(stored, knn_urls, centroid_urls, threshold),
             checks.yield_as_before(context, told),
         ]
-    yield from results
-    yield as_now
+    yield from checks.telling(context, [*results, as_now])
 
 
 def _shortfall(found: Retrieval) -> str:
