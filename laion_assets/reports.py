@@ -11,7 +11,6 @@ from dataclasses import asdict
 from typing import Any
 
 import dagster as dg
-import numpy as np
 
 from laion_assets.io_managers import StoredTable
 from laion_assets.past_runs import MADE_WITH, OWN_SETTINGS, YIELD
@@ -53,7 +52,8 @@ def of_search(
     return {
         "about": dg.MetadataValue.md(
             f"**{found.funnel.kept:,} images** {title} of {plain(provenance.seed_set)}\n\n"
-            f"{found.funnel.requested:,} requested, yield {found.funnel.yielded:.0%}"
+            f"{found.funnel.requested:,} requested, yield {found.funnel.yielded:.0%}\n\n"
+            f"{_origin(provenance)}"
         ),
         "funnel": funnel_table({"found": counts}),
         "contact sheet": as_markdown(sheet)
@@ -95,9 +95,9 @@ def of_combined(
     )
     return {
         "about": dg.MetadataValue.md(
-            f"**{funnel.kept:,} images** like the {len(seeds):,} seeds of "
-            f"{plain(provenance.seed_set)}, a row each\n\n{total['requested']:,} requested, yield "
-            f"{yielded:.0%}"
+            f"**{funnel.kept:,} images** like the {len(seeds):,} seeds of {plain(provenance.seed_set)}, "
+            f"a row each\n\n{total['requested']:,} requested, yield {yielded:.0%}\n\n"
+            f"{_origin(provenance)}"
         ),
         "funnel": funnel_table(
             {"per seed": searches[AROUND_SEEDS], "centroid": searches[AROUND_CENTROID]}, united
@@ -111,15 +111,15 @@ def of_combined(
         YIELD: round(yielded, 6),
         **_target(funnel.kept, provenance.settings.get("target_images")),
         **_made_from(provenance),
-        MADE_WITH: {**provenance.settings, OWN_SETTINGS: provenance.own_settings},
         **({"picture": dg.MetadataValue.path(_saved(stored, sheet))} if sheet else {}),
+        MADE_WITH: {**provenance.settings, OWN_SETTINGS: provenance.own_settings},
     }
 
 
 def similarities(table: StoredTable) -> Floats:
     """Return the similarity of every row."""
-    parts = [batch["similarity"].to_numpy() for batch in table.batches(["similarity"])]
-    return np.concatenate(parts) if parts else np.empty(0, np.float32)
+    found: Floats = table.read(["similarity"])["similarity"].to_numpy()
+    return found
 
 
 def _saved(stored: StoredTable, sheet: Any) -> str:
@@ -133,6 +133,10 @@ def _labelled(counts: Mapping[str, int]) -> dict[str, int]:
 
 def _target(kept: int, target: int | None) -> dict[str, int | float]:
     return {"target images": target, "target reached": round(kept / target, 4)} if target else {}
+
+
+def _origin(provenance: Provenance) -> str:
+    return f"made from seeds {plain(provenance.seeds)} and index {plain(provenance.index or '')}"
 
 
 def _made_from(provenance: Provenance) -> dict[str, str | None]:

@@ -265,3 +265,16 @@ def test_a_truncated_metadata_file_is_named(tmp_path) -> None:
 def test_opening_an_index_prints_nothing(demo, capfd) -> None:
     open_folder(demo.index)
     assert capfd.readouterr() == ("", "")
+
+
+@pytest.mark.parametrize("form", indices.FORMS)
+def test_a_sample_holds_rows_of_the_index_as_it_stores_them(tmp_path: Path, form: str) -> None:
+    indices.write_index(tmp_path, indices.random_rows(np.random.default_rng(7), 50), form)
+    index = Index(*indices.index_paths(tmp_path))
+    ids, vectors = (np.concatenate(part) for part in zip(*index.sample(64, 50), strict=True))
+    assert sorted(ids) == list(range(50))
+    stored = unit(indices.reconstructed(tmp_path))[ids]
+    np.testing.assert_allclose(vectors @ vectors.T, stored @ stored.T, atol=1e-4)
+    few = [part_ids for part_ids, _ in index.sample(2, 3)]
+    assert 0 < len(np.concatenate(few)) <= 6
+    np.testing.assert_array_equal(np.concatenate(few), np.concatenate([i for i, _ in index.sample(2, 3)]))
