@@ -165,11 +165,11 @@ def build_seed_sets_sensor(job: dg.UnresolvedAssetJobDefinition) -> dg.SensorDef
         news = {
             "running": decision.run,
             "waiting for": decision.waiting,
-            "no seed_embeddings yet of": [
+            "not read yet:": [
                 name for name, mark in present.items() if known.get(name) == mark != done.get(name)
             ],
-            "removed, with partition and tables kept:": gone,
-            "to be renamed, as these names cannot be used:": [repr(n) for n in found if n not in present],
+            "removed, tables kept:": gone,
+            "impossible names, rename:": [repr(n) for n in found if n not in present],
             "ignored files:": listing.ignored,
         }
         saw = _sentence(news, len(present))
@@ -185,8 +185,8 @@ def build_seed_sets_sensor(job: dg.UnresolvedAssetJobDefinition) -> dg.SensorDef
             ],
             dynamic_partitions_requests=[seed_sets.build_add_request(new)] if new else [],
             asset_events=[
-                *(observation(seed_folder.key, present[name], name) for name in decision.report),
-                *(observation(seed_folder.key, GONE, name) for name in gone if known[name] != GONE),
+                observation(seed_folder.key, present.get(name, GONE), name)
+                for name in (*decision.report, *(name for name in gone if known[name] != GONE))
             ],
             cursor=str(Cursor(saw, decision.moving)),
             skip_reason=None if decision.run else saw,

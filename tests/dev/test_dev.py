@@ -22,6 +22,7 @@ from laion_assets.demo.build import SEED_SETS
 
 RAN_BY_THE_DEMO, *OTHERS = ("fruit", *sorted({*SEED_SETS} - {"fruit"}))
 DROPPED = "dropped"
+BROKEN = "broken"
 # In an image of its own a browser is root and has no sandbox; it asks for nothing outside.
 CHROMIUM = (
     "--no-sandbox",
@@ -45,6 +46,8 @@ class Project:
         self.dev.start()
         (self.ran_by_the_demo,) = self.ui.runs()
         self.drop(DROPPED, seeds=2000)
+        self.drop(BROKEN, seeds=2)
+        (self.folder / "data" / "seeds" / BROKEN / "1.npy").write_bytes(b"no array")
         self.with_numbers = self.ui.launch(RAN_BY_THE_DEMO, nb_images_knn=7, nprobe=5)
         self.without_partition = self.ui.launch(None)
 
@@ -87,6 +90,17 @@ def test_a_seed_set_that_was_not_run_yet_is_run_untouched(project: Project, seed
     assert seed_set in project.ui.partitions("combined_urls")["materialized"]
     rows = pq.read_metadata(project.table("combined_urls", seed_set)).num_rows
     assert project.ui.materialization("combined_urls", seed_set)["kept"] == rows > 0
+
+
+def test_a_seed_set_that_cannot_be_used_is_one_failed_run_with_the_reason(project: Project) -> None:
+    ui = project.ui
+    (run,) = wait_for("the sensor", lambda: ui.runs_of(BROKEN))
+    assert ui.finished(run.id).status == "FAILURE"
+    (failure,) = ui.step_events(run.id, "seed_embeddings", "STEP_FAILURE")
+    assert "broken/1.npy is not a whole .npy file" in failure["failureMetadata"]["description"]
+    ticks = len(ui.ticks())
+    wait_for("three more ticks", lambda: len(ui.ticks()) >= ticks + 3)
+    assert ui.runs_of(BROKEN) == [ui.run(run.id)]
 
 
 def test_what_the_demo_ran_is_not_run_again(project: Project) -> None:
@@ -151,7 +165,7 @@ def test_history_outlives_a_restart_and_nothing_runs_again(project: Project) -> 
     assert ui.finished(interrupted, 60).status == "FAILURE"
     wait_for("three more ticks", lambda: len(ui.ticks()) >= ticks + 3)
     assert ui.runs()[1:] == runs
-    assert ui.partitions("combined_urls")["all"] == {*SEED_SETS, DROPPED}
+    assert ui.partitions("combined_urls")["all"] == {*SEED_SETS, DROPPED, BROKEN}
     assert {*SEED_SETS} <= ui.partitions("combined_urls")["materialized"]
 
 
@@ -189,3 +203,10 @@ def test_a_browser_materializes_a_partition_and_shows_its_contact_sheet(
     assert dialog
     assert dialog["x"] < shown["x"]
     assert shown["x"] + shown["width"] < dialog["x"] + dialog["width"]
+
+
+def test_the_list_of_ticks_says_what_each_saw(project: Project, page: Page) -> None:
+    (project.folder / "data" / "seeds" / BROKEN).rename(project.folder / "away")
+    page.goto("/locations/laion_assets/sensors/seed_sets_sensor")
+    page.get_by_role("row", name="removed, tables kept: broken").first.wait_for()
+    assert BROKEN in project.ui.partitions("combined_urls")["all"]
