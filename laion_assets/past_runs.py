@@ -18,6 +18,7 @@ from laion_assets.settings import Settings
 LOOKED_AT = 20  # materializations, the latest first
 YIELD = "combined yield"
 MADE_WITH = "made with"
+OWN_SETTINGS = "settings.yaml"
 THAT_CHANGE_THE_YIELD = ("dedup_threshold", "filters")
 
 
@@ -48,11 +49,17 @@ def materializations(
 
     """
     asked = dg.AssetRecordsFilter(dg.AssetKey(asset), seed_set and [seed_set], before_timestamp=before)
-    for record in instance.fetch_materializations(asked, limit=LOOKED_AT).records:
-        made = record.asset_materialization
-        if made is not None:
-            figures = {name: value.value for name, value in made.metadata.items()}
-            yield Materialized(record.run_id, figures)
+    cursor = None
+    for _ in range(LOOKED_AT):
+        # One by one, as most callers need no other, and each may hold a picture.
+        page = instance.fetch_materializations(asked, limit=1, cursor=cursor)
+        for record in page.records:
+            made = record.asset_materialization
+            if made is not None:
+                yield Materialized(record.run_id, {k: v.value for k, v in made.metadata.items()})
+        if not page.has_more:
+            return
+        cursor = page.cursor
 
 
 def measured_yield(

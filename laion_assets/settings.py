@@ -43,7 +43,13 @@ KIND_NAMES: Mapping[type, str] = {
 }
 COUNTS = ("nb_images_knn", "nb_images_centroid")
 MANY = 1e300  # beyond that numbers are not numbers any more
+CHOSEN = "chosen from the number of images"  # what nprobe comes from when nobody sets it
 FOR_THIS_RUN = "Launchpad or command line"
+
+
+def variables() -> dict[str, str]:
+    """Name the setting that each variable of the environment stands for."""
+    return {f"LAION_{name.upper()}": name for name in DEFAULTS}
 
 
 @dataclass(frozen=True)

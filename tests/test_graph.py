@@ -208,11 +208,19 @@ def test_the_contact_sheet_is_a_picture_small_enough_for_the_event_log(done):
 def test_one_row_per_image_is_checked_and_true(done):
     project, result = done
     checks = {check.check_name: check.passed for check in result.get_asset_check_evaluations()}
-    assert checks == {"one_row_per_image": True, "metadata_covers_the_index": True}
+    assert checks == {
+        "one_row_per_image": True,
+        "settings_as_now": True,
+        "metadata_covers_the_index": True,
+    }
     partitions = {
         evaluation.check_name: evaluation.partition for evaluation in result.get_asset_check_evaluations()
     }
-    assert partitions == {"one_row_per_image": "flower", "metadata_covers_the_index": None}
+    assert partitions == {
+        "one_row_per_image": "flower",
+        "settings_as_now": "flower",
+        "metadata_covers_the_index": None,
+    }
     rows = pq.read_table(project.table("combined_urls", "flower"))
     assert len(set(rows["id"].to_pylist())) == len(set(rows["url"].to_pylist())) == len(rows)
 

@@ -6,7 +6,6 @@ Dagster's concept: https://docs.dagster.io/guides/build/assets
 
 import os
 from collections.abc import Mapping
-from dataclasses import replace
 from typing import Any
 
 import dagster as dg
@@ -67,10 +66,7 @@ def seed_embeddings(
         context.log.warning(
             f"{len(seed_set.ignored):,} files were not read, as they hold no seeds: {names}"
         )
-    provenance = replace(
-        Provenance.now(seed_set.name, seed_set.fingerprint, None, {}, context.run.run_id),
-        own_settings=own,
-    )
+    provenance = Provenance.now(seed_set.name, seed_set.fingerprint, None, {}, context.run.run_id, own)
     rows = found.to_table()
 
     def report(stored: StoredTable) -> Mapping[str, Any]:
@@ -109,9 +105,8 @@ def centroid_vector(
     context.log.info(f"the mean of {len(embeddings):,} seeds has length {length:.3f}")
     vector = pa.FixedSizeListArray.from_arrays(pa.array(mean), len(mean))
     row = pa.table({"embedding": vector, "norm_of_mean": [length], "seeds": [len(embeddings)]})
-    provenance = replace(
-        Provenance.now(origin.seed_set, origin.seeds, None, {}, context.run.run_id),
-        own_settings=origin.own_settings,
+    provenance = Provenance.now(
+        origin.seed_set, origin.seeds, None, {}, context.run.run_id, origin.own_settings
     )
     return dg.MaterializeResult(
         value=TableOutput(

@@ -17,7 +17,7 @@ from laion_assets.failures import as_failures
 from laion_assets.io_managers import StoredTable, TableOutput
 from laion_assets.kubernetes import RETRY_POLICY, on_any_node, on_nvme_node
 from laion_assets.partitions import seed_sets
-from laion_assets.past_runs import MADE_WITH, YIELD, yield_for
+from laion_assets.past_runs import MADE_WITH, OWN_SETTINGS, YIELD, yield_for
 from laion_assets.presentation import as_markdown, draw, links, save_png, strip
 from laion_assets.resources import LaionIndex
 from laion_assets.retrieval.combine import CombinedFunnel, check_same_origin, combine
@@ -27,7 +27,8 @@ from laion_assets.retrieval.progress import Progress
 from laion_assets.retrieval.retrieve import PICTURES, Funnel, Request, Retrieval, retrieve
 from laion_assets.retrieval.seeds import embeddings_of
 from laion_assets.retrieval.tables import Provenance, Table
-from laion_assets.settings import RetrievalConfig, Settings
+from laion_assets.settings import CHOSEN, RetrievalConfig, Settings
+from laion_assets.settings_check import SETTINGS_AS_NOW, settings_as_now
 
 LOW_RECALL = 0.9
 
@@ -112,7 +113,12 @@ def _retrieved(
         )
         used = _used(settings, found.nprobe, filters.block_list)
         provenance = Provenance.now(
-            origin.seed_set, origin.seeds, opened.manifest.fingerprint, used, context.run.run_id
+            origin.seed_set,
+            origin.seeds,
+            opened.manifest.fingerprint,
+            used,
+            context.run.run_id,
+            origin.own_settings,
         )
         context.log.info(
             f"looking for {k:,} images around {'each of ' if per_seed else ''}{len(queries):,} "
@@ -157,7 +163,7 @@ def _retrieved(
     op_tags=on_any_node("combined_urls"),
     retry_policy=RETRY_POLICY,
     code_version="1",
-    check_specs=[ONE_ROW_PER_IMAGE],
+    check_specs=[ONE_ROW_PER_IMAGE, SETTINGS_AS_NOW],
 )
 def combined_urls(
     context: dg.AssetExecutionContext,
@@ -172,6 +178,7 @@ def combined_urls(
     """
     with as_failures():
         origin = check_same_origin(knn_urls, centroid_urls, seed_embeddings)
+        as_now = settings_as_now(origin)
         combined = combine(knn_urls, centroid_urls, origin.settings["dedup_threshold"], PICTURES)
     funnel = combined.funnel
     context.log.info(
@@ -180,7 +187,12 @@ def combined_urls(
         f"{funnel.kept:,} kept"
     )
     provenance = Provenance.now(
-        origin.seed_set, origin.seeds, origin.index, origin.settings, context.run.run_id
+        origin.seed_set,
+        origin.seeds,
+        origin.index,
+        origin.settings,
+        context.run.run_id,
+        origin.own_settings,
     )
 
     written: list[StoredTable] = []
@@ -201,7 +213,7 @@ def combined_urls(
             "index fingerprint": origin.index,
             "seeds fingerprint": origin.seeds,
             "settings": _with_origins(origin.settings),
-            MADE_WITH: dict(origin.settings),
+            MADE_WITH: {**origin.settings, OWN_SETTINGS: origin.own_settings},
         }
         if sheet is None:
             return figures | {"contact sheet": links(stored)}
@@ -214,6 +226,7 @@ def combined_urls(
     table = Table(combined.table.schema, combined.table.batches, provenance.to_footer)
     yield dg.MaterializeResult(value=TableOutput(table, report))
     yield one_row_per_image(written[0])
+    yield as_now
 
 
 def _against_what_was_wanted(kept: int, settings: Mapping[str, Any], seeds: int) -> dict[str, Any]:
@@ -240,7 +253,7 @@ def _used(settings: Settings, nprobe: int | None, block_list: BlockList | None) 
     used = settings.values() | {"nprobe": nprobe}
     origins = dict(settings.origins)
     if settings.nprobe is None:
-        origins["nprobe"] = "chosen from the number of images"
+        origins["nprobe"] = CHOSEN
     if block_list is not None:
         used["block_list"], origins["block_list"] = str(block_list), BLOCK_LIST_SETTING
     return used | {"origins": origins}

@@ -63,11 +63,17 @@ class Provenance:
 
     @classmethod
     def now(
-        cls, seed_set: str, seeds: str, index: str | None, settings: Mapping[str, Any], run: str
+        cls,
+        seed_set: str,
+        seeds: str,
+        index: str | None,
+        settings: Mapping[str, Any],
+        run: str,
+        own_settings: Mapping[str, Any],
     ) -> Provenance:
         """Provenance of a table that is being written now."""
         written = datetime.now(UTC).isoformat(timespec="seconds")
-        return cls(seed_set, seeds, index, dict(settings), run, written)
+        return cls(seed_set, seeds, index, dict(settings), run, written, own_settings=dict(own_settings))
 
     def to_footer(self) -> dict[str, str]:
         """Key-value metadata for the file's footer."""
