@@ -165,11 +165,11 @@ def build_seed_sets_sensor(job: dg.UnresolvedAssetJobDefinition) -> dg.SensorDef
         news = {
             "running": decision.run,
             "waiting for": decision.waiting,
-            "no seed_embeddings yet of": [
+            "not read yet:": [
                 name for name, mark in present.items() if known.get(name) == mark != done.get(name)
             ],
-            "removed, with partition and tables kept:": gone,
-            "to be renamed, as these names cannot be used:": [repr(n) for n in found if n not in present],
+            "removed, tables kept:": gone,
+            "impossible names, rename:": [repr(n) for n in found if n not in present],
             "ignored files:": listing.ignored,
         }
         saw = _sentence(news, len(present))

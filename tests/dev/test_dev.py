@@ -8,7 +8,16 @@ import signal
 
 import pyarrow.parquet as pq
 import pytest
-from webserver import DROPPED, IN_PROGRESS, OTHERS, RAN_BY_THE_DEMO, Project, is_running, wait_for
+from webserver import (
+    BROKEN,
+    DROPPED,
+    IN_PROGRESS,
+    OTHERS,
+    RAN_BY_THE_DEMO,
+    Project,
+    is_running,
+    wait_for,
+)
 
 from laion_assets.demo.build import SEED_SETS
 
@@ -33,6 +42,17 @@ def test_a_seed_set_that_was_not_run_yet_is_run_untouched(project: Project, seed
     assert seed_set in project.ui.partitions("combined_urls")["materialized"]
     rows = pq.read_metadata(project.table("combined_urls", seed_set)).num_rows
     assert project.ui.materialization("combined_urls", seed_set)["kept"] == rows > 0
+
+
+def test_a_seed_set_that_cannot_be_used_is_one_failed_run_with_the_reason(project: Project) -> None:
+    ui = project.ui
+    (run,) = wait_for("the sensor", lambda: ui.runs_of(BROKEN))
+    assert ui.finished(run.id).status == "FAILURE"
+    (failure,) = ui.step_events(run.id, "seed_embeddings", "STEP_FAILURE")
+    assert "broken/1.npy is not a whole .npy file" in failure["failureMetadata"]["description"]
+    ticks = len(ui.ticks())
+    wait_for("three more ticks", lambda: len(ui.ticks()) >= ticks + 3)
+    assert ui.runs_of(BROKEN) == [ui.run(run.id)]
 
 
 def test_what_the_demo_ran_is_not_run_again(project: Project) -> None:
@@ -97,5 +117,5 @@ def test_history_outlives_a_restart_and_nothing_runs_again(project: Project) -> 
     assert ui.finished(interrupted, 60).status == "FAILURE"
     wait_for("three more ticks", lambda: len(ui.ticks()) >= ticks + 3)
     assert ui.runs()[1:] == runs
-    assert ui.partitions("combined_urls")["all"] == {*SEED_SETS, DROPPED}
+    assert ui.partitions("combined_urls")["all"] == {*SEED_SETS, DROPPED, BROKEN}
     assert {*SEED_SETS} <= ui.partitions("combined_urls")["materialized"]

@@ -16,7 +16,7 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 from playwright.sync_api import Locator, Page, ViewportSize, expect, sync_playwright
-from webserver import IN_PROGRESS, RAN_BY_THE_DEMO, Project, wait_for
+from webserver import BROKEN, IN_PROGRESS, RAN_BY_THE_DEMO, Project, wait_for
 
 from laion_assets.io_managers import StoredTable
 from laion_assets.presentation import links
@@ -175,11 +175,14 @@ def test_the_graph_shows_where_everything_comes_from(page: Page, launched: str) 
     page.set_viewport_size(SIZE)
 
 
-def test_the_sensor_says_what_it_saw(page: Page) -> None:
+def test_the_sensor_says_what_it_saw(project: Project, page: Page) -> None:
     page.goto("/locations/laion_assets/sensors/seed_sets_sensor")
     page.get_by_text("Registers seed sets as partitions").first.wait_for()
     page.get_by_text("View logs").first.wait_for()
     keep(page, "sensor")
+    (project.folder / "data" / "seeds" / BROKEN).rename(project.folder / "away")
+    page.get_by_role("row", name="removed, tables kept: broken").first.wait_for()
+    assert BROKEN in project.ui.partitions("combined_urls")["all"]
 
 
 HOSTILE = (

@@ -24,6 +24,7 @@ from laion_assets.demo.build import SEED_SETS
 REPOSITORY_SELECTOR = {"repositoryName": "__repository__", "repositoryLocationName": "laion_assets"}
 RAN_BY_THE_DEMO, *OTHERS = ("fruit", *sorted({*SEED_SETS} - {"fruit"}))
 DROPPED = "dropped"
+BROKEN = "broken"
 IN_PROGRESS = {"NOT_STARTED", "QUEUED", "STARTING", "STARTED", "CANCELING"}
 
 T = TypeVar("T")
@@ -237,6 +238,8 @@ class Project:
         self.dev.start()
         (self.ran_by_the_demo,) = self.ui.runs()
         self.drop(DROPPED, seeds=2000)
+        self.drop(BROKEN, seeds=2)
+        (self.folder / "data" / "seeds" / BROKEN / "1.npy").write_bytes(b"no array")
         self.with_numbers = self.ui.launch(RAN_BY_THE_DEMO, nb_images_knn=7, nprobe=5)
         self.without_partition = self.ui.launch(None)
 
