@@ -112,23 +112,27 @@ def _difference(names: Sequence[str], made: Mapping[str, Any], now: Settings) ->
 
 
 def settings_as_now(origin: Provenance) -> dg.AssetCheckResult:
-    """Check a set that was made just now.
-
-    Raises:
-        InputError: the settings of now cannot be used.
-
-    """
-    found = compare(origin.settings, _now(origin.seed_set, origin.own_settings))
+    """Check a set that was made just now."""
+    passed, told = _judged(origin.seed_set, origin.settings, origin.own_settings)
     return dg.AssetCheckResult(
         check_name=SETTINGS_AS_NOW.name,
-        passed=not found.changed,
+        passed=passed,
         severity=dg.AssetCheckSeverity.WARN,
-        description=found.sentence(origin.seed_set),
+        description=told,
     )
 
 
-def _now(seed_set: str, own: Mapping[str, Any]) -> Settings:
-    return RetrievalConfig().resolve(os.environ, own, seed_set)
+def _judged(seed_set: str, made_with: Mapping[str, Any], own: Mapping[str, Any]) -> tuple[bool, str]:
+    """Tell whether a set is as the next run would make it, and in words how it differs.
+
+    Settings of now that no run could use are a difference too: the run that made the set may have
+    brought its own in their place.
+    """
+    try:
+        found = compare(made_with, RetrievalConfig().resolve(os.environ, own, seed_set))
+    except InputError as error:
+        return False, f"the next run cannot be made: {error}"
+    return not found.changed, found.sentence(seed_set)
 
 
 def build_settings_sensor() -> dg.SensorDefinition:
@@ -155,7 +159,7 @@ def build_settings_sensor() -> dg.SensorDefinition:
             found = {name: last for name in sorted(new) if (last := _Made.last(context.instance, name))}
         except InputError as error:
             return dg.SkipReason(str(error))
-        warned = {name for name, last in found.items() if last.comparison.changed}
+        warned = {name for name, last in found.items() if not last.as_now}
         # The step has said already that it is as it should be, unless this sensor said otherwise since.
         for name in sorted(warned | (found.keys() & seen.warned)):
             _report(context.instance, name, found[name])
@@ -196,10 +200,11 @@ class _Seen:
 
 @dataclass(frozen=True)
 class _Made:
-    """A set as it was made last: by which run, and how its settings differ from those of now."""
+    """A set as it was made last: by which run, whether its settings are those of now, and in words."""
 
     run: str
-    comparison: Comparison
+    as_now: bool
+    told: str
 
     @classmethod
     def last(cls, instance: dg.DagsterInstance, seed_set: str) -> _Made | None:
@@ -208,7 +213,7 @@ class _Made:
         made_with = past.figures.get(MADE_WITH) if past else None
         if past is None or made_with is None:
             return None
-        return cls(past.run, compare(made_with, _now(seed_set, made_with.get(OWN_SETTINGS, {}))))
+        return cls(past.run, *_judged(seed_set, made_with, made_with.get(OWN_SETTINGS, {})))
 
 
 def _report(instance: dg.DagsterInstance, seed_set: str, made: _Made) -> None:
@@ -221,9 +226,9 @@ def _report(instance: dg.DagsterInstance, seed_set: str, made: _Made) -> None:
     evaluation = dg.AssetCheckEvaluation(
         asset_key=COMBINED,
         check_name=SETTINGS_AS_NOW.name,
-        passed=not made.comparison.changed,
+        passed=made.as_now,
         severity=dg.AssetCheckSeverity.WARN,
-        description=made.comparison.sentence(seed_set),
+        description=made.told,
         partition=seed_set,
     )
     event = dg.DagsterEvent(

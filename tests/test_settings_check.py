@@ -100,6 +100,27 @@ def test_numbers_given_for_one_run_are_told_of_and_are_no_change(made):
     assert status(made, "fruit") == check.description
 
 
+@pytest.mark.parametrize(
+    ("environment", "given", "told"),
+    [
+        ({"LAION_NPROBE": "0"}, {"nprobe": 5}, "nprobe is 0 (from LAION_NPROBE): give 1 or more"),
+        (
+            {"LAION_TARGET_IMAGES": "600", "LAION_NB_IMAGES_KNN": "9"},
+            {"nb_images_knn": 5},
+            "target_images is 600 (from LAION_TARGET_IMAGES) and nb_images_knn is 9 (from "
+            "LAION_NB_IMAGES_KNN): give the target or the two numbers, not both",
+        ),
+    ],
+)
+def test_settings_that_only_this_run_could_do_without_do_not_stop_it(
+    made, monkeypatch, environment, given, told
+):
+    for variable, value in environment.items():
+        monkeypatch.setenv(variable, value)
+    assert failures(made.run("fruit", **given)) == {}
+    assert status(made, "fruit") == f"the next run cannot be made: {told}"
+
+
 def test_wrong_settings_are_told_of_by_the_sensor(made, monkeypatch):
     ticks = Ticks(made)
     monkeypatch.setenv("LAION_NPROBE", "0")

@@ -200,7 +200,6 @@ def combined_urls(
     """
     with as_failures():
         origin = check_same_origin(knn_urls, centroid_urls, seed_embeddings)
-        as_now = settings_as_now(origin)
         combined = combine(knn_urls, centroid_urls, origin.settings["dedup_threshold"], PICTURES)
     funnel = combined.funnel
     context.log.info(
@@ -240,8 +239,9 @@ def combined_urls(
         results = [
             *checks.of_combined(stored, knn_urls, centroid_urls, threshold),
             checks.yield_as_before(context, told),
+            settings_as_now(origin),
         ]
-    yield from checks.telling(context, [*results, as_now])
+    yield from checks.telling(context, results)
 
 
 def _shortfall(found: Retrieval) -> str:
