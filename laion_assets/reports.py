@@ -30,7 +30,6 @@ from laion_assets.presentation import (
 )
 from laion_assets.retrieval.arrays import Floats
 from laion_assets.retrieval.combine import CombinedFunnel
-from laion_assets.retrieval.errors import InputError
 from laion_assets.retrieval.retrieve import Retrieval
 from laion_assets.retrieval.tables import Provenance
 
@@ -79,9 +78,6 @@ def of_combined(
 ) -> dict[str, Any]:
     """Report the combined table; `sources` are the URL sets it was made of, by what they are."""
     made = {title: Provenance.from_footer(t.footer, t.where) for title, t in sources.items()}
-    for title, each in made.items():
-        if not each.counts:
-            raise InputError(f"{sources[title].where} is of an older version: materialize it again")
     searches = {title: each.counts for title, each in made.items()}
     total = summed(searches.values())
     united = asdict(funnel)
@@ -112,7 +108,7 @@ def of_combined(
         **_target(funnel.kept, provenance.settings.get("target_images")),
         **_made_from(provenance),
         **({"picture": dg.MetadataValue.path(_saved(stored, sheet))} if sheet else {}),
-        MADE_WITH: {**provenance.settings, OWN_SETTINGS: provenance.own_settings},
+        OWN_SETTINGS: provenance.own_settings,
     }
 
 
@@ -139,5 +135,9 @@ def _origin(provenance: Provenance) -> str:
     return f"made from seeds {plain(provenance.seeds)} and index {plain(provenance.index or '')}"
 
 
-def _made_from(provenance: Provenance) -> dict[str, str | None]:
-    return {"index fingerprint": provenance.index, "seeds fingerprint": provenance.seeds}
+def _made_from(provenance: Provenance) -> dict[str, Any]:
+    return {
+        "index fingerprint": provenance.index,
+        "seeds fingerprint": provenance.seeds,
+        MADE_WITH: provenance.asked,
+    }

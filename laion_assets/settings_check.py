@@ -23,9 +23,7 @@ from laion_assets.retrieval.errors import InputError
 from laion_assets.retrieval.seeds import SETTINGS_FILE
 from laion_assets.retrieval.tables import Provenance
 from laion_assets.settings import (
-    CHOSEN,
     COUNTS,
-    DEFAULTS,
     FOR_THIS_RUN,
     RetrievalConfig,
     Settings,
@@ -33,8 +31,6 @@ from laion_assets.settings import (
 
 SECONDS_BETWEEN_TICKS = 60
 COMBINED = dg.AssetKey("combined_urls")
-# Settings that are one decision: a target stands in place of the two counts.
-DECISIONS = (("target_images", *COUNTS), ("dedup_threshold",), ("nprobe",), ("filters",))
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore", dg.PreviewWarning)  # as with the other checks of a seed set
@@ -49,7 +45,11 @@ with warnings.catch_warnings():
 
 @dataclass(frozen=True)
 class Difference:
-    """Settings that a set was made with, and those of now in their place, each in words."""
+    """Settings that a set was made with, and those of now in their place, each in words.
+
+    Settings are those that were asked for: counts that follow from a target, or an nprobe that the index
+    allows, are none.
+    """
 
     made_with: str
     now: str
@@ -73,7 +73,7 @@ class Comparison:
         parts = [f"made with {change.made_with}, now {change.now}" for change in self.changed]
         parts += [f"materialize {seed_set} again to have it so"] if self.changed else []
         parts += [
-            f"{once.made_with} was given for that run alone, the next takes {once.now}"
+            f"made with {once.made_with} for that run alone, the next takes {once.now}"
             for once in self.given
         ]
         parts += [f"what is to stay belongs into {seed_set}/{SETTINGS_FILE}"] if self.given else []
@@ -82,38 +82,43 @@ class Comparison:
 
 def compare(made_with: Mapping[str, Any], now: Settings) -> Comparison:
     """Compare the settings that a set was made with and those of now; a pure function."""
-    made, current = _as_asked_for(made_with), now.values()
+    current = now.recorded()
     changed: list[Difference] = []
     given: list[Difference] = []
-    for names in DECISIONS:
-        differing = [name for name in names if made[name] != current[name]]
-        if differing:
-            was_given = any(made_with["origins"].get(name) == FOR_THIS_RUN for name in names)
-            (given if was_given else changed).append(_difference(differing, made, now))
+    for names in _decisions(made_with, current):
+        differing = [name for name in names if made_with[name] != current[name]]
+        by_the_run = [name for name in differing if made_with["origins"].get(name) == FOR_THIS_RUN]
+        if by_the_run:
+            given.append(
+                Difference(_in_words(by_the_run, made_with), _in_words(differing, current, origins=True))
+            )
+        elif differing:
+            changed.append(
+                Difference(_in_words(differing, made_with), _in_words(differing, current, origins=True))
+            )
     return Comparison(changed, given)
 
 
-def _as_asked_for(made_with: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the settings without what was computed from others."""
-    asked = {name: made_with.get(name) for name in DEFAULTS}
-    if asked["target_images"] is not None:
-        asked |= dict.fromkeys(COUNTS)
-    if made_with["origins"].get("nprobe") == CHOSEN:
-        asked["nprobe"] = None
-    return asked
+def _decisions(one: Mapping[str, Any], other: Mapping[str, Any]) -> list[tuple[str, ...]]:
+    """Return the names that change together: where a target came or went, the two counts went or came."""
+    names = ("target_images", *COUNTS)
+    swapped = (one["target_images"] is None) != (other["target_images"] is None)
+    how_many = [names] if swapped else [(name,) for name in names]
+    return [*how_many, ("dedup_threshold",), ("nprobe",), ("filters",)]
 
 
-def _difference(names: Sequence[str], made: Mapping[str, Any], now: Settings) -> Difference:
-    current = {name: value for name, value in now.values().items() if value is not None}
-    before = [f"{name} {made[name]}" for name in names if made[name] is not None]
-    after = [f"{name} {current[name]} ({now.origins[name]})" for name in names if name in current]
-    none = f"no {names[0]}"
-    return Difference(" and ".join(before) or none, " and ".join(after) or none)
+def _in_words(names: Sequence[str], values: Mapping[str, Any], *, origins: bool = False) -> str:
+    told = [
+        f"{name} {values[name]}" + (f" ({values['origins'][name]})" if origins else "")
+        for name in names
+        if values[name] is not None
+    ]
+    return " and ".join(told) or f"no {names[0]}"
 
 
 def settings_as_now(origin: Provenance) -> dg.AssetCheckResult:
     """Check a set that was made just now."""
-    passed, told = _judged(origin.seed_set, origin.settings, origin.own_settings)
+    passed, told = _judged(origin.seed_set, origin.asked, origin.own_settings)
     return dg.AssetCheckResult(
         check_name=SETTINGS_AS_NOW.name,
         passed=passed,
@@ -210,10 +215,9 @@ class _Made:
     def last(cls, instance: dg.DagsterInstance, seed_set: str) -> _Made | None:
         """Read it from the history; None where that does not say with which settings."""
         past = next(materializations(instance, "combined_urls", seed_set), None)
-        made_with = past.figures.get(MADE_WITH) if past else None
-        if past is None or made_with is None:
+        if past is None or not {MADE_WITH, OWN_SETTINGS} <= past.figures.keys():
             return None
-        return cls(past.run, *_judged(seed_set, made_with, made_with.get(OWN_SETTINGS, {})))
+        return cls(past.run, *_judged(seed_set, past.figures[MADE_WITH], past.figures[OWN_SETTINGS]))
 
 
 def _report(instance: dg.DagsterInstance, seed_set: str, made: _Made) -> None:

@@ -5,6 +5,7 @@ import pytest
 from conftest import Project, failures, new_project, reported
 from dagster._core.event_api import PartitionKeyFilter
 
+from laion_assets.past_runs import MADE_WITH
 from laion_assets.settings import FOR_THIS_RUN, RetrievalConfig
 from laion_assets.settings_check import SETTINGS_AS_NOW, compare
 
@@ -92,12 +93,26 @@ def test_numbers_given_for_one_run_are_told_of_and_are_no_change(made):
     (check,) = [c for c in result.get_asset_check_evaluations() if c.check_name == SETTINGS_AS_NOW.name]
     assert check.passed
     assert check.description == (
-        "nb_images_knn 7 was given for that run alone, the next takes nb_images_knn 50 (default); what "
+        "made with nb_images_knn 7 for that run alone, the next takes nb_images_knn 50 (default); what "
         "is to stay belongs into fruit/settings.yaml"
     )
     assert reported(result, "knn_urls")["settings"]["nb_images_knn"] == f"7 ({FOR_THIS_RUN})"
     Ticks(made).tick()
     assert status(made, "fruit") == check.description
+
+
+def test_what_follows_from_what_was_asked_for_is_no_change(made, monkeypatch):
+    """The index has fewer lists than that, and the two counts are computed."""
+    monkeypatch.setenv("LAION_NPROBE", "1000000")
+    monkeypatch.setenv("LAION_TARGET_IMAGES", "600")
+    result = made.run("fruit")
+    assert status(made, "fruit") == AS_IT_SHOULD_BE
+    for asset in ("knn_urls", "centroid_urls", "combined_urls"):
+        told = reported(result, asset)
+        assert told["settings"]["nprobe"] != "1000000 (LAION_NPROBE)"
+        assert told[MADE_WITH]["nprobe"] == 1000000
+        assert told[MADE_WITH]["target_images"] == 600
+        assert told[MADE_WITH]["nb_images_knn"] is None
 
 
 @pytest.mark.parametrize(
@@ -130,9 +145,7 @@ def test_wrong_settings_are_told_of_by_the_sensor(made, monkeypatch):
 
 def compared(made: RetrievalConfig, environment: dict[str, str], now: dict[str, str]) -> str:
     then = made.resolve(environment)
-    return compare(then.values() | {"origins": then.origins}, RetrievalConfig().resolve(now)).sentence(
-        "x"
-    )
+    return compare(then.recorded(), RetrievalConfig().resolve(now)).sentence("x")
 
 
 def test_a_target_stands_for_the_numbers_that_were_computed_from_it():
@@ -142,7 +155,7 @@ def test_a_target_stands_for_the_numbers_that_were_computed_from_it():
         "made with nb_images_knn 50 and nb_images_centroid 500, now target_images 600 (LAION_TARGET_IM"
     )
     assert compared(RetrievalConfig(target_images=600), {}, {}).startswith(
-        "target_images 600 was given for that run alone, the next takes nb_images_knn 50 (default) and"
+        "made with target_images 600 for that run alone, the next takes nb_images_knn 50 (default) and"
     )
 
 
@@ -150,3 +163,23 @@ def test_filters_that_came_or_went_are_a_change():
     some = {"LAION_FILTERS": "width > 5"}
     assert "made with no filters, now filters width > 5" in compared(RetrievalConfig(), {}, some)
     assert "made with filters width > 5, now no filters" in compared(RetrievalConfig(), some, {})
+
+
+def test_what_was_given_for_one_run_hides_no_other_change():
+    given, now = RetrievalConfig(nb_images_knn=7), {"LAION_NB_IMAGES_CENTROID": "900"}
+    assert compared(given, {}, now).startswith(
+        "made with nb_images_centroid 500, now nb_images_centroid 900 (LAION_NB_IMAGES_CENTROID); "
+        "materialize x again to have it so; made with nb_images_knn 7 for that run alone, the next takes "
+        "nb_images_knn 50 (default)"
+    )
+    target = {"LAION_TARGET_IMAGES": "600"}
+    assert compared(given, target, target).startswith(
+        "made with nb_images_knn 7 for that run alone, the next takes target_images 600 (LAION_TARGET"
+    )
+
+
+def test_filters_that_one_run_did_without_are_no_change():
+    some = {"LAION_FILTERS": "width > 5"}
+    assert compared(RetrievalConfig(filters=""), some, some).startswith(
+        "made with no filters for that run alone, the next takes filters width > 5 (LAION_FILTERS)"
+    )

@@ -32,7 +32,7 @@ from laion_assets.retrieval.progress import Progress
 from laion_assets.retrieval.retrieve import PICTURES, Funnel, Request, Retrieval, retrieve
 from laion_assets.retrieval.seeds import embeddings_of
 from laion_assets.retrieval.tables import Provenance, Table
-from laion_assets.settings import CHOSEN, RetrievalConfig, Settings
+from laion_assets.settings import RetrievalConfig, Settings
 from laion_assets.settings_check import SETTINGS_AS_NOW, settings_as_now
 
 LOW_RECALL = 0.9
@@ -135,6 +135,7 @@ def _retrieved(
             used,
             context.run.run_id,
             origin.own_settings,
+            asked.recorded(),
         )
         context.log.info(
             f"looking for {k:,} images around {'each of ' if per_seed else ''}{len(queries):,} "
@@ -214,6 +215,7 @@ def combined_urls(
         origin.settings,
         context.run.run_id,
         origin.own_settings,
+        origin.asked,
     )
 
     written: list[tuple[StoredTable, Mapping[str, Any]]] = []
@@ -255,7 +257,7 @@ def _used(settings: Settings, nprobe: int | None, block_list: BlockList | None) 
     used = settings.values() | {"nprobe": nprobe}
     origins = dict(settings.origins)
     if settings.nprobe is None:
-        origins["nprobe"] = CHOSEN
+        origins["nprobe"] = "chosen from the number of images"
     if block_list is not None:
         used["block_list"], origins["block_list"] = str(block_list), BLOCK_LIST_SETTING
     return used | {"origins": origins}

@@ -84,7 +84,7 @@ def check_same_origin(knn: Stored, centroid: Stored, seeds: Stored) -> Provenanc
     """Refuse two sets that were not made from the same index and these seeds, with the same filters.
 
     Returns:
-        The provenance of the knn set, with the settings of both.
+        The provenance of the knn set, with the settings of both, used and asked for.
 
     Raises:
         InputError: says on what they disagree and which to materialize again.
@@ -112,20 +112,28 @@ def check_same_origin(knn: Stored, centroid: Stored, seeds: Stored) -> Provenanc
                 f"{name.replace('_', ' ')} ({one.settings.get(name) or 'none'} and "
                 f"{other.settings.get(name) or 'none'}): materialize {older} again, it is the older one"
             )
-    return replace(one, settings=_settings_of_both(one.settings, other.settings))
+    for made, table in ((one, knn), (other, centroid)):
+        if not made.asked:
+            raise InputError(f"{table.where} is of an older version: materialize it again")
+    return replace(
+        one,
+        settings=_settings_of_both(one.settings, other.settings),
+        asked=_settings_of_both(one.asked, other.asked),
+    )
 
 
 def _settings_of_both(knn: Mapping[str, Any], centroid: Mapping[str, Any]) -> dict[str, Any]:
     """Take the centroid's own number from its set, the lower threshold, and a target that both had."""
-    of_centroid = {"nb_images_centroid": centroid["nb_images_centroid"]}
-    origins = {**knn["origins"], "nb_images_centroid": centroid["origins"]["nb_images_centroid"]}
+    of_centroid = ["nb_images_centroid"]
     if centroid["dedup_threshold"] < knn["dedup_threshold"]:
-        of_centroid["dedup_threshold"] = centroid["dedup_threshold"]
-        origins["dedup_threshold"] = centroid["origins"]["dedup_threshold"]
+        of_centroid.append("dedup_threshold")
+    values = {**knn} | {name: centroid[name] for name in of_centroid}
+    origins = {name: origin for name, origin in knn["origins"].items() if name not in of_centroid}
+    origins |= {name: o for name, o in centroid["origins"].items() if name in of_centroid}
     if centroid.get("target_images") != knn.get("target_images"):
-        of_centroid["target_images"] = None
+        values["target_images"] = None
         origins.pop("target_images", None)
-    return {**knn} | of_centroid | {"origins": origins}
+    return values | {"origins": origins}
 
 
 def combine(knn: Stored, centroid: Stored, threshold: float, pictures: int) -> Combined:
