@@ -46,9 +46,9 @@ MANY = 1e300  # beyond that numbers are not numbers any more
 FOR_THIS_RUN = "Launchpad or command line"
 
 
-def variables() -> dict[str, str]:
-    """Name the setting that each variable of the environment stands for."""
-    return {f"LAION_{name.upper()}": name for name in DEFAULTS}
+def variable_of(name: str) -> str:
+    """Name the variable of the environment that stands for a setting."""
+    return f"LAION_{name.upper()}"
 
 
 @dataclass(frozen=True)
@@ -113,11 +113,13 @@ class RetrievalConfig(dg.ConfigurableResource[None]):
     """
 
     nb_images_knn: int | None = Field(
-        default=None, description="Images wanted for each seed, at least 1 (default 50)"
+        default=None,
+        description=f"Images wanted for each seed, at least 1 (default {DEFAULTS['nb_images_knn']})",
     )
     nb_images_centroid: int | None = Field(
         default=None,
-        description="Images wanted around the mean of the seeds, at least 1 (default 500)",
+        description="Images wanted around the mean of the seeds, at least 1 "
+        f"(default {DEFAULTS['nb_images_centroid']})",
     )
     target_images: int | None = Field(
         default=None,
@@ -126,8 +128,8 @@ class RetrievalConfig(dg.ConfigurableResource[None]):
     )
     dedup_threshold: float | None = Field(
         default=None,
-        description="Cosine above which two images are near-duplicates, over 0 up to 1 (default 0.94); "
-        "1 keeps all",
+        description="Cosine above which two images are near-duplicates, over 0 up to 1 "
+        f"(default {DEFAULTS['dedup_threshold']}); 1 keeps all",
     )
     nprobe: int | None = Field(
         default=None,
@@ -210,12 +212,11 @@ def _own(values: Mapping[str, Any], where: str) -> _Level:
 
 
 def _from_environment(environment: Mapping[str, str]) -> _Level:
-    given = {
-        name: f"LAION_{name.upper()}" for name in DEFAULTS if environment.get(f"LAION_{name.upper()}")
-    }
+    variables = {name: variable_of(name) for name in DEFAULTS}
     return {
         name: _Value(_read(environment[variable], name, variable), variable)
-        for name, variable in given.items()
+        for name, variable in variables.items()
+        if environment.get(variable)
     }
 
 
