@@ -2,13 +2,12 @@
 
 The step that makes `combined_urls` compares when it ends, and a sensor does when the environment has
 changed since. What was given for one run only is no change, but is told of.
-What must not live here: what settings there are, and where they come from (settings).
+What must not live here: what settings there are, and where they come from (settings); sensors.
 Dagster's concept: https://docs.dagster.io/guides/test/asset-checks
 """
 
 from __future__ import annotations
 
-import json
 import os
 import warnings
 from collections.abc import Mapping, Sequence
@@ -29,7 +28,6 @@ from laion_assets.settings import (
     Settings,
 )
 
-SECONDS_BETWEEN_TICKS = 60
 COMBINED = dg.AssetKey("combined_urls")
 
 with warnings.catch_warnings():
@@ -140,104 +138,53 @@ def _judged(seed_set: str, made_with: Mapping[str, Any], own: Mapping[str, Any])
     return not found.changed, found.sentence(seed_set)
 
 
-def build_settings_sensor() -> dg.SensorDefinition:
-    """Return the sensor that checks again when settings in the environment have changed."""
-
-    @dg.sensor(
-        name="settings_sensor",
-        minimum_interval_seconds=SECONDS_BETWEEN_TICKS,
-        default_status=dg.DefaultSensorStatus.RUNNING,
-        description="Warns of sets that were made with other settings than a run would use now. Starts "
-        "nothing; a changed settings.yaml does.",
-    )
-    def settings_sensor(context: dg.SensorEvaluationContext) -> dg.SensorResult | dg.SkipReason:
-        seen = _Seen.read(context.cursor)
-        made = context.instance.event_log_storage.get_latest_storage_id_by_partition(
-            COMBINED, dg.DagsterEventType.ASSET_MATERIALIZATION
-        )
-        try:
-            settings = RetrievalConfig().resolve(os.environ).values()
-            changed = settings != seen.settings
-            new = {name for name, place in made.items() if changed or place > seen.read_up_to}
-            if not new:
-                return dg.SkipReason("no other settings, nothing new to compare with them")
-            found = {name: last for name in sorted(new) if (last := _Made.last(context.instance, name))}
-        except InputError as error:
-            return dg.SkipReason(str(error))
-        warned = {name for name, last in found.items() if not last.as_now}
-        # The step has said already that it is as it should be, unless this sensor said otherwise since.
-        for name in sorted(warned | (found.keys() & seen.warned)):
-            _report(context.instance, name, found[name])
-        still = sorted((set(seen.warned) - new) | warned)
-        saw = f"{len(new)} sets compared, {len(still)} of all made with other settings"
-        told = _Seen(saw, settings, max(made.values()), still)
-        return dg.SensorResult(cursor=str(told), skip_reason=saw)
-
-    return settings_sensor
-
-
 @dataclass(frozen=True)
-class _Seen:
-    """What the cursor remembers.
+class Made:
+    """A set as it was made last.
 
     Attributes:
-        saw: what the tick saw, first, where one reads it in the UI.
-        settings: of the environment and by default.
-        read_up_to: storage id of the newest materialization that was compared with them.
-        warned: sets that were made with other settings.
+        seed_set: the partition.
+        run: that made it.
+        as_now: whether its settings are those of now.
+        told: in words.
 
     """
 
-    saw: str
-    settings: Mapping[str, Any]
-    read_up_to: int
-    warned: Sequence[str]
-
-    @classmethod
-    def read(cls, cursor: str | None) -> _Seen:
-        saw, _, rest = (cursor or "").partition("\n")
-        return cls(saw, **json.loads(rest)) if rest else cls(saw, {}, 0, ())
-
-    def __str__(self) -> str:
-        rest = {name: kept for name, kept in vars(self).items() if name != "saw"}
-        return f"{self.saw}\n{json.dumps(rest)}"
-
-
-@dataclass(frozen=True)
-class _Made:
-    """A set as it was made last: by which run, whether its settings are those of now, and in words."""
-
-    run: str
+    seed_set: str
+    run: dg.DagsterRun
     as_now: bool
     told: str
 
-    @classmethod
-    def last(cls, instance: dg.DagsterInstance, seed_set: str) -> _Made | None:
-        """Read it from the history; None where that does not say with which settings."""
-        past = next(materializations(instance, "combined_urls", seed_set), None)
-        if past is None or not {MADE_WITH, OWN_SETTINGS} <= past.figures.keys():
-            return None
-        return cls(past.run, *_judged(seed_set, past.figures[MADE_WITH], past.figures[OWN_SETTINGS]))
+
+def last_made(instance: dg.DagsterInstance, seed_set: str) -> Made | None:
+    """Compare a set that was made before; None where the history does not say by what, or with what."""
+    past = next(materializations(instance, "combined_urls", seed_set), None)
+    if past is None or not {MADE_WITH, OWN_SETTINGS} <= past.figures.keys():
+        return None
+    run = instance.get_run_by_id(past.run)
+    if run is None:
+        return None
+    as_now, told = _judged(seed_set, past.figures[MADE_WITH], past.figures[OWN_SETTINGS])
+    return Made(seed_set, run, as_now, told)
 
 
-def _report(instance: dg.DagsterInstance, seed_set: str, made: _Made) -> None:
+def check_again(instance: dg.DagsterInstance, made: Made) -> None:
     """Check again what a run has made, as a further event of that run.
 
     As an event of no run, which a sensor may return, Dagster's storage takes the check of a partition
     only once.
     """
-    run = instance.get_run_by_id(made.run)
     evaluation = dg.AssetCheckEvaluation(
         asset_key=COMBINED,
         check_name=SETTINGS_AS_NOW.name,
         passed=made.as_now,
         severity=dg.AssetCheckSeverity.WARN,
         description=made.told,
-        partition=seed_set,
+        partition=made.seed_set,
     )
     event = dg.DagsterEvent(
         dg.DagsterEventType.ASSET_CHECK_EVALUATION.value,
-        job_name=run.job_name if run else "",
+        job_name=made.run.job_name,
         event_specific_data=evaluation,
     )
-    instance.report_dagster_event(event, run_id=made.run)
+    instance.report_dagster_event(event, run_id=made.run.run_id)

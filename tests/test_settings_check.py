@@ -4,8 +4,9 @@ import dagster as dg
 import pytest
 from conftest import Project, failures, new_project, reported
 from dagster._core.event_api import PartitionKeyFilter
+from dagster._core.events import StepMaterializationData
 
-from laion_assets.past_runs import MADE_WITH
+from laion_assets.past_runs import MADE_WITH, OWN_SETTINGS, materializations
 from laion_assets.settings import FOR_THIS_RUN, RetrievalConfig
 from laion_assets.settings_check import SETTINGS_AS_NOW, compare
 
@@ -26,10 +27,9 @@ class Ticks:
         context = dg.build_sensor_context(self._project.instance, self._cursor, repository_def=repository)
         with context:
             seen = repository.get_sensor_def("settings_sensor")(context)
-        skipped = seen if isinstance(seen, dg.SkipReason) else seen.skip_reason
-        self.said = skipped.skip_message or ""
-        if isinstance(seen, dg.SensorResult):
-            self._cursor = seen.cursor
+        self._cursor = seen.cursor
+        self.said = seen.cursor.split("\n")[0]  # as the UI's list of ticks shows it
+        assert seen.skip_reason.skip_message == self.said
 
 
 def status(project: Project, seed_set: str) -> str:
@@ -60,9 +60,9 @@ def made(demo, tmp_path_factory):
 def test_a_change_in_the_environment_is_a_warning_until_it_is_taken_back_or_made_good(made, monkeypatch):
     ticks = Ticks(made)
     ticks.tick()
-    assert ticks.said == "2 sets compared, 0 of all made with other settings"
+    assert ticks.said == "2 seed sets compared; made with other settings: none"
     ticks.tick()
-    assert "nothing new" in ticks.said
+    assert ticks.said == "nothing new; made with other settings: none"
 
     monkeypatch.setenv("LAION_NB_IMAGES_KNN", "60")
     for _ in range(2):
@@ -79,11 +79,11 @@ def test_a_change_in_the_environment_is_a_warning_until_it_is_taken_back_or_made
 
     monkeypatch.setenv("LAION_DEDUP_THRESHOLD", "0.9")
     ticks.tick()
-    assert ticks.said == "2 sets compared, 2 of all made with other settings"
+    assert ticks.said == "2 seed sets compared; made with other settings: flower, fruit"
     assert failures(made.run("fruit")) == {}
     assert status(made, "fruit") == AS_IT_SHOULD_BE  # the step has said so
     ticks.tick()
-    assert ticks.said == "1 sets compared, 1 of all made with other settings"
+    assert ticks.said == "1 seed set compared; made with other settings: flower"
     assert status(made, "fruit") == AS_IT_SHOULD_BE
     assert "now dedup_threshold 0.9 (LAION_DEDUP_THRESHOLD)" in status(made, "flower")
 
@@ -141,6 +141,29 @@ def test_wrong_settings_are_told_of_by_the_sensor(made, monkeypatch):
     monkeypatch.setenv("LAION_NPROBE", "0")
     ticks.tick()
     assert ticks.said == "nprobe is 0 (from LAION_NPROBE): give 1 or more"
+    monkeypatch.delenv("LAION_NPROBE")
+    ticks.tick()
+    assert "compared" in ticks.said
+
+
+def test_a_set_whose_own_settings_are_none_any_more_silences_no_other(made, monkeypatch):
+    """As after an upgrade that gave a setting another name."""
+    last = next(materializations(made.instance, "combined_urls", "flower"))
+    told = {MADE_WITH: last.figures[MADE_WITH], OWN_SETTINGS: {"nb_image_knn": 5}}
+    event = dg.AssetMaterialization("combined_urls", partition="flower", metadata=told)
+    kind = dg.DagsterEventType.ASSET_MATERIALIZATION.value
+    data = StepMaterializationData(event)
+    made.instance.report_dagster_event(
+        dg.DagsterEvent(kind, made.job.name, event_specific_data=data), last.run
+    )
+    monkeypatch.setenv("LAION_NB_IMAGES_CENTROID", "90")
+    ticks = Ticks(made)
+    ticks.tick()
+    assert ticks.said == "2 seed sets compared; made with other settings: flower, fruit"
+    assert "now nb_images_centroid 90 (LAION_NB_IMAGES_CENTROID)" in status(made, "fruit")
+    assert status(made, "flower").startswith(
+        "the next run cannot be made: flower/settings.yaml sets 'nb_image_knn', which is no setting"
+    )
 
 
 def compared(made: RetrievalConfig, environment: dict[str, str], now: dict[str, str]) -> str:
