@@ -32,7 +32,7 @@ SECONDS_BETWEEN_LOOKS_AT_THE_INDEX = 300
 SECONDS_BETWEEN_LOOKS_AT_THE_SETTINGS = 60
 RUNS_PER_TICK = 5
 NAMES_SHOWN = 10
-GONE = "removed"  # the data version of a seed set whose folder is there no longer
+GONE = "removed"  # the data version of a seed set without a seed file: its folder is gone, or empty
 
 
 @dataclass(frozen=True)
@@ -161,7 +161,7 @@ def build_seed_sets_sensor(job: dg.UnresolvedAssetJobDefinition) -> dg.SensorDef
         news = {
             "running": decision.run,
             "waiting for": decision.waiting,
-            "not read yet:": [
+            "no table of it yet (running or failed):": [
                 name for name, mark in present.items() if known.get(name) == mark != done.get(name)
             ],
             "removed, tables kept:": gone,
