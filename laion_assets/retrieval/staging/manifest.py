@@ -13,6 +13,7 @@ from itertools import chain
 from pathlib import Path
 
 from laion_assets.retrieval.errors import InputError
+from laion_assets.retrieval.staging.disk import sync_folder
 
 MANIFEST = "manifest.json"
 STAGE_AGAIN = "materialize staged_laion_index again"
@@ -104,15 +105,6 @@ class Manifest:
             os.fsync(file.fileno())
         temporary.replace(cache / MANIFEST)
         sync_folder(cache)
-
-
-def sync_folder(folder: Path) -> None:
-    """Make what was renamed and removed in a folder survive a power cut."""
-    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def sizes_on_disk(manifest: Manifest | None, cache: Path) -> dict[str, int]:

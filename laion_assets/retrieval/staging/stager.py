@@ -5,7 +5,6 @@ What must not live here: comparing (plan), copying (copy), reading what is stage
 
 from __future__ import annotations
 
-import errno
 import shutil
 import time
 from collections.abc import Callable, Iterable, Sequence
@@ -16,22 +15,21 @@ from pathlib import Path
 from laion_assets.retrieval.errors import InputError
 from laion_assets.retrieval.layout import METADATA_FOLDER, SINGLE_INDEX
 from laion_assets.retrieval.staging import locks
-from laion_assets.retrieval.staging.copy import Copy, Tally
+from laion_assets.retrieval.staging.copy import Copy
+from laion_assets.retrieval.staging.disk import TAKES_NO_MORE, bytes_held, cannot_write, sync_folder
 from laion_assets.retrieval.staging.faults import ChangedError
+from laion_assets.retrieval.staging.fetch import Tally
 from laion_assets.retrieval.staging.journal import INCOMING, journal_of, partial_of, recorded_chunks
 from laion_assets.retrieval.staging.manifest import (
     STAGE_AGAIN,
     Manifest,
     StagedFile,
     sizes_on_disk,
-    sync_folder,
 )
 from laion_assets.retrieval.staging.plan import Plan, SourceFile, Transfer, plan
 from laion_assets.retrieval.staging.source import Source
 
-DISK_TAKES_NO_MORE = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS}
 ROUNDS = 5  # as often may the source change while it is copied
-BLOCK = 512  # bytes, the unit of st_blocks
 
 
 @dataclass(frozen=True)
@@ -98,9 +96,9 @@ def stage(
     try:
         return _Stager(source, cache, in_place, transfer or Transfer(), log).run()
     except OSError as error:
-        if error.errno not in DISK_TAKES_NO_MORE:
+        if error.errno not in TAKES_NO_MORE:
             raise
-        raise _cannot_write(cache, error) from error
+        raise cannot_write(cache, error) from error
 
 
 @dataclass
@@ -163,7 +161,7 @@ class _Stager:
         if readable and needed <= free:
             return
         stale = self._stale(todo)
-        freed = sum(path.stat().st_blocks * BLOCK for path in stale)
+        freed = sum(map(bytes_held, stale))
         if needed > free + freed:
             more = f" and {freed:,} more in files that go" if freed else ""
             raise InputError(
@@ -175,7 +173,7 @@ class _Stager:
 
     def _left_to_fetch(self, file: SourceFile) -> int:
         partial = partial_of(self.cache, file.name)
-        there = partial.stat().st_blocks * BLOCK if partial.exists() else 0
+        there = bytes_held(partial) if partial.exists() else 0
         return max(file.size - there, 0)
 
     def _put_into_place(
@@ -291,11 +289,5 @@ def _make(cache: Path) -> None:
         for name in (locks.DATA, locks.STAGER):
             (cache / name).open("a").close()
     except OSError as error:
-        raise _cannot_write(cache, error) from error
+        raise cannot_write(cache, error) from error
 
-
-def _cannot_write(cache: Path, error: OSError) -> InputError:
-    return InputError(
-        f"cannot write to {cache} ({error.strerror}): set LAION_CACHE_DIR to a folder with room that you "
-        "can write to"
-    )
