@@ -58,7 +58,7 @@ def staged_laion_index(
         require_seed_set(context)
         observe(context, laion_index_source.key, laion_index.source_version())
         staged = laion_index.stage(context.log.info)
-        with laion_index.open() as opened:
+        with laion_index.open(context.log.info) as opened:
             rows, metadata_rows = opened.index.rows, len(opened.metadata)
             dimension, nlist = opened.index.dimension, opened.index.nlist
     context.log.info(_sentence(staged, laion_index))
@@ -93,7 +93,7 @@ def open_index(context: dg.AssetExecutionContext, laion_index: LaionIndex) -> It
     if missing and laion_index.lost_index == "restage":
         context.log.warning(f"{missing}. LAION_LOST_INDEX is restage: staging it now")
         _restage(context, laion_index)
-    with laion_index.open() as index:
+    with laion_index.open(context.log.info) as index:
         yield index
 
 
@@ -118,6 +118,7 @@ def _figures(staged: Staged, laion_index: LaionIndex) -> dict[str, Any]:
         "fingerprint": staged.manifest.fingerprint,
         "files": len(staged.manifest.files),
         "bytes": staged.manifest.size,
+        "bytes on the disk": staged.manifest.bytes_on_disk(laion_index.cache_dir),
         "bytes fetched": staged.bytes_fetched,
         "bytes reused": staged.bytes_reused,
         "bytes per second": round(staged.bytes_fetched / staged.seconds),
@@ -129,9 +130,10 @@ def _figures(staged: Staged, laion_index: LaionIndex) -> dict[str, Any]:
 
 def _sentence(staged: Staged, laion_index: LaionIndex) -> str:
     in_place = laion_index.staging == "in-place"
+    where = {"in-place": "used where they are", "sparse": f"to come to {laion_index.cache_dir} as needed"}
     parts = [
         f"{len(staged.manifest.files)} files, {staged.manifest.size:,} bytes "
-        + ("used where they are" if in_place else f"in {laion_index.cache_dir}")
+        + where.get(laion_index.staging, f"in {laion_index.cache_dir}")
     ]
     if staged.bytes_fetched:
         done = "checked" if in_place else "fetched"

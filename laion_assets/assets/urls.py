@@ -4,12 +4,15 @@ What must not live here: how images are found, compared or united (retrieval).
 Dagster's concept: https://docs.dagster.io/guides/build/assets
 """
 
+import math
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import ExitStack
 from dataclasses import asdict, replace
 from typing import Any
 
 import dagster as dg
+import pyarrow as pa
 
 from laion_assets.assets.index import open_index
 from laion_assets.checks import ONE_ROW_PER_IMAGE, one_row_per_image
@@ -24,6 +27,7 @@ from laion_assets.retrieval.index import FURTHER
 from laion_assets.retrieval.progress import Progress
 from laion_assets.retrieval.retrieve import PICTURES, Funnel, Request, Retrieval, retrieve
 from laion_assets.retrieval.seeds import embeddings_of
+from laion_assets.retrieval.staging import OpenIndex
 from laion_assets.retrieval.tables import Provenance, Table
 
 LOW_RECALL = 0.9
@@ -86,7 +90,8 @@ def _retrieved(
     with as_failures():
         settings = retrieval_config.resolve(os.environ)
         k = settings.nb_images_knn if per_seed else settings.nb_images_centroid
-    with as_failures(), open_index(context, laion_index) as opened:
+    with as_failures(), ExitStack() as until_read:
+        opened = until_read.enter_context(open_index(context, laion_index))
         origin = Provenance.from_footer(vectors.footer, vectors.where)
         queries = embeddings_of(vectors.read(["embedding"]))
         progress = Progress("queries", len(queries), "", context.log.info)
@@ -127,14 +132,16 @@ def _retrieved(
             return {
                 **_labelled(found.funnel),
                 "yield": round(found.funnel.yielded, 4),
-                "recall of nprobe": round(found.recall, 4),
+                "recall of nprobe": _recall(found),
+                **_fetched(opened),
                 "settings": _with_origins(used),
                 "index fingerprint": opened.manifest.fingerprint,
                 "seeds fingerprint": origin.seeds,
                 "contact sheet": as_markdown(sheet) if sheet else links(stored),
             }
 
-        table = Table(found.table.schema, found.table.batches, footer)
+        batches = _closing(until_read, found.table.batches)
+        table = Table(found.table.schema, batches, footer)
         yield dg.MaterializeResult(value=TableOutput(table, report))
 
 
@@ -200,6 +207,32 @@ def combined_urls(
     table = Table(combined.table.schema, combined.table.batches, provenance.to_footer)
     yield dg.MaterializeResult(value=TableOutput(table, report))
     yield one_row_per_image(written[0])
+
+
+def _closing(stack: ExitStack, batches: Iterable[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:
+    """Close the index where reading it fails.
+
+    Dagster does not come back to the asset then, and another step of this process may have to stage the
+    index again.
+    """
+    try:
+        yield from batches
+    except BaseException:
+        stack.close()
+        raise
+
+
+def _recall(found: Retrieval) -> float | str:
+    if math.isnan(found.recall):
+        return "not measured: sparse staging reads no lists but those that are probed"
+    return round(found.recall, 4)
+
+
+def _fetched(opened: OpenIndex) -> dict[str, int]:
+    """What this request had to read from the source, where the index is staged sparse."""
+    if not any(file.sparse for file in opened.manifest.files):
+        return {}
+    return {"bytes fetched": opened.fetched.fetched, "reads of the bucket": opened.fetched.reads}
 
 
 def _shortfall(found: Retrieval) -> str:

@@ -42,15 +42,24 @@ class Blocks:
     dictionaries: Ranges
 
 
-def footer_length(tail: bytes) -> int:
-    """Read the length of the footer from the last bytes of the file."""
-    return int(np.frombuffer(tail, "<i4", 1)[0])
+def ends(size: int) -> Ranges:
+    """Return what has to be there before anything else of a file of so many bytes can be looked for."""
+    starts, stops = np.array([0, max(size - TAIL, 0)]), np.array([min(len(MAGIC), size), size])
+    return ranges_of(starts, stops)
+
+
+def footer(size: int, tail: bytes) -> Ranges:
+    """Return where the footer is, to the end of the file, which its last bytes tell."""
+    length = int(np.frombuffer(tail, "<i4", 1)[0]) if len(tail) == TAIL else 0
+    return ranges_of(np.array([max(size - TAIL - length, 0)]), np.array([size]))
 
 
 def blocks(footer: bytes) -> Blocks:
-    """Read the places of all messages from the footer."""
+    """Read the places of all messages from the footer, and whatever follows it."""
     table = _table(footer, _uint32(footer, 0))
-    batches, dictionaries = (_blocks(footer, table(field)) for field in (FOOTER_BATCHES, FOOTER_DICTIONARIES))
+    batches, dictionaries = (
+        _blocks(footer, table(field)) for field in (FOOTER_BATCHES, FOOTER_DICTIONARIES)
+    )
     stops = dictionaries["offset"] + dictionaries["header"] + dictionaries["body"]
     bodies = batches["offset"] + batches["header"]
     return Blocks(
@@ -123,7 +132,7 @@ def places_of_rows(column: pa.Array, rows: Ids) -> Iterator[tuple[Ids, Ids]]:
 
 
 def places_of_values(column: pa.Array, rows: Ids) -> Iterator[tuple[Ids, Ids]]:
-    """Yield starts and stops, as addresses, of the values of rows; what `places_of_rows` tells is there."""
+    """Yield starts and stops, as addresses, of text; what `places_of_rows` tells has to be there."""
     wide = _offsets_of(column.type)
     if wide is None:
         return

@@ -494,6 +494,6 @@ def _check_lists_are_whole(lists: _Lists | None) -> None:
     size = lists.path.stat().st_size
     if size < lists.end:
         raise InputError(
-            f"{lists.path} has {size:,} bytes, its inverted lists need {lists.end:,}: it is truncated; stage "
-            "the index again, and if it stays, copy the file to the source again"
+            f"{lists.path} has {size:,} bytes, its inverted lists need {lists.end:,}: it is truncated; "
+            "stage the index again, and if it stays, copy the file to the source again"
         )

@@ -72,26 +72,25 @@ class ArrowRows:
 
     def _open(self, held: Hold) -> None:
         size = self.path.stat().st_size
-        ends = np.array([len(arrow_layout.MAGIC), size]), np.array([0, size - arrow_layout.TAIL])
-        held.need({self.path: ranges_of(ends[1].clip(0), ends[0])})
+        held.need({self.path: arrow_layout.ends(size)})
         mapped = pa.memory_map(str(self.path))
         self._all = mapped.read_buffer()
-        length = arrow_layout.footer_length(self._all[-arrow_layout.TAIL :]) if size > arrow_layout.TAIL else 0
-        footer = max(size - arrow_layout.TAIL - length, 0)
-        held.need({self.path: ranges_of(np.array([footer]), np.array([size]))})
+        footer = arrow_layout.footer(size, self._all[max(size - arrow_layout.TAIL, 0) :])
+        held.need({self.path: footer})
         self._reader = pa.ipc.open_file(mapped)
         self.schema: pa.Schema = self._reader.schema
-        self._blocks = arrow_layout.blocks(self._all[footer : size - arrow_layout.TAIL])
-        held.need({self.path: union(ranges_of(*self._blocks.headers.T), self._blocks.dictionaries)})
-        told = [
-            arrow_layout.rows_and_compression(self._all[start:stop]) for start, stop in self._blocks.headers
-        ]
+        self._blocks = arrow_layout.blocks(self._all[int(footer[0, 0]) :])
+        # The reader keeps neither in memory: it looks them up whenever it reads.
+        self._always = union(footer, self._blocks.dictionaries)
+        held.need({self.path: union(self._always, ranges_of(*self._blocks.headers.T))})
+        headers = (self._all[start:stop] for start, stop in self._blocks.headers)
+        told = [arrow_layout.rows_and_compression(header) for header in headers]
         self.batch_lengths = [rows for rows, _ in told]
         self._compressed = [compressed for _, compressed in told]
 
     def needs(self, number: int, places: Ids, columns: Sequence[str]) -> Iterator[Ranges]:
-        """Yield the batch's header, then where the rows are, then their values."""
-        yield union(self._blocks.headers[number : number + 1], self._blocks.dictionaries)
+        """Yield what describes the batch, then what describes the rows, then their values."""
+        yield union(self._always, self._blocks.headers[number : number + 1])
         if self._compressed[number]:
             yield self._blocks.bodies[number : number + 1]
             return

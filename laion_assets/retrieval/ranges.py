@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext
+from itertools import pairwise
 from pathlib import Path
 from typing import Protocol
 
@@ -111,9 +112,9 @@ def pieces(ranges: Ranges, longest: int) -> Ranges:
 
 
 def in_portions(ranges: Ranges, size: int) -> Iterator[Ranges]:
-    """Go through ranges, cut, in portions of about `size` in all, so that few members are held at a time."""
+    """Go through ranges in portions of about `size`, cut where need be, so that their members are few."""
     cut = pieces(ranges, size)
     portion = np.cumsum(cut[:, 1] - cut[:, 0]) // size
     edges = np.flatnonzero(np.diff(portion, prepend=-1, append=-1))
-    for first, last in zip(edges[:-1], edges[1:], strict=True):
+    for first, last in pairwise(edges):
         yield cut[first:last]

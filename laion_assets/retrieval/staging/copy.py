@@ -55,9 +55,7 @@ class Copy:
         opened: list[Unfinished] = []
         with Progress(what, sum(file.size for file in files), "B", self._fetcher.say) as progress:
             try:
-                self._fetcher.run(
-                    self._jobs(files, opened), lambda job: self._copy_chunk(*job, progress)
-                )
+                self._fetcher.run(self._jobs(files, opened), lambda job: self._copy_chunk(*job, progress))
             finally:
                 for unfinished in opened:
                     unfinished.close()

@@ -25,13 +25,13 @@ def sync_folder(folder: Path) -> None:
 
 
 def bytes_held(path: Path) -> int:
-    """Bytes of the disk that a file takes, which is less than its size where parts of it are not there."""
+    """Bytes of the disk that a file takes: less than its size where parts of it are not there."""
     return path.stat().st_blocks * BLOCK
 
 
 def cannot_write(folder: Path, error: OSError) -> InputError:
     """Return the error to raise where a folder takes no more."""
     return InputError(
-        f"cannot write to {folder} ({error.strerror}): set LAION_CACHE_DIR to a folder with room that you "
-        "can write to"
+        f"cannot write to {folder} ({error.strerror}): set LAION_CACHE_DIR to a folder with room that "
+        "you can write to"
     )

@@ -1,8 +1,8 @@
 """A sparse file and its page map: which pages hold data, and when each was last used.
 
-The map is a file of one number for each page, the second of its last use, or 0 where there is no data, after
-a head that names the content that the pages are of. Two orders make it right after any crash: data is durable
-before its pages are marked, and marks are gone, durably, before data is.
+The map is a file of one number for each page, the second of its last use, or 0 where there is no data,
+after a head that names the content that the pages are of. Two orders make it right after any crash: data
+is durable before its pages are marked, and marks are gone, durably, before data is.
 What must not live here: which pages to fetch or to give up.
 """
 
@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 
 from laion_assets.retrieval.arrays import Ids
 from laion_assets.retrieval.errors import InputError
-from laion_assets.retrieval.ranges import NOTHING, Ranges, in_portions, members, runs, total
+from laion_assets.retrieval.ranges import NOTHING, Ranges, in_portions, members, runs
 from laion_assets.retrieval.staging.disk import sync_folder
 from laion_assets.retrieval.staging.sparse.reads import PAGE
 
@@ -120,7 +120,7 @@ class SparseFile:
             self._stamps[members(some)] = now
 
     def sync_marks(self) -> None:
-        """Make marks survive a power cut; without this no wrong byte is read, but some are fetched again."""
+        """Make marks survive a power cut; without this nothing wrong is read, but some fetched again."""
         os.fsync(self._map)
 
     def absent(self, pages: Ranges) -> Ids:
@@ -159,11 +159,9 @@ class SparseFile:
         for first, beyond in pages:
             _punch(self._file, int(first) * PAGE, int(beyond - first) * PAGE, self.path)
 
-    def give_up_unmarked(self, pages: Ranges) -> int:
-        """Give back what was written to pages but never marked; returns how many pages were not marked."""
-        unmarked = runs(self.absent(pages))
-        self.give_up(unmarked)
-        return total(unmarked)
+    def give_up_unmarked(self, pages: Ranges) -> None:
+        """Give back what was written to pages but never marked; while nobody fetches."""
+        self.give_up(runs(self.absent(pages)))
 
 
 def _pages(size: int) -> int:
@@ -185,7 +183,7 @@ def _punch(file: int, start: int, length: int, path: Path) -> None:
     number = ctypes.get_errno()
     if number == errno.EOPNOTSUPP:
         raise InputError(
-            f"the file system of {path} cannot give back parts of a file: set LAION_CACHE_DIR to a folder "
-            "on ext4, XFS, btrfs or tmpfs"
+            f"the file system of {path} cannot give back parts of a file: set LAION_CACHE_DIR to a "
+            "folder on ext4, XFS, btrfs or tmpfs"
         )
     raise OSError(number, os.strerror(number), str(path))

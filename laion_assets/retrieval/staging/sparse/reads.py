@@ -6,6 +6,7 @@ What must not live here: reading, and the disk.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from itertools import pairwise
 
 import numpy as np
 
@@ -39,5 +40,5 @@ def batches(reads: Ranges) -> Iterator[Ranges]:
     pages = np.cumsum(reads[:, 1] - reads[:, 0])
     number = np.maximum(pages // AT_ONCE, np.arange(len(reads)) // READS_AT_ONCE)
     edges = np.flatnonzero(np.diff(number, prepend=-1, append=-1))
-    for first, last in zip(edges[:-1], edges[1:], strict=True):
+    for first, last in pairwise(edges):
         yield reads[first:last]
