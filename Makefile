@@ -3,9 +3,10 @@ PYTHON ?= python3.11
 VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
+IMG2DATASET := tests/handover/.venv
 PORT ?= 3000
 
-.PHONY: help demo dev test test-dev test-peer test-k8s golden lint bench bench-quick bench-staging bench-sensor lock clean
+.PHONY: help demo dev test test-dev test-peer test-k8s test-handover golden lint bench bench-quick bench-staging bench-sensor lock clean
 
 help: ## List the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -37,6 +38,14 @@ test-dev: $(READY) ## Run the tests against a real `make dev`, with a real brows
 test-peer: $(READY) ## Compare with clip-retrieval, and with indices of autofaiss, in their own environment
 	PYTHONPATH=benchmarks $(BIN)/python -m pytest tests/peer
 
+test-handover: $(READY) $(IMG2DATASET)/.ready ## Hand our tables over to img2dataset, in its own environment
+	$(BIN)/python -m pytest tests/handover
+
+$(IMG2DATASET)/.ready: tests/handover/requirements.txt
+	$(PYTHON) -m venv --clear $(IMG2DATASET)
+	$(IMG2DATASET)/bin/python -m pip install --quiet --disable-pip-version-check --only-binary :all: -r $<
+	@touch $@
+
 golden: $(READY) ## Write down what clip-retrieval answers, for a test that runs without it
 	PYTHONPATH=benchmarks:tests $(BIN)/python tests/peer/golden.py
 
@@ -63,4 +72,4 @@ lock: $(READY) ## Pin today's versions of everything into requirements.lock
 		pyproject.toml --output-file requirements.lock
 
 clean: ## Remove the environment and caches; data/ stays
-	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache .hypothesis build *.egg-info
+	rm -rf $(VENV) $(IMG2DATASET) .pytest_cache .mypy_cache .ruff_cache .hypothesis build *.egg-info

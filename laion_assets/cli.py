@@ -22,10 +22,13 @@ from laion_assets.definitions import JOB, build_defs
 from laion_assets.demo.build import build_demo
 from laion_assets.launcher import fail_abandoned_runs, process_lock
 from laion_assets.partitions import seed_sets
-from laion_assets.resources import DATA, DEFAULTS, KINDS, RetrievalConfig, seeds_from
+from laion_assets.plan import in_words, plan
+from laion_assets.resources import DATA, seeds_from
 from laion_assets.retrieval.errors import InputError
+from laion_assets.settings import DEFAULTS, KINDS, RetrievalConfig
 
 DEMO_SET = "fruit"
+METAVARS: Mapping[type, str] = {int: "N", float: "COSINE", str: "CONDITIONS"}
 ENVIRONMENT_OF_DATA = ("LAION_INDEX_URI", "LAION_METADATA_URI", "LAION_SEEDS_URI")
 
 
@@ -56,10 +59,19 @@ def _parser() -> argparse.ArgumentParser:
         materialize.add_argument(
             f"--{name.replace('_', '-')}",
             type=kind,
-            metavar="N" if kind is int else "COSINE",
+            metavar=METAVARS[kind],
             help=RetrievalConfig.model_fields[name].description,
         )
     materialize.set_defaults(command=_materialize)
+
+    planned = commands.add_parser(
+        "plan", help="print how many images to ask for, as YAML, and what that takes"
+    )
+    planned.add_argument("--target", type=int, metavar="N", required=True, help="images wanted in all")
+    which = planned.add_mutually_exclusive_group(required=True)
+    which.add_argument("--seeds", type=int, metavar="N", help="how many seeds there are")
+    which.add_argument("--seed-set", metavar="SEED_SET", help="count them, and use its past runs")
+    planned.set_defaults(command=_plan)
 
     demo = commands.add_parser("demo", help="build the demo's index and seeds, and materialize one set")
     demo.add_argument("--data-only", action="store_true", help="build, and stop there")
@@ -70,6 +82,24 @@ def _parser() -> argparse.ArgumentParser:
 def _materialize(parsed: argparse.Namespace) -> int:
     given = {name: getattr(parsed, name) for name in DEFAULTS}
     return materialize(parsed.seed_set, given)
+
+
+def _plan(parsed: argparse.Namespace) -> int:
+    for name in ("target", "seeds"):
+        value = getattr(parsed, name)
+        if value is not None and value < 1:
+            raise InputError(f"--{name} is {value}: give 1 or more")
+    seeds, own = parsed.seeds, {}
+    if parsed.seed_set is not None:
+        folder = seeds_from(os.environ)
+        seed_set = folder.find(parsed.seed_set)
+        own = folder.settings(seed_set)
+        seeds = len(folder.read(seed_set).embeddings)
+    settings = RetrievalConfig().resolve(os.environ, own, parsed.seed_set or "")
+    with instance() as kept:
+        found = plan(kept, parsed.target, seeds, parsed.seed_set, settings)
+    print(*in_words(found, parsed.target, seeds), sep="\n")
+    return 0
 
 
 def _demo(parsed: argparse.Namespace) -> int:
@@ -99,9 +129,9 @@ def materialize(seed_set: str, given: Mapping[str, Any]) -> int:
         InputError: no such seed set, or a setting out of bounds.
 
     """
-    seeds_from(os.environ).find(seed_set)
-    config = RetrievalConfig(**given)
-    config.resolve(os.environ)
+    seeds = seeds_from(os.environ)
+    own = seeds.settings(seeds.find(seed_set))
+    RetrievalConfig(**given).resolve(os.environ, own, seed_set)
     job = build_defs(os.environ, {"console": console}).resolve_job_def(JOB)
     with instance() as kept, process_lock() as tags:
         for run_id in fail_abandoned_runs(kept):

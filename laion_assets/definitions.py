@@ -13,6 +13,8 @@ from laion_assets.assets import index, seeds, urls
 from laion_assets.io_managers import ParquetIOManager
 from laion_assets.launcher import end_with_parent
 from laion_assets.sensors import build_laion_index_sensor, build_seed_sets_sensor
+from laion_assets.settings import RetrievalConfig
+from laion_assets.settings_check import build_settings_sensor
 
 JOB = "seed_set_job"
 
@@ -40,11 +42,11 @@ def build_defs(
     return dg.Definitions(
         assets=[index.laion_index_source, seeds.seed_folder, *ASSETS],
         jobs=[job],
-        sensors=[build_seed_sets_sensor(job), build_laion_index_sensor()],
+        sensors=[build_seed_sets_sensor(job), build_laion_index_sensor(), build_settings_sensor()],
         resources={
             "laion_index": resources.index_from(environment),
             "seeds": resources.seeds_from(environment),
-            "retrieval_config": resources.RetrievalConfig(),
+            "retrieval_config": RetrievalConfig(),
             "io_manager": ParquetIOManager(base=resources.output_from(environment)),
         },
         executor=kubernetes.executor(environment),

@@ -1,26 +1,31 @@
-"""What the assets are given: the index, the seed folder, and the settings of a request.
+"""Where things are: the index, the seed folder, the tables; from the environment, else the demo's.
 
-Places come from the environment, with defaults that are the demo; only the settings of a request can be
-changed for one run, in the Launchpad. What must not live here: work.
+What must not live here: the settings of a request, which can be changed for one run; work.
 Dagster's concept: https://docs.dagster.io/guides/build/external-resources
 """
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, get_args
 
-import dagster as dg
-from pydantic import Field
-
 from laion_assets.retrieval.errors import InputError
-from laion_assets.retrieval.seeds import Seeds, SeedSet, find_seed_set, list_seed_sets, read_seeds
+from laion_assets.retrieval.filters import BlockList, read_block_list
+from laion_assets.retrieval.seeds import (
+    Listing,
+    Seeds,
+    SeedSet,
+    find_seed_set,
+    list_folder,
+    read_seeds,
+    read_settings,
+)
 from laion_assets.retrieval.staging import (
     DEFAULT_BUDGET,
+    STAGE_AGAIN,
     NotStagedError,
     OpenIndex,
     Source,
@@ -29,6 +34,7 @@ from laion_assets.retrieval.staging import (
     read_bytes,
     stage,
     verified_manifest,
+    version_of,
 )
 from laion_assets.retrieval.storage import on_this_machine
 
@@ -50,6 +56,7 @@ class LaionIndex:
         sparse_budget: bytes that what was read for requests may take.
         metadata_columns: names of the url and caption columns, when unusual.
         lost_index: what a step that needs the index does on a disk that lacks it: `restage` or `fail`.
+        block_list_uri: file of the images that must not get into any table.
 
     """
 
@@ -60,6 +67,7 @@ class LaionIndex:
     sparse_budget: int
     metadata_columns: Mapping[str, str]
     lost_index: str
+    block_list_uri: str | None
 
     def stage(self, log: Callable[[str], None]) -> Staged:
         """Make the index available on the local disk."""
@@ -72,22 +80,31 @@ class LaionIndex:
             log=log,
         )
 
-    def what_is_missing(self) -> str | None:
-        """Say what the local disk lacks of the index; None when all of it is there."""
+    def what_is_missing(self, claimed: str | None) -> str | None:
+        """Say what the local disk lacks of the index; None when all of it is there.
+
+        Args:
+            claimed: fingerprint of the index that was staged last, as far as Dagster knows.
+
+        """
         try:
-            verified_manifest(self.cache_dir)
+            held = verified_manifest(self.cache_dir).fingerprint
         except NotStagedError as error:
             return str(error)
-        return None
+        if claimed in (None, held):
+            return None
+        return (
+            f"{self.cache_dir} holds the index {held}, and the last that Dagster knows to be staged is "
+            f"{claimed}: {STAGE_AGAIN}"
+        )
 
     def source_version(self) -> str:
-        """Changes with the name, size or content of any file at the source; only lists them.
+        """Return the version of the source; only lists its files."""
+        return version_of(Source(self.index_uri, self.metadata_uri).list())
 
-        Where a listing tells no checksums, the time of writing stands for the content.
-        """
-        files = Source(self.index_uri, self.metadata_uri).list()
-        lines = sorted(f"{file.name}\t{file.size}\t{file.checksum or file.version}" for file in files)
-        return hashlib.sha256("\n".join(lines).encode()).hexdigest()[:16]
+    def block_list(self) -> BlockList | None:
+        """Read the images that must not get into any table; None where no list is set."""
+        return read_block_list(self.block_list_uri) if self.block_list_uri else None
 
     @contextmanager
     def open(self, log: Callable[[str], None]) -> Iterator[OpenIndex]:
@@ -109,9 +126,9 @@ class SeedFolder:
 
     uri: str
 
-    def fingerprints(self) -> dict[str, str]:
-        """Fingerprint of each seed set."""
-        return {name: seed_set.fingerprint for name, seed_set in list_seed_sets(self.uri).items()}
+    def listing(self) -> Listing:
+        """List the seed sets, and the files that nobody reads."""
+        return list_folder(self.uri)
 
     def find(self, name: str) -> SeedSet:
         """Find one seed set by name."""
@@ -121,101 +138,9 @@ class SeedFolder:
         """Read and check its embeddings."""
         return read_seeds(self.uri, seed_set)
 
-
-@dataclass(frozen=True)
-class Settings:
-    """The settings of one request, all known, and where each came from."""
-
-    nb_images_knn: int
-    nb_images_centroid: int
-    dedup_threshold: float
-    nprobe: int | None
-    origins: Mapping[str, str]
-
-    def values(self) -> dict[str, Any]:
-        """The settings alone."""
-        return {name: getattr(self, name) for name in DEFAULTS}
-
-
-DEFAULTS: Mapping[str, Any] = {
-    "nb_images_knn": 50,
-    "nb_images_centroid": 500,
-    "dedup_threshold": 0.94,
-    "nprobe": None,
-}
-KINDS: Mapping[str, type] = {
-    "nb_images_knn": int,
-    "nb_images_centroid": int,
-    "dedup_threshold": float,
-    "nprobe": int,
-}
-
-
-class RetrievalConfig(dg.ConfigurableResource[None]):
-    """How many images to ask for, and how alike two may be.
-
-    What is left empty comes from the environment (LAION_NB_IMAGES_KNN and so on), then the default.
-    """
-
-    nb_images_knn: int | None = Field(
-        default=None, description="Images wanted for each seed, at least 1 (default 50)"
-    )
-    nb_images_centroid: int | None = Field(
-        default=None,
-        description="Images wanted around the mean of the seeds, at least 1 (default 500)",
-    )
-    dedup_threshold: float | None = Field(
-        default=None,
-        description="Cosine above which two images are near-duplicates, over 0 up to 1 (default 0.94); "
-        "1 keeps all",
-    )
-    nprobe: int | None = Field(
-        default=None,
-        description="Inverted lists to probe, at least 1 (default: chosen from the number of images)",
-    )
-
-    def resolve(self, environment: Mapping[str, str]) -> Settings:
-        """Settle every setting: Launchpad, then environment, then default.
-
-        Raises:
-            InputError: names the setting, its value, where it came from, and what is allowed.
-
-        """
-        chosen: dict[str, Any] = {}
-        origins: dict[str, str] = {}
-        for name, default in DEFAULTS.items():
-            variable = f"LAION_{name.upper()}"
-            if getattr(self, name) is not None:
-                chosen[name], origins[name] = getattr(self, name), "Launchpad or command line"
-            elif environment.get(variable):
-                chosen[name], origins[name] = (
-                    _number(environment[variable], name, variable),
-                    variable,
-                )
-            else:
-                chosen[name], origins[name] = default, "default"
-            _check(name, chosen[name], origins[name])
-        return Settings(**chosen, origins=origins)
-
-
-def _number(text: str, name: str, variable: str) -> Any:
-    try:
-        return KINDS[name](text)
-    except ValueError as error:
-        raise InputError(f"{variable} is {text!r}, which is not a number: correct or unset it") from error
-
-
-def _check(name: str, value: Any, origin: str) -> None:
-    if value is None:
-        return
-    if name == "dedup_threshold":
-        if not 0 < value <= 1:
-            raise InputError(
-                f"dedup_threshold is {value} (from {origin}): give a cosine over 0 and up to 1, "
-                "where 1 keeps all"
-            )
-    elif value < 1:
-        raise InputError(f"{name} is {value} (from {origin}): give 1 or more")
+    def settings(self, seed_set: SeedSet) -> dict[str, Any]:
+        """Read its settings.yaml; empty without one."""
+        return read_settings(self.uri, seed_set)
 
 
 def index_from(environment: Mapping[str, str]) -> LaionIndex:
@@ -235,6 +160,7 @@ def index_from(environment: Mapping[str, str]) -> LaionIndex:
         sparse_budget=read_bytes(budget, "LAION_SPARSE_BUDGET") if budget else DEFAULT_BUDGET,
         metadata_columns=_columns(environment.get("LAION_METADATA_COLUMNS", "")),
         lost_index=_choice(environment, "LAION_LOST_INDEX", get_args(LostIndex), "restage"),
+        block_list_uri=environment.get("LAION_BLOCK_LIST") or None,
     )
 
 

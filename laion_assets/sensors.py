@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import astuple, dataclass, replace
+from dataclasses import astuple, dataclass, field, replace
 
 import dagster as dg
 
@@ -26,6 +26,7 @@ SECONDS_BETWEEN_TICKS = 15
 SECONDS_BETWEEN_LOOKS_AT_THE_INDEX = 300
 RUNS_PER_TICK = 5
 NAMES_SHOWN = 10
+GONE = "removed"  # the data version of a seed set whose folder is there no longer
 
 
 @dataclass(frozen=True)
@@ -105,6 +106,34 @@ def decide(
     return Decision(next_moving, tuple(run), tuple(report), waiting)
 
 
+@dataclass(frozen=True)
+class Cursor:
+    """What a tick leaves for the next one.
+
+    In the UI's list of ticks the cursor is what one reads: a skip reason shows only on hovering. So it
+    begins with what the tick saw, and what has to be remembered, if anything, stands behind it.
+
+    Attributes:
+        saw: the sentence.
+        moving: seed sets that are not yet as Dagster knows them.
+
+    """
+
+    saw: str = ""
+    moving: Mapping[str, Moving] = field(default_factory=dict)
+
+    @classmethod
+    def read(cls, text: str | None) -> Cursor:
+        """Read what the last tick left."""
+        saw, _, moving = (text or "").partition("\n")
+        return cls(saw, {name: Moving(*seen) for name, seen in json.loads(moving or "{}").items()})
+
+    def __str__(self) -> str:
+        moving = {name: astuple(seen) for name, seen in self.moving.items()}
+        saw = " ".join(self.saw.split())
+        return f"{saw}\n{json.dumps(moving)}" if moving else saw
+
+
 def build_seed_sets_sensor(job: dg.UnresolvedAssetJobDefinition) -> dg.SensorDefinition:
     """Return the sensor that runs the job for every new or changed seed set."""
 
@@ -114,29 +143,38 @@ def build_seed_sets_sensor(job: dg.UnresolvedAssetJobDefinition) -> dg.SensorDef
         minimum_interval_seconds=SECONDS_BETWEEN_TICKS,
         default_status=dg.DefaultSensorStatus.RUNNING,
         description="Registers seed sets as partitions, runs those whose seeds are new or changed, and "
-        "tells Dagster what is in them.",
+        "tells Dagster what is in them. What each tick saw stands in the column Cursor.",
     )
     def seed_sets_sensor(
         context: dg.SensorEvaluationContext, seeds: dg.ResourceParam[SeedFolder]
-    ) -> dg.SensorResult | dg.SkipReason:
+    ) -> dg.SensorResult:
+        last = Cursor.read(context.cursor)
         try:
-            found = seeds.fingerprints()
+            listing = seeds.listing()
         except InputError as error:
-            return dg.SkipReason(str(error))
+            return _nothing_to_do(replace(last, saw=str(error)))
+        found = {name: seed_set.fingerprint for name, seed_set in listing.sets.items()}
         present = {name: mark for name, mark in found.items() if _is_usable(name)}
-        decision = decide(
-            _moving(context.cursor),
-            present,
-            last_versions(context.instance, seed_folder.key, dg.DagsterEventType.ASSET_OBSERVATION),
-            last_versions(
-                context.instance, seed_embeddings.key, dg.DagsterEventType.ASSET_MATERIALIZATION
-            ),
-            time.time_ns() // 1_000_000,
+        known = last_versions(context.instance, seed_folder.key, dg.DagsterEventType.ASSET_OBSERVATION)
+        done = last_versions(
+            context.instance, seed_embeddings.key, dg.DagsterEventType.ASSET_MATERIALIZATION
         )
-        registered = set(context.instance.get_dynamic_partitions(seed_sets.name or ""))
+        decision = decide(last.moving, present, known, done, time.time_ns() // 1_000_000)
+        registered = context.instance.get_dynamic_partitions(seed_sets.name or "")
+        gone = [name for name in registered if name in known and name not in found]
+        news = {
+            "running": decision.run,
+            "waiting for": decision.waiting,
+            "no seed_embeddings yet of": [
+                name for name, mark in present.items() if known.get(name) == mark != done.get(name)
+            ],
+            "removed, with partition and tables kept:": gone,
+            "to be renamed, as these names cannot be used:": [repr(n) for n in found if n not in present],
+            "ignored files:": listing.ignored,
+        }
+        saw = _sentence(news, len(present))
+        context.log.info(saw)
         new = [name for name in present if name not in registered and name not in decision.waiting]
-        sentence = _sentence(found, present, decision)
-        context.log.info(sentence)
         return dg.SensorResult(
             run_requests=[
                 dg.RunRequest(
@@ -146,9 +184,12 @@ def build_seed_sets_sensor(job: dg.UnresolvedAssetJobDefinition) -> dg.SensorDef
                 for name in decision.run
             ],
             dynamic_partitions_requests=[seed_sets.build_add_request(new)] if new else [],
-            asset_events=[observation(seed_folder.key, present[name], name) for name in decision.report],
-            cursor=json.dumps({"moving": {name: astuple(s) for name, s in decision.moving.items()}}),
-            skip_reason=None if decision.run else sentence,
+            asset_events=[
+                *(observation(seed_folder.key, present[name], name) for name in decision.report),
+                *(observation(seed_folder.key, GONE, name) for name in gone if known[name] != GONE),
+            ],
+            cursor=str(Cursor(saw, decision.moving)),
+            skip_reason=None if decision.run else saw,
         )
 
     return seed_sets_sensor
@@ -162,28 +203,27 @@ def build_laion_index_sensor() -> dg.SensorDefinition:
         minimum_interval_seconds=SECONDS_BETWEEN_LOOKS_AT_THE_INDEX,
         default_status=dg.DefaultSensorStatus.RUNNING,
         description="Tells Dagster which version of the index is at its source: staged_laion_index is "
-        "stale when it has changed.",
+        "stale when it has changed. What each tick saw stands in the column Cursor.",
     )
     def laion_index_sensor(
         context: dg.SensorEvaluationContext, laion_index: dg.ResourceParam[LaionIndex]
-    ) -> dg.SensorResult | dg.SkipReason:
+    ) -> dg.SensorResult:
         try:
             version = laion_index.source_version()
         except InputError as error:
-            return dg.SkipReason(str(error))
+            return _nothing_to_do(Cursor(str(error)))
         if version == last_version(context.instance, laion_index_source.key):
-            return dg.SkipReason(f"{laion_index.index_uri} is as it was, version {version}")
+            return _nothing_to_do(Cursor(f"{laion_index.index_uri} is as it was, version {version}"))
+        saw = f"{laion_index.index_uri} is new or has changed, version {version}"
         return dg.SensorResult(
-            asset_events=[observation(laion_index_source.key, version)],
-            skip_reason=f"{laion_index.index_uri} is new or has changed, version {version}",
+            asset_events=[observation(laion_index_source.key, version)], cursor=saw, skip_reason=saw
         )
 
     return laion_index_sensor
 
 
-def _moving(cursor: str | None) -> dict[str, Moving]:
-    stored = json.loads(cursor or "{}").get("moving", {})
-    return {name: Moving(*seen) for name, seen in stored.items()}
+def _nothing_to_do(cursor: Cursor) -> dg.SensorResult:
+    return dg.SensorResult(cursor=str(cursor), skip_reason=cursor.saw)
 
 
 def _is_usable(name: str) -> bool:
@@ -194,18 +234,10 @@ def _is_usable(name: str) -> bool:
     return True
 
 
-def _sentence(found: Mapping[str, str], present: Mapping[str, str], decision: Decision) -> str:
-    parts = [f"{len(present)} seed sets"]
-    if decision.run:
-        parts.append(f"running {', '.join(decision.run)}")
-    if decision.waiting:
-        parts.append(f"waiting for {_some(decision.waiting)}")
-    unusable = [repr(name) for name in found if name not in present]
-    if unusable:
-        parts.append(f"names that cannot be used: {_some(unusable)}; rename these folders")
-    if len(parts) == 1:
-        parts.append("nothing new")
-    return "; ".join(parts)
+def _sentence(news: Mapping[str, Sequence[str]], sets: int) -> str:
+    """What a tick saw, the news first."""
+    parts = [f"{what} {_some(names)}" for what, names in news.items() if names]
+    return "; ".join([*(parts or ["nothing new"]), f"{sets} seed set{'' if sets == 1 else 's'}"])
 
 
 def _some(names: Sequence[str]) -> str:

@@ -30,7 +30,7 @@ from kubernetes.client import ApiException, CoreV1Api
 from laion_assets.claim import what_is_wrong
 from laion_assets.kubernetes import NvmeNode
 
-RENEW = "kubectl create job renew-now -n laion --from=cronjob/renew-laion-claim"
+RENEW = "kubectl create job renew-$(date +%s) -n laion --from=cronjob/renew-laion-claim"
 
 
 def _step_pods(context: dg.InitExecutorContext) -> dg.Executor:

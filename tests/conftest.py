@@ -87,34 +87,31 @@ class Ticks:
         self.run_keys: list[str] = []
         self.said = ""
 
-    def _evaluate(self, sensor: str, resource: str) -> dg.SensorResult | dg.SkipReason:
+    def _evaluate(self, sensor: str, resource: str, cursor: str | None) -> dg.SensorResult:
         repository = self.project.defs.get_repository_def()
         context = dg.build_sensor_context(
             self.project.instance,
-            self.cursor,
+            cursor,
             repository_def=repository,
             resources={resource: repository.get_top_level_resources()[resource]},
         )
         with context:
             seen = repository.get_sensor_def(sensor)(context)
-        for event in getattr(seen, "asset_events", []):
+        for event in seen.asset_events:
             self.project.instance.report_runless_asset_event(event)
             self.reported.append((event.asset_key.to_user_string(), event.partition))
         return seen
 
     def look_at_index(self) -> str:
         """Evaluate the sensor of the index once; return what it says."""
-        seen = self._evaluate("laion_index_sensor", "laion_index")
-        skipped = seen if isinstance(seen, dg.SkipReason) else seen.skip_reason
-        return skipped.skip_message or ""
+        return self._evaluate("laion_index_sensor", "laion_index", None).cursor or ""
 
     def tick(self) -> list[str]:
         """Evaluate the sensor once; return the seed sets for which a run is launched."""
-        seen = self._evaluate("seed_sets_sensor", "seeds")
-        if isinstance(seen, dg.SkipReason):
-            self.said = seen.skip_message or ""
-            return []
-        self.cursor, self.said = seen.cursor, getattr(seen.skip_reason, "skip_message", "") or ""
+        seen = self._evaluate("seed_sets_sensor", "seeds", self.cursor)
+        self.cursor = seen.cursor or ""
+        self.said = self.cursor.split("\n")[0]
+        assert not seen.skip_reason or seen.skip_reason.skip_message == self.said
         for request in seen.dynamic_partitions_requests or []:
             self.project.instance.add_dynamic_partitions("seed_sets", list(request.partition_keys))
         requests = seen.run_requests or []

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from laion_assets.retrieval.combine import check_same_origin, combine
+from laion_assets.retrieval.combine import _taken_in_order, check_same_origin, combine
 from laion_assets.retrieval.errors import InputError
 from laion_assets.retrieval.index import Decoder
 from laion_assets.retrieval.tables import Provenance, decoder_footer
@@ -66,7 +66,8 @@ def combined(knn: list[dict], centroid: list[dict], threshold: float = 0.94) -> 
     return rows, vars(found.funnel)
 
 
-def test_six_rows_worked_by_hand() -> None:
+@pytest.mark.parametrize("at_once", [1, 2, 10])
+def test_six_rows_worked_by_hand(monkeypatch, at_once) -> None:
     # knn      id 1 "a" rank 2 east, seed 0; id 2 "b" rank 1 north, seed 1; id 3 "c" rank 3 west, seed 1
     # centroid id 1 "a" rank 1 east, id 4 "c" rank 3 south, id 5 "e" rank 4 almost east
     #
@@ -76,6 +77,7 @@ def test_six_rows_worked_by_hand() -> None:
     # Order: rank 1 id 1, rank 1 id 2, rank 3 id 3.
     knn = [row(1, "a", 2, EAST, 0), row(2, "b", 1, NORTH, 1), row(3, "c", 3, WEST, 1)]
     centroid = [row(1, "a", 1, EAST), row(4, "c", 3, SOUTH), row(5, "e", 4, ALMOST_EAST)]
+    monkeypatch.setattr("laion_assets.retrieval.combine.ROWS_AT_ONCE", at_once)
     rows, funnel = combined(knn, centroid)
     assert [(r["id"], r["rank"], r["seed"], r["strategies"]) for r in rows] == [
         (1, 1, None, ["knn", "centroid"]),
@@ -103,6 +105,25 @@ def test_two_empty_sets_make_an_empty_one() -> None:
     rows, funnel = combined([], [])
     assert rows == []
     assert funnel["kept"] == 0
+
+
+def test_at_a_threshold_of_one_nothing_is_decoded() -> None:
+    knn, centroid = (
+        InMemory([row(1, "a", 1, EAST)], seed=True),
+        InMemory([row(2, "b", 1, EAST)], seed=False),
+    )
+    knn.footer = centroid.footer = {}  # no decoder
+    assert combine(knn, centroid, 1.0, pictures=0).funnel.kept == 2
+
+
+def test_the_texts_of_all_images_together_may_be_more_than_two_gigabytes() -> None:
+    """An array of strings ends there; 25 million URLs are more. To see it fail takes 9 GB."""
+    table = InMemory([row(1, "a", 1, EAST)], seed=True)
+    together = _taken_in_order(table, InMemory([], seed=False), np.array([0]), ["url", "caption"])
+    assert set(together.schema.types) == {pa.large_string()}
+    found = combine(table, InMemory([], seed=False), 0.94, pictures=0)
+    assert [batch.schema for batch in found.table.batches] == [found.table.schema]
+    assert found.table.schema.field("url").type == pa.string()
 
 
 DIRECTIONS = [(float(np.cos(a)), float(np.sin(a))) for a in np.arange(12) * 0.5]
@@ -146,7 +167,8 @@ def _same(x: dict, y: dict) -> bool:
 
 
 def made_from(seeds: str, index: str | None, written: str) -> InMemory:
-    settings = {"dedup_threshold": 0.94}
+    settings = {"nb_images_centroid": 9, "dedup_threshold": 0.94}
+    settings["origins"] = dict.fromkeys(settings, "default")
     footer = Provenance("cats", seeds, index, settings, "run", written).to_footer()
     assert json.loads(footer["laion_assets"])["seeds"] == seeds
     return InMemory([], seed=True, footer=footer)

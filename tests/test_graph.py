@@ -19,11 +19,11 @@ from PIL import Image
 
 from laion_assets.definitions import build_defs
 from laion_assets.presentation import SHEET_BYTES, SHEET_WIDTH
-from laion_assets.resources import RetrievalConfig
 from laion_assets.retrieval.errors import InputError
 from laion_assets.retrieval.seeds import list_seed_sets
 from laion_assets.retrieval.staging import Manifest
 from laion_assets.retrieval.tables import PROVENANCE_KEY
+from laion_assets.settings import RetrievalConfig
 
 TABLES = ("seed_embeddings", "centroid_vector", "knn_urls", "centroid_urls", "combined_urls")
 
@@ -91,8 +91,10 @@ def test_only_the_settings_of_a_request_can_be_changed_for_a_run():
     assert set(fields["retrieval_config"].config_type.fields["config"].config_type.fields) == {
         "nb_images_knn",
         "nb_images_centroid",
+        "target_images",
         "dedup_threshold",
         "nprobe",
+        "filters",
     }
 
 
@@ -152,7 +154,8 @@ def test_the_counts_go_from_requested_to_kept_without_a_gap(done):
         told = reported(result, name)
         assert told["requested"] == requested
         assert told["requested"] >= told["received"] > told["kept"] > 0
-        assert told["received"] - told["near duplicates"] - told["without url"] == told["kept"]
+        lost = ("without url", "blocked", "filtered", "near duplicates")
+        assert told["received"] - sum(told[reason] for reason in lost) == told["kept"]
         assert told["kept"] == pq.read_metadata(project.table(name, "flower")).num_rows
         assert told["yield"] == round(told["kept"] / told["requested"], 4)
     told = reported(result, "combined_urls")
@@ -205,11 +208,19 @@ def test_the_contact_sheet_is_a_picture_small_enough_for_the_event_log(done):
 def test_one_row_per_image_is_checked_and_true(done):
     project, result = done
     checks = {check.check_name: check.passed for check in result.get_asset_check_evaluations()}
-    assert checks == {"one_row_per_image": True, "metadata_covers_the_index": True}
+    assert checks == {
+        "one_row_per_image": True,
+        "settings_as_now": True,
+        "metadata_covers_the_index": True,
+    }
     partitions = {
         evaluation.check_name: evaluation.partition for evaluation in result.get_asset_check_evaluations()
     }
-    assert partitions == {"one_row_per_image": "flower", "metadata_covers_the_index": None}
+    assert partitions == {
+        "one_row_per_image": "flower",
+        "settings_as_now": "flower",
+        "metadata_covers_the_index": None,
+    }
     rows = pq.read_table(project.table("combined_urls", "flower"))
     assert len(set(rows["id"].to_pylist())) == len(set(rows["url"].to_pylist())) == len(rows)
 

@@ -9,6 +9,7 @@ import os
 import re
 import subprocess
 import sys
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -31,7 +32,8 @@ from test_architecture import variables_read
 from laion_assets import claim
 from laion_assets import kubernetes as placement
 from laion_assets.definitions import ASSETS, build_defs
-from laion_assets.kubernetes import NvmeNode, executor, on_nvme_node, retry_policy
+from laion_assets.kubernetes import NvmeNode, executor, on_nvme_node, retry_policy, with_index
+from laion_assets.retrieval.staging import read_bytes
 from laion_assets.step_pods import RENEW, why_it_cannot_start
 
 ON_NVME = {"staged_laion_index", "knn_urls", "centroid_urls"}
@@ -43,7 +45,7 @@ def validate(manifest: dict[str, Any]) -> None:
     kubernetes_validate.validate(manifest, KUBERNETES, strict=True)
 
 
-def step_pod(asset: dg.AssetsDefinition) -> dict[str, Any]:
+def step_pod(asset: dg.AssetsDefinition, tags: Mapping[str, Any] | None = None) -> dict[str, Any]:
     """The Job of a step as `k8s_job_executor` makes it: the launcher's, the code location's, its own."""
     launcher = K8sRunLauncher(
         **run_launcher(),
@@ -56,7 +58,7 @@ def step_pod(asset: dg.AssetsDefinition) -> dict[str, Any]:
     )
     for more in (
         K8sContainerContext.create_from_config(container_context()),
-        K8sContainerContext(run_k8s_config=get_user_defined_k8s_config(asset.op.tags)),
+        K8sContainerContext(run_k8s_config=get_user_defined_k8s_config(tags or asset.op.tags)),
     ):
         context = context.merge(more)
     job = construct_dagster_k8s_job(
@@ -252,10 +254,45 @@ def test_every_manifest_is_one_that_kubernetes_accepts():
             validate(manifest)
 
 
-def test_the_kustomization_has_all_of_it_but_the_proxy():
+def test_the_kustomization_has_all_of_it_but_the_proxy_and_the_other_claim():
     listed = set(yaml.safe_load((K8S / "kustomization.yaml").read_text())["resources"])
     there = {path.name for path in K8S.glob("*.yaml")}
-    assert listed == there - {"kustomization.yaml", "values.yaml", "iap.yaml"}
+    assert listed == there - {"kustomization.yaml", "values.yaml", "iap.yaml", "sparse-claim.yaml"}
+
+
+def test_the_claim_of_sparse_staging_has_the_same_name_and_room_for_the_budget():
+    (claim,), (usual,) = manifests("sparse-claim.yaml"), manifests("claim.yaml")
+    assert claim["metadata"] == usual["metadata"]
+    assert claim["spec"]["accessModes"] == ["ReadWriteOnce"]
+    readme = (K8S / "README.md").read_text()
+    (budget,) = re.findall(r"name: LAION_SPARSE_BUDGET, value: (\w+)", readme)
+    room = read_bytes(claim["spec"]["resources"]["requests"]["storage"] + "B", "storage")
+    assert 0.7 * room < read_bytes(budget, "LAION_SPARSE_BUDGET") < 0.9 * room
+
+
+def test_sparse_pods_go_to_any_node_but_together(monkeypatch):
+    monkeypatch.setattr(kubernetes.config, "load_kube_config", lambda *_, **__: None)
+    for name in ON_NVME:
+        asked = with_index(name, {"LAION_STAGING": "sparse"})
+        tags = {key: json.dumps(value) for key, value in asked.items()}
+        (asset,) = [asset for asset in ASSETS if asset.key.path[-1] == name]
+        job = step_pod(asset, tags)
+        validate(job)
+        template = job["spec"]["template"]
+        assert not {"nodeSelector", "tolerations"} & template["spec"].keys()
+        (term,) = template["spec"]["affinity"]["podAffinity"][
+            "requiredDuringSchedulingIgnoredDuringExecution"
+        ]
+        assert term["topologyKey"] == "kubernetes.io/hostname"
+        assert term["labelSelector"]["matchLabels"].items() <= template["metadata"]["labels"].items()
+
+
+@pytest.mark.parametrize(("said", "read_by_pods"), [(None, "full"), ("full", None), ("in-place", None)])
+def test_pods_on_nvme_stage_fully_unless_it_is_said_otherwise(said, read_by_pods):
+    tags = with_index("knn_urls", {"LAION_STAGING": said} if said else {})["dagster-k8s/config"]
+    told = {variable["name"]: variable["value"] for variable in tags["container_config"]["env"]}
+    assert told.get("LAION_STAGING") == read_by_pods
+    assert "node_selector" in tags["pod_spec_config"]
 
 
 def test_claim_class_label_and_taint_are_the_same_everywhere():
@@ -274,6 +311,74 @@ def test_claim_class_label_and_taint_are_the_same_everywhere():
         assert pod["nodeSelector"] == dict([node.label.split("=")])
         assert [toleration["key"] for toleration in pod["tolerations"]] == [node.taint]
     assert f"--node-taints {node.taint}=true:NoSchedule" in (K8S / "README.md").read_text()
+
+
+# What the script that prepares disks calls; each notes its arguments, and does what matters of it.
+STUBS = {
+    "mountpoint": '[ -e "$ROOT/mounted" ]',
+    "mdadm": 'mkdir -p "$ROOT/dev/md" && touch "$ROOT/dev/md/laion"',
+    "blkid": '[ -e "$ROOT/formatted" ]',
+    "mkfs.ext4": 'touch "$ROOT/formatted"',
+    "mount": '[ ! -e "$ROOT/broken" ] && touch "$ROOT/mounted"',
+}
+
+
+@pytest.fixture
+def prepare_disks(tmp_path) -> Callable[..., tuple[int, list[str]]]:
+    """Run the real script on a node with some files; return its exit code and the commands it ran."""
+    pod = of_kind("DaemonSet", "raid")["spec"]["template"]["spec"]
+    (script,) = (variable["value"] for variable in pod["containers"][0]["env"])
+    script = script.replace("/dev/", f"{tmp_path}/dev/").replace("/mnt/", f"{tmp_path}/mnt/")
+    programs = tmp_path / "bin"
+    programs.mkdir()
+    for name, does in STUBS.items():
+        (programs / name).write_text(
+            f'#!/bin/bash\necho {name} "$@" >> "$ROOT/ran"\n{does} 2> "$ROOT/null"\n'
+        )
+        (programs / name).chmod(0o755)
+
+    def run(*files: str) -> tuple[int, list[str]]:
+        for name in files:
+            (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+            (tmp_path / name).touch()
+        (tmp_path / "ran").write_text("")
+        environment = {"PATH": f"{programs}:{os.environ['PATH']}", "ROOT": str(tmp_path)}
+        done = subprocess.run(["bash", "-c", script], env=environment, capture_output=True, text=True)
+        assert not done.stderr
+        ran = [line.replace(f"{tmp_path}", "") for line in (tmp_path / "ran").read_text().splitlines()]
+        return done.returncode, ran
+
+    return run
+
+
+DISKS = [f"dev/disk/by-id/google-local-ssd-block{number}" for number in range(3)]
+CREATE = "mdadm --create /dev/md/laion --level=0 --force --run --raid-devices=3 /" + " /".join(DISKS)
+MOUNT = "mount -o discard,defaults /dev/md/{} /mnt/disks/raid/0"
+
+
+def test_the_disks_of_a_fresh_node_become_one_and_are_mounted_once(prepare_disks):
+    failed, ran = prepare_disks(*DISKS)
+    assert (failed, ran[1], ran[3:]) == (
+        0, CREATE, ["mkfs.ext4 -m 0 -F /dev/md/laion", MOUNT.format("laion")]
+    )  # fmt: skip
+    assert prepare_disks() == (0, ["mountpoint --quiet /mnt/disks/raid/0"])
+
+
+def test_an_array_that_survived_a_reboot_is_used_with_what_it_holds(prepare_disks):
+    failed, ran = prepare_disks(*DISKS, "dev/md/127", "formatted")
+    assert (failed, ran[1:]) == (0, ["blkid /dev/md/127", MOUNT.format("127")])
+
+
+def test_a_node_without_disks_or_whose_file_system_is_broken_gets_no_volume(prepare_disks, tmp_path):
+    assert prepare_disks()[0] == 1
+    assert prepare_disks(*DISKS, "broken")[0] == 1
+    assert not (tmp_path / "mnt" / "disks" / "raid" / "0").exists()
+
+
+def test_the_proxy_is_asked_for_before_the_ui_can_be_reached_through_it():
+    annotations = VALUES["dagsterWebserver"]["service"]["annotations"]
+    asked = json.loads(annotations["cloud.google.com/backend-config"])
+    assert asked == {"default": of_kind("BackendConfig")["metadata"]["name"]}
 
 
 def test_whoever_looks_at_the_claim_may():
@@ -303,10 +408,12 @@ def test_the_job_that_renews_the_claim_runs_what_there_is():
     pod = job["spec"]["jobTemplate"]["spec"]["template"]["spec"]
     (container,) = pod["containers"]
     assert container["args"][:3] == ["python", "-m", claim.__name__]
-    (generated,) = yaml.safe_load((K8S / "kustomization.yaml").read_text())["configMapGenerator"]
+    kustomization = yaml.safe_load((K8S / "kustomization.yaml").read_text())
+    (generated,), (image,) = kustomization["configMapGenerator"], kustomization["images"]
     assert pod["volumes"][0]["configMap"]["name"] == generated["name"]
     assert container["args"][3] == f"{container['volumeMounts'][0]['mountPath']}/{generated['files'][0]}"
-    assert container["image"] == IMAGE
+    assert container["image"] == image["name"] == image["name"].lower(), "or a new name would miss it"
+    assert f"{image['newName']}:{image['newTag']}" == IMAGE
     assert f"--from=cronjob/{job['metadata']['name']}" in RENEW
     assert RENEW in (K8S / "README.md").read_text()
     assert (

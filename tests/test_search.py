@@ -103,6 +103,15 @@ def test_seeds_in_batches_find_what_they_find_alone(demo, monkeypatch) -> None:
     ]
 
 
+def test_at_a_threshold_of_one_nothing_is_decoded(demo, monkeypatch) -> None:
+    index, metadata = open_folder(demo.index)
+    monkeypatch.delattr(retrieve_module, "decoded")
+    found = retrieve(
+        index, metadata, unit(indices.reconstructed(demo.index)[:2]), Request(20, 1.0), per_seed=True
+    )
+    assert len(rows_of(found)) == 40
+
+
 @settings(deadline=None, max_examples=12)
 @given(seed=st.integers(0, 1 << 30), k=st.integers(1, 60), threshold=st.sampled_from([0.6, 0.94, 1.0]))
 @pytest.mark.parametrize("form", indices.FORMS)

@@ -22,6 +22,7 @@ from laion_assets.retrieval.seeds import (
     check_name,
     embeddings_of,
     find_seed_set,
+    list_folder,
     list_seed_sets,
     read_seeds,
 )
@@ -339,6 +340,40 @@ def test_an_empty_set_is_refused_and_says_where_to_put_files(tmp_path):
     for name in ("set", "notes"):
         assert f"seed set {name!r} is empty: put .npy or .parquet files into" in refusal(tmp_path, name)
     assert list_seed_sets(str(tmp_path)) == {}
+
+
+def test_files_that_nobody_reads_are_named_and_those_that_are_no_mistake_are_not(tmp_path):
+    write(tmp_path, FORMS["an output folder of clip-retrieval"])
+    write(
+        tmp_path,
+        dict.fromkeys(
+            [
+                "a.npy",
+                "photos/1.jpg",
+                "set/more.npy",
+                "set/stats/0.json",
+                "set/metadata/notes.txt",
+                "set/img_emb/notes.txt",
+                "set/settings.yaml",
+                "set/.DS_Store",
+                "set/_SUCCESS",
+                ".git/config",
+                "other/a.npy",
+                "other/labels.json",
+                "other/metadata/labels.csv",
+            ],
+            npy(VECTORS),
+        ),
+    )
+    assert list_folder(str(tmp_path)).ignored == (
+        "a.npy",
+        "other/labels.json",
+        "other/metadata/labels.csv",
+        "photos/1.jpg",
+        "set/img_emb/notes.txt",
+        "set/more.npy",
+    )
+    assert find_seed_set(str(tmp_path), "other").ignored == ("labels.json", "metadata/labels.csv")
 
 
 def test_a_set_that_does_not_exist_is_answered_with_the_nearest_or_all_there_are(tmp_path):

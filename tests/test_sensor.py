@@ -5,12 +5,15 @@ import shutil
 from collections.abc import Mapping
 from pathlib import Path
 
+import dagster as dg
 import numpy as np
 import pytest
-from conftest import Ticks, failures, new_project
+from conftest import Ticks, failures, new_project, reported
 from hypothesis import given
 from hypothesis import strategies as st
 
+from laion_assets.observations import last_version
+from laion_assets.resources import SeedFolder
 from laion_assets.sensors import RUNS_PER_TICK, Moving, decide
 
 # --- the sensor, tick by tick ---------------------------------------------------------------------
@@ -31,13 +34,14 @@ def put(ticks: Ticks, name: str, number: int = 0, file: str = "a.npy") -> Path:
 
 def test_a_seed_set_is_run_once_for_each_content_it_has(ticks):
     assert ticks.tick() == []
-    assert "0 seed sets" in ticks.said
+    assert ticks.said == "nothing new; 0 seed sets"
     put(ticks, "cats", 1)
     assert ticks.tick() == []
     assert "waiting for cats" in ticks.said
     assert ticks.tick_and_work() == ["cats"]
+    assert ticks.said == "running cats; 1 seed set"
     assert [ticks.tick() for _ in range(3)] == [[]] * 3
-    assert "nothing new" in ticks.said
+    assert ticks.said == "nothing new; 1 seed set"
     put(ticks, "cats", 2)
     assert [ticks.tick_and_work() for _ in range(4)] == [[], ["cats"], [], []]
     put(ticks, "cats", 1)
@@ -81,6 +85,7 @@ def test_a_broken_set_holds_up_no_other_and_runs_when_it_was_mended(ticks):
     assert "broken/a.npy" in failures(ticks.project.run("broken", "seed_embeddings"))["seed_embeddings"]
     assert ticks.project.run("good", "seed_embeddings").success
     assert [ticks.tick() for _ in range(3)] == [[]] * 3  # a failure is not tried again by itself
+    assert ticks.said == "no seed_embeddings yet of broken; 2 seed sets"
     put(ticks, "broken", 5)
     assert [ticks.tick_and_work() for _ in range(3)] == [[], ["broken"], []]
 
@@ -94,6 +99,16 @@ def test_a_folder_whose_name_cannot_be_used_is_named_and_blocks_nothing(ticks):
     assert "rename" in ticks.said
     assert ticks.tick_and_work() == ["good"]
     assert ticks.project.instance.get_dynamic_partitions("seed_sets") == ["good"]
+
+
+def test_files_that_nobody_reads_are_named_in_every_tick_and_in_the_report(ticks):
+    put(ticks, "cats")
+    for name in ("notes.txt", "cats/labels.json"):
+        (ticks.project.seeds / name).write_text("no seeds")
+    assert [ticks.tick_and_work() for _ in range(3)] == [[], ["cats"], []]
+    assert ticks.said == "ignored files: cats/labels.json, notes.txt; 1 seed set"
+    told = reported(ticks.project.run("cats", "seed_embeddings"), "seed_embeddings")
+    assert told["ignored files"] == ["labels.json"]
 
 
 def test_many_sets_take_turns(ticks):
@@ -122,6 +137,39 @@ def test_a_set_that_was_removed_runs_when_it_comes_back_with_other_seeds_and_bac
         assert [ticks.tick_and_work() for _ in range(3)] == [[], ["cats"], []]
         shutil.rmtree(ticks.project.seeds / "cats")
         assert ticks.tick() == []
+
+
+def test_a_set_that_is_removed_is_reported_once_and_keeps_what_was_made_of_it(ticks):
+    for name in ("cats", "dogs"):
+        put(ticks, name)
+    assert [ticks.tick_and_work() for _ in range(3)] == [[], ["cats", "dogs"], []]
+    away = (ticks.project.seeds / "cats").rename(ticks.project.seeds.with_name("away"))
+    ticks.reported.clear()
+    assert [ticks.tick() for _ in range(3)] == [[]] * 3
+    assert ticks.said == "removed, with partition and tables kept: cats; 1 seed set"
+    assert ticks.reported == [("seed_folder", "cats")]
+    assert version_of_cats(ticks) == "removed"
+    assert ticks.project.instance.get_dynamic_partitions("seed_sets") == ["cats", "dogs"]
+    assert ticks.project.table("seed_embeddings", "cats").exists()
+    away.rename(ticks.project.seeds / "cats")  # with the same bytes
+    assert [ticks.tick() for _ in range(3)] == [[]] * 3
+    assert ticks.said == "nothing new; 2 seed sets"
+    assert version_of_cats(ticks) == SeedFolder(str(ticks.project.seeds)).find("cats").fingerprint
+
+
+def test_a_set_whose_partition_was_deleted_is_no_longer_missed(ticks):
+    put(ticks, "cats")
+    assert [ticks.tick_and_work() for _ in range(3)] == [[], ["cats"], []]
+    shutil.rmtree(ticks.project.seeds / "cats")
+    ticks.tick()
+    ticks.project.instance.delete_dynamic_partition("seed_sets", "cats")
+    assert ticks.tick() == []
+    assert ticks.said == "nothing new; 0 seed sets"
+
+
+def version_of_cats(ticks: Ticks) -> str | None:
+    """What the UI shows as the data version of the partition."""
+    return last_version(ticks.project.instance, dg.AssetKey("seed_folder"), "cats")
 
 
 # --- the decision, in every order of events -------------------------------------------------------

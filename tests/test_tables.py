@@ -150,7 +150,7 @@ def test_a_disk_that_takes_no_more_is_told_of_and_the_old_table_stays(tmp_path):
 def test_the_footer_carries_provenance_and_a_decoder_of_any_size(tmp_path):
     uri = str(tmp_path / "set.parquet")
     decoder = np.random.default_rng(0).bytes(90 << 20)  # more text than Arrow reads when not told to
-    made = Provenance.now("flower", "5eed", "1dex", {"nprobe": 3, "origins": {}}, "run")
+    made = Provenance.now("flower", "5eed", "1dex", {"nprobe": 3, "origins": {}}, "run", {"nprobe": 3})
     write_table(Table(SCHEMA, [batch(0)], lambda: made.to_footer() | decoder_footer(decoder)), uri)
     stored = StoredTable(uri)
     assert Provenance.from_footer(stored.footer, stored.where) == made

@@ -4,6 +4,7 @@ What must not live here: how it is copied and verified (retrieval.staging).
 Dagster's concept: https://docs.dagster.io/guides/build/assets
 """
 
+import time
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -12,11 +13,15 @@ from typing import Any
 import dagster as dg
 
 from laion_assets.failures import as_failures
-from laion_assets.kubernetes import RETRY_POLICY, on_nvme_node
-from laion_assets.observations import observe
+from laion_assets.kubernetes import RETRY_POLICY, with_index
+from laion_assets.observations import last_version, observe
 from laion_assets.partitions import require_seed_set
 from laion_assets.resources import LaionIndex
+from laion_assets.retrieval.errors import InputError
 from laion_assets.retrieval.staging import OpenIndex, Staged
+
+STAGED = dg.AssetKey("staged_laion_index")
+SECONDS_TO_A_RECORD = 10  # of what was staged: the step opens the index before Dagster notes it
 
 with warnings.catch_warnings(action="ignore", category=dg.BetaWarning):
 
@@ -34,7 +39,7 @@ with warnings.catch_warnings(action="ignore", category=dg.BetaWarning):
     deps=[laion_index_source],
     group_name="index",
     kinds={"faiss", "arrow"},
-    op_tags=on_nvme_node("staged_laion_index"),
+    op_tags=with_index("staged_laion_index"),
     retry_policy=RETRY_POLICY,
     pool="staging",
     code_version="1",
@@ -56,8 +61,8 @@ def staged_laion_index(
     """
     with as_failures():
         require_seed_set(context)
-        observe(context, laion_index_source.key, laion_index.source_version())
         staged = laion_index.stage(context.log.info)
+        observe(context, laion_index_source.key, staged.source_version)
         with laion_index.open(context.log.info) as opened:
             rows, metadata_rows = opened.index.rows, len(opened.metadata)
             dimension, nlist = opened.index.dimension, opened.index.nlist
@@ -86,25 +91,39 @@ def staged_laion_index(
 def open_index(context: dg.AssetExecutionContext, laion_index: LaionIndex) -> Iterator[OpenIndex]:
     """Open the staged index for a step that needs it, on a disk that may have lost it.
 
-    A node can come back under its name with an empty disk. Then the index is staged again, as
-    LAION_LOST_INDEX says, and that is a materialization of `staged_laion_index` like any other.
+    A node can come back under its name with an empty disk, or with that of another time. Then the index
+    is staged again, as LAION_LOST_INDEX says, and that is a materialization of `staged_laion_index` like
+    any other.
     """
-    missing = laion_index.what_is_missing()
+    missing = _what_is_missing(context, laion_index)
     if missing and laion_index.lost_index == "restage":
         context.log.warning(f"{missing}. LAION_LOST_INDEX is restage: staging it now")
         _restage(context, laion_index)
+    elif missing:
+        _look_again(context, laion_index)
     with laion_index.open(context.log.info) as index:
         yield index
 
 
+def _what_is_missing(context: dg.AssetExecutionContext, laion_index: LaionIndex) -> str | None:
+    return laion_index.what_is_missing(last_version(context.instance, STAGED))
+
+
+def _look_again(context: dg.AssetExecutionContext, laion_index: LaionIndex) -> None:
+    """Fail if it stays: between staging in another run and Dagster's record of it lies a moment."""
+    time.sleep(SECONDS_TO_A_RECORD)
+    if missing := _what_is_missing(context, laion_index):
+        raise InputError(missing)
+
+
 def _restage(context: dg.AssetExecutionContext, laion_index: LaionIndex) -> None:
     staged = laion_index.stage(context.log.info)
-    if staged.fetched == 0:
+    if staged.manifest.fingerprint == last_version(context.instance, STAGED) and not staged.fetched:
         return  # another step did it while this one waited for the lock
     context.log_event(
         dg.AssetMaterialization(
-            "staged_laion_index",
-            description=f"staged again by {context.asset_key.to_user_string()}: the disk had lost it",
+            STAGED,
+            description=f"staged again by {context.asset_key.to_user_string()}: the disk did not hold it",
             metadata=_figures(staged, laion_index),
             tags={"dagster/data_version": staged.manifest.fingerprint},
         )

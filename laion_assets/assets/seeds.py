@@ -17,9 +17,12 @@ from laion_assets.kubernetes import RETRY_POLICY, on_any_node
 from laion_assets.observations import observe
 from laion_assets.partitions import require_seed_set, seed_sets
 from laion_assets.presentation import as_markdown, draw, strip
-from laion_assets.resources import RetrievalConfig, SeedFolder
+from laion_assets.resources import SeedFolder
 from laion_assets.retrieval.seeds import centroid, embeddings_of
 from laion_assets.retrieval.tables import Provenance, Table
+from laion_assets.settings import RetrievalConfig
+
+FILES_SHOWN = 100
 
 seed_folder = dg.AssetSpec(
     "seed_folder",
@@ -50,13 +53,20 @@ def seed_embeddings(
     """
     with as_failures():
         require_seed_set(context)
-        retrieval_config.resolve(os.environ)  # a wrong setting shows here, not after the index was staged
         seed_set = seeds.find(context.partition_key)
         observe(context, seed_folder.key, seed_set.fingerprint, seed_set.name)
+        own = seeds.settings(seed_set)
+        # A wrong setting shows here, not after the index was staged.
+        retrieval_config.resolve(os.environ, own, seed_set.name)
         found = seeds.read(seed_set)
     count, dimension = found.embeddings.shape
     context.log.info(f"{count:,} seeds of {dimension} dimensions from {len(seed_set.files)} files")
-    provenance = Provenance.now(seed_set.name, seed_set.fingerprint, None, {}, context.run.run_id)
+    if seed_set.ignored:
+        names = ", ".join(seed_set.ignored[:FILES_SHOWN])
+        context.log.warning(
+            f"{len(seed_set.ignored):,} files were not read, as they hold no seeds: {names}"
+        )
+    provenance = Provenance.now(seed_set.name, seed_set.fingerprint, None, {}, context.run.run_id, own)
     rows = found.to_table()
 
     def report(stored: StoredTable) -> Mapping[str, Any]:
@@ -64,8 +74,10 @@ def seed_embeddings(
         return {
             "seeds": count,
             "dimension": dimension,
-            "files": [file.name for file in seed_set.files[:100]],
+            "files": [file.name for file in seed_set.files[:FILES_SHOWN]],
+            "ignored files": list(seed_set.ignored[:FILES_SHOWN]),
             "fingerprint": seed_set.fingerprint,
+            "settings of its own": own,
         } | ({"contact sheet": as_markdown(sheet)} if sheet else {})
 
     return dg.MaterializeResult(
@@ -93,7 +105,9 @@ def centroid_vector(
     context.log.info(f"the mean of {len(embeddings):,} seeds has length {length:.3f}")
     vector = pa.FixedSizeListArray.from_arrays(pa.array(mean), len(mean))
     row = pa.table({"embedding": vector, "norm_of_mean": [length], "seeds": [len(embeddings)]})
-    provenance = Provenance.now(origin.seed_set, origin.seeds, None, {}, context.run.run_id)
+    provenance = Provenance.now(
+        origin.seed_set, origin.seeds, None, {}, context.run.run_id, origin.own_settings
+    )
     return dg.MaterializeResult(
         value=TableOutput(
             Table(row.schema, row.to_batches(), provenance.to_footer),

@@ -18,17 +18,21 @@ from laion_assets.assets.index import open_index
 from laion_assets.checks import ONE_ROW_PER_IMAGE, one_row_per_image
 from laion_assets.failures import as_failures
 from laion_assets.io_managers import StoredTable, TableOutput
-from laion_assets.kubernetes import RETRY_POLICY, on_any_node, on_nvme_node
+from laion_assets.kubernetes import RETRY_POLICY, on_any_node, with_index
 from laion_assets.partitions import seed_sets
+from laion_assets.past_runs import MADE_WITH, OWN_SETTINGS, YIELD, yield_for
 from laion_assets.presentation import as_markdown, draw, links, save_png, strip
-from laion_assets.resources import LaionIndex, RetrievalConfig, Settings
+from laion_assets.resources import LaionIndex
 from laion_assets.retrieval.combine import CombinedFunnel, check_same_origin, combine
+from laion_assets.retrieval.filters import BLOCK_LIST_SETTING, BlockList, Filters, conditions_in
 from laion_assets.retrieval.index import FURTHER
 from laion_assets.retrieval.progress import Progress
 from laion_assets.retrieval.retrieve import PICTURES, Funnel, Request, Retrieval, retrieve
 from laion_assets.retrieval.seeds import embeddings_of
 from laion_assets.retrieval.staging import OpenIndex
 from laion_assets.retrieval.tables import Provenance, Table
+from laion_assets.settings import CHOSEN, RetrievalConfig, Settings
+from laion_assets.settings_check import SETTINGS_AS_NOW, settings_as_now
 
 LOW_RECALL = 0.9
 
@@ -40,7 +44,7 @@ Outputs = Iterator[dg.MaterializeResult[TableOutput]]
     group_name="urls",
     kinds={"faiss", "parquet"},
     partitions_def=seed_sets,
-    op_tags=on_nvme_node("knn_urls"),
+    op_tags=with_index("knn_urls"),
     retry_policy=RETRY_POLICY,
     pool="retrieval",
     code_version="1",
@@ -63,7 +67,7 @@ def knn_urls(
     group_name="urls",
     kinds={"faiss", "parquet"},
     partitions_def=seed_sets,
-    op_tags=on_nvme_node("centroid_urls"),
+    op_tags=with_index("centroid_urls"),
     retry_policy=RETRY_POLICY,
     pool="retrieval",
     code_version="1",
@@ -88,24 +92,38 @@ def _retrieved(
 ) -> Outputs:
     """Yield the images around the vectors of a table; the index stays open while they are written."""
     with as_failures():
-        settings = retrieval_config.resolve(os.environ)
-        k = settings.nb_images_knn if per_seed else settings.nb_images_centroid
+        origin = Provenance.from_footer(vectors.footer, vectors.where)
+        asked = retrieval_config.resolve(os.environ, origin.own_settings, origin.seed_set)
+        expected = yield_for(context, origin.seed_set, asked)
+        queries = embeddings_of(vectors.read(["embedding"]))
+        seeds = len(queries) if per_seed else vectors.read(["seeds"])["seeds"][0].as_py()
+        conditions = conditions_in(asked.filters or "", asked.origins.get("filters", ""))
+        filters = Filters(conditions, laion_index.block_list())
     with as_failures(), ExitStack() as until_read:
         opened = until_read.enter_context(open_index(context, laion_index))
-        origin = Provenance.from_footer(vectors.footer, vectors.where)
-        queries = embeddings_of(vectors.read(["embedding"]))
+        settings = asked.sized(seeds, expected, opened.index.rows)
+        k = settings.values()["nb_images_knn" if per_seed else "nb_images_centroid"]
+        if asked.target_images:
+            context.log.info(
+                f"to keep {asked.target_images:,} images, from {seeds:,} seeds, at {expected}"
+            )
         progress = Progress("queries", len(queries), "", context.log.info)
         found = retrieve(
             opened.index,
             opened.metadata,
             queries,
-            Request(k, settings.dedup_threshold, settings.nprobe),
+            Request(k, settings.dedup_threshold, settings.nprobe, filters),
             per_seed=per_seed,
             progress=progress.advance,
         )
-        used = _used(settings, found.nprobe)
+        used = _used(settings, found.nprobe, filters.block_list)
         provenance = Provenance.now(
-            origin.seed_set, origin.seeds, opened.manifest.fingerprint, used, context.run.run_id
+            origin.seed_set,
+            origin.seeds,
+            opened.manifest.fingerprint,
+            used,
+            context.run.run_id,
+            origin.own_settings,
         )
         context.log.info(
             f"looking for {k:,} images around {'each of ' if per_seed else ''}{len(queries):,} "
@@ -152,7 +170,7 @@ def _retrieved(
     op_tags=on_any_node("combined_urls"),
     retry_policy=RETRY_POLICY,
     code_version="1",
-    check_specs=[ONE_ROW_PER_IMAGE],
+    check_specs=[ONE_ROW_PER_IMAGE, SETTINGS_AS_NOW],
 )
 def combined_urls(
     context: dg.AssetExecutionContext,
@@ -167,6 +185,7 @@ def combined_urls(
     """
     with as_failures():
         origin = check_same_origin(knn_urls, centroid_urls, seed_embeddings)
+        as_now = settings_as_now(origin)
         combined = combine(knn_urls, centroid_urls, origin.settings["dedup_threshold"], PICTURES)
     funnel = combined.funnel
     context.log.info(
@@ -175,7 +194,12 @@ def combined_urls(
         f"{funnel.kept:,} kept"
     )
     provenance = Provenance.now(
-        origin.seed_set, origin.seeds, origin.index, origin.settings, context.run.run_id
+        origin.seed_set,
+        origin.seeds,
+        origin.index,
+        origin.settings,
+        context.run.run_id,
+        origin.own_settings,
     )
 
     written: list[StoredTable] = []
@@ -192,9 +216,11 @@ def combined_urls(
         )
         figures = {
             **_labelled(funnel),
+            **_against_what_was_wanted(funnel.kept, origin.settings, len(seed_embeddings)),
             "index fingerprint": origin.index,
             "seeds fingerprint": origin.seeds,
             "settings": _with_origins(origin.settings),
+            MADE_WITH: {**origin.settings, OWN_SETTINGS: origin.own_settings},
         }
         if sheet is None:
             return figures | {"contact sheet": links(stored)}
@@ -207,6 +233,16 @@ def combined_urls(
     table = Table(combined.table.schema, combined.table.batches, provenance.to_footer)
     yield dg.MaterializeResult(value=TableOutput(table, report))
     yield one_row_per_image(written[0])
+    yield as_now
+
+
+def _against_what_was_wanted(kept: int, settings: Mapping[str, Any], seeds: int) -> dict[str, Any]:
+    """Compare what was kept with what both strategies asked for, and with the target if there is one."""
+    requested = settings["nb_images_knn"] * seeds + settings["nb_images_centroid"]
+    figures = {"requested": requested, YIELD: round(kept / requested, 6)}
+    target = settings.get("target_images")
+    wanted = {"target images": target, "target reached": round(kept / target, 4)} if target else {}
+    return figures | wanted
 
 
 def _closing(stack: ExitStack, batches: Iterable[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:
@@ -245,10 +281,15 @@ def _found(table: StoredTable) -> str:
     return Provenance.from_footer(table.footer, table.where).found
 
 
-def _used(settings: Settings, nprobe: int | None) -> dict[str, Any]:
+def _used(settings: Settings, nprobe: int | None, block_list: BlockList | None) -> dict[str, Any]:
     """Settings as they were used, with where each came from."""
-    chosen = {"nprobe": "chosen from the number of images"} if settings.nprobe is None else {}
-    return settings.values() | {"nprobe": nprobe, "origins": dict(settings.origins) | chosen}
+    used = settings.values() | {"nprobe": nprobe}
+    origins = dict(settings.origins)
+    if settings.nprobe is None:
+        origins["nprobe"] = CHOSEN
+    if block_list is not None:
+        used["block_list"], origins["block_list"] = str(block_list), BLOCK_LIST_SETTING
+    return used | {"origins": origins}
 
 
 def _with_origins(used: Mapping[str, Any]) -> dict[str, str]:
@@ -261,7 +302,7 @@ def _labelled(funnel: Funnel | CombinedFunnel) -> dict[str, int]:
 
 
 def _sentence(funnel: Funnel) -> str:
-    return (
-        f"{funnel.sentence()} ({funnel.near_duplicates:,} near-duplicates, "
-        f"{funnel.without_url:,} without a URL; yield {funnel.yielded:.0%})"
-    )
+    lost = [f"{funnel.near_duplicates:,} near-duplicates", f"{funnel.without_url:,} without a URL"]
+    lost += [f"{funnel.blocked:,} blocked"] if funnel.blocked else []
+    lost += [f"{funnel.filtered:,} filtered out"] if funnel.filtered else []
+    return f"{funnel.sentence()} ({', '.join(lost)}; yield {funnel.yielded:.0%})"

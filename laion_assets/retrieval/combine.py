@@ -27,6 +27,8 @@ from laion_assets.retrieval.near_duplicates import components
 from laion_assets.retrieval.tables import Provenance, Table, decoder_bytes
 from laion_assets.retrieval.vectors import decoded
 
+ROWS_AT_ONCE = 1 << 16  # in one batch of the combined table
+
 
 class Stored(Protocol):
     """A table that was written, to be read as often as needed."""
@@ -79,10 +81,10 @@ class _Rows:
 
 
 def check_same_origin(knn: Stored, centroid: Stored, seeds: Stored) -> Provenance:
-    """Refuse two sets that were not made from the same index and from these seeds.
+    """Refuse two sets that were not made from the same index and these seeds, with the same filters.
 
     Returns:
-        The provenance of the knn set, with the lower of the two thresholds.
+        The provenance of the knn set, with the settings of both.
 
     Raises:
         InputError: says on what they disagree and which to materialize again.
@@ -94,17 +96,36 @@ def check_same_origin(knn: Stored, centroid: Stored, seeds: Stored) -> Provenanc
     for asset, made in (("knn_urls", one), ("centroid_urls", other)):
         if made.seeds != current:
             raise InputError(
-                f"{asset} of {made.seed_set!r} was made from other seeds ({made.seeds}) than "
-                f"seed_embeddings now holds ({current}): materialize {asset} again"
+                f"{asset} of {made.seed_set!r} was made from other seeds or another settings.yaml "
+                f"({made.seeds}) than seed_embeddings now holds ({current}): materialize {asset} again"
             )
+    older = "knn_urls" if one.written < other.written else "centroid_urls"
     if one.index != other.index:
-        older = "knn_urls" if one.written < other.written else "centroid_urls"
         raise InputError(
             f"knn_urls and centroid_urls of {one.seed_set!r} were made from different indices "
             f"({one.index} and {other.index}): materialize {older} again, it is the older one"
         )
-    lower = min(one.settings["dedup_threshold"], other.settings["dedup_threshold"])
-    return replace(one, settings={**one.settings, "dedup_threshold": lower})
+    for name in ("filters", "block_list"):
+        if one.settings.get(name) != other.settings.get(name):
+            raise InputError(
+                f"knn_urls and centroid_urls of {one.seed_set!r} were made with different "
+                f"{name.replace('_', ' ')} ({one.settings.get(name) or 'none'} and "
+                f"{other.settings.get(name) or 'none'}): materialize {older} again, it is the older one"
+            )
+    return replace(one, settings=_settings_of_both(one.settings, other.settings))
+
+
+def _settings_of_both(knn: Mapping[str, Any], centroid: Mapping[str, Any]) -> dict[str, Any]:
+    """Take the centroid's own number from its set, the lower threshold, and a target that both had."""
+    of_centroid = {"nb_images_centroid": centroid["nb_images_centroid"]}
+    origins = {**knn["origins"], "nb_images_centroid": centroid["origins"]["nb_images_centroid"]}
+    if centroid["dedup_threshold"] < knn["dedup_threshold"]:
+        of_centroid["dedup_threshold"] = centroid["dedup_threshold"]
+        origins["dedup_threshold"] = centroid["origins"]["dedup_threshold"]
+    if centroid.get("target_images") != knn.get("target_images"):
+        of_centroid["target_images"] = None
+        origins.pop("target_images", None)
+    return {**knn} | of_centroid | {"origins": origins}
 
 
 def combine(knn: Stored, centroid: Stored, threshold: float, pictures: int) -> Combined:
@@ -134,9 +155,10 @@ def combine(knn: Stored, centroid: Stored, threshold: float, pictures: int) -> C
 
     labels = _same_url(knn, centroid, representative)
     distinct_urls = len(np.unique(labels))
-    codes = _code_bytes(_taken_in_order(knn, centroid, representative, ["code"])["code"])
-    vectors = decoded(codes, _decoder(knn, centroid).decode_to_compare)
-    labels = _united(labels, components(vectors, threshold))
+    if threshold < 1:  # where it is 1 there are no near-duplicates, and nothing to compare
+        codes = _code_bytes(_taken_in_order(knn, centroid, representative, ["code"])["code"])
+        vectors = decoded(codes, _decoder(knn, centroid).decode_to_compare)
+        labels = _united(labels, components(vectors, threshold))
 
     stays = np.flatnonzero(labels == np.arange(len(labels)))
     found_by = np.zeros(len(labels), np.int8)
@@ -218,20 +240,33 @@ def _decoder(knn: Stored, centroid: Stored) -> Decoder:
 
 def _taken_in_order(knn: Stored, centroid: Stored, rows: Ids, columns: list[str]) -> pa.Table:
     """Return the given rows of both sets (knn rows count first), in the order given."""
+    found, place = _gathered(knn, centroid, rows, columns)
+    return found.take(pa.array(place))
+
+
+def _gathered(
+    knn: Stored, centroid: Stored, rows: Ids, columns: list[str]
+) -> tuple[pa.Table, NDArray[np.int64]]:
+    """Return the given rows of both sets as they lie there, and the place of each among them."""
     unsorted = np.argsort(rows, kind="stable")
     wanted = rows[unsorted]
-    parts: list[pa.Table] = []
+    schema = pa.schema([(name, _wide(knn.schema.field(name).type)) for name in columns])
+    parts: list[pa.Table] = [schema.empty_table()]
     start = 0
     for table in (knn, centroid):
         for batch in table.batches(columns):
             low, high = np.searchsorted(wanted, [start, start + len(batch)])
             if high > low:
                 picked = batch.take(pa.array(wanted[low:high] - start))
-                parts.append(pa.Table.from_batches([picked]).select(columns))
+                parts.append(pa.Table.from_batches([picked]).select(columns).cast(schema))
             start += len(batch)
-    schema = pa.schema([knn.schema.field(name) for name in columns])
-    found = pa.concat_tables(parts) if parts else schema.empty_table()
-    return found.take(pa.array(np.argsort(unsorted)))
+    return pa.concat_tables(parts).combine_chunks(), np.argsort(unsorted)
+
+
+def _wide(kind: pa.DataType) -> pa.DataType:
+    """The type of which one array may hold more than 2 GiB: some 25 million URLs are more."""
+    wider = {pa.string(): pa.large_string(), pa.binary(): pa.large_binary()}
+    return wider.get(kind, kind)
 
 
 def _schema(knn: pa.Schema) -> pa.Schema:
@@ -256,18 +291,21 @@ def _written_out(
     texts = [
         name for name in schema.names if name not in ("id", "similarity", "rank", "seed", "strategies")
     ]
-    taken = _taken_in_order(knn, centroid, kept, texts)
+    found, place = _gathered(knn, centroid, kept, texts)
     strategies = pa.array([[], ["knn"], ["centroid"], ["knn", "centroid"]], pa.list_(pa.string()))
-    seed = rows.seed[kept]
-    columns = {name: taken[name] for name in texts} | {
-        "id": pa.array(rows.ids[kept]),
-        "similarity": pa.array(rows.similarity[kept]),
-        "rank": pa.array(rows.rank[kept]),
-        "seed": pa.array(seed, mask=seed < 0),
-        "strategies": strategies.take(pa.array(found_by)),
-    }
-    if "thumbnail" in columns:
-        shown = np.arange(len(kept)) < pictures
-        columns["thumbnail"] = pc.if_else(pa.array(shown), columns["thumbnail"], None)
-    table = pa.table({name: columns[name] for name in schema.names}, schema=schema)
-    yield from table.to_batches(max_chunksize=1 << 16)
+    for start in range(0, len(kept), ROWS_AT_ONCE):
+        some = slice(start, start + ROWS_AT_ONCE)
+        taken = found.take(pa.array(place[some]))
+        seed = rows.seed[kept[some]]
+        columns = {name: taken[name] for name in texts} | {
+            "id": pa.array(rows.ids[kept[some]]),
+            "similarity": pa.array(rows.similarity[kept[some]]),
+            "rank": pa.array(rows.rank[kept[some]]),
+            "seed": pa.array(seed, mask=seed < 0),
+            "strategies": strategies.take(pa.array(found_by[some])),
+        }
+        if "thumbnail" in columns:
+            shown = np.arange(start, start + len(taken)) < pictures
+            columns["thumbnail"] = pc.if_else(pa.array(shown), columns["thumbnail"], None)
+        table = pa.table({name: columns[name] for name in schema.names})
+        yield from table.cast(schema).to_batches()

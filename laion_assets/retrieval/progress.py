@@ -62,7 +62,7 @@ class Progress:
     def _line(self, seconds: float) -> str:
         """Tell how far it is, at the rate of the last seconds: a copy may have gone on from before."""
         rate = (self._done - self._done_before) / seconds
-        left = _told((self._total - self._done) / rate)
+        left = told((self._total - self._done) / rate)
         done, total, speed = (self._amount(count) for count in (self._done, self._total, rate))
         return f"{self._what}: {done} of {total}, {speed}/s, {left} left"
 
@@ -86,8 +86,8 @@ class Progress:
         self.close()
 
 
-def _told(seconds: float) -> str:
-    """Write a time as people say it."""
+def told(seconds: float) -> str:
+    """Return a time as people say it."""
     minutes = round(seconds / 60)
     if minutes >= 60:
         return f"{minutes // 60} h {minutes % 60} min"

@@ -17,6 +17,7 @@ import pyarrow.compute as pc
 
 from laion_assets.retrieval.arrays import Bytes, Floats, Ids, Mask
 from laion_assets.retrieval.errors import InputError
+from laion_assets.retrieval.filters import NO_FILTERS, Filters
 from laion_assets.retrieval.index import Hits, Index
 from laion_assets.retrieval.metadata import THUMBNAIL_COLUMN, Metadata
 from laion_assets.retrieval.near_duplicates import components_of_lists
@@ -27,6 +28,7 @@ BYTES_AT_ONCE = 1 << 30  # of results held in memory, unless one query alone ask
 COPIES = 4  # of a row's code, at most, at a time
 CHECKED_QUERIES = 16  # whose recall is measured
 PICTURES = 48  # thumbnails that travel with a table
+ALLOWED, WITHOUT_URL, BLOCKED, FILTERED = range(FATES := 4)  # of a row that was looked at
 
 
 @dataclass(frozen=True)
@@ -37,21 +39,30 @@ class Request:
         k: images wanted for each query.
         dedup_threshold: cosine above which two images are near-duplicates; 1.0 keeps all.
         nprobe: inverted lists to probe; chosen from k when None.
+        filters: what keeps images out.
 
     """
 
     k: int
     dedup_threshold: float
     nprobe: int | None = None
+    filters: Filters = NO_FILTERS
 
 
 @dataclass
 class Funnel:
-    """Where the images went, from asked for to kept; complete once the table was read."""
+    """Where the images went, from asked for to kept; complete once the table was read.
+
+    A row that goes is counted once, under the first that holds: it has no URL, is on the block list,
+    fails a condition, is a near-duplicate of one that stays. A near-duplicate of a row that may stay is
+    not looked at further.
+    """
 
     requested: int = 0
     received: int = 0
     without_url: int = 0
+    blocked: int = 0
+    filtered: int = 0
     near_duplicates: int = 0
     kept: int = 0
 
@@ -85,8 +96,10 @@ def retrieve(
         progress: called with the number of queries done since the last call.
 
     Raises:
-        InputError: the queries have another dimension than the index.
+        InputError: the queries have another dimension than the index, or the metadata lacks a column
+            that a filter asks for.
     """
+    request.filters.check(metadata.schema)
     if queries.shape[1] != index.dimension:
         raise InputError(
             f"the seeds have {queries.shape[1]} dimensions, the index has {index.dimension}: embed the "
@@ -149,32 +162,49 @@ class Retrieval:
         received = _Rows.of(hits, first)
         distinct = received[_first_of_each(received.query, received.ids)]
         covered = distinct[self._metadata.covers(distinct.ids)]
-        vectors = decoded(hits.codes, self._decode)
-        threshold = self._request.dedup_threshold
-        labels = components_of_lists(vectors, covered.code, covered.query, threshold)
-        best, columns, without_url = self._best_with_url(covered.ids, labels)
-        without_url += len(distinct) - len(covered)
+        labels = self._labels(covered, hits.codes)
+        best, columns, fates = self._best_allowed(covered.ids, labels)
+        without_url = int(fates[WITHOUT_URL]) + len(distinct) - len(covered)
+        gone = without_url + int(fates[BLOCKED] + fates[FILTERED])
         self.funnel.received += len(received)
         self.funnel.without_url += without_url
-        self.funnel.near_duplicates += len(received) - without_url - len(best)
+        self.funnel.blocked += int(fates[BLOCKED])
+        self.funnel.filtered += int(fates[FILTERED])
+        self.funnel.near_duplicates += len(received) - gone - len(best)
         self.funnel.kept += len(best)
         return self._as_table(covered[best], columns, hits.codes)
 
-    def _best_with_url(self, ids: Ids, labels: Ids) -> tuple[Ids, pa.Table, int]:
-        """Return the best-ranked row with a URL of each component, their metadata, and how many had none.
+    def _labels(self, rows: _Rows, codes: Bytes) -> Ids:
+        """Label each row with its best-ranked near-duplicate; at a threshold of 1 there are none."""
+        threshold = self._request.dedup_threshold
+        if threshold < 1:
+            return components_of_lists(decoded(codes, self._decode), rows.code, rows.query, threshold)
+        return np.arange(len(rows))
 
-        A row without a URL has nothing to give: it never displaces its near-duplicate that has one.
+    def _best_allowed(self, ids: Ids, labels: Ids) -> tuple[Ids, pa.Table, Ids]:
+        """Return the best-ranked row of each component that may stay, their metadata, and fates counted.
+
+        A row without a URL has nothing to give, one that is filtered out must not: it never displaces its
+        near-duplicate that may stay.
         """
         best = np.flatnonzero(labels == np.arange(len(labels)))
         columns = self._metadata.take(ids[best])
-        named = _has_url(columns)
-        if named.all():
-            return best, columns, 0
-        members = np.flatnonzero(np.isin(labels, best[~named]))
-        heirs = members[_has_url(self._metadata.take(ids[members], ["url"]))]
+        fate = self._fates(ids[best], columns)
+        allowed = fate == ALLOWED
+        if allowed.all():
+            return best, columns, np.bincount(fate, minlength=FATES)
+        members = np.flatnonzero(np.isin(labels, best[~allowed]))
+        looked_at = self._metadata.take(ids[members], self._request.filters.columns)
+        fate = self._fates(ids[members], looked_at)
+        heirs = members[fate == ALLOWED]
         _, first = np.unique(labels[heirs], return_index=True)
-        best = np.sort(np.concatenate([best[named], heirs[first]]))
-        return best, self._metadata.take(ids[best]), len(members) - len(heirs)
+        best = np.sort(np.concatenate([best[allowed], heirs[first]]))
+        return best, self._metadata.take(ids[best]), np.bincount(fate, minlength=FATES)
+
+    def _fates(self, ids: Ids, columns: pa.Table) -> Ids:
+        filters = self._request.filters
+        reasons = [~_has_url(columns), filters.blocked(ids, columns), filters.failed(columns)]
+        return np.select(reasons, [WITHOUT_URL, BLOCKED, FILTERED], ALLOWED)
 
     def _as_table(self, kept: _Rows, columns: pa.Table, codes: Bytes) -> pa.Table:
         kept_codes = codes[kept.code]

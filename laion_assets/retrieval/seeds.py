@@ -11,7 +11,8 @@ import difflib
 import hashlib
 import io
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import PurePosixPath
@@ -21,6 +22,7 @@ import google_crc32c
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
+import yaml
 
 from laion_assets.retrieval.arrays import Floats
 from laion_assets.retrieval.checksums import checksum_text
@@ -37,7 +39,10 @@ from laion_assets.retrieval.storage import (
 SETTING = "LAION_SEEDS_URI"
 EMBEDDING_COLUMNS = ("embedding", "image_embedding", "img_emb", "vector")
 CARRIED_COLUMNS = {"url": pa.string(), "caption": pa.string(), "thumbnail": pa.binary()}
-CLIP_RETRIEVAL_FOLDER = "img_emb"
+CLIP_RETRIEVAL_FOLDER = "img_emb/"
+BESIDE_IT = ("text_emb/", "metadata/", "stats/")  # what clip-retrieval writes into the same folder
+SETTINGS_FILE = "settings.yaml"
+MAX_SETTINGS_BYTES = 16 << 10
 PROBLEMS_SHOWN = 20
 FILES_AT_ONCE = 64
 BYTES_AT_ONCE = 64 << 20
@@ -63,16 +68,41 @@ class SeedFile:
 
 @dataclass(frozen=True)
 class SeedSet:
-    """The files of one seed set as they were when it was listed."""
+    """The files of one seed set as they were when it was listed.
+
+    Attributes:
+        name: of its folder.
+        files: the seeds.
+        settings_files: YAML files in the folder itself; one at most, rightly named, or it cannot be used.
+        ignored: names of all other files, as far as a person may take them for seeds.
+
+    """
 
     name: str
     files: tuple[SeedFile, ...]
+    settings_files: tuple[SeedFile, ...] = ()
+    ignored: tuple[str, ...] = ()
 
     @property
     def fingerprint(self) -> str:
         """Changes with the name, size or content of any file, and only then."""
-        lines = sorted(f"{file.name}\t{file.size}\t{file.checksum}" for file in self.files)
+        files = self.files + self.settings_files
+        lines = sorted(f"{file.name}\t{file.size}\t{file.checksum}" for file in files)
         return hashlib.sha256("\n".join(lines).encode()).hexdigest()[:16]
+
+
+@dataclass(frozen=True)
+class Listing:
+    """What is in the folder of the seed sets.
+
+    Attributes:
+        sets: its subfolders that hold seed files.
+        ignored: files that nobody reads, relative to the folder.
+
+    """
+
+    sets: dict[str, SeedSet]
+    ignored: tuple[str, ...]
 
 
 @dataclass(frozen=True)
@@ -101,23 +131,32 @@ def embeddings_of(table: pa.Table) -> Floats:
     return vectors
 
 
-def list_seed_sets(uri: str) -> dict[str, SeedSet]:
-    """List the seed sets of a folder: its subfolders that hold seed files.
+def list_folder(uri: str) -> Listing:
+    """List the folder of the seed sets.
 
     Raises:
         InputError: no such folder, or no access to it.
 
     """
     fs, root = open_storage(uri, SETTING)
-    by_set: dict[str, list[SeedFile]] = {}
+    folders: defaultdict[str, _Folder] = defaultdict(_Folder)
     with reaching(uri, SETTING):
         for listed in list_files(fs, root):
-            set_name, _, name = listed.name.partition("/")
-            if _is_seed_file(name) and set_name[0] not in "._":
-                by_set.setdefault(set_name, []).append(_seed_file(fs, name, listed))
-        if not by_set and not fs.isdir(root):
+            if not _is_hidden(listed.name):
+                set_name, _, name = listed.name.partition("/")
+                folders[set_name].add(fs, name, listed)
+        if not folders and not fs.isdir(root):
             raise InputError(f"{uri} is not a folder: set {SETTING} to the folder of the seed sets")
-    return {name: SeedSet(name, _chosen(files)) for name, files in sorted(by_set.items())}
+    found = [folder.seed_set(name) for name, folder in sorted(folders.items())]
+    return Listing(
+        {seed_set.name: seed_set for seed_set in found if seed_set.files},
+        tuple(str(PurePosixPath(seed_set.name, file)) for seed_set in found for file in seed_set.ignored),
+    )
+
+
+def list_seed_sets(uri: str) -> dict[str, SeedSet]:
+    """List the seed sets of a folder, as `list_folder`."""
+    return list_folder(uri).sets
 
 
 def find_seed_set(uri: str, name: str) -> SeedSet:
@@ -131,13 +170,13 @@ def find_seed_set(uri: str, name: str) -> SeedSet:
     fs, root = open_storage(uri, SETTING)
     folder = f"{root}/{name}"
     with reaching(uri, SETTING):
-        files = [
-            _seed_file(fs, listed.name, listed)
-            for listed in list_files(fs, folder)
-            if _is_seed_file(listed.name)
-        ]
-        if files:
-            return SeedSet(name, _chosen(files))
+        inside = _Folder()
+        for listed in list_files(fs, folder):
+            if not _is_hidden(listed.name):
+                inside.add(fs, listed.name, listed)
+        found = inside.seed_set(name)
+        if found.files:
+            return found
         if fs.isdir(folder):
             raise InputError(f"seed set {name!r} is empty: put .npy or .parquet files into {uri}/{name}")
     there = sorted(list_seed_sets(uri))
@@ -190,6 +229,59 @@ def read_seeds(uri: str, seed_set: SeedSet) -> Seeds:
         np.concatenate([vectors for vectors, _ in parts.values()]),
         pa.concat_tables([columns for _, columns in parts.values()], promote_options="default"),
     )
+
+
+def read_settings(uri: str, seed_set: SeedSet) -> dict[str, Any]:
+    """Read the settings that a set brings along, as its settings.yaml has them.
+
+    Returns:
+        What stands there, by name; empty without such a file. Names and values are not checked here.
+
+    Raises:
+        InputError: a YAML file of another name, one too large, one that is not a list of `name: value`.
+
+    """
+    for file in seed_set.settings_files:
+        if file.name != SETTINGS_FILE:
+            raise InputError(
+                f"{seed_set.name}/{file.name} is not read: settings of a seed set stand in "
+                f"{SETTINGS_FILE}; rename or remove it"
+            )
+    return _settings_in(uri, seed_set, *seed_set.settings_files) if seed_set.settings_files else {}
+
+
+def _settings_in(uri: str, seed_set: SeedSet, file: SeedFile) -> dict[str, Any]:
+    where = f"{seed_set.name}/{file.name}"
+    if file.size > MAX_SETTINGS_BYTES:
+        raise InputError(
+            f"{where} has {file.size:,} bytes, settings take {MAX_SETTINGS_BYTES:,} at most: shorten it"
+        )
+    fs, _ = open_storage(uri, SETTING)
+    try:
+        with reaching(uri, SETTING):
+            ((_, content),) = _contents(fs, [file])
+        return _parsed(_verified(content, file))
+    except _BadSeedsError as bad:
+        raise InputError(f"{where}{bad}") from bad
+
+
+def _parsed(content: bytes) -> dict[str, Any]:
+    """Read `name: value` lines; plain data only, whatever tags the YAML has."""
+    try:
+        values = yaml.safe_load(content)
+        root = yaml.compose(content, yaml.SafeLoader)
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
+        told = " ".join(str(error).split())[:200]
+        raise _BadSeedsError(f" is not YAML ({told}): write a setting a line, as name: value") from error
+    if values is None:
+        return {}
+    if not isinstance(values, dict) or not all(isinstance(name, str) for name in values):
+        raise _BadSeedsError(" is not a list of settings: write one a line, as name: value")
+    names = [key.value for key, _ in root.value]
+    for name in names:
+        if names.count(name) > 1:
+            raise _BadSeedsError(f" has {name} twice: remove one of them")
+    return values
 
 
 def centroid(embeddings: Floats) -> tuple[Floats, float]:
@@ -351,21 +443,54 @@ def _differing_dimensions(vectors_by_file: Mapping[str, Floats]) -> list[str]:
     ]
 
 
+def _is_hidden(name: str) -> bool:
+    """Tell what tools keep to themselves, and what some put into a bucket for a folder."""
+    return not name or name.endswith("/") or any(part[:1] in (".", "_") for part in name.split("/"))
+
+
 def _is_seed_file(name: str) -> bool:
-    path = PurePosixPath(name)
-    is_marker = name.endswith("/")  # what some tools put into a bucket for a folder
-    return path.suffix in READERS and not is_marker and not any(part[0] in "._" for part in path.parts)
+    return PurePosixPath(name).suffix in READERS
+
+
+def _holds_settings(name: str) -> bool:
+    """Tell YAML files in the folder itself; one with a wrong name would else be overlooked."""
+    return "/" not in name and PurePosixPath(name).suffix in (".yaml", ".yml")
+
+
+class _Folder:
+    """The files of one folder while it is listed: only those that may be used are looked at."""
+
+    def __init__(self) -> None:
+        self._seeds: list[SeedFile] = []
+        self._settings: list[SeedFile] = []
+        self._others: list[str] = []
+
+    def add(self, fs: Any, name: str, listed: Listed) -> None:
+        """Add a file, by its name in this folder."""
+        if _is_seed_file(name):
+            self._seeds.append(_seed_file(fs, name, listed))
+        elif _holds_settings(name):
+            self._settings.append(_seed_file(fs, name, listed))
+        else:
+            self._others.append(name)
+
+    def seed_set(self, name: str) -> SeedSet:
+        """Sort them out; in an output folder of clip-retrieval only the image embeddings are seeds."""
+        seeds, ignored = self._seeds, self._others
+        images = [file for file in seeds if file.name.startswith(CLIP_RETRIEVAL_FOLDER)]
+        if images:
+            beside = [file.name for file in seeds if not file.name.startswith(CLIP_RETRIEVAL_FOLDER)]
+            ignored = [file for file in ignored + beside if not file.startswith(BESIDE_IT)]
+            seeds = images
+        return SeedSet(name, _in_order(seeds), _in_order(self._settings), tuple(sorted(ignored)))
+
+
+def _in_order(files: Sequence[SeedFile]) -> tuple[SeedFile, ...]:
+    return tuple(sorted(files, key=lambda file: file.name))
 
 
 def _seed_file(fs: Any, name: str, listed: Listed) -> SeedFile:
     return SeedFile(name, listed.path, listed.size, _checksum(fs, listed))
-
-
-def _chosen(files: Iterable[SeedFile]) -> tuple[SeedFile, ...]:
-    """In an output folder of clip-retrieval only the image embeddings are seeds."""
-    found = sorted(files, key=lambda file: file.name)
-    images = [file for file in found if file.name.startswith(f"{CLIP_RETRIEVAL_FOLDER}/")]
-    return tuple(images or found)
 
 
 def _checksum(fs: Any, listed: Listed) -> str:

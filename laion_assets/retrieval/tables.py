@@ -8,7 +8,7 @@ from __future__ import annotations
 import base64
 import json
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
 from typing import Any
 
@@ -46,6 +46,9 @@ class Provenance:
         settings: the settings used, and where each came from.
         run: id of the Dagster run.
         written: when, ISO 8601 in UTC.
+        found: the counts of a search, in a sentence.
+        own_settings: what the seed set's settings.yaml said when the seeds were read; it travels with
+            what was made from them, so that all of it is made with the same.
 
     """
 
@@ -56,14 +59,21 @@ class Provenance:
     run: str
     written: str
     found: str = ""
+    own_settings: Mapping[str, Any] = field(default_factory=dict)
 
     @classmethod
     def now(
-        cls, seed_set: str, seeds: str, index: str | None, settings: Mapping[str, Any], run: str
+        cls,
+        seed_set: str,
+        seeds: str,
+        index: str | None,
+        settings: Mapping[str, Any],
+        run: str,
+        own_settings: Mapping[str, Any],
     ) -> Provenance:
         """Provenance of a table that is being written now."""
         written = datetime.now(UTC).isoformat(timespec="seconds")
-        return cls(seed_set, seeds, index, dict(settings), run, written)
+        return cls(seed_set, seeds, index, dict(settings), run, written, own_settings=dict(own_settings))
 
     def to_footer(self) -> dict[str, str]:
         """Key-value metadata for the file's footer."""

@@ -56,7 +56,7 @@ def test_a_node_that_comes_back_empty_is_staged_again_or_the_step_says_so(platfo
     del platform.cluster.environment["LAION_LOST_INDEX"]
     platform.succeed(platform.reexecute(run))
     newest = platform.stagings()[0]
-    assert newest.description == "staged again by knn_urls: the disk had lost it"
+    assert newest.description == "staged again by knn_urls: the disk did not hold it"
     assert len(platform.stagings()) == 2
 
 

@@ -9,13 +9,14 @@ read.
 """
 
 from laion_assets.retrieval.staging.manifest import (
+    STAGE_AGAIN,
     Manifest,
     NotStagedError,
     StagedFile,
     verified_manifest,
 )
 from laion_assets.retrieval.staging.opening import OpenIndex, open_staged
-from laion_assets.retrieval.staging.plan import Plan, SourceFile, Transfer, plan
+from laion_assets.retrieval.staging.plan import Plan, SourceFile, Transfer, plan, version_of
 from laion_assets.retrieval.staging.source import Source
 from laion_assets.retrieval.staging.sparse.budget import read_bytes
 from laion_assets.retrieval.staging.sparse.store import DEFAULT_BUDGET
@@ -23,6 +24,7 @@ from laion_assets.retrieval.staging.stager import Staged, stage
 
 __all__ = [
     "DEFAULT_BUDGET",
+    "STAGE_AGAIN",
     "Manifest",
     "NotStagedError",
     "OpenIndex",
@@ -37,4 +39,5 @@ __all__ = [
     "read_bytes",
     "stage",
     "verified_manifest",
+    "version_of",
 ]

@@ -5,7 +5,8 @@ What must not live here: reading or writing anything.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import hashlib
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from laion_assets.retrieval.layout import read_in_parts
@@ -48,6 +49,15 @@ class SourceFile:
     checksum: str | None
 
 
+def version_of(files: Iterable[SourceFile]) -> str:
+    """Return what changes with the name, size or content of any file at the source.
+
+    Where a listing tells no checksums, the time of writing stands for the content.
+    """
+    lines = sorted(f"{file.name}\t{file.size}\t{file.checksum or file.version}" for file in files)
+    return hashlib.sha256("\n".join(lines).encode()).hexdigest()[:16]
+
+
 @dataclass(frozen=True)
 class Chunk:
     """A part of a file: bytes `start` up to, not including, `stop`."""
@@ -83,11 +93,6 @@ class Plan:
     def changes(self) -> bool:
         """Whether the disk is not yet as the source."""
         return bool(self.fetch or self.lay_out or self.remove)
-
-    @property
-    def bytes_to_fetch(self) -> int:
-        """Bytes of the files to fetch."""
-        return sum(file.size for file in self.fetch)
 
 
 def plan(

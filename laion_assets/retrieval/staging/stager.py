@@ -26,7 +26,7 @@ from laion_assets.retrieval.staging.manifest import (
     StagedFile,
     sizes_on_disk,
 )
-from laion_assets.retrieval.staging.plan import Plan, SourceFile, Transfer, plan
+from laion_assets.retrieval.staging.plan import Plan, SourceFile, Transfer, plan, version_of
 from laion_assets.retrieval.staging.source import Source
 from laion_assets.retrieval.staging.sparse.leases import forget_leases
 from laion_assets.retrieval.staging.sparse.pages import lay_out, map_of
@@ -40,7 +40,8 @@ class Staged:
 
     Attributes:
         manifest: what is on the disk now.
-        fetched: files that were copied, or read where they are used in place.
+        source_version: of the source that it was compared with.
+        fetched: files that were copied or laid out, or read where they are used in place.
         bytes_fetched: read from the source.
         bytes_reused: that were on the disk already, those of an earlier attempt that was cut off too.
         retries: reads that failed and were tried again.
@@ -50,6 +51,7 @@ class Staged:
     """
 
     manifest: Manifest
+    source_version: str
     fetched: int
     bytes_fetched: int
     bytes_reused: int
@@ -265,7 +267,8 @@ class _Stager:
     ) -> Staged:
         return Staged(
             manifest,
-            fetched=len(todo.fetch),
+            version_of(files),
+            fetched=len(todo.fetch) + len(todo.lay_out),
             bytes_fetched=self.tally.fetched,
             bytes_reused=self.tally.reused + replace(manifest, files=todo.keep).bytes_on_disk(self.cache),
             retries=self.tally.retries,

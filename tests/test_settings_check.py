@@ -1,0 +1,131 @@
+"""A change of settings that Dagster does not see is a warning on the sets that were made before it."""
+
+import dagster as dg
+import pytest
+from conftest import Project, failures, new_project, reported
+from dagster._core.event_api import PartitionKeyFilter
+
+from laion_assets.settings import FOR_THIS_RUN, RetrievalConfig
+from laion_assets.settings_check import SETTINGS_AS_NOW, compare
+
+SETS = ("flower", "fruit")
+
+
+class Ticks:
+    """What Dagster's daemon does with the sensor of the settings."""
+
+    def __init__(self, project: Project) -> None:
+        self._project = project
+        self._cursor: str | None = None
+        self.said = ""
+
+    def tick(self) -> None:
+        """Evaluate it once."""
+        repository = self._project.defs.get_repository_def()
+        context = dg.build_sensor_context(self._project.instance, self._cursor, repository_def=repository)
+        with context:
+            seen = repository.get_sensor_def("settings_sensor")(context)
+        skipped = seen if isinstance(seen, dg.SkipReason) else seen.skip_reason
+        self.said = skipped.skip_message or ""
+        if isinstance(seen, dg.SensorResult):
+            self._cursor = seen.cursor
+
+
+def status(project: Project, seed_set: str) -> str:
+    """What the UI shows of the check for one set: the newest evaluation."""
+    key = dg.AssetCheckKey(dg.AssetKey("combined_urls"), SETTINGS_AS_NOW.name)
+    (record,) = project.instance.event_log_storage.get_asset_check_execution_history(
+        key, limit=1, partition_filter=PartitionKeyFilter(key=seed_set)
+    )
+    evaluation = record.event.dagster_event.event_specific_data
+    assert evaluation.severity is dg.AssetCheckSeverity.WARN
+    assert evaluation.passed == (record.status.value == "SUCCEEDED")
+    return evaluation.description
+
+
+AS_IT_SHOULD_BE = "made with the settings that a run would use now"
+
+
+@pytest.fixture(scope="module")
+def made(demo, tmp_path_factory):
+    """A project in which two sets were made, one of them with settings of its own."""
+    with new_project(tmp_path_factory.mktemp("made"), demo.index, demo.seeds) as project:
+        (project.seeds / "flower" / "settings.yaml").write_text("nb_images_knn: 5\n")
+        for name in SETS:
+            assert failures(project.run(name)) == {}
+        yield project
+
+
+def test_a_change_in_the_environment_is_a_warning_until_it_is_taken_back_or_made_good(made, monkeypatch):
+    ticks = Ticks(made)
+    ticks.tick()
+    assert ticks.said == "2 sets compared, 0 of all made with other settings"
+    ticks.tick()
+    assert "nothing new" in ticks.said
+
+    monkeypatch.setenv("LAION_NB_IMAGES_KNN", "60")
+    for _ in range(2):
+        ticks.tick()
+        assert status(made, "fruit") == (
+            "made with nb_images_knn 50, now nb_images_knn 60 (LAION_NB_IMAGES_KNN); materialize fruit "
+            "again to have it so"
+        )
+        assert status(made, "flower") == AS_IT_SHOULD_BE  # what it says of itself comes first
+
+    monkeypatch.delenv("LAION_NB_IMAGES_KNN")
+    ticks.tick()
+    assert status(made, "fruit") == AS_IT_SHOULD_BE
+
+    monkeypatch.setenv("LAION_DEDUP_THRESHOLD", "0.9")
+    ticks.tick()
+    assert ticks.said == "2 sets compared, 2 of all made with other settings"
+    assert failures(made.run("fruit")) == {}
+    assert status(made, "fruit") == AS_IT_SHOULD_BE  # the step has said so
+    ticks.tick()
+    assert ticks.said == "1 sets compared, 1 of all made with other settings"
+    assert status(made, "fruit") == AS_IT_SHOULD_BE
+    assert "now dedup_threshold 0.9 (LAION_DEDUP_THRESHOLD)" in status(made, "flower")
+
+
+def test_numbers_given_for_one_run_are_told_of_and_are_no_change(made):
+    result = made.run("fruit", nb_images_knn=7)
+    (check,) = [c for c in result.get_asset_check_evaluations() if c.check_name == SETTINGS_AS_NOW.name]
+    assert check.passed
+    assert check.description == (
+        "nb_images_knn 7 was given for that run alone, the next takes nb_images_knn 50 (default); what "
+        "is to stay belongs into fruit/settings.yaml"
+    )
+    assert reported(result, "knn_urls")["settings"]["nb_images_knn"] == f"7 ({FOR_THIS_RUN})"
+    Ticks(made).tick()
+    assert status(made, "fruit") == check.description
+
+
+def test_wrong_settings_are_told_of_by_the_sensor(made, monkeypatch):
+    ticks = Ticks(made)
+    monkeypatch.setenv("LAION_NPROBE", "0")
+    ticks.tick()
+    assert ticks.said == "nprobe is 0 (from LAION_NPROBE): give 1 or more"
+
+
+def compared(made: RetrievalConfig, environment: dict[str, str], now: dict[str, str]) -> str:
+    then = made.resolve(environment)
+    return compare(then.values() | {"origins": then.origins}, RetrievalConfig().resolve(now)).sentence(
+        "x"
+    )
+
+
+def test_a_target_stands_for_the_numbers_that_were_computed_from_it():
+    target = {"LAION_TARGET_IMAGES": "600"}
+    assert compared(RetrievalConfig(), target, target).startswith("made with the settings")
+    assert compared(RetrievalConfig(), {}, target).startswith(
+        "made with nb_images_knn 50 and nb_images_centroid 500, now target_images 600 (LAION_TARGET_IM"
+    )
+    assert compared(RetrievalConfig(target_images=600), {}, {}).startswith(
+        "target_images 600 was given for that run alone, the next takes nb_images_knn 50 (default) and"
+    )
+
+
+def test_filters_that_came_or_went_are_a_change():
+    some = {"LAION_FILTERS": "width > 5"}
+    assert "made with no filters, now filters width > 5" in compared(RetrievalConfig(), {}, some)
+    assert "made with filters width > 5, now no filters" in compared(RetrievalConfig(), some, {})
