@@ -297,7 +297,7 @@ def test_pods_on_nvme_stage_fully_unless_it_is_said_otherwise(said, read_by_pods
 
 def test_claim_class_label_and_taint_are_the_same_everywhere():
     node = NvmeNode()
-    wanted = of_kind("PersistentVolumeClaim")
+    (wanted,) = manifests("claim.yaml")
     assert wanted["metadata"]["name"] == node.claim
     storage = of_kind("StorageClass")
     assert wanted["spec"]["storageClassName"] == storage["metadata"]["name"]

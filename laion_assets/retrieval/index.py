@@ -75,7 +75,7 @@ class Index:
             )
         _check_kind(self._index, path)
         self._ivf = faiss.try_extract_index_ivf(self._index)
-        self._lists: _Lists | None = None
+        self._lists: InvertedLists | None = None
         if self._ivf is not None:
             self._ivf = faiss.downcast_index(self._ivf)
             self._lists = _lists_of(self._ivf, lists or path)
@@ -443,7 +443,7 @@ def _check_kind(index: Any, path: Path) -> None:
 
 
 @dataclass(frozen=True)
-class _Lists:
+class InvertedLists:
     """Where inverted lists are in their file: all codes of a list, then all its ids.
 
     Attributes:
@@ -475,7 +475,7 @@ class _Lists:
         )
 
 
-def _lists_of(ivf: Any, path: Path) -> _Lists | None:
+def _lists_of(ivf: Any, path: Path) -> InvertedLists | None:
     """Read the lists' table; None where they are not on disk."""
     stored = faiss.downcast_InvertedLists(ivf.invlists)
     if not isinstance(stored, faiss.OnDiskInvertedLists):
@@ -484,10 +484,10 @@ def _lists_of(ivf: Any, path: Path) -> _Lists | None:
     # An offset means nothing where there is no room for a row.
     rows = np.array([(offset if room else 0, room, size) for offset, room, size in table], np.int64)
     offset, capacity, size = rows.reshape(-1, 3).T
-    return _Lists(path, offset, capacity, size, stored.code_size)
+    return InvertedLists(path, offset, capacity, size, stored.code_size)
 
 
-def _check_lists_are_whole(lists: _Lists | None) -> None:
+def _check_lists_are_whole(lists: InvertedLists | None) -> None:
     """Compare the size of the lists' file with their table: reading past its end kills the process."""
     if lists is None:
         return

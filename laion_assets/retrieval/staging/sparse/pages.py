@@ -55,8 +55,9 @@ def lay_out(path: Path, size: int, content: str) -> None:
         os.fsync(file.fileno())
     new = path.with_name(f"{map_of(path).name}.new")
     with new.open("wb") as file:
+        # All of it, for it is written to in memory, and a disk that is full then kills the process.
+        os.posix_fallocate(file.fileno(), 0, HEAD + 4 * _pages(size))
         file.write(_head(size, content))
-        file.truncate(HEAD + 4 * _pages(size))
         file.flush()
         os.fsync(file.fileno())
     new.replace(map_of(path))
@@ -173,17 +174,20 @@ def _head(size: int, content: str) -> bytes:
     return told.encode().ljust(HEAD, b"\0")
 
 
-_fallocate = ctypes.CDLL(None, use_errno=True).fallocate
-_fallocate.argtypes = [ctypes.c_int, ctypes.c_int, ctypes.c_int64, ctypes.c_int64]
-
-
 def _punch(file: int, start: int, length: int, path: Path) -> None:
-    if _fallocate(file, PUNCH_HOLE | KEEP_SIZE, start, length) == 0:
-        return
-    number = ctypes.get_errno()
+    """Give a part of a file back to the disk; it reads as zeros then."""
+    number = _fallocate(file, PUNCH_HOLE | KEEP_SIZE, start, length)
     if number == errno.EOPNOTSUPP:
         raise InputError(
             f"the file system of {path} cannot give back parts of a file: set LAION_CACHE_DIR to a "
             "folder on ext4, XFS, btrfs or tmpfs"
         )
-    raise OSError(number, os.strerror(number), str(path))
+    if number:
+        raise OSError(number, os.strerror(number), str(path))
+
+
+def _fallocate(file: int, mode: int, start: int, length: int) -> int:
+    """Linux' own call, which Python does not offer; returns the number of the error, 0 for none."""
+    call = ctypes.CDLL(None, use_errno=True).fallocate
+    call.argtypes = [ctypes.c_int, ctypes.c_int, ctypes.c_int64, ctypes.c_int64]
+    return ctypes.get_errno() if call(file, mode, start, length) else 0

@@ -106,7 +106,9 @@ class SparseFiles:
                 return
             lease.drop()  # while it waits, it holds nothing
             with locks.fetching(self._cache, self._log):
-                self._fetch(self._make_room(pages, lease))
+                reads = self._make_room(pages, lease)
+                if reads:  # or another request has fetched them meanwhile
+                    self._fetch(reads)
         except OSError as error:
             if error.errno not in {*TAKES_NO_MORE, errno.EACCES}:
                 raise
@@ -201,7 +203,8 @@ class SparseFiles:
     def _fetch(self, reads: Pages) -> None:
         """Read pages from the source, write them, make them durable, and mark them."""
         started, before = time.monotonic(), replace(self.tally)
-        fetcher = Fetcher(self._reader, THREADS, self._log, self.tally)
+        threads = min(THREADS, sum(map(len, reads.values())))
+        fetcher = Fetcher(self._reader, threads, self._log, self.tally)
         size = PAGE * sum(map(total, reads.values()))
 
         def read(job: tuple[_Batch, int, int]) -> None:
