@@ -6,7 +6,7 @@ READY := $(VENV)/.ready
 IMG2DATASET := tests/handover/.venv
 PORT ?= 3000
 
-.PHONY: help demo dev test test-dev test-peer test-k8s test-handover golden lint bench bench-quick bench-staging bench-sensor bench-sparse lock clean
+.PHONY: help demo dev test test-ui screenshots test-peer test-k8s test-handover golden lint bench bench-quick bench-staging bench-sensor bench-sparse lock clean
 
 help: ## List the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -32,8 +32,11 @@ test: $(READY) ## Run the tests
 test-k8s: $(READY) ## Run the graph on a stand-in for a Kubernetes cluster; needs PostgreSQL
 	$(BIN)/python -m pytest tests/k8s
 
-test-dev: $(READY) ## Run the tests against a real `make dev`, with a real browser; needs chromium
+test-ui: $(READY) ## Run the tests against a real `make dev`, with a real browser; needs chromium
 	$(BIN)/python -m pytest tests/dev
+
+screenshots: $(READY) ## Take the README's pictures of the UI anew; needs chromium
+	SCREENSHOTS=$(CURDIR)/docs/ui $(BIN)/python -m pytest tests/dev/test_ui.py
 
 test-peer: $(READY) ## Compare with clip-retrieval, and with indices of autofaiss, in their own environment
 	PYTHONPATH=benchmarks $(BIN)/python -m pytest tests/peer

@@ -1,42 +1,358 @@
-"""What must be true of a table once it is written, as asset checks with a remedy.
+"""What must be true of what was made, as asset checks: what each means, how bad it is, and the remedy.
 
-They run inside the step that made the table, on the file as it was written: a check of its own would be
-another pod. What must not live here: repairs.
+They run inside the step that made the asset, on what was written: a check of its own would be another
+pod, and what needs the index would need it twice. Few block what depends on them: those after which going
+on would cost the user hours, or give a wrong table without a word. What must not live here: measuring
+(retrieval.audit), repairs.
 Dagster's concept: https://docs.dagster.io/guides/test/asset-checks
 """
 
+from __future__ import annotations
+
 import warnings
+from collections.abc import Iterable, Iterator, Mapping
+from itertools import chain
+from typing import Any
 
 import dagster as dg
+import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
 
 from laion_assets.io_managers import StoredTable
 from laion_assets.partitions import seed_sets
+from laion_assets.retrieval import audit
+from laion_assets.retrieval.index import Decoder
+from laion_assets.retrieval.staging import OpenIndex
+from laion_assets.retrieval.tables import code_bytes, decoder_bytes
+from laion_assets.retrieval.vectors import decoded
 
-with warnings.catch_warnings():
-    # Partitions of checks are new in Dagster. Without them one failed run would turn the check red for
-    # all seed sets.
-    warnings.simplefilter("ignore", dg.PreviewWarning)
-    ONE_ROW_PER_IMAGE = dg.AssetCheckSpec(
+WARN, ERROR = dg.AssetCheckSeverity.WARN, dg.AssetCheckSeverity.ERROR
+COHERENT = 0.5  # mean cosine between seeds and centroid: an angle of 60 degrees
+ROWS_COMPARED = 1 << 16  # first rows of a table in which near-duplicates are looked for
+PAST_RUNS = 20
+YIELD_MAY_DIFFER = 0.1  # of what it was
+SEARCHES = ("knn_urls", "centroid_urls")
+
+Results = Iterator[dg.AssetCheckResult]
+
+
+def _spec(asset: str, name: str, description: str, *, blocking: bool = False) -> dg.AssetCheckSpec:
+    with warnings.catch_warnings():
+        # Partitions of checks are new in Dagster. Without them one failed run would turn the check red
+        # for all seed sets.
+        warnings.simplefilter("ignore", dg.PreviewWarning)
+        return dg.AssetCheckSpec(
+            name,
+            asset=asset,
+            description=description,
+            blocking=blocking,
+            partitions_def=None if asset == "staged_laion_index" else seed_sets,
+        )
+
+
+def _specs(asset: str) -> list[dg.AssetCheckSpec]:
+    return [spec for spec in _ALL if spec.asset_key.to_user_string() == asset]
+
+
+_SEARCH = [
+    spec
+    for asset in SEARCHES
+    for spec in (
+        _spec(
+            asset,
+            "similarity_falls_with_rank",
+            "Within a query, similarity falls as rank rises. An error, and it blocks: combining goes "
+            "by rank, and would keep the wrong rows. Remedy: materialize again; if it stays, stage the "
+            "index again.",
+            blocking=True,
+        ),
+        _spec(
+            asset,
+            "similarity_is_in_range",
+            "Similarities are inner products of unit vectors, so at most 1 or a little more. A warning. "
+            "Remedy: build the index from vectors of length 1, or near ones are not those found.",
+        ),
+    )
+]
+_URL_SETS = [
+    spec
+    for asset in (*SEARCHES, "combined_urls")
+    for spec in (
+        _spec(
+            asset,
+            "no_near_duplicates_left",
+            f"Of {audit.ANCHORS} rows, compared anew with the first {ROWS_COMPARED:,}, none is a "
+            "near-duplicate of another"
+            + (" found for the same query" if asset in SEARCHES else "")
+            + ". An error that blocks nothing: what is there is right, only too much. Remedy: report it; "
+            "meanwhile a lower dedup_threshold removes more.",
+        ),
+        _spec(
+            asset,
+            "yield_as_before",
+            f"What is kept of what was requested is within {YIELD_MAY_DIFFER:.0%} of what past runs of "
+            "the seed set with the same settings kept. A warning. Remedy: look at the funnel for the "
+            "loss that grew; new seeds or a new index explain it, anything else does not.",
+        ),
+    )
+]
+_ALL = [
+    _spec(
+        "staged_laion_index",
+        "metadata_covers_the_index",
+        "Every row of the index has a metadata row, and the reverse. A warning: rows without metadata "
+        "are left out and counted. Remedy: stage index and metadata of the same release; nothing, if "
+        "you keep only a part of the metadata.",
+    ),
+    _spec(
+        "staged_laion_index",
+        "metadata_belongs_to_the_index",
+        "Captions of neighbours in the index have more words in common than captions drawn by chance, "
+        "in every quarter of its rows. A warning, as it is a matter of statistics. Remedy: see that no "
+        "metadata file is missing, doubled or of another release, and that the names sort in the order "
+        "of the ids.",
+    ),
+    _spec(
+        "staged_laion_index",
+        "staged_index_is_intact",
+        "Files up to 256 MiB still have the checksum they were staged with, and rows of the index from "
+        "many places decode to vectors with numbers in range. An error, and it blocks: every search "
+        "would be in vain. Remedy: delete the files named and materialize again.",
+        blocking=True,
+    ),
+    _spec(
+        "centroid_vector",
+        "seeds_are_coherent",
+        f"Seeds are on average within a cosine of {COHERENT} of their mean. A warning: the less they "
+        "have in common, the less what is around the mean has to do with any of them. Remedy: split "
+        "the seed set by style, or use knn_urls alone.",
+    ),
+    *_SEARCH,
+    *_URL_SETS,
+    _spec(
+        "combined_urls",
         "one_row_per_image",
-        asset="combined_urls",
-        description="No id and no URL stands in two rows.",
-        partitions_def=seed_sets,
+        "No id and no URL stands in two rows. An error, and it blocks what you build on the table, which "
+        "would fetch images twice. Remedy: materialize again; if it stays, report it.",
+        blocking=True,
+    ),
+    _spec(
+        "combined_urls",
+        "urls_are_on_the_web",
+        "Every URL is http or https, names a host and has no spaces. A warning: img2dataset counts "
+        "others as lost. Remedy: name the right column with LAION_METADATA_COLUMNS; nothing, if some "
+        "of the metadata is like that.",
+    ),
+]
+STAGED, CENTROID, KNN_URLS, CENTROID_URLS, COMBINED = map(
+    _specs, ("staged_laion_index", "centroid_vector", *SEARCHES, "combined_urls")
+)
+
+
+# --- the staged index -----------------------------------------------------------------------------
+
+
+def of_staged_index(opened: OpenIndex, cache_dir: Any) -> list[dg.AssetCheckResult]:
+    """Compare index and metadata, and look for damage."""
+    rows, metadata_rows = opened.index.rows, len(opened.metadata)
+    captions = audit.agreement(opened.index, opened.metadata)
+    whole = (file for file in opened.manifest.files if not file.sparse)
+    files = [(str(cache_dir / f.path), f.checksum, f.size) for f in whole]
+    wrong = audit.unsound(opened.index, files)
+    return [
+        _result(
+            "metadata_covers_the_index",
+            rows == metadata_rows,
+            WARN,
+            _coverage(rows, metadata_rows),
+            {"rows": rows, "metadata rows": metadata_rows},
+        ),
+        _result(
+            "metadata_belongs_to_the_index",
+            captions.is_aligned,
+            WARN,
+            _agreement(captions),
+            {"words shared by neighbours": captions.near, "words shared by chance": captions.apart},
+        ),
+        _result(
+            "staged_index_is_intact",
+            not wrong,
+            ERROR,
+            "; ".join(wrong) or f"{len(files)} files, and rows from many places, are sound",
+        ),
+    ]
+
+
+def _coverage(rows: int, metadata_rows: int) -> str:
+    if rows == metadata_rows:
+        return f"all {rows:,} rows have metadata"
+    if rows > metadata_rows:
+        return (
+            f"{rows - metadata_rows:,} of {rows:,} rows have no metadata: they are left out and "
+            "counted; fine if you keep only a part, such as the English one"
+        )
+    return (
+        f"{metadata_rows - rows:,} metadata rows belong to no row of the index: make sure that both are "
+        "of the same release"
     )
 
 
-def one_row_per_image(combined: StoredTable) -> dg.AssetCheckResult:
-    """Count repeated ids and URLs; combining must have left none."""
-    rows = combined.read(["id", "url"])
-    repeated = {name: len(rows) - _distinct(rows[name]) for name in ("id", "url")}
+def _agreement(captions: audit.Agreement) -> str:
+    if not captions.can_tell:
+        return f"too few captions to tell: {captions.pairs} pairs of neighbours have any"
+    told = (
+        f"neighbours share {captions.near:.1%} of their words, captions drawn by chance "
+        f"{captions.apart:.1%} ({captions.pairs} pairs, where it differs least)"
+    )
+    return told if captions.is_aligned else f"{told}: metadata and index are out of line"
+
+
+# --- tables ---------------------------------------------------------------------------------------
+
+
+def of_centroid(norm_of_mean: float) -> Results:
+    """Tell whether the seeds have a style in common."""
+    yield _result(
+        "seeds_are_coherent",
+        norm_of_mean >= COHERENT,
+        WARN,
+        f"on average a seed has a cosine of {norm_of_mean:.2f} with the centroid",
+        {"norm of mean": norm_of_mean},
+    )
+
+
+def of_search(table: StoredTable, threshold: float) -> Results:
+    """Check a URL set as it was found."""
+    there = set(table.schema.names)
+    ranking = audit.ranking(table.read([n for n in ("rank", "similarity", "seed") if n in there]))
+    rows = len(ranking.similarities)
+    yield _result(
+        "similarity_falls_with_rank",
+        not ranking.out_of_order,
+        ERROR,
+        f"{ranking.out_of_order:,} of {rows:,} rows are out of order",
+        {"rows out of order": ranking.out_of_order},
+    )
+    lowest, highest = (
+        (float(ranking.similarities.min()), float(ranking.similarities.max())) if rows else (0.0, 0.0)
+    )
+    yield _result(
+        "similarity_is_in_range",
+        not ranking.out_of_range,
+        WARN,
+        f"similarities from {lowest:.3f} to {highest:.3f}, {ranking.out_of_range:,} out of range",
+        {"lowest": lowest, "highest": highest},
+    )
+    first = table.top(ROWS_COMPARED, [n for n in ("code", "seed") if n in there])
+    codes = code_bytes(first["code"])
+    groups = first["seed"].to_numpy() if "seed" in there else np.zeros(len(first), np.int64)
+    decoder = Decoder.from_bytes(decoder_bytes(table.footer, table.where))
+    yield _near_duplicates(codes, groups, decoder, threshold)
+
+
+def of_combined(table: StoredTable, knn: StoredTable, centroid: StoredTable, threshold: float) -> Results:
+    """Check the combined table; the codes of its rows are in the tables it was made of."""
+    rows = table.read(["id", "url"])
+    repeated = {name: audit.repeated(rows[name]) for name in ("id", "url")}
+    yield _result(
+        "one_row_per_image",
+        not any(repeated.values()),
+        ERROR,
+        f"{len(rows):,} rows, {repeated['id']} repeated ids, {repeated['url']} repeated URLs",
+        {f"repeated {name}s": count for name, count in repeated.items()},
+    )
+    wrong, examples = audit.not_web(rows["url"])
+    yield _result(
+        "urls_are_on_the_web",
+        not wrong,
+        WARN,
+        f"{wrong:,} of {len(rows):,} URLs cannot be fetched",
+        {"not on the web": wrong} | ({"such as": dg.MetadataValue.json(examples)} if wrong else {}),
+    )
+    batches = chain.from_iterable(each.batches(["id", "code"]) for each in (knn, centroid))
+    schema = pa.schema([knn.schema.field(name) for name in ("id", "code")])
+    wanted = np.unique(rows["id"].slice(0, ROWS_COMPARED).to_numpy())
+    codes = audit.codes_of(batches, schema, wanted)
+    one, other = (Decoder.from_bytes(decoder_bytes(t.footer, t.where)) for t in (knn, centroid))
+    yield _near_duplicates(codes, np.zeros(len(codes)), one.merged(other), threshold)
+
+
+def _near_duplicates(codes: Any, groups: Any, decoder: Decoder, threshold: float) -> dg.AssetCheckResult:
+    left = (
+        audit.near_duplicates_left(decoded(codes, decoder.decode_to_compare), groups, threshold)
+        if threshold < 1
+        else 0
+    )
+    looked_at = min(len(codes), audit.ANCHORS)
+    return _result(
+        "no_near_duplicates_left",
+        not left,
+        ERROR,
+        f"of {looked_at:,} rows, compared with {len(codes):,}, {left:,} have a near-duplicate (cosine "
+        f"above {threshold})",
+        {"rows compared": looked_at, "near-duplicates left": left},
+    )
+
+
+def yield_as_before(context: dg.AssetExecutionContext, report: Mapping[str, Any]) -> dg.AssetCheckResult:
+    """Compare the yield with that of past runs of the seed set with the same settings."""
+    past = [
+        value
+        for event in _past(context)
+        if _settings(event.metadata) == _settings(report)
+        and (value := _number(event.metadata.get("yield"))) is not None
+    ]
+    now = float(report["yield"])
+    if not past:
+        return _result("yield_as_before", True, WARN, f"{now:.1%}; the first run with these settings")
+    low, high = min(past) * (1 - YIELD_MAY_DIFFER), max(past) * (1 + YIELD_MAY_DIFFER)
+    return _result(
+        "yield_as_before",
+        low <= now <= high,
+        WARN,
+        f"{now:.1%}; {min(past):.1%} to {max(past):.1%} in {len(past)} past runs with these settings",
+        {"yield": now},
+    )
+
+
+def _past(context: dg.AssetExecutionContext) -> Iterator[dg.AssetMaterialization]:
+    found = context.instance.fetch_materializations(
+        dg.AssetRecordsFilter(asset_key=context.asset_key, asset_partitions=[context.partition_key]),
+        limit=PAST_RUNS,
+    )
+    for record in found.records:
+        if record.run_id != context.run.run_id and record.asset_materialization:
+            yield record.asset_materialization
+
+
+def _settings(report: Mapping[str, Any]) -> dict[str, str]:
+    """The settings that a report shows, without where they came from."""
+    shown = report.get("settings")
+    if not isinstance(shown, dg.TableMetadataValue):
+        return {}
+    return {str(record.data["setting"]): str(record.data["value"]) for record in shown.records}
+
+
+def _number(value: Any) -> float | None:
+    number = getattr(value, "value", None)
+    return float(number) if isinstance(number, int | float) else None
+
+
+def telling(context: dg.AssetExecutionContext, results: Iterable[dg.AssetCheckResult]) -> Results:
+    """Pass results on; what has not passed is told in the log as well, which is all a terminal shows."""
+    for result in results:
+        if not result.passed:
+            context.log.warning(f"check {result.check_name} has not passed: {result.description}")
+        yield result
+
+
+def _result(
+    name: str,
+    passed: bool,
+    severity: dg.AssetCheckSeverity,
+    told: str,
+    metadata: Mapping[str, Any] | None = None,
+) -> dg.AssetCheckResult:
     return dg.AssetCheckResult(
-        check_name=ONE_ROW_PER_IMAGE.name,
-        passed=not any(repeated.values()),
-        metadata={f"repeated {name}s": count for name, count in repeated.items()},
-        description=f"{len(rows):,} rows, {repeated['id']} repeated ids, {repeated['url']} repeated URLs",
+        check_name=name, passed=passed, severity=severity, description=told, metadata=metadata
     )
-
-
-def _distinct(column: pa.ChunkedArray) -> int:
-    return int(pc.count_distinct(column).as_py())

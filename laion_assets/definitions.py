@@ -10,13 +10,14 @@ import dagster as dg
 
 from laion_assets import kubernetes, resources
 from laion_assets.assets import index, seeds, urls
-from laion_assets.io_managers import ParquetIOManager
+from laion_assets.io_managers import tables_in
 from laion_assets.launcher import end_with_parent
 from laion_assets.sensors import build_laion_index_sensor, build_seed_sets_sensor
 from laion_assets.settings import RetrievalConfig
 from laion_assets.settings_check import build_settings_sensor
 
 JOB = "seed_set_job"
+OWNER = "team:image_data"  # whom the UI names for every asset
 
 ASSETS = (
     index.staged_laion_index,
@@ -39,15 +40,28 @@ def build_defs(
         description="Everything for one seed set, from the seeds to combined_urls; "
         "the staged index is checked, and mended if need be.",
     )
+    places = {
+        index.laion_index_source.key: resources.index_from(environment).index_uri,
+        seeds.seed_folder.key: resources.seeds_from(environment).uri,
+    }
+
+    def as_shown(spec: dg.AssetSpec) -> dg.AssetSpec:
+        owned = spec.merge_attributes(owners=[OWNER])
+        if spec.key not in places:
+            return owned
+        uri = places[spec.key]
+        return owned.merge_attributes(kinds={resources.storage_kind(uri)}, metadata={"dagster/uri": uri})
+
     return dg.Definitions(
-        assets=[index.laion_index_source, seeds.seed_folder, *ASSETS],
+        assets=dg.map_asset_specs(as_shown, [index.laion_index_source, seeds.seed_folder, *ASSETS]),
         jobs=[job],
         sensors=[build_seed_sets_sensor(job), build_laion_index_sensor(), build_settings_sensor()],
         resources={
-            "laion_index": resources.index_from(environment),
-            "seeds": resources.seeds_from(environment),
+            "laion_index": resources.as_resource(resources.index_from(environment)),
+            "seeds": resources.as_resource(resources.seeds_from(environment)),
+            "pictures": resources.as_resource(resources.pictures_from(environment)),
             "retrieval_config": RetrievalConfig(),
-            "io_manager": ParquetIOManager(base=resources.output_from(environment)),
+            "io_manager": tables_in(resources.output_from(environment)),
         },
         executor=kubernetes.executor(environment),
         loggers=loggers,

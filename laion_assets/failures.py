@@ -22,7 +22,7 @@ def as_failures() -> Iterator[None]:
     except dg.Failure:
         raise
     except InputError as error:
-        raise dg.Failure(description=str(error), allow_retries=False) from error
+        raise dg.Failure(description=str(error), allow_retries=False) from None
     except Exception as error:
         sentence = f"{type(error).__name__}: {error}"
         raise dg.Failure(description=sentence, allow_retries=False) from error

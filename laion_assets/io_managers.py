@@ -8,7 +8,7 @@ Dagster's concept: https://docs.dagster.io/guides/build/io-managers
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -47,6 +47,12 @@ class StoredTable:
     """A Parquet file that was written here: opened once, read as often as needed.
 
     In a bucket, each column of a group of rows is one request and nothing else is held.
+
+    Attributes:
+        where: location, for error messages.
+        size: bytes.
+        schema: its columns.
+
     """
 
     def __init__(self, uri: str) -> None:
@@ -54,6 +60,7 @@ class StoredTable:
         with self._telling():
             fs, path = open_storage(uri, OUTPUT_SETTING)
             source = fs.open(path, "rb", cache_type="none")
+            self.size = int(source.size)
             # By default all of the file would be read ahead, whatever its size.
             self._file = pq.ParquetFile(
                 source, thrift_string_size_limit=MAX_FOOTER_TEXT, pre_buffer=False
@@ -85,11 +92,12 @@ class StoredTable:
         with self._telling():
             return self._file.read(columns=None if columns is None else list(columns))
 
-    def top(self, rows: int, columns: Iterable[str]) -> pa.Table:
+    def top(self, rows: int, columns: Sequence[str]) -> pa.Table:
         """Read the first rows only."""
         with self._telling():
             first = next(self._file.iter_batches(batch_size=max(rows, 1), columns=list(columns)), None)
-        return pa.table({}) if first is None else pa.Table.from_batches([first])
+        empty = pa.schema([self.schema.field(name) for name in columns]).empty_table()
+        return empty if first is None else pa.Table.from_batches([first])
 
     @contextmanager
     def _telling(self) -> Iterator[None]:
@@ -126,14 +134,16 @@ class ParquetIOManager(dg.IOManager):
         started = time.monotonic()
         with as_failures():
             rows, preview = write_table(obj.table, uri)
+            seconds = round(time.monotonic() - started, 2)
             stored = StoredTable(uri)
             context.add_output_metadata(
                 {
+                    **obj.report(stored),  # first, as the UI shows it in this order
+                    "seconds": seconds,
+                    "bytes": stored.size,
                     "dagster/partition_row_count": rows,
                     "dagster/uri": uri,
                     "dagster/column_schema": column_schema(stored.schema),
-                    "seconds": round(time.monotonic() - started, 2),
-                    **obj.report(stored),
                     "first rows": preview_table(preview, stored.schema),
                 }
             )
@@ -146,6 +156,13 @@ class ParquetIOManager(dg.IOManager):
         """
         with as_failures():
             return StoredTable(self.uri(context.asset_key.path[-1], context.partition_key))
+
+
+def tables_in(base: str) -> dg.IOManagerDefinition:
+    """Return the keeper of the tables under a folder or bucket URL, as a resource that the UI shows."""
+    return dg.IOManagerDefinition.hardcoded_io_manager(
+        ParquetIOManager(base), description=f"Parquet tables at `{base}/<asset>/<seed set>.parquet`"
+    )
 
 
 def write_table(table: Table, uri: str) -> tuple[int, list[dict[str, Any]]]:

@@ -17,6 +17,10 @@ import dagster as dg
 VOLUME = "laion-index"
 ASSET_LABEL = "laion-assets/asset"
 CLAIM_LABEL = "laion-assets/claim"
+SPARSE = os.environ.get("LAION_STAGING") == "sparse"
+# Tags of assets, to be seen and searched for in the UI; where a step runs is decided by its op tags.
+RUNS_WITH_INDEX = {"laion_assets/runs_on": "node_with_claim" if SPARSE else "nvme_node"}
+RUNS_ON_ANY_NODE = {"laion_assets/runs_on": "any_node"}
 ANY_NODE_RESOURCES = {"requests": {"cpu": "1", "memory": "4Gi"}, "limits": {"memory": "16Gi"}}
 
 

@@ -1,4 +1,4 @@
-"""What Dagster is told of the sources: observations with a data version, so that it knows what is stale.
+"""What Dagster is told of the sources: which version is there, so that it knows what is stale.
 
 What must not live here: looking at the sources.
 Dagster's concept: https://docs.dagster.io/guides/build/assets/external-assets
@@ -17,6 +17,20 @@ def observation(source: dg.AssetKey, version: str, seed_set: str | None = None) 
     return dg.AssetObservation(source, partition=seed_set, tags={DATA_VERSION_TAG: version})
 
 
+def arrival(source: dg.AssetKey, version: str, seed_set: str | None = None) -> dg.AssetMaterialization:
+    """Return the event that says that a source, or one seed set of it, is there in this version.
+
+    Dagster takes the two for different things: of a partitioned source it compares what was observed, of
+    any other, and for what its pages call filled, what was materialized, by whomever.
+    """
+    return dg.AssetMaterialization(
+        source,
+        partition=seed_set,
+        metadata={"fingerprint": version},
+        tags={DATA_VERSION_TAG: version},
+    )
+
+
 def last_version(
     instance: dg.DagsterInstance, asset: dg.AssetKey, seed_set: str | None = None
 ) -> str | None:
@@ -24,6 +38,18 @@ def last_version(
     record = instance.get_latest_data_version_record(asset, partition_key=seed_set)
     version = extract_data_version_from_entry(record.event_log_entry) if record else None
     return version.value if version else None
+
+
+def is_known(
+    instance: dg.DagsterInstance, source: dg.AssetKey, version: str, seed_set: str | None = None
+) -> bool:
+    """Tell whether this version of a source is the last that Dagster was told of, by both events."""
+    for is_source in (True, False):  # observed, materialized
+        record = instance.get_latest_data_version_record(source, is_source, seed_set)
+        known = extract_data_version_from_entry(record.event_log_entry) if record else None
+        if known is None or known.value != version:
+            return False
+    return True
 
 
 def last_versions(
@@ -42,6 +68,7 @@ def observe(
     Dagster has noted the sources' versions already when a step begins; it looks again for those that
     turn out to be others.
     """
-    if last_version(context.instance, source, seed_set) != version:
+    if not is_known(context.instance, source, version, seed_set):
         context.log_event(observation(source, version, seed_set))
+        context.instance.report_runless_asset_event(arrival(source, version, seed_set))
         context.get_step_execution_context().wipe_input_asset_version_info(source)

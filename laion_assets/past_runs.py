@@ -16,7 +16,7 @@ from laion_assets.retrieval.sizing import USUAL, Yield
 from laion_assets.settings import Settings
 
 LOOKED_AT = 20  # materializations, the latest first
-YIELD = "combined yield"
+YIELD = "yield"
 MADE_WITH = "made with"
 OWN_SETTINGS = "settings.yaml"
 THAT_CHANGE_THE_YIELD = ("dedup_threshold", "filters")

@@ -6,11 +6,14 @@ Dagster's concept: https://docs.dagster.io/guides/build/external-resources
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal, get_args
+
+import dagster as dg
 
 from laion_assets.retrieval.errors import InputError
 from laion_assets.retrieval.filters import BlockList, read_block_list
@@ -143,6 +146,18 @@ class SeedFolder:
         return read_settings(self.uri, seed_set)
 
 
+@dataclass(frozen=True)
+class Pictures:
+    """What pages of the UI show where the metadata has no thumbnails.
+
+    Attributes:
+        remote: whether the browser gets pictures from the hosts that have them; else there are links.
+
+    """
+
+    remote: bool
+
+
 def index_from(environment: Mapping[str, str]) -> LaionIndex:
     """Where the index is, from the environment; the demo's when nothing is set.
 
@@ -172,6 +187,31 @@ def seeds_from(environment: Mapping[str, str]) -> SeedFolder:
 def output_from(environment: Mapping[str, str]) -> str:
     """Where the tables go, from the environment."""
     return environment.get("LAION_OUTPUT_URI") or _default("output")
+
+
+def pictures_from(environment: Mapping[str, str]) -> Pictures:
+    """Whether pages show pictures from elsewhere, from the environment."""
+    return Pictures(
+        remote=_choice(environment, "LAION_SHOW_REMOTE_PICTURES", ("false", "true"), "false") == "true"
+    )
+
+
+def as_resource(value: LaionIndex | SeedFolder | Pictures) -> dg.ResourceDefinition:
+    """Return a place or a choice as a resource that the UI shows: what it is, and what it is set to."""
+
+    def provide(_: dg.InitResourceContext) -> LaionIndex | SeedFolder | Pictures:
+        return value
+
+    provide.__name__ = type(value).__name__  # as the UI calls it
+    about = inspect.cleandoc(type(value).__doc__ or "").partition("\n\nAttributes")[0]
+    places = "\n".join(f"- {name}: `{told}`" for name, told in asdict(value).items())
+    return dg.ResourceDefinition(provide, description=f"{about}\n\n{places}")
+
+
+def storage_kind(uri: str) -> str:
+    """Name the kind of storage as Dagster's pages do."""
+    scheme = uri.partition("://")[0] if "://" in uri else "local"
+    return {"gs": "gcs", "file": "local"}.get(scheme, scheme)
 
 
 def _choice(environment: Mapping[str, str], variable: str, allowed: Sequence[str], default: str) -> str:

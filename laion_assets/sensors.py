@@ -16,7 +16,7 @@ import dagster as dg
 
 from laion_assets.assets.index import laion_index_source
 from laion_assets.assets.seeds import seed_embeddings, seed_folder
-from laion_assets.observations import last_version, last_versions, observation
+from laion_assets.observations import arrival, is_known, last_versions, observation
 from laion_assets.partitions import seed_sets
 from laion_assets.resources import LaionIndex, SeedFolder
 from laion_assets.retrieval.errors import InputError
@@ -165,11 +165,11 @@ def build_seed_sets_sensor(job: dg.UnresolvedAssetJobDefinition) -> dg.SensorDef
         news = {
             "running": decision.run,
             "waiting for": decision.waiting,
-            "no seed_embeddings yet of": [
+            "not read yet:": [
                 name for name, mark in present.items() if known.get(name) == mark != done.get(name)
             ],
-            "removed, with partition and tables kept:": gone,
-            "to be renamed, as these names cannot be used:": [repr(n) for n in found if n not in present],
+            "removed, tables kept:": gone,
+            "impossible names, rename:": [repr(n) for n in found if n not in present],
             "ignored files:": listing.ignored,
         }
         saw = _sentence(news, len(present))
@@ -185,8 +185,12 @@ def build_seed_sets_sensor(job: dg.UnresolvedAssetJobDefinition) -> dg.SensorDef
             ],
             dynamic_partitions_requests=[seed_sets.build_add_request(new)] if new else [],
             asset_events=[
-                *(observation(seed_folder.key, present[name], name) for name in decision.report),
-                *(observation(seed_folder.key, GONE, name) for name in gone if known[name] != GONE),
+                event(seed_folder.key, version, name)
+                for name, version in (
+                    *((name, present[name]) for name in decision.report),
+                    *((name, GONE) for name in gone if known[name] != GONE),
+                )
+                for event in (observation, arrival)
             ],
             cursor=str(Cursor(saw, decision.moving)),
             skip_reason=None if decision.run else saw,
@@ -212,11 +216,13 @@ def build_laion_index_sensor() -> dg.SensorDefinition:
             version = laion_index.source_version()
         except InputError as error:
             return _nothing_to_do(Cursor(str(error)))
-        if version == last_version(context.instance, laion_index_source.key):
+        if is_known(context.instance, laion_index_source.key, version):
             return _nothing_to_do(Cursor(f"{laion_index.index_uri} is as it was, version {version}"))
         saw = f"{laion_index.index_uri} is new or has changed, version {version}"
         return dg.SensorResult(
-            asset_events=[observation(laion_index_source.key, version)], cursor=saw, skip_reason=saw
+            asset_events=[event(laion_index_source.key, version) for event in (observation, arrival)],
+            cursor=saw,
+            skip_reason=saw,
         )
 
     return laion_index_sensor

@@ -41,7 +41,8 @@ with warnings.catch_warnings():
     SETTINGS_AS_NOW = dg.AssetCheckSpec(
         "settings_as_now",
         asset=COMBINED,
-        description="The set was made with the settings that a run would use now.",
+        description="The set was made with the settings that a run would use now. A warning. Remedy: "
+        "materialize the set again, or write into its settings.yaml what is to stay.",
         partitions_def=seed_sets,
     )
 

@@ -99,7 +99,8 @@ class Ticks:
             seen = repository.get_sensor_def(sensor)(context)
         for event in seen.asset_events:
             self.project.instance.report_runless_asset_event(event)
-            self.reported.append((event.asset_key.to_user_string(), event.partition))
+            if isinstance(event, dg.AssetObservation):
+                self.reported.append((event.asset_key.to_user_string(), event.partition))
         return seen
 
     def look_at_index(self) -> str:
@@ -130,9 +131,13 @@ class Ticks:
 
 
 def reported(result: dg.ExecuteInProcessResult, asset: str) -> dict[str, Any]:
-    """What a materialization tells the UI, as plain values."""
+    """What a materialization tells the UI, as plain values; the settings by name, with their origin."""
     (event,) = result.asset_materializations_for_node(asset)
-    return {name: value.value for name, value in event.metadata.items()}
+    told = {name: value.value for name, value in event.metadata.items()}
+    if "settings" in told:
+        rows = [record.data for record in told["settings"].records]
+        told["settings"] = {row["setting"]: f"{row['value']} ({row['from']})" for row in rows}
+    return told
 
 
 def failures(result: dg.ExecuteInProcessResult) -> dict[str, str]:

@@ -14,6 +14,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from types import SimpleNamespace
 
+import dagster as dg
 import fsspec
 import numpy as np
 import pyarrow as pa
@@ -156,6 +157,27 @@ def test_the_ui_knows_what_is_stale(on_bucket: Project, bucket: str) -> None:
     assert stale(on_bucket, "fruit") == {"staged_laion_index"}
     assert failures(on_bucket.run("fruit")) == {}
     assert stale(on_bucket, "fruit") == set()
+
+
+def test_other_code_makes_an_asset_stale_and_other_settings_make_none(
+    project: Project, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert failures(project.run("fruit")) == {}
+    monkeypatch.setenv("LAION_NB_IMAGES_KNN", "7")
+    assert failures(project.run("fruit", "centroid_urls", nb_images_centroid=90)) == {}
+    assert stale(project, "fruit") == set()
+    project.defs = dg.Definitions(
+        dg.map_asset_specs(
+            lambda spec: (
+                spec.replace_attributes(code_version="other")
+                if spec.key.to_user_string() == "seed_embeddings"
+                else spec
+            ),
+            project.defs.assets or [],
+        ),
+        resources=project.defs.resources,
+    )
+    assert stale(project, "fruit") == {"seed_embeddings"}
 
 
 # --- seeds in a bucket ----------------------------------------------------------------------------

@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 
 from laion_assets.retrieval import retrieve as retrieve_module
 from laion_assets.retrieval.errors import InputError
+from laion_assets.retrieval.filters import BlockList, Filters
 from laion_assets.retrieval.index import Decoder, Index
 from laion_assets.retrieval.metadata import Metadata
 from laion_assets.retrieval.retrieve import Request, Retrieval, retrieve
@@ -265,3 +266,41 @@ def test_a_truncated_metadata_file_is_named(tmp_path) -> None:
 def test_opening_an_index_prints_nothing(demo, capfd) -> None:
     open_folder(demo.index)
     assert capfd.readouterr() == ("", "")
+
+
+@pytest.mark.parametrize("form", indices.FORMS)
+def test_a_sample_holds_rows_of_the_index_as_it_stores_them(tmp_path: Path, form: str) -> None:
+    indices.write_index(tmp_path, indices.random_rows(np.random.default_rng(7), 50), form)
+    index = Index(*indices.index_paths(tmp_path))
+    ids, vectors = (np.concatenate(part) for part in zip(*index.sample(64, 50), strict=True))
+    assert sorted(ids) == list(range(50))
+    stored = unit(indices.reconstructed(tmp_path))[ids]
+    np.testing.assert_allclose(vectors @ vectors.T, stored @ stored.T, atol=1e-4)
+    few = [part_ids for part_ids, _ in index.sample(2, 3)]
+    assert 0 < len(np.concatenate(few)) <= 6
+    np.testing.assert_array_equal(np.concatenate(few), np.concatenate([i for i, _ in index.sample(2, 3)]))
+
+
+def test_near_duplicates_that_were_removed_are_kept_beside_what_stays_unless_they_are_blocked(demo):
+    index, metadata = open_folder(demo.index)
+    query = unit(indices.reconstructed(demo.index)[:1])
+
+    def search(*blocked: int) -> tuple[Retrieval, set[str]]:
+        listed = BlockList("", np.array(sorted(blocked), np.int64), np.empty(0, np.int64))
+        asked = Request(500, 0.94, ALL_LISTS, Filters(block_list=listed))
+        found = retrieve(index, metadata, query, asked, per_seed=False)
+        return found, set(rows_of(found)["url"].to_pylist())
+
+    found, kept = search()
+    assert found.removed is not None
+    gone, stays = (part["url"].to_pylist() for part in (found.removed.removed, found.removed.stays))
+    assert 10 < len(gone) == len(set(stays)) <= retrieve_module.PAIRS
+    assert not set(gone) & kept
+    assert set(stays) <= kept
+    assert {"caption", "thumbnail"} <= set(found.removed.removed.column_names)
+    assert 0.94 < np.median(found.removed.cosine) <= 1.0001
+    urls = metadata.take(np.arange(len(metadata)), ["url"])["url"].to_pylist()
+    blocked = [number for number, url in enumerate(urls) if url in set(gone)]
+    again, _ = search(*blocked)
+    assert again.removed is not None
+    assert not set(again.removed.removed["url"].to_pylist()) & set(gone)

@@ -85,7 +85,7 @@ def test_a_broken_set_holds_up_no_other_and_runs_when_it_was_mended(ticks):
     assert "broken/a.npy" in failures(ticks.project.run("broken", "seed_embeddings"))["seed_embeddings"]
     assert ticks.project.run("good", "seed_embeddings").success
     assert [ticks.tick() for _ in range(3)] == [[]] * 3  # a failure is not tried again by itself
-    assert ticks.said == "no seed_embeddings yet of broken; 2 seed sets"
+    assert ticks.said == "not read yet: broken; 2 seed sets"
     put(ticks, "broken", 5)
     assert [ticks.tick_and_work() for _ in range(3)] == [[], ["broken"], []]
 
@@ -146,7 +146,7 @@ def test_a_set_that_is_removed_is_reported_once_and_keeps_what_was_made_of_it(ti
     away = (ticks.project.seeds / "cats").rename(ticks.project.seeds.with_name("away"))
     ticks.reported.clear()
     assert [ticks.tick() for _ in range(3)] == [[]] * 3
-    assert ticks.said == "removed, with partition and tables kept: cats; 1 seed set"
+    assert ticks.said == "removed, tables kept: cats; 1 seed set"
     assert ticks.reported == [("seed_folder", "cats")]
     assert version_of_cats(ticks) == "removed"
     assert ticks.project.instance.get_dynamic_partitions("seed_sets") == ["cats", "dogs"]

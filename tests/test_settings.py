@@ -265,14 +265,14 @@ def test_a_target_is_met_better_once_the_yield_was_measured(project):
     told = reported(first, "combined_urls")
     expected = counts_for(600, seeds, USUAL.share)
     assert told["requested"] == expected.nb_images_knn * seeds + expected.nb_images_centroid
-    assert told["combined yield"] == round(told["kept"] / told["requested"], 6)
+    assert told["yield"] == round(told["kept"] / told["requested"], 6)
     assert told["target images"] == 600
     assert told["target reached"] == round(told["kept"] / 600, 4)
     assert "usual for LAION" in told["settings"]["nb_images_knn"]
 
     second = project.run("flower", target_images=600)
     again = reported(second, "combined_urls")
-    expected = counts_for(600, seeds, told["combined yield"])
+    expected = counts_for(600, seeds, told["yield"])
     assert reported(second, "knn_urls")["requested"] == expected.nb_images_knn * seeds
     assert reported(second, "centroid_urls")["requested"] == expected.nb_images_centroid
     assert f"measured by run {first.run_id[:8]}" in again["settings"]["nb_images_centroid"]

@@ -121,10 +121,12 @@ class OnlyWhatIsNeeded:
 
     @contextmanager
     def hold(self) -> Iterator["OnlyWhatIsNeeded"]:
-        self._held: list[tuple[Path, int, int]] = []
+        self._held: dict[Path, Ranges] = {}
         yield self
-        for path, start, stop in self._held:
-            self._put(path, start, b"\xff" * (stop - start))
+        for path, some in self._held.items():
+            self.bytes_needed += ranges.total(some)
+            for start, stop in some.tolist():
+                self._put(path, start, b"\xff" * (stop - start))
 
     def need(self, needed: Mapping[Path, Ranges]) -> None:
         for path, some in needed.items():
@@ -132,8 +134,7 @@ class OnlyWhatIsNeeded:
             for start, stop in some.tolist():
                 assert 0 <= start < stop <= len(content)
                 self._put(path, start, content[start:stop])
-                self._held.append((path, start, stop))
-                self.bytes_needed += stop - start
+            self._held[path] = ranges.union(self._held.get(path, ranges.NOTHING), some)
 
     def _put(self, path: Path, at: int, content: bytes) -> None:
         with path.open("r+b") as file:
@@ -164,12 +165,15 @@ def test_a_search_reads_no_byte_that_it_did_not_ask_for(many_lists, tmp_path, se
     shutil.copy(path, folder)
     disk = OnlyWhatIsNeeded({folder / lists.name: lists})
     queries = indices.random_rows(np.random.default_rng(seed), 20)
-    found = Index(folder / path.name, folder / lists.name, disk).search(queries, k, nprobe)
-    expected = Index(path, lists).search(queries, k, nprobe)
+    sparse, whole = Index(folder / path.name, folder / lists.name, disk), Index(path, lists)
+    found, expected = (index.search(queries, k, nprobe) for index in (sparse, whole))
     for ours, theirs in zip(vars(found).values(), vars(expected).values(), strict=True):
         np.testing.assert_array_equal(ours, theirs)
     assert 0 < disk.bytes_needed <= lists.stat().st_size
     assert nprobe > 20 or disk.bytes_needed < lists.stat().st_size
+    for ours, theirs in zip(sparse.sample(20, 3), whole.sample(20, 3), strict=True):
+        np.testing.assert_array_equal(ours[0], theirs[0])
+        np.testing.assert_array_equal(ours[1], theirs[1])
     shutil.rmtree(folder)
 
 

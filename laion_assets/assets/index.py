@@ -5,15 +5,15 @@ Dagster's concept: https://docs.dagster.io/guides/build/assets
 """
 
 import time
-import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
 import dagster as dg
 
+from laion_assets import checks
 from laion_assets.failures import as_failures
-from laion_assets.kubernetes import RETRY_POLICY, with_index
+from laion_assets.kubernetes import RETRY_POLICY, RUNS_WITH_INDEX, with_index
 from laion_assets.observations import last_version, observe
 from laion_assets.partitions import require_seed_set
 from laion_assets.resources import LaionIndex
@@ -23,41 +23,33 @@ from laion_assets.retrieval.staging import OpenIndex, Staged
 STAGED = dg.AssetKey("staged_laion_index")
 SECONDS_TO_A_RECORD = 10  # of what was staged: the step opens the index before Dagster notes it
 
-with warnings.catch_warnings(action="ignore", category=dg.BetaWarning):
-
-    @dg.observable_source_asset(group_name="sources", tags={"dagster/kind/gcs": ""})
-    def laion_index_source(laion_index: dg.ResourceParam[LaionIndex]) -> dg.DataVersion:
-        """The published index and its metadata, where LAION_INDEX_URI says. Not made here.
-
-        A sensor observes it every few minutes.
-        """
-        with as_failures():
-            return dg.DataVersion(laion_index.source_version())
+laion_index_source = dg.AssetSpec(
+    "laion_index_source",
+    group_name="sources",
+    kinds={"faiss", "arrow"},
+    description="The published index and its metadata, where LAION_INDEX_URI says. Not made here: a "
+    "sensor looks every few minutes whether it has changed; `staged_laion_index` is then out of date.",
+)
 
 
 @dg.asset(
     deps=[laion_index_source],
     group_name="index",
     kinds={"faiss", "arrow"},
+    tags=RUNS_WITH_INDEX,
     op_tags=with_index("staged_laion_index"),
     retry_policy=RETRY_POLICY,
     pool="staging",
     code_version="1",
-    check_specs=[
-        dg.AssetCheckSpec(
-            "metadata_covers_the_index",
-            asset="staged_laion_index",
-            description="Every row of the index has a metadata row, and the reverse.",
-        )
-    ],
+    check_specs=checks.STAGED,
 )
 def staged_laion_index(
     context: dg.AssetExecutionContext, laion_index: dg.ResourceParam[LaionIndex]
 ) -> dg.MaterializeResult:  # type: ignore[type-arg]  # with checks Dagster takes no other form
     """The index and its metadata on the local disk, verified.
 
-    Copied from the source when that has changed or the disk does not hold it; otherwise only checked.
-    The data version is the fingerprint of all files.
+    Copied from the source when that has changed or the disk does not hold it; otherwise only checked,
+    so a run of it costs little. Searches read it there. The data version is the fingerprint of all files.
     """
     with as_failures():
         require_seed_set(context)
@@ -66,6 +58,7 @@ def staged_laion_index(
         with laion_index.open(context.log.info) as opened:
             rows, metadata_rows = opened.index.rows, len(opened.metadata)
             dimension, nlist = opened.index.dimension, opened.index.nlist
+            checked = checks.of_staged_index(opened, laion_index.cache_dir)
     context.log.info(_sentence(staged, laion_index))
     return dg.MaterializeResult(
         data_version=dg.DataVersion(staged.manifest.fingerprint),
@@ -76,14 +69,7 @@ def staged_laion_index(
             "dimension": dimension,
             "inverted lists": nlist,
         },
-        check_results=[
-            dg.AssetCheckResult(
-                check_name="metadata_covers_the_index",
-                passed=rows == metadata_rows,
-                severity=dg.AssetCheckSeverity.WARN,
-                description=_coverage(rows, metadata_rows),
-            )
-        ],
+        check_results=[*checks.telling(context, checked)],
     )
 
 
@@ -162,17 +148,3 @@ def _sentence(staged: Staged, laion_index: LaionIndex) -> str:
     if staged.retries:
         parts.append(f"{staged.retries} reads tried again")
     return "; ".join(parts)
-
-
-def _coverage(rows: int, metadata_rows: int) -> str:
-    if rows == metadata_rows:
-        return f"all {rows:,} rows have metadata"
-    if rows > metadata_rows:
-        return (
-            f"{rows - metadata_rows:,} of {rows:,} rows have no metadata: they are left out and "
-            "counted; fine if you keep only a part, such as the English one"
-        )
-    return (
-        f"{metadata_rows - rows:,} metadata rows belong to no row of the index: make sure that both are "
-        "of the same release"
-    )

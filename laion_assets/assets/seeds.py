@@ -5,15 +5,16 @@ Dagster's concept: https://docs.dagster.io/guides/build/assets
 """
 
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import dagster as dg
 import pyarrow as pa
 
+from laion_assets import checks
 from laion_assets.failures import as_failures
 from laion_assets.io_managers import StoredTable, TableOutput
-from laion_assets.kubernetes import RETRY_POLICY, on_any_node
+from laion_assets.kubernetes import RETRY_POLICY, RUNS_ON_ANY_NODE, on_any_node
 from laion_assets.observations import observe
 from laion_assets.partitions import require_seed_set, seed_sets
 from laion_assets.presentation import as_markdown, draw, strip
@@ -29,7 +30,8 @@ seed_folder = dg.AssetSpec(
     group_name="sources",
     kinds={"numpy"},
     partitions_def=seed_sets,
-    description="A folder of embeddings under LAION_SEEDS_URI. Not made here.",
+    description="A folder of embeddings under LAION_SEEDS_URI, one for each seed set. Not made here: a "
+    "sensor looks what is in it, and runs what is new.",
 )
 
 
@@ -38,6 +40,7 @@ seed_folder = dg.AssetSpec(
     group_name="seeds",
     kinds={"numpy", "parquet"},
     partitions_def=seed_sets,
+    tags=RUNS_ON_ANY_NODE,
     op_tags=on_any_node("seed_embeddings"),
     retry_policy=RETRY_POLICY,
     code_version="1",
@@ -72,13 +75,14 @@ def seed_embeddings(
     def report(stored: StoredTable) -> Mapping[str, Any]:
         sheet = draw([strip(stored, seed_set.name, f"{count:,} seeds")])
         return {
+            **({"contact sheet": as_markdown(sheet)} if sheet else {}),
             "seeds": count,
             "dimension": dimension,
             "files": [file.name for file in seed_set.files[:FILES_SHOWN]],
             "ignored files": list(seed_set.ignored[:FILES_SHOWN]),
             "fingerprint": seed_set.fingerprint,
             "settings of its own": own,
-        } | ({"contact sheet": as_markdown(sheet)} if sheet else {})
+        }
 
     return dg.MaterializeResult(
         value=TableOutput(Table(rows.schema, rows.to_batches(), provenance.to_footer), report),
@@ -90,13 +94,15 @@ def seed_embeddings(
     group_name="seeds",
     kinds={"numpy", "parquet"},
     partitions_def=seed_sets,
+    tags=RUNS_ON_ANY_NODE,
     op_tags=on_any_node("centroid_vector"),
     retry_policy=RETRY_POLICY,
     code_version="1",
+    check_specs=checks.CENTROID,
 )
 def centroid_vector(
     context: dg.AssetExecutionContext, seed_embeddings: StoredTable
-) -> dg.MaterializeResult[TableOutput]:
+) -> Iterator[dg.MaterializeResult[TableOutput] | dg.AssetCheckResult]:
     """The mean of the seeds, scaled to length 1, and how concentrated the seeds are about it."""
     with as_failures():
         origin = Provenance.from_footer(seed_embeddings.footer, seed_embeddings.where)
@@ -108,9 +114,10 @@ def centroid_vector(
     provenance = Provenance.now(
         origin.seed_set, origin.seeds, None, {}, context.run.run_id, origin.own_settings
     )
-    return dg.MaterializeResult(
+    yield dg.MaterializeResult(
         value=TableOutput(
             Table(row.schema, row.to_batches(), provenance.to_footer),
             lambda _: {"norm of mean": length, "seeds": len(embeddings)},
         )
     )
+    yield from checks.telling(context, checks.of_centroid(length))

@@ -4,7 +4,6 @@ What must not live here: how images are found, compared or united (retrieval).
 Dagster's concept: https://docs.dagster.io/guides/build/assets
 """
 
-import math
 import os
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack
@@ -14,16 +13,21 @@ from typing import Any
 import dagster as dg
 import pyarrow as pa
 
+from laion_assets import checks, reports
 from laion_assets.assets.index import open_index
-from laion_assets.checks import ONE_ROW_PER_IMAGE, one_row_per_image
 from laion_assets.failures import as_failures
 from laion_assets.io_managers import StoredTable, TableOutput
-from laion_assets.kubernetes import RETRY_POLICY, on_any_node, with_index
+from laion_assets.kubernetes import (
+    RETRY_POLICY,
+    RUNS_ON_ANY_NODE,
+    RUNS_WITH_INDEX,
+    on_any_node,
+    with_index,
+)
 from laion_assets.partitions import seed_sets
-from laion_assets.past_runs import MADE_WITH, OWN_SETTINGS, YIELD, yield_for
-from laion_assets.presentation import as_markdown, draw, links, save_png, strip
-from laion_assets.resources import LaionIndex
-from laion_assets.retrieval.combine import CombinedFunnel, check_same_origin, combine
+from laion_assets.past_runs import yield_for
+from laion_assets.resources import LaionIndex, Pictures
+from laion_assets.retrieval.combine import check_same_origin, combine
 from laion_assets.retrieval.filters import BLOCK_LIST_SETTING, BlockList, Filters, conditions_in
 from laion_assets.retrieval.index import FURTHER
 from laion_assets.retrieval.progress import Progress
@@ -36,7 +40,7 @@ from laion_assets.settings_check import SETTINGS_AS_NOW, settings_as_now
 
 LOW_RECALL = 0.9
 
-Outputs = Iterator[dg.MaterializeResult[TableOutput]]
+Outputs = Iterator[dg.MaterializeResult[TableOutput] | dg.AssetCheckResult]
 
 
 @dg.asset(
@@ -44,22 +48,27 @@ Outputs = Iterator[dg.MaterializeResult[TableOutput]]
     group_name="urls",
     kinds={"faiss", "parquet"},
     partitions_def=seed_sets,
+    tags=RUNS_WITH_INDEX,
     op_tags=with_index("knn_urls"),
     retry_policy=RETRY_POLICY,
     pool="retrieval",
-    code_version="1",
+    code_version="2",
+    check_specs=checks.KNN_URLS,
 )
 def knn_urls(
     context: dg.AssetExecutionContext,
     seed_embeddings: StoredTable,
     laion_index: dg.ResourceParam[LaionIndex],
     retrieval_config: RetrievalConfig,
+    pictures: dg.ResourceParam[Pictures],
 ) -> Outputs:
     """Images found around each seed: same context and style.
 
     Near-duplicates are removed within each seed's results; an image found for two seeds has two rows.
     """
-    yield from _retrieved(context, seed_embeddings, laion_index, retrieval_config, per_seed=True)
+    yield from _retrieved(
+        context, seed_embeddings, laion_index, retrieval_config, pictures, per_seed=True
+    )
 
 
 @dg.asset(
@@ -67,19 +76,24 @@ def knn_urls(
     group_name="urls",
     kinds={"faiss", "parquet"},
     partitions_def=seed_sets,
+    tags=RUNS_WITH_INDEX,
     op_tags=with_index("centroid_urls"),
     retry_policy=RETRY_POLICY,
     pool="retrieval",
-    code_version="1",
+    code_version="2",
+    check_specs=checks.CENTROID_URLS,
 )
 def centroid_urls(
     context: dg.AssetExecutionContext,
     centroid_vector: StoredTable,
     laion_index: dg.ResourceParam[LaionIndex],
     retrieval_config: RetrievalConfig,
+    pictures: dg.ResourceParam[Pictures],
 ) -> Outputs:
     """Images found around the centroid: same style, varied content; near-duplicates removed."""
-    yield from _retrieved(context, centroid_vector, laion_index, retrieval_config, per_seed=False)
+    yield from _retrieved(
+        context, centroid_vector, laion_index, retrieval_config, pictures, per_seed=False
+    )
 
 
 def _retrieved(
@@ -87,6 +101,7 @@ def _retrieved(
     vectors: StoredTable,
     laion_index: LaionIndex,
     retrieval_config: RetrievalConfig,
+    pictures: Pictures,
     *,
     per_seed: bool,
 ) -> Outputs:
@@ -131,9 +146,13 @@ def _retrieved(
             f"nprobe {found.nprobe}"
         )
 
+        written: list[tuple[StoredTable, Mapping[str, Any]]] = []
+
+        def made() -> Provenance:
+            return replace(provenance, found=found.funnel.sentence(), counts=asdict(found.funnel))
+
         def footer() -> dict[str, str]:
-            counted = replace(provenance, found=found.funnel.sentence())
-            return counted.to_footer() | dict(found.table.footer())
+            return made().to_footer() | dict(found.table.footer())
 
         def report(stored: StoredTable) -> Mapping[str, Any]:
             progress.close()
@@ -145,39 +164,41 @@ def _retrieved(
                     f"probing {FURTHER} times the lists would replace {1 - found.recall:.0%} of the "
                     f"images found: set nprobe above {found.nprobe}"
                 )
-            title = "around each seed" if per_seed else "around the centroid"
-            sheet = draw([strip(stored, title, found.funnel.sentence())])
-            return {
-                **_labelled(found.funnel),
-                "yield": round(found.funnel.yielded, 4),
-                "recall of nprobe": _recall(found),
-                **_fetched(opened),
-                "settings": _with_origins(used),
-                "index fingerprint": opened.manifest.fingerprint,
-                "seeds fingerprint": origin.seeds,
-                "contact sheet": as_markdown(sheet) if sheet else links(stored),
-            }
+            title = reports.AROUND_SEEDS if per_seed else reports.AROUND_CENTROID
+            told = reports.of_search(stored, found, made(), title, remote_pictures=pictures.remote)
+            told |= _fetched(opened)
+            written.append((stored, told))
+            return told
 
         batches = _closing(until_read, found.table.batches)
         table = Table(found.table.schema, batches, footer)
         yield dg.MaterializeResult(value=TableOutput(table, report))
+    ((stored, told),) = written
+    with as_failures():
+        results = [
+            *checks.of_search(stored, settings.dedup_threshold),
+            checks.yield_as_before(context, told),
+        ]
+    yield from checks.telling(context, results)
 
 
 @dg.asset(
     group_name="urls",
     kinds={"parquet"},
     partitions_def=seed_sets,
+    tags=RUNS_ON_ANY_NODE,
     op_tags=on_any_node("combined_urls"),
     retry_policy=RETRY_POLICY,
     code_version="1",
-    check_specs=[ONE_ROW_PER_IMAGE, SETTINGS_AS_NOW],
+    check_specs=[*checks.COMBINED, SETTINGS_AS_NOW],
 )
 def combined_urls(
     context: dg.AssetExecutionContext,
     knn_urls: StoredTable,
     centroid_urls: StoredTable,
     seed_embeddings: StoredTable,
-) -> Iterator[dg.MaterializeResult[TableOutput] | dg.AssetCheckResult]:
+    pictures: dg.ResourceParam[Pictures],
+) -> Outputs:
     """Both URL sets as one table, a row per image, ready for img2dataset.
 
     Rows with the same id, the same URL, or near-duplicate pictures are one image; the row with the
@@ -202,47 +223,31 @@ def combined_urls(
         origin.own_settings,
     )
 
-    written: list[StoredTable] = []
+    written: list[tuple[StoredTable, Mapping[str, Any]]] = []
 
     def report(stored: StoredTable) -> Mapping[str, Any]:
-        written.append(stored)
-        sheet = draw(
-            [
-                strip(seed_embeddings, origin.seed_set, f"{len(seed_embeddings):,} seeds"),
-                strip(knn_urls, "around each seed", _found(knn_urls)),
-                strip(centroid_urls, "around the centroid", _found(centroid_urls)),
-                strip(stored, "combined", f"{funnel.kept:,} images"),
-            ]
+        told = reports.of_combined(
+            stored,
+            funnel,
+            provenance,
+            {reports.AROUND_SEEDS: knn_urls, reports.AROUND_CENTROID: centroid_urls},
+            seed_embeddings,
+            remote_pictures=pictures.remote,
         )
-        figures = {
-            **_labelled(funnel),
-            **_against_what_was_wanted(funnel.kept, origin.settings, len(seed_embeddings)),
-            "index fingerprint": origin.index,
-            "seeds fingerprint": origin.seeds,
-            "settings": _with_origins(origin.settings),
-            MADE_WITH: {**origin.settings, OWN_SETTINGS: origin.own_settings},
-        }
-        if sheet is None:
-            return figures | {"contact sheet": links(stored)}
-        picture = save_png(sheet, stored.where.removesuffix(".parquet") + ".png")
-        return figures | {
-            "picture": dg.MetadataValue.path(picture),
-            "contact sheet": as_markdown(sheet),
-        }
+        context.log.info(f"{len(stored):,} rows, {stored.size:,} bytes in {stored.where}")
+        written.append((stored, told))
+        return told
 
     table = Table(combined.table.schema, combined.table.batches, provenance.to_footer)
     yield dg.MaterializeResult(value=TableOutput(table, report))
-    yield one_row_per_image(written[0])
-    yield as_now
-
-
-def _against_what_was_wanted(kept: int, settings: Mapping[str, Any], seeds: int) -> dict[str, Any]:
-    """Compare what was kept with what both strategies asked for, and with the target if there is one."""
-    requested = settings["nb_images_knn"] * seeds + settings["nb_images_centroid"]
-    figures = {"requested": requested, YIELD: round(kept / requested, 6)}
-    target = settings.get("target_images")
-    wanted = {"target images": target, "target reached": round(kept / target, 4)} if target else {}
-    return figures | wanted
+    ((stored, told),) = written
+    with as_failures():
+        threshold = origin.settings["dedup_threshold"]
+        results = [
+            *checks.of_combined(stored, knn_urls, centroid_urls, threshold),
+            checks.yield_as_before(context, told),
+        ]
+    yield from checks.telling(context, [*results, as_now])
 
 
 def _closing(stack: ExitStack, batches: Iterable[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:
@@ -258,12 +263,6 @@ def _closing(stack: ExitStack, batches: Iterable[pa.RecordBatch]) -> Iterator[pa
         raise
 
 
-def _recall(found: Retrieval) -> float | str:
-    if math.isnan(found.recall):
-        return "not measured: sparse staging reads no lists but those that are probed"
-    return round(found.recall, 4)
-
-
 def _fetched(opened: OpenIndex) -> dict[str, int]:
     """What this request had to read from the source, where the index is staged sparse."""
     if not any(file.sparse for file in opened.manifest.files):
@@ -277,10 +276,6 @@ def _shortfall(found: Retrieval) -> str:
     return f"the index returned {missing:,} fewer than requested (nprobe {found.nprobe}): {remedy}"
 
 
-def _found(table: StoredTable) -> str:
-    return Provenance.from_footer(table.footer, table.where).found
-
-
 def _used(settings: Settings, nprobe: int | None, block_list: BlockList | None) -> dict[str, Any]:
     """Settings as they were used, with where each came from."""
     used = settings.values() | {"nprobe": nprobe}
@@ -290,15 +285,6 @@ def _used(settings: Settings, nprobe: int | None, block_list: BlockList | None) 
     if block_list is not None:
         used["block_list"], origins["block_list"] = str(block_list), BLOCK_LIST_SETTING
     return used | {"origins": origins}
-
-
-def _with_origins(used: Mapping[str, Any]) -> dict[str, str]:
-    return {name: f"{used[name]} ({origin})" for name, origin in used["origins"].items()}
-
-
-def _labelled(funnel: Funnel | CombinedFunnel) -> dict[str, int]:
-    """The counts, named as all other metadata in the UI."""
-    return {name.replace("_", " "): count for name, count in asdict(funnel).items()}
 
 
 def _sentence(funnel: Funnel) -> str:

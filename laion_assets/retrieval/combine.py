@@ -20,11 +20,11 @@ from numpy.typing import NDArray
 from scipy.sparse import coo_array
 from scipy.sparse.csgraph import connected_components
 
-from laion_assets.retrieval.arrays import Bytes, Floats, Ids
+from laion_assets.retrieval.arrays import Floats, Ids
 from laion_assets.retrieval.errors import InputError
 from laion_assets.retrieval.index import Decoder
 from laion_assets.retrieval.near_duplicates import components
-from laion_assets.retrieval.tables import Provenance, Table, decoder_bytes
+from laion_assets.retrieval.tables import Provenance, Table, code_bytes, decoder_bytes
 from laion_assets.retrieval.vectors import decoded
 
 ROWS_AT_ONCE = 1 << 16  # in one batch of the combined table
@@ -156,7 +156,7 @@ def combine(knn: Stored, centroid: Stored, threshold: float, pictures: int) -> C
     labels = _same_url(knn, centroid, representative)
     distinct_urls = len(np.unique(labels))
     if threshold < 1:  # where it is 1 there are no near-duplicates, and nothing to compare
-        codes = _code_bytes(_taken_in_order(knn, centroid, representative, ["code"])["code"])
+        codes = code_bytes(_taken_in_order(knn, centroid, representative, ["code"])["code"])
         vectors = decoded(codes, _decoder(knn, centroid).decode_to_compare)
         labels = _united(labels, components(vectors, threshold))
 
@@ -199,12 +199,6 @@ def _read_numbers(knn: Stored, centroid: Stored) -> _Rows:
     parts.append(tuple(np.empty(0, kind) for kind in kinds))
     columns: list[NDArray[Any]] = [np.concatenate(column) for column in zip(*parts, strict=True)]
     return _Rows(*columns)
-
-
-def _code_bytes(column: pa.ChunkedArray) -> Bytes:
-    codes, wide = column.combine_chunks(), column.type.byte_width
-    data = np.frombuffer(codes.buffers()[1], np.uint8)
-    return data[codes.offset * wide : (codes.offset + len(codes)) * wide].reshape(-1, wide)
 
 
 def _lowest_by(group: Ids, values: Ids, groups: int) -> Ids:

@@ -41,13 +41,15 @@ class Strip:
     """One heading and its pictures, best first.
 
     `pictures` are encoded images (WebP, PNG, JPEG or GIF); None stands for one that is missing.
-    `captions` go with them by position and may be fewer, or none.
+    `captions` go with them by position and may be fewer, or none. So many pictures as `together` says
+    belong to each other and are drawn without a gap.
     """
 
     title: str
     subtitle: str
     pictures: Sequence[bytes | None]
     captions: Sequence[str]
+    together: int = 1
 
 
 def contact_sheet(
@@ -70,7 +72,8 @@ def contact_sheet(
         top += _HEADING
         for position, picture in enumerate(strip.pictures):
             row, column = divmod(position, columns)
-            corner = (_MARGIN + column * (cell + _GAP), top + row * (row_height + _GAP))
+            closer = column % strip.together * _GAP
+            corner = (_MARGIN + column * (cell + _GAP) - closer, top + row * (row_height + _GAP))
             _draw_picture(sheet, picture, corner, cell)
             if show_captions and position < len(strip.captions):
                 _draw_caption(sheet, strip.captions[position], corner, cell)

@@ -9,6 +9,7 @@ What must not live here: near-duplicates, metadata, where files come from.
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import pairwise
@@ -23,6 +24,7 @@ from laion_assets.retrieval.console import silent_stdout
 from laion_assets.retrieval.errors import InputError
 from laion_assets.retrieval.parallel import in_threads, one_blas_thread
 from laion_assets.retrieval.ranges import Disk, Hold, Ranges, WholeFiles, ranges_of, union
+from laion_assets.retrieval.vectors import unit
 
 MIN_NPROBE = 64
 QUERIES_AT_ONCE = 16
@@ -122,7 +124,7 @@ class Index:
                 similarity, places = self._search_lists(held, self._transformed(queries), k, nprobe)
             found = places >= 0
             rows, number = np.unique(places[found], return_inverse=True)
-            row_ids, codes = self._rows_at(rows)
+            row_ids, codes = self._rows_at(held, rows)
         ids, code = np.full_like(places, -1), np.full_like(places, -1)
         ids[found], code[found] = row_ids[number], number
         query = np.arange(len(ids))[:, None]
@@ -157,16 +159,16 @@ class Index:
             )  # fmt: skip
 
         in_threads(choose_lists, portions)
-        self._need(held, lists)
+        self._need(held, np.unique(lists[lists >= 0]))
         in_threads(search, portions)
         return similarity, places
 
-    def _need(self, held: Hold, lists: Ids) -> None:
-        """See that lists are on the disk; -1 stands for none."""
+    def _need(self, held: Hold, lists: Ids, rows: Ids | int | None = None) -> None:
+        """See that lists are on the disk, or so many rows of each; nothing is read without."""
         if self._lists is not None and not self._disk.whole:
-            held.need({self._lists.path: self._lists.ranges(np.unique(lists[lists >= 0]))})
+            held.need({self._lists.path: self._lists.ranges(lists, rows)})
 
-    def _rows_at(self, places: Ids) -> tuple[Ids, Bytes]:
+    def _rows_at(self, held: Hold, places: Ids) -> tuple[Ids, Bytes]:
         """Return ids and codes of the rows at some places, ascending."""
         if self._ivf is None:
             vectors = (
@@ -178,7 +180,9 @@ class Index:
         ids, codes = np.empty_like(places), np.empty((len(places), wide + size), np.uint8)
         codes[:, :wide] = _list_bytes(lists, wide)
         stored = self._ivf.invlists
-        for first, last in pairwise(np.flatnonzero(np.diff(lists, prepend=-1, append=-1))):
+        edges = np.flatnonzero(np.diff(lists, prepend=-1, append=-1))
+        self._need(held, lists[edges[:-1]], rows[edges[1:] - 1] + 1)
+        for first, last in pairwise(edges):
             number = int(lists[first])
             length, there = stored.list_size(number), rows[first:last]
             ids[first:last] = faiss.rev_swig_ptr(stored.get_ids(number), length)[there]
@@ -223,6 +227,32 @@ class Index:
             stayed += int((found >= best_first[: len(found)][-1] - rounding).sum())
             received += len(found)
         return stayed / received
+
+    def sample(self, lists: int, rows: int) -> Iterator[tuple[Ids, Floats]]:
+        """Yield ids and unit vectors of rows chosen by chance, always the same ones.
+
+        Rows of one inverted list come together, and are neighbours more often than others.
+
+        Args:
+            lists: to look into; all where there are fewer. Without any, the whole index is one.
+            rows: of each list, from its beginning; all where there are fewer.
+
+        """
+        random = np.random.default_rng(0)
+        decode = self.decoder().decode_to_compare
+        with self._disk.hold() as held:
+            if self._ivf is None:
+                some = np.sort(random.permutation(self.rows)[: lists * rows])
+                ids, codes = self._rows_at(held, some)
+                yield ids, unit(decode(codes))
+                return
+            lengths = np.array([self._ivf.invlists.list_size(number) for number in range(self.nlist)])
+            filled = np.flatnonzero(lengths)
+            chosen = np.sort(random.permutation(filled)[:lists])
+            self._need(held, chosen, rows)
+            for number in chosen:
+                ids, codes = self._rows_at(held, (number << 32) + np.arange(min(lengths[number], rows)))
+                yield ids, unit(decode(codes))
 
     @property
     def code_size(self) -> int:
@@ -466,9 +496,10 @@ class InvertedLists:
         """Bytes that the file must have."""
         return int((self.offset + self.capacity * (self.code_size + ID_SIZE)).max(initial=0))
 
-    def ranges(self, numbers: Ids) -> Ranges:
-        """What is read of some lists."""
+    def ranges(self, numbers: Ids, first: Ids | int | None = None) -> Ranges:
+        """What is read of some lists, or of so many rows at the beginning of each."""
         codes, rows = self.offset[numbers], self.size[numbers]
+        rows = rows if first is None else np.minimum(rows, first)
         ids = codes + self.capacity[numbers] * self.code_size
         return union(
             ranges_of(codes, codes + rows * self.code_size), ranges_of(ids, ids + rows * ID_SIZE)

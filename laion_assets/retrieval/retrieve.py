@@ -22,12 +22,13 @@ from laion_assets.retrieval.index import Hits, Index
 from laion_assets.retrieval.metadata import THUMBNAIL_COLUMN, Metadata
 from laion_assets.retrieval.near_duplicates import components_of_lists
 from laion_assets.retrieval.tables import Table, decoder_footer
-from laion_assets.retrieval.vectors import decoded
+from laion_assets.retrieval.vectors import decoded, unit
 
 BYTES_AT_ONCE = 1 << 30  # of results held in memory, unless one query alone asks for more
 COPIES = 4  # of a row's code, at most, at a time
 CHECKED_QUERIES = 16  # whose recall is measured
 PICTURES = 48  # thumbnails that travel with a table
+PAIRS = 24  # near-duplicates that are shown beside what stays
 ALLOWED, WITHOUT_URL, BLOCKED, FILTERED = range(FATES := 4)  # of a row that was looked at
 
 
@@ -76,6 +77,22 @@ class Funnel:
         return self.kept / self.requested if self.requested else 0.0
 
 
+@dataclass(frozen=True)
+class Removed:
+    """Some near-duplicates that were removed, and what stays in their place; n pairs.
+
+    Attributes:
+        removed: url, caption and, where the metadata has it, thumbnail; n rows.
+        stays: the same of what each is a near-duplicate of.
+        cosine: (n,) of the two; below the threshold where others connect them.
+
+    """
+
+    removed: pa.Table
+    stays: pa.Table
+    cosine: Floats
+
+
 def retrieve(
     index: Index,
     metadata: Metadata,
@@ -118,6 +135,7 @@ class Retrieval:
         funnel: complete once the table was read.
         recall: share of a sample's results that stays when many more lists are probed; NaN before the
             table was read.
+        removed: some of the near-duplicates of the first queries; None before the table was read.
     """
 
     def __init__(
@@ -140,6 +158,7 @@ class Retrieval:
         self.nprobe = index.nprobe_for(request.k, request.nprobe)
         self.funnel = Funnel()
         self.recall = math.nan
+        self.removed: Removed | None = None
         self.table = Table(self._schema, self._batches(), self._footer)
 
     def _batches(self) -> Iterator[pa.RecordBatch]:
@@ -164,6 +183,8 @@ class Retrieval:
         covered = distinct[self._metadata.covers(distinct.ids)]
         labels = self._labels(covered, hits.codes)
         best, columns, fates = self._best_allowed(covered.ids, labels)
+        if self.removed is None:
+            self.removed = self._removed(covered, labels, best, hits.codes)
         without_url = int(fates[WITHOUT_URL]) + len(distinct) - len(covered)
         gone = without_url + int(fates[BLOCKED] + fates[FILTERED])
         self.funnel.received += len(received)
@@ -205,6 +226,29 @@ class Retrieval:
         filters = self._request.filters
         reasons = [~_has_url(columns), filters.blocked(ids, columns), filters.failed(columns)]
         return np.select(reasons, [WITHOUT_URL, BLOCKED, FILTERED], ALLOWED)
+
+    def _removed(self, rows: _Rows, labels: Ids, best: Ids, codes: Bytes) -> Removed:
+        """Choose near-duplicates that may be shown: one of each group, of every query in turn."""
+        heir = np.full(len(labels), -1)
+        heir[labels[best]] = best
+        stays = heir[labels]
+        gone = np.flatnonzero((stays >= 0) & (stays != np.arange(len(labels))))
+        _, first = np.unique(stays[gone], return_index=True)
+        gone = gone[first]
+        starts = np.flatnonzero(np.diff(rows.query[gone], prepend=-1))
+        turn = np.arange(len(gone)) - np.repeat(starts, np.diff(starts, append=len(gone)))
+        gone = gone[np.argsort(turn, kind="stable")[: 2 * PAIRS]]
+        looked_at = self._metadata.take(rows.ids[gone], self._request.filters.columns)
+        gone = gone[self._fates(rows.ids[gone], looked_at) == ALLOWED][:PAIRS]
+        there = self._metadata.schema.names
+        shown = [name for name in ("url", "caption", THUMBNAIL_COLUMN) if name in there]
+        stays = stays[gone]
+        ends = [unit(self._decode(codes[rows.code[each]])) for each in (gone, stays)]
+        return Removed(
+            removed=self._metadata.take(rows.ids[gone], shown),
+            stays=self._metadata.take(rows.ids[stays], shown),
+            cosine=np.einsum("ij,ij->i", *ends),
+        )
 
     def _as_table(self, kept: _Rows, columns: pa.Table, codes: Bytes) -> pa.Table:
         kept_codes = codes[kept.code]

@@ -12,8 +12,10 @@ from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 
+from laion_assets.retrieval.arrays import Bytes
 from laion_assets.retrieval.errors import InputError
 
 PROVENANCE_KEY = "laion_assets"
@@ -28,10 +30,22 @@ DESCRIPTIONS = {
     "seed": "row of seed_embeddings this was found for; null where only the centroid found it",
     "strategies": "which strategies found the image or a near-duplicate of it",
     "code": "the row as the index stores it; the decoder in the file's footer makes it a vector",
-    "embedding": "unit vector",
+    "embedding": "unit vector: the seed, or the mean of the seeds",
+    "norm_of_mean": "length of the mean of the seeds: 1 when all are the same, near 0 without a style",
+    "seeds": "how many seeds the mean is of",
     "file": "seed file, relative to the folder of the seed set",
     "row": "row of that file",
     "thumbnail": "small picture, with the first rows only",
+    **dict.fromkeys(("NSFW", "nsfw", "punsafe"), "how unsafe the image is, as LAION's classifier says"),
+    "pwatermark": "how likely it has a watermark, as LAION's classifier says",
+    "LICENSE": "of the image, where the page named one",
+    **dict.fromkeys(("LANGUAGE", "language"), "of the caption"),
+    **dict.fromkeys(("WIDTH", "width", "original_width"), "of the image when it was collected, pixels"),
+    **dict.fromkeys(
+        ("HEIGHT", "height", "original_height"), "of the image when it was collected, pixels"
+    ),
+    "aesthetic": "how pleasing the image is, as a model predicts, from 1 to 10",
+    "md5": "of the image when it was collected",
 }
 
 
@@ -46,7 +60,8 @@ class Provenance:
         settings: the settings used, and where each came from.
         run: id of the Dagster run.
         written: when, ISO 8601 in UTC.
-        found: the counts of a search, in a sentence.
+        found: the counts of a search in a sentence.
+        counts: the same and all others, by name.
         own_settings: what the seed set's settings.yaml said when the seeds were read; it travels with
             what was made from them, so that all of it is made with the same.
 
@@ -60,6 +75,7 @@ class Provenance:
     written: str
     found: str = ""
     own_settings: Mapping[str, Any] = field(default_factory=dict)
+    counts: Mapping[str, int] = field(default_factory=dict)
 
     @classmethod
     def now(
@@ -77,7 +93,7 @@ class Provenance:
 
     def to_footer(self) -> dict[str, str]:
         """Key-value metadata for the file's footer."""
-        return {PROVENANCE_KEY: json.dumps(asdict(self), sort_keys=True)}
+        return {PROVENANCE_KEY: json.dumps(asdict(self))}
 
     @classmethod
     def from_footer(cls, footer: Mapping[str, str], where: str) -> Provenance:
@@ -109,6 +125,15 @@ class Table:
     schema: pa.Schema
     batches: Iterable[pa.RecordBatch]
     footer: Callable[[], Mapping[str, str]] = dict
+
+
+def code_bytes(column: pa.ChunkedArray) -> Bytes:
+    """Return the codes of a table, (n, code size), without copying more than one column needs."""
+    codes, wide = column.combine_chunks(), column.type.byte_width
+    if not len(codes):
+        return np.empty((0, wide), np.uint8)
+    data = np.frombuffer(codes.buffers()[1], np.uint8)
+    return data[codes.offset * wide : (codes.offset + len(codes)) * wide].reshape(-1, wide)
 
 
 def decoder_footer(data: bytes) -> dict[str, str]:

@@ -1,77 +1,32 @@
-"""The platform as people run it: `make dev` with its sensor and daemon, a killed run, a real browser.
+"""The platform as people run it: `make dev` with its sensor and daemon, a killed run, a restart.
 
 The tests stand in order and share one server: starting it takes longer than most of them.
 """
 
 import os
-import shutil
 import signal
-import subprocess
-import sys
-from collections.abc import Iterator
-from pathlib import Path
 
-import numpy as np
 import pyarrow.parquet as pq
 import pytest
-from conftest import REPOSITORY
-from playwright.sync_api import Page, sync_playwright
-from webserver import IN_PROGRESS, MakeDev, Webserver, is_running, wait_for
+from webserver import (
+    BROKEN,
+    DROPPED,
+    IN_PROGRESS,
+    OTHERS,
+    RAN_BY_THE_DEMO,
+    Project,
+    is_running,
+    wait_for,
+)
 
 from laion_assets.demo.build import SEED_SETS
 
-RAN_BY_THE_DEMO, *OTHERS = ("fruit", *sorted({*SEED_SETS} - {"fruit"}))
-DROPPED = "dropped"
-# In an image of its own a browser is root and has no sandbox; it asks for nothing outside.
-CHROMIUM = (
-    "--no-sandbox",
-    "--disable-background-networking",
-    "--host-resolver-rules=MAP * ~NOTFOUND, EXCLUDE 127.0.0.1",
-)
-
-
-class Project:
-    """A folder like a fresh checkout, in which `make dev` runs."""
-
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
-        for name in ("dagster.yaml", "workspace.yaml"):
-            shutil.copy(REPOSITORY / name, folder)
-        self.dev = MakeDev(folder)
-
-    def start(self) -> None:
-        """Run the demo, start the server, and start all that takes a while and can go on together."""
-        subprocess.run([sys.executable, "-m", "laion_assets.cli", "demo"], cwd=self.folder, check=True)
-        self.dev.start()
-        (self.ran_by_the_demo,) = self.ui.runs()
-        self.drop(DROPPED, seeds=2000)
-        self.with_numbers = self.ui.launch(RAN_BY_THE_DEMO, nb_images_knn=7, nprobe=5)
-        self.without_partition = self.ui.launch(None)
-
-    @property
-    def ui(self) -> Webserver:
-        return self.dev.webserver
-
-    def drop(self, seed_set: str, seeds: int) -> None:
-        """Copy a folder of seeds into the seeds folder, file by file."""
-        folder = self.folder / "data" / "seeds" / seed_set
-        folder.mkdir()
-        random = np.random.default_rng(0)
-        for part in range(2):
-            np.save(folder / f"{part}.npy", random.standard_normal((seeds // 2, 256), np.float32))
-
-    def table(self, asset: str, seed_set: str) -> Path:
-        return self.folder / "data" / "output" / asset / f"{seed_set}.parquet"
+pytest_plugins = ["running"]
 
 
 @pytest.fixture(scope="module")
-def project(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Project]:
-    made = Project(tmp_path_factory.mktemp("project"))
-    try:
-        made.start()
-        yield made
-    finally:
-        made.dev.press_ctrl_c()
+def project(running_project: Project) -> Project:
+    return running_project
 
 
 def test_the_history_of_the_command_line_is_there(project: Project) -> None:
@@ -89,6 +44,17 @@ def test_a_seed_set_that_was_not_run_yet_is_run_untouched(project: Project, seed
     assert project.ui.materialization("combined_urls", seed_set)["kept"] == rows > 0
 
 
+def test_a_seed_set_that_cannot_be_used_is_one_failed_run_with_the_reason(project: Project) -> None:
+    ui = project.ui
+    (run,) = wait_for("the sensor", lambda: ui.runs_of(BROKEN))
+    assert ui.finished(run.id).status == "FAILURE"
+    (failure,) = ui.step_events(run.id, "seed_embeddings", "STEP_FAILURE")
+    assert "broken/1.npy is not a whole .npy file" in failure["failureMetadata"]["description"]
+    ticks = len(ui.ticks())
+    wait_for("three more ticks", lambda: len(ui.ticks()) >= ticks + 3)
+    assert ui.runs_of(BROKEN) == [ui.run(run.id)]
+
+
 def test_what_the_demo_ran_is_not_run_again(project: Project) -> None:
     wait_for("three ticks", lambda: len(project.ui.ticks()) >= 3)
     assert {tick["status"] for tick in project.ui.ticks()} <= {"SUCCESS", "SKIPPED", "STARTED"}
@@ -100,11 +66,11 @@ def test_numbers_given_in_the_launchpad_are_those_of_the_run(project: Project) -
     told = project.ui.materialization("knn_urls", RAN_BY_THE_DEMO)
     seeds = pq.read_metadata(project.table("seed_embeddings", RAN_BY_THE_DEMO)).num_rows
     assert (told["run"], told["requested"]) == (project.with_numbers, 7 * seeds)
-    assert told["settings"] == {
-        "nb_images_knn": "7 (Launchpad or command line)",
-        "nb_images_centroid": "500 (default)",
-        "dedup_threshold": "0.94 (default)",
-        "nprobe": "5 (Launchpad or command line)",
+    assert {(row["setting"], row["value"], row["from"]) for row in told["settings"]} == {
+        ("nb_images_knn", "7", "Launchpad or command line"),
+        ("nb_images_centroid", "500", "default"),
+        ("dedup_threshold", "0.94", "default"),
+        ("nprobe", "5", "Launchpad or command line"),
     }
 
 
@@ -151,41 +117,5 @@ def test_history_outlives_a_restart_and_nothing_runs_again(project: Project) -> 
     assert ui.finished(interrupted, 60).status == "FAILURE"
     wait_for("three more ticks", lambda: len(ui.ticks()) >= ticks + 3)
     assert ui.runs()[1:] == runs
-    assert ui.partitions("combined_urls")["all"] == {*SEED_SETS, DROPPED}
+    assert ui.partitions("combined_urls")["all"] == {*SEED_SETS, DROPPED, BROKEN}
     assert {*SEED_SETS} <= ui.partitions("combined_urls")["materialized"]
-
-
-@pytest.fixture
-def page(project: Project, tmp_path: Path) -> Iterator[Page]:
-    """A browser on the UI; what it shows in the end is kept as a picture in the test's folder."""
-    with sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=shutil.which("chromium"), args=CHROMIUM)
-        opened = browser.new_page(base_url=project.ui.url, viewport={"width": 1440, "height": 1000})
-        opened.set_default_timeout(60_000)
-        yield opened
-        opened.screenshot(path=tmp_path / "page.png")
-        browser.close()
-
-
-def test_a_browser_materializes_a_partition_and_shows_its_contact_sheet(
-    project: Project, page: Page
-) -> None:
-    before = project.ui.runs()[0]
-    page.goto(f"/assets/combined_urls?view=partitions&partition={RAN_BY_THE_DEMO}")
-    page.get_by_role("button", name="Materialize").first.click()
-    page.get_by_role("button", name="Launch 1 run").click()
-    wait_for("the run", lambda: project.ui.runs()[0].id != before.id)
-    launched = project.ui.runs()[0].id
-    assert project.ui.finished(launched).status == "SUCCESS"
-    assert project.ui.materialization("combined_urls", RAN_BY_THE_DEMO)["run"] == launched
-    page.reload()
-    page.get_by_text(launched[:8]).first.wait_for()
-    page.get_by_text("Show Markdown").first.click()
-    sheet = page.get_by_role("img", name="contact sheet")
-    sheet.wait_for()
-    assert sheet.evaluate("picture => picture.naturalWidth > 100")
-    shown, dialog = sheet.bounding_box(), page.get_by_role("dialog").bounding_box()
-    assert shown
-    assert dialog
-    assert dialog["x"] < shown["x"]
-    assert shown["x"] + shown["width"] < dialog["x"] + dialog["width"]

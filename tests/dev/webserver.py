@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shutil
 import signal
 import socket
 import subprocess
@@ -14,10 +15,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
+import numpy as np
 from conftest import REPOSITORY
 from webserver_questions import ask
 
+from laion_assets.demo.build import SEED_SETS
+
 REPOSITORY_SELECTOR = {"repositoryName": "__repository__", "repositoryLocationName": "laion_assets"}
+RAN_BY_THE_DEMO, *OTHERS = ("fruit", *sorted({*SEED_SETS} - {"fruit"}))
+DROPPED = "dropped"
+BROKEN = "broken"
 IN_PROGRESS = {"NOT_STARTED", "QUEUED", "STARTING", "STARTED", "CANCELING"}
 
 T = TypeVar("T")
@@ -145,7 +152,7 @@ class Webserver:
             "query($key: AssetKeyInput!, $seed_sets: [String!]) { assetOrError(assetKey: $key)"
             " { ... on Asset { assetMaterializations(partitions: $seed_sets, limit: 1) { runId"
             " metadataEntries { label ... on IntMetadataEntry { intValue }"
-            " ... on JsonMetadataEntry { jsonString } ... on MarkdownMetadataEntry { mdStr } } } } } }",
+            " ... on TableMetadataEntry { table { records } } } } } } }",
             key={"path": [asset]},
             seed_sets=[seed_set],
         )["assetOrError"]["assetMaterializations"]
@@ -153,10 +160,8 @@ class Webserver:
         for entry in latest["metadataEntries"]:
             if "intValue" in entry:
                 entries[entry["label"]] = entry["intValue"]
-            elif "jsonString" in entry:
-                entries[entry["label"]] = json.loads(entry["jsonString"])
-            elif "mdStr" in entry:
-                entries[entry["label"]] = entry["mdStr"]
+            elif "table" in entry:
+                entries[entry["label"]] = [json.loads(record) for record in entry["table"]["records"]]
         return {"run": latest["runId"]} | entries
 
     def ticks(self) -> list[dict[str, Any]]:
@@ -216,6 +221,42 @@ class MakeDev:
     def said(self) -> str:
         """What it printed since it was started."""
         return (self.folder / "make-dev.log").read_text()
+
+
+class Project:
+    """A folder like a fresh checkout, in which `make dev` runs."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        for name in ("dagster.yaml", "workspace.yaml"):
+            shutil.copy(REPOSITORY / name, folder)
+        self.dev = MakeDev(folder)
+
+    def start(self) -> None:
+        """Run the demo, start the server, and start all that takes a while and can go on together."""
+        subprocess.run([sys.executable, "-m", "laion_assets.cli", "demo"], cwd=self.folder, check=True)
+        self.dev.start()
+        (self.ran_by_the_demo,) = self.ui.runs()
+        self.drop(DROPPED, seeds=2000)
+        self.drop(BROKEN, seeds=2)
+        (self.folder / "data" / "seeds" / BROKEN / "1.npy").write_bytes(b"no array")
+        self.with_numbers = self.ui.launch(RAN_BY_THE_DEMO, nb_images_knn=7, nprobe=5)
+        self.without_partition = self.ui.launch(None)
+
+    @property
+    def ui(self) -> Webserver:
+        return self.dev.webserver
+
+    def drop(self, seed_set: str, seeds: int) -> None:
+        """Copy a folder of seeds into the seeds folder, file by file."""
+        folder = self.folder / "data" / "seeds" / seed_set
+        folder.mkdir()
+        random = np.random.default_rng(0)
+        for part in range(2):
+            np.save(folder / f"{part}.npy", random.standard_normal((seeds // 2, 256), np.float32))
+
+    def table(self, asset: str, seed_set: str) -> Path:
+        return self.folder / "data" / "output" / asset / f"{seed_set}.parquet"
 
 
 def _is_group(group: int) -> bool:
