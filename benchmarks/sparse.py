@@ -335,8 +335,8 @@ record batches of {layout.batch:,} rows with a URL and a caption of {layout.text
 Nothing is read: the functions that plan a request's reads are given the places, and rows lie at random
 over all of it, as the ids in a list do. That 36 of 100 rows are kept is an assumption, and so is how many
 lists seeds of one style share: 64 are probed for each seed, and the last line is the worst that can be.
-Time is that of the reads alone at {rate:,} a second, cost at $0.004 for 10,000. A further text column that
-travels along adds as many reads as the URL, a number half as many.
+Time is that of the reads alone at {rate:,} a second, cost at $0.004 for 10,000. A further text column
+that travels along adds as many reads as the URL, a number half as many.
 
 {simulated}
 """
