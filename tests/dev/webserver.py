@@ -164,6 +164,16 @@ class Webserver:
                 entries[entry["label"]] = [json.loads(record) for record in entry["table"]["records"]]
         return {"run": latest["runId"]} | entries
 
+    def check(self, asset: str, name: str) -> dict[str, str]:
+        """How an asset check ended in each of the last runs."""
+        found = self.ask(
+            "query($key: AssetKeyInput!, $name: String!) { assetCheckExecutions(assetKey: $key,"
+            " checkName: $name, limit: 20) { runId status } }",
+            key={"path": [asset]},
+            name=name,
+        )["assetCheckExecutions"]
+        return {execution["runId"]: execution["status"] for execution in found}
+
     def ticks(self) -> list[dict[str, Any]]:
         """The ticks of the sensor, the newest first."""
         return self.ask(
