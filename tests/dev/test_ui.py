@@ -192,9 +192,9 @@ def test_the_sensor_says_what_it_saw(project: Project, page: Page) -> None:
     page.goto("/locations/laion_assets/sensors/seed_sets_sensor")
     page.get_by_text("Registers seed sets as partitions").first.wait_for()
     page.get_by_text("View logs").first.wait_for()
-    keep(page, "sensor")
     (project.folder / "data" / "seeds" / BROKEN).rename(project.folder / "away")
     page.get_by_role("row", name="removed, tables kept: broken").first.wait_for()
+    keep(page, "sensor")
     assert BROKEN in project.ui.partitions("combined_urls")["all"]
 
 
