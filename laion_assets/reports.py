@@ -6,6 +6,7 @@ measured, and logging.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import asdict
 from typing import Any
@@ -62,9 +63,15 @@ def of_search(
         "settings": settings_table(provenance.settings),
         **_labelled(counts),
         "yield": round(found.funnel.yielded, 4),
-        "recall of nprobe": round(found.recall, 4),
+        "recall of nprobe": _recall(found),
         **_made_from(provenance),
     }
+
+
+def _recall(found: Retrieval) -> float | str:
+    if math.isnan(found.recall):
+        return "not measured: sparse staging reads no lists but those that are probed"
+    return round(found.recall, 4)
 
 
 def of_combined(

@@ -178,7 +178,7 @@ class RetrievalConfig(dg.ConfigurableResource[None]):
             chosen["filters"] = replace(chosen["filters"], value=None)
         return Settings(
             **{name: value.value for name, value in chosen.items()},
-            origins={name: value.origin for name, value in chosen.items() if value is not UNSET},
+            origins={name: value.origin for name, value in chosen.items() if value != UNSET},
         )
 
 

@@ -167,7 +167,7 @@ def _same(x: dict, y: dict) -> bool:
 
 
 def made_from(seeds: str, index: str | None, written: str) -> InMemory:
-    settings = {"nb_images_centroid": 9, "dedup_threshold": 0.94}
+    settings = {"nb_images_centroid": 9, "dedup_threshold": 0.94, "target_images": None, "nprobe": 64}
     settings["origins"] = dict.fromkeys(settings, "default")
     footer = Provenance("cats", seeds, index, settings, "run", written, asked=settings).to_footer()
     assert json.loads(footer["laion_assets"])["seeds"] == seeds
@@ -187,5 +187,7 @@ def test_sets_that_do_not_say_what_was_asked_for_are_to_be_made_again() -> None:
     """Those of an older version."""
     footer = Provenance("cats", "s1", "i1", {}, "run", "2026-01-02").to_footer()
     older, seeds = InMemory([], seed=True, footer=footer), made_from("s1", None, "2026-01-01")
-    with pytest.raises(InputError, match="is of an older version: materialize it again"):
+    with pytest.raises(
+        InputError, match=r"knn_urls of 'cats' .* older version: materialize knn_urls again"
+    ):
         check_same_origin(older, older, seeds)

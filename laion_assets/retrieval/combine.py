@@ -99,6 +99,11 @@ def check_same_origin(knn: Stored, centroid: Stored, seeds: Stored) -> Provenanc
                 f"{asset} of {made.seed_set!r} was made from other seeds or another settings.yaml "
                 f"({made.seeds}) than seed_embeddings now holds ({current}): materialize {asset} again"
             )
+        if not made.asked:
+            raise InputError(
+                f"{asset} of {made.seed_set!r} does not say what it was asked for, as it is of an older "
+                f"version: materialize {asset} again"
+            )
     older = "knn_urls" if one.written < other.written else "centroid_urls"
     if one.index != other.index:
         raise InputError(
@@ -112,9 +117,6 @@ def check_same_origin(knn: Stored, centroid: Stored, seeds: Stored) -> Provenanc
                 f"{name.replace('_', ' ')} ({one.settings.get(name) or 'none'} and "
                 f"{other.settings.get(name) or 'none'}): materialize {older} again, it is the older one"
             )
-    for made, table in ((one, knn), (other, centroid)):
-        if not made.asked:
-            raise InputError(f"{table.where} is of an older version: materialize it again")
     return replace(
         one,
         settings=_settings_of_both(one.settings, other.settings),
@@ -123,16 +125,17 @@ def check_same_origin(knn: Stored, centroid: Stored, seeds: Stored) -> Provenanc
 
 
 def _settings_of_both(knn: Mapping[str, Any], centroid: Mapping[str, Any]) -> dict[str, Any]:
-    """Take the centroid's own number from its set, the lower threshold, and a target that both had."""
+    """Take each number from its own set, the lower threshold, and a target and nprobe that both had."""
     of_centroid = ["nb_images_centroid"]
     if centroid["dedup_threshold"] < knn["dedup_threshold"]:
         of_centroid.append("dedup_threshold")
     values = {**knn} | {name: centroid[name] for name in of_centroid}
     origins = {name: origin for name, origin in knn["origins"].items() if name not in of_centroid}
     origins |= {name: o for name, o in centroid["origins"].items() if name in of_centroid}
-    if centroid.get("target_images") != knn.get("target_images"):
-        values["target_images"] = None
-        origins.pop("target_images", None)
+    for name in ("target_images", "nprobe"):
+        if centroid[name] != knn[name]:
+            values[name] = None
+            origins.pop(name, None)
     return values | {"origins": origins}
 
 
