@@ -251,26 +251,27 @@ def of_search(table: StoredTable, threshold: float) -> Results:
 
 def of_combined(table: StoredTable, knn: StoredTable, centroid: StoredTable, threshold: float) -> Results:
     """Check the combined table; the codes of its rows are in the tables it was made of."""
-    rows = table.read(["id", "url"])
-    repeated = {name: audit.repeated(rows[name]) for name in ("id", "url")}
+    images = audit.images(table.batches(["id", "url"]))
+    repeated = {"id": audit.repeated(images.ids), "url": audit.repeated(images.urls)}
     yield _result(
         "one_row_per_image",
         not any(repeated.values()),
         ERROR,
-        f"{len(rows):,} rows, {repeated['id']} repeated ids, {repeated['url']} repeated URLs",
+        f"{len(table):,} rows, {repeated['id']} repeated ids, {repeated['url']} repeated URLs",
         {f"repeated {name}s": count for name, count in repeated.items()},
     )
-    wrong, examples = audit.not_web(rows["url"])
+    wrong = images.not_web
     yield _result(
         "urls_are_on_the_web",
         not wrong,
         WARN,
-        f"{wrong:,} of {len(rows):,} URLs cannot be fetched",
-        {"not on the web": wrong} | ({"such as": dg.MetadataValue.json(examples)} if wrong else {}),
+        f"{wrong:,} of {len(table):,} URLs cannot be fetched",
+        {"not on the web": wrong}
+        | ({"such as": dg.MetadataValue.json(images.examples)} if wrong else {}),
     )
     batches = chain.from_iterable(each.batches(["id", "code"]) for each in (knn, centroid))
     schema = pa.schema([knn.schema.field(name) for name in ("id", "code")])
-    wanted = np.unique(rows["id"].slice(0, ROWS_COMPARED).to_numpy())
+    wanted = np.unique(images.ids[:ROWS_COMPARED])
     codes = audit.codes_of(batches, schema, wanted)
     one, other = (Decoder.from_bytes(decoder_bytes(t.footer, t.where)) for t in (knn, centroid))
     yield _near_duplicates(codes, np.zeros(len(codes)), one.merged(other), threshold)

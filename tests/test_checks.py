@@ -183,6 +183,19 @@ def test_the_fast_look_at_urls_says_what_the_slow_one_says(urls):
     assert len(examples) == min(count, audit.EXAMPLES)
 
 
+def test_more_urls_than_fit_one_arrow_array_are_looked_at():
+    size, count = 100_000_000, 22  # 2.2 GB, of which a few hundred MB are held at a time
+
+    def batches() -> Iterator[pa.RecordBatch]:
+        for number in [*range(count), 0]:
+            url = pa.array([f"{number:03} ".ljust(size, "a")])
+            yield pa.record_batch({"id": pa.array([number]), "url": url})
+
+    found = audit.images(batches())
+    assert (len(found.urls), found.not_web, len(found.examples)) == (count + 1, count + 1, audit.EXAMPLES)
+    assert audit.repeated(found.urls) == audit.repeated(found.ids) == 1
+
+
 def test_near_duplicates_that_combining_left_are_told(done, spoilt):
     ids = pq.read_table(done[0].table("combined_urls", "fruit"), columns=["id"])["id"].to_pylist()[:2]
 

@@ -18,6 +18,7 @@ import pyarrow.compute as pc
 
 from laion_assets.retrieval.arrays import Bytes, Floats, Ids
 from laion_assets.retrieval.checksums import checksum_text
+from laion_assets.retrieval.filters import hashes
 from laion_assets.retrieval.index import Index
 from laion_assets.retrieval.metadata import Metadata
 from laion_assets.retrieval.tables import code_bytes
@@ -221,12 +222,47 @@ def codes_of(batches: Iterable[pa.RecordBatch], schema: pa.Schema, ids: Ids) -> 
     return code_bytes(found["code"].take(pa.array(first)))
 
 
-def repeated(column: pa.ChunkedArray) -> int:
+@dataclass(frozen=True)
+class Images:
+    """What tells the images of a table apart, and which of them no downloader can fetch.
+
+    Attributes:
+        ids: (n,) in the table's order.
+        urls: (n,) hashes of 64 bits: of ten million URLs two share one with a chance of 3e-6.
+        not_web: rows whose URL is not one of the web.
+        examples: a few of these URLs.
+
+    """
+
+    ids: Ids
+    urls: Ids
+    not_web: int
+    examples: Sequence[str]
+
+
+def images(batches: Iterable[pa.RecordBatch]) -> Images:
+    """Look at all rows of a table, holding 16 bytes of each.
+
+    Args:
+        batches: id and url.
+
+    """
+    ids, urls = [np.empty(0, np.int64)], [np.empty(0, np.int64)]
+    wrong, examples = 0, list[str]()
+    for batch in batches:
+        ids.append(batch["id"].to_numpy())
+        urls.append(hashes(batch["url"]))
+        count, some = not_web(batch["url"])
+        wrong, examples = wrong + count, [*examples, *some][:EXAMPLES]
+    return Images(np.concatenate(ids), np.concatenate(urls), wrong, examples)
+
+
+def repeated(values: Ids) -> int:
     """Count the rows whose value stands in a row before."""
-    return len(column) - int(pc.count_distinct(column, mode="all").as_py())
+    return len(values) - len(np.unique(values))
 
 
-def not_web(urls: pa.ChunkedArray) -> tuple[int, list[str]]:
+def not_web(urls: pa.Array) -> tuple[int, list[str]]:
     """Count what no downloader can fetch, and give a few examples: http(s), a host, no white space."""
     plain = pc.fill_null(pc.match_substring_regex(urls, PLAIN_URL), False)  # nearly all, and fast
     wrong = [url for url in urls.filter(pc.invert(plain)).to_pylist() if not is_web(url)]
