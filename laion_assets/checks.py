@@ -108,9 +108,9 @@ _ALL = [
         "staged_laion_index",
         "metadata_belongs_to_the_index",
         "Captions of neighbours in the index have more words in common than captions drawn by chance, "
-        "in every quarter of its rows. A warning, as it is a matter of statistics. Remedy: see that no "
-        "metadata file is missing, doubled or of another release, and that the names sort in the order "
-        "of the ids.",
+        "in every quarter of its rows that has captions enough. A warning, as it is a matter of "
+        "statistics. Remedy: see that no metadata file is missing, doubled or of another release, and "
+        "that the names sort in the order of the ids.",
     ),
     _spec(
         "staged_laion_index",
@@ -203,6 +203,8 @@ def _agreement(captions: audit.Agreement) -> str:
         f"neighbours share {captions.near:.1%} of their words, captions drawn by chance "
         f"{captions.apart:.1%} ({captions.pairs} pairs, where it differs least)"
     )
+    if captions.silent:
+        told += f"; {captions.silent} of {audit.PARTS} quarters of the rows have too few captions to tell"
     return told if captions.is_aligned else f"{told}: metadata and index are out of line"
 
 

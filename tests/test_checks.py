@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import dagster as dg
+import indices
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -19,6 +20,7 @@ from laion_assets import checks
 from laion_assets.assets import index, seeds, urls
 from laion_assets.io_managers import StoredTable
 from laion_assets.retrieval import audit
+from laion_assets.retrieval.index import Index
 from laion_assets.retrieval.staging import OpenIndex, open_staged, stage
 
 WARN, ERROR = dg.AssetCheckSeverity.WARN, dg.AssetCheckSeverity.ERROR
@@ -294,6 +296,31 @@ def test_metadata_that_is_out_of_line_is_told_wherever_it_begins(staged, by, aft
     }
     assert found["metadata_belongs_to_the_index"].severity is WARN
     assert audit.agreement(opened.index, opened.metadata).is_aligned
+
+
+def test_rows_of_lists_longer_than_what_is_sampled_come_from_every_quarter(tmp_path):
+    rows = 8000
+    indices.write_index(tmp_path, indices.random_rows(np.random.default_rng(1), rows), indices.MANY_LISTS)
+    seen = [ids for ids, _ in Index(*indices.index_paths(tmp_path)).sample(64, 4)]
+    of_quarters = np.bincount(np.concatenate(seen) * audit.PARTS // rows)
+    assert (of_quarters > len(np.concatenate(seen)) / 10).all()
+    assert len(of_quarters) == audit.PARTS
+
+
+def test_quarters_of_the_rows_without_captions_are_counted(staged):
+    opened, cache = staged
+    half = opened.index.rows // 2
+
+    class HalfSilent(Moved):
+        def take(self, ids: np.ndarray, _: list[str]) -> pa.Table:
+            captions = super().take(ids, ["caption"])["caption"].to_pylist()
+            told = [c if row < half else None for row, c in zip(ids, captions, strict=True)]
+            return pa.table({"caption": pa.array(told, pa.string())})
+
+    partly = replace(opened, metadata=HalfSilent(opened.metadata, 0, 0))
+    found = named(checks.of_staged_index(partly, cache))["metadata_belongs_to_the_index"]
+    assert found.passed
+    assert "2 of 4 quarters of the rows have too few captions" in (found.description or "")
 
 
 def test_without_captions_alignment_cannot_be_told_and_is_not(staged):

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from urllib.parse import urlsplit
 
 import google_crc32c
@@ -41,13 +41,14 @@ PLAIN_URL = r"^https?://[A-Za-z0-9][A-Za-z0-9.-]*(/[^\s[:cntrl:]]*)?$"
 
 @dataclass(frozen=True)
 class Agreement:
-    """How much more alike captions of neighbours are than those of any two images, in a part of the rows.
+    """How much more alike captions of neighbours are than those of any two, in a quarter of the rows.
 
     Attributes:
         pairs: neighbours of which both have a caption.
         near: mean share of words that the captions of neighbours have in common.
         apart: the same for captions drawn by chance.
         chance: of such a difference if metadata and index had nothing to do with each other.
+        silent: other quarters, with too few captions to be asked.
 
     """
 
@@ -55,6 +56,7 @@ class Agreement:
     near: float
     apart: float
     chance: float
+    silent: int = 0
 
     @property
     def can_tell(self) -> bool:
@@ -73,7 +75,8 @@ def agreement(index: Index, metadata: Metadata) -> Agreement:
     Images that are alike have captions that are alike, more often than any two images: so the captions
     of rows and of their nearest neighbours are compared, and as a measure of chance, the same captions
     shuffled (a permutation test). Metadata that is shifted, or in another order, fails it. A file that
-    is missing shifts only what comes after it: so each quarter of the rows is asked, and the worst told.
+    is missing shifts only what comes after it: so each quarter of the rows is asked, the worst told, and
+    how many have too few captions to be asked.
     """
     rows, neighbours = _neighbours(index, metadata)
     part = rows * PARTS // max(index.rows, 1)
@@ -83,7 +86,8 @@ def agreement(index: Index, metadata: Metadata) -> Agreement:
         for number in range(PARTS)
     ]
     telling = [part for part in parts if part.can_tell]
-    return max(telling or parts, key=lambda part: part.chance)
+    worst = max(telling or parts, key=lambda part: part.chance)
+    return replace(worst, silent=PARTS - len(telling)) if telling else worst
 
 
 def _agreement(pairs: Sequence[tuple[frozenset[str], frozenset[str]]]) -> Agreement:

@@ -204,7 +204,8 @@ class Index:
 
         Args:
             lists: to look into; all where there are fewer. Without any, the whole index is one.
-            rows: of each list, from its beginning; all where there are fewer.
+            rows: of each list, one after another from a place chosen by chance, as lists are filled in
+                the order of the ids; all where there are fewer.
 
         """
         random = np.random.default_rng(0)
@@ -217,7 +218,9 @@ class Index:
         lengths = np.array([self._ivf.invlists.list_size(number) for number in range(self.nlist)])
         filled = np.flatnonzero(lengths)
         for number in np.sort(random.permutation(filled)[:lists]):
-            ids, codes = self._rows_at((number << 32) + np.arange(min(lengths[number], rows)))
+            start = random.integers(max(lengths[number] - rows, 0) + 1)
+            stop = min(start + rows, lengths[number])
+            ids, codes = self._rows_at((number << 32) + np.arange(start, stop))
             yield ids, unit(decode(codes))
 
     @property
