@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import dagster as dg
+import faiss
 import indices
 import numpy as np
 import pyarrow as pa
@@ -305,6 +306,21 @@ def test_rows_of_lists_longer_than_what_is_sampled_come_from_every_quarter(tmp_p
     of_quarters = np.bincount(np.concatenate(seen) * audit.PARTS // rows)
     assert (of_quarters > len(np.concatenate(seen)) / 10).all()
     assert len(of_quarters) == audit.PARTS
+
+
+@pytest.mark.parametrize("form", ["Flat", "HNSW8"])
+def test_metadata_that_is_out_of_line_is_told_of_an_index_without_lists_too(staged, tmp_path, form):
+    opened, _ = staged
+    parts = zip(*opened.index.sample(opened.index.nlist, opened.index.rows), strict=True)
+    ids, vectors = map(np.concatenate, parts)
+    plain = faiss.index_factory(vectors.shape[1], form, faiss.METRIC_INNER_PRODUCT)
+    plain.add(vectors[np.argsort(ids)])
+    faiss.write_index(plain, str(tmp_path / "plain.index"))
+    listless = Index(tmp_path / "plain.index")
+    assert listless.nlist == 0
+    aligned = audit.agreement(listless, opened.metadata)
+    assert (aligned.can_tell, aligned.is_aligned, aligned.silent) == (True, True, 0)
+    assert not audit.agreement(listless, Moved(opened.metadata, 100, 2000)).is_aligned
 
 
 def test_quarters_of_the_rows_without_captions_are_counted(staged):

@@ -26,13 +26,15 @@ from laion_assets.retrieval.vectors import Vectors
 
 LISTS = 64  # inverted lists that are looked into
 ROWS_OF_A_LIST = 4096
-NEAREST_OF_A_LIST = 16  # rows whose nearest neighbour is looked for
+ANCHORS_OF_AGREEMENT = 1024  # rows whose nearest neighbour is looked for, in all lists together
+ANCHORS_AT_ONCE = 16  # compared with what is looked at of a list: without lists, with 262,144 rows
 SHUFFLES = 199
 PARTS = 4  # of the rows, each asked by itself
 CHANCE = 0.01  # of calling captions aligned that are not
 FEWEST_PAIRS = 40
 ANCHORS = 256  # rows that are compared with all
 ROUNDING = 1e-5  # two decoders of the same code differ by less
+SOUND_OF_A_LIST = 16  # rows that are looked at for damage
 WHOLE_FILES = 256 << 20  # bytes; files up to this size are read again
 HIGHEST = 1.1  # a row as the index stores it may be a little longer than 1
 EXAMPLES = 5
@@ -107,15 +109,18 @@ def _agreement(pairs: Sequence[tuple[frozenset[str], frozenset[str]]]) -> Agreem
 def _neighbours(index: Index, metadata: Metadata) -> tuple[Ids, Ids]:
     """Return rows that have metadata, and of each the nearest that has."""
     found: list[tuple[Ids, Ids]] = []
+    wanted = ANCHORS_OF_AGREEMENT // min(max(index.nlist, 1), LISTS)
     for ids, vectors in index.sample(LISTS, ROWS_OF_A_LIST):
         named = metadata.covers(ids)
         ids, vectors = ids[named], vectors[named]
         if len(ids) < 2:
             continue
-        some = np.linspace(0, len(ids) - 1, min(NEAREST_OF_A_LIST, len(ids))).astype(np.int64)
-        cosines = vectors[some] @ vectors.T
-        cosines[np.arange(len(some)), some] = -np.inf
-        found.append((ids[some], ids[cosines.argmax(axis=1)]))
+        anchors = np.linspace(0, len(ids) - 1, min(wanted, len(ids))).astype(np.int64)
+        for start in range(0, len(anchors), ANCHORS_AT_ONCE):
+            some = anchors[start : start + ANCHORS_AT_ONCE]
+            cosines = vectors[some] @ vectors.T
+            cosines[np.arange(len(some)), some] = -np.inf
+            found.append((ids[some], ids[cosines.argmax(axis=1)]))
     empty = np.empty(0, np.int64)
     rows, neighbours = zip(*found, strict=True) if found else ([empty], [empty])
     return np.concatenate(rows), np.concatenate(neighbours)
@@ -144,7 +149,7 @@ def unsound(index: Index, files: Iterable[tuple[str, str, int]]) -> list[str]:
         for path, checksum, size in files
         if size <= WHOLE_FILES and _checksum(path) != checksum
     ]
-    for ids, vectors in index.sample(LISTS, NEAREST_OF_A_LIST):
+    for ids, vectors in index.sample(LISTS, SOUND_OF_A_LIST):
         if ((ids < 0) | (ids >= index.rows)).any():
             wrong.append(f"rows have numbers outside of 0 to {index.rows - 1:,}, such as {ids.max()}")
         if not vectors.any(axis=1).all():
