@@ -366,19 +366,45 @@ def test_a_byte_that_flips_on_the_disk_after_staging_fails_the_step_and_names_th
     assert not project.table("knn_urls", "fruit").exists()  # it blocks what depends on it
 
 
+class Odd:
+    """The index of the demo, with something done to what is sampled of each list."""
+
+    def __init__(self, index: Index, change: Callable[[np.ndarray, np.ndarray], Any]) -> None:
+        self._index, self._change = index, change
+        self.rows, self.nlist = index.rows, index.nlist
+
+    def sample(self, lists: int, rows: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+        for ids, vectors in self._index.sample(lists, rows):
+            yield self._change(ids, vectors)
+
+
 @pytest.mark.parametrize("number", [-1, 5000])
 def test_rows_with_impossible_numbers_are_told(staged, number):
+    opened, _ = staged
+    odd = Odd(opened.index, lambda ids, v: (np.where(np.arange(len(ids)) == 1, number, ids), v))
+    (wrong,) = audit.soundness(odd, []).wrong
+    assert wrong.endswith(f"such as {number}")
+
+
+@pytest.mark.parametrize(("without", "sound"), [(1, True), (16, False)])
+def test_rows_without_a_vector_are_counted_and_block_only_where_there_are_no_others(
+    staged, without, sound
+):
     opened, cache = staged
+    odd = Odd(opened.index, lambda ids, v: (ids, v * (np.arange(len(ids)) >= without)[:, None]))
+    found = named(checks.of_staged_index(replace(opened, index=odd), cache))["staged_index_is_intact"]
+    assert found.passed == sound
+    assert found.metadata["rows without a vector"].value > 0
+    assert ("have no vector" if sound else "none of") in (found.description or "")
 
-    class Odd:
-        rows = opened.index.rows
 
-        def sample(self, lists: int, rows: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-            for ids, vectors in opened.index.sample(lists, rows):
-                yield np.where(np.arange(len(ids)) == 0, number, ids), vectors
-
-    found = named(checks.of_staged_index(replace(opened, index=Odd()), cache))
-    assert not found["staged_index_is_intact"].passed
+def test_what_is_read_again_in_every_run_has_a_bound():
+    files = [(str(number), "", size << 20) for number, size in enumerate([100] * 50 + [300])]
+    again = audit.to_read_again(files)
+    assert again == audit.to_read_again(files)
+    assert len(again) == 10
+    assert sum(size for *_, size in again) <= audit.READ_AGAIN
+    assert len(audit.to_read_again(files[:5])) == 5  # all, where they are few
 
 
 def test_a_search_that_is_out_of_order_is_not_combined(project, monkeypatch):

@@ -16,7 +16,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from laion_assets.retrieval.arrays import Bytes, Floats, Ids
+from laion_assets.retrieval.arrays import Bytes, Floats, Ids, Mask
 from laion_assets.retrieval.checksums import checksum_text
 from laion_assets.retrieval.filters import hashes
 from laion_assets.retrieval.index import Index
@@ -35,7 +35,8 @@ FEWEST_PAIRS = 40
 ANCHORS = 256  # rows that are compared with all
 ROUNDING = 1e-5  # two decoders of the same code differ by less
 SOUND_OF_A_LIST = 16  # rows that are looked at for damage
-WHOLE_FILES = 256 << 20  # bytes; files up to this size are read again
+WHOLE_FILES = 256 << 20  # bytes; files up to this size may be read again
+READ_AGAIN = 1 << 30  # bytes of such files in all: every run does it
 HIGHEST = 1.1  # a row as the index stores it may be a little longer than 1
 EXAMPLES = 5
 PLAIN_URL = r"^https?://[A-Za-z0-9][A-Za-z0-9.-]*(/[^\s[:cntrl:]]*)?$"
@@ -136,25 +137,66 @@ def _common(ours: Iterable[frozenset[str]], theirs: Iterable[frozenset[str]]) ->
     return float(np.mean([len(a & b) / len(a | b) for a, b in zip(ours, theirs, strict=True)]))
 
 
-def unsound(index: Index, files: Iterable[tuple[str, str, int]]) -> list[str]:
-    """Say what is wrong with a staged index: small files read again, rows of large ones looked at.
+@dataclass(frozen=True)
+class Soundness:
+    """What damage was found in a staged index.
+
+    Attributes:
+        wrong: sentences; none where every search can be trusted.
+        rows: of the index that were looked at.
+        without_vector: of these, zero or not finite: a search finds the others.
+
+    """
+
+    wrong: Sequence[str]
+    rows: int
+    without_vector: int
+
+
+def soundness(index: Index, files: Iterable[tuple[str, str, int]]) -> Soundness:
+    """Look for damage in a staged index: files read again, rows of large ones looked at.
 
     Args:
         index: opened.
-        files: path, checksum as it was staged (crc32c in base64) and size of each file.
+        files: those that `to_read_again` chose.
 
     """
     wrong = [
         f"{path} is no longer what was staged: its checksum differs"
-        for path, checksum, size in files
-        if size <= WHOLE_FILES and _checksum(path) != checksum
+        for path, checksum, _ in files
+        if _checksum(path) != checksum
     ]
-    for ids, vectors in index.sample(LISTS, SOUND_OF_A_LIST):
-        if ((ids < 0) | (ids >= index.rows)).any():
-            wrong.append(f"rows have numbers outside of 0 to {index.rows - 1:,}, such as {ids.max()}")
-        if not vectors.any(axis=1).all():
-            wrong.append("rows cannot be decoded to vectors")
-    return list(dict.fromkeys(wrong))
+    ids, present = _rows_with_vectors(index)
+    odd = ids[(ids < 0) | (ids >= index.rows)]
+    if len(odd):
+        wrong.append(f"rows have numbers outside of 0 to {index.rows - 1:,}, such as {odd[0]}")
+    if len(ids) and not present.any():
+        wrong.append(f"none of {len(ids):,} rows can be decoded to a vector")
+    return Soundness(wrong, len(ids), int((~present).sum()))
+
+
+def _rows_with_vectors(index: Index) -> tuple[Ids, Mask]:
+    """Return rows from many places, and of which there is a vector that is neither zero nor infinite."""
+    sample = [(ids, vectors.any(axis=1)) for ids, vectors in index.sample(LISTS, SOUND_OF_A_LIST)]
+    ids, present = zip((np.empty(0, np.int64), np.empty(0, np.bool_)), *sample, strict=True)
+    return np.concatenate(ids), np.concatenate(present)
+
+
+def to_read_again(files: Sequence[tuple[str, str, int]]) -> list[tuple[str, str, int]]:
+    """Choose files by chance, always the same ones: none that is large, and not too much in all.
+
+    Args:
+        files: path, checksum as it was staged (crc32c in base64) and size of each.
+
+    """
+    chosen: list[tuple[str, str, int]] = []
+    room = READ_AGAIN
+    for number in np.random.default_rng(0).permutation(len(files)):
+        size = files[number][2]
+        if size <= min(WHOLE_FILES, room):
+            chosen.append(files[number])
+            room -= size
+    return chosen
 
 
 def _checksum(path: str) -> str:
