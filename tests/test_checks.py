@@ -398,6 +398,19 @@ def test_rows_without_a_vector_are_counted_and_block_only_where_there_are_no_oth
     assert ("have no vector" if sound else "none of") in (found.description or "")
 
 
+def test_of_an_index_that_is_only_partly_on_the_disk_no_row_is_asked_and_it_is_told(staged):
+    opened, cache = staged
+
+    def refuse(*_: Any) -> Any:
+        raise AssertionError
+
+    part = replace(opened, index=Odd(opened.index, refuse))
+    found = named(checks.of_staged_index(part, cache, whole=False))
+    assert set(found) == {spec.name for spec in index.staged_laion_index.check_specs}
+    told = {name for name, result in found.items() if result.description == checks.ONLY_A_PART}
+    assert told == {"metadata_belongs_to_the_index", "staged_index_is_intact"}
+
+
 def test_what_is_read_again_in_every_run_has_a_bound():
     files = [(str(number), "", size << 20) for number, size in enumerate([100] * 50 + [300])]
     again = audit.to_read_again(files)
