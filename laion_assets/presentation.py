@@ -33,6 +33,7 @@ SHEET_BYTES = 160_000  # it sits in the event log, once for every materializatio
 LINKS = 20
 MINUS = "\N{MINUS SIGN}"
 TEXT = 120  # characters of a caption or URL that are shown
+ADDRESS = 2000  # characters of a URL that is a link: the event log holds it for ever
 STAGES = ("requested", "received", "kept", "knn", "centroid")  # all other counts are losses
 
 # --- from requested to kept -----------------------------------------------------------------------
@@ -231,8 +232,8 @@ def links(
 def link(url: str | None, caption: str | None, *, picture: bool = False) -> str:
     """Return a row as Markdown on one line: a link where it is one, and its caption as plain text."""
     text = plain(url or "")
-    if is_web(url):
-        address = quote(url or "", safe=":/?&=%#+,;@~!$")
+    address = quote(url or "", safe=":/?&=%#+,;@~!$")
+    if is_web(url) and len(address) <= ADDRESS:
         text = f"[{text}](<{address}>)" + (f" ![](<{address}>)" if picture else "")
     return f"{text} {plain(caption)}" if caption and caption.strip() else text
 

@@ -88,6 +88,12 @@ def test_a_row_is_one_link_to_where_it_says_or_none(url: str, caption: str | Non
         assert not links
 
 
+def test_a_row_is_short_however_long_its_url_and_caption_are() -> None:
+    assert "](<" in link("https://example.org/" + 1900 * "a", None)
+    for url in (9999 * "a", 1900 * "\u00e9"):  # some letters are six in an address
+        assert len(link(f"https://example.org/{url}", 9999 * "a", picture=True)) < 300
+
+
 def test_pictures_from_elsewhere_are_shown_only_when_asked_for_and_only_from_the_web() -> None:
     assert "![" not in link("https://example.org/a.png", "caption")
     page = Tags(RENDERING.render(link("https://example.org/a.png", "![](x)", picture=True)))
