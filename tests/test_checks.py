@@ -102,7 +102,6 @@ def spoilt(done: tuple[Project, Any], tmp_path: Path) -> Callable[..., StoredTab
         path = tmp_path / f"{asset}.parquet"
         table = pq.read_table(done[0].table(asset, "fruit"))
         changed = change(table)
-        pq.write_table(changed.replace_schema_metadata(table.schema.metadata), path)
         with pq.ParquetWriter(path, changed.schema) as writer:
             writer.write_table(changed)
             stored = pq.read_metadata(done[0].table(asset, "fruit")).metadata
