@@ -27,7 +27,7 @@ from laion_assets.retrieval.tables import code_bytes, decoder_bytes
 from laion_assets.retrieval.vectors import decoded
 
 WARN, ERROR = dg.AssetCheckSeverity.WARN, dg.AssetCheckSeverity.ERROR
-COHERENT = 0.5  # mean cosine between seeds and centroid: an angle of 60 degrees
+COHERENT = 0.5  # mean cosine between seeds and centroid, an angle of 60 degrees; not calibrated on CLIP
 ROWS_COMPARED = 1 << 16  # first rows of a table in which near-duplicates are looked for
 PAST_RUNS = 20
 YIELD_MAY_DIFFER = 0.1  # of what it was
@@ -125,9 +125,12 @@ _ALL = [
     _spec(
         "centroid_vector",
         "seeds_are_coherent",
-        f"Seeds are on average within a cosine of {COHERENT} of their mean. A warning: the less they "
-        "have in common, the less what is around the mean has to do with any of them. Remedy: split "
-        "the seed set by style, or use knn_urls alone.",
+        f"The mean of the seeds, each of length 1, has at least length {COHERENT}: that is also the mean "
+        "cosine of a seed with the centroid. A warning: the less seeds have in common, the less what is "
+        "around the mean has to do with any of them. A floor and no measure of style: embeddings of CLIP "
+        "all point into one cone, so seeds of several styles can pass, and what does not is mostly "
+        "vectors of something else; compare seed sets by the number. Remedy: see that the vectors are "
+        "embeddings of the index's model, split the seed set by style, or use knn_urls alone.",
     ),
     *_SEARCH,
     *_URL_SETS,

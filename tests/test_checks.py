@@ -229,7 +229,9 @@ def test_a_table_without_rows_passes(spoilt):
     assert all(result.passed for result in checks.of_combined(*empty, 0.94))
 
 
-def test_seeds_that_point_everywhere_have_no_style_in_common(project):
+def test_seeds_that_point_everywhere_have_nothing_in_common(project):
+    (spec,) = seeds.centroid_vector.check_specs
+    assert "A floor and no measure of style" in (spec.description or "")  # those in one cone pass
     for name, vectors in (
         ("random", np.random.default_rng(0).standard_normal((50, 256))),
         ("alike", 1 + np.random.default_rng(0).standard_normal((50, 256))),
