@@ -6,7 +6,7 @@ READY := $(VENV)/.ready
 IMG2DATASET := tests/handover/.venv
 PORT ?= 3000
 
-.PHONY: help demo dev test test-ui screenshots test-peer test-k8s test-handover golden lint bench bench-quick bench-staging bench-sensor lock clean
+.PHONY: help demo dev test test-ui screenshots test-peer test-k8s test-handover golden lint bench bench-quick bench-staging bench-sensor bench-sparse lock clean
 
 help: ## List the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -68,6 +68,9 @@ bench-staging: $(READY) ## How fast an index comes from a bucket, a few minutes;
 
 bench-sensor: $(READY) ## Measure a tick of the sensor over 100,000 seed files in a bucket, a few minutes
 	$(BIN)/python benchmarks/sensor.py
+
+bench-sparse: $(READY) ## What sparse staging reads, a few minutes; writes benchmarks/sparse.md
+	$(BIN)/python benchmarks/sparse.py
 
 lock: $(READY) ## Pin today's versions of everything into requirements.lock
 	$(BIN)/python -m pip install --quiet uv

@@ -31,7 +31,7 @@ COHERENT = 0.5  # mean cosine between seeds and centroid, an angle of 60 degrees
 ROWS_COMPARED = 1 << 16  # first rows of a table in which near-duplicates are looked for
 PAST_RUNS = 20
 YIELD_MAY_DIFFER = 0.1  # of what it was
-ONLY_A_PART = "not asked: only a part of the index is on the disk"
+ONLY_A_PART = "only a part of the index is on the disk"
 SEARCHES = ("knn_urls", "centroid_urls")
 
 Results = Iterator[dg.AssetCheckResult]
@@ -157,55 +157,50 @@ STAGED, CENTROID, KNN_URLS, CENTROID_URLS, COMBINED = map(
 # --- the staged index -----------------------------------------------------------------------------
 
 
-def of_staged_index(
-    opened: OpenIndex, cache_dir: Any, *, whole: bool = True
-) -> list[dg.AssetCheckResult]:
+def of_staged_index(opened: OpenIndex, cache_dir: Any) -> list[dg.AssetCheckResult]:
     """Compare index and metadata, and look for damage.
 
-    Args:
-        opened: the index.
-        cache_dir: the folder that the paths of its manifest are in.
-        whole: False where only a part is on the disk: then no row is looked at, as each would have to be
-            fetched, and no file read again.
-
+    Where only a part of it is on the disk no row is looked at: each would have to be fetched.
     """
     rows, metadata_rows = opened.index.rows, len(opened.metadata)
-    covers = _result(
-        "metadata_covers_the_index",
-        rows == metadata_rows,
-        WARN,
-        _coverage(rows, metadata_rows),
-        {"rows": rows, "metadata rows": metadata_rows},
-    )
-    if not whole:
-        return [
-            covers,
-            _result("metadata_belongs_to_the_index", True, WARN, ONLY_A_PART),
-            _result("staged_index_is_intact", True, ERROR, ONLY_A_PART),
-        ]
-    captions = audit.agreement(opened.index, opened.metadata)
-    files = [(str(cache_dir / f.path), f.checksum, f.size) for f in opened.manifest.files]
-    again = audit.to_read_again(files)
-    found = audit.soundness(opened.index, again)
+    whole = [file for file in opened.manifest.files if not file.sparse]
+    again = audit.to_read_again([(str(cache_dir / f.path), f.checksum, f.size) for f in whole])
+    partly = len(whole) < len(opened.manifest.files)
+    captions = None if partly else audit.agreement(opened.index, opened.metadata)
+    sound = None if partly else audit.soundness(opened.index)
+    wrong = [*audit.changed(again), *(sound.wrong if sound else [])]
+    read_again = f"{len(again):,} of {len(whole):,} files read again are as they were staged"
     return [
-        covers,
+        _result(
+            "metadata_covers_the_index",
+            rows == metadata_rows,
+            WARN,
+            _coverage(rows, metadata_rows),
+            {"rows": rows, "metadata rows": metadata_rows},
+        ),
         _result(
             "metadata_belongs_to_the_index",
-            captions.is_aligned,
+            captions is None or captions.is_aligned,
             WARN,
-            _agreement(captions),
-            {"words shared by neighbours": captions.near, "words shared by chance": captions.apart},
+            _agreement(captions) if captions else f"not asked: {ONLY_A_PART}",
+            {"words shared by neighbours": captions.near, "words shared by chance": captions.apart}
+            if captions
+            else None,
         ),
         _result(
             "staged_index_is_intact",
-            not found.wrong,
+            not wrong,
             ERROR,
-            "; ".join(found.wrong)
-            or f"{len(again):,} of {len(files):,} files read again and {found.rows:,} rows are sound; "
-            f"{found.without_vector:,} of these have no vector",
-            {"files read again": len(again), "rows without a vector": found.without_vector},
+            "; ".join(wrong) or f"{read_again}; {_rows_looked_at(sound)}",
+            {"rows without a vector": sound.without_vector} if sound else None,
         ),
     ]
+
+
+def _rows_looked_at(sound: audit.Soundness | None) -> str:
+    if sound is None:
+        return f"no row was looked at: {ONLY_A_PART}"
+    return f"{sound.rows:,} rows are in range, {sound.without_vector:,} of them without a vector"
 
 
 def _coverage(rows: int, metadata_rows: int) -> str:

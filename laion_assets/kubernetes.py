@@ -16,8 +16,10 @@ import dagster as dg
 
 VOLUME = "laion-index"
 ASSET_LABEL = "laion-assets/asset"
+CLAIM_LABEL = "laion-assets/claim"
+SPARSE = os.environ.get("LAION_STAGING") == "sparse"
 # Tags of assets, to be seen and searched for in the UI; where a step runs is decided by its op tags.
-RUNS_ON_NVME_NODE = {"laion_assets/runs_on": "nvme_node"}
+RUNS_WITH_INDEX = {"laion_assets/runs_on": "node_with_claim" if SPARSE else "nvme_node"}
 RUNS_ON_ANY_NODE = {"laion_assets/runs_on": "any_node"}
 ANY_NODE_RESOURCES = {"requests": {"cpu": "1", "memory": "4Gi"}, "limits": {"memory": "16Gi"}}
 
@@ -76,13 +78,52 @@ def on_any_node(asset: str) -> dict[str, Any]:
     }
 
 
-def on_nvme_node(asset: str, node: NvmeNode | None = None) -> dict[str, Any]:
-    """Op tags of an asset that touches the index.
+def with_index(asset: str, environment: Mapping[str, str] = os.environ) -> dict[str, Any]:
+    """Op tags of an asset that touches the index: a pod with a claim, where LAION_STAGING wants it.
+
+    A full copy is on a node with local NVMe. What sparse staging keeps is small, and any node does.
+    """
+    node = NvmeNode.from_environment(environment)
+    staging = environment.get("LAION_STAGING")
+    tags = on_node_with_claim(asset, node) if staging == "sparse" else on_nvme_node(asset, node)
+    if not staging:  # a bucket would be read sparse by default, which is not what NVMe is for
+        tags["dagster-k8s/config"]["container_config"]["env"].append(
+            {"name": "LAION_STAGING", "value": "full"}
+        )
+    return tags
+
+
+def on_nvme_node(asset: str, node: NvmeNode) -> dict[str, Any]:
+    """Op tags of an asset that touches the index, a full copy.
 
     All of them mount one claim on a local volume: the scheduler then puts every such pod on the node
     that holds the data, and the index is staged once.
     """
-    node = node or NvmeNode.from_environment(os.environ)
+    return _with_claim(
+        asset,
+        node,
+        {
+            "node_selector": dict([node.label.split("=")]),
+            "tolerations": [{"key": node.taint, "operator": "Exists", "effect": "NoSchedule"}],
+        },
+    )
+
+
+def on_node_with_claim(asset: str, node: NvmeNode) -> dict[str, Any]:
+    """Op tags of an asset that touches the index, staged sparse.
+
+    A disk that outlives its node follows the pods, but to one node at a time (ReadWriteOnce): where one
+    of them runs, the others go.
+    """
+    together = {
+        "label_selector": {"match_labels": {CLAIM_LABEL: node.claim}},
+        "topology_key": "kubernetes.io/hostname",
+    }
+    affinity = {"required_during_scheduling_ignored_during_execution": [together]}
+    return _with_claim(asset, node, {"affinity": {"pod_affinity": affinity}})
+
+
+def _with_claim(asset: str, node: NvmeNode, placement: Mapping[str, Any]) -> dict[str, Any]:
     return {
         "dagster-k8s/config": {
             "container_config": {
@@ -98,8 +139,7 @@ def on_nvme_node(asset: str, node: NvmeNode | None = None) -> dict[str, Any]:
                 },
             },
             "pod_spec_config": {
-                "node_selector": dict([node.label.split("=")]),
-                "tolerations": [{"key": node.taint, "operator": "Exists", "effect": "NoSchedule"}],
+                **placement,
                 "security_context": {
                     "run_as_non_root": True,
                     "fs_group": int(node.group),
@@ -109,7 +149,7 @@ def on_nvme_node(asset: str, node: NvmeNode | None = None) -> dict[str, Any]:
                 "volumes": [{"name": VOLUME, "persistent_volume_claim": {"claim_name": node.claim}}],
             },
             "pod_template_spec_metadata": {
-                "labels": {ASSET_LABEL: asset},
+                "labels": {ASSET_LABEL: asset, CLAIM_LABEL: node.claim},
                 "annotations": {"cluster-autoscaler.kubernetes.io/safe-to-evict": "false"},
             },
         }

@@ -6,6 +6,7 @@ measured, and logging.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import asdict
 from typing import Any
@@ -30,7 +31,6 @@ from laion_assets.presentation import (
 )
 from laion_assets.retrieval.arrays import Floats
 from laion_assets.retrieval.combine import CombinedFunnel
-from laion_assets.retrieval.errors import InputError
 from laion_assets.retrieval.retrieve import Retrieval
 from laion_assets.retrieval.tables import Provenance
 
@@ -63,9 +63,15 @@ def of_search(
         "settings": settings_table(provenance.settings),
         **_labelled(counts),
         "yield": round(found.funnel.yielded, 4),
-        "recall of nprobe": round(found.recall, 4),
+        "recall of nprobe": _recall(found),
         **_made_from(provenance),
     }
+
+
+def _recall(found: Retrieval) -> float | str:
+    if math.isnan(found.recall):
+        return "not measured: sparse staging reads no lists but those that are probed"
+    return round(found.recall, 4)
 
 
 def of_combined(
@@ -79,9 +85,6 @@ def of_combined(
 ) -> dict[str, Any]:
     """Report the combined table; `sources` are the URL sets it was made of, by what they are."""
     made = {title: Provenance.from_footer(t.footer, t.where) for title, t in sources.items()}
-    for title, each in made.items():
-        if not each.counts:
-            raise InputError(f"{sources[title].where} is of an older version: materialize it again")
     searches = {title: each.counts for title, each in made.items()}
     total = summed(searches.values())
     united = asdict(funnel)

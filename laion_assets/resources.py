@@ -27,19 +27,22 @@ from laion_assets.retrieval.seeds import (
     read_settings,
 )
 from laion_assets.retrieval.staging import (
+    DEFAULT_BUDGET,
     STAGE_AGAIN,
     NotStagedError,
     OpenIndex,
     Source,
     Staged,
     open_staged,
+    read_bytes,
     stage,
     verified_manifest,
     version_of,
 )
+from laion_assets.retrieval.storage import on_this_machine
 
 DATA = Path("data")  # the one project folder; dagster.yaml keeps Dagster's own storage there too
-Staging = Literal["full", "in-place"]
+Staging = Literal["full", "sparse", "in-place"]
 LostIndex = Literal["restage", "fail"]
 
 
@@ -51,7 +54,9 @@ class LaionIndex:
         index_uri: folder of the index, a local path or any fsspec URL.
         metadata_uri: folder of the metadata, when it lies elsewhere or is only a part.
         cache_dir: local directory the index is staged to.
-        staging: `full` copies it there, `in-place` uses a local index where it is.
+        staging: `full` copies it there, `sparse` reads only what requests touch, `in-place` uses a local
+            index where it is.
+        sparse_budget: bytes that what was read for requests may take.
         metadata_columns: names of the url and caption columns, when unusual.
         lost_index: what a step that needs the index does on a disk that lacks it: `restage` or `fail`.
         block_list_uri: file of the images that must not get into any table.
@@ -62,6 +67,7 @@ class LaionIndex:
     metadata_uri: str | None
     cache_dir: Path
     staging: str
+    sparse_budget: int
     metadata_columns: Mapping[str, str]
     lost_index: str
     block_list_uri: str | None
@@ -73,6 +79,7 @@ class LaionIndex:
             self.metadata_uri,
             self.cache_dir,
             in_place=self.staging == "in-place",
+            sparse=self.staging == "sparse",
             log=log,
         )
 
@@ -103,9 +110,11 @@ class LaionIndex:
         return read_block_list(self.block_list_uri) if self.block_list_uri else None
 
     @contextmanager
-    def open(self) -> Iterator[OpenIndex]:
+    def open(self, log: Callable[[str], None]) -> Iterator[OpenIndex]:
         """Open the staged index after verifying it; nobody changes it until the block ends."""
-        with open_staged(self.cache_dir, self.metadata_columns) as opened:
+        with open_staged(
+            self.cache_dir, self.metadata_columns, budget=self.sparse_budget, log=log
+        ) as opened:
             yield opened
 
 
@@ -150,14 +159,22 @@ class Pictures:
 
 
 def index_from(environment: Mapping[str, str]) -> LaionIndex:
-    """Where the index is, from the environment; the demo's when nothing is set."""
+    """Where the index is, from the environment; the demo's when nothing is set.
+
+    To copy a folder of this machine costs little, to copy a bucket's terabytes a lot: of those, only what
+    requests touch is read unless it is said otherwise.
+    """
+    index_uri = environment.get("LAION_INDEX_URI") or _default("index")
+    usual = "full" if on_this_machine(index_uri) else "sparse"
+    budget = environment.get("LAION_SPARSE_BUDGET")
     return LaionIndex(
-        index_uri=environment.get("LAION_INDEX_URI") or _default("index"),
+        index_uri=index_uri,
         metadata_uri=environment.get("LAION_METADATA_URI") or None,
         cache_dir=Path(environment.get("LAION_CACHE_DIR") or _default("cache")),
-        staging=_choice(environment, "LAION_STAGING", get_args(Staging)),
+        staging=_choice(environment, "LAION_STAGING", get_args(Staging), usual),
+        sparse_budget=read_bytes(budget, "LAION_SPARSE_BUDGET") if budget else DEFAULT_BUDGET,
         metadata_columns=_columns(environment.get("LAION_METADATA_COLUMNS", "")),
-        lost_index=_choice(environment, "LAION_LOST_INDEX", get_args(LostIndex)),
+        lost_index=_choice(environment, "LAION_LOST_INDEX", get_args(LostIndex), "restage"),
         block_list_uri=environment.get("LAION_BLOCK_LIST") or None,
     )
 
@@ -175,7 +192,7 @@ def output_from(environment: Mapping[str, str]) -> str:
 def pictures_from(environment: Mapping[str, str]) -> Pictures:
     """Whether pages show pictures from elsewhere, from the environment."""
     return Pictures(
-        remote=_choice(environment, "LAION_SHOW_REMOTE_PICTURES", ("false", "true")) == "true"
+        remote=_choice(environment, "LAION_SHOW_REMOTE_PICTURES", ("false", "true"), "false") == "true"
     )
 
 
@@ -197,11 +214,12 @@ def storage_kind(uri: str) -> str:
     return {"gs": "gcs", "file": "local"}.get(scheme, scheme)
 
 
-def _choice(environment: Mapping[str, str], variable: str, allowed: Sequence[str]) -> str:
-    """One of a few words, the first when it is not set."""
-    chosen = environment.get(variable) or allowed[0]
+def _choice(environment: Mapping[str, str], variable: str, allowed: Sequence[str], default: str) -> str:
+    """One of a few words."""
+    chosen = environment.get(variable) or default
     if chosen not in allowed:
-        raise InputError(f"{variable} is {chosen!r}: set it to {' or '.join(allowed)}")
+        *most, last = allowed
+        raise InputError(f"{variable} is {chosen!r}: set it to {', '.join(most)} or {last}")
     return chosen
 
 

@@ -15,6 +15,13 @@ PIECE = 1 << 16
 HOP_BY_HOP = {"connection", "date", "server", "transfer-encoding", "content-length"}
 
 
+class ManyAtOnce(ThreadingHTTPServer):
+    """A server that takes as many connections at once as readers have threads."""
+
+    daemon_threads = True
+    request_queue_size = 256
+
+
 class Proxy:
     """Passes requests on, but for reads of objects that a rule takes for itself.
 
@@ -46,8 +53,7 @@ class Proxy:
             def do_GET(self) -> None:
                 proxy.answer(self)
 
-        self._server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-        self._server.daemon_threads = True
+        self._server = ManyAtOnce(("127.0.0.1", 0), Handler)
         self.url = f"http://127.0.0.1:{self._server.server_port}"
         threading.Thread(target=self._server.serve_forever, daemon=True).start()
 

@@ -16,7 +16,7 @@ from laion_assets.cli import main
 from laion_assets.definitions import build_defs
 from laion_assets.launcher import LocalRunLauncher
 from laion_assets.resources import index_from, output_from, seeds_from
-from laion_assets.retrieval.staging import stage
+from laion_assets.retrieval.staging import read_bytes, stage
 from laion_assets.settings import DEFAULTS
 
 PACKAGE = REPOSITORY / "laion_assets"
@@ -155,7 +155,9 @@ def test_the_readme_tells_the_defaults_there_are():
     }
     for name, place in places.items():
         assert Path.cwd() / table[name].strip("`") == Path(place)
-    assert table["STAGING"] == f"`{index.staging}`"
+    bucket = index_from({"LAION_INDEX_URI": "gs://bucket/index"})
+    assert table["STAGING"] == f"`{index.staging}` from a folder, `{bucket.staging}` from elsewhere"
+    assert read_bytes(table["SPARSE_BUDGET"], "") == index.sparse_budget
 
 
 # --- the README -----------------------------------------------------------------------------------

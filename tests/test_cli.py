@@ -223,7 +223,7 @@ MISTAKES: dict[str, tuple[list[str], dict[str, str], int, str]] = {
     ),
     "a way of staging that is none": (
         ["materialize", "flower"], {"LAION_STAGING": "inplace"}, 1,
-        "error: LAION_STAGING is 'inplace': set it to full or in-place",
+        "error: LAION_STAGING is 'inplace': set it to full, sparse or in-place",
     ),
     "a demo that is none": (
         ["demo"], {"LAION_INDEX_URI": "/elsewhere"}, 1,

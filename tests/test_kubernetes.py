@@ -9,7 +9,7 @@ import os
 import re
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -32,7 +32,8 @@ from test_architecture import variables_read
 from laion_assets import claim
 from laion_assets import kubernetes as placement
 from laion_assets.definitions import ASSETS, build_defs
-from laion_assets.kubernetes import NvmeNode, executor, on_nvme_node, retry_policy
+from laion_assets.kubernetes import NvmeNode, executor, on_nvme_node, retry_policy, with_index
+from laion_assets.retrieval.staging import read_bytes
 from laion_assets.step_pods import RENEW, why_it_cannot_start
 
 ON_NVME = {"staged_laion_index", "knn_urls", "centroid_urls"}
@@ -44,7 +45,7 @@ def validate(manifest: dict[str, Any]) -> None:
     kubernetes_validate.validate(manifest, KUBERNETES, strict=True)
 
 
-def step_pod(asset: dg.AssetsDefinition) -> dict[str, Any]:
+def step_pod(asset: dg.AssetsDefinition, tags: Mapping[str, Any] | None = None) -> dict[str, Any]:
     """The Job of a step as `k8s_job_executor` makes it: the launcher's, the code location's, its own."""
     launcher = K8sRunLauncher(
         **run_launcher(),
@@ -57,7 +58,7 @@ def step_pod(asset: dg.AssetsDefinition) -> dict[str, Any]:
     )
     for more in (
         K8sContainerContext.create_from_config(container_context()),
-        K8sContainerContext(run_k8s_config=get_user_defined_k8s_config(asset.op.tags)),
+        K8sContainerContext(run_k8s_config=get_user_defined_k8s_config(tags or asset.op.tags)),
     ):
         context = context.merge(more)
     job = construct_dagster_k8s_job(
@@ -253,15 +254,50 @@ def test_every_manifest_is_one_that_kubernetes_accepts():
             validate(manifest)
 
 
-def test_the_kustomization_has_all_of_it_but_the_proxy():
+def test_the_kustomization_has_all_of_it_but_the_proxy_and_the_other_claim():
     listed = set(yaml.safe_load((K8S / "kustomization.yaml").read_text())["resources"])
     there = {path.name for path in K8S.glob("*.yaml")}
-    assert listed == there - {"kustomization.yaml", "values.yaml", "iap.yaml"}
+    assert listed == there - {"kustomization.yaml", "values.yaml", "iap.yaml", "sparse-claim.yaml"}
+
+
+def test_the_claim_of_sparse_staging_has_the_same_name_and_room_for_the_budget():
+    (claim,), (usual,) = manifests("sparse-claim.yaml"), manifests("claim.yaml")
+    assert claim["metadata"] == usual["metadata"]
+    assert claim["spec"]["accessModes"] == ["ReadWriteOnce"]
+    readme = (K8S / "README.md").read_text()
+    (budget,) = re.findall(r"name: LAION_SPARSE_BUDGET, value: (\w+)", readme)
+    room = read_bytes(claim["spec"]["resources"]["requests"]["storage"] + "B", "storage")
+    assert 0.7 * room < read_bytes(budget, "LAION_SPARSE_BUDGET") < 0.9 * room
+
+
+def test_sparse_pods_go_to_any_node_but_together(monkeypatch):
+    monkeypatch.setattr(kubernetes.config, "load_kube_config", lambda *_, **__: None)
+    for name in ON_NVME:
+        asked = with_index(name, {"LAION_STAGING": "sparse"})
+        tags = {key: json.dumps(value) for key, value in asked.items()}
+        (asset,) = [asset for asset in ASSETS if asset.key.path[-1] == name]
+        job = step_pod(asset, tags)
+        validate(job)
+        template = job["spec"]["template"]
+        assert not {"nodeSelector", "tolerations"} & template["spec"].keys()
+        (term,) = template["spec"]["affinity"]["podAffinity"][
+            "requiredDuringSchedulingIgnoredDuringExecution"
+        ]
+        assert term["topologyKey"] == "kubernetes.io/hostname"
+        assert term["labelSelector"]["matchLabels"].items() <= template["metadata"]["labels"].items()
+
+
+@pytest.mark.parametrize(("said", "read_by_pods"), [(None, "full"), ("full", None), ("in-place", None)])
+def test_pods_on_nvme_stage_fully_unless_it_is_said_otherwise(said, read_by_pods):
+    tags = with_index("knn_urls", {"LAION_STAGING": said} if said else {})["dagster-k8s/config"]
+    told = {variable["name"]: variable["value"] for variable in tags["container_config"]["env"]}
+    assert told.get("LAION_STAGING") == read_by_pods
+    assert "node_selector" in tags["pod_spec_config"]
 
 
 def test_claim_class_label_and_taint_are_the_same_everywhere():
     node = NvmeNode()
-    wanted = of_kind("PersistentVolumeClaim")
+    (wanted,) = manifests("claim.yaml")
     assert wanted["metadata"]["name"] == node.claim
     storage = of_kind("StorageClass")
     assert wanted["spec"]["storageClassName"] == storage["metadata"]["name"]

@@ -13,7 +13,7 @@ import dagster as dg
 
 from laion_assets import checks
 from laion_assets.failures import as_failures
-from laion_assets.kubernetes import RETRY_POLICY, RUNS_ON_NVME_NODE, on_nvme_node
+from laion_assets.kubernetes import RETRY_POLICY, RUNS_WITH_INDEX, with_index
 from laion_assets.observations import last_version, observe
 from laion_assets.partitions import require_seed_set
 from laion_assets.resources import LaionIndex
@@ -36,8 +36,8 @@ laion_index_source = dg.AssetSpec(
     deps=[laion_index_source],
     group_name="index",
     kinds={"faiss", "arrow"},
-    tags=RUNS_ON_NVME_NODE,
-    op_tags=on_nvme_node("staged_laion_index"),
+    tags=RUNS_WITH_INDEX,
+    op_tags=with_index("staged_laion_index"),
     retry_policy=RETRY_POLICY,
     pool="staging",
     code_version="1",
@@ -55,7 +55,7 @@ def staged_laion_index(
         require_seed_set(context)
         staged = laion_index.stage(context.log.info)
         observe(context, laion_index_source.key, staged.source_version)
-        with laion_index.open() as opened:
+        with laion_index.open(context.log.info) as opened:
             rows, metadata_rows = opened.index.rows, len(opened.metadata)
             dimension, nlist = opened.index.dimension, opened.index.nlist
             checked = checks.of_staged_index(opened, laion_index.cache_dir)
@@ -87,7 +87,7 @@ def open_index(context: dg.AssetExecutionContext, laion_index: LaionIndex) -> It
         _restage(context, laion_index)
     elif missing:
         _look_again(context, laion_index)
-    with laion_index.open() as index:
+    with laion_index.open(context.log.info) as index:
         yield index
 
 
@@ -123,6 +123,7 @@ def _figures(staged: Staged, laion_index: LaionIndex) -> dict[str, Any]:
         "fingerprint": staged.manifest.fingerprint,
         "files": len(staged.manifest.files),
         "bytes": staged.manifest.size,
+        "bytes on the disk": staged.manifest.bytes_on_disk(laion_index.cache_dir),
         "bytes fetched": staged.bytes_fetched,
         "bytes reused": staged.bytes_reused,
         "bytes per second": round(staged.bytes_fetched / staged.seconds),
@@ -134,9 +135,10 @@ def _figures(staged: Staged, laion_index: LaionIndex) -> dict[str, Any]:
 
 def _sentence(staged: Staged, laion_index: LaionIndex) -> str:
     in_place = laion_index.staging == "in-place"
+    where = {"in-place": "used where they are", "sparse": f"to come to {laion_index.cache_dir} as needed"}
     parts = [
         f"{len(staged.manifest.files)} files, {staged.manifest.size:,} bytes "
-        + ("used where they are" if in_place else f"in {laion_index.cache_dir}")
+        + where.get(laion_index.staging, f"in {laion_index.cache_dir}")
     ]
     if staged.bytes_fetched:
         done = "checked" if in_place else "fetched"

@@ -5,11 +5,13 @@ Dagster's concept: https://docs.dagster.io/guides/build/assets
 """
 
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import ExitStack
 from dataclasses import asdict, replace
 from typing import Any
 
 import dagster as dg
+import pyarrow as pa
 
 from laion_assets import checks, reports
 from laion_assets.assets.index import open_index
@@ -18,9 +20,9 @@ from laion_assets.io_managers import StoredTable, TableOutput
 from laion_assets.kubernetes import (
     RETRY_POLICY,
     RUNS_ON_ANY_NODE,
-    RUNS_ON_NVME_NODE,
+    RUNS_WITH_INDEX,
     on_any_node,
-    on_nvme_node,
+    with_index,
 )
 from laion_assets.partitions import seed_sets
 from laion_assets.past_runs import yield_for
@@ -31,6 +33,7 @@ from laion_assets.retrieval.index import FURTHER
 from laion_assets.retrieval.progress import Progress
 from laion_assets.retrieval.retrieve import PICTURES, Funnel, Request, Retrieval, retrieve
 from laion_assets.retrieval.seeds import embeddings_of
+from laion_assets.retrieval.staging import OpenIndex
 from laion_assets.retrieval.tables import Provenance, Table
 from laion_assets.settings import CHOSEN, RetrievalConfig, Settings
 from laion_assets.settings_check import SETTINGS_AS_NOW, settings_as_now
@@ -45,8 +48,8 @@ Outputs = Iterator[dg.MaterializeResult[TableOutput] | dg.AssetCheckResult]
     group_name="urls",
     kinds={"faiss", "parquet"},
     partitions_def=seed_sets,
-    tags=RUNS_ON_NVME_NODE,
-    op_tags=on_nvme_node("knn_urls"),
+    tags=RUNS_WITH_INDEX,
+    op_tags=with_index("knn_urls"),
     retry_policy=RETRY_POLICY,
     pool="retrieval",
     code_version="2",
@@ -73,8 +76,8 @@ def knn_urls(
     group_name="urls",
     kinds={"faiss", "parquet"},
     partitions_def=seed_sets,
-    tags=RUNS_ON_NVME_NODE,
-    op_tags=on_nvme_node("centroid_urls"),
+    tags=RUNS_WITH_INDEX,
+    op_tags=with_index("centroid_urls"),
     retry_policy=RETRY_POLICY,
     pool="retrieval",
     code_version="2",
@@ -111,7 +114,8 @@ def _retrieved(
         seeds = len(queries) if per_seed else vectors.read(["seeds"])["seeds"][0].as_py()
         conditions = conditions_in(asked.filters or "", asked.origins.get("filters", ""))
         filters = Filters(conditions, laion_index.block_list())
-    with as_failures(), open_index(context, laion_index) as opened:
+    with as_failures(), ExitStack() as until_read:
+        opened = until_read.enter_context(open_index(context, laion_index))
         settings = asked.sized(seeds, expected, opened.index.rows)
         k = settings.values()["nb_images_knn" if per_seed else "nb_images_centroid"]
         if asked.target_images:
@@ -162,10 +166,12 @@ def _retrieved(
                 )
             title = reports.AROUND_SEEDS if per_seed else reports.AROUND_CENTROID
             told = reports.of_search(stored, found, made(), title, remote_pictures=pictures.remote)
+            told |= _fetched(opened)
             written.append((stored, told))
             return told
 
-        table = Table(found.table.schema, found.table.batches, footer)
+        batches = _closing(until_read, found.table.batches)
+        table = Table(found.table.schema, batches, footer)
         yield dg.MaterializeResult(value=TableOutput(table, report))
     ((stored, told),) = written
     with as_failures():
@@ -242,6 +248,26 @@ def combined_urls(
             checks.yield_as_before(context, told),
         ]
     yield from checks.telling(context, [*results, as_now])
+
+
+def _closing(stack: ExitStack, batches: Iterable[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:
+    """Close the index where reading it fails.
+
+    Dagster does not come back to the asset then, and another step of this process may have to stage the
+    index again.
+    """
+    try:
+        yield from batches
+    except BaseException:
+        stack.close()
+        raise
+
+
+def _fetched(opened: OpenIndex) -> dict[str, int]:
+    """What this request had to read from the source, where the index is staged sparse."""
+    if not any(file.sparse for file in opened.manifest.files):
+        return {}
+    return {"bytes fetched": opened.fetched.fetched, "reads of the bucket": opened.fetched.reads}
 
 
 def _shortfall(found: Retrieval) -> str:

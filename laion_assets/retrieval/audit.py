@@ -139,11 +139,11 @@ def _common(ours: Iterable[frozenset[str]], theirs: Iterable[frozenset[str]]) ->
 
 @dataclass(frozen=True)
 class Soundness:
-    """What damage was found in a staged index.
+    """What is wrong with rows of a staged index.
 
     Attributes:
-        wrong: sentences; none where every search can be trusted.
-        rows: of the index that were looked at.
+        wrong: sentences.
+        rows: that were looked at.
         without_vector: of these, zero or not finite: a search finds the others.
 
     """
@@ -153,19 +153,9 @@ class Soundness:
     without_vector: int
 
 
-def soundness(index: Index, files: Iterable[tuple[str, str, int]]) -> Soundness:
-    """Look for damage in a staged index: files read again, rows of large ones looked at.
-
-    Args:
-        index: opened.
-        files: those that `to_read_again` chose.
-
-    """
-    wrong = [
-        f"{path} is no longer what was staged: its checksum differs"
-        for path, checksum, _ in files
-        if _checksum(path) != checksum
-    ]
+def soundness(index: Index) -> Soundness:
+    """Look at rows of an index from many places."""
+    wrong = []
     ids, present = _rows_with_vectors(index)
     odd = ids[(ids < 0) | (ids >= index.rows)]
     if len(odd):
@@ -180,6 +170,20 @@ def _rows_with_vectors(index: Index) -> tuple[Ids, Mask]:
     sample = [(ids, vectors.any(axis=1)) for ids, vectors in index.sample(LISTS, SOUND_OF_A_LIST)]
     ids, present = zip((np.empty(0, np.int64), np.empty(0, np.bool_)), *sample, strict=True)
     return np.concatenate(ids), np.concatenate(present)
+
+
+def changed(files: Iterable[tuple[str, str, int]]) -> list[str]:
+    """Read files again and say which are not what was staged.
+
+    Args:
+        files: those that `to_read_again` chose.
+
+    """
+    return [
+        f"{path} is no longer what was staged: its checksum differs"
+        for path, checksum, _ in files
+        if _checksum(path) != checksum
+    ]
 
 
 def to_read_again(files: Sequence[tuple[str, str, int]]) -> list[tuple[str, str, int]]:

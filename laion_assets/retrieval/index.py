@@ -8,6 +8,7 @@ What must not live here: near-duplicates, metadata, where files come from.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
@@ -22,11 +23,13 @@ from laion_assets.retrieval.arrays import Bytes, Floats, Ids
 from laion_assets.retrieval.console import silent_stdout
 from laion_assets.retrieval.errors import InputError
 from laion_assets.retrieval.parallel import in_threads, one_blas_thread
+from laion_assets.retrieval.ranges import Disk, Hold, Ranges, WholeFiles, ranges_of, union
 from laion_assets.retrieval.vectors import unit
 
 MIN_NPROBE = 64
 QUERIES_AT_ONCE = 16
 ROUNDING = 1e-6  # scores of the same row in two scans differ by less
+ID_SIZE = 8  # bytes of a row's id in a list
 FURTHER = 4  # how many times the lists a check of the recall looks into
 ORTHONORMAL = 1e-4  # how far from it a matrix may be that faiss trained to be orthonormal
 UNSUPPORTED = (faiss.IndexIDMap, faiss.IndexRefine, faiss.IndexFastScan, faiss.IndexIVFFastScan)
@@ -57,6 +60,7 @@ class Index:
     Args:
         path: the faiss file.
         lists: its on-disk inverted lists, if they are a file of their own beside it.
+        disk: is told which parts of that file are about to be read.
 
     Raises:
         InputError: not a whole faiss index, lists shorter than their table, another metric or kind.
@@ -64,7 +68,7 @@ class Index:
     To be used by one thread at a time: how far a search looks is set on the index itself.
     """
 
-    def __init__(self, path: Path, lists: Path | None = None) -> None:
+    def __init__(self, path: Path, lists: Path | None = None, disk: Disk | None = None) -> None:
         self._index = _read(path, on_disk_lists=lists is not None)
         if self._index.metric_type != faiss.METRIC_INNER_PRODUCT:
             raise InputError(
@@ -73,9 +77,12 @@ class Index:
             )
         _check_kind(self._index, path)
         self._ivf = faiss.try_extract_index_ivf(self._index)
+        self._lists: InvertedLists | None = None
         if self._ivf is not None:
             self._ivf = faiss.downcast_index(self._ivf)
-            _check_lists_are_whole(self._ivf, lists or path)
+            self._lists = _lists_of(self._ivf, lists or path)
+            _check_lists_are_whole(self._lists)
+        self._disk = disk or WholeFiles()
         self.dimension: int = self._index.d
         self.rows: int = self._index.ntotal
 
@@ -110,39 +117,58 @@ class Index:
         """
         k = min(k, self.rows)
         queries = np.ascontiguousarray(queries, dtype=np.float32)
-        if self._ivf is None:
-            similarity, places = self._index.search(queries, k)
-        else:
-            similarity, places = self._search_lists(self._transformed(queries), k, nprobe)
-        found = places >= 0
-        rows, number = np.unique(places[found], return_inverse=True)
-        row_ids, codes = self._rows_at(rows)
+        with self._disk.hold() as held:
+            if self._ivf is None:
+                similarity, places = self._index.search(queries, k)
+            else:
+                similarity, places = self._search_lists(held, self._transformed(queries), k, nprobe)
+            found = places >= 0
+            rows, number = np.unique(places[found], return_inverse=True)
+            row_ids, codes = self._rows_at(held, rows)
         ids, code = np.full_like(places, -1), np.full_like(places, -1)
         ids[found], code[found] = row_ids[number], number
         query = np.arange(len(ids))[:, None]
         order = np.lexsort((ids, -similarity), axis=1)  # faiss orders ties differently in batches
         return Hits(ids[query, order], similarity[query, order], code[query, order], codes)
 
-    def _search_lists(self, transformed: Floats, k: int, nprobe: int | None) -> tuple[Floats, Ids]:
-        """Return similarity and place (list << 32 | row in it) of the rows nearest to each query."""
+    def _search_lists(
+        self, held: Hold, transformed: Floats, k: int, nprobe: int | None
+    ) -> tuple[Floats, Ids]:
+        """Return similarity and place (list << 32 | row in it) of the rows nearest to each query.
+
+        Which lists are nearest is settled first, and once: what is held is what is searched.
+        """
+        parameters = self._parameters(nprobe)
+        lists = np.empty((len(transformed), parameters.nprobe), np.int64)
+        nearness = np.empty(lists.shape, np.float32)
         similarity = np.empty((len(transformed), k), np.float32)
         places = np.empty((len(transformed), k), np.int64)
-        parameters = self._parameters(nprobe)
+        portions = [
+            slice(first, first + QUERIES_AT_ONCE) for first in range(0, len(transformed), QUERIES_AT_ONCE)
+        ]
 
-        def search_some(first: int) -> None:
+        def choose_lists(some: slice) -> None:
+            nearness[some], lists[some] = self._ivf.quantizer.search(transformed[some], parameters.nprobe)
+
+        def search(some: slice) -> None:
             # In threads of ours: this call of faiss, the one that returns places, uses one.
-            some = slice(first, first + QUERIES_AT_ONCE)
-            nearness, lists = self._ivf.quantizer.search(transformed[some], parameters.nprobe)
             self._ivf.search_preassigned_c(
-                len(lists), faiss.swig_ptr(transformed[some]), k, faiss.swig_ptr(lists),
-                faiss.swig_ptr(nearness), faiss.swig_ptr(similarity[some]), faiss.swig_ptr(places[some]),
-                True, parameters,
+                len(lists[some]), faiss.swig_ptr(transformed[some]), k, faiss.swig_ptr(lists[some]),
+                faiss.swig_ptr(nearness[some]), faiss.swig_ptr(similarity[some]),
+                faiss.swig_ptr(places[some]), True, parameters,
             )  # fmt: skip
 
-        in_threads(search_some, range(0, len(transformed), QUERIES_AT_ONCE))
+        in_threads(choose_lists, portions)
+        self._need(held, np.unique(lists[lists >= 0]))
+        in_threads(search, portions)
         return similarity, places
 
-    def _rows_at(self, places: Ids) -> tuple[Ids, Bytes]:
+    def _need(self, held: Hold, lists: Ids, rows: Ids | int | None = None) -> None:
+        """See that lists are on the disk, or so many rows of each; nothing is read without."""
+        if self._lists is not None and not self._disk.whole:
+            held.need({self._lists.path: self._lists.ranges(lists, rows)})
+
+    def _rows_at(self, held: Hold, places: Ids) -> tuple[Ids, Bytes]:
         """Return ids and codes of the rows at some places, ascending."""
         if self._ivf is None:
             vectors = (
@@ -154,7 +180,9 @@ class Index:
         ids, codes = np.empty_like(places), np.empty((len(places), wide + size), np.uint8)
         codes[:, :wide] = _list_bytes(lists, wide)
         stored = self._ivf.invlists
-        for first, last in pairwise(np.flatnonzero(np.diff(lists, prepend=-1, append=-1))):
+        edges = np.flatnonzero(np.diff(lists, prepend=-1, append=-1))
+        self._need(held, lists[edges[:-1]], rows[edges[1:] - 1] + 1)
+        for first, last in pairwise(edges):
             number = int(lists[first])
             length, there = stored.list_size(number), rows[first:last]
             ids[first:last] = faiss.rev_swig_ptr(stored.get_ids(number), length)[there]
@@ -168,7 +196,8 @@ class Index:
         """Measure which share of what the queries found is also found when probing further.
 
         The same queries at `FURTHER` times the lists: of the rows received, those that no other row
-        pushes out count. Cheap, because only rows better than the worst received are collected.
+        pushes out count. Cheap, because only rows better than the worst received are collected. NaN
+        where lists come from far when they are needed: nobody has asked for the further ones.
 
         Args:
             queries: (q, dimension) float32.
@@ -177,6 +206,8 @@ class Index:
         """
         if self._ivf is None or nprobe is None or nprobe >= self.nlist or not (hits.ids >= 0).any():
             return 1.0
+        if not self._disk.whole:
+            return math.nan
         parameters = self._parameters(FURTHER * nprobe)
         stayed = received = 0
         sampled = slice(len(queries))
@@ -210,18 +241,19 @@ class Index:
         """
         random = np.random.default_rng(0)
         decode = self.decoder().decode_to_compare
-        if self._ivf is None:
-            some = np.sort(random.permutation(self.rows)[: lists * rows])
-            ids, codes = self._rows_at(some)
-            yield ids, unit(decode(codes))
-            return
-        lengths = np.array([self._ivf.invlists.list_size(number) for number in range(self.nlist)])
-        filled = np.flatnonzero(lengths)
-        for number in np.sort(random.permutation(filled)[:lists]):
-            start = random.integers(max(lengths[number] - rows, 0) + 1)
-            stop = min(start + rows, lengths[number])
-            ids, codes = self._rows_at((number << 32) + np.arange(start, stop))
-            yield ids, unit(decode(codes))
+        with self._disk.hold() as held:
+            if self._ivf is None:
+                some = np.sort(random.permutation(self.rows)[: lists * rows])
+                ids, codes = self._rows_at(held, some)
+                yield ids, unit(decode(codes))
+                return
+            lengths = np.array([self._ivf.invlists.list_size(number) for number in range(self.nlist)])
+            filled = np.flatnonzero(lengths)
+            for number in np.sort(random.permutation(filled)[:lists]):
+                start = random.integers(max(lengths[number] - rows, 0) + 1)
+                stop = min(start + rows, lengths[number])
+                ids, codes = self._rows_at(held, (number << 32) + np.arange(start, stop))
+                yield ids, unit(decode(codes))
 
     @property
     def code_size(self) -> int:
@@ -441,17 +473,59 @@ def _check_kind(index: Any, path: Path) -> None:
         )
 
 
-def _check_lists_are_whole(ivf: Any, path: Path) -> None:
+@dataclass(frozen=True)
+class InvertedLists:
+    """Where inverted lists are in their file: all codes of a list, then all its ids.
+
+    Attributes:
+        path: of the file.
+        offset: (lists,) where each begins.
+        capacity: (lists,) rows that each has room for.
+        size: (lists,) rows of each.
+        code_size: bytes of a code.
+
+    """
+
+    path: Path
+    offset: Ids
+    capacity: Ids
+    size: Ids
+    code_size: int
+
+    @property
+    def end(self) -> int:
+        """Bytes that the file must have."""
+        return int((self.offset + self.capacity * (self.code_size + ID_SIZE)).max(initial=0))
+
+    def ranges(self, numbers: Ids, first: Ids | int | None = None) -> Ranges:
+        """What is read of some lists, or of so many rows at the beginning of each."""
+        codes, rows = self.offset[numbers], self.size[numbers]
+        rows = rows if first is None else np.minimum(rows, first)
+        ids = codes + self.capacity[numbers] * self.code_size
+        return union(
+            ranges_of(codes, codes + rows * self.code_size), ranges_of(ids, ids + rows * ID_SIZE)
+        )
+
+
+def _lists_of(ivf: Any, path: Path) -> InvertedLists | None:
+    """Read the lists' table; None where they are not on disk."""
+    stored = faiss.downcast_InvertedLists(ivf.invlists)
+    if not isinstance(stored, faiss.OnDiskInvertedLists):
+        return None
+    table = [(one.offset, one.capacity, one.size) for one in map(stored.lists.at, range(ivf.nlist))]
+    # An offset means nothing where there is no room for a row.
+    rows = np.array([(offset if room else 0, room, size) for offset, room, size in table], np.int64)
+    offset, capacity, size = rows.reshape(-1, 3).T
+    return InvertedLists(path, offset, capacity, size, stored.code_size)
+
+
+def _check_lists_are_whole(lists: InvertedLists | None) -> None:
     """Compare the size of the lists' file with their table: reading past its end kills the process."""
-    lists = faiss.downcast_InvertedLists(ivf.invlists)
-    if not isinstance(lists, faiss.OnDiskInvertedLists):
+    if lists is None:
         return
-    table = lists.lists
-    row = lists.code_size + 8  # a code and an int64 id
-    end = max((t.offset + t.capacity * row for t in map(table.at, range(ivf.nlist))), default=0)
-    size = path.stat().st_size
-    if size < end:
+    size = lists.path.stat().st_size
+    if size < lists.end:
         raise InputError(
-            f"{path} has {size:,} bytes, its inverted lists need {end:,}: it is truncated; stage the "
-            "index again, and if it stays, copy the file to the source again"
+            f"{lists.path} has {size:,} bytes, its inverted lists need {lists.end:,}: it is truncated; "
+            "stage the index again, and if it stays, copy the file to the source again"
         )

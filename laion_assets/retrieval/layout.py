@@ -66,6 +66,11 @@ def metadata_files(names: Iterable[str], where: str) -> tuple[str, ...]:
     )
 
 
+def read_in_parts(name: str) -> bool:
+    """Tell whether a request reads only parts of a file, and which ones is known before it does."""
+    return name == INVERTED_LISTS or name.endswith(METADATA_SUFFIXES[0])
+
+
 def _some(names: Iterable[str]) -> str:
     listed = sorted(names)
     if not listed:

@@ -6,7 +6,8 @@ is concatenated that was not asked for. What must not live here: knowledge of fa
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections import defaultdict
+from collections.abc import Iterator, Mapping, Sequence
 from itertools import pairwise
 from pathlib import Path
 from typing import Protocol
@@ -15,8 +16,10 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from laion_assets.retrieval import arrow_layout
 from laion_assets.retrieval.arrays import Ids, Mask
 from laion_assets.retrieval.errors import InputError
+from laion_assets.retrieval.ranges import Disk, Hold, Ranges, WholeFiles, ranges_of, union
 
 URL_COLUMNS = ("url", "URL", "image_url", "image_path")
 CAPTION_COLUMNS = ("caption", "TEXT", "text", "alt")
@@ -33,8 +36,21 @@ TRAVELLING_COLUMNS = (
 class Rows(Protocol):
     """One metadata file as a sequence of batches."""
 
+    path: Path
     schema: pa.Schema
     batch_lengths: list[int]
+
+    def needs(self, number: int, places: Ids, columns: Sequence[str]) -> Iterator[Ranges]:
+        """Yield what has to be on the disk to take some rows of a batch.
+
+        What is yielded first must be there before the next is asked for: it tells where that is.
+
+        Args:
+            number: of the batch.
+            places: (n,) of the rows in it.
+            columns: that will be taken.
+
+        """
 
     def batch(self, number: int, columns: Sequence[str]) -> pa.Table:
         """Return one batch, only the columns named."""
@@ -43,18 +59,45 @@ class Rows(Protocol):
 class ArrowRows:
     """An Arrow IPC file, memory-mapped."""
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, disk: Disk) -> None:
+        self.path = path
         try:
-            self._reader = pa.ipc.open_file(pa.memory_map(str(path)))
-            self.schema: pa.Schema = self._reader.schema
-            self.batch_lengths = [
-                self._reader.get_batch(i).num_rows for i in range(self._reader.num_record_batches)
-            ]
+            with disk.hold() as held:
+                self._open(held)
         except (pa.ArrowInvalid, OSError) as error:
             raise InputError(
                 f"{path} is not a whole Arrow IPC file ({error}): stage the index again, and if it "
                 "stays, copy the file to the source again"
             ) from error
+
+    def _open(self, held: Hold) -> None:
+        size = self.path.stat().st_size
+        held.need({self.path: arrow_layout.ends(size)})
+        mapped = pa.memory_map(str(self.path))
+        self._all = mapped.read_buffer()
+        footer = arrow_layout.footer(size, self._all[max(size - arrow_layout.TAIL, 0) :])
+        held.need({self.path: footer})
+        self._reader = pa.ipc.open_file(mapped)
+        self.schema: pa.Schema = self._reader.schema
+        self._blocks = arrow_layout.blocks(self._all[int(footer[0, 0]) :])
+        # The reader keeps neither in memory: it looks them up whenever it reads.
+        self._always = union(footer, self._blocks.dictionaries)
+        held.need({self.path: union(self._always, ranges_of(*self._blocks.headers.T))})
+        headers = (self._all[start:stop] for start, stop in self._blocks.headers)
+        told = [arrow_layout.rows_and_compression(header) for header in headers]
+        self.batch_lengths = [rows for rows, _ in told]
+        self._compressed = [compressed for _, compressed in told]
+
+    def needs(self, number: int, places: Ids, columns: Sequence[str]) -> Iterator[Ranges]:
+        """Yield what describes the batch, then what describes the rows, then their values."""
+        yield union(self._always, self._blocks.headers[number : number + 1])
+        if self._compressed[number]:
+            yield self._blocks.bodies[number : number + 1]
+            return
+        batch = self._reader.get_batch(number).select(list(columns))
+        for places_of in (arrow_layout.places_of_rows, arrow_layout.places_of_values):
+            spans = [ranges_of(*span) for column in batch.columns for span in places_of(column, places)]
+            yield union(*spans) - self._all.address
 
     def batch(self, number: int, columns: Sequence[str]) -> pa.Table:
         """Return one record batch without copying it."""
@@ -66,6 +109,7 @@ class ParquetRows:
     """A Parquet file; a batch is a row group."""
 
     def __init__(self, path: Path) -> None:
+        self.path = path
         try:
             self._file = pq.ParquetFile(path)
         except (pa.ArrowInvalid, OSError) as error:
@@ -76,6 +120,10 @@ class ParquetRows:
         self.schema: pa.Schema = self._file.schema_arrow
         groups = self._file.metadata
         self.batch_lengths = [groups.row_group(i).num_rows for i in range(groups.num_row_groups)]
+
+    def needs(self, number: int, places: Ids, columns: Sequence[str]) -> Iterator[Ranges]:  # noqa: ARG002
+        """Yield nothing: such a file is only ever read where all of it is there."""
+        return iter(())
 
     def batch(self, number: int, columns: Sequence[str]) -> pa.Table:
         """Return one row group, unpacked."""
@@ -89,6 +137,7 @@ class Metadata:
         paths: files of one format, in id order.
         columns: where to find `url` and `caption` when not under one of the usual names,
             for example `{"url": "image_link"}`.
+        disk: is told which parts of the files are about to be read.
 
     Attributes:
         schema: columns as `take` returns them: `url`, `caption` and those that travel along.
@@ -99,8 +148,11 @@ class Metadata:
 
     """
 
-    def __init__(self, paths: Sequence[Path], columns: Mapping[str, str] | None = None) -> None:
-        self._files: list[Rows] = [_open(path) for path in paths]
+    def __init__(
+        self, paths: Sequence[Path], columns: Mapping[str, str] | None = None, disk: Disk | None = None
+    ) -> None:
+        self._disk = disk or WholeFiles()
+        self._files: list[Rows] = [_open(path, self._disk) for path in paths]
         self._names = _column_names(self._files[0].schema, columns or {}, paths[0])
         for path, rows in zip(paths, self._files, strict=True):
             missing = [name for name in self._names.values() if name not in rows.schema.names]
@@ -141,10 +193,13 @@ class Metadata:
         unique, back = np.unique(ids, return_inverse=True)
         batch_of = np.searchsorted(self._starts, unique, side="right") - 1
         edges = np.flatnonzero(np.diff(batch_of, prepend=-1, append=-1))
-        parts = [
-            self._take_from_batch(int(batch_of[first]), unique[first:last], wanted)
+        of_batches = {
+            int(batch_of[first]): unique[first:last] - self._starts[batch_of[first]]
             for first, last in pairwise(edges)
-        ]
+        }
+        with self._disk.hold() as held:
+            self._need(held, of_batches, wanted)
+            parts = [self._take_from_batch(*batch, wanted) for batch in of_batches.items()]
         schema = pa.schema([self.schema.field(name) for name in wanted])
         table = pa.concat_tables(parts) if parts else schema.empty_table()
         return table.take(pa.array(back))
@@ -154,22 +209,39 @@ class Metadata:
             return [name for name in self.schema.names if name != THUMBNAIL_COLUMN]
         return list(columns)
 
-    def _take_from_batch(self, number: int, ids: Ids, wanted: list[str]) -> pa.Table:
+    def _need(self, held: Hold, of_batches: Mapping[int, Ids], wanted: list[str]) -> None:
+        """See that what will be taken is on the disk, a round for all batches at a time."""
+        if self._disk.whole:
+            return
+        columns = [self._names[name] for name in wanted if name in self._names]
+        asking = []
+        for number, places in of_batches.items():
+            rows, number_in_file = self._batches[number]
+            asking.append((rows.path, rows.needs(number_in_file, places, columns)))
+        while asking:
+            needed = defaultdict(list)
+            asked = [(path, needs, next(needs, None)) for path, needs in asking]
+            for path, _, ranges in asked:
+                if ranges is not None:
+                    needed[path].append(ranges)
+            held.need({path: union(*some) for path, some in needed.items()})
+            asking = [(path, needs) for path, needs, ranges in asked if ranges is not None]
+
+    def _take_from_batch(self, number: int, places: Ids, wanted: list[str]) -> pa.Table:
         rows, number_in_file = self._batches[number]
         there = [name for name in wanted if name in self._names]
         batch = rows.batch(number_in_file, [self._names[name] for name in there]).rename_columns(there)
-        places = pa.array(ids - self._starts[number])
         columns = [
-            _without_views(batch.column(field.name)).take(places).cast(field.type)
+            _without_views(batch.column(field.name)).take(pa.array(places)).cast(field.type)
             if field.name in there
-            else pa.nulls(len(ids), field.type)
+            else pa.nulls(len(places), field.type)
             for field in (self.schema.field(name) for name in wanted)
         ]
         return pa.table(columns, names=wanted)
 
 
-def _open(path: Path) -> Rows:
-    return ArrowRows(path) if path.suffix == ".arrow" else ParquetRows(path)
+def _open(path: Path, disk: Disk) -> Rows:
+    return ArrowRows(path, disk) if path.suffix == ".arrow" else ParquetRows(path)
 
 
 def _column_names(schema: pa.Schema, given: Mapping[str, str], path: Path) -> dict[str, str]:

@@ -3,8 +3,9 @@
 A manifest beside the data says what is there. It is marked incomplete before the first byte changes and
 complete after the last one. Files are copied to `.partial` files in chunks, each recorded in a journal
 once it is on the disk, so that a copy that was killed goes on where it stopped; they take their names
-when all of them are whole. Readers hold a shared lock from verification to close; the stager takes the
-exclusive one only to change what they could read.
+when all of them are whole. Staged sparse, parts of files come when requests need them. Readers hold a
+shared lock from verification to close; the stager takes the exclusive one only to change what they could
+read.
 """
 
 from laion_assets.retrieval.staging.manifest import (
@@ -17,9 +18,12 @@ from laion_assets.retrieval.staging.manifest import (
 from laion_assets.retrieval.staging.opening import OpenIndex, open_staged
 from laion_assets.retrieval.staging.plan import Plan, SourceFile, Transfer, plan, version_of
 from laion_assets.retrieval.staging.source import Source
+from laion_assets.retrieval.staging.sparse.budget import read_bytes
+from laion_assets.retrieval.staging.sparse.store import DEFAULT_BUDGET
 from laion_assets.retrieval.staging.stager import Staged, stage
 
 __all__ = [
+    "DEFAULT_BUDGET",
     "STAGE_AGAIN",
     "Manifest",
     "NotStagedError",
@@ -32,6 +36,7 @@ __all__ = [
     "Transfer",
     "open_staged",
     "plan",
+    "read_bytes",
     "stage",
     "verified_manifest",
     "version_of",

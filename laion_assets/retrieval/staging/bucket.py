@@ -68,6 +68,9 @@ class BucketReader:
                 raise InputError(f"{file.url} cannot be read: {reason}") from error
             raise TransientError(reason) from error
 
+    def check(self, file: SourceFile) -> None:
+        """Do nothing: every read names the generation."""
+
     def _store(self, bucket: str) -> GCSStore:
         with self._making:  # many threads begin at once, and each client has connections of its own
             if bucket not in self._stores:

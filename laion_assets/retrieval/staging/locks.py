@@ -19,6 +19,8 @@ from typing import IO
 
 DATA = ".lock"
 STAGER = ".stager"
+LEDGER = ".ledger"
+FETCHING = ".fetching"
 
 
 @contextmanager
@@ -46,6 +48,22 @@ def staging(cache: Path, log: Callable[[str], None]) -> Iterator[None]:
         file.truncate(0)
         json.dump({"host": socket.gethostname(), "pid": os.getpid(), "since": now}, file)
         file.flush()
+        yield
+
+
+@contextmanager
+def ledger(cache: Path) -> Iterator[None]:
+    """See and change, for a moment, which pages of sparse files are there and who holds them."""
+    with (cache / LEDGER).open("ab") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+
+
+@contextmanager
+def fetching(cache: Path, log: Callable[[str], None]) -> Iterator[None]:
+    """Be the only one that fetches pages of sparse files."""
+    with (cache / FETCHING).open("ab") as file:
+        _exclusively(file, lambda: log(f"waiting until another request has fetched its part to {cache}"))
         yield
 
 

@@ -13,6 +13,8 @@ from itertools import chain
 from pathlib import Path
 
 from laion_assets.retrieval.errors import InputError
+from laion_assets.retrieval.staging.disk import bytes_held, sync_folder
+from laion_assets.retrieval.staging.sparse.pages import is_laid_out
 
 MANIFEST = "manifest.json"
 STAGE_AGAIN = "materialize staged_laion_index again"
@@ -32,7 +34,9 @@ class StagedFile:
         source: URL of the source file it was made from.
         size: bytes.
         version: of that source file.
-        checksum: crc32c of its bytes, in base64.
+        checksum: crc32c of its bytes, in base64; of a sparse file from a source that keeps none, what
+            tells its version.
+        sparse: whether only parts of it are there, those that a request has needed.
 
     """
 
@@ -42,6 +46,7 @@ class StagedFile:
     size: int
     version: str
     checksum: str
+    sparse: bool = False
 
 
 @dataclass(frozen=True)
@@ -62,6 +67,10 @@ class Manifest:
     def size(self) -> int:
         """Bytes of all files."""
         return sum(file.size for file in self.files)
+
+    def bytes_on_disk(self, cache: Path) -> int:
+        """Bytes that are there of them: of sparse files only parts."""
+        return sum(bytes_held(cache / file.path) if file.sparse else file.size for file in self.files)
 
     @classmethod
     def read(cls, cache: Path) -> Manifest | None:
@@ -86,12 +95,13 @@ class Manifest:
     def _check_types(self) -> None:
         whole = (self.source, str), (self.complete, bool)
         sizes = ((file.size, int) for file in self.files)
+        kinds = ((file.sparse, bool) for file in self.files)
         texts = (
             (text, str)
             for file in self.files
             for text in (file.name, file.path, file.source, file.version, file.checksum)
         )
-        for value, kind in chain(whole, sizes, texts):
+        for value, kind in chain(whole, sizes, kinds, texts):
             if type(value) is not kind:
                 raise TypeError(f"{value!r} is no {kind.__name__}")
 
@@ -106,19 +116,16 @@ class Manifest:
         sync_folder(cache)
 
 
-def sync_folder(folder: Path) -> None:
-    """Make what was renamed and removed in a folder survive a power cut."""
-    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
 def sizes_on_disk(manifest: Manifest | None, cache: Path) -> dict[str, int]:
-    """Return the bytes of each file that the manifest names, by name; what is missing is left out."""
-    paths = {file.name: cache / file.path for file in (manifest.files if manifest else ())}
-    return {name: path.stat().st_size for name, path in paths.items() if path.is_file()}
+    """Return the bytes of each file that the manifest names, by name; what is missing is left out.
+
+    A sparse file without its page map is as good as missing: nobody knows what is there of it.
+    """
+    there = {file.name: cache / file.path for file in (manifest.files if manifest else ())}
+    for file in manifest.files if manifest else ():
+        if file.sparse and not is_laid_out(cache / file.path, file.size, file.checksum):
+            del there[file.name]
+    return {name: path.stat().st_size for name, path in there.items() if path.is_file()}
 
 
 def verified_manifest(cache: Path) -> Manifest:

@@ -5,16 +5,19 @@ What must not live here: staging.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 from laion_assets.retrieval.index import Index
 from laion_assets.retrieval.layout import METADATA_FOLDER, index_files
 from laion_assets.retrieval.metadata import Metadata
+from laion_assets.retrieval.ranges import Disk, WholeFiles
 from laion_assets.retrieval.staging import locks
+from laion_assets.retrieval.staging.fetch import Tally
 from laion_assets.retrieval.staging.manifest import Manifest, NotStagedError, verified_manifest
+from laion_assets.retrieval.staging.sparse.store import DEFAULT_BUDGET, SparseFiles
 
 
 @dataclass(frozen=True)
@@ -24,17 +27,27 @@ class OpenIndex:
     index: Index
     metadata: Metadata
     manifest: Manifest
+    fetched: Tally  # from the source since it was opened
 
 
 @contextmanager
-def open_staged(cache: Path, columns: Mapping[str, str] | None = None) -> Iterator[OpenIndex]:
+def open_staged(
+    cache: Path,
+    columns: Mapping[str, str] | None = None,
+    *,
+    budget: int = DEFAULT_BUDGET,
+    log: Callable[[str], None] = lambda _: None,
+) -> Iterator[OpenIndex]:
     """Verify the staged index, open it, and keep stagers from changing it until the end of the block.
 
-    The cache may be mounted read-only.
+    The cache may be mounted read-only, unless it was staged sparse: then what is missing comes as it is
+    needed.
 
     Args:
         cache: the directory it was staged to.
         columns: names of metadata columns, see `Metadata`.
+        budget: bytes that sparse files may take.
+        log: takes lines about what is fetched of them.
 
     Raises:
         NotStagedError: nothing staged, or files that are not as the manifest says.
@@ -48,8 +61,22 @@ def open_staged(cache: Path, columns: Mapping[str, str] | None = None) -> Iterat
         paths = {file.name: cache / file.path for file in manifest.files}
         index, lists = index_files(paths, str(cache))
         metadata = [paths[name] for name in sorted(paths) if name.startswith(f"{METADATA_FOLDER}/")]
-        yield OpenIndex(
-            Index(paths[index], paths[lists] if lists else None),
-            Metadata(metadata, columns),
-            manifest,
-        )
+        with _disk(cache, manifest, budget, log) as (disk, fetched):
+            yield OpenIndex(
+                Index(paths[index], paths[lists] if lists else None, disk),
+                Metadata(metadata, columns, disk),
+                manifest,
+                fetched,
+            )
+
+
+@contextmanager
+def _disk(
+    cache: Path, manifest: Manifest, budget: int, log: Callable[[str], None]
+) -> Iterator[tuple[Disk, Tally]]:
+    """What holds the files, and the count of what it fetches."""
+    if not any(file.sparse for file in manifest.files):
+        yield WholeFiles(), Tally()
+        return
+    with closing(SparseFiles(cache, manifest, budget, log)) as disk:
+        yield disk, disk.tally

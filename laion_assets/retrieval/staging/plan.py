@@ -9,6 +9,7 @@ import hashlib
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
+from laion_assets.retrieval.layout import read_in_parts
 from laion_assets.retrieval.staging.manifest import Manifest, StagedFile
 
 
@@ -77,19 +78,21 @@ class Plan:
 
     Attributes:
         fetch: files that the disk does not hold as the source has them.
+        lay_out: files of which parts will come when they are needed, and nothing is there yet.
         keep: files that it does, recorded as of the source of today.
         remove: files that the index no longer needs, or not as they are.
 
     """
 
     fetch: tuple[SourceFile, ...]
+    lay_out: tuple[SourceFile, ...]
     keep: tuple[StagedFile, ...]
     remove: tuple[StagedFile, ...]
 
     @property
     def changes(self) -> bool:
         """Whether the disk is not yet as the source."""
-        return bool(self.fetch or self.remove)
+        return bool(self.fetch or self.lay_out or self.remove)
 
 
 def plan(
@@ -98,6 +101,7 @@ def plan(
     sizes: Mapping[str, int],
     *,
     in_place: bool = False,
+    sparse: bool = False,
 ) -> Plan:
     """Compare source and disk; a pure function.
 
@@ -109,6 +113,7 @@ def plan(
         manifest: of the cache directory, if there is one.
         sizes: bytes on disk of each file the manifest names, by name; absent when missing.
         in_place: whether the files are used where they are; those of a copy are then not needed.
+        sparse: whether parts of files suffice, where parts can be read. A whole file does as well.
 
     """
     staged = {file.name: file for file in manifest.files} if manifest else {}
@@ -118,13 +123,16 @@ def plan(
         return (
             there is not None
             and there.path == staged_path(file, in_place)
+            and sparse >= there.sparse
             and sizes.get(file.name) == there.size == file.size
             and _same_content(there, file)
         )
 
     current = {file.name for file in source if is_current(file)}
+    missing = [file for file in source if file.name not in current]
     return Plan(
-        fetch=tuple(file for file in source if file.name not in current),
+        fetch=tuple(file for file in missing if not (sparse and read_in_parts(file.name))),
+        lay_out=tuple(file for file in missing if sparse and read_in_parts(file.name)),
         keep=tuple(
             replace(staged[file.name], source=file.url, version=file.version)
             for file in source

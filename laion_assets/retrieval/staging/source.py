@@ -6,7 +6,7 @@ What must not live here: the local disk.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Protocol
 
 import aiohttp
@@ -15,6 +15,7 @@ from laion_assets.retrieval.errors import InputError
 from laion_assets.retrieval.layout import METADATA_FOLDER, index_files, metadata_files
 from laion_assets.retrieval.staging.bucket import BucketReader
 from laion_assets.retrieval.staging.faults import ChangedError, TransientError, not_allowed
+from laion_assets.retrieval.staging.manifest import StagedFile
 from laion_assets.retrieval.staging.plan import SourceFile
 from laion_assets.retrieval.storage import BUCKETS, is_local, open_storage, reaching
 
@@ -40,6 +41,14 @@ class RangeReader(Protocol):
 
         """
 
+    def check(self, file: SourceFile) -> None:
+        """See that what was read since the file was listed is of the version that was listed.
+
+        Raises:
+            ChangedError: it may not be.
+
+        """
+
 
 class Source:
     """An index where it comes from.
@@ -58,8 +67,7 @@ class Source:
         if type(metadata_fs) is not type(self._fs):
             raise InputError(f"{index_uri} and {self._metadata_uri} must be on the same kind of storage")
         self.is_local = is_local(self._fs)
-        in_bucket = index_uri.startswith(BUCKETS)
-        self.reader: RangeReader = BucketReader(self._fs) if in_bucket else FsspecReader(self._fs)
+        self.reader = _reader(self._fs, index_uri)
 
     def list(self) -> tuple[SourceFile, ...]:
         """List the files of the index, as they are now.
@@ -116,6 +124,28 @@ class FsspecReader:
             except (OSError, aiohttp.ClientError) as error:  # a timeout is the former
                 raise TransientError(str(error) or repr(error)) from error
             yield piece
+
+    def check(self, file: SourceFile) -> None:
+        """Compare the version with today's, see `RangeReader`."""
+        try:
+            version = _version(self._fs.info(file.path))
+        except FileNotFoundError as error:
+            raise ChangedError(file, "it is gone") from error
+        if version != file.version:
+            raise ChangedError(file, "it was overwritten")
+
+
+def reader_of(staged: Sequence[StagedFile]) -> tuple[RangeReader, list[SourceFile]]:
+    """Return what reads the source of some files, all on one kind of storage, and the files there."""
+    files = []
+    for file in staged:
+        fs, path = open_storage(file.source, INDEX_SETTING)
+        files.append(SourceFile(file.name, file.source, path, file.size, file.version, file.checksum))
+    return _reader(fs, staged[0].source), files
+
+
+def _reader(fs: Any, uri: str) -> RangeReader:
+    return BucketReader(fs) if uri.startswith(BUCKETS) else FsspecReader(fs)
 
 
 def _version(info: Mapping[str, Any]) -> str:

@@ -5,33 +5,33 @@ What must not live here: comparing (plan), copying (copy), reading what is stage
 
 from __future__ import annotations
 
-import errno
 import shutil
 import time
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from laion_assets.retrieval.errors import InputError
 from laion_assets.retrieval.layout import METADATA_FOLDER, SINGLE_INDEX
 from laion_assets.retrieval.staging import locks
-from laion_assets.retrieval.staging.copy import Copy, Tally
+from laion_assets.retrieval.staging.copy import Copy
+from laion_assets.retrieval.staging.disk import TAKES_NO_MORE, bytes_held, cannot_write, sync_folder
 from laion_assets.retrieval.staging.faults import ChangedError
+from laion_assets.retrieval.staging.fetch import Tally
 from laion_assets.retrieval.staging.journal import INCOMING, journal_of, partial_of, recorded_chunks
 from laion_assets.retrieval.staging.manifest import (
     STAGE_AGAIN,
     Manifest,
     StagedFile,
     sizes_on_disk,
-    sync_folder,
 )
 from laion_assets.retrieval.staging.plan import Plan, SourceFile, Transfer, plan, version_of
 from laion_assets.retrieval.staging.source import Source
+from laion_assets.retrieval.staging.sparse.leases import forget_leases
+from laion_assets.retrieval.staging.sparse.pages import lay_out, map_of
 
-DISK_TAKES_NO_MORE = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS}
 ROUNDS = 5  # as often may the source change while it is copied
-BLOCK = 512  # bytes, the unit of st_blocks
 
 
 @dataclass(frozen=True)
@@ -41,7 +41,7 @@ class Staged:
     Attributes:
         manifest: what is on the disk now.
         source_version: of the source that it was compared with.
-        fetched: files that were copied, or read where they are used in place.
+        fetched: files that were copied or laid out, or read where they are used in place.
         bytes_fetched: read from the source.
         bytes_reused: that were on the disk already, those of an earlier attempt that was cut off too.
         retries: reads that failed and were tried again.
@@ -66,6 +66,7 @@ def stage(
     cache: Path,
     *,
     in_place: bool = False,
+    sparse: bool = False,
     transfer: Transfer | None = None,
     log: Callable[[str], None] = lambda _: None,
 ) -> Staged:
@@ -83,6 +84,7 @@ def stage(
         metadata_uri: folder of the metadata, if elsewhere.
         cache: local directory for the copy, or only for the manifest when `in_place`.
         in_place: use the files where they are, which must be a local disk.
+        sparse: copy only the files that are read whole; of the others, parts come as they are needed.
         transfer: how to read, when not as usual.
         log: takes lines about the progress.
 
@@ -98,11 +100,11 @@ def stage(
         _check_apart(source.list(), cache)
     _make(cache)
     try:
-        return _Stager(source, cache, in_place, transfer or Transfer(), log).run()
+        return _Stager(source, cache, in_place, sparse, transfer or Transfer(), log).run()
     except OSError as error:
-        if error.errno not in DISK_TAKES_NO_MORE:
+        if error.errno not in TAKES_NO_MORE:
             raise
-        raise _cannot_write(cache, error) from error
+        raise cannot_write(cache, error) from error
 
 
 @dataclass
@@ -112,6 +114,7 @@ class _Stager:
     source: Source
     cache: Path
     in_place: bool
+    sparse: bool
     transfer: Transfer
     log: Callable[[str], None]
     tally: Tally = field(default_factory=Tally)
@@ -123,7 +126,13 @@ class _Stager:
             for _ in range(ROUNDS):
                 files = self.source.list()
                 manifest = Manifest.read(self.cache)
-                todo = plan(files, manifest, sizes_on_disk(manifest, self.cache), in_place=self.in_place)
+                todo = plan(
+                    files,
+                    manifest,
+                    sizes_on_disk(manifest, self.cache),
+                    in_place=self.in_place,
+                    sparse=self.sparse,
+                )
                 if manifest and manifest.complete and not todo.changes:
                     if manifest.files != todo.keep:  # the source has other versions of the same bytes
                         manifest = self._write(todo.keep, complete=True)
@@ -165,7 +174,7 @@ class _Stager:
         if readable and needed <= free:
             return
         stale = self._stale(todo)
-        freed = sum(path.stat().st_blocks * BLOCK for path in stale)
+        freed = sum(map(bytes_held, stale))
         if needed > free + freed:
             more = f" and {freed:,} more in files that go" if freed else ""
             raise InputError(
@@ -177,7 +186,7 @@ class _Stager:
 
     def _left_to_fetch(self, file: SourceFile) -> int:
         partial = partial_of(self.cache, file.name)
-        there = partial.stat().st_blocks * BLOCK if partial.exists() else 0
+        there = bytes_held(partial) if partial.exists() else 0
         return max(file.size - there, 0)
 
     def _put_into_place(
@@ -186,16 +195,20 @@ class _Stager:
         """Exchange old files for new ones; killed at any point, the next run finishes it."""
         self._keep_readers_out(held)
         self._remove(todo, self._stale(todo))
+        sparse = [_as_sparse(file) for file in todo.lay_out]
         if not self.in_place:
+            forget_leases(self.cache)
             # Listed before they have their names: one that has it is known, one that has not is copied,
             # which costs nothing as its chunks are all there.
-            self._write((*todo.keep, *copied), complete=False)
+            self._write((*todo.keep, *copied, *sparse), complete=False)
+            for file in sparse:
+                lay_out(self.cache / file.path, file.size, file.checksum)
             for file in copied:
                 self._give_name(file)
             for folder in {(self.cache / file.path).parent for file in copied}:
                 sync_folder(folder)
             _remove_empty_folders(self.cache)
-        by_name = {file.name: file for file in (*todo.keep, *copied)}
+        by_name = {file.name: file for file in (*todo.keep, *copied, *sparse)}
         return self._write([by_name[file.name] for file in files], complete=True)
 
     def _give_name(self, file: StagedFile) -> None:
@@ -208,10 +221,12 @@ class _Stager:
         """Files of the copy that are not as the source has them; never a file of the source itself."""
         names = {file.path for file in todo.remove if not Path(file.path).is_absolute()}
         if not self.in_place:
-            names |= {file.name for file in todo.fetch}
-        used = {file.path for file in todo.fetch} | {file.path for file in todo.keep}
+            names |= {file.name for file in (*todo.fetch, *todo.lay_out)}
+        used = {file.path for file in (*todo.fetch, *todo.lay_out)} | {file.path for file in todo.keep}
         sources = {Path(path).resolve() for path in used}
-        paths = [self.cache / name for name in sorted(names)]
+        paths = [
+            path for name in sorted(names) for path in (map_of(self.cache / name), self.cache / name)
+        ]
         return [path for path in paths if path.is_file() and path.resolve() not in sources]
 
     def _remove(self, todo: Plan, stale: Sequence[Path]) -> None:
@@ -253,16 +268,36 @@ class _Stager:
         return Staged(
             manifest,
             version_of(files),
-            fetched=len(todo.fetch),
+            fetched=len(todo.fetch) + len(todo.lay_out),
             bytes_fetched=self.tally.fetched,
-            bytes_reused=self.tally.reused + sum(file.size for file in todo.keep),
+            bytes_reused=self.tally.reused + replace(manifest, files=todo.keep).bytes_on_disk(self.cache),
             retries=self.tally.retries,
             seconds=time.monotonic() - started,
-            verified=_verified(files),
+            verified=_verified(files, manifest),
         )
 
 
-def _verified(files: Sequence[SourceFile]) -> str:
+def _as_sparse(file: SourceFile) -> StagedFile:
+    """Record a file none of which was read: its content is what the source says it is.
+
+    Raises:
+        InputError: the source says nothing that changes with the content.
+
+    """
+    if not (file.checksum or file.version):
+        raise InputError(
+            f"nothing tells whether {file.url} is overwritten while parts of it are read: set "
+            "LAION_STAGING=full"
+        )
+    content = file.checksum or f"version {file.version}"
+    return StagedFile(file.name, file.name, file.url, file.size, file.version, content, sparse=True)
+
+
+def _verified(files: Sequence[SourceFile], manifest: Manifest) -> str:
+    if any(file.sparse for file in manifest.files):
+        return (
+            "that every part comes from the version that was listed; crc32c of the files that are whole"
+        )
     with_checksum = sum(file.checksum is not None for file in files)
     if with_checksum == len(files):
         return "size and the source's crc32c of every file"
@@ -294,11 +329,4 @@ def _make(cache: Path) -> None:
         for name in (locks.DATA, locks.STAGER):
             (cache / name).open("a").close()
     except OSError as error:
-        raise _cannot_write(cache, error) from error
-
-
-def _cannot_write(cache: Path, error: OSError) -> InputError:
-    return InputError(
-        f"cannot write to {cache} ({error.strerror}): set LAION_CACHE_DIR to a folder with room that you "
-        "can write to"
-    )
+        raise cannot_write(cache, error) from error
