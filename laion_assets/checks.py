@@ -20,6 +20,7 @@ import pyarrow as pa
 
 from laion_assets.io_managers import StoredTable
 from laion_assets.partitions import seed_sets
+from laion_assets.past_runs import YIELD
 from laion_assets.retrieval import audit
 from laion_assets.retrieval.index import Decoder
 from laion_assets.retrieval.staging import OpenIndex
@@ -323,9 +324,9 @@ def yield_as_before(context: dg.AssetExecutionContext, report: Mapping[str, Any]
         value
         for event in _past(context)
         if _settings(event.metadata) == _settings(report)
-        and (value := _number(event.metadata.get("yield"))) is not None
+        and (value := _number(event.metadata.get(YIELD))) is not None
     ]
-    now = float(report["yield"])
+    now = float(report[YIELD])
     if not past:
         return _result("yield_as_before", True, WARN, f"{now:.1%}; the first run with these settings")
     low, high = min(past) * (1 - YIELD_MAY_DIFFER), max(past) * (1 + YIELD_MAY_DIFFER)
@@ -334,7 +335,7 @@ def yield_as_before(context: dg.AssetExecutionContext, report: Mapping[str, Any]
         low <= now <= high,
         WARN,
         f"{now:.1%}; {min(past):.1%} to {max(past):.1%} in {len(past)} past runs with these settings",
-        {"yield": now},
+        {YIELD: now},
     )
 
 
