@@ -116,7 +116,7 @@ def of_combined(
         **_target(funnel.kept, provenance.settings.get("target_images")),
         **_made_from(provenance),
         **({"picture": dg.MetadataValue.path(_saved(stored, sheet))} if sheet else {}),
-        MADE_WITH: {**provenance.settings, OWN_SETTINGS: provenance.own_settings},
+        OWN_SETTINGS: provenance.own_settings,
     }
 
 
@@ -143,5 +143,9 @@ def _origin(provenance: Provenance) -> str:
     return f"made from seeds {plain(provenance.seeds)} and index {plain(provenance.index or '')}"
 
 
-def _made_from(provenance: Provenance) -> dict[str, str | None]:
-    return {"index fingerprint": provenance.index, "seeds fingerprint": provenance.seeds}
+def _made_from(provenance: Provenance) -> dict[str, Any]:
+    return {
+        "index fingerprint": provenance.index,
+        "seeds fingerprint": provenance.seeds,
+        MADE_WITH: provenance.asked,
+    }
