@@ -20,17 +20,17 @@ import pyarrow as pa
 
 from laion_assets.io_managers import StoredTable
 from laion_assets.partitions import seed_sets
-from laion_assets.past_runs import YIELD
+from laion_assets.past_runs import MADE_WITH, YIELD, materializations
 from laion_assets.retrieval import audit
 from laion_assets.retrieval.index import Decoder
 from laion_assets.retrieval.staging import OpenIndex
 from laion_assets.retrieval.tables import code_bytes, decoder_bytes
 from laion_assets.retrieval.vectors import decoded
+from laion_assets.settings import DEFAULTS
 
 WARN, ERROR = dg.AssetCheckSeverity.WARN, dg.AssetCheckSeverity.ERROR
 COHERENT = 0.5  # mean cosine between seeds and centroid, an angle of 60 degrees; not calibrated on CLIP
 ROWS_COMPARED = 1 << 16  # first rows of a table in which near-duplicates are looked for
-PAST_RUNS = 20
 YIELD_MAY_DIFFER = 0.1  # of what it was
 ONLY_A_PART = "only a part of the index is on the disk"
 SEARCHES = ("knn_urls", "centroid_urls")
@@ -94,7 +94,8 @@ _URL_SETS = [
             "yield_as_before",
             f"What is kept of what was requested is within {YIELD_MAY_DIFFER:.0%} of what past runs of "
             "the seed set with the same settings kept. A warning. Remedy: look at the funnel for the "
-            "loss that grew; new seeds or a new index explain it, anything else does not.",
+            "loss that grew; new seeds, a new index or another block list explain it, anything else does "
+            "not.",
         ),
     )
 ]
@@ -319,47 +320,29 @@ def _near_duplicates(codes: Any, groups: Any, decoder: Decoder, threshold: float
 
 
 def yield_as_before(context: dg.AssetExecutionContext, report: Mapping[str, Any]) -> dg.AssetCheckResult:
-    """Compare the yield with that of past runs of the seed set with the same settings."""
-    past = [
-        value
-        for event in _past(context)
-        if _settings(event.metadata) == _settings(report)
-        and (value := _number(event.metadata.get(YIELD))) is not None
+    """Compare the yield with that of past runs of the seed set for which the same was asked."""
+    asset, asked, now = context.asset_key.to_user_string(), _asked(report), float(report[YIELD])
+    before = [
+        float(past.figures[YIELD])
+        for past in materializations(context.instance, asset, context.partition_key)
+        if past.run != context.run.run_id and MADE_WITH in past.figures and _asked(past.figures) == asked
     ]
-    now = float(report[YIELD])
-    if not past:
+    if not before:
         return _result("yield_as_before", True, WARN, f"{now:.1%}; the first run with these settings")
-    low, high = min(past) * (1 - YIELD_MAY_DIFFER), max(past) * (1 + YIELD_MAY_DIFFER)
+    low, high = min(before) * (1 - YIELD_MAY_DIFFER), max(before) * (1 + YIELD_MAY_DIFFER)
     return _result(
         "yield_as_before",
         low <= now <= high,
         WARN,
-        f"{now:.1%}; {min(past):.1%} to {max(past):.1%} in {len(past)} past runs with these settings",
+        f"{now:.1%}; {min(before):.1%} to {max(before):.1%} in {len(before)} past runs with these "
+        "settings",
         {YIELD: now},
     )
 
 
-def _past(context: dg.AssetExecutionContext) -> Iterator[dg.AssetMaterialization]:
-    found = context.instance.fetch_materializations(
-        dg.AssetRecordsFilter(asset_key=context.asset_key, asset_partitions=[context.partition_key]),
-        limit=PAST_RUNS,
-    )
-    for record in found.records:
-        if record.run_id != context.run.run_id and record.asset_materialization:
-            yield record.asset_materialization
-
-
-def _settings(report: Mapping[str, Any]) -> dict[str, str]:
-    """The settings that a report shows, without where they came from."""
-    shown = report.get("settings")
-    if not isinstance(shown, dg.TableMetadataValue):
-        return {}
-    return {str(record.data["setting"]): str(record.data["value"]) for record in shown.records}
-
-
-def _number(value: Any) -> float | None:
-    number = getattr(value, "value", None)
-    return float(number) if isinstance(number, int | float) else None
+def _asked(figures: Mapping[str, Any]) -> dict[str, Any]:
+    """The settings that were asked for, wherever from: what follows from them is not compared."""
+    return {name: figures[MADE_WITH].get(name) for name in DEFAULTS}
 
 
 def telling(context: dg.AssetExecutionContext, results: Iterable[dg.AssetCheckResult]) -> Results:

@@ -20,9 +20,11 @@ from hypothesis import strategies as st
 from laion_assets import checks
 from laion_assets.assets import index, seeds, urls
 from laion_assets.io_managers import StoredTable
+from laion_assets.past_runs import MADE_WITH, YIELD
 from laion_assets.retrieval import audit
 from laion_assets.retrieval.index import Index
 from laion_assets.retrieval.staging import OpenIndex, open_staged, stage
+from laion_assets.settings import RetrievalConfig
 
 WARN, ERROR = dg.AssetCheckSeverity.WARN, dg.AssetCheckSeverity.ERROR
 ASSETS = (
@@ -244,19 +246,40 @@ def test_seeds_that_point_everywhere_have_nothing_in_common(project):
         assert (check.passed, check.severity) == (name == "alike", WARN)
 
 
-def test_a_yield_that_differs_from_past_ones_with_the_same_settings_is_told(project, monkeypatch):
+@pytest.fixture
+def search(project: Project) -> Callable[..., dg.AssetCheckEvaluation]:
+    """Search around each seed of a set and return what the check says of the yield."""
+    assert project.run("fruit", "staged_laion_index", "seed_embeddings", "centroid_vector").success
+
     def run(**settings: Any) -> dg.AssetCheckEvaluation:
-        result = project.run("fruit", "knn_urls", "centroid_urls", **settings)
+        result = project.run("fruit", "knn_urls", **settings)
         assert result.success
         return evaluated(result)["knn_urls", "yield_as_before"]
 
-    assert project.run("fruit", "staged_laion_index", "seed_embeddings", "centroid_vector").success
-    assert "the first run" in (run(nb_images_knn=20).description or "")
-    assert "1 past run" in (run(nb_images_knn=20).description or "")
-    assert "the first run" in (run(nb_images_knn=21).description or "")  # other settings do not compare
-    monkeypatch.setattr(checks, "YIELD_MAY_DIFFER", -0.1)  # now even the same yield is out of bounds
-    check = run(nb_images_knn=20)
+    return run
+
+
+def report_past(project: Project, asset: str, share: float, **settings: Any) -> None:
+    """Write into Dagster's history that a run kept this share of what was requested."""
+    made_with = {**RetrievalConfig(**settings).resolve({}).values(), "origins": {}}
+    project.instance.report_runless_asset_event(
+        dg.AssetMaterialization(asset, partition="fruit", metadata={YIELD: share, MADE_WITH: made_with})
+    )
+
+
+def test_a_yield_that_differs_from_past_ones_with_the_same_settings_is_told(project, search):
+    assert "the first run" in (search(nb_images_knn=20).description or "")
+    assert "1 past run" in (search(nb_images_knn=20).description or "")
+    report_past(project, "knn_urls", 0.01, nb_images_knn=21)
+    check = search(nb_images_knn=21)
     assert (check.passed, check.severity) == (False, WARN)
+    assert "1.0% to 1.0% in 1 past run" in (check.description or "")
+
+
+def test_runs_with_the_same_target_compare_though_the_numbers_that_follow_from_it_differ(project, search):
+    assert "the first run" in (search(target_images=200).description or "")
+    report_past(project, "combined_urls", 0.6)  # from now on fewer images are asked for
+    assert "1 past run" in (search(target_images=200).description or "")
 
 
 # --- the staged index -----------------------------------------------------------------------------
