@@ -615,12 +615,15 @@ def test_killed_at_any_step_nothing_wrong_is_ever_marked(memory, monkeypatch, ro
         files.clock.now += 1
         killed_at(step, lambda some=some: requests(some), monkeypatch)
         files.marked()
+        with files.opened(budget) as disk:  # whoever makes room clears up after the dead
+            path, content = list(files.content.items())[1]
+            file = SparseFile(path, len(content))
+            file.give_up(as_ranges([(2, 1)]))
+            file.close()
+            assert files.need(disk, path, 2 * PAGE, 3 * PAGE) == content[2 * PAGE :]
+        assert files.unmarked_data() == 0
         files.clock.now += 1
         requests(some)
-        with files.opened(budget) as disk:  # somebody who makes room clears up after the dead
-            path, content = list(files.content.items())[1]
-            SparseFile(path, len(content)).give_up(as_ranges([(2, 1)]))
-            assert files.need(disk, path, 2 * PAGE, 3 * PAGE) == content[2 * PAGE :]
         assert files.unmarked_data() == 0
 
 
