@@ -598,7 +598,7 @@ def killed_at(step: int, call: Callable[[], Any], monkeypatch: pytest.MonkeyPatc
 @settings(EXAMPLES, max_examples=40)
 @given(
     rounds=st.lists(
-        st.tuples(st.lists(places, min_size=1, max_size=4), st.integers(0, 60)), min_size=1, max_size=5
+        st.tuples(st.lists(places, min_size=1, max_size=4), st.integers(0, 20)), min_size=1, max_size=5
     )
 )
 def test_killed_at_any_step_nothing_wrong_is_ever_marked(memory, monkeypatch, rounds):
