@@ -31,7 +31,6 @@ from laion_assets.presentation import (
 )
 from laion_assets.retrieval.arrays import Floats
 from laion_assets.retrieval.combine import CombinedFunnel
-from laion_assets.retrieval.errors import InputError
 from laion_assets.retrieval.retrieve import Retrieval
 from laion_assets.retrieval.tables import Provenance
 
@@ -86,9 +85,6 @@ def of_combined(
 ) -> dict[str, Any]:
     """Report the combined table; `sources` are the URL sets it was made of, by what they are."""
     made = {title: Provenance.from_footer(t.footer, t.where) for title, t in sources.items()}
-    for title, each in made.items():
-        if not each.counts:
-            raise InputError(f"{sources[title].where} is of an older version: materialize it again")
     searches = {title: each.counts for title, each in made.items()}
     total = summed(searches.values())
     united = asdict(funnel)

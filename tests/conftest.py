@@ -9,11 +9,15 @@ from typing import Any
 
 import dagster as dg
 import pytest
+from hypothesis import settings
 
 from laion_assets.definitions import JOB, build_defs
 from laion_assets.demo.build import DemoReport, build_demo
 
 pytest_plugins = ["gcs"]
+
+settings.register_profile("whatever the machine does beside", deadline=None)
+settings.load_profile("whatever the machine does beside")
 
 REPOSITORY = Path(__file__).parents[1]
 

@@ -166,10 +166,11 @@ def _same(x: dict, y: dict) -> bool:
     return x["id"] == y["id"] or x["url"] == y["url"] or cosine > 0.8
 
 
-def made_from(seeds: str, index: str | None, written: str) -> InMemory:
-    settings = {"nb_images_centroid": 9, "dedup_threshold": 0.94}
+def made_from(seeds: str, index: str | None, written: str, **counts: int) -> InMemory:
+    settings = {"nb_images_centroid": 9, "dedup_threshold": 0.94, "target_images": None, "nprobe": 64}
     settings["origins"] = dict.fromkeys(settings, "default")
-    footer = Provenance("cats", seeds, index, settings, "run", written).to_footer()
+    counts = counts or {"requested": 9}
+    footer = Provenance("cats", seeds, index, settings, "run", written, counts=counts).to_footer()
     assert json.loads(footer["laion_assets"])["seeds"] == seeds
     return InMemory([], seed=True, footer=footer)
 

@@ -61,21 +61,24 @@ def test_any_other_text_is_refused(text):
 
 
 @pytest.mark.parametrize(
-    ("text", "rest"),
+    ("text", "told"),
     [
-        ("punsafe", "'punsafe'"),
-        ("punsafe < 0.5 and", "''"),
-        ("punsafe < 0.5 or width > 5", "'or width > 5'"),
-        ("punsafe < 0.5 width > 5", "'width > 5'"),
-        ("width > 5px", "'width > 5px'"),
-        ("NSFW == UNLIKELY", "'NSFW == UNLIKELY'"),
-        ("__import__('os').system('true')", "\"__import__('os').system('true')\""),
+        ("punsafe", "cannot be read from 'punsafe' on"),
+        ("punsafe < 0.5 and", "lack a condition at their end"),
+        ("punsafe < 0.5 or width > 5", "cannot be read from 'or width > 5' on"),
+        ("punsafe < 0.5 width > 5", "cannot be read from 'width > 5' on"),
+        ("width > 5px", "cannot be read from 'width > 5px' on"),
+        ("NSFW == UNLIKELY", "cannot be read from 'NSFW == UNLIKELY' on"),
+        (
+            "__import__('os').system('true')",
+            "cannot be read from \"__import__('os').system('true')\" on",
+        ),
     ],
 )
-def test_the_place_that_cannot_be_read_is_told(text, rest):
+def test_the_place_that_cannot_be_read_is_told(text, told):
     with pytest.raises(InputError) as refused:
         conditions_in(text, "settings")
-    assert f"cannot be read from {rest} on: write conditions such as punsafe < 0.5" in str(refused.value)
+    assert f"{told}: write conditions such as punsafe < 0.5" in str(refused.value)
 
 
 @settings(deadline=None)

@@ -99,6 +99,11 @@ def check_same_origin(knn: Stored, centroid: Stored, seeds: Stored) -> Provenanc
                 f"{asset} of {made.seed_set!r} was made from other seeds or another settings.yaml "
                 f"({made.seeds}) than seed_embeddings now holds ({current}): materialize {asset} again"
             )
+        if not made.counts:
+            raise InputError(
+                f"{asset} of {made.seed_set!r} does not say what it counted, as it is of an older version"
+                f": materialize {asset} again"
+            )
     older = "knn_urls" if one.written < other.written else "centroid_urls"
     if one.index != other.index:
         raise InputError(
@@ -116,15 +121,16 @@ def check_same_origin(knn: Stored, centroid: Stored, seeds: Stored) -> Provenanc
 
 
 def _settings_of_both(knn: Mapping[str, Any], centroid: Mapping[str, Any]) -> dict[str, Any]:
-    """Take the centroid's own number from its set, the lower threshold, and a target that both had."""
+    """Take each number from its own set, the lower threshold, and a target and nprobe that both had."""
     of_centroid = {"nb_images_centroid": centroid["nb_images_centroid"]}
     origins = {**knn["origins"], "nb_images_centroid": centroid["origins"]["nb_images_centroid"]}
     if centroid["dedup_threshold"] < knn["dedup_threshold"]:
         of_centroid["dedup_threshold"] = centroid["dedup_threshold"]
         origins["dedup_threshold"] = centroid["origins"]["dedup_threshold"]
-    if centroid.get("target_images") != knn.get("target_images"):
-        of_centroid["target_images"] = None
-        origins.pop("target_images", None)
+    for name in ("target_images", "nprobe"):
+        if centroid[name] != knn[name]:
+            of_centroid[name] = None
+            origins.pop(name, None)
     return {**knn} | of_centroid | {"origins": origins}
 
 

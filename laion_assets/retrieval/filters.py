@@ -111,16 +111,18 @@ def conditions_in(text: str, origin: str) -> tuple[Condition, ...]:
     place = 0
     while text.strip():
         match = CONDITION.match(text, place)
-        joined = match and (match.end() == len(text) or AND.match(text, match.end()))
-        if not match or not joined:
+        at_the_end = match is not None and match.end() == len(text)
+        joined = AND.match(text, match.end()) if match else None
+        if not match or not (at_the_end or joined):
             rest = text[match.end() if match else place :].strip()[:40]
+            where = f"cannot be read from {rest!r} on" if rest else "lack a condition at their end"
             raise InputError(
-                f"filters (from {origin}) cannot be read from {rest!r} on: write conditions such as "
+                f"filters (from {origin}) {where}: write conditions such as "
                 "punsafe < 0.5 and NSFW == 'UNLIKELY', each a column, one of "
                 f"{' '.join(COMPARE)}, and a number or a quoted word"
             )
         found.append(Condition(match["column"], match["comparison"], _value(match["value"])))
-        if joined is True:
+        if not joined:
             break
         place = joined.end()
     return tuple(found)
