@@ -627,6 +627,23 @@ def test_killed_at_any_step_nothing_wrong_is_ever_marked(memory, monkeypatch, ro
         assert files.unmarked_data() == 0
 
 
+@pytest.mark.usefixtures("fine")
+@pytest.mark.parametrize("step", range(13))
+def test_giving_up_that_is_killed_is_finished_by_the_next(memory, monkeypatch, step):
+    files = Files(memory)
+    path = next(iter(files.content))
+
+    def need(first: int, beyond: int) -> None:
+        with files.opened(20 * PAGE) as disk:
+            files.need(disk, path, first * PAGE, beyond * PAGE)
+
+    need(0, 20)
+    assert killed_at(step, lambda: need(25, 35), monkeypatch)
+    need(36, 40)
+    assert set(range(36, 40)) <= set(files.marked()[path])
+    assert files.unmarked_data() == 0
+
+
 MANY_REQUESTS = """
 import hashlib, random, sys, time
 from pathlib import Path
