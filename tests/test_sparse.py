@@ -598,7 +598,7 @@ def killed_at(step: int, call: Callable[[], Any], monkeypatch: pytest.MonkeyPatc
 @settings(EXAMPLES, max_examples=40)
 @given(
     rounds=st.lists(
-        st.tuples(st.lists(places, min_size=1, max_size=4), st.integers(0, 60)), min_size=1, max_size=5
+        st.tuples(st.lists(places, min_size=1, max_size=4), st.integers(0, 20)), min_size=1, max_size=5
     )
 )
 def test_killed_at_any_step_nothing_wrong_is_ever_marked(memory, monkeypatch, rounds):
@@ -615,13 +615,33 @@ def test_killed_at_any_step_nothing_wrong_is_ever_marked(memory, monkeypatch, ro
         files.clock.now += 1
         killed_at(step, lambda some=some: requests(some), monkeypatch)
         files.marked()
-        files.clock.now += 1
-        requests(some)
-        with files.opened(budget) as disk:  # somebody who makes room clears up after the dead
+        with files.opened(budget) as disk:  # whoever makes room clears up after the dead
             path, content = list(files.content.items())[1]
-            SparseFile(path, len(content)).give_up(as_ranges([(2, 1)]))
+            file = SparseFile(path, len(content))
+            file.give_up(as_ranges([(2, 1)]))
+            file.close()
             assert files.need(disk, path, 2 * PAGE, 3 * PAGE) == content[2 * PAGE :]
         assert files.unmarked_data() == 0
+        files.clock.now += 1
+        requests(some)
+        assert files.unmarked_data() == 0
+
+
+@pytest.mark.usefixtures("fine")
+@pytest.mark.parametrize("step", range(13))
+def test_giving_up_that_is_killed_is_finished_by_the_next(memory, monkeypatch, step):
+    files = Files(memory)
+    path = next(iter(files.content))
+
+    def need(first: int, beyond: int) -> None:
+        with files.opened(20 * PAGE) as disk:
+            files.need(disk, path, first * PAGE, beyond * PAGE)
+
+    need(0, 20)
+    assert killed_at(step, lambda: need(25, 35), monkeypatch)
+    need(36, 40)
+    assert set(range(36, 40)) <= set(files.marked()[path])
+    assert files.unmarked_data() == 0
 
 
 MANY_REQUESTS = """

@@ -152,7 +152,7 @@ class SparseFiles:
                     self._files[number].give_up_unmarked(some)
                 reads = {n: reads_for(some) for n, some in self._absent(pages).items()}
                 wanted = {n: union(some, reads.get(n, NOTHING)) for n, some in pages.items()}
-                if self._fits(wanted, reads, others):
+                if self._fits(wanted, reads, others, lease):
                     self._take(wanted, lease)
                     return reads
             if not waited:
@@ -160,7 +160,7 @@ class SparseFiles:
                 waited = True
             time.sleep(PAUSE)
 
-    def _fits(self, wanted: Pages, reads: Pages, others: Others) -> bool:
+    def _fits(self, wanted: Pages, reads: Pages, others: Others, lease: Lease) -> bool:
         """Give up what is idle if need be; false where room has to be waited for."""
         taken = sum(bytes_held(file.path) for file in self._files)
         free = shutil.disk_usage(self._cache).free
@@ -171,7 +171,7 @@ class SparseFiles:
         excess = taken + PAGE * sum(map(total, reads.values())) - limit
         if excess <= 0:
             return True
-        freed = self._give_up(excess, wanted, others.pages)
+        freed = self._give_up(excess, lease, wanted, others.pages)
         return freed >= excess or not others.leases
 
     def _too_much(self, needed: int, limit: int) -> str:
@@ -181,7 +181,7 @@ class SparseFiles:
             return f"{told}LAION_SPARSE_BUDGET allows {limit:,}: raise it, or {less}"
         return f"{told}{self._cache} has room for {limit:,}: free some space, or {less}"
 
-    def _give_up(self, excess: int, *kept: Pages) -> int:
+    def _give_up(self, excess: int, lease: Lease, *kept: Pages) -> int:
         """Give up the pages that were idle for longest, some more than need be; returns bytes."""
         keep = [
             union(*(some.get(number, NOTHING) for some in kept)) for number in range(len(self._files))
@@ -189,11 +189,15 @@ class SparseFiles:
         files = list(zip(self._files, keep, strict=True))
         counts = last_uses(stamps for file, held in files for _, stamps in file.idle(held))
         longest_idle = LongestIdle(counts, int(excess + SPARE * self._budget) // PAGE + 1)
-        freed = 0
-        for file, held in files:
-            for numbers in portions_to_give_up(file.idle(held), longest_idle):
-                file.give_up(runs(numbers))
-                freed += PAGE * len(numbers)
+        going = {
+            number: union(*map(runs, portions_to_give_up(file.idle(held), longest_idle)))
+            for number, (file, held) in enumerate(files)
+        }
+        lease.take(going)  # so that the next one finishes it if this process dies in the middle
+        for number, pages in going.items():
+            self._files[number].give_up(pages)
+        lease.drop()
+        freed = PAGE * sum(map(total, going.values()))
         if freed:
             self._log(f"gave up {freed:,} bytes of the index that had been idle for longest")
         return freed
