@@ -51,6 +51,7 @@ class Plan:
         basis_of_seconds: where these are from.
         sizes: bytes of each table; empty where nothing is known.
         index_size: bytes of the staged index; None before it was staged.
+        index_rows: of it; None where that is not known.
 
     """
 
@@ -61,6 +62,7 @@ class Plan:
     basis_of_seconds: str
     sizes: Mapping[str, int]
     index_size: int | None
+    index_rows: int | None
 
 
 def history(instance: dg.DagsterInstance, seed_set: str | None, settings: Settings) -> History:
@@ -113,7 +115,9 @@ def plan(target: int, seeds: int, known: History) -> Plan:
             sizes[name] = round(past[name].figures["bytes"] * requested[name] / before[name])
         run = past["combined_urls"].run[:8]
         basis = f"run {run}, which requested {before['combined_urls']:,}, scaled by {BENCHMARK}"
-    return Plan(counts, known.yielded, requested, seconds, basis, sizes, known.index_size)
+    return Plan(
+        counts, known.yielded, requested, seconds, basis, sizes, known.index_size, known.index_rows
+    )
 
 
 def in_words(found: Plan, target: int, seeds: int) -> list[str]:
@@ -122,12 +126,17 @@ def in_words(found: Plan, target: int, seeds: int) -> list[str]:
     times = ", ".join(f"{name} {told(seconds)}" for name, seconds in found.seconds.items())
     sizes = ", ".join(f"{name} {_as_bytes(size)}" for name, size in found.sizes.items())
     index = "not staged yet" if found.index_size is None else _as_bytes(found.index_size)
+    rows = found.index_rows
+    bounded = rows is not None and (
+        target > rows or rows in (counts.nb_images_knn, counts.nb_images_centroid)
+    )
     return [
         f"# {target:,} images from {seeds:,} seeds, at {found.yielded}:",
         f"# {requested['knn_urls']:,} requested around the seeds and {requested['centroid_urls']:,} "
         "around their mean",
         f"nb_images_knn: {counts.nb_images_knn}",
         f"nb_images_centroid: {counts.nb_images_centroid}",
+        *([f"# the index has {rows:,} rows: no more than that can be found"] if bounded else []),
         f"# time: {times}",
         f"#   by {found.basis_of_seconds}",
         f"# disk: {sizes or 'of the tables not known before a first run of the set'}; index {index}",

@@ -45,7 +45,10 @@ def test_a_plan_without_a_set_rests_on_the_usual_yield(tmp_path, monkeypatch, ca
     assert main(["plan", "--target", "500000", "--seeds", "1000"]) == 0
     printed = capsys.readouterr().out
     assert yaml.safe_load(printed) == {"nb_images_knn": 834, "nb_images_centroid": 833_334}
-    assert "a yield of 0.3 (usual for LAION" in printed
+    assert (
+        "a yield of 0.3 (usual for LAION, no run of this set with these filters, block list and threshold "
+        "has measured it)"
+    ) in printed
     assert "by benchmarks/results.md (2 cores" in printed
     assert "of the tables not known before a first run of the set; index not staged yet" in printed
 
@@ -63,6 +66,7 @@ def test_a_plan_for_a_set_rests_on_its_last_run(demo, tmp_path, monkeypatch, cap
     assert found
     seeds, share, run = int(found[1]), float(found[2]), found[3]
     assert f"by run {run}, which requested {20 * seeds + 400}, scaled" in printed
+    assert "no more than that" not in printed
     expected = counts_for(target, seeds, share)
     planned = yaml.safe_load(printed)  # from the yield that was measured; four digits of it are printed
     assert planned["nb_images_knn"] == pytest.approx(expected.nb_images_knn, abs=1)
@@ -81,6 +85,7 @@ def test_a_plan_for_a_set_rests_on_its_last_run(demo, tmp_path, monkeypatch, cap
     bounded = capsys.readouterr().out
     assert "disk: knn_urls " in bounded
     assert yaml.safe_load(bounded) == {"nb_images_knn": rows, "nb_images_centroid": rows}
+    assert f"# the index has {rows:,} rows: no more than that can be found" in bounded
 
     (tmp_path / "data/seeds/flower/settings.yaml").write_text(printed)  # ready to paste
     assert main(["materialize", "flower"]) == 0

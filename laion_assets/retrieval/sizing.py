@@ -41,7 +41,10 @@ class Yield:
         return f"a yield of {self.share:.4g} ({self.basis})"
 
 
-USUAL = Yield(USUAL_SHARE, "usual for LAION, no run of this set has measured it")
+USUAL = Yield(
+    USUAL_SHARE,
+    "usual for LAION, no run of this set with these filters, block list and threshold has measured it",
+)
 
 
 @dataclass(frozen=True)
