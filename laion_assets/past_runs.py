@@ -28,11 +28,15 @@ class Materialized:
 
     Attributes:
         run: id of the run that made it.
+        storage_id: of the event, by which Dagster tells it from others.
+        timestamp: of the event, seconds since 1970.
         figures: its metadata, as plain values.
 
     """
 
     run: str
+    storage_id: int
+    timestamp: float
     figures: Mapping[str, Any]
 
 
@@ -56,7 +60,8 @@ def materializations(
         for record in page.records:
             made = record.asset_materialization
             if made is not None:
-                yield Materialized(record.run_id, {k: v.value for k, v in made.metadata.items()})
+                figures = {name: value.value for name, value in made.metadata.items()}
+                yield Materialized(record.run_id, record.storage_id, record.timestamp, figures)
         if not page.has_more:
             return
         cursor = page.cursor

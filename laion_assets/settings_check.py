@@ -15,9 +15,12 @@ from dataclasses import dataclass
 from typing import Any
 
 import dagster as dg
+from dagster._core.definitions.asset_checks.asset_check_evaluation import (
+    AssetCheckEvaluationTargetMaterializationData,
+)
 
 from laion_assets.partitions import seed_sets
-from laion_assets.past_runs import MADE_WITH, OWN_SETTINGS, materializations
+from laion_assets.past_runs import MADE_WITH, OWN_SETTINGS, Materialized, materializations
 from laion_assets.retrieval.errors import InputError
 from laion_assets.retrieval.seeds import SETTINGS_FILE
 from laion_assets.retrieval.tables import Provenance
@@ -145,6 +148,7 @@ class Made:
     Attributes:
         seed_set: the partition.
         run: that made it.
+        materialized: as Dagster's history has it.
         as_now: whether its settings are those of now.
         told: in words.
 
@@ -152,6 +156,7 @@ class Made:
 
     seed_set: str
     run: dg.DagsterRun
+    materialized: Materialized
     as_now: bool
     told: str
 
@@ -165,19 +170,23 @@ def last_made(instance: dg.DagsterInstance, seed_set: str) -> Made | None:
     if run is None:
         return None
     as_now, told = _judged(seed_set, past.figures[MADE_WITH], past.figures[OWN_SETTINGS])
-    return Made(seed_set, run, as_now, told)
+    return Made(seed_set, run, past, as_now, told)
 
 
 def check_again(instance: dg.DagsterInstance, made: Made) -> None:
     """Check again what a run has made, as a further event of that run.
 
     As an event of no run, which a sensor may return, Dagster's storage takes the check of a partition
-    only once.
+    only once. Without the materialization that was checked, the UI takes it for a check of an earlier one.
     """
+    past = made.materialized
     evaluation = dg.AssetCheckEvaluation(
         asset_key=COMBINED,
         check_name=SETTINGS_AS_NOW.name,
         passed=made.as_now,
+        target_materialization_data=AssetCheckEvaluationTargetMaterializationData(
+            storage_id=past.storage_id, run_id=past.run, timestamp=past.timestamp
+        ),
         severity=dg.AssetCheckSeverity.WARN,
         description=made.told,
         partition=made.seed_set,

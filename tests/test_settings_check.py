@@ -41,6 +41,12 @@ def status(project: Project, seed_set: str) -> str:
     evaluation = record.event.dagster_event.event_specific_data
     assert evaluation.severity is dg.AssetCheckSeverity.WARN
     assert evaluation.passed == (record.status.value == "SUCCEEDED")
+    latest = project.instance.event_log_storage.get_latest_storage_id_by_partition(
+        key.asset_key, dg.DagsterEventType.ASSET_MATERIALIZATION
+    )[seed_set]
+    checked = evaluation.target_materialization_data  # without which the UI shows the check as missing
+    assert checked
+    assert checked.storage_id == latest
     return evaluation.description
 
 
