@@ -232,12 +232,14 @@ class Compared:
         settings: of the environment and by default.
         read_up_to: storage id of the newest materialization that was compared with them.
         warned: sets that were made with other settings.
+        gone: sets that were removed, of which nothing is said until they are back.
 
     """
 
     settings: Mapping[str, Any] = field(default_factory=dict)
     read_up_to: int = 0
     warned: Sequence[str] = ()
+    gone: Sequence[str] = ()
 
 
 def build_settings_sensor() -> dg.SensorDefinition:
@@ -260,9 +262,16 @@ def build_settings_sensor() -> dg.SensorDefinition:
         made = context.instance.event_log_storage.get_latest_storage_id_by_partition(
             COMBINED, dg.DagsterEventType.ASSET_MATERIALIZATION
         )
+        known = last_versions(context.instance, seed_folder.key, dg.DagsterEventType.ASSET_OBSERVATION)
+        gone = {name for name in made if known.get(name) == GONE}
         changed = settings != last.settings
-        new = {name for name, place in made.items() if changed or place > last.read_up_to}
-        if not new:
+        back = set(last.gone) - gone
+        new = {
+            name
+            for name, place in made.items()
+            if name not in gone and (changed or name in back or place > last.read_up_to)
+        }
+        if not new and gone == set(last.gone):
             return _nothing_to_do(f"nothing new; {_made_with_others(last.warned)}", state)
         looked_up = {name: last_made(context.instance, name) for name in sorted(new)}
         found = {name: made for name, made in looked_up.items() if made}
@@ -270,7 +279,12 @@ def build_settings_sensor() -> dg.SensorDefinition:
         # The step has said already that it is as it should be, unless this sensor said otherwise since.
         for name in sorted(warned | (found.keys() & set(last.warned))):
             check_again(context.instance, found[name])
-        now = Compared(settings, max(made.values()), sorted((set(last.warned) - new) | warned))
+        now = Compared(
+            settings,
+            max(made.values(), default=0),
+            sorted((set(last.warned) - new - gone) | warned),
+            sorted(gone),
+        )
         return _nothing_to_do(f"{_sets(len(new))} compared; {_made_with_others(now.warned)}", asdict(now))
 
     return settings_sensor

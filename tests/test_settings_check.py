@@ -6,7 +6,10 @@ from conftest import Project, failures, new_project, reported
 from dagster._core.event_api import PartitionKeyFilter
 from dagster._core.events import StepMaterializationData
 
+from laion_assets.assets.seeds import seed_folder
+from laion_assets.observations import last_version, observation
 from laion_assets.past_runs import MADE_WITH, OWN_SETTINGS, materializations
+from laion_assets.sensors import GONE
 from laion_assets.settings import FOR_THIS_RUN, RetrievalConfig
 from laion_assets.settings_check import SETTINGS_AS_NOW, compare
 
@@ -140,6 +143,26 @@ def test_settings_that_only_this_run_could_do_without_do_not_stop_it(
         monkeypatch.setenv(variable, value)
     assert failures(made.run("fruit", **given)) == {}
     assert status(made, "fruit") == f"the next run cannot be made: {told}"
+
+
+def test_of_a_set_that_was_removed_nothing_is_said_until_it_is_back(made, monkeypatch):
+    """Nobody could follow the remedy: there is nothing to materialize it from."""
+    before = status(made, "flower")
+    seen = last_version(made.instance, seed_folder.key, "flower")
+    made.instance.report_runless_asset_event(observation(seed_folder.key, GONE, "flower"))
+    monkeypatch.setenv("LAION_DEDUP_THRESHOLD", "0.8")
+    ticks = Ticks(made)
+    ticks.tick()
+    assert ticks.said == "1 seed set compared; made with other settings: fruit"
+    assert status(made, "flower") == before
+    made.instance.report_runless_asset_event(observation(seed_folder.key, seen, "flower"))
+    ticks.tick()
+    assert ticks.said == "1 seed set compared; made with other settings: flower, fruit"
+    assert "materialize flower again" in status(made, "flower")
+    made.instance.report_runless_asset_event(observation(seed_folder.key, GONE, "flower"))
+    ticks.tick()
+    assert ticks.said == "0 seed sets compared; made with other settings: fruit"
+    made.instance.report_runless_asset_event(observation(seed_folder.key, seen, "flower"))
 
 
 def test_wrong_settings_are_told_of_by_the_sensor(made, monkeypatch):
