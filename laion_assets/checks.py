@@ -26,7 +26,7 @@ from laion_assets.retrieval.index import Decoder
 from laion_assets.retrieval.staging import OpenIndex
 from laion_assets.retrieval.tables import code_bytes, decoder_bytes
 from laion_assets.retrieval.vectors import decoded
-from laion_assets.settings import DEFAULTS
+from laion_assets.settings import BLOCK_LIST, DEFAULTS
 
 WARN, ERROR = dg.AssetCheckSeverity.WARN, dg.AssetCheckSeverity.ERROR
 COHERENT = 0.5  # mean cosine between seeds and centroid, an angle of 60 degrees; not calibrated on CLIP
@@ -342,7 +342,7 @@ def yield_as_before(context: dg.AssetExecutionContext, report: Mapping[str, Any]
 
 def _asked(figures: Mapping[str, Any]) -> dict[str, Any]:
     """The settings that were asked for, wherever from: what follows from them is not compared."""
-    return {name: figures[MADE_WITH].get(name) for name in DEFAULTS}
+    return {name: figures[MADE_WITH].get(name) for name in (*DEFAULTS, BLOCK_LIST)}
 
 
 def telling(context: dg.AssetExecutionContext, results: Iterable[dg.AssetCheckResult]) -> Results:

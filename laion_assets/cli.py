@@ -23,7 +23,7 @@ from laion_assets.demo.build import build_demo
 from laion_assets.launcher import fail_abandoned_runs, process_lock
 from laion_assets.partitions import seed_sets
 from laion_assets.plan import history, in_words, plan
-from laion_assets.resources import DATA, seeds_from
+from laion_assets.resources import DATA, index_from, seeds_from
 from laion_assets.retrieval.errors import InputError
 from laion_assets.settings import DEFAULTS, KINDS, RetrievalConfig
 
@@ -96,8 +96,9 @@ def _plan(parsed: argparse.Namespace) -> int:
         own = folder.settings(seed_set)
         seeds = len(folder.read(seed_set).embeddings)
     settings = RetrievalConfig().resolve(os.environ, own, parsed.seed_set or "")
+    block_list = index_from(os.environ).block_list() if parsed.seed_set is not None else None
     with instance() as kept:
-        known = history(kept, parsed.seed_set, settings)
+        known = history(kept, parsed.seed_set, settings.recorded(block_list and str(block_list)))
     found = plan(parsed.target, seeds, known)
     print(*in_words(found, parsed.target, seeds), sep="\n")
     return 0

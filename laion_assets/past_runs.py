@@ -13,13 +13,13 @@ from typing import Any
 import dagster as dg
 
 from laion_assets.retrieval.sizing import USUAL, Yield
-from laion_assets.settings import Settings
+from laion_assets.settings import BLOCK_LIST
 
 LOOKED_AT = 20  # materializations, the latest first
 YIELD = "yield"
 MADE_WITH = "made with"  # the settings that were asked for: what follows from them is no difference
 OWN_SETTINGS = "settings of its own"
-THAT_CHANGE_THE_YIELD = ("dedup_threshold", "filters")
+THAT_CHANGE_THE_YIELD = ("dedup_threshold", "filters", BLOCK_LIST)
 
 
 @dataclass(frozen=True)
@@ -68,14 +68,21 @@ def materializations(
 
 
 def measured_yield(
-    instance: dg.DagsterInstance, seed_set: str, settings: Settings, before: float | None = None
+    instance: dg.DagsterInstance, seed_set: str, asked: Mapping[str, Any], before: float | None = None
 ) -> Yield:
     """Return the combined yield of the last run of a set with settings that give the same one.
 
-    A run that kept nothing, or that had another threshold or other filters, tells nothing; without any
-    other the yield is the one that is usual.
+    A run that kept nothing, or that had another threshold, other filters or another block list, tells
+    nothing; without any other the yield is the one that is usual.
+
+    Args:
+        instance: whose history to look into.
+        seed_set: partition.
+        asked: settings and block list, as `Settings.recorded` has them.
+        before: seconds since 1970; what came later does not count.
+
     """
-    wanted = {name: settings.values()[name] for name in THAT_CHANGE_THE_YIELD}
+    wanted = {name: asked[name] for name in THAT_CHANGE_THE_YIELD}
     for past in materializations(instance, "combined_urls", seed_set, before):
         made_with = past.figures.get(MADE_WITH, {})
         if past.figures.get(YIELD) and {name: made_with.get(name) for name in wanted} == wanted:
@@ -83,8 +90,8 @@ def measured_yield(
     return USUAL
 
 
-def yield_for(context: dg.AssetExecutionContext, seed_set: str, settings: Settings) -> Yield:
+def yield_for(context: dg.AssetExecutionContext, seed_set: str, asked: Mapping[str, Any]) -> Yield:
     """Return the yield that a run counts on: the same in all its steps, whatever ends meanwhile."""
     record = context.instance.get_run_record_by_id(context.run.run_id)
     began = record.create_timestamp.timestamp() if record else None
-    return measured_yield(context.instance, seed_set, settings, began)
+    return measured_yield(context.instance, seed_set, asked, began)

@@ -8,13 +8,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 import dagster as dg
 
 from laion_assets.past_runs import MADE_WITH, Materialized, materializations, measured_yield
 from laion_assets.retrieval.progress import told
 from laion_assets.retrieval.sizing import USUAL, Counts, Yield, as_measured, counts_for
-from laion_assets.settings import Settings
 
 TABLES = ("knn_urls", "centroid_urls", "combined_urls")
 ROWS = "dagster/row_count"
@@ -65,13 +65,13 @@ class Plan:
     index_rows: int | None
 
 
-def history(instance: dg.DagsterInstance, seed_set: str | None, settings: Settings) -> History:
+def history(instance: dg.DagsterInstance, seed_set: str | None, asked: Mapping[str, Any]) -> History:
     """Look up what a plan rests on.
 
     Args:
         instance: whose history knows past runs.
         seed_set: the set, if it is there already.
-        settings: of the set, for a yield that was measured with the same.
+        asked: settings of the set and the block list, for a yield that was measured with the same.
 
     """
     told_of_index = (past.figures for past in materializations(instance, "staged_laion_index"))
@@ -85,7 +85,7 @@ def history(instance: dg.DagsterInstance, seed_set: str | None, settings: Settin
         if ROWS in figures and figures["fingerprint"] == held["fingerprint"]
     )
     return History(
-        measured_yield(instance, seed_set, settings) if seed_set else USUAL,
+        measured_yield(instance, seed_set, asked) if seed_set else USUAL,
         _last_run(instance, seed_set) if seed_set else {},
         next(rows, None),
         held.get("bytes"),

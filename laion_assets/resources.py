@@ -16,7 +16,7 @@ from typing import Any, Literal, get_args
 import dagster as dg
 
 from laion_assets.retrieval.errors import InputError
-from laion_assets.retrieval.filters import BlockList, read_block_list
+from laion_assets.retrieval.filters import BlockList, block_list_version, read_block_list
 from laion_assets.retrieval.seeds import (
     Listing,
     Seeds,
@@ -104,6 +104,10 @@ class LaionIndex:
     def source_version(self) -> str:
         """Return the version of the source; only lists its files."""
         return version_of(Source(self.index_uri, self.metadata_uri).list())
+
+    def block_list_version(self) -> str:
+        """Return what changes when the block list is written again; empty where no list is set."""
+        return block_list_version(self.block_list_uri) if self.block_list_uri else ""
 
     def block_list(self) -> BlockList | None:
         """Read the images that must not get into any table; None where no list is set."""

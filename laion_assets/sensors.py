@@ -25,7 +25,13 @@ from laion_assets.resources import LaionIndex, SeedFolder
 from laion_assets.retrieval.errors import InputError
 from laion_assets.retrieval.seeds import check_name
 from laion_assets.settings import RetrievalConfig
-from laion_assets.settings_check import COMBINED, check_again, last_made
+from laion_assets.settings_check import (
+    COMBINED,
+    BlockListNow,
+    block_list_now,
+    check_again,
+    last_made,
+)
 
 SECONDS_BETWEEN_TICKS = 15
 SECONDS_BETWEEN_LOOKS_AT_THE_INDEX = 300
@@ -230,6 +236,7 @@ class Compared:
 
     Attributes:
         settings: of the environment and by default.
+        block_list: as it was at the last tick.
         read_up_to: storage id of the newest materialization that was compared with them.
         warned: sets that were made with other settings.
         gone: sets that were removed, of which nothing is said until they are back.
@@ -237,6 +244,7 @@ class Compared:
     """
 
     settings: Mapping[str, Any] = field(default_factory=dict)
+    block_list: Mapping[str, Any] = field(default_factory=dict)
     read_up_to: int = 0
     warned: Sequence[str] = ()
     gone: Sequence[str] = ()
@@ -252,7 +260,9 @@ def build_settings_sensor() -> dg.SensorDefinition:
         description="Warns of sets that were made with other settings than a run would use now. Starts "
         "nothing; a changed settings.yaml does. What each tick saw stands in the column Cursor.",
     )
-    def settings_sensor(context: dg.SensorEvaluationContext) -> dg.SensorResult:
+    def settings_sensor(
+        context: dg.SensorEvaluationContext, laion_index: dg.ResourceParam[LaionIndex]
+    ) -> dg.SensorResult:
         state = state_in(context.cursor)
         last = Compared(**state)
         try:
@@ -264,7 +274,11 @@ def build_settings_sensor() -> dg.SensorDefinition:
         )
         known = last_versions(context.instance, seed_folder.key, dg.DagsterEventType.ASSET_OBSERVATION)
         gone = {name for name in made if known.get(name) == GONE}
-        changed = settings != last.settings
+        listed_before = BlockListNow(**last.block_list)
+        listed = block_list_now(laion_index, listed_before)
+        changed = settings != last.settings or (
+            (listed.told, listed.wrong) != (listed_before.told, listed_before.wrong)
+        )
         back = set(last.gone) - gone
         new = {
             name
@@ -272,8 +286,9 @@ def build_settings_sensor() -> dg.SensorDefinition:
             if name not in gone and (changed or name in back or place > last.read_up_to)
         }
         if not new and gone == set(last.gone):
-            return _nothing_to_do(f"nothing new; {_made_with_others(last.warned)}", state)
-        looked_up = {name: last_made(context.instance, name) for name in sorted(new)}
+            as_before = replace(last, block_list=asdict(listed))
+            return _nothing_to_do(f"nothing new; {_made_with_others(last.warned)}", asdict(as_before))
+        looked_up = {name: last_made(context.instance, name, listed) for name in sorted(new)}
         found = {name: made for name, made in looked_up.items() if made}
         warned = {name for name, made in found.items() if not made.as_now}
         # The step has said already that it is as it should be, unless this sensor said otherwise since.
@@ -281,6 +296,7 @@ def build_settings_sensor() -> dg.SensorDefinition:
             check_again(context.instance, found[name])
         now = Compared(
             settings,
+            asdict(listed),
             max(made.values(), default=0),
             sorted((set(last.warned) - new - gone) | warned),
             sorted(gone),

@@ -16,7 +16,7 @@ import dagster as dg
 from pydantic import Field
 
 from laion_assets.retrieval.errors import InputError
-from laion_assets.retrieval.filters import conditions_in
+from laion_assets.retrieval.filters import BLOCK_LIST_SETTING, conditions_in
 from laion_assets.retrieval.seeds import SETTINGS_FILE
 from laion_assets.retrieval.sizing import Yield, counts_for
 
@@ -41,6 +41,7 @@ KIND_NAMES: Mapping[type, str] = {
     float: "a number",
     str: "a text (quote it)",
 }
+BLOCK_LIST = "block_list"  # a place, and so no setting of a request; recorded with them
 COUNTS = ("nb_images_knn", "nb_images_centroid")
 MANY = 1e300  # beyond that numbers are not numbers any more
 FOR_THIS_RUN = "Launchpad or command line"
@@ -78,9 +79,15 @@ class Settings:
         """The settings alone."""
         return {name: getattr(self, name) for name in DEFAULTS}
 
-    def recorded(self) -> dict[str, Any]:
-        """The settings and their origins, as tables and reports keep them."""
-        return self.values() | {"origins": dict(self.origins)}
+    def recorded(self, block_list: str | None = None) -> dict[str, Any]:
+        """The settings and their origins, as tables and reports keep them.
+
+        Args:
+            block_list: where it is and what is on it, in words; None where there is none.
+
+        """
+        listed = {BLOCK_LIST: BLOCK_LIST_SETTING} if block_list else {}
+        return self.values() | {BLOCK_LIST: block_list, "origins": {**self.origins, **listed}}
 
     def sized(self, seeds: int, yielded: Yield, rows: int | None = None) -> Settings:
         """Compute the two counts from the target; nothing to do where they are given.

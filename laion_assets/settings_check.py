@@ -21,10 +21,12 @@ from dagster._core.definitions.asset_checks.asset_check_evaluation import (
 
 from laion_assets.partitions import seed_sets
 from laion_assets.past_runs import MADE_WITH, OWN_SETTINGS, Materialized, materializations
+from laion_assets.resources import LaionIndex
 from laion_assets.retrieval.errors import InputError
 from laion_assets.retrieval.seeds import SETTINGS_FILE
 from laion_assets.retrieval.tables import Provenance
 from laion_assets.settings import (
+    BLOCK_LIST,
     COUNTS,
     FOR_THIS_RUN,
     RetrievalConfig,
@@ -81,9 +83,45 @@ class Comparison:
         return "; ".join(parts) or "made with the settings that a run would use now"
 
 
-def compare(made_with: Mapping[str, Any], now: Settings) -> Comparison:
-    """Compare the settings that a set was made with and those of now; a pure function."""
-    current = now.recorded()
+@dataclass(frozen=True)
+class BlockListNow:
+    """The block list that a run would use now.
+
+    Attributes:
+        version: of its file; empty where there is none, or it cannot be read.
+        told: where it is and what is on it, as tables record it; None where there is none.
+        wrong: why it cannot be read; empty where it can.
+
+    """
+
+    version: str = ""
+    told: str | None = None
+    wrong: str = ""
+
+
+def block_list_now(index: LaionIndex, last: BlockListNow | None = None) -> BlockListNow:
+    """Look at the block list; it is read where its file is not as it was the last time."""
+    try:
+        version = index.block_list_version()
+        if last and last.version == version and not last.wrong:
+            return last
+        listed = index.block_list()
+    except InputError as error:
+        return BlockListNow(wrong=str(error))
+    return BlockListNow(version, listed and str(listed))
+
+
+def compare(made_with: Mapping[str, Any], now: Settings, block_list: str | None = None) -> Comparison:
+    """Compare the settings that a set was made with and those of now; a pure function.
+
+    Args:
+        made_with: as `Settings.recorded` had them.
+        now: what a run would use.
+        block_list: likewise, in words; None where there is none.
+
+    """
+    made_with = {BLOCK_LIST: None} | {**made_with}  # those of older runs do not tell of it
+    current = now.recorded(block_list)
     changed: list[Difference] = []
     given: list[Difference] = []
     for names in _decisions(made_with, current):
@@ -105,7 +143,7 @@ def _decisions(one: Mapping[str, Any], other: Mapping[str, Any]) -> list[tuple[s
     names = ("target_images", *COUNTS)
     swapped = (one["target_images"] is None) != (other["target_images"] is None)
     how_many = [names] if swapped else [(name,) for name in names]
-    return [*how_many, ("dedup_threshold",), ("nprobe",), ("filters",)]
+    return [*how_many, ("dedup_threshold",), ("nprobe",), ("filters",), (BLOCK_LIST,)]
 
 
 def _in_words(names: Sequence[str], values: Mapping[str, Any], *, origins: bool = False) -> str:
@@ -117,9 +155,9 @@ def _in_words(names: Sequence[str], values: Mapping[str, Any], *, origins: bool 
     return " and ".join(told) or f"no {names[0]}"
 
 
-def settings_as_now(origin: Provenance) -> dg.AssetCheckResult:
+def settings_as_now(origin: Provenance, block_list: BlockListNow) -> dg.AssetCheckResult:
     """Check a set that was made just now."""
-    passed, told = _judged(origin.seed_set, origin.asked, origin.own_settings)
+    passed, told = _judged(origin.seed_set, origin.asked, origin.own_settings, block_list)
     return dg.AssetCheckResult(
         check_name=SETTINGS_AS_NOW.name,
         passed=passed,
@@ -128,14 +166,19 @@ def settings_as_now(origin: Provenance) -> dg.AssetCheckResult:
     )
 
 
-def _judged(seed_set: str, made_with: Mapping[str, Any], own: Mapping[str, Any]) -> tuple[bool, str]:
+def _judged(
+    seed_set: str, made_with: Mapping[str, Any], own: Mapping[str, Any], block_list: BlockListNow
+) -> tuple[bool, str]:
     """Tell whether a set is as the next run would make it, and in words how it differs.
 
     Settings of now that no run could use are a difference too: the run that made the set may have
     brought its own in their place.
     """
     try:
-        found = compare(made_with, RetrievalConfig().resolve(os.environ, own, seed_set))
+        if block_list.wrong:
+            raise InputError(block_list.wrong)
+        now = RetrievalConfig().resolve(os.environ, own, seed_set)
+        found = compare(made_with, now, block_list.told)
     except InputError as error:
         return False, f"the next run cannot be made: {error}"
     return not found.changed, found.sentence(seed_set)
@@ -161,7 +204,7 @@ class Made:
     told: str
 
 
-def last_made(instance: dg.DagsterInstance, seed_set: str) -> Made | None:
+def last_made(instance: dg.DagsterInstance, seed_set: str, block_list: BlockListNow) -> Made | None:
     """Compare a set that was made before; None where the history does not say by what, or with what."""
     past = next(materializations(instance, "combined_urls", seed_set), None)
     if past is None or not {MADE_WITH, OWN_SETTINGS} <= past.figures.keys():
@@ -169,7 +212,7 @@ def last_made(instance: dg.DagsterInstance, seed_set: str) -> Made | None:
     run = instance.get_run_by_id(past.run)
     if run is None:
         return None
-    as_now, told = _judged(seed_set, past.figures[MADE_WITH], past.figures[OWN_SETTINGS])
+    as_now, told = _judged(seed_set, past.figures[MADE_WITH], past.figures[OWN_SETTINGS], block_list)
     return Made(seed_set, run, past, as_now, told)
 
 
@@ -177,7 +220,7 @@ def check_again(instance: dg.DagsterInstance, made: Made) -> None:
     """Check again what a run has made, as a further event of that run.
 
     As an event of no run, which a sensor may return, Dagster's storage takes the check of a partition
-    only once. Without the materialization that was checked, the UI takes it for a check of an earlier one.
+    only once. Without the materialization that was checked, the UI shows the check as missing.
     """
     past = made.materialized
     evaluation = dg.AssetCheckEvaluation(

@@ -1,16 +1,20 @@
 """A change of settings that Dagster does not see is a warning on the sets that were made before it."""
 
+from pathlib import Path
+
 import dagster as dg
 import pytest
-from conftest import Project, failures, new_project, reported
+from conftest import Demo, Project, failures, new_project, reported
 from dagster._core.event_api import PartitionKeyFilter
 from dagster._core.events import StepMaterializationData
 
 from laion_assets.assets.seeds import seed_folder
 from laion_assets.observations import last_version, observation
-from laion_assets.past_runs import MADE_WITH, OWN_SETTINGS, materializations
+from laion_assets.past_runs import MADE_WITH, OWN_SETTINGS, materializations, measured_yield
+from laion_assets.resources import LaionIndex
+from laion_assets.retrieval.sizing import USUAL
 from laion_assets.sensors import GONE
-from laion_assets.settings import FOR_THIS_RUN, RetrievalConfig
+from laion_assets.settings import BLOCK_LIST, FOR_THIS_RUN, RetrievalConfig
 from laion_assets.settings_check import SETTINGS_AS_NOW, compare
 
 SETS = ("flower", "fruit")
@@ -20,14 +24,19 @@ class Ticks:
     """What Dagster's daemon does with the sensor of the settings."""
 
     def __init__(self, project: Project) -> None:
-        self._project = project
+        self.project = project
         self._cursor: str | None = None
         self.said = ""
 
     def tick(self) -> None:
         """Evaluate it once."""
-        repository = self._project.defs.get_repository_def()
-        context = dg.build_sensor_context(self._project.instance, self._cursor, repository_def=repository)
+        repository = self.project.defs.get_repository_def()
+        context = dg.build_sensor_context(
+            self.project.instance,
+            self._cursor,
+            repository_def=repository,
+            resources={"laion_index": repository.get_top_level_resources()["laion_index"]},
+        )
         with context:
             seen = repository.get_sensor_def("settings_sensor")(context)
         self._cursor = seen.cursor
@@ -95,6 +104,63 @@ def test_a_change_in_the_environment_is_a_warning_until_it_is_taken_back_or_made
     assert ticks.said == "1 seed set compared; made with other settings: flower"
     assert status(made, "fruit") == AS_IT_SHOULD_BE
     assert "now dedup_threshold 0.9 (LAION_DEDUP_THRESHOLD)" in status(made, "flower")
+
+
+def with_list(made: Project, demo: Demo, listed: Path) -> Project:
+    """The same project with a block list."""
+    return Project(made.seeds.parent, demo.index, made.instance, LAION_BLOCK_LIST=str(listed))
+
+
+def test_a_block_list_that_is_new_or_changed_or_unset_is_a_warning(made, demo, tmp_path, monkeypatch):
+    listed = tmp_path / "list.txt"
+    listed.write_text("3\n")
+    assert failures(made.run("fruit")) == {}
+    ticks = Ticks(made)
+    ticks.tick()
+    assert status(made, "fruit") == AS_IT_SHOULD_BE
+
+    ticks.project = with_list(made, demo, listed)
+    ticks.tick()
+    assert status(made, "fruit").startswith(
+        f"made with no block_list, now block_list {listed}, 1 ids, 0 URL"
+    )
+    assert status(made, "fruit").endswith("(LAION_BLOCK_LIST); materialize fruit again to have it so")
+    assert failures(ticks.project.run("fruit")) == {}
+    assert status(made, "fruit") == AS_IT_SHOULD_BE
+    ticks.tick()
+    with monkeypatch.context() as patched:
+        patched.setattr(LaionIndex, "block_list", None)  # what is as it was is not read again
+        ticks.tick()
+    assert ticks.said == "nothing new; made with other settings: flower"
+
+    listed.write_text("3\n4\n")
+    ticks.tick()
+    assert status(made, "fruit").startswith(f"made with block_list {listed}, 1 ids, 0 URLs, ")
+    assert f"now block_list {listed}, 2 ids, 0 URLs, " in status(made, "fruit")
+    listed.unlink()
+    ticks.tick()
+    assert status(made, "fruit") == (
+        f"the next run cannot be made: the block list {listed} is not there: correct or "
+        "unset LAION_BLOCK_LIST"
+    )
+    ticks.project = made
+    ticks.tick()
+    assert "now no block_list; materialize fruit again" in status(made, "fruit")
+    assert failures(made.run("fruit", "combined_urls")) == {}  # of the tables that are there
+    assert "now no block_list; materialize fruit again" in status(made, "fruit")
+
+
+def test_a_yield_counts_for_the_block_list_it_was_measured_with(made, demo, tmp_path):
+    listed = tmp_path / "list.txt"
+    listed.write_text("3\n")
+    project = with_list(made, demo, listed)
+    first = project.run("fruit", target_images=50)
+    assert "usual for LAION" in reported(first, "knn_urls")["settings"]["nb_images_knn"]
+    second = project.run("fruit", target_images=50)
+    assert f"by run {first.run_id[:8]}" in reported(second, "knn_urls")["settings"]["nb_images_knn"]
+    asked = RetrievalConfig().resolve({}).recorded()
+    assert second.run_id[:8] not in measured_yield(made.instance, "fruit", asked).basis
+    assert measured_yield(made.instance, "fruit", {**asked, BLOCK_LIST: "another"}) == USUAL
 
 
 def test_numbers_given_for_one_run_are_told_of_and_are_no_change(made):

@@ -35,8 +35,8 @@ from laion_assets.retrieval.retrieve import PICTURES, Funnel, Request, Retrieval
 from laion_assets.retrieval.seeds import embeddings_of
 from laion_assets.retrieval.staging import OpenIndex
 from laion_assets.retrieval.tables import Provenance, Table
-from laion_assets.settings import RetrievalConfig, Settings
-from laion_assets.settings_check import SETTINGS_AS_NOW, settings_as_now
+from laion_assets.settings import BLOCK_LIST, RetrievalConfig, Settings
+from laion_assets.settings_check import SETTINGS_AS_NOW, block_list_now, settings_as_now
 
 LOW_RECALL = 0.9
 
@@ -109,11 +109,13 @@ def _retrieved(
     with as_failures():
         origin = Provenance.from_footer(vectors.footer, vectors.where)
         asked = retrieval_config.resolve(os.environ, origin.own_settings, origin.seed_set)
-        expected = yield_for(context, origin.seed_set, asked)
+        block_list = laion_index.block_list()
+        recorded = asked.recorded(block_list and str(block_list))
+        expected = yield_for(context, origin.seed_set, recorded)
         queries = embeddings_of(vectors.read(["embedding"]))
         seeds = len(queries) if per_seed else vectors.read(["seeds"])["seeds"][0].as_py()
         conditions = conditions_in(asked.filters or "", asked.origins.get("filters", ""))
-        filters = Filters(conditions, laion_index.block_list())
+        filters = Filters(conditions, block_list)
     with as_failures(), ExitStack() as until_read:
         opened = until_read.enter_context(open_index(context, laion_index))
         settings = asked.sized(seeds, expected, opened.index.rows)
@@ -131,7 +133,7 @@ def _retrieved(
             per_seed=per_seed,
             progress=progress.advance,
         )
-        used = _used(settings, found.nprobe, filters.block_list)
+        used = _used(settings, found.nprobe, block_list)
         provenance = Provenance.now(
             origin.seed_set,
             origin.seeds,
@@ -139,7 +141,7 @@ def _retrieved(
             used,
             context.run.run_id,
             origin.own_settings,
-            asked.recorded(),
+            recorded,
         )
         context.log.info(
             f"looking for {k:,} images around {'each of ' if per_seed else ''}{len(queries):,} "
@@ -198,6 +200,7 @@ def combined_urls(
     knn_urls: StoredTable,
     centroid_urls: StoredTable,
     seed_embeddings: StoredTable,
+    laion_index: dg.ResourceParam[LaionIndex],
     pictures: dg.ResourceParam[Pictures],
 ) -> Outputs:
     """Both URL sets as one table, a row per image, ready for img2dataset.
@@ -247,7 +250,7 @@ def combined_urls(
         results = [
             *checks.of_combined(stored, knn_urls, centroid_urls, threshold),
             checks.yield_as_before(context, told),
-            settings_as_now(origin),
+            settings_as_now(origin, block_list_now(laion_index)),
         ]
     yield from checks.telling(context, results)
 
@@ -285,7 +288,7 @@ def _used(settings: Settings, nprobe: int | None, block_list: BlockList | None) 
     if settings.nprobe is None:
         origins["nprobe"] = "chosen from the number of images"
     if block_list is not None:
-        used["block_list"], origins["block_list"] = str(block_list), BLOCK_LIST_SETTING
+        used[BLOCK_LIST], origins[BLOCK_LIST] = str(block_list), BLOCK_LIST_SETTING
     return used | {"origins": origins}
 
 

@@ -13,6 +13,7 @@ import hashlib
 import io
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import islice
 from typing import Any
@@ -166,6 +167,19 @@ class BlockList:
         return f"{self.uri}, {len(self.ids):,} ids, {len(self.urls):,} URLs, {content}"
 
 
+def block_list_version(uri: str) -> str:
+    """Return what changes when the file is written again, as far as its storage tells; reads nothing.
+
+    Raises:
+        InputError: no such file.
+
+    """
+    with _reading(uri):
+        fs, path = open_storage(uri, BLOCK_LIST_SETTING)
+        told = sorted((name, str(value)) for name, value in fs.info(path).items())
+    return hashlib.sha256(f"{uri} {told}".encode()).hexdigest()[:16]
+
+
 def read_block_list(uri: str) -> BlockList:
     """Read a block list.
 
@@ -179,12 +193,22 @@ def read_block_list(uri: str) -> BlockList:
     """
     fs, path = open_storage(uri, BLOCK_LIST_SETTING)
     ids, urls = [np.empty(0, np.int64)], [np.empty(0, np.int64)]
+    with _reading(uri), fs.open(path, "rb", compression="infer") as file:
+        parts = _columns_of(file, uri) if path.endswith(".parquet") else _lines_of(file, uri)
+        for some_ids, some_urls in parts:
+            ids.append(some_ids)
+            urls.append(hashes(some_urls))
+    found = BlockList(uri, np.unique(np.concatenate(ids)), np.unique(np.concatenate(urls)))
+    if not len(found.ids) and not len(found.urls):
+        raise InputError(f"nothing is on the block list {uri}: fill it, or unset {BLOCK_LIST_SETTING}")
+    return found
+
+
+@contextmanager
+def _reading(uri: str) -> Iterator[None]:
     try:
-        with reaching(uri, BLOCK_LIST_SETTING), fs.open(path, "rb", compression="infer") as file:
-            parts = _columns_of(file, uri) if path.endswith(".parquet") else _lines_of(file, uri)
-            for some_ids, some_urls in parts:
-                ids.append(some_ids)
-                urls.append(hashes(some_urls))
+        with reaching(uri, BLOCK_LIST_SETTING):
+            yield
     except FileNotFoundError as error:
         raise InputError(
             f"the block list {uri} is not there: correct or unset {BLOCK_LIST_SETTING}"
@@ -193,10 +217,6 @@ def read_block_list(uri: str) -> BlockList:
         raise InputError(
             f"the block list {uri} cannot be read ({error}): mend it, or correct {BLOCK_LIST_SETTING}"
         ) from error
-    found = BlockList(uri, np.unique(np.concatenate(ids)), np.unique(np.concatenate(urls)))
-    if not len(found.ids) and not len(found.urls):
-        raise InputError(f"nothing is on the block list {uri}: fill it, or unset {BLOCK_LIST_SETTING}")
-    return found
 
 
 def _lines_of(file: Any, uri: str) -> Iterator[tuple[Ids, pa.Array]]:
