@@ -98,7 +98,7 @@ def _plan(parsed: argparse.Namespace) -> int:
     settings = RetrievalConfig().resolve(os.environ, own, parsed.seed_set or "")
     block_list = index_from(os.environ).block_list() if parsed.seed_set is not None else None
     with instance() as kept:
-        known = history(kept, parsed.seed_set, settings.recorded(block_list and str(block_list)))
+        known = history(kept, parsed.seed_set, settings.recorded(block_list))
     found = plan(parsed.target, seeds, known)
     print(*in_words(found, parsed.target, seeds), sep="\n")
     return 0

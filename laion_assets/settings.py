@@ -16,7 +16,7 @@ import dagster as dg
 from pydantic import Field
 
 from laion_assets.retrieval.errors import InputError
-from laion_assets.retrieval.filters import BLOCK_LIST_SETTING, conditions_in
+from laion_assets.retrieval.filters import BLOCK_LIST_SETTING, BlockList, conditions_in
 from laion_assets.retrieval.seeds import SETTINGS_FILE
 from laion_assets.retrieval.sizing import Yield, counts_for
 
@@ -79,15 +79,16 @@ class Settings:
         """The settings alone."""
         return {name: getattr(self, name) for name in DEFAULTS}
 
-    def recorded(self, block_list: str | None = None) -> dict[str, Any]:
+    def recorded(self, block_list: BlockList | str | None = None) -> dict[str, Any]:
         """The settings and their origins, as tables and reports keep them.
 
         Args:
-            block_list: where it is and what is on it, in words; None where there is none.
+            block_list: the list itself, or what was told of it; None where there is none.
 
         """
-        listed = {BLOCK_LIST: BLOCK_LIST_SETTING} if block_list else {}
-        return self.values() | {BLOCK_LIST: block_list, "origins": {**self.origins, **listed}}
+        told = None if block_list is None else str(block_list)
+        listed = {BLOCK_LIST: BLOCK_LIST_SETTING} if told else {}
+        return self.values() | {BLOCK_LIST: told, "origins": {**self.origins, **listed}}
 
     def sized(self, seeds: int, yielded: Yield, rows: int | None = None) -> Settings:
         """Compute the two counts from the target; nothing to do where they are given.

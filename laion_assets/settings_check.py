@@ -108,7 +108,7 @@ def block_list_now(index: LaionIndex, last: BlockListNow | None = None) -> Block
         listed = index.block_list()
     except InputError as error:
         return BlockListNow(wrong=str(error))
-    return BlockListNow(version, listed and str(listed))
+    return BlockListNow(version, None if listed is None else str(listed))
 
 
 def compare(made_with: Mapping[str, Any], now: Settings, block_list: str | None = None) -> Comparison:

@@ -110,7 +110,7 @@ def _retrieved(
         origin = Provenance.from_footer(vectors.footer, vectors.where)
         asked = retrieval_config.resolve(os.environ, origin.own_settings, origin.seed_set)
         block_list = laion_index.block_list()
-        recorded = asked.recorded(block_list and str(block_list))
+        recorded = asked.recorded(block_list)
         expected = yield_for(context, origin.seed_set, recorded)
         queries = embeddings_of(vectors.read(["embedding"]))
         seeds = len(queries) if per_seed else vectors.read(["seeds"])["seeds"][0].as_py()
