@@ -20,17 +20,19 @@ import pyarrow as pa
 
 from laion_assets.io_managers import StoredTable
 from laion_assets.partitions import seed_sets
+from laion_assets.past_runs import MADE_WITH, YIELD, materializations
 from laion_assets.retrieval import audit
 from laion_assets.retrieval.index import Decoder
 from laion_assets.retrieval.staging import OpenIndex
 from laion_assets.retrieval.tables import code_bytes, decoder_bytes
 from laion_assets.retrieval.vectors import decoded
+from laion_assets.settings import DEFAULTS
 
 WARN, ERROR = dg.AssetCheckSeverity.WARN, dg.AssetCheckSeverity.ERROR
-COHERENT = 0.5  # mean cosine between seeds and centroid: an angle of 60 degrees
+COHERENT = 0.5  # mean cosine between seeds and centroid, an angle of 60 degrees; not calibrated on CLIP
 ROWS_COMPARED = 1 << 16  # first rows of a table in which near-duplicates are looked for
-PAST_RUNS = 20
 YIELD_MAY_DIFFER = 0.1  # of what it was
+ONLY_A_PART = "only a part of the index is on the disk"
 SEARCHES = ("knn_urls", "centroid_urls")
 
 Results = Iterator[dg.AssetCheckResult]
@@ -92,7 +94,8 @@ _URL_SETS = [
             "yield_as_before",
             f"What is kept of what was requested is within {YIELD_MAY_DIFFER:.0%} of what past runs of "
             "the seed set with the same settings kept. A warning. Remedy: look at the funnel for the "
-            "loss that grew; new seeds or a new index explain it, anything else does not.",
+            "loss that grew; new seeds, a new index or another block list explain it, anything else does "
+            "not.",
         ),
     )
 ]
@@ -108,24 +111,28 @@ _ALL = [
         "staged_laion_index",
         "metadata_belongs_to_the_index",
         "Captions of neighbours in the index have more words in common than captions drawn by chance, "
-        "in every quarter of its rows. A warning, as it is a matter of statistics. Remedy: see that no "
-        "metadata file is missing, doubled or of another release, and that the names sort in the order "
-        "of the ids.",
+        "in every quarter of its rows that has captions enough. A warning, as it is a matter of "
+        "statistics. Remedy: see that no metadata file is missing, doubled or of another release, and "
+        "that the names sort in the order of the ids.",
     ),
     _spec(
         "staged_laion_index",
         "staged_index_is_intact",
-        "Files up to 256 MiB still have the checksum they were staged with, and rows of the index from "
-        "many places decode to vectors with numbers in range. An error, and it blocks: every search "
-        "would be in vain. Remedy: delete the files named and materialize again.",
+        "Files of up to 256 MiB, always the same ones and 1 GiB in all, still have the checksum they "
+        "were staged with; rows of the index from many places have numbers in range, and not all are "
+        "without a vector. An error, and it blocks: every search would be in vain. Remedy: delete the "
+        "files named, or all of LAION_CACHE_DIR where none is, and materialize again.",
         blocking=True,
     ),
     _spec(
         "centroid_vector",
         "seeds_are_coherent",
-        f"Seeds are on average within a cosine of {COHERENT} of their mean. A warning: the less they "
-        "have in common, the less what is around the mean has to do with any of them. Remedy: split "
-        "the seed set by style, or use knn_urls alone.",
+        f"The mean of the seeds, each of length 1, has at least length {COHERENT}: that is also the mean "
+        "cosine of a seed with the centroid. A warning: the less seeds have in common, the less what is "
+        "around the mean has to do with any of them. A floor and no measure of style: embeddings of CLIP "
+        "all point into one cone, so seeds of several styles can pass, and what does not is mostly "
+        "vectors of something else; compare seed sets by the number. Remedy: see that the vectors are "
+        "embeddings of the index's model, split the seed set by style, or use knn_urls alone.",
     ),
     *_SEARCH,
     *_URL_SETS,
@@ -153,12 +160,18 @@ STAGED, CENTROID, KNN_URLS, CENTROID_URLS, COMBINED = map(
 
 
 def of_staged_index(opened: OpenIndex, cache_dir: Any) -> list[dg.AssetCheckResult]:
-    """Compare index and metadata, and look for damage."""
+    """Compare index and metadata, and look for damage.
+
+    Where only a part of it is on the disk no row is looked at: each would have to be fetched.
+    """
     rows, metadata_rows = opened.index.rows, len(opened.metadata)
-    captions = audit.agreement(opened.index, opened.metadata)
-    whole = (file for file in opened.manifest.files if not file.sparse)
-    files = [(str(cache_dir / f.path), f.checksum, f.size) for f in whole]
-    wrong = audit.unsound(opened.index, files)
+    whole = [file for file in opened.manifest.files if not file.sparse]
+    again = audit.to_read_again([(str(cache_dir / f.path), f.checksum, f.size) for f in whole])
+    partly = len(whole) < len(opened.manifest.files)
+    captions = None if partly else audit.agreement(opened.index, opened.metadata)
+    sound = None if partly else audit.soundness(opened.index)
+    wrong = [*audit.changed(again), *(sound.wrong if sound else [])]
+    read_again = f"{len(again):,} of {len(whole):,} files read again are as they were staged"
     return [
         _result(
             "metadata_covers_the_index",
@@ -169,18 +182,27 @@ def of_staged_index(opened: OpenIndex, cache_dir: Any) -> list[dg.AssetCheckResu
         ),
         _result(
             "metadata_belongs_to_the_index",
-            captions.is_aligned,
+            captions is None or captions.is_aligned,
             WARN,
-            _agreement(captions),
-            {"words shared by neighbours": captions.near, "words shared by chance": captions.apart},
+            _agreement(captions) if captions else f"not asked: {ONLY_A_PART}",
+            {"words shared by neighbours": captions.near, "words shared by chance": captions.apart}
+            if captions
+            else None,
         ),
         _result(
             "staged_index_is_intact",
             not wrong,
             ERROR,
-            "; ".join(wrong) or f"{len(files)} files, and rows from many places, are sound",
+            "; ".join(wrong) or f"{read_again}; {_rows_looked_at(sound)}",
+            {"rows without a vector": sound.without_vector} if sound else None,
         ),
     ]
+
+
+def _rows_looked_at(sound: audit.Soundness | None) -> str:
+    if sound is None:
+        return f"no row was looked at: {ONLY_A_PART}"
+    return f"{sound.rows:,} rows are in range, {sound.without_vector:,} of them without a vector"
 
 
 def _coverage(rows: int, metadata_rows: int) -> str:
@@ -204,6 +226,8 @@ def _agreement(captions: audit.Agreement) -> str:
         f"neighbours share {captions.near:.1%} of their words, captions drawn by chance "
         f"{captions.apart:.1%} ({captions.pairs} pairs, where it differs least)"
     )
+    if captions.silent:
+        told += f"; {captions.silent} of {audit.PARTS} quarters of the rows have too few captions to tell"
     return told if captions.is_aligned else f"{told}: metadata and index are out of line"
 
 
@@ -252,26 +276,27 @@ def of_search(table: StoredTable, threshold: float) -> Results:
 
 def of_combined(table: StoredTable, knn: StoredTable, centroid: StoredTable, threshold: float) -> Results:
     """Check the combined table; the codes of its rows are in the tables it was made of."""
-    rows = table.read(["id", "url"])
-    repeated = {name: audit.repeated(rows[name]) for name in ("id", "url")}
+    images = audit.images(table.batches(["id", "url"]))
+    repeated = {"id": audit.repeated(images.ids), "url": audit.repeated(images.urls)}
     yield _result(
         "one_row_per_image",
         not any(repeated.values()),
         ERROR,
-        f"{len(rows):,} rows, {repeated['id']} repeated ids, {repeated['url']} repeated URLs",
+        f"{len(table):,} rows, {repeated['id']} repeated ids, {repeated['url']} repeated URLs",
         {f"repeated {name}s": count for name, count in repeated.items()},
     )
-    wrong, examples = audit.not_web(rows["url"])
+    wrong = images.not_web
     yield _result(
         "urls_are_on_the_web",
         not wrong,
         WARN,
-        f"{wrong:,} of {len(rows):,} URLs cannot be fetched",
-        {"not on the web": wrong} | ({"such as": dg.MetadataValue.json(examples)} if wrong else {}),
+        f"{wrong:,} of {len(table):,} URLs cannot be fetched",
+        {"not on the web": wrong}
+        | ({"such as": dg.MetadataValue.json(images.examples)} if wrong else {}),
     )
     batches = chain.from_iterable(each.batches(["id", "code"]) for each in (knn, centroid))
     schema = pa.schema([knn.schema.field(name) for name in ("id", "code")])
-    wanted = np.unique(rows["id"].slice(0, ROWS_COMPARED).to_numpy())
+    wanted = np.unique(images.ids[:ROWS_COMPARED])
     codes = audit.codes_of(batches, schema, wanted)
     one, other = (Decoder.from_bytes(decoder_bytes(t.footer, t.where)) for t in (knn, centroid))
     yield _near_duplicates(codes, np.zeros(len(codes)), one.merged(other), threshold)
@@ -295,47 +320,29 @@ def _near_duplicates(codes: Any, groups: Any, decoder: Decoder, threshold: float
 
 
 def yield_as_before(context: dg.AssetExecutionContext, report: Mapping[str, Any]) -> dg.AssetCheckResult:
-    """Compare the yield with that of past runs of the seed set with the same settings."""
-    past = [
-        value
-        for event in _past(context)
-        if _settings(event.metadata) == _settings(report)
-        and (value := _number(event.metadata.get("yield"))) is not None
+    """Compare the yield with that of past runs of the seed set for which the same was asked."""
+    asset, asked, now = context.asset_key.to_user_string(), _asked(report), float(report[YIELD])
+    before = [
+        float(past.figures[YIELD])
+        for past in materializations(context.instance, asset, context.partition_key)
+        if past.run != context.run.run_id and MADE_WITH in past.figures and _asked(past.figures) == asked
     ]
-    now = float(report["yield"])
-    if not past:
+    if not before:
         return _result("yield_as_before", True, WARN, f"{now:.1%}; the first run with these settings")
-    low, high = min(past) * (1 - YIELD_MAY_DIFFER), max(past) * (1 + YIELD_MAY_DIFFER)
+    low, high = min(before) * (1 - YIELD_MAY_DIFFER), max(before) * (1 + YIELD_MAY_DIFFER)
     return _result(
         "yield_as_before",
         low <= now <= high,
         WARN,
-        f"{now:.1%}; {min(past):.1%} to {max(past):.1%} in {len(past)} past runs with these settings",
-        {"yield": now},
+        f"{now:.1%}; {min(before):.1%} to {max(before):.1%} in {len(before)} past runs with these "
+        "settings",
+        {YIELD: now},
     )
 
 
-def _past(context: dg.AssetExecutionContext) -> Iterator[dg.AssetMaterialization]:
-    found = context.instance.fetch_materializations(
-        dg.AssetRecordsFilter(asset_key=context.asset_key, asset_partitions=[context.partition_key]),
-        limit=PAST_RUNS,
-    )
-    for record in found.records:
-        if record.run_id != context.run.run_id and record.asset_materialization:
-            yield record.asset_materialization
-
-
-def _settings(report: Mapping[str, Any]) -> dict[str, str]:
-    """The settings that a report shows, without where they came from."""
-    shown = report.get("settings")
-    if not isinstance(shown, dg.TableMetadataValue):
-        return {}
-    return {str(record.data["setting"]): str(record.data["value"]) for record in shown.records}
-
-
-def _number(value: Any) -> float | None:
-    number = getattr(value, "value", None)
-    return float(number) if isinstance(number, int | float) else None
+def _asked(figures: Mapping[str, Any]) -> dict[str, Any]:
+    """The settings that were asked for, wherever from: what follows from them is not compared."""
+    return {name: figures[MADE_WITH].get(name) for name in DEFAULTS}
 
 
 def telling(context: dg.AssetExecutionContext, results: Iterable[dg.AssetCheckResult]) -> Results:

@@ -22,7 +22,7 @@ from laion_assets.definitions import JOB, build_defs
 from laion_assets.demo.build import build_demo
 from laion_assets.launcher import fail_abandoned_runs, process_lock
 from laion_assets.partitions import seed_sets
-from laion_assets.plan import in_words, plan
+from laion_assets.plan import history, in_words, plan
 from laion_assets.resources import DATA, seeds_from
 from laion_assets.retrieval.errors import InputError
 from laion_assets.settings import DEFAULTS, KINDS, RetrievalConfig
@@ -97,7 +97,8 @@ def _plan(parsed: argparse.Namespace) -> int:
         seeds = len(folder.read(seed_set).embeddings)
     settings = RetrievalConfig().resolve(os.environ, own, parsed.seed_set or "")
     with instance() as kept:
-        found = plan(kept, parsed.target, seeds, parsed.seed_set, settings)
+        known = history(kept, parsed.seed_set, settings)
+    found = plan(parsed.target, seeds, known)
     print(*in_words(found, parsed.target, seeds), sep="\n")
     return 0
 

@@ -12,9 +12,12 @@ from laion_assets import kubernetes, resources
 from laion_assets.assets import index, seeds, urls
 from laion_assets.io_managers import tables_in
 from laion_assets.launcher import end_with_parent
-from laion_assets.sensors import build_laion_index_sensor, build_seed_sets_sensor
+from laion_assets.sensors import (
+    build_laion_index_sensor,
+    build_seed_sets_sensor,
+    build_settings_sensor,
+)
 from laion_assets.settings import RetrievalConfig
-from laion_assets.settings_check import build_settings_sensor
 
 JOB = "seed_set_job"
 OWNER = "team:image_data"  # whom the UI names for every asset

@@ -21,7 +21,8 @@ def arrival(source: dg.AssetKey, version: str, seed_set: str | None = None) -> d
     """Return the event that says that a source, or one seed set of it, is there in this version.
 
     Dagster takes the two for different things: of a partitioned source it compares what was observed, of
-    any other, and for what its pages call filled, what was materialized, by whomever.
+    any other, and for what its pages call filled, what was materialized, by whomever. So a seed set
+    whose seeds were removed is told of in this way as well: its pages would go on to show the last ones.
     """
     return dg.AssetMaterialization(
         source,

@@ -17,8 +17,8 @@ from laion_assets.settings import Settings
 
 LOOKED_AT = 20  # materializations, the latest first
 YIELD = "yield"
-MADE_WITH = "made with"
-OWN_SETTINGS = "settings.yaml"
+MADE_WITH = "made with"  # the settings that were asked for: what follows from them is no difference
+OWN_SETTINGS = "settings of its own"
 THAT_CHANGE_THE_YIELD = ("dedup_threshold", "filters")
 
 

@@ -7,19 +7,36 @@ the benchmark and sizes are not known. What must not live here: the sum itself (
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import dagster as dg
 
-from laion_assets.io_managers import OUTPUT_SETTING
 from laion_assets.past_runs import MADE_WITH, Materialized, materializations, measured_yield
 from laion_assets.retrieval.progress import told
 from laion_assets.retrieval.sizing import USUAL, Counts, Yield, as_measured, counts_for
-from laion_assets.retrieval.storage import open_storage, reaching
 from laion_assets.settings import Settings
 
 TABLES = ("knn_urls", "centroid_urls", "combined_urls")
+ROWS = "dagster/row_count"
 BENCHMARK = "benchmarks/results.md (2 cores, an index of 1,000,000 images in memory)"
+
+
+@dataclass(frozen=True)
+class History:
+    """What past runs tell a plan.
+
+    Attributes:
+        yielded: which share of what is requested is kept.
+        last_run: what the last run that made all three tables told of each; empty where there is none.
+        index_rows: of the staged index; None where that is not known.
+        index_size: in bytes, likewise.
+
+    """
+
+    yielded: Yield = USUAL
+    last_run: Mapping[str, Materialized] = field(default_factory=dict)
+    index_rows: int | None = None
+    index_size: int | None = None
 
 
 @dataclass(frozen=True)
@@ -29,6 +46,7 @@ class Plan:
     Attributes:
         counts: images to ask for.
         yielded: what they are computed with.
+        requested: images for each table.
         seconds: of each table.
         basis_of_seconds: where these are from.
         sizes: bytes of each table; empty where nothing is known.
@@ -38,61 +56,76 @@ class Plan:
 
     counts: Counts
     yielded: Yield
+    requested: Mapping[str, int]
     seconds: Mapping[str, float]
     basis_of_seconds: str
     sizes: Mapping[str, int]
     index_size: int | None
 
 
-def plan(
-    instance: dg.DagsterInstance, target: int, seeds: int, seed_set: str | None, settings: Settings
-) -> Plan:
-    """Plan a run that keeps `target` images.
+def history(instance: dg.DagsterInstance, seed_set: str | None, settings: Settings) -> History:
+    """Look up what a plan rests on.
 
     Args:
         instance: whose history knows past runs.
-        target: images wanted in the combined table.
-        seeds: how many there are.
         seed_set: the set, if it is there already.
         settings: of the set, for a yield that was measured with the same.
 
     """
-    yielded = measured_yield(instance, seed_set, settings) if seed_set else USUAL
-    staged = next(materializations(instance, "staged_laion_index"), None)
-    rows = staged.figures.get("dagster/row_count") if staged else None
-    counts = counts_for(target, seeds, yielded.share, rows)
-    requested = {
-        "knn_urls": counts.nb_images_knn * seeds,
-        "centroid_urls": counts.nb_images_centroid,
-    }
-    requested["combined_urls"] = sum(requested.values())
-    past = _last_run(instance, seed_set) if seed_set else {}
-    usual = as_measured(requested["knn_urls"], counts.nb_images_centroid)
-    seconds = dict(zip(TABLES, usual, strict=True))
+    told_of_index = (past.figures for past in materializations(instance, "staged_laion_index"))
+    # What people report by hand in the UI says nothing of the files.
+    staged = [figures for figures in told_of_index if "fingerprint" in figures]
+    held = staged[0] if staged else {}
+    # A step that had to stage the index again did not count its rows: an earlier one did.
+    rows = (
+        figures[ROWS]
+        for figures in staged
+        if ROWS in figures and figures["fingerprint"] == held["fingerprint"]
+    )
+    return History(
+        measured_yield(instance, seed_set, settings) if seed_set else USUAL,
+        _last_run(instance, seed_set) if seed_set else {},
+        next(rows, None),
+        held.get("bytes"),
+    )
+
+
+def plan(target: int, seeds: int, known: History) -> Plan:
+    """Plan a run that keeps `target` images; a pure function.
+
+    Args:
+        target: images wanted in the combined table.
+        seeds: how many there are.
+        known: of past runs.
+
+    """
+    counts = counts_for(target, seeds, known.yielded.share, known.index_rows)
+    of_searches = counts.nb_images_knn * seeds, counts.nb_images_centroid
+    requested = dict(zip(TABLES, (*of_searches, sum(of_searches)), strict=True))
+    seconds = dict(zip(TABLES, as_measured(*of_searches), strict=True))
     sizes: dict[str, int] = {}
     basis = BENCHMARK
-    if past:
-        before = {name: _requested(past, name) for name in TABLES}
+    if past := known.last_run:
+        before = {name: int(past[name].figures["requested"]) for name in TABLES}
         as_before = as_measured(before["knn_urls"], before["centroid_urls"])
         for name, curve in zip(TABLES, as_before, strict=True):
             seconds[name] *= past[name].figures["seconds"] / curve
-            size = _size(str(past[name].figures["dagster/uri"]))
-            sizes |= {name: round(size * requested[name] / before[name])} if size else {}
+            sizes[name] = round(past[name].figures["bytes"] * requested[name] / before[name])
         run = past["combined_urls"].run[:8]
         basis = f"run {run}, which requested {before['combined_urls']:,}, scaled by {BENCHMARK}"
-    return Plan(counts, yielded, seconds, basis, sizes, staged.figures.get("bytes") if staged else None)
+    return Plan(counts, known.yielded, requested, seconds, basis, sizes, known.index_size)
 
 
 def in_words(found: Plan, target: int, seeds: int) -> list[str]:
     """Tell a plan as YAML to paste: the two numbers, and all else in comments."""
-    counts = found.counts
-    requested = counts.nb_images_knn * seeds, counts.nb_images_centroid
+    counts, requested = found.counts, found.requested
     times = ", ".join(f"{name} {told(seconds)}" for name, seconds in found.seconds.items())
     sizes = ", ".join(f"{name} {_as_bytes(size)}" for name, size in found.sizes.items())
     index = "not staged yet" if found.index_size is None else _as_bytes(found.index_size)
     return [
         f"# {target:,} images from {seeds:,} seeds, at {found.yielded}:",
-        f"# {requested[0]:,} requested around the seeds and {requested[1]:,} around their mean",
+        f"# {requested['knn_urls']:,} requested around the seeds and {requested['centroid_urls']:,} "
+        "around their mean",
         f"nb_images_knn: {counts.nb_images_knn}",
         f"nb_images_centroid: {counts.nb_images_centroid}",
         f"# time: {times}",
@@ -110,16 +143,6 @@ def _last_run(instance: dg.DagsterInstance, seed_set: str) -> dict[str, Material
         if MADE_WITH in made.figures and all(run in by_run[name] for name in TABLES):
             return {name: by_run[name][run] for name in TABLES}
     return {}
-
-
-def _requested(past: Mapping[str, Materialized], name: str) -> int:
-    return int(past[name].figures["requested"])
-
-
-def _size(uri: str) -> int | None:
-    fs, path = open_storage(uri, OUTPUT_SETTING)
-    with reaching(uri, OUTPUT_SETTING):
-        return int(fs.size(path)) if fs.exists(path) else None
 
 
 def _as_bytes(size: int) -> str:

@@ -33,6 +33,7 @@ SHEET_BYTES = 160_000  # it sits in the event log, once for every materializatio
 LINKS = 20
 MINUS = "\N{MINUS SIGN}"
 TEXT = 120  # characters of a caption or URL that are shown
+ADDRESS = 2000  # characters of a URL that is a link: the event log holds it for ever
 STAGES = ("requested", "received", "kept", "knn", "centroid")  # all other counts are losses
 
 # --- from requested to kept -----------------------------------------------------------------------
@@ -139,11 +140,11 @@ def strip(table: StoredTable, title: str, subtitle: str) -> Strip | None:
     if "thumbnail" not in table.schema.names:
         return None
     rows = _with_pictures(table)
-    order = "rank" if "rank" in rows.column_names else "row"
-    by = [(name, "ascending") for name in (order, "seed") if name in rows.column_names]
-    rows = rows.sort_by(by) if "rank" in rows.column_names else rows
-    rows = rows.slice(0, 2 * COLUMNS if order == "rank" else COLUMNS)
-    captions = [caption or "" for caption in rows["caption"].to_pylist()]
+    names = rows.column_names
+    if ranked := "rank" in names:
+        rows = rows.sort_by([(name, "ascending") for name in ("rank", "seed") if name in names])
+    rows = rows.slice(0, (2 if ranked else 1) * COLUMNS)
+    captions = [caption or "" for caption in rows["caption"].to_pylist()] if "caption" in names else []
     return Strip(title, subtitle, rows["thumbnail"].to_pylist(), captions)
 
 
@@ -160,7 +161,7 @@ def pairs_strip(removed: Removed | None) -> Strip | None:
 
 
 def _with_pictures(table: StoredTable) -> pa.Table:
-    wanted = [n for n in ("thumbnail", "caption", "rank", "seed", "row") if n in table.schema.names]
+    wanted = [n for n in ("thumbnail", "caption", "rank", "seed") if n in table.schema.names]
     batches: list[pa.RecordBatch] = []
     for batch in table.batches(wanted):
         batches.append(batch.filter(pc.is_valid(batch["thumbnail"])))
@@ -231,8 +232,8 @@ def links(
 def link(url: str | None, caption: str | None, *, picture: bool = False) -> str:
     """Return a row as Markdown on one line: a link where it is one, and its caption as plain text."""
     text = plain(url or "")
-    if is_web(url):
-        address = quote(url or "", safe=":/?&=%#+,;@~!$")
+    address = quote(url or "", safe=":/?&=%#+,;@~!$")
+    if is_web(url) and len(address) <= ADDRESS:
         text = f"[{text}](<{address}>)" + (f" ![](<{address}>)" if picture else "")
     return f"{text} {plain(caption)}" if caption and caption.strip() else text
 

@@ -32,6 +32,7 @@ from laion_assets.presentation import (
 from laion_assets.retrieval.arrays import Floats
 from laion_assets.retrieval.combine import CombinedFunnel
 from laion_assets.retrieval.retrieve import Retrieval
+from laion_assets.retrieval.sizing import share_kept
 from laion_assets.retrieval.tables import Provenance
 
 AROUND_SEEDS = "around each seed"
@@ -62,7 +63,7 @@ def of_search(
         "charts": chart(steps(counts), {title: similarities(stored)}),
         "settings": settings_table(provenance.settings),
         **_labelled(counts),
-        "yield": round(found.funnel.yielded, 4),
+        YIELD: found.funnel.yielded,
         "recall of nprobe": _recall(found),
         **_made_from(provenance),
     }
@@ -88,7 +89,7 @@ def of_combined(
     searches = {title: each.counts for title, each in made.items()}
     total = summed(searches.values())
     united = asdict(funnel)
-    yielded = funnel.kept / total["requested"] if total["requested"] else 0.0
+    yielded = share_kept(funnel.kept, total["requested"])
     sheet = draw(
         [
             strip(seeds, provenance.seed_set, f"{len(seeds):,} seeds"),
@@ -111,11 +112,11 @@ def of_combined(
         "requested": total["requested"],
         "received": total["received"],
         **_labelled(united),
-        YIELD: round(yielded, 6),
+        YIELD: yielded,
         **_target(funnel.kept, provenance.settings.get("target_images")),
         **_made_from(provenance),
         **({"picture": dg.MetadataValue.path(_saved(stored, sheet))} if sheet else {}),
-        MADE_WITH: {**provenance.settings, OWN_SETTINGS: provenance.own_settings},
+        OWN_SETTINGS: provenance.own_settings,
     }
 
 
@@ -142,5 +143,9 @@ def _origin(provenance: Provenance) -> str:
     return f"made from seeds {plain(provenance.seeds)} and index {plain(provenance.index or '')}"
 
 
-def _made_from(provenance: Provenance) -> dict[str, str | None]:
-    return {"index fingerprint": provenance.index, "seeds fingerprint": provenance.seeds}
+def _made_from(provenance: Provenance) -> dict[str, Any]:
+    return {
+        "index fingerprint": provenance.index,
+        "seeds fingerprint": provenance.seeds,
+        MADE_WITH: provenance.asked,
+    }

@@ -1,16 +1,19 @@
 """What is new in the sources: runs for new seeds, and word to Dagster of what its graph starts from.
 
 Deciding is a pure function over what was seen before, what is there now and what was already done; the
-sensors around it only look and report. What must not live here: how seed sets and indices are listed.
+sensors around it only look and report. What must not live here: how seed sets and indices are listed,
+and how settings are compared.
 Dagster's concept: https://docs.dagster.io/guides/automate/sensors
 """
 
 from __future__ import annotations
 
 import json
+import os
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import astuple, dataclass, field, replace
+from dataclasses import asdict, astuple, dataclass, field, replace
+from typing import Any
 
 import dagster as dg
 
@@ -21,12 +24,15 @@ from laion_assets.partitions import seed_sets
 from laion_assets.resources import LaionIndex, SeedFolder
 from laion_assets.retrieval.errors import InputError
 from laion_assets.retrieval.seeds import check_name
+from laion_assets.settings import RetrievalConfig
+from laion_assets.settings_check import COMBINED, check_again, last_made
 
 SECONDS_BETWEEN_TICKS = 15
 SECONDS_BETWEEN_LOOKS_AT_THE_INDEX = 300
+SECONDS_BETWEEN_LOOKS_AT_THE_SETTINGS = 60
 RUNS_PER_TICK = 5
 NAMES_SHOWN = 10
-GONE = "removed"  # the data version of a seed set whose folder is there no longer
+GONE = "removed"  # the data version of a seed set without a seed file: its folder is gone, or empty
 
 
 @dataclass(frozen=True)
@@ -106,32 +112,21 @@ def decide(
     return Decision(next_moving, tuple(run), tuple(report), waiting)
 
 
-@dataclass(frozen=True)
-class Cursor:
-    """What a tick leaves for the next one.
+def as_cursor(saw: str, state: Mapping[str, Any] | None = None) -> str:
+    """Write what a tick leaves for the next one.
 
     In the UI's list of ticks the cursor is what one reads: a skip reason shows only on hovering. So it
-    begins with what the tick saw, and what has to be remembered, if anything, stands behind it.
-
-    Attributes:
-        saw: the sentence.
-        moving: seed sets that are not yet as Dagster knows them.
-
+    begins with the sentence on what the tick saw, and what has to be remembered, if anything, stands
+    behind it.
     """
+    sentence = " ".join(saw.split())
+    return f"{sentence}\n{json.dumps(state)}" if state else sentence
 
-    saw: str = ""
-    moving: Mapping[str, Moving] = field(default_factory=dict)
 
-    @classmethod
-    def read(cls, text: str | None) -> Cursor:
-        """Read what the last tick left."""
-        saw, _, moving = (text or "").partition("\n")
-        return cls(saw, {name: Moving(*seen) for name, seen in json.loads(moving or "{}").items()})
-
-    def __str__(self) -> str:
-        moving = {name: astuple(seen) for name, seen in self.moving.items()}
-        saw = " ".join(self.saw.split())
-        return f"{saw}\n{json.dumps(moving)}" if moving else saw
+def state_in(cursor: str | None) -> dict[str, Any]:
+    """Read what the last tick wanted to be remembered."""
+    state: dict[str, Any] = json.loads((cursor or "").partition("\n")[2] or "{}")
+    return state
 
 
 def build_seed_sets_sensor(job: dg.UnresolvedAssetJobDefinition) -> dg.SensorDefinition:
@@ -148,24 +143,25 @@ def build_seed_sets_sensor(job: dg.UnresolvedAssetJobDefinition) -> dg.SensorDef
     def seed_sets_sensor(
         context: dg.SensorEvaluationContext, seeds: dg.ResourceParam[SeedFolder]
     ) -> dg.SensorResult:
-        last = Cursor.read(context.cursor)
+        state = state_in(context.cursor)
         try:
             listing = seeds.listing()
         except InputError as error:
-            return _nothing_to_do(replace(last, saw=str(error)))
+            return _nothing_to_do(str(error), state)
         found = {name: seed_set.fingerprint for name, seed_set in listing.sets.items()}
         present = {name: mark for name, mark in found.items() if _is_usable(name)}
         known = last_versions(context.instance, seed_folder.key, dg.DagsterEventType.ASSET_OBSERVATION)
         done = last_versions(
             context.instance, seed_embeddings.key, dg.DagsterEventType.ASSET_MATERIALIZATION
         )
-        decision = decide(last.moving, present, known, done, time.time_ns() // 1_000_000)
+        moving = {name: Moving(*seen) for name, seen in state.items()}
+        decision = decide(moving, present, known, done, time.time_ns() // 1_000_000)
         registered = context.instance.get_dynamic_partitions(seed_sets.name or "")
         gone = [name for name in registered if name in known and name not in found]
         news = {
             "running": decision.run,
             "waiting for": decision.waiting,
-            "not read yet:": [
+            "no table of it yet (running or failed):": [
                 name for name, mark in present.items() if known.get(name) == mark != done.get(name)
             ],
             "removed, tables kept:": gone,
@@ -192,7 +188,7 @@ def build_seed_sets_sensor(job: dg.UnresolvedAssetJobDefinition) -> dg.SensorDef
                 )
                 for event in (observation, arrival)
             ],
-            cursor=str(Cursor(saw, decision.moving)),
+            cursor=as_cursor(saw, {name: astuple(seen) for name, seen in decision.moving.items()}),
             skip_reason=None if decision.run else saw,
         )
 
@@ -215,21 +211,78 @@ def build_laion_index_sensor() -> dg.SensorDefinition:
         try:
             version = laion_index.source_version()
         except InputError as error:
-            return _nothing_to_do(Cursor(str(error)))
+            return _nothing_to_do(str(error))
         if is_known(context.instance, laion_index_source.key, version):
-            return _nothing_to_do(Cursor(f"{laion_index.index_uri} is as it was, version {version}"))
+            return _nothing_to_do(f"{laion_index.index_uri} is as it was, version {version}")
         saw = f"{laion_index.index_uri} is new or has changed, version {version}"
         return dg.SensorResult(
             asset_events=[event(laion_index_source.key, version) for event in (observation, arrival)],
-            cursor=saw,
+            cursor=as_cursor(saw),
             skip_reason=saw,
         )
 
     return laion_index_sensor
 
 
-def _nothing_to_do(cursor: Cursor) -> dg.SensorResult:
-    return dg.SensorResult(cursor=str(cursor), skip_reason=cursor.saw)
+@dataclass(frozen=True)
+class Compared:
+    """What the cursor remembers of the settings that sets were compared with.
+
+    Attributes:
+        settings: of the environment and by default.
+        read_up_to: storage id of the newest materialization that was compared with them.
+        warned: sets that were made with other settings.
+
+    """
+
+    settings: Mapping[str, Any] = field(default_factory=dict)
+    read_up_to: int = 0
+    warned: Sequence[str] = ()
+
+
+def build_settings_sensor() -> dg.SensorDefinition:
+    """Return the sensor that checks again when settings in the environment have changed."""
+
+    @dg.sensor(
+        name="settings_sensor",
+        minimum_interval_seconds=SECONDS_BETWEEN_LOOKS_AT_THE_SETTINGS,
+        default_status=dg.DefaultSensorStatus.RUNNING,
+        description="Warns of sets that were made with other settings than a run would use now. Starts "
+        "nothing; a changed settings.yaml does. What each tick saw stands in the column Cursor.",
+    )
+    def settings_sensor(context: dg.SensorEvaluationContext) -> dg.SensorResult:
+        state = state_in(context.cursor)
+        last = Compared(**state)
+        try:
+            settings = RetrievalConfig().resolve(os.environ).values()
+        except InputError as error:
+            return _nothing_to_do(str(error), state)
+        made = context.instance.event_log_storage.get_latest_storage_id_by_partition(
+            COMBINED, dg.DagsterEventType.ASSET_MATERIALIZATION
+        )
+        changed = settings != last.settings
+        new = {name for name, place in made.items() if changed or place > last.read_up_to}
+        if not new:
+            return _nothing_to_do(f"nothing new; {_made_with_others(last.warned)}", state)
+        looked_up = {name: last_made(context.instance, name) for name in sorted(new)}
+        found = {name: made for name, made in looked_up.items() if made}
+        warned = {name for name, made in found.items() if not made.as_now}
+        # The step has said already that it is as it should be, unless this sensor said otherwise since.
+        for name in sorted(warned | (found.keys() & set(last.warned))):
+            check_again(context.instance, found[name])
+        now = Compared(settings, max(made.values()), sorted((set(last.warned) - new) | warned))
+        return _nothing_to_do(f"{_sets(len(new))} compared; {_made_with_others(now.warned)}", asdict(now))
+
+    return settings_sensor
+
+
+def _made_with_others(warned: Sequence[str]) -> str:
+    return f"made with other settings: {_some(warned) if warned else 'none'}"
+
+
+def _nothing_to_do(saw: str, state: Mapping[str, Any] | None = None) -> dg.SensorResult:
+    """Start no run: what the tick saw, and remembers, is all there is to it."""
+    return dg.SensorResult(cursor=as_cursor(saw, state), skip_reason=saw)
 
 
 def _is_usable(name: str) -> bool:
@@ -243,7 +296,11 @@ def _is_usable(name: str) -> bool:
 def _sentence(news: Mapping[str, Sequence[str]], sets: int) -> str:
     """What a tick saw, the news first."""
     parts = [f"{what} {_some(names)}" for what, names in news.items() if names]
-    return "; ".join([*(parts or ["nothing new"]), f"{sets} seed set{'' if sets == 1 else 's'}"])
+    return "; ".join([*(parts or ["nothing new"]), _sets(sets)])
+
+
+def _sets(number: int) -> str:
+    return f"{number} seed set{'' if number == 1 else 's'}"
 
 
 def _some(names: Sequence[str]) -> str:

@@ -43,13 +43,12 @@ KIND_NAMES: Mapping[type, str] = {
 }
 COUNTS = ("nb_images_knn", "nb_images_centroid")
 MANY = 1e300  # beyond that numbers are not numbers any more
-CHOSEN = "chosen from the number of images"  # what nprobe comes from when nobody sets it
 FOR_THIS_RUN = "Launchpad or command line"
 
 
-def variables() -> dict[str, str]:
-    """Name the setting that each variable of the environment stands for."""
-    return {f"LAION_{name.upper()}": name for name in DEFAULTS}
+def variable_of(name: str) -> str:
+    """Name the variable of the environment that stands for a setting."""
+    return f"LAION_{name.upper()}"
 
 
 @dataclass(frozen=True)
@@ -63,7 +62,7 @@ class Settings:
         dedup_threshold: cosine above which two images are near-duplicates.
         nprobe: inverted lists to look into; None to choose it from the number of images.
         filters: conditions on the metadata; None for none.
-        origins: of each setting that has a value.
+        origins: of each setting that somebody or a default has set, if only to none.
 
     """
 
@@ -78,6 +77,10 @@ class Settings:
     def values(self) -> dict[str, Any]:
         """The settings alone."""
         return {name: getattr(self, name) for name in DEFAULTS}
+
+    def recorded(self) -> dict[str, Any]:
+        """The settings and their origins, as tables and reports keep them."""
+        return self.values() | {"origins": dict(self.origins)}
 
     def sized(self, seeds: int, yielded: Yield, rows: int | None = None) -> Settings:
         """Compute the two counts from the target; nothing to do where they are given.
@@ -110,11 +113,13 @@ class RetrievalConfig(dg.ConfigurableResource[None]):
     """
 
     nb_images_knn: int | None = Field(
-        default=None, description="Images wanted for each seed, at least 1 (default 50)"
+        default=None,
+        description=f"Images wanted for each seed, at least 1 (default {DEFAULTS['nb_images_knn']})",
     )
     nb_images_centroid: int | None = Field(
         default=None,
-        description="Images wanted around the mean of the seeds, at least 1 (default 500)",
+        description="Images wanted around the mean of the seeds, at least 1 "
+        f"(default {DEFAULTS['nb_images_centroid']})",
     )
     target_images: int | None = Field(
         default=None,
@@ -123,8 +128,8 @@ class RetrievalConfig(dg.ConfigurableResource[None]):
     )
     dedup_threshold: float | None = Field(
         default=None,
-        description="Cosine above which two images are near-duplicates, over 0 up to 1 (default 0.94); "
-        "1 keeps all",
+        description="Cosine above which two images are near-duplicates, over 0 up to 1 "
+        f"(default {DEFAULTS['dedup_threshold']}); 1 keeps all",
     )
     nprobe: int | None = Field(
         default=None,
@@ -160,17 +165,20 @@ class RetrievalConfig(dg.ConfigurableResource[None]):
             _own(own or {}, f"{seed_set}/{SETTINGS_FILE}"),
             _from_environment(environment),
         )
-        chosen = {name: _Value(default, "default") for name, default in DEFAULTS.items()}
+        chosen = {
+            name: UNSET if default is None else _Value(default, "default")
+            for name, default in DEFAULTS.items()
+        }
         for level in reversed(levels):
             chosen |= level
         chosen |= _how_many(levels)
         for name, value in chosen.items():
             _check(name, value)
         if not chosen["filters"].value:  # an empty text: those of levels further away do not hold
-            chosen["filters"] = UNSET
+            chosen["filters"] = replace(chosen["filters"], value=None)
         return Settings(
             **{name: value.value for name, value in chosen.items()},
-            origins={name: v.origin for name, v in chosen.items() if v.value is not None},
+            origins={name: value.origin for name, value in chosen.items() if value != UNSET},
         )
 
 
@@ -204,12 +212,11 @@ def _own(values: Mapping[str, Any], where: str) -> _Level:
 
 
 def _from_environment(environment: Mapping[str, str]) -> _Level:
-    given = {
-        name: f"LAION_{name.upper()}" for name in DEFAULTS if environment.get(f"LAION_{name.upper()}")
-    }
+    variables = {name: variable_of(name) for name in DEFAULTS}
     return {
         name: _Value(_read(environment[variable], name, variable), variable)
-        for name, variable in given.items()
+        for name, variable in variables.items()
+        if environment.get(variable)
     }
 
 

@@ -7,6 +7,8 @@ from pathlib import Path
 from typing import Any
 
 import dagster as dg
+import faiss
+import indices
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -18,8 +20,11 @@ from hypothesis import strategies as st
 from laion_assets import checks
 from laion_assets.assets import index, seeds, urls
 from laion_assets.io_managers import StoredTable
+from laion_assets.past_runs import MADE_WITH, YIELD
 from laion_assets.retrieval import audit
+from laion_assets.retrieval.index import Index
 from laion_assets.retrieval.staging import OpenIndex, open_staged, stage
+from laion_assets.settings import RetrievalConfig
 
 WARN, ERROR = dg.AssetCheckSeverity.WARN, dg.AssetCheckSeverity.ERROR
 ASSETS = (
@@ -99,7 +104,6 @@ def spoilt(done: tuple[Project, Any], tmp_path: Path) -> Callable[..., StoredTab
         path = tmp_path / f"{asset}.parquet"
         table = pq.read_table(done[0].table(asset, "fruit"))
         changed = change(table)
-        pq.write_table(changed.replace_schema_metadata(table.schema.metadata), path)
         with pq.ParquetWriter(path, changed.schema) as writer:
             writer.write_table(changed)
             stored = pq.read_metadata(done[0].table(asset, "fruit")).metadata
@@ -183,6 +187,19 @@ def test_the_fast_look_at_urls_says_what_the_slow_one_says(urls):
     assert len(examples) == min(count, audit.EXAMPLES)
 
 
+def test_more_urls_than_fit_one_arrow_array_are_looked_at():
+    size, count = 100_000_000, 22  # 2.2 GB, of which a few hundred MB are held at a time
+
+    def batches() -> Iterator[pa.RecordBatch]:
+        for number in [*range(count), 0]:
+            url = pa.array([f"{number:03} ".ljust(size, "a")])
+            yield pa.record_batch({"id": pa.array([number]), "url": url})
+
+    found = audit.images(batches())
+    assert (len(found.urls), found.not_web, len(found.examples)) == (count + 1, count + 1, audit.EXAMPLES)
+    assert audit.repeated(found.urls) == audit.repeated(found.ids) == 1
+
+
 def test_near_duplicates_that_combining_left_are_told(done, spoilt):
     ids = pq.read_table(done[0].table("combined_urls", "fruit"), columns=["id"])["id"].to_pylist()[:2]
 
@@ -214,7 +231,9 @@ def test_a_table_without_rows_passes(spoilt):
     assert all(result.passed for result in checks.of_combined(*empty, 0.94))
 
 
-def test_seeds_that_point_everywhere_have_no_style_in_common(project):
+def test_seeds_that_point_everywhere_have_nothing_in_common(project):
+    (spec,) = seeds.centroid_vector.check_specs
+    assert "A floor and no measure of style" in (spec.description or "")  # those in one cone pass
     for name, vectors in (
         ("random", np.random.default_rng(0).standard_normal((50, 256))),
         ("alike", 1 + np.random.default_rng(0).standard_normal((50, 256))),
@@ -227,19 +246,40 @@ def test_seeds_that_point_everywhere_have_no_style_in_common(project):
         assert (check.passed, check.severity) == (name == "alike", WARN)
 
 
-def test_a_yield_that_differs_from_past_ones_with_the_same_settings_is_told(project, monkeypatch):
+@pytest.fixture
+def search(project: Project) -> Callable[..., dg.AssetCheckEvaluation]:
+    """Search around each seed of a set and return what the check says of the yield."""
+    assert project.run("fruit", "staged_laion_index", "seed_embeddings", "centroid_vector").success
+
     def run(**settings: Any) -> dg.AssetCheckEvaluation:
-        result = project.run("fruit", "knn_urls", "centroid_urls", **settings)
+        result = project.run("fruit", "knn_urls", **settings)
         assert result.success
         return evaluated(result)["knn_urls", "yield_as_before"]
 
-    assert project.run("fruit", "staged_laion_index", "seed_embeddings", "centroid_vector").success
-    assert "the first run" in (run(nb_images_knn=20).description or "")
-    assert "1 past run" in (run(nb_images_knn=20).description or "")
-    assert "the first run" in (run(nb_images_knn=21).description or "")  # other settings do not compare
-    monkeypatch.setattr(checks, "YIELD_MAY_DIFFER", -0.1)  # now even the same yield is out of bounds
-    check = run(nb_images_knn=20)
+    return run
+
+
+def report_past(project: Project, asset: str, share: float, **settings: Any) -> None:
+    """Write into Dagster's history that a run kept this share of what was requested."""
+    made_with = {**RetrievalConfig(**settings).resolve({}).values(), "origins": {}}
+    project.instance.report_runless_asset_event(
+        dg.AssetMaterialization(asset, partition="fruit", metadata={YIELD: share, MADE_WITH: made_with})
+    )
+
+
+def test_a_yield_that_differs_from_past_ones_with_the_same_settings_is_told(project, search):
+    assert "the first run" in (search(nb_images_knn=20).description or "")
+    assert "1 past run" in (search(nb_images_knn=20).description or "")
+    report_past(project, "knn_urls", 0.01, nb_images_knn=21)
+    check = search(nb_images_knn=21)
     assert (check.passed, check.severity) == (False, WARN)
+    assert "1.0% to 1.0% in 1 past run" in (check.description or "")
+
+
+def test_runs_with_the_same_target_compare_though_the_numbers_that_follow_from_it_differ(project, search):
+    assert "the first run" in (search(target_images=200).description or "")
+    report_past(project, "combined_urls", 0.6)  # from now on fewer images are asked for
+    assert "1 past run" in (search(target_images=200).description or "")
 
 
 # --- the staged index -----------------------------------------------------------------------------
@@ -283,6 +323,46 @@ def test_metadata_that_is_out_of_line_is_told_wherever_it_begins(staged, by, aft
     assert audit.agreement(opened.index, opened.metadata).is_aligned
 
 
+def test_rows_of_lists_longer_than_what_is_sampled_come_from_every_quarter(tmp_path):
+    rows = 8000
+    indices.write_index(tmp_path, indices.random_rows(np.random.default_rng(1), rows), indices.MANY_LISTS)
+    seen = [ids for ids, _ in Index(*indices.index_paths(tmp_path)).sample(64, 4)]
+    of_quarters = np.bincount(np.concatenate(seen) * audit.PARTS // rows)
+    assert (of_quarters > len(np.concatenate(seen)) / 10).all()
+    assert len(of_quarters) == audit.PARTS
+
+
+@pytest.mark.parametrize("form", ["Flat", "HNSW8"])
+def test_metadata_that_is_out_of_line_is_told_of_an_index_without_lists_too(staged, tmp_path, form):
+    opened, _ = staged
+    parts = zip(*opened.index.sample(opened.index.nlist, opened.index.rows), strict=True)
+    ids, vectors = map(np.concatenate, parts)
+    plain = faiss.index_factory(vectors.shape[1], form, faiss.METRIC_INNER_PRODUCT)
+    plain.add(vectors[np.argsort(ids)])
+    faiss.write_index(plain, str(tmp_path / "plain.index"))
+    listless = Index(tmp_path / "plain.index")
+    assert listless.nlist == 0
+    aligned = audit.agreement(listless, opened.metadata)
+    assert (aligned.can_tell, aligned.is_aligned, aligned.silent) == (True, True, 0)
+    assert not audit.agreement(listless, Moved(opened.metadata, 100, 2000)).is_aligned
+
+
+def test_quarters_of_the_rows_without_captions_are_counted(staged):
+    opened, cache = staged
+    half = opened.index.rows // 2
+
+    class HalfSilent(Moved):
+        def take(self, ids: np.ndarray, _: list[str]) -> pa.Table:
+            captions = super().take(ids, ["caption"])["caption"].to_pylist()
+            told = [c if row < half else None for row, c in zip(ids, captions, strict=True)]
+            return pa.table({"caption": pa.array(told, pa.string())})
+
+    partly = replace(opened, metadata=HalfSilent(opened.metadata, 0, 0))
+    found = named(checks.of_staged_index(partly, cache))["metadata_belongs_to_the_index"]
+    assert found.passed
+    assert "2 of 4 quarters of the rows have too few captions" in (found.description or "")
+
+
 def test_without_captions_alignment_cannot_be_told_and_is_not(staged):
     opened, cache = staged
 
@@ -310,19 +390,61 @@ def test_a_byte_that_flips_on_the_disk_after_staging_fails_the_step_and_names_th
     assert not project.table("knn_urls", "fruit").exists()  # it blocks what depends on it
 
 
+class Odd:
+    """The index of the demo, with something done to what is sampled of each list."""
+
+    def __init__(self, index: Index, change: Callable[[np.ndarray, np.ndarray], Any]) -> None:
+        self._index, self._change = index, change
+        self.rows, self.nlist = index.rows, index.nlist
+
+    def sample(self, lists: int, rows: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+        for ids, vectors in self._index.sample(lists, rows):
+            yield self._change(ids, vectors)
+
+
 @pytest.mark.parametrize("number", [-1, 5000])
 def test_rows_with_impossible_numbers_are_told(staged, number):
+    opened, _ = staged
+    odd = Odd(opened.index, lambda ids, v: (np.where(np.arange(len(ids)) == 1, number, ids), v))
+    (wrong,) = audit.soundness(odd).wrong
+    assert wrong.endswith(f"such as {number}")
+
+
+@pytest.mark.parametrize(("without", "sound"), [(1, True), (16, False)])
+def test_rows_without_a_vector_are_counted_and_block_only_where_there_are_no_others(
+    staged, without, sound
+):
+    opened, cache = staged
+    odd = Odd(opened.index, lambda ids, v: (ids, v * (np.arange(len(ids)) >= without)[:, None]))
+    found = named(checks.of_staged_index(replace(opened, index=odd), cache))["staged_index_is_intact"]
+    assert found.passed == sound
+    assert found.metadata["rows without a vector"].value > 0
+    assert ("of them without a vector" if sound else "none of") in (found.description or "")
+
+
+def test_of_an_index_that_is_only_partly_on_the_disk_no_row_is_asked_and_it_is_told(staged):
     opened, cache = staged
 
-    class Odd:
-        rows = opened.index.rows
+    def refuse(*_: Any) -> Any:
+        raise AssertionError
 
-        def sample(self, lists: int, rows: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-            for ids, vectors in opened.index.sample(lists, rows):
-                yield np.where(np.arange(len(ids)) == 0, number, ids), vectors
+    files = [replace(file, sparse=file.path.endswith(".ivfdata")) for file in opened.manifest.files]
+    assert [file.path for file in files if file.sparse]
+    manifest = replace(opened.manifest, files=files)
+    part = replace(opened, index=Odd(opened.index, refuse), manifest=manifest)
+    found = named(checks.of_staged_index(part, cache))
+    assert set(found) == {spec.name for spec in index.staged_laion_index.check_specs}
+    told = {name for name, result in found.items() if checks.ONLY_A_PART in (result.description or "")}
+    assert told == {"metadata_belongs_to_the_index", "staged_index_is_intact"}
 
-    found = named(checks.of_staged_index(replace(opened, index=Odd()), cache))
-    assert not found["staged_index_is_intact"].passed
+
+def test_what_is_read_again_in_every_run_has_a_bound():
+    files = [(str(number), "", size << 20) for number, size in enumerate([100] * 50 + [300])]
+    again = audit.to_read_again(files)
+    assert again == audit.to_read_again(files)
+    assert len(again) == 10
+    assert sum(size for *_, size in again) <= audit.READ_AGAIN
+    assert len(audit.to_read_again(files[:5])) == 5  # all, where they are few
 
 
 def test_a_search_that_is_out_of_order_is_not_combined(project, monkeypatch):

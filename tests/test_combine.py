@@ -166,11 +166,10 @@ def _same(x: dict, y: dict) -> bool:
     return x["id"] == y["id"] or x["url"] == y["url"] or cosine > 0.8
 
 
-def made_from(seeds: str, index: str | None, written: str, **counts: int) -> InMemory:
+def made_from(seeds: str, index: str | None, written: str) -> InMemory:
     settings = {"nb_images_centroid": 9, "dedup_threshold": 0.94, "target_images": None, "nprobe": 64}
     settings["origins"] = dict.fromkeys(settings, "default")
-    counts = counts or {"requested": 9}
-    footer = Provenance("cats", seeds, index, settings, "run", written, counts=counts).to_footer()
+    footer = Provenance("cats", seeds, index, settings, "run", written, asked=settings).to_footer()
     assert json.loads(footer["laion_assets"])["seeds"] == seeds
     return InMemory([], seed=True, footer=footer)
 
@@ -182,3 +181,13 @@ def test_sets_of_other_seeds_or_another_index_are_refused_with_the_one_to_make_a
         check_same_origin(knn, made_from("s2", "i1", "2026-01-03"), seeds)
     with pytest.raises(InputError, match=r"different indices .* materialize knn_urls again"):
         check_same_origin(knn, made_from("s1", "i2", "2026-01-03"), seeds)
+
+
+def test_sets_that_do_not_say_what_was_asked_for_are_to_be_made_again() -> None:
+    """Those of an older version."""
+    footer = Provenance("cats", "s1", "i1", {}, "run", "2026-01-02").to_footer()
+    older, seeds = InMemory([], seed=True, footer=footer), made_from("s1", None, "2026-01-01")
+    with pytest.raises(
+        InputError, match=r"knn_urls of 'cats' .* older version: materialize knn_urls again"
+    ):
+        check_same_origin(older, older, seeds)

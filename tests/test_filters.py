@@ -2,7 +2,7 @@
 
 import gzip
 import json
-from contextlib import suppress
+import re
 from pathlib import Path
 
 import indices
@@ -11,7 +11,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from conftest import failures, new_project, reported
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from laion_assets.retrieval.errors import InputError
@@ -53,10 +53,22 @@ def test_what_is_written_is_read(conditions, space, single):
     assert list(conditions_in(f"{space}{text}{space}", "a test")) == conditions
 
 
+NUMBER, WORD = r"-?(\d+\.?\d*|\.\d+)(e[-+]?\d+)?(?!\w)", r"""'[^']*'|"[^"]*\""""
+ONE = rf" *[a-z_]\w* *(<=|>=|==|!=|<|>) *({NUMBER}|{WORD}) *"
+PIECES = ["punsafe", "and", "_x", "<", "<=", "==", "!=", "0.5", "5", ".", "-", "e5", "'", '"', "(", ";"]
+SENTENCES = st.lists(st.sampled_from(["punsafe < 0.5", "_x=='e5'", " and ", " ", *PIECES]), max_size=7)
+
+
 @settings(deadline=None)
-@given(st.text(st.sampled_from(list("punsafe<=>!0.5 and'\"()-+e_;")), max_size=25))
-def test_any_other_text_is_refused(text):
-    with suppress(InputError):  # and nothing else
+@given(SENTENCES.map("".join))
+@example("punsafe < 0.5 and _x=='e5'")
+@example("punsafe < 0.5and _x=='e5'")
+@example("punsafe < 0.5 and")
+def test_conditions_joined_by_and_are_read_and_any_other_text_is_refused(text):
+    if text.strip() and not re.fullmatch(rf"{ONE}(and\b{ONE})*", text):
+        with pytest.raises(InputError, match="write conditions such as"):
+            conditions_in(text, "a test")
+    else:
         assert bool(conditions_in(text, "a test")) == bool(text.strip())
 
 

@@ -157,7 +157,7 @@ def test_the_counts_go_from_requested_to_kept_without_a_gap(done):
         lost = ("without url", "blocked", "filtered", "near duplicates")
         assert told["received"] - sum(told[reason] for reason in lost) == told["kept"]
         assert told["kept"] == pq.read_metadata(project.table(name, "flower")).num_rows
-        assert told["yield"] == round(told["kept"] / told["requested"], 4)
+        assert told["yield"] == round(told["kept"] / told["requested"], 6)
     told = reported(result, "combined_urls")
     dropped = told["repeated ids"] + told["repeated urls"] + told["near duplicates"]
     assert (told["knn"], told["centroid"]) == (

@@ -3,11 +3,13 @@
 import re
 import shutil
 
+import dagster as dg
 import pytest
 import yaml
 from conftest import REPOSITORY
 
-from laion_assets.cli import main
+from laion_assets.cli import instance, main
+from laion_assets.past_runs import materializations
 from laion_assets.retrieval.sizing import (
     CENTROID_SECONDS,
     COMBINED_A_SECOND,
@@ -71,9 +73,27 @@ def test_a_plan_for_a_set_rests_on_its_last_run(demo, tmp_path, monkeypatch, cap
     assert int(told[1]) == pytest.approx(size * planned["nb_images_knn"] / 20 / 1000, abs=1)
     assert re.search(r"index [\d.]+ MB$", printed, re.MULTILINE)
 
+    # What lies there now may be of another run, and the disk may have lost the index since.
+    (tmp_path / "data/output/knn_urls/flower.parquet").unlink()
+    with instance() as kept:
+        rows = staged_again(kept)
+    assert main(["plan", "--target", str(10**9), "--seed-set", "flower"]) == 0
+    bounded = capsys.readouterr().out
+    assert "disk: knn_urls " in bounded
+    assert yaml.safe_load(bounded) == {"nb_images_knn": rows, "nb_images_centroid": rows}
+
     (tmp_path / "data/seeds/flower/settings.yaml").write_text(printed)  # ready to paste
     assert main(["materialize", "flower"]) == 0
     assert f"looking for {planned['nb_images_knn']:,} images around each" in capsys.readouterr().out
+
+
+def staged_again(kept: dg.DagsterInstance) -> int:
+    """Report what a step reports that had to stage the index again; return the rows of the index."""
+    staged = next(materializations(kept, "staged_laion_index")).figures
+    again = {name: staged[name] for name in ("fingerprint", "bytes")}
+    kept.report_runless_asset_event(dg.AssetMaterialization("staged_laion_index", metadata=again))
+    kept.report_runless_asset_event(dg.AssetMaterialization("staged_laion_index"))  # by hand, in the UI
+    return int(staged["dagster/row_count"])
 
 
 @pytest.mark.parametrize(

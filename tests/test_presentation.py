@@ -1,19 +1,26 @@
 """What pages of the UI show: text off the web stays text, counts add up, pictures stay small."""
 
 import base64
+import io
 import re
 from html.parser import HTMLParser
 from urllib.parse import urlsplit
 from xml.etree import ElementTree
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 from markdown_it import MarkdownIt
+from PIL import Image
 
-from laion_assets.presentation import TEXT, chart, funnel_table, link, plain, steps, summed
+from laion_assets.io_managers import StoredTable
+from laion_assets.presentation import TEXT, chart, funnel_table, link, plain, steps, strip, summed
 from laion_assets.retrieval.charts import Step
 from laion_assets.retrieval.combine import CombinedFunnel
+from laion_assets.retrieval.contact_sheet import contact_sheet
 from laion_assets.retrieval.retrieve import Funnel
 
 # --- text off the web -----------------------------------------------------------------------------
@@ -81,6 +88,12 @@ def test_a_row_is_one_link_to_where_it_says_or_none(url: str, caption: str | Non
         assert not links
 
 
+def test_a_row_is_short_however_long_its_url_and_caption_are() -> None:
+    assert "](<" in link("https://example.org/" + 1900 * "a", None)
+    for url in (9999 * "a", 1900 * "\u00e9"):  # some letters are six in an address
+        assert len(link(f"https://example.org/{url}", 9999 * "a", picture=True)) < 300
+
+
 def test_pictures_from_elsewhere_are_shown_only_when_asked_for_and_only_from_the_web() -> None:
     assert "![" not in link("https://example.org/a.png", "caption")
     page = Tags(RENDERING.render(link("https://example.org/a.png", "![](x)", picture=True)))
@@ -128,6 +141,23 @@ def test_the_funnel_shows_each_search_and_both_in_plain_numbers() -> None:
         next(row for row in rows if row["images"] == f"{minus}near-duplicates").items()
     )
     assert rows[-1] == {"images": "in the table", "a": "", "b": "", "both": "600", "share": "60.0%"}
+
+
+# --- pictures -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("captions", [None, ["one", None, "three"]])
+def test_pictures_are_shown_whether_they_have_captions_or_not(tmp_path, captions) -> None:
+    encoded = io.BytesIO()
+    Image.new("RGB", (8, 8)).save(encoded, "PNG")
+    columns = {"row": [0, 1, 2], "thumbnail": [encoded.getvalue()] * 3}
+    rows = pa.table(columns | ({"caption": captions} if captions else {}))
+    pq.write_table(rows, tmp_path / "seeds.parquet")
+    shown = strip(StoredTable(str(tmp_path / "seeds.parquet")), "seeds", "")
+    assert shown is not None
+    assert list(shown.pictures) == columns["thumbnail"]
+    assert shown.captions == (["one", "", "three"] if captions else [])
+    assert contact_sheet([shown], show_captions=True).width > 8
 
 
 # --- charts ---------------------------------------------------------------------------------------

@@ -85,7 +85,7 @@ def test_a_broken_set_holds_up_no_other_and_runs_when_it_was_mended(ticks):
     assert "broken/a.npy" in failures(ticks.project.run("broken", "seed_embeddings"))["seed_embeddings"]
     assert ticks.project.run("good", "seed_embeddings").success
     assert [ticks.tick() for _ in range(3)] == [[]] * 3  # a failure is not tried again by itself
-    assert ticks.said == "not read yet: broken; 2 seed sets"
+    assert ticks.said == "no table of it yet (running or failed): broken; 2 seed sets"
     put(ticks, "broken", 5)
     assert [ticks.tick_and_work() for _ in range(3)] == [[], ["broken"], []]
 
@@ -155,6 +155,16 @@ def test_a_set_that_is_removed_is_reported_once_and_keeps_what_was_made_of_it(ti
     assert [ticks.tick() for _ in range(3)] == [[]] * 3
     assert ticks.said == "nothing new; 2 seed sets"
     assert version_of_cats(ticks) == SeedFolder(str(ticks.project.seeds)).find("cats").fingerprint
+
+
+def test_a_folder_that_was_emptied_is_as_one_that_is_gone(ticks):
+    put(ticks, "cats")
+    assert [ticks.tick_and_work() for _ in range(3)] == [[], ["cats"], []]
+    (ticks.project.seeds / "cats" / "a.npy").unlink()
+    (ticks.project.seeds / "cats" / "settings.yaml").write_text("nprobe: 5")
+    assert ticks.tick() == []
+    assert ticks.said == "removed, tables kept: cats; 0 seed sets"
+    assert version_of_cats(ticks) == "removed"
 
 
 def test_a_set_whose_partition_was_deleted_is_no_longer_missed(ticks):

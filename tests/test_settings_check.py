@@ -4,7 +4,9 @@ import dagster as dg
 import pytest
 from conftest import Project, failures, new_project, reported
 from dagster._core.event_api import PartitionKeyFilter
+from dagster._core.events import StepMaterializationData
 
+from laion_assets.past_runs import MADE_WITH, OWN_SETTINGS, materializations
 from laion_assets.settings import FOR_THIS_RUN, RetrievalConfig
 from laion_assets.settings_check import SETTINGS_AS_NOW, compare
 
@@ -25,10 +27,9 @@ class Ticks:
         context = dg.build_sensor_context(self._project.instance, self._cursor, repository_def=repository)
         with context:
             seen = repository.get_sensor_def("settings_sensor")(context)
-        skipped = seen if isinstance(seen, dg.SkipReason) else seen.skip_reason
-        self.said = skipped.skip_message or ""
-        if isinstance(seen, dg.SensorResult):
-            self._cursor = seen.cursor
+        self._cursor = seen.cursor
+        self.said = seen.cursor.split("\n")[0]  # as the UI's list of ticks shows it
+        assert seen.skip_reason.skip_message == self.said
 
 
 def status(project: Project, seed_set: str) -> str:
@@ -59,9 +60,9 @@ def made(demo, tmp_path_factory):
 def test_a_change_in_the_environment_is_a_warning_until_it_is_taken_back_or_made_good(made, monkeypatch):
     ticks = Ticks(made)
     ticks.tick()
-    assert ticks.said == "2 sets compared, 0 of all made with other settings"
+    assert ticks.said == "2 seed sets compared; made with other settings: none"
     ticks.tick()
-    assert "nothing new" in ticks.said
+    assert ticks.said == "nothing new; made with other settings: none"
 
     monkeypatch.setenv("LAION_NB_IMAGES_KNN", "60")
     for _ in range(2):
@@ -78,11 +79,11 @@ def test_a_change_in_the_environment_is_a_warning_until_it_is_taken_back_or_made
 
     monkeypatch.setenv("LAION_DEDUP_THRESHOLD", "0.9")
     ticks.tick()
-    assert ticks.said == "2 sets compared, 2 of all made with other settings"
+    assert ticks.said == "2 seed sets compared; made with other settings: flower, fruit"
     assert failures(made.run("fruit")) == {}
     assert status(made, "fruit") == AS_IT_SHOULD_BE  # the step has said so
     ticks.tick()
-    assert ticks.said == "1 sets compared, 1 of all made with other settings"
+    assert ticks.said == "1 seed set compared; made with other settings: flower"
     assert status(made, "fruit") == AS_IT_SHOULD_BE
     assert "now dedup_threshold 0.9 (LAION_DEDUP_THRESHOLD)" in status(made, "flower")
 
@@ -92,7 +93,7 @@ def test_numbers_given_for_one_run_are_told_of_and_are_no_change(made):
     (check,) = [c for c in result.get_asset_check_evaluations() if c.check_name == SETTINGS_AS_NOW.name]
     assert check.passed
     assert check.description == (
-        "nb_images_knn 7 was given for that run alone, the next takes nb_images_knn 50 (default); what "
+        "made with nb_images_knn 7 for that run alone, the next takes nb_images_knn 50 (default); what "
         "is to stay belongs into fruit/settings.yaml"
     )
     assert reported(result, "knn_urls")["settings"]["nb_images_knn"] == f"7 ({FOR_THIS_RUN})"
@@ -100,18 +101,74 @@ def test_numbers_given_for_one_run_are_told_of_and_are_no_change(made):
     assert status(made, "fruit") == check.description
 
 
+def test_what_follows_from_what_was_asked_for_is_no_change(made, monkeypatch):
+    """The index has fewer lists than that, and the two counts are computed."""
+    monkeypatch.setenv("LAION_NPROBE", "1000000")
+    monkeypatch.setenv("LAION_TARGET_IMAGES", "600")
+    result = made.run("fruit")
+    assert status(made, "fruit") == AS_IT_SHOULD_BE
+    for asset in ("knn_urls", "centroid_urls", "combined_urls"):
+        told = reported(result, asset)
+        assert told["settings"]["nprobe"] != "1000000 (LAION_NPROBE)"
+        assert told[MADE_WITH]["nprobe"] == 1000000
+        assert told[MADE_WITH]["target_images"] == 600
+        assert told[MADE_WITH]["nb_images_knn"] is None
+
+
+@pytest.mark.parametrize(
+    ("environment", "given", "told"),
+    [
+        ({"LAION_NPROBE": "0"}, {"nprobe": 5}, "nprobe is 0 (from LAION_NPROBE): give 1 or more"),
+        (
+            {"LAION_TARGET_IMAGES": "600", "LAION_NB_IMAGES_KNN": "9"},
+            {"nb_images_knn": 5},
+            "target_images is 600 (from LAION_TARGET_IMAGES) and nb_images_knn is 9 (from "
+            "LAION_NB_IMAGES_KNN): give the target or the two numbers, not both",
+        ),
+    ],
+)
+def test_settings_that_only_this_run_could_do_without_do_not_stop_it(
+    made, monkeypatch, environment, given, told
+):
+    for variable, value in environment.items():
+        monkeypatch.setenv(variable, value)
+    assert failures(made.run("fruit", **given)) == {}
+    assert status(made, "fruit") == f"the next run cannot be made: {told}"
+
+
 def test_wrong_settings_are_told_of_by_the_sensor(made, monkeypatch):
     ticks = Ticks(made)
     monkeypatch.setenv("LAION_NPROBE", "0")
     ticks.tick()
     assert ticks.said == "nprobe is 0 (from LAION_NPROBE): give 1 or more"
+    monkeypatch.delenv("LAION_NPROBE")
+    ticks.tick()
+    assert "compared" in ticks.said
+
+
+def test_a_set_whose_own_settings_are_none_any_more_silences_no_other(made, monkeypatch):
+    """As after an upgrade that gave a setting another name."""
+    last = next(materializations(made.instance, "combined_urls", "flower"))
+    told = {MADE_WITH: last.figures[MADE_WITH], OWN_SETTINGS: {"nb_image_knn": 5}}
+    event = dg.AssetMaterialization("combined_urls", partition="flower", metadata=told)
+    kind = dg.DagsterEventType.ASSET_MATERIALIZATION.value
+    data = StepMaterializationData(event)
+    made.instance.report_dagster_event(
+        dg.DagsterEvent(kind, made.job.name, event_specific_data=data), last.run
+    )
+    monkeypatch.setenv("LAION_NB_IMAGES_CENTROID", "90")
+    ticks = Ticks(made)
+    ticks.tick()
+    assert ticks.said == "2 seed sets compared; made with other settings: flower, fruit"
+    assert "now nb_images_centroid 90 (LAION_NB_IMAGES_CENTROID)" in status(made, "fruit")
+    assert status(made, "flower").startswith(
+        "the next run cannot be made: flower/settings.yaml sets 'nb_image_knn', which is no setting"
+    )
 
 
 def compared(made: RetrievalConfig, environment: dict[str, str], now: dict[str, str]) -> str:
     then = made.resolve(environment)
-    return compare(then.values() | {"origins": then.origins}, RetrievalConfig().resolve(now)).sentence(
-        "x"
-    )
+    return compare(then.recorded(), RetrievalConfig().resolve(now)).sentence("x")
 
 
 def test_a_target_stands_for_the_numbers_that_were_computed_from_it():
@@ -121,7 +178,7 @@ def test_a_target_stands_for_the_numbers_that_were_computed_from_it():
         "made with nb_images_knn 50 and nb_images_centroid 500, now target_images 600 (LAION_TARGET_IM"
     )
     assert compared(RetrievalConfig(target_images=600), {}, {}).startswith(
-        "target_images 600 was given for that run alone, the next takes nb_images_knn 50 (default) and"
+        "made with target_images 600 for that run alone, the next takes nb_images_knn 50 (default) and"
     )
 
 
@@ -129,3 +186,23 @@ def test_filters_that_came_or_went_are_a_change():
     some = {"LAION_FILTERS": "width > 5"}
     assert "made with no filters, now filters width > 5" in compared(RetrievalConfig(), {}, some)
     assert "made with filters width > 5, now no filters" in compared(RetrievalConfig(), some, {})
+
+
+def test_what_was_given_for_one_run_hides_no_other_change():
+    given, now = RetrievalConfig(nb_images_knn=7), {"LAION_NB_IMAGES_CENTROID": "900"}
+    assert compared(given, {}, now).startswith(
+        "made with nb_images_centroid 500, now nb_images_centroid 900 (LAION_NB_IMAGES_CENTROID); "
+        "materialize x again to have it so; made with nb_images_knn 7 for that run alone, the next takes "
+        "nb_images_knn 50 (default)"
+    )
+    target = {"LAION_TARGET_IMAGES": "600"}
+    assert compared(given, target, target).startswith(
+        "made with nb_images_knn 7 for that run alone, the next takes target_images 600 (LAION_TARGET"
+    )
+
+
+def test_filters_that_one_run_did_without_are_no_change():
+    some = {"LAION_FILTERS": "width > 5"}
+    assert compared(RetrievalConfig(filters=""), some, some).startswith(
+        "made with no filters for that run alone, the next takes filters width > 5 (LAION_FILTERS)"
+    )

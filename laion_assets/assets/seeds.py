@@ -17,6 +17,7 @@ from laion_assets.io_managers import StoredTable, TableOutput
 from laion_assets.kubernetes import RETRY_POLICY, RUNS_ON_ANY_NODE, on_any_node
 from laion_assets.observations import observe
 from laion_assets.partitions import require_seed_set, seed_sets
+from laion_assets.past_runs import OWN_SETTINGS
 from laion_assets.presentation import as_markdown, draw, strip
 from laion_assets.resources import SeedFolder
 from laion_assets.retrieval.seeds import centroid, embeddings_of
@@ -81,7 +82,7 @@ def seed_embeddings(
             "files": [file.name for file in seed_set.files[:FILES_SHOWN]],
             "ignored files": list(seed_set.ignored[:FILES_SHOWN]),
             "fingerprint": seed_set.fingerprint,
-            "settings of its own": own,
+            OWN_SETTINGS: own,
         }
 
     return dg.MaterializeResult(

@@ -35,7 +35,7 @@ from laion_assets.retrieval.retrieve import PICTURES, Funnel, Request, Retrieval
 from laion_assets.retrieval.seeds import embeddings_of
 from laion_assets.retrieval.staging import OpenIndex
 from laion_assets.retrieval.tables import Provenance, Table
-from laion_assets.settings import CHOSEN, RetrievalConfig, Settings
+from laion_assets.settings import RetrievalConfig, Settings
 from laion_assets.settings_check import SETTINGS_AS_NOW, settings_as_now
 
 LOW_RECALL = 0.9
@@ -139,6 +139,7 @@ def _retrieved(
             used,
             context.run.run_id,
             origin.own_settings,
+            asked.recorded(),
         )
         context.log.info(
             f"looking for {k:,} images around {'each of ' if per_seed else ''}{len(queries):,} "
@@ -206,7 +207,6 @@ def combined_urls(
     """
     with as_failures():
         origin = check_same_origin(knn_urls, centroid_urls, seed_embeddings)
-        as_now = settings_as_now(origin)
         combined = combine(knn_urls, centroid_urls, origin.settings["dedup_threshold"], PICTURES)
     funnel = combined.funnel
     context.log.info(
@@ -221,6 +221,7 @@ def combined_urls(
         origin.settings,
         context.run.run_id,
         origin.own_settings,
+        origin.asked,
     )
 
     written: list[tuple[StoredTable, Mapping[str, Any]]] = []
@@ -246,8 +247,9 @@ def combined_urls(
         results = [
             *checks.of_combined(stored, knn_urls, centroid_urls, threshold),
             checks.yield_as_before(context, told),
+            settings_as_now(origin),
         ]
-    yield from checks.telling(context, [*results, as_now])
+    yield from checks.telling(context, results)
 
 
 def _closing(stack: ExitStack, batches: Iterable[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:
@@ -281,7 +283,7 @@ def _used(settings: Settings, nprobe: int | None, block_list: BlockList | None) 
     used = settings.values() | {"nprobe": nprobe}
     origins = dict(settings.origins)
     if settings.nprobe is None:
-        origins["nprobe"] = CHOSEN
+        origins["nprobe"] = "chosen from the number of images"
     if block_list is not None:
         used["block_list"], origins["block_list"] = str(block_list), BLOCK_LIST_SETTING
     return used | {"origins": origins}

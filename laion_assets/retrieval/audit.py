@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from urllib.parse import urlsplit
 
 import google_crc32c
@@ -16,8 +16,9 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from laion_assets.retrieval.arrays import Bytes, Floats, Ids
+from laion_assets.retrieval.arrays import Bytes, Floats, Ids, Mask
 from laion_assets.retrieval.checksums import checksum_text
+from laion_assets.retrieval.filters import hashes
 from laion_assets.retrieval.index import Index
 from laion_assets.retrieval.metadata import Metadata
 from laion_assets.retrieval.tables import code_bytes
@@ -25,14 +26,17 @@ from laion_assets.retrieval.vectors import Vectors
 
 LISTS = 64  # inverted lists that are looked into
 ROWS_OF_A_LIST = 4096
-NEAREST_OF_A_LIST = 16  # rows whose nearest neighbour is looked for
+ANCHORS_OF_AGREEMENT = 1024  # rows whose nearest neighbour is looked for, in all lists together
+ANCHORS_AT_ONCE = 16  # compared with what is looked at of a list: without lists, with 262,144 rows
 SHUFFLES = 199
 PARTS = 4  # of the rows, each asked by itself
 CHANCE = 0.01  # of calling captions aligned that are not
 FEWEST_PAIRS = 40
 ANCHORS = 256  # rows that are compared with all
 ROUNDING = 1e-5  # two decoders of the same code differ by less
-WHOLE_FILES = 256 << 20  # bytes; files up to this size are read again
+SOUND_OF_A_LIST = 16  # rows that are looked at for damage
+WHOLE_FILES = 256 << 20  # bytes; files up to this size may be read again
+READ_AGAIN = 1 << 30  # bytes of such files in all: every run does it
 HIGHEST = 1.1  # a row as the index stores it may be a little longer than 1
 EXAMPLES = 5
 PLAIN_URL = r"^https?://[A-Za-z0-9][A-Za-z0-9.-]*(/[^\s[:cntrl:]]*)?$"
@@ -40,13 +44,14 @@ PLAIN_URL = r"^https?://[A-Za-z0-9][A-Za-z0-9.-]*(/[^\s[:cntrl:]]*)?$"
 
 @dataclass(frozen=True)
 class Agreement:
-    """How much more alike captions of neighbours are than those of any two images, in a part of the rows.
+    """How much more alike captions of neighbours are than those of any two, in a quarter of the rows.
 
     Attributes:
         pairs: neighbours of which both have a caption.
         near: mean share of words that the captions of neighbours have in common.
         apart: the same for captions drawn by chance.
         chance: of such a difference if metadata and index had nothing to do with each other.
+        silent: other quarters, with too few captions to be asked.
 
     """
 
@@ -54,6 +59,7 @@ class Agreement:
     near: float
     apart: float
     chance: float
+    silent: int = 0
 
     @property
     def can_tell(self) -> bool:
@@ -72,7 +78,8 @@ def agreement(index: Index, metadata: Metadata) -> Agreement:
     Images that are alike have captions that are alike, more often than any two images: so the captions
     of rows and of their nearest neighbours are compared, and as a measure of chance, the same captions
     shuffled (a permutation test). Metadata that is shifted, or in another order, fails it. A file that
-    is missing shifts only what comes after it: so each quarter of the rows is asked, and the worst told.
+    is missing shifts only what comes after it: so each quarter of the rows is asked, the worst told, and
+    how many have too few captions to be asked.
     """
     rows, neighbours = _neighbours(index, metadata)
     part = rows * PARTS // max(index.rows, 1)
@@ -82,7 +89,8 @@ def agreement(index: Index, metadata: Metadata) -> Agreement:
         for number in range(PARTS)
     ]
     telling = [part for part in parts if part.can_tell]
-    return max(telling or parts, key=lambda part: part.chance)
+    worst = max(telling or parts, key=lambda part: part.chance)
+    return replace(worst, silent=PARTS - len(telling)) if telling else worst
 
 
 def _agreement(pairs: Sequence[tuple[frozenset[str], frozenset[str]]]) -> Agreement:
@@ -102,15 +110,18 @@ def _agreement(pairs: Sequence[tuple[frozenset[str], frozenset[str]]]) -> Agreem
 def _neighbours(index: Index, metadata: Metadata) -> tuple[Ids, Ids]:
     """Return rows that have metadata, and of each the nearest that has."""
     found: list[tuple[Ids, Ids]] = []
+    wanted = ANCHORS_OF_AGREEMENT // min(max(index.nlist, 1), LISTS)
     for ids, vectors in index.sample(LISTS, ROWS_OF_A_LIST):
         named = metadata.covers(ids)
         ids, vectors = ids[named], vectors[named]
         if len(ids) < 2:
             continue
-        some = np.linspace(0, len(ids) - 1, min(NEAREST_OF_A_LIST, len(ids))).astype(np.int64)
-        cosines = vectors[some] @ vectors.T
-        cosines[np.arange(len(some)), some] = -np.inf
-        found.append((ids[some], ids[cosines.argmax(axis=1)]))
+        anchors = np.linspace(0, len(ids) - 1, min(wanted, len(ids))).astype(np.int64)
+        for start in range(0, len(anchors), ANCHORS_AT_ONCE):
+            some = anchors[start : start + ANCHORS_AT_ONCE]
+            cosines = vectors[some] @ vectors.T
+            cosines[np.arange(len(some)), some] = -np.inf
+            found.append((ids[some], ids[cosines.argmax(axis=1)]))
     empty = np.empty(0, np.int64)
     rows, neighbours = zip(*found, strict=True) if found else ([empty], [empty])
     return np.concatenate(rows), np.concatenate(neighbours)
@@ -126,25 +137,70 @@ def _common(ours: Iterable[frozenset[str]], theirs: Iterable[frozenset[str]]) ->
     return float(np.mean([len(a & b) / len(a | b) for a, b in zip(ours, theirs, strict=True)]))
 
 
-def unsound(index: Index, files: Iterable[tuple[str, str, int]]) -> list[str]:
-    """Say what is wrong with a staged index: small files read again, rows of large ones looked at.
+@dataclass(frozen=True)
+class Soundness:
+    """What is wrong with rows of a staged index.
 
-    Args:
-        index: opened.
-        files: path, checksum as it was staged (crc32c in base64) and size of each file.
+    Attributes:
+        wrong: sentences.
+        rows: that were looked at.
+        without_vector: of these, zero or not finite: a search finds the others.
 
     """
-    wrong = [
+
+    wrong: Sequence[str]
+    rows: int
+    without_vector: int
+
+
+def soundness(index: Index) -> Soundness:
+    """Look at rows of an index from many places."""
+    wrong = []
+    ids, present = _rows_with_vectors(index)
+    odd = ids[(ids < 0) | (ids >= index.rows)]
+    if len(odd):
+        wrong.append(f"rows have numbers outside of 0 to {index.rows - 1:,}, such as {odd[0]}")
+    if len(ids) and not present.any():
+        wrong.append(f"none of {len(ids):,} rows can be decoded to a vector")
+    return Soundness(wrong, len(ids), int((~present).sum()))
+
+
+def _rows_with_vectors(index: Index) -> tuple[Ids, Mask]:
+    """Return rows from many places, and of which there is a vector that is neither zero nor infinite."""
+    sample = [(ids, vectors.any(axis=1)) for ids, vectors in index.sample(LISTS, SOUND_OF_A_LIST)]
+    ids, present = zip((np.empty(0, np.int64), np.empty(0, np.bool_)), *sample, strict=True)
+    return np.concatenate(ids), np.concatenate(present)
+
+
+def changed(files: Iterable[tuple[str, str, int]]) -> list[str]:
+    """Read files again and say which are not what was staged.
+
+    Args:
+        files: those that `to_read_again` chose.
+
+    """
+    return [
         f"{path} is no longer what was staged: its checksum differs"
-        for path, checksum, size in files
-        if size <= WHOLE_FILES and _checksum(path) != checksum
+        for path, checksum, _ in files
+        if _checksum(path) != checksum
     ]
-    for ids, vectors in index.sample(LISTS, NEAREST_OF_A_LIST):
-        if ((ids < 0) | (ids >= index.rows)).any():
-            wrong.append(f"rows have numbers outside of 0 to {index.rows - 1:,}, such as {ids.max()}")
-        if not vectors.any(axis=1).all():
-            wrong.append("rows cannot be decoded to vectors")
-    return list(dict.fromkeys(wrong))
+
+
+def to_read_again(files: Sequence[tuple[str, str, int]]) -> list[tuple[str, str, int]]:
+    """Choose files by chance, always the same ones: none that is large, and not too much in all.
+
+    Args:
+        files: path, checksum as it was staged (crc32c in base64) and size of each.
+
+    """
+    chosen: list[tuple[str, str, int]] = []
+    room = READ_AGAIN
+    for number in np.random.default_rng(0).permutation(len(files)):
+        size = files[number][2]
+        if size <= min(WHOLE_FILES, room):
+            chosen.append(files[number])
+            room -= size
+    return chosen
 
 
 def _checksum(path: str) -> str:
@@ -221,12 +277,47 @@ def codes_of(batches: Iterable[pa.RecordBatch], schema: pa.Schema, ids: Ids) -> 
     return code_bytes(found["code"].take(pa.array(first)))
 
 
-def repeated(column: pa.ChunkedArray) -> int:
+@dataclass(frozen=True)
+class Images:
+    """What tells the images of a table apart, and which of them no downloader can fetch.
+
+    Attributes:
+        ids: (n,) in the table's order.
+        urls: (n,) hashes of 64 bits: of ten million URLs two share one with a chance of 3e-6.
+        not_web: rows whose URL is not one of the web.
+        examples: a few of these URLs.
+
+    """
+
+    ids: Ids
+    urls: Ids
+    not_web: int
+    examples: Sequence[str]
+
+
+def images(batches: Iterable[pa.RecordBatch]) -> Images:
+    """Look at all rows of a table, holding 16 bytes of each.
+
+    Args:
+        batches: id and url.
+
+    """
+    ids, urls = [np.empty(0, np.int64)], [np.empty(0, np.int64)]
+    wrong, examples = 0, list[str]()
+    for batch in batches:
+        ids.append(batch["id"].to_numpy())
+        urls.append(hashes(batch["url"]))
+        count, some = not_web(batch["url"])
+        wrong, examples = wrong + count, [*examples, *some][:EXAMPLES]
+    return Images(np.concatenate(ids), np.concatenate(urls), wrong, examples)
+
+
+def repeated(values: Ids) -> int:
     """Count the rows whose value stands in a row before."""
-    return len(column) - int(pc.count_distinct(column, mode="all").as_py())
+    return len(values) - len(np.unique(values))
 
 
-def not_web(urls: pa.ChunkedArray) -> tuple[int, list[str]]:
+def not_web(urls: pa.Array) -> tuple[int, list[str]]:
     """Count what no downloader can fetch, and give a few examples: http(s), a host, no white space."""
     plain = pc.fill_null(pc.match_substring_regex(urls, PLAIN_URL), False)  # nearly all, and fast
     wrong = [url for url in urls.filter(pc.invert(plain)).to_pylist() if not is_web(url)]

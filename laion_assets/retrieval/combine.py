@@ -84,7 +84,7 @@ def check_same_origin(knn: Stored, centroid: Stored, seeds: Stored) -> Provenanc
     """Refuse two sets that were not made from the same index and these seeds, with the same filters.
 
     Returns:
-        The provenance of the knn set, with the settings of both.
+        The provenance of the knn set, with the settings of both, used and asked for.
 
     Raises:
         InputError: says on what they disagree and which to materialize again.
@@ -99,10 +99,10 @@ def check_same_origin(knn: Stored, centroid: Stored, seeds: Stored) -> Provenanc
                 f"{asset} of {made.seed_set!r} was made from other seeds or another settings.yaml "
                 f"({made.seeds}) than seed_embeddings now holds ({current}): materialize {asset} again"
             )
-        if not made.counts:
+        if not made.asked:
             raise InputError(
-                f"{asset} of {made.seed_set!r} does not say what it counted, as it is of an older version"
-                f": materialize {asset} again"
+                f"{asset} of {made.seed_set!r} does not say what it was asked for, as it is of an older "
+                f"version: materialize {asset} again"
             )
     older = "knn_urls" if one.written < other.written else "centroid_urls"
     if one.index != other.index:
@@ -117,21 +117,26 @@ def check_same_origin(knn: Stored, centroid: Stored, seeds: Stored) -> Provenanc
                 f"{name.replace('_', ' ')} ({one.settings.get(name) or 'none'} and "
                 f"{other.settings.get(name) or 'none'}): materialize {older} again, it is the older one"
             )
-    return replace(one, settings=_settings_of_both(one.settings, other.settings))
+    return replace(
+        one,
+        settings=_settings_of_both(one.settings, other.settings),
+        asked=_settings_of_both(one.asked, other.asked),
+    )
 
 
 def _settings_of_both(knn: Mapping[str, Any], centroid: Mapping[str, Any]) -> dict[str, Any]:
     """Take each number from its own set, the lower threshold, and a target and nprobe that both had."""
-    of_centroid = {"nb_images_centroid": centroid["nb_images_centroid"]}
-    origins = {**knn["origins"], "nb_images_centroid": centroid["origins"]["nb_images_centroid"]}
+    of_centroid = ["nb_images_centroid"]
     if centroid["dedup_threshold"] < knn["dedup_threshold"]:
-        of_centroid["dedup_threshold"] = centroid["dedup_threshold"]
-        origins["dedup_threshold"] = centroid["origins"]["dedup_threshold"]
+        of_centroid.append("dedup_threshold")
+    values = {**knn} | {name: centroid[name] for name in of_centroid}
+    origins = {name: origin for name, origin in knn["origins"].items() if name not in of_centroid}
+    origins |= {name: o for name, o in centroid["origins"].items() if name in of_centroid}
     for name in ("target_images", "nprobe"):
         if centroid[name] != knn[name]:
-            of_centroid[name] = None
+            values[name] = None
             origins.pop(name, None)
-    return {**knn} | of_centroid | {"origins": origins}
+    return values | {"origins": origins}
 
 
 def combine(knn: Stored, centroid: Stored, threshold: float, pictures: int) -> Combined:

@@ -158,7 +158,7 @@ class BlockList:
 
     def holds(self, ids: Ids, urls: pa.ChunkedArray) -> Mask:
         """Tell which images are on the list, shape (n,)."""
-        return _among(ids, self.ids) | (_among(_hashes(urls), self.urls) if len(self.urls) else False)
+        return _among(ids, self.ids) | (_among(hashes(urls), self.urls) if len(self.urls) else False)
 
     def __str__(self) -> str:
         """Tell where it is, how long, and a fingerprint of what is on it, in whatever order or form."""
@@ -184,7 +184,7 @@ def read_block_list(uri: str) -> BlockList:
             parts = _columns_of(file, uri) if path.endswith(".parquet") else _lines_of(file, uri)
             for some_ids, some_urls in parts:
                 ids.append(some_ids)
-                urls.append(_hashes(some_urls))
+                urls.append(hashes(some_urls))
     except FileNotFoundError as error:
         raise InputError(
             f"the block list {uri} is not there: correct or unset {BLOCK_LIST_SETTING}"
@@ -231,7 +231,8 @@ def _columns_of(file: Any, uri: str) -> Iterator[tuple[Ids, pa.Array]]:
         yield ids.cast(pa.int64()).to_numpy(), pa.concat_arrays(texts or [pa.array([], pa.string())])
 
 
-def _hashes(texts: pa.Array | pa.ChunkedArray) -> Ids:
+def hashes(texts: pa.Array | pa.ChunkedArray) -> Ids:
+    """Return a hash of 64 bits of each text, shape (n,); null has that of the empty text."""
     digests = b"".join(_digests(texts))
     return np.frombuffer(digests, np.int64)
 

@@ -235,7 +235,8 @@ class Index:
 
         Args:
             lists: to look into; all where there are fewer. Without any, the whole index is one.
-            rows: of each list, from its beginning; all where there are fewer.
+            rows: of each list, one after another from a place chosen by chance, as lists are filled in
+                the order of the ids; all where there are fewer.
 
         """
         random = np.random.default_rng(0)
@@ -248,10 +249,10 @@ class Index:
                 return
             lengths = np.array([self._ivf.invlists.list_size(number) for number in range(self.nlist)])
             filled = np.flatnonzero(lengths)
-            chosen = np.sort(random.permutation(filled)[:lists])
-            self._need(held, chosen, rows)
-            for number in chosen:
-                ids, codes = self._rows_at(held, (number << 32) + np.arange(min(lengths[number], rows)))
+            for number in np.sort(random.permutation(filled)[:lists]):
+                start = random.integers(max(lengths[number] - rows, 0) + 1)
+                stop = min(start + rows, lengths[number])
+                ids, codes = self._rows_at(held, (number << 32) + np.arange(start, stop))
                 yield ids, unit(decode(codes))
 
     @property

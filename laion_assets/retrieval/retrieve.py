@@ -21,6 +21,7 @@ from laion_assets.retrieval.filters import NO_FILTERS, Filters
 from laion_assets.retrieval.index import Hits, Index
 from laion_assets.retrieval.metadata import THUMBNAIL_COLUMN, Metadata
 from laion_assets.retrieval.near_duplicates import components_of_lists
+from laion_assets.retrieval.sizing import share_kept
 from laion_assets.retrieval.tables import Table, decoder_footer
 from laion_assets.retrieval.vectors import decoded, unit
 
@@ -74,7 +75,7 @@ class Funnel:
     @property
     def yielded(self) -> float:
         """Share of the images asked for that were kept."""
-        return self.kept / self.requested if self.requested else 0.0
+        return share_kept(self.kept, self.requested)
 
 
 @dataclass(frozen=True)

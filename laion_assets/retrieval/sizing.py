@@ -19,6 +19,11 @@ CENTROID_SECONDS = {10_000: 0.28, 30_000: 0.76, 100_000: 2.08, 300_000: 10.30, 1
 COMBINED_A_SECOND = 283_255
 
 
+def share_kept(kept: int, requested: int) -> float:
+    """Return which share of the images requested was kept: none of none, and six digits of any other."""
+    return round(kept / requested, 6) if requested else 0.0
+
+
 @dataclass(frozen=True)
 class Yield:
     """Which share of the images requested stays in the combined table.

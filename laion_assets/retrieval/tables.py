@@ -10,6 +10,7 @@ import json
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -58,6 +59,7 @@ class Provenance:
         seeds: fingerprint of the seed files.
         index: fingerprint of the staged index; None before it plays a part.
         settings: the settings used, and where each came from.
+        asked: those that were asked for, from which the used ones follow, likewise.
         run: id of the Dagster run.
         written: when, ISO 8601 in UTC.
         found: the counts of a search in a sentence.
@@ -75,6 +77,7 @@ class Provenance:
     written: str
     found: str = ""
     own_settings: Mapping[str, Any] = field(default_factory=dict)
+    asked: Mapping[str, Any] = field(default_factory=dict)
     counts: Mapping[str, int] = field(default_factory=dict)
 
     @classmethod
@@ -86,10 +89,20 @@ class Provenance:
         settings: Mapping[str, Any],
         run: str,
         own_settings: Mapping[str, Any],
+        asked: Mapping[str, Any] = MappingProxyType({}),
     ) -> Provenance:
         """Provenance of a table that is being written now."""
         written = datetime.now(UTC).isoformat(timespec="seconds")
-        return cls(seed_set, seeds, index, dict(settings), run, written, own_settings=dict(own_settings))
+        return cls(
+            seed_set,
+            seeds,
+            index,
+            dict(settings),
+            run,
+            written,
+            own_settings=dict(own_settings),
+            asked=dict(asked),
+        )
 
     def to_footer(self) -> dict[str, str]:
         """Key-value metadata for the file's footer."""
