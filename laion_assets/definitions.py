@@ -37,6 +37,7 @@ def build_defs(
     loggers: Mapping[str, dg.LoggerDefinition] | None = None,
 ) -> dg.Definitions:
     """Assemble the code location for an environment; tests and the command line bring their own."""
+    resources.refuse_misspelt(environment)
     job = dg.define_asset_job(
         JOB,
         selection=dg.AssetSelection.assets(*ASSETS),

@@ -50,9 +50,10 @@ def of_search(
     """Report what a search found; `title` says around what."""
     counts = asdict(found.funnel)
     sheet = draw([strip(stored, title, found.funnel.sentence()), pairs_strip(found.removed)])
+    rows = "rows" if title == AROUND_SEEDS else "images"  # an image found for two seeds has two rows
     return {
         "about": dg.MetadataValue.md(
-            f"**{found.funnel.kept:,} images** {title} of {plain(provenance.seed_set)}\n\n"
+            f"**{found.funnel.kept:,} {rows}** {title} of {plain(provenance.seed_set)}\n\n"
             f"{found.funnel.requested:,} requested, yield {found.funnel.yielded:.0%}\n\n"
             f"{_origin(provenance)}"
         ),
@@ -90,6 +91,7 @@ def of_combined(
     total = summed(searches.values())
     united = asdict(funnel)
     yielded = share_kept(funnel.kept, total["requested"])
+    target = provenance.settings.get("target_images")
     sheet = draw(
         [
             strip(seeds, provenance.seed_set, f"{len(seeds):,} seeds"),
@@ -100,7 +102,8 @@ def of_combined(
     return {
         "about": dg.MetadataValue.md(
             f"**{funnel.kept:,} images** like the {len(seeds):,} seeds of {plain(provenance.seed_set)}, "
-            f"a row each\n\n{total['requested']:,} requested, yield {yielded:.0%}\n\n"
+            f"a row each{_of_target(funnel.kept, target)}\n\n"
+            f"{total['requested']:,} requested, yield {yielded:.0%}\n\n"
             f"{_origin(provenance)}"
         ),
         "funnel": funnel_table(
@@ -113,7 +116,7 @@ def of_combined(
         "received": total["received"],
         **_labelled(united),
         YIELD: yielded,
-        **_target(funnel.kept, provenance.settings.get("target_images")),
+        **({"target images": target, "target reached": round(funnel.kept / target, 4)} if target else {}),
         **_made_from(provenance),
         **({"picture": dg.MetadataValue.path(_saved(stored, sheet))} if sheet else {}),
         OWN_SETTINGS: provenance.own_settings,
@@ -135,8 +138,8 @@ def _labelled(counts: Mapping[str, int]) -> dict[str, int]:
     return {name.replace("_", " "): count for name, count in counts.items()}
 
 
-def _target(kept: int, target: int | None) -> dict[str, int | float]:
-    return {"target images": target, "target reached": round(kept / target, 4)} if target else {}
+def _of_target(kept: int, target: int | None) -> str:
+    return f": {kept / target:.0%} of the {target:,} that were wanted" if target else ""
 
 
 def _origin(provenance: Provenance) -> str:

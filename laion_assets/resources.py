@@ -6,6 +6,7 @@ Dagster's concept: https://docs.dagster.io/guides/build/external-resources
 
 from __future__ import annotations
 
+import difflib
 import inspect
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -40,10 +41,25 @@ from laion_assets.retrieval.staging import (
     version_of,
 )
 from laion_assets.retrieval.storage import on_this_machine
+from laion_assets.settings import DEFAULTS, variable_of
 
 DATA = Path("data")  # the one project folder; dagster.yaml keeps Dagster's own storage there too
 Staging = Literal["full", "sparse", "in-place"]
 LostIndex = Literal["restage", "fail"]
+PLACES = (
+    "LAION_INDEX_URI",
+    "LAION_METADATA_URI",
+    "LAION_METADATA_COLUMNS",
+    "LAION_CACHE_DIR",
+    "LAION_STAGING",
+    "LAION_SPARSE_BUDGET",
+    "LAION_LOST_INDEX",
+    "LAION_BLOCK_LIST",
+    "LAION_SEEDS_URI",
+    "LAION_OUTPUT_URI",
+    "LAION_SHOW_REMOTE_PICTURES",
+)  # what is set in the environment alone
+ALIKE = 0.85  # share of letters that a misspelt variable has in common with the one that was meant
 
 
 @dataclass(frozen=True)
@@ -160,6 +176,23 @@ class Pictures:
     """
 
     remote: bool
+
+
+def refuse_misspelt(environment: Mapping[str, str]) -> None:
+    """Refuse variables that nobody reads and that look like one that is read.
+
+    A setting that is silently none could be the one that keeps images out. Others that begin alike may
+    be somebody else's, such as those that Kubernetes makes of the names of services.
+
+    Raises:
+        InputError: names the variable and the one that was meant.
+
+    """
+    known = {*PLACES, *map(variable_of, DEFAULTS)}
+    for name in environment:
+        if name.startswith("LAION_") and name not in known:
+            for meant in difflib.get_close_matches(name, known, n=1, cutoff=ALIKE):
+                raise InputError(f"{name} is set, which is no setting: did you mean {meant}?")
 
 
 def index_from(environment: Mapping[str, str]) -> LaionIndex:

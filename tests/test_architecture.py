@@ -15,9 +15,10 @@ from conftest import REPOSITORY, Demo
 from laion_assets.cli import main
 from laion_assets.definitions import build_defs
 from laion_assets.launcher import LocalRunLauncher
-from laion_assets.resources import index_from, output_from, seeds_from
+from laion_assets.resources import PLACES, index_from, output_from, seeds_from
+from laion_assets.retrieval.errors import InputError
 from laion_assets.retrieval.staging import read_bytes, stage
-from laion_assets.settings import DEFAULTS
+from laion_assets.settings import DEFAULTS, variable_of
 
 PACKAGE = REPOSITORY / "laion_assets"
 MODULES = sorted(PACKAGE.rglob("*.py"))
@@ -139,6 +140,24 @@ def test_the_readme_the_example_and_the_code_know_the_same_settings():
     example = (REPOSITORY / ".env.example").read_text()
     assert set(re.findall(r"^#(\w+)=", example, re.MULTILINE)) == read | {"STORAGE_EMULATOR_HOST"}
     assert set(re.findall(r"LAION_[A-Z_]+", README + example)) == read
+    assert {*PLACES, *map(variable_of, DEFAULTS)} == read
+
+
+@pytest.mark.parametrize(
+    ("misspelt", "meant"),
+    [
+        ("LAION_DEDUP_TRESHOLD", "LAION_DEDUP_THRESHOLD"),
+        ("LAION_BLOCK_LISTS", "LAION_BLOCK_LIST"),
+        ("LAION_FILTER", "LAION_FILTERS"),
+    ],
+)
+def test_a_misspelt_variable_is_no_silent_default(misspelt, meant):
+    with pytest.raises(InputError, match=f"{misspelt} is set, which is no setting: did you mean {meant}"):
+        build_defs({misspelt: "1"})
+
+
+def test_variables_of_others_are_left_alone():
+    build_defs({"LAION_ASSETS_SERVICE_HOST": "10.0.0.7", "LAION_ASSETS_PORT": "tcp://10.0.0.7:3030"})
 
 
 def test_the_readme_tells_the_defaults_there_are():

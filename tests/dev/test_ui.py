@@ -130,7 +130,7 @@ def test_the_figures_on_a_page_are_those_of_the_table(
     assert number(page, "requested") == wanted
     assert number(page, "yield") == pytest.approx(rows / wanted, abs=1e-4)
     assert number(page, "bytes") == project.table(asset, RAN_BY_THE_DEMO).stat().st_size
-    expect(told(page, "about")).to_contain_text(f"{rows:,} images")
+    expect(told(page, "about")).to_contain_text(f"{rows:,} {'rows' if asset == 'knn_urls' else 'images'}")
     settings = {row[0]: row[1:] for row in rows_of(told(page, "settings"))}
     for name, value in NUMBERS.items():
         assert settings[name] == [str(value), "Launchpad or command line"]
