@@ -10,6 +10,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent import futures
 from contextlib import contextmanager, suppress
 from itertools import count
 from pathlib import Path
@@ -38,11 +39,13 @@ from laion_assets.retrieval.staging import (
     Manifest,
     NotStagedError,
     StagedFile,
+    fetch,
     open_staged,
     read_bytes,
     stage,
     verified_manifest,
 )
+from laion_assets.retrieval.staging.fetch import Fetcher, Tally
 from laion_assets.retrieval.staging.source import FsspecReader, _version
 from laion_assets.retrieval.staging.sparse import leases, pages, reads, store
 from laion_assets.retrieval.staging.sparse.pages import SparseFile, lay_out, map_of
@@ -497,6 +500,49 @@ def test_a_source_that_changes_meanwhile_is_noticed_though_it_keeps_no_versions(
     told = Manifest.read(files.cache)
     assert told is not None
     assert not told.complete
+
+
+def test_what_is_there_is_not_written_again_where_a_read_may_be_of_another_version(memory):
+    files = Files(memory)
+    path, content = next(iter(files.content.items()))
+    source = memory / "source" / "0.arrow"
+    with files.opened() as disk:
+        files.need(disk, path, 2 * PAGE, 3 * PAGE)
+        source.write_bytes(b"x" * len(content))
+        os.utime(source, (1, 1))
+        with pytest.raises(InputError, match="no longer what was staged"):
+            files.need(disk, path, PAGE, 4 * PAGE)
+        assert path.read_bytes()[2 * PAGE : 3 * PAGE] == content[2 * PAGE : 3 * PAGE]
+
+
+def test_nobody_writes_any_more_when_fetching_was_interrupted_however_often(monkeypatch):
+    ended = []
+    interrupts = iter([KeyboardInterrupt] * 3)
+
+    def wait(*args: Any) -> Any:
+        for interrupt in interrupts:
+            raise interrupt
+        return futures.wait(*args)
+
+    def work(_: int) -> None:
+        time.sleep(0.3)
+        ended.append(True)
+
+    monkeypatch.setattr(fetch, "wait", wait)
+    fetcher = Fetcher(FsspecReader(None), 1, print, Tally())
+    with pytest.raises(KeyboardInterrupt):
+        fetcher.run(iter([0]), work)
+    assert ended
+
+
+def test_a_server_that_sends_more_than_it_is_asked_for_is_refused(memory, monkeypatch):
+    files = Files(memory)
+    path, content = next(iter(files.content.items()))
+    with files.opened() as disk, monkeypatch.context() as patch:
+        patch.setattr(FsspecReader, "read", lambda *_: iter([content]))
+        with pytest.raises(InputError, match="cannot be read in parts"):
+            files.need(disk, path, 0, PAGE)
+        assert files.marked()[path] == []
 
 
 def test_a_source_that_has_shrunk_is_no_end_of_file(memory):

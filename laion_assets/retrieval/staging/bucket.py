@@ -37,6 +37,8 @@ class BucketReader:
 
     """
 
+    pins = True
+
     def __init__(self, gcs: Any) -> None:
         self._gcs = gcs
         self._stores: dict[str, GCSStore] = {}

@@ -6,12 +6,13 @@ What must not live here: which ranges (plan), and what is done with the bytes.
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor, wait
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from queue import SimpleQueue
 from typing import TypeVar
 
+from laion_assets.retrieval.errors import InputError
 from laion_assets.retrieval.staging.faults import ChangedError, Patience, TransientError
 from laion_assets.retrieval.staging.plan import SourceFile
 from laion_assets.retrieval.staging.source import RangeReader
@@ -96,16 +97,18 @@ class Fetcher:
                 errors.append(error)
                 self._stop.set()
 
+        pool = ThreadPoolExecutor(self._threads, thread_name_prefix="staging")
+        workers = [pool.submit(do_jobs) for _ in range(self._threads)]
         try:
-            with ThreadPoolExecutor(self._threads, thread_name_prefix="staging") as pool:
-                try:
-                    workers = [pool.submit(do_jobs) for _ in range(self._threads)]
-                    while wait(workers, SECONDS_BETWEEN_LOOKS).not_done:
-                        self._pass_on_lines()
-                finally:
-                    self._stop.set()  # also when this thread is interrupted
+            while wait(workers, SECONDS_BETWEEN_LOOKS).not_done:
+                self._pass_on_lines()
         finally:
-            self._pass_on_lines()
+            self._stop.set()  # also when this thread is interrupted
+            try:
+                _wait_for_all(workers)
+            finally:
+                pool.shutdown()
+                self._pass_on_lines()
         if errors:
             raise errors[0]
 
@@ -130,6 +133,11 @@ class Fetcher:
             self._tally.add(reads=1)
             try:
                 for data in self._reader.read(file, at, stop):
+                    if at + len(data) > stop:
+                        raise InputError(
+                            f"{file.url} cannot be read in parts, its server sends more than it is asked "
+                            "for: copy the index to a local folder or a bucket"
+                        )
                     yield data, at
                     at += len(data)
                     self._tally.add(fetched=len(data))
@@ -143,3 +151,21 @@ class Fetcher:
                 patience.wait(error)
                 if self._stop.is_set():
                     raise StoppedError from error
+
+
+def _wait_for_all(workers: Sequence[Future[None]]) -> None:
+    """Wait until all threads have ended, however often this one is interrupted meanwhile.
+
+    Whoever goes on believes that nobody writes any more. (To join a thread is not enough: Python takes
+    one for ended when the joining is interrupted.)
+    """
+    interrupt: BaseException | None = None
+    while True:
+        try:
+            wait(workers)
+        except BaseException as error:  # told once all have ended
+            interrupt = error
+        else:
+            break
+    if interrupt is not None:
+        raise interrupt

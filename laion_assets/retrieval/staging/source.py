@@ -27,7 +27,14 @@ VERSION_KEYS = ("generation", "etag", "mtime", "last_modified", "lastmodified", 
 
 
 class RangeReader(Protocol):
-    """Reads parts of files."""
+    """Reads parts of files.
+
+    Attributes:
+        pins: whether every read is of the version that was listed, or else fails.
+
+    """
+
+    pins: bool
 
     def read(self, file: SourceFile, start: int, stop: int) -> Iterator[bytes]:
         """Yield the bytes from `start` to `stop` in pieces of a few MiB.
@@ -108,6 +115,8 @@ class Source:
 
 class FsspecReader:
     """Reads ranges through fsspec; nothing holds on to a version of the file meanwhile."""
+
+    pins = False
 
     def __init__(self, fs: Any) -> None:
         self._fs = fs

@@ -180,7 +180,7 @@ def _punch(file: int, start: int, length: int, path: Path) -> None:
     if number == errno.EOPNOTSUPP:
         raise InputError(
             f"the file system of {path} cannot give back parts of a file: set LAION_CACHE_DIR to a "
-            "folder on ext4, XFS, btrfs or tmpfs"
+            "folder on ext4, XFS or tmpfs"
         )
     if number:
         raise OSError(number, os.strerror(number), str(path))

@@ -25,14 +25,15 @@ def pages_of(ranges: Ranges) -> Ranges:
     return ranges_of(ranges[:, 0] // PAGE, -(-ranges[:, 1] // PAGE))
 
 
-def reads_for(absent: Ids) -> Ranges:
+def reads_for(absent: Ids, gap: int = GAP) -> Ranges:
     """The ranges of pages to read so that some pages are there, in order.
 
     Args:
         absent: (n,) numbers of pages, ascending.
+        gap: pages between two of them, which may be there, that are read again to save a read.
 
     """
-    return pieces(union(runs(absent), gap=GAP), LONGEST)
+    return pieces(union(runs(absent), gap=gap), LONGEST)
 
 
 def batches(reads: Ranges) -> Iterator[Ranges]:

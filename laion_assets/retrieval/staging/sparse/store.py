@@ -31,7 +31,7 @@ from laion_assets.retrieval.staging.source import RangeReader, reader_of
 from laion_assets.retrieval.staging.sparse.budget import LongestIdle, last_uses, portions_to_give_up
 from laion_assets.retrieval.staging.sparse.leases import Lease, Others, Pages, leases_of_others
 from laion_assets.retrieval.staging.sparse.pages import SparseFile
-from laion_assets.retrieval.staging.sparse.reads import PAGE, batches, pages_of, reads_for
+from laion_assets.retrieval.staging.sparse.reads import GAP, PAGE, batches, pages_of, reads_for
 
 DEFAULT_BUDGET = 100 * 10**9  # bytes
 THREADS = 64  # 2,000 reads a second at 30 ms each
@@ -73,6 +73,8 @@ class SparseFiles:
         staged = [file for file in manifest.files if file.sparse]
         self._reader, self._sources = reader_of(staged)
         self._files = [SparseFile(cache / file.path, file.size) for file in staged]
+        # Where a read may be of another version than was listed, no page that is marked is written again.
+        self._gap = GAP if self._reader.pins else 0
         self._numbers = {file.path: number for number, file in enumerate(self._files)}
 
     def close(self) -> None:
@@ -150,7 +152,7 @@ class SparseFiles:
                 others = leases_of_others(self._cache)
                 for number, some in others.left.items():
                     self._files[number].give_up_unmarked(some)
-                reads = {n: reads_for(some) for n, some in self._absent(pages).items()}
+                reads = {n: reads_for(some, self._gap) for n, some in self._absent(pages).items()}
                 wanted = {n: union(some, reads.get(n, NOTHING)) for n, some in pages.items()}
                 if self._fits(wanted, reads, others, lease):
                     self._take(wanted, lease)
