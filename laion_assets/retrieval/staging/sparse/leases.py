@@ -9,7 +9,7 @@ from __future__ import annotations
 import fcntl
 import os
 import uuid
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -62,19 +62,22 @@ class Others:
         pages: of requests at work.
         left: pages of requests whose process ended in the middle of them.
         leases: how many are at work.
+        ended: the leases of the dead: to be removed once their pages were seen to.
 
     """
 
     pages: Pages
     left: Pages
     leases: int
+    ended: Sequence[Path]
 
 
 def leases_of_others(cache: Path) -> Others:
-    """Read all leases, remove those of the dead; with the ledger locked, and no lease of one's own."""
+    """Read all leases; with the ledger locked, and no lease of one's own."""
     living: dict[int, list[Ranges]] = {}
     dead: dict[int, list[Ranges]] = {}
     count = 0
+    ended: list[Path] = []
     for path in (cache / LEASES).glob("*"):
         try:
             file = path.open("rb")
@@ -90,8 +93,8 @@ def leases_of_others(cache: Path) -> Others:
             held = living if alive else dead
             held.setdefault(int(number), []).append(lines[lines[:, 0] == number, 1:])
         if not alive:
-            path.unlink(missing_ok=True)
-    return Others(_united(living), _united(dead), count)
+            ended.append(path)
+    return Others(_united(living), _united(dead), count, ended)
 
 
 def forget_leases(cache: Path) -> None:

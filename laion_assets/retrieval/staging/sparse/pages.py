@@ -13,8 +13,9 @@ import errno
 import json
 import os
 from collections.abc import Iterator
-from functools import cached_property
+from functools import cache, cached_property
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -188,6 +189,11 @@ def _punch(file: int, start: int, length: int, path: Path) -> None:
 
 def _fallocate(file: int, mode: int, start: int, length: int) -> int:
     """Linux' own call, which Python does not offer; returns the number of the error, 0 for none."""
+    return ctypes.get_errno() if _libc_fallocate()(file, mode, start, length) else 0
+
+
+@cache
+def _libc_fallocate() -> Any:
     call = ctypes.CDLL(None, use_errno=True).fallocate
     call.argtypes = [ctypes.c_int, ctypes.c_int, ctypes.c_int64, ctypes.c_int64]
-    return ctypes.get_errno() if call(file, mode, start, length) else 0
+    return call

@@ -152,6 +152,8 @@ class SparseFiles:
                 others = leases_of_others(self._cache)
                 for number, some in others.left.items():
                     self._files[number].give_up_unmarked(some)
+                for ended in others.ended:
+                    ended.unlink(missing_ok=True)
                 reads = {n: reads_for(some, self._gap) for n, some in self._absent(pages).items()}
                 wanted = {n: union(some, reads.get(n, NOTHING)) for n, some in pages.items()}
                 if self._fits(wanted, reads, others, lease):
