@@ -545,6 +545,20 @@ def test_a_server_that_sends_more_than_it_is_asked_for_is_refused(memory, monkey
         assert files.marked()[path] == []
 
 
+@pytest.mark.usefixtures("fine")
+def test_what_was_written_and_never_marked_goes_when_room_is_needed(memory):
+    files = Files(memory)
+    path, content = next(iter(files.content.items()))
+    lost = SparseFile(path, len(content))
+    lost.write(content[: 20 * PAGE], 0)  # by a request of which nothing else is left
+    lost.close()
+    assert files.unmarked_data() == 20
+    with files.opened(budget=25 * PAGE) as disk:
+        assert files.need(disk, path, 25 * PAGE, 35 * PAGE) == content[25 * PAGE : 35 * PAGE]
+    assert files.unmarked_data() == 0
+    assert files.marked()[path] == list(range(25, 35))
+
+
 def test_a_source_that_has_shrunk_is_no_end_of_file(memory):
     files = Files(memory)
     path, content = next(iter(files.content.items()))

@@ -17,10 +17,12 @@ from dataclasses import replace
 from pathlib import Path
 from threading import Lock
 
+import numpy as np
+
 from laion_assets.retrieval.arrays import Ids
 from laion_assets.retrieval.errors import InputError
 from laion_assets.retrieval.progress import Progress
-from laion_assets.retrieval.ranges import NOTHING, Hold, Ranges, runs, total, union
+from laion_assets.retrieval.ranges import NOTHING, Hold, Ranges, in_portions, runs, total, union
 from laion_assets.retrieval.staging import locks
 from laion_assets.retrieval.staging.disk import TAKES_NO_MORE, bytes_held, cannot_write
 from laion_assets.retrieval.staging.faults import ChangedError
@@ -30,7 +32,7 @@ from laion_assets.retrieval.staging.plan import SourceFile
 from laion_assets.retrieval.staging.source import RangeReader, reader_of
 from laion_assets.retrieval.staging.sparse.budget import LongestIdle, last_uses, portions_to_give_up
 from laion_assets.retrieval.staging.sparse.leases import Lease, Others, Pages, leases_of_others
-from laion_assets.retrieval.staging.sparse.pages import SparseFile
+from laion_assets.retrieval.staging.sparse.pages import PORTION, SparseFile
 from laion_assets.retrieval.staging.sparse.reads import GAP, PAGE, batches, pages_of, reads_for
 
 DEFAULT_BUDGET = 100 * 10**9  # bytes
@@ -176,7 +178,18 @@ class SparseFiles:
         if excess <= 0:
             return True
         freed = self._give_up(excess, lease, wanted, others.pages)
+        if freed < excess and not others.leases:
+            self._give_up_leftovers()
         return freed >= excess or not others.leases
+
+    def _give_up_leftovers(self) -> None:
+        """Give back what was written and never marked, as by a request that a power cut ended.
+
+        No map tells of it, but it takes room; nobody fetches meanwhile, so none of it is under way.
+        """
+        for file in self._files:
+            for some in in_portions(np.array([[0, file.pages]]), PORTION):
+                file.give_up_unmarked(some)
 
     def _too_much(self, needed: int, limit: int) -> str:
         told = f"this request needs {needed:,} bytes of the index at once, "
