@@ -32,6 +32,13 @@ def arrival(source: dg.AssetKey, version: str, seed_set: str | None = None) -> d
     )
 
 
+def sighting(
+    source: dg.AssetKey, version: str, seed_set: str | None = None
+) -> tuple[dg.AssetObservation, dg.AssetMaterialization]:
+    """Return both events, of what a sensor saw."""
+    return observation(source, version, seed_set), arrival(source, version, seed_set)
+
+
 def last_version(
     instance: dg.DagsterInstance, asset: dg.AssetKey, seed_set: str | None = None
 ) -> str | None:

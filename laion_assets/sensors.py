@@ -19,7 +19,7 @@ import dagster as dg
 
 from laion_assets.assets.index import laion_index_source
 from laion_assets.assets.seeds import seed_embeddings, seed_folder
-from laion_assets.observations import arrival, is_known, last_versions, observation
+from laion_assets.observations import is_known, last_versions, sighting
 from laion_assets.partitions import seed_sets
 from laion_assets.resources import LaionIndex, SeedFolder
 from laion_assets.retrieval.errors import InputError
@@ -187,12 +187,12 @@ def build_seed_sets_sensor(job: dg.UnresolvedAssetJobDefinition) -> dg.SensorDef
             ],
             dynamic_partitions_requests=[seed_sets.build_add_request(new)] if new else [],
             asset_events=[
-                event(seed_folder.key, version, name)
+                event
                 for name, version in (
                     *((name, present[name]) for name in decision.report),
                     *((name, GONE) for name in gone if known[name] != GONE),
                 )
-                for event in (observation, arrival)
+                for event in sighting(seed_folder.key, version, name)
             ],
             cursor=as_cursor(saw, {name: astuple(seen) for name, seen in decision.moving.items()}),
             skip_reason=None if decision.run else saw,
@@ -222,7 +222,7 @@ def build_laion_index_sensor() -> dg.SensorDefinition:
             return _nothing_to_do(f"{laion_index.index_uri} is as it was, version {version}")
         saw = f"{laion_index.index_uri} is new or has changed, version {version}"
         return dg.SensorResult(
-            asset_events=[event(laion_index_source.key, version) for event in (observation, arrival)],
+            asset_events=sighting(laion_index_source.key, version),
             cursor=as_cursor(saw),
             skip_reason=saw,
         )
