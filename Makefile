@@ -33,10 +33,10 @@ test-k8s: $(READY) ## Run the graph on a stand-in for a Kubernetes cluster; need
 	$(BIN)/python -m pytest tests/k8s
 
 test-ui: $(READY) ## Run the tests against a real `make dev`, with a real browser; needs chromium
-	$(BIN)/python -m pytest tests/dev
+	$(BIN)/python -m pytest tests/ui
 
 screenshots: $(READY) ## Take the README's pictures of the UI anew; needs chromium
-	SCREENSHOTS=$(CURDIR)/docs/ui $(BIN)/python -m pytest tests/dev/test_ui.py
+	SCREENSHOTS=$(CURDIR)/docs/ui $(BIN)/python -m pytest tests/ui/test_ui.py
 
 test-peer: $(READY) ## Compare with clip-retrieval, and with indices of autofaiss, in their own environment
 	PYTHONPATH=benchmarks $(BIN)/python -m pytest tests/peer

@@ -12,7 +12,7 @@ from statistics import median
 
 import numpy as np
 
-from laion_assets.retrieval.parallel import in_threads
+from laion_assets.io.parallel import in_threads
 
 JOBS = 200
 

@@ -21,11 +21,11 @@ import numpy as np
 import pyarrow as pa
 from memory import PeakMemory
 
-from laion_assets.retrieval import near_duplicates
-from laion_assets.retrieval import retrieve as retrieval
-from laion_assets.retrieval.index import Index
-from laion_assets.retrieval.metadata import Metadata
-from laion_assets.retrieval.retrieve import Request, retrieve
+from laion_assets.index.faiss_index import Index
+from laion_assets.index.metadata import Metadata
+from laion_assets.search import near_duplicates
+from laion_assets.search import retrieve as retrieval
+from laion_assets.search.retrieve import Request, retrieve
 
 PHASES = {
     "search": (Index, "search"),

@@ -33,14 +33,14 @@ from memory import PeakMemory
 
 sys.path.append(str(Path(__file__).parents[1] / "tests"))
 
-from gcs import describe, gcs_server
+from helpers.gcs import describe, gcs_server
 
-from laion_assets.assets.seeds import seed_folder
 from laion_assets.definitions import build_defs
-from laion_assets.observations import observation
-from laion_assets.retrieval.checksums import checksum_text
-from laion_assets.retrieval.seeds import list_seed_sets
-from laion_assets.retrieval.storage import open_storage
+from laion_assets.defs.assets.seed_embeddings import seed_folder
+from laion_assets.defs.sources import observation
+from laion_assets.io.checksums import checksum_text
+from laion_assets.io.storage import open_storage
+from laion_assets.seeds.seed_sets import list_seed_sets
 
 BUCKET = "many-seeds"
 SEEDS = f"gs://{BUCKET}/seeds"

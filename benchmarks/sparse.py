@@ -25,15 +25,15 @@ from generate import Recipe, generate
 from numpy.typing import NDArray
 from staging import LATENCY, far_away
 
-from laion_assets.retrieval import arrow_layout
-from laion_assets.retrieval.index import CANDIDATES_PER_RESULT, MIN_NPROBE, InvertedLists
-from laion_assets.retrieval.ranges import Ranges, members, ranges_of, total, union
-from laion_assets.retrieval.retrieve import Request, retrieve
-from laion_assets.retrieval.staging import Manifest, StagedFile, open_staged, stage
-from laion_assets.retrieval.staging.sparse.pages import lay_out
-from laion_assets.retrieval.staging.sparse.reads import PAGE, pages_of, reads_for
-from laion_assets.retrieval.staging.sparse.store import SparseFiles
-from laion_assets.retrieval.storage import open_storage
+from laion_assets.index import arrow_layout
+from laion_assets.index.faiss_index import CANDIDATES_PER_RESULT, MIN_NPROBE, InvertedLists
+from laion_assets.io.ranges import Ranges, members, ranges_of, total, union
+from laion_assets.io.storage import open_storage
+from laion_assets.search.retrieve import Request, retrieve
+from laion_assets.staging import Manifest, StagedFile, open_staged, stage
+from laion_assets.staging.sparse.pages import lay_out
+from laion_assets.staging.sparse.reads import PAGE, pages_of, reads_for
+from laion_assets.staging.sparse.store import SparseFiles
 
 REPOSITORY = Path(__file__).parents[1]
 sys.path.insert(0, str(REPOSITORY / "tests"))

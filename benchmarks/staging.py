@@ -54,8 +54,8 @@ def in_ranges(target: Path, size: int, read: Callable[[int, int], bytes]) -> Non
 
 def staging(_: str, target: Path, size: int) -> Callable[[], None]:
     """Everything that `staged_laion_index` does."""
-    from laion_assets.retrieval.staging import stage
-    from laion_assets.retrieval.storage import open_storage
+    from laion_assets.io.storage import open_storage
+    from laion_assets.staging import stage
 
     uri = f"gs://{BUCKET}/{FOLDER}"
     open_storage(uri, "")  # makes the client, as for the others, before the clock starts
@@ -179,7 +179,7 @@ def put_object(url: str, root: Path, size: int) -> None:
     """Make a big object without uploading it: a file under the server's root that says it is one."""
     import gcsfs
 
-    from laion_assets.retrieval.checksums import checksum_text, crc32c
+    from laion_assets.io.checksums import checksum_text, crc32c
 
     fs = gcsfs.GCSFileSystem(token="anon", endpoint_url=url)
     fs.mkdir(BUCKET)
@@ -294,7 +294,7 @@ def table(found: dict[str, list[dict[str, float]]], size: int) -> list[str]:
 
 def checksum_cost(size: int) -> str:
     """Say what checksums take by themselves."""
-    from laion_assets.retrieval.checksums import crc32c, crc32c_of_parts
+    from laion_assets.io.checksums import crc32c, crc32c_of_parts
 
     piece = os.urandom(MIB)
     times = []

@@ -17,9 +17,9 @@ import numpy as np
 from memory import PeakMemory
 from ours import open_folder
 
-from laion_assets.io_managers import StoredTable, write_table
-from laion_assets.retrieval.combine import combine
-from laion_assets.retrieval.retrieve import PICTURES, Request, retrieve
+from laion_assets.defs.io_manager import StoredTable, write_table
+from laion_assets.search.combine import combine
+from laion_assets.search.retrieve import PICTURES, Request, retrieve
 
 THRESHOLD = 0.94
 

@@ -19,13 +19,13 @@ import dagster as dg
 from dotenv import load_dotenv
 
 from laion_assets.definitions import JOB, build_defs
+from laion_assets.defs.launcher import fail_abandoned_runs, process_lock
+from laion_assets.defs.partitions import seed_sets
+from laion_assets.defs.request_plan import history, in_words, plan
+from laion_assets.defs.resources import DATA, index_from, seeds_from
+from laion_assets.defs.settings import DEFAULTS, KINDS, RetrievalConfig
 from laion_assets.demo.build import build_demo
-from laion_assets.launcher import fail_abandoned_runs, process_lock
-from laion_assets.partitions import seed_sets
-from laion_assets.plan import history, in_words, plan
-from laion_assets.resources import DATA, index_from, seeds_from
-from laion_assets.retrieval.errors import InputError
-from laion_assets.settings import DEFAULTS, KINDS, RetrievalConfig
+from laion_assets.io.errors import InputError
 
 DEMO_SET = "fruit"
 METAVARS: Mapping[type, str] = {int: "N", float: "COSINE", str: "CONDITIONS"}

@@ -8,16 +8,19 @@ from collections.abc import Mapping
 
 import dagster as dg
 
-from laion_assets import kubernetes, resources
-from laion_assets.assets import index, seeds, urls
-from laion_assets.io_managers import tables_in
-from laion_assets.launcher import end_with_parent
-from laion_assets.sensors import (
+from laion_assets.defs import resources
+from laion_assets.defs.assets import seed_embeddings as seeds
+from laion_assets.defs.assets import staged_laion_index as index
+from laion_assets.defs.assets import url_sets as urls
+from laion_assets.defs.io_manager import tables_in
+from laion_assets.defs.kubernetes import placement as kubernetes
+from laion_assets.defs.launcher import end_with_parent
+from laion_assets.defs.sensors import (
     build_laion_index_sensor,
     build_seed_sets_sensor,
     build_settings_sensor,
 )
-from laion_assets.settings import RetrievalConfig
+from laion_assets.defs.settings import RetrievalConfig
 
 JOB = "seed_set_job"
 OWNER = "team:image_data"  # whom the UI names for every asset

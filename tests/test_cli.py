@@ -15,7 +15,7 @@ import dagster as dg
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
-from conftest import REPOSITORY, Demo, contents
+from helpers.project import REPOSITORY, Demo, contents
 
 from laion_assets.cli import main
 

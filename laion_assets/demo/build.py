@@ -23,8 +23,8 @@ import pyarrow as pa
 import pyarrow.ipc
 import pyarrow.parquet
 
-from laion_assets.retrieval.console import silent_stdout
-from laion_assets.retrieval.errors import InputError
+from laion_assets.io.console import silent_stdout
+from laion_assets.io.errors import InputError
 
 BUILD_VERSION = 1
 """Part of the recorded input: raise it when the same pictures should give another index."""

@@ -22,7 +22,7 @@ import pyarrow as pa
 import pyarrow.ipc
 import pyarrow.parquet as pq
 import pytest
-from conftest import REPOSITORY, Demo, Project, failures, new_project
+from helpers.project import REPOSITORY, Demo, Project, failures, new_project
 from host import MANNERS, REFUSED, THERE, Host, hosting, manner_of
 from PIL import Image
 

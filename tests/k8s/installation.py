@@ -18,10 +18,10 @@ from typing import Any
 import dagster as dg
 import pytest
 import yaml
-from chart import DEPLOYMENT, IMAGE, VALUES, container_context, instance_config
 from cluster import Cluster, running_cluster, wait_until
-from conftest import REPOSITORY
-from webserver_questions import ask
+from helpers.chart import DEPLOYMENT, IMAGE, VALUES, container_context, instance_config
+from helpers.graphql import ask
+from helpers.project import REPOSITORY
 
 from laion_assets.definitions import JOB
 from laion_assets.demo.build import build_demo

@@ -8,12 +8,12 @@ import kubernetes
 import pytest
 import yaml
 from cluster import Cluster, running_cluster, wait_until
-from conftest import REPOSITORY
+from helpers.project import REPOSITORY
 from kubernetes.client import ApiException, BatchV1Api, CoreV1Api
 
-from laion_assets.claim import renew, what_is_wrong
-from laion_assets.kubernetes import NvmeNode, on_nvme_node
-from laion_assets.step_pods import why_it_cannot_start
+from laion_assets.defs.kubernetes.claim import renew, what_is_wrong
+from laion_assets.defs.kubernetes.placement import NvmeNode, on_nvme_node
+from laion_assets.defs.kubernetes.step_pods import why_it_cannot_start
 
 CLAIM = yaml.safe_load((REPOSITORY / "k8s" / "claim.yaml").read_text())
 

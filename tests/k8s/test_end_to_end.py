@@ -12,8 +12,8 @@ from cluster import wait_until
 from installation import Platform, installed
 
 from laion_assets.definitions import ASSETS
-from laion_assets.kubernetes import NvmeNode
-from laion_assets.step_pods import RENEW
+from laion_assets.defs.kubernetes.placement import NvmeNode
+from laion_assets.defs.kubernetes.step_pods import RENEW
 
 NAMES = [asset.key.path[-1] for asset in ASSETS]
 ON_NVME = {"staged_laion_index", "knn_urls", "centroid_urls"}

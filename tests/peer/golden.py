@@ -3,15 +3,15 @@
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
-import copies
 import numpy as np
 from answers import Question, ask
+from helpers import copies
 
 ROWS = 3_000
 QUERIES = 12
 K, NPROBE = 250, 16
 THRESHOLDS = (0.9, 0.94)
-GOLDEN = Path(__file__).parents[1] / "golden.npz"
+GOLDEN = Path(__file__).parents[1] / "search" / "golden.npz"
 
 
 def main() -> None:

@@ -8,18 +8,17 @@ import subprocess
 from dataclasses import dataclass
 from pathlib import Path
 
-import copies
 import faiss
-import indices
 import numpy as np
 import peer
 import pyarrow.parquet as pq
 import pytest
 from answers import Question, ask
-from conftest import failures, new_project, reported
-from same import Rows, differences
+from helpers import copies, indices
+from helpers.project import failures, new_project, reported
+from helpers.same import Rows, differences
 
-from laion_assets.retrieval.vectors import unit
+from laion_assets.index.vectors import unit
 
 PROGRAM = Path(__file__).parent / "embed_and_index.py"
 SEEDS = 5

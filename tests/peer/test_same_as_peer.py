@@ -11,21 +11,20 @@ random order, so they are compared by name.
 
 from pathlib import Path
 
-import copies
-import indices
 import numpy as np
 import pyarrow as pa
 import pytest
 from answers import Answer, Question, ask
-from same import Rows, brute_force_components, differences
+from helpers import copies, indices
+from helpers.same import Rows, brute_force_components, differences
 
-from laion_assets.retrieval.errors import InputError
-from laion_assets.retrieval.index import Index
-from laion_assets.retrieval.metadata import Metadata
-from laion_assets.retrieval.near_duplicates import SIZES, Sizes, components
-from laion_assets.retrieval.retrieve import Request, retrieve
-from laion_assets.retrieval.seeds import find_seed_set, read_seeds
-from laion_assets.retrieval.vectors import unit
+from laion_assets.index.faiss_index import Index
+from laion_assets.index.metadata import Metadata
+from laion_assets.index.vectors import unit
+from laion_assets.io.errors import InputError
+from laion_assets.search.near_duplicates import SIZES, Sizes, components
+from laion_assets.search.retrieve import Request, retrieve
+from laion_assets.seeds.seed_sets import find_seed_set, read_seeds
 
 ROWS = 20_000
 SEEDS = 100

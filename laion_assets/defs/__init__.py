@@ -1,0 +1,1 @@
+"""Everything Dagster: one concept a module."""

@@ -1,0 +1,365 @@
+"""What must be true of what was made, as asset checks: what each means, how bad it is, and the remedy.
+
+They run inside the step that made the asset, on what was written: a check of its own would be another
+pod, and what needs the index would need it twice. Few block what depends on them: those after which going
+on would cost the user hours, or give a wrong table without a word. What must not live here: measuring
+(retrieval.audit), repairs.
+Dagster's concept: https://docs.dagster.io/guides/test/asset-checks
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterable, Iterator, Mapping
+from itertools import chain
+from typing import Any
+
+import dagster as dg
+import numpy as np
+import pyarrow as pa
+
+from laion_assets.defs.history import MADE_WITH, YIELD, materializations
+from laion_assets.defs.io_manager import StoredTable
+from laion_assets.defs.partitions import seed_sets
+from laion_assets.defs.settings import BLOCK_LIST, DEFAULTS
+from laion_assets.index.faiss_index import Decoder
+from laion_assets.index.vectors import decoded
+from laion_assets.io.tables import code_bytes, decoder_bytes
+from laion_assets.search import audit
+from laion_assets.staging import OpenIndex
+
+WARN, ERROR = dg.AssetCheckSeverity.WARN, dg.AssetCheckSeverity.ERROR
+COHERENT = 0.5  # mean cosine between seeds and centroid, an angle of 60 degrees; not calibrated on CLIP
+ROWS_COMPARED = 1 << 16  # first rows of a table in which near-duplicates are looked for
+YIELD_MAY_DIFFER = 0.1  # of what it was
+ONLY_A_PART = "only a part of the index is on the disk"
+SEARCHES = ("knn_urls", "centroid_urls")
+
+Results = Iterator[dg.AssetCheckResult]
+
+
+def _spec(asset: str, name: str, description: str, *, blocking: bool = False) -> dg.AssetCheckSpec:
+    with warnings.catch_warnings():
+        # Partitions of checks are new in Dagster. Without them one failed run would turn the check red
+        # for all seed sets.
+        warnings.simplefilter("ignore", dg.PreviewWarning)
+        return dg.AssetCheckSpec(
+            name,
+            asset=asset,
+            description=description,
+            blocking=blocking,
+            partitions_def=None if asset == "staged_laion_index" else seed_sets,
+        )
+
+
+def _specs(asset: str) -> list[dg.AssetCheckSpec]:
+    return [spec for spec in _ALL if spec.asset_key.to_user_string() == asset]
+
+
+_SEARCH = [
+    spec
+    for asset in SEARCHES
+    for spec in (
+        _spec(
+            asset,
+            "similarity_falls_with_rank",
+            "Within a query, similarity falls as rank rises. An error, and it blocks: combining goes "
+            "by rank, and would keep the wrong rows. Remedy: materialize again; if it stays, stage the "
+            "index again.",
+            blocking=True,
+        ),
+        _spec(
+            asset,
+            "similarity_is_in_range",
+            "Similarities are inner products of unit vectors, so at most 1 or a little more. A warning. "
+            "Remedy: build the index from vectors of length 1, or near ones are not those found.",
+        ),
+    )
+]
+_URL_SETS = [
+    spec
+    for asset in (*SEARCHES, "combined_urls")
+    for spec in (
+        _spec(
+            asset,
+            "no_near_duplicates_left",
+            f"Of {audit.ANCHORS} rows, compared anew with the first {ROWS_COMPARED:,}, none is a "
+            "near-duplicate of another"
+            + (" found for the same query" if asset in SEARCHES else "")
+            + ". An error that blocks nothing: what is there is right, only too much. Remedy: report it; "
+            "meanwhile a lower dedup_threshold removes more.",
+        ),
+        _spec(
+            asset,
+            "yield_as_before",
+            f"What is kept of what was requested is within {YIELD_MAY_DIFFER:.0%} of what past runs of "
+            "the seed set with the same settings kept. A warning. Remedy: look at the funnel for the "
+            "loss that grew; new seeds, a new index or another block list explain it, anything else does "
+            "not.",
+        ),
+    )
+]
+_ALL = [
+    _spec(
+        "staged_laion_index",
+        "metadata_covers_the_index",
+        "Every row of the index has a metadata row, and the reverse. A warning: rows without metadata "
+        "are left out and counted. Remedy: stage index and metadata of the same release; nothing, if "
+        "you keep only a part of the metadata.",
+    ),
+    _spec(
+        "staged_laion_index",
+        "metadata_belongs_to_the_index",
+        "Captions of neighbours in the index have more words in common than captions drawn by chance, "
+        "in every quarter of its rows that has captions enough. A warning, as it is a matter of "
+        "statistics. Remedy: see that no metadata file is missing, doubled or of another release, and "
+        "that the names sort in the order of the ids.",
+    ),
+    _spec(
+        "staged_laion_index",
+        "staged_index_is_intact",
+        "Files of up to 256 MiB, always the same ones and 1 GiB in all, still have the checksum they "
+        "were staged with; rows of the index from many places have numbers in range, and not all are "
+        "without a vector. An error, and it blocks: every search would be in vain. Remedy: delete the "
+        "files named, or all of LAION_CACHE_DIR where none is, and materialize again.",
+        blocking=True,
+    ),
+    _spec(
+        "centroid_vector",
+        "seeds_are_coherent",
+        f"The mean of the seeds, each of length 1, has at least length {COHERENT}: that is also the mean "
+        "cosine of a seed with the centroid. A warning: the less seeds have in common, the less what is "
+        "around the mean has to do with any of them. A floor and no measure of style: embeddings of CLIP "
+        "all point into one cone, so seeds of several styles can pass, and what does not is mostly "
+        "vectors of something else; compare seed sets by the number. Remedy: see that the vectors are "
+        "embeddings of the index's model, split the seed set by style, or use knn_urls alone.",
+    ),
+    *_SEARCH,
+    *_URL_SETS,
+    _spec(
+        "combined_urls",
+        "one_row_per_image",
+        "No id and no URL stands in two rows. An error, and it blocks what you build on the table, which "
+        "would fetch images twice. Remedy: materialize again; if it stays, report it.",
+        blocking=True,
+    ),
+    _spec(
+        "combined_urls",
+        "urls_are_on_the_web",
+        "Every URL is http or https, names a host and has no spaces. A warning: img2dataset counts "
+        "others as lost. Remedy: name the right column with LAION_METADATA_COLUMNS; nothing, if some "
+        "of the metadata is like that.",
+    ),
+]
+STAGED, CENTROID, KNN_URLS, CENTROID_URLS, COMBINED = map(
+    _specs, ("staged_laion_index", "centroid_vector", *SEARCHES, "combined_urls")
+)
+
+
+# --- the staged index -----------------------------------------------------------------------------
+
+
+def of_staged_index(opened: OpenIndex, cache_dir: Any) -> list[dg.AssetCheckResult]:
+    """Compare index and metadata, and look for damage.
+
+    Where only a part of it is on the disk no row is looked at: each would have to be fetched.
+    """
+    rows, metadata_rows = opened.index.rows, len(opened.metadata)
+    whole = [file for file in opened.manifest.files if not file.sparse]
+    again = audit.to_read_again([(str(cache_dir / f.path), f.checksum, f.size) for f in whole])
+    partly = len(whole) < len(opened.manifest.files)
+    captions = None if partly else audit.agreement(opened.index, opened.metadata)
+    sound = None if partly else audit.soundness(opened.index)
+    wrong = [*audit.changed(again), *(sound.wrong if sound else [])]
+    read_again = f"{len(again):,} of {len(whole):,} files read again are as they were staged"
+    return [
+        _result(
+            "metadata_covers_the_index",
+            rows == metadata_rows,
+            WARN,
+            _coverage(rows, metadata_rows),
+            {"rows": rows, "metadata rows": metadata_rows},
+        ),
+        _result(
+            "metadata_belongs_to_the_index",
+            captions is None or captions.is_aligned,
+            WARN,
+            _agreement(captions) if captions else f"not asked: {ONLY_A_PART}",
+            {"words shared by neighbours": captions.near, "words shared by chance": captions.apart}
+            if captions
+            else None,
+        ),
+        _result(
+            "staged_index_is_intact",
+            not wrong,
+            ERROR,
+            "; ".join(wrong) or f"{read_again}; {_rows_looked_at(sound)}",
+            {"rows without a vector": sound.without_vector} if sound else None,
+        ),
+    ]
+
+
+def _rows_looked_at(sound: audit.Soundness | None) -> str:
+    if sound is None:
+        return f"no row was looked at: {ONLY_A_PART}"
+    return f"{sound.rows:,} rows are in range, {sound.without_vector:,} of them without a vector"
+
+
+def _coverage(rows: int, metadata_rows: int) -> str:
+    if rows == metadata_rows:
+        return f"all {rows:,} rows have metadata"
+    if rows > metadata_rows:
+        return (
+            f"{rows - metadata_rows:,} of {rows:,} rows have no metadata: they are left out and "
+            "counted; fine if you keep only a part, such as the English one"
+        )
+    return (
+        f"{metadata_rows - rows:,} metadata rows belong to no row of the index: make sure that both are "
+        "of the same release"
+    )
+
+
+def _agreement(captions: audit.Agreement) -> str:
+    if not captions.can_tell:
+        return f"too few captions to tell: {captions.pairs} pairs of neighbours have any"
+    told = (
+        f"neighbours share {captions.near:.1%} of their words, captions drawn by chance "
+        f"{captions.apart:.1%} ({captions.pairs} pairs, where it differs least)"
+    )
+    if captions.silent:
+        told += f"; {captions.silent} of {audit.PARTS} quarters of the rows have too few captions to tell"
+    return told if captions.is_aligned else f"{told}: metadata and index are out of line"
+
+
+# --- tables ---------------------------------------------------------------------------------------
+
+
+def of_centroid(norm_of_mean: float) -> Results:
+    """Tell whether the seeds have a style in common."""
+    yield _result(
+        "seeds_are_coherent",
+        norm_of_mean >= COHERENT,
+        WARN,
+        f"on average a seed has a cosine of {norm_of_mean:.2f} with the centroid",
+        {"norm of mean": norm_of_mean},
+    )
+
+
+def of_search(table: StoredTable, threshold: float) -> Results:
+    """Check a URL set as it was found."""
+    there = set(table.schema.names)
+    ranking = audit.ranking(table.read([n for n in ("rank", "similarity", "seed") if n in there]))
+    rows = len(ranking.similarities)
+    yield _result(
+        "similarity_falls_with_rank",
+        not ranking.out_of_order,
+        ERROR,
+        f"{ranking.out_of_order:,} of {rows:,} rows are out of order",
+        {"rows out of order": ranking.out_of_order},
+    )
+    lowest, highest = (
+        (float(ranking.similarities.min()), float(ranking.similarities.max())) if rows else (0.0, 0.0)
+    )
+    yield _result(
+        "similarity_is_in_range",
+        not ranking.out_of_range,
+        WARN,
+        f"similarities from {lowest:.3f} to {highest:.3f}, {ranking.out_of_range:,} out of range",
+        {"lowest": lowest, "highest": highest},
+    )
+    first = table.top(ROWS_COMPARED, [n for n in ("code", "seed") if n in there])
+    codes = code_bytes(first["code"])
+    groups = first["seed"].to_numpy() if "seed" in there else np.zeros(len(first), np.int64)
+    decoder = Decoder.from_bytes(decoder_bytes(table.footer, table.where))
+    yield _near_duplicates(codes, groups, decoder, threshold)
+
+
+def of_combined(table: StoredTable, knn: StoredTable, centroid: StoredTable, threshold: float) -> Results:
+    """Check the combined table; the codes of its rows are in the tables it was made of."""
+    images = audit.images(table.batches(["id", "url"]))
+    repeated = {"id": audit.repeated(images.ids), "url": audit.repeated(images.urls)}
+    yield _result(
+        "one_row_per_image",
+        not any(repeated.values()),
+        ERROR,
+        f"{len(table):,} rows, {repeated['id']} repeated ids, {repeated['url']} repeated URLs",
+        {f"repeated {name}s": count for name, count in repeated.items()},
+    )
+    wrong = images.not_web
+    yield _result(
+        "urls_are_on_the_web",
+        not wrong,
+        WARN,
+        f"{wrong:,} of {len(table):,} URLs cannot be fetched",
+        {"not on the web": wrong}
+        | ({"such as": dg.MetadataValue.json(images.examples)} if wrong else {}),
+    )
+    batches = chain.from_iterable(each.batches(["id", "code"]) for each in (knn, centroid))
+    schema = pa.schema([knn.schema.field(name) for name in ("id", "code")])
+    wanted = np.unique(images.ids[:ROWS_COMPARED])
+    codes = audit.codes_of(batches, schema, wanted)
+    one, other = (Decoder.from_bytes(decoder_bytes(t.footer, t.where)) for t in (knn, centroid))
+    yield _near_duplicates(codes, np.zeros(len(codes)), one.merged(other), threshold)
+
+
+def _near_duplicates(codes: Any, groups: Any, decoder: Decoder, threshold: float) -> dg.AssetCheckResult:
+    left = (
+        audit.near_duplicates_left(decoded(codes, decoder.decode_to_compare), groups, threshold)
+        if threshold < 1
+        else 0
+    )
+    looked_at = min(len(codes), audit.ANCHORS)
+    return _result(
+        "no_near_duplicates_left",
+        not left,
+        ERROR,
+        f"of {looked_at:,} rows, compared with {len(codes):,}, {left:,} have a near-duplicate (cosine "
+        f"above {threshold})",
+        {"rows compared": looked_at, "near-duplicates left": left},
+    )
+
+
+def yield_as_before(context: dg.AssetExecutionContext, report: Mapping[str, Any]) -> dg.AssetCheckResult:
+    """Compare the yield with that of past runs of the seed set for which the same was asked."""
+    asset, asked, now = context.asset_key.to_user_string(), _asked(report), float(report[YIELD])
+    before = [
+        float(past.figures[YIELD])
+        for past in materializations(context.instance, asset, context.partition_key)
+        if past.run != context.run.run_id and MADE_WITH in past.figures and _asked(past.figures) == asked
+    ]
+    if not before:
+        return _result("yield_as_before", True, WARN, f"{now:.1%}; the first run with these settings")
+    low, high = min(before) * (1 - YIELD_MAY_DIFFER), max(before) * (1 + YIELD_MAY_DIFFER)
+    return _result(
+        "yield_as_before",
+        low <= now <= high,
+        WARN,
+        f"{now:.1%}; {min(before):.1%} to {max(before):.1%} in {len(before)} past runs with these "
+        "settings",
+        {YIELD: now},
+    )
+
+
+def _asked(figures: Mapping[str, Any]) -> dict[str, Any]:
+    """The settings that were asked for, wherever from: what follows from them is not compared."""
+    return {name: figures[MADE_WITH].get(name) for name in (*DEFAULTS, BLOCK_LIST)}
+
+
+def telling(context: dg.AssetExecutionContext, results: Iterable[dg.AssetCheckResult]) -> Results:
+    """Pass results on; what has not passed is told in the log as well, which is all a terminal shows."""
+    for result in results:
+        if not result.passed:
+            context.log.warning(f"check {result.check_name} has not passed: {result.description}")
+        yield result
+
+
+def _result(
+    name: str,
+    passed: bool,
+    severity: dg.AssetCheckSeverity,
+    told: str,
+    metadata: Mapping[str, Any] | None = None,
+) -> dg.AssetCheckResult:
+    return dg.AssetCheckResult(
+        check_name=name, passed=passed, severity=severity, description=told, metadata=metadata
+    )

@@ -1,0 +1,126 @@
+"""The claim on the local volume that holds the index: what is wrong with it, and how it is renewed.
+
+A local volume dies with its node, but the claim stays bound to it, and every pod that mounts the claim
+waits for a node that will not come back. `python -m laion_assets.defs.kubernetes.claim <manifest>`
+deletes such a claim and makes it anew from its manifest: it then binds to a volume of a living node, and
+waiting pods go on.
+What must not live here: what is on the volume.
+"""
+
+from __future__ import annotations
+
+import argparse
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import kubernetes
+import yaml
+from kubernetes.client import ApiException, CoreV1Api
+
+HOSTNAME = "kubernetes.io/hostname"
+GONE_SECONDS = 300
+NOT_FOUND = 404
+
+
+def what_is_wrong(core: CoreV1Api, namespace: str, name: str) -> str | None:
+    """Say why no pod can mount a claim; None when it is well, or not bound yet.
+
+    Args:
+        core: client of the cluster.
+        namespace: of the claim.
+        name: of the claim.
+
+    """
+    claim = _found(lambda: core.read_namespaced_persistent_volume_claim(name, namespace))
+    if claim is None:
+        return f"the claim {name} does not exist"
+    if not claim.spec.volume_name:
+        return None
+    bound = f"the claim {name} is bound to the volume {claim.spec.volume_name}"
+    volume = _found(lambda: core.read_persistent_volume(claim.spec.volume_name))
+    if volume is None:
+        return f"{bound}, which is gone"
+    gone = sorted(host for host in _hosts(volume) if not _is_there(core, host))
+    return f"{bound} on the node {', '.join(gone)}, which is gone" if gone else None
+
+
+def renew(
+    core: CoreV1Api, namespace: str, manifest: Mapping[str, Any], *, poll_seconds: float = 2
+) -> str:
+    """Make a claim anew if no pod can mount it, and say what was done.
+
+    What the old volume held is lost already: its node is gone. Pods that wait for the claim need not be
+    started again, they take the new one.
+    """
+    name = manifest["metadata"]["name"]
+    wrong = what_is_wrong(core, namespace, name)
+    if wrong is None:
+        return f"the claim {name} is well"
+    claim = _found(lambda: core.read_namespaced_persistent_volume_claim(name, namespace))
+    if claim is not None:
+        _delete(
+            lambda: core.delete_namespaced_persistent_volume_claim(name, namespace),
+            lambda: core.read_namespaced_persistent_volume_claim(name, namespace),
+            poll_seconds,
+        )
+        _delete(
+            lambda: core.delete_persistent_volume(claim.spec.volume_name),
+            lambda: core.read_persistent_volume(claim.spec.volume_name),
+            poll_seconds,
+        )
+    core.create_namespaced_persistent_volume_claim(namespace, dict(manifest))
+    return f"{wrong}: the claim {name} was made anew"
+
+
+def main() -> None:
+    """Renew the claim of a manifest, from inside the cluster or as kubectl is set up."""
+    parser = argparse.ArgumentParser(description="Renew a claim whose node is gone.")
+    parser.add_argument("manifest", type=Path, help="the claim's manifest, k8s/claim.yaml")
+    manifest = yaml.safe_load(parser.parse_args().manifest.read_text())
+    kubernetes.config.load_config()
+    print(renew(CoreV1Api(), manifest["metadata"]["namespace"], manifest))
+
+
+def _hosts(volume: Any) -> set[str]:
+    """The hosts a local volume can be on, as its node affinity names them."""
+    required = volume.spec.node_affinity and volume.spec.node_affinity.required
+    return {
+        host
+        for term in (required.node_selector_terms if required else ())
+        for expression in term.match_expressions or ()
+        if expression.key == HOSTNAME
+        for host in expression.values
+    }
+
+
+def _is_there(core: CoreV1Api, host: str) -> bool:
+    return bool(core.list_node(label_selector=f"{HOSTNAME}={host}").items)
+
+
+def _delete(delete: Callable[[], Any], read: Callable[[], Any], poll_seconds: float) -> None:
+    """Delete an object and wait until it is gone: finalizers hold it while a pod still uses it."""
+    _found(delete)
+    deadline = time.monotonic() + GONE_SECONDS
+    while (there := _found(read)) is not None:
+        if time.monotonic() > deadline:
+            raise TimeoutError(
+                f"{there.metadata.name} is still there after {GONE_SECONDS} s: delete the pods that use "
+                "it (kubectl get pods -o wide), then renew again"
+            )
+        time.sleep(poll_seconds)
+
+
+def _found(call: Callable[[], Any]) -> Any:
+    """The answer of the cluster, None where there is no such object."""
+    try:
+        return call()
+    except ApiException as error:
+        if error.status == NOT_FOUND:
+            return None
+        raise
+
+
+if __name__ == "__main__":
+    main()

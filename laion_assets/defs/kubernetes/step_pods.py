@@ -1,0 +1,146 @@
+"""A pod for each step: Dagster's executor, and an end for steps whose pod never starts.
+
+Dagster waits for a Pending pod for ever and does not say why. Here such a step fails after a while with
+the reason, above all when the claim's node is gone. What must not live here: what pods ask for
+(kubernetes), how a claim is mended (claim).
+Dagster's concept: https://docs.dagster.io/deployment/oss/deployment-options/kubernetes
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from datetime import UTC, datetime
+from typing import Any
+
+import dagster as dg
+from dagster._core.definitions.executor_definition import multiple_process_executor_requirements
+from dagster._core.events import DagsterEvent
+from dagster._core.execution.plan.objects import StepFailureData, UserFailureData
+from dagster._core.executor.step_delegating import (
+    CheckStepHealthResult,
+    StepDelegatingExecutor,
+    StepHandler,
+    StepHandlerContext,
+)
+from dagster_k8s import k8s_job_executor
+from dagster_shared.error import SerializableErrorInfo
+from kubernetes.client import ApiException, CoreV1Api
+
+from laion_assets.defs.kubernetes.claim import what_is_wrong
+from laion_assets.defs.kubernetes.placement import NvmeNode
+
+RENEW = "kubectl create job renew-$(date +%s) -n laion --from=cronjob/renew-laion-claim"
+
+
+def _step_pods(context: dg.InitExecutorContext) -> dg.Executor:
+    create = k8s_job_executor.executor_creation_fn
+    made = create(context) if create else None
+    if not isinstance(made, StepDelegatingExecutor):
+        raise TypeError(f"k8s_job_executor made {made!r}: dagster-k8s has changed")
+    node = NvmeNode.from_environment(os.environ)
+    made._step_handler = ImpatientStepHandler(made._step_handler, CoreV1Api(), node)
+    return made
+
+
+# Dagster's `k8s_job_executor`, whose steps do not wait for ever.
+step_pods = dg.ExecutorDefinition(
+    name=k8s_job_executor.name,
+    config_schema=k8s_job_executor.config_schema.as_field(),
+    requirements=multiple_process_executor_requirements(),
+    executor_creation_fn=_step_pods,
+)
+
+
+class ImpatientStepHandler(StepHandler):
+    """Dagster's handler of step pods, with an answer to "why does this one not start?"."""
+
+    def __init__(self, handler: StepHandler, core: CoreV1Api, node: NvmeNode) -> None:
+        self._handler, self._core, self._node = handler, core, node
+
+    @property
+    def name(self) -> str:
+        """As Dagster's."""
+        return self._handler.name
+
+    def launch_step(self, step_handler_context: StepHandlerContext) -> Iterator[DagsterEvent]:
+        """As Dagster does."""
+        return self._handler.launch_step(step_handler_context)
+
+    def terminate_step(self, step_handler_context: StepHandlerContext) -> Iterator[DagsterEvent]:
+        """As Dagster does."""
+        return self._handler.terminate_step(step_handler_context)
+
+    def check_step_health(self, step_handler_context: StepHandlerContext) -> CheckStepHealthResult:
+        """Find out whether the pod of a step is well; fail the step if the pod has waited too long."""
+        pod = self._newest_pod(step_handler_context)
+        if pod is not None and self._has_waited_too_long(pod):
+            self._give_up(step_handler_context, pod)
+            return CheckStepHealthResult.healthy()  # the failure has been told: no second one, no retry
+        health = self._handler.check_step_health(step_handler_context)
+        if health.is_healthy or pod is None:
+            return health
+        return CheckStepHealthResult.unhealthy(f"{health.unhealthy_reason}{_how_it_ended(pod)}")
+
+    def _newest_pod(self, context: StepHandlerContext) -> Any:
+        (step,) = context.execute_step_args.step_keys_to_execute or ()
+        selector = f"dagster/run-id={context.dagster_run.run_id},dagster/op={step}"
+        launcher: Any = context.instance.run_launcher
+        namespace = launcher.get_container_context_for_run(context.dagster_run).namespace
+        pods = self._core.list_namespaced_pod(namespace, label_selector=selector).items
+        return max(pods, key=lambda pod: pod.metadata.creation_timestamp, default=None)
+
+    def _has_waited_too_long(self, pod: Any) -> bool:
+        age = (datetime.now(UTC) - pod.metadata.creation_timestamp).total_seconds()
+        return bool(pod.status.phase == "Pending" and age > int(self._node.pending_seconds))
+
+    def _give_up(self, context: StepHandlerContext, pod: Any) -> None:
+        """Take the pod away, or it might start beside a later try, and fail the step for good."""
+        (step,) = context.execute_step_args.step_keys_to_execute or ()
+        sentence = why_it_cannot_start(self._core, self._node, step, pod)
+        list(self.terminate_step(context))
+        DagsterEvent.step_failure_event(
+            context.get_step_context(step),
+            StepFailureData(  # type: ignore[no-untyped-call]
+                error=SerializableErrorInfo(sentence, [], None),
+                user_failure_data=UserFailureData("pod-pending", sentence, {}),  # type: ignore[no-untyped-call]
+            ),
+        )
+
+
+def why_it_cannot_start(core: CoreV1Api, node: NvmeNode, step: str, pod: Any) -> str:
+    """Say in a sentence why the pod of a step is still Pending, and what to do."""
+    wrong = _wrong_with_the_claim(core, node, pod)
+    if wrong:
+        remedy = f"Renew the claim (`{RENEW}`), then re-execute from failure"
+        return f"{step} cannot start: {wrong}. {remedy}"
+    waited = f"its pod was Pending for {node.pending_seconds} s, {_reason(pod)}"
+    remedy = "Give it a node that fits, or more time with LAION_NVME_PENDING_SECONDS"
+    return f"{step} cannot start: {waited}. {remedy}"
+
+
+def _wrong_with_the_claim(core: CoreV1Api, node: NvmeNode, pod: Any) -> str | None:
+    claims = [volume.persistent_volume_claim for volume in pod.spec.volumes or ()]
+    if node.claim not in {claim.claim_name for claim in claims if claim}:
+        return None
+    try:
+        return what_is_wrong(core, pod.metadata.namespace, node.claim)
+    except ApiException as error:
+        remedy = "apply k8s/dagster-may-look.yaml"
+        return f"the claim {node.claim} cannot be looked at ({error.reason}: {remedy})"
+
+
+def _reason(pod: Any) -> str:
+    """What holds a Pending pod: its container if it has a node, else what the scheduler says."""
+    waiting = [status.state.waiting for status in pod.status.container_statuses or ()]
+    told = [f"{state.reason} {state.message or ''}".strip() for state in waiting if state]
+    told += [c.message for c in pod.status.conditions or () if c.status == "False" and c.message]
+    return told[0].rstrip(".") if told else "for no reason that Kubernetes gives"
+
+
+def _how_it_ended(pod: Any) -> str:
+    """How the pod's container ended, such as OOMKilled, where Kubernetes knows."""
+    ended = [status.state.terminated for status in pod.status.container_statuses or ()]
+    told = [f"{state.reason}, exit code {state.exit_code}" for state in ended if state]
+    told += [pod.status.reason] if pod.status.reason else []
+    return f" ({'; '.join(told)})" if told else ""

@@ -1,0 +1,122 @@
+"""Runs on one machine: launched as Dagster does by default, noticed when killed, and then gone entirely.
+
+Dagster's default launcher cannot tell a killed run from a busy one; such a run would stay "started" and
+keep its place in the pools, and its steps would work on. What must not live here: anything a cluster
+needs.
+Dagster's concept: https://docs.dagster.io/deployment/execution/run-monitoring
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import multiprocessing
+import os
+import threading
+import uuid
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+
+import dagster as dg
+from dagster._core.errors import DagsterUserCodeUnreachableError
+from dagster._core.launcher.base import CheckRunHealthResult, WorkerStatus
+from dagster._core.launcher.default_run_launcher import DefaultRunLauncher
+from dagster._core.storage.tags import GRPC_INFO_TAG, HIDDEN_TAG_PREFIX
+from dagster._grpc.client import DagsterGrpcClient
+
+from laion_assets.defs.resources import DATA
+
+LOCK_TAG = f"{HIDDEN_TAG_PREFIX}laion_assets_process"  # of no interest to those who look at runs
+LOCKS = DATA / "dagster" / "processes"
+
+
+class LocalRunLauncher(DefaultRunLauncher):
+    """Dagster's default launcher, with an answer to "is this run still being worked on?"."""
+
+    @property
+    def supports_check_run_worker_health(self) -> bool:
+        """Tell Dagster's run monitoring that it may ask."""
+        return True
+
+    def check_run_worker_health(self, run: dg.DagsterRun) -> CheckRunHealthResult:
+        """Find out whether the process of a run lives."""
+        if is_worked_on(run.tags):
+            return CheckRunHealthResult(WorkerStatus.RUNNING)
+        return CheckRunHealthResult(WorkerStatus.FAILED, "the process of this run is gone")
+
+
+def is_worked_on(tags: Mapping[str, str]) -> bool:
+    """Tell whether the process that a run's tags name is alive."""
+    if LOCK_TAG in tags:
+        return _is_locked(Path(tags[LOCK_TAG]))
+    if GRPC_INFO_TAG in tags:
+        server = json.loads(tags[GRPC_INFO_TAG])
+        client = DagsterGrpcClient(
+            port=server.get("port"),
+            socket=server.get("socket"),
+            host=server.get("host") or "localhost",
+        )
+        try:
+            client.ping("")
+        except DagsterUserCodeUnreachableError:
+            return False
+    return True  # the code server watches its own runs
+
+
+@contextmanager
+def process_lock() -> Iterator[dict[str, str]]:
+    """Hold a lock for the life of this process and yield the run tags that name it.
+
+    The system frees the lock however the process ends.
+    """
+    LOCKS.mkdir(parents=True, exist_ok=True)
+    path = LOCKS.absolute() / uuid.uuid4().hex[:12]  # for a daemon that runs in another folder
+    try:
+        with path.open("w") as file:
+            fcntl.flock(file, fcntl.LOCK_EX)
+            yield {LOCK_TAG: str(path)}
+    finally:
+        path.unlink(missing_ok=True)
+
+
+def end_with_parent() -> None:
+    """Let this process end when the one that started it has ended, however that came about.
+
+    Dagster starts a process for each run, and that one for each step. Of these alone Python knows the
+    parent; nothing happens in any other process. Without this the steps of a killed run work on, into the
+    tables and the cache that by then belong to the next run.
+    """
+    parent = multiprocessing.parent_process()
+    if parent is None:
+        return
+
+    def watch() -> None:
+        parent.join()
+        os._exit(1)  # at once, whatever the other threads are in the middle of: as if killed itself
+
+    threading.Thread(target=watch, name="end with parent", daemon=True).start()
+
+
+def fail_abandoned_runs(instance: dg.DagsterInstance) -> list[str]:
+    """Fail the runs whose process is gone and free their places; return their ids.
+
+    What Dagster's daemon does all the time, for a machine where none is running.
+    """
+    started = dg.RunsFilter(statuses=[dg.DagsterRunStatus.STARTING, dg.DagsterRunStatus.STARTED])
+    gone = [run for run in instance.get_runs(started) if not is_worked_on(run.tags)]
+    for run in gone:
+        instance.report_run_failed(run, "the process of this run is gone")
+        instance.event_log_storage.free_concurrency_slots_for_run(run.run_id)
+    return [run.run_id for run in gone]
+
+
+def _is_locked(path: Path) -> bool:
+    if not path.exists():
+        return False
+    with path.open("a") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return True
+    return False

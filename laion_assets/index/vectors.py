@@ -1,0 +1,71 @@
+"""Unit vectors: made from any, or decoded from codes.
+
+What must not live here: what vectors mean.
+"""
+
+from collections.abc import Callable
+from typing import Protocol
+
+import numpy as np
+
+from laion_assets.io.arrays import Bytes, Floats, Ids
+from laion_assets.io.parallel import in_threads
+
+HELD_ROWS = 1 << 19  # more than that are decoded anew wherever they are looked at
+BLOCK = 1024  # rows decoded at once: what lies between code and vector stays in the processor's cache
+
+
+class Vectors(Protocol):
+    """Unit vectors by row: an array, or something that makes them on demand."""
+
+    def __len__(self) -> int:
+        """Rows."""
+
+    def __getitem__(self, rows: slice | Ids, /) -> Floats:
+        """Return (m, d) float32 rows of length 1, or of zeros."""
+
+
+def unit(vectors: Floats) -> Floats:
+    """Scale (n, d) rows to length 1; zero and non-finite rows become zero, which is like nothing."""
+    with np.errstate(invalid="ignore", over="ignore", divide="ignore"):
+        lengths = np.sqrt(np.einsum("ij,ij->i", vectors, vectors))
+        scaled: Floats = vectors * (np.float32(1) / lengths)[:, None]
+    scaled[~(np.isfinite(lengths) & (lengths > 0))] = 0
+    return scaled
+
+
+def decoded(codes: Bytes, decode: Callable[[Bytes], Floats]) -> Vectors:
+    """Return the unit vectors of some codes.
+
+    Held as an array where they are few; else decoded where they are looked at: for LAION-5B a code is
+    131 bytes, a vector more than 3 KB.
+
+    Args:
+        codes: (n, code size).
+        decode: turns (m, code size) codes into (m, d) vectors.
+
+    """
+    coded = Coded(codes, decode)
+    if not 0 < len(codes) <= HELD_ROWS:
+        return coded
+    held = np.empty((len(codes), coded[:1].shape[1]), np.float32)
+
+    def hold(start: int) -> None:
+        held[start : start + BLOCK] = coded[start : start + BLOCK]
+
+    in_threads(hold, range(0, len(codes), BLOCK))
+    return held
+
+
+class Coded:
+    """Vectors that are decoded where they are looked at."""
+
+    def __init__(self, codes: Bytes, decode: Callable[[Bytes], Floats]) -> None:
+        self._codes = codes
+        self._decode = decode
+
+    def __len__(self) -> int:
+        return len(self._codes)
+
+    def __getitem__(self, rows: slice | Ids, /) -> Floats:
+        return unit(self._decode(self._codes[rows]))

@@ -1,0 +1,1 @@
+"""Tables, storage, errors and arrays: what every other package builds on."""

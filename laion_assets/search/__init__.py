@@ -1,0 +1,1 @@
+"""Images around queries, near-duplicates removed, two sets as one."""

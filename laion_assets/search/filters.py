@@ -1,0 +1,311 @@
+"""Which images may not get into a table: those on a block list, and those that fail a condition.
+
+A condition compares a column of the metadata with a number or a quoted word; several are joined by `and`:
+`punsafe < 0.5 and width >= 256 and NSFW == "UNLIKELY"`. Text becomes conditions here and nothing else;
+nothing is evaluated. What is null or NaN fails whatever is asked of it: a safety score that is missing
+makes nothing safe. What must not live here: searching, near-duplicates.
+"""
+
+from __future__ import annotations
+
+import difflib
+import hashlib
+import io
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from itertools import islice
+from typing import Any
+
+import google_crc32c
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+
+from laion_assets.index.metadata import URL_COLUMNS
+from laion_assets.io.arrays import Ids, Mask
+from laion_assets.io.errors import InputError
+from laion_assets.io.storage import open_storage, reaching
+
+BLOCK_LIST_SETTING = "LAION_BLOCK_LIST"
+ROWS_AT_ONCE = 1 << 16
+UNREADABLE = "\N{REPLACEMENT CHARACTER}"  # stands for what is not text
+FORM = "write an id or a URL a line, or give a Parquet file with a column id or url"
+COMPARE: Mapping[str, Callable[..., Any]] = {
+    "<": pc.less,
+    "<=": pc.less_equal,
+    ">": pc.greater,
+    ">=": pc.greater_equal,
+    "==": pc.equal,
+    "!=": pc.not_equal,
+}
+CONDITION = re.compile(
+    r"""\s*(?P<column>[A-Za-z_]\w*)\s*(?P<comparison><=|>=|==|!=|<|>)\s*
+    (?P<value>-?(?:\d+\.?\d*|\.\d+)(?:[eE][-+]?\d+)?(?!\w)|'[^']*'|"[^"]*")\s*""",
+    re.VERBOSE | re.ASCII,
+)
+AND = re.compile(r"and\b", re.IGNORECASE)
+
+
+@dataclass(frozen=True)
+class Condition:
+    """A comparison that a row must pass.
+
+    Attributes:
+        column: of the metadata.
+        comparison: one of <, <=, >, >=, ==, !=.
+        value: what the column is compared with.
+
+    """
+
+    column: str
+    comparison: str
+    value: float | str
+
+    def check(self, schema: pa.Schema) -> None:
+        """Refuse what cannot be asked of metadata with this schema.
+
+        Raises:
+            InputError: there is no such column, or it holds something else.
+
+        """
+        names = [name for name in schema.names if not pa.types.is_binary(schema.field(name).type)]
+        if self.column not in names:
+            near = difflib.get_close_matches(self.column.lower(), [name.lower() for name in names], n=1)
+            meant = next((name for name in names if [name.lower()] == near), None)
+            raise InputError(
+                f"filters ask for the column {self.column!r}, which the metadata does not have (it has "
+                f"{', '.join(names)}): " + (f"did you mean {meant}?" if meant else "leave it out")
+            )
+        kind = schema.field(self.column).type
+        fits = pa.types.is_string(kind) if isinstance(self.value, str) else _is_number(kind)
+        if not (fits or pa.types.is_null(kind)):
+            other = "a number" if isinstance(self.value, str) else "a quoted word"
+            raise InputError(
+                f"filters compare {self.column} with {self.value!r}, but it holds {kind}: "
+                + (f"give {other}" if pa.types.is_string(kind) or _is_number(kind) else "leave it out")
+            )
+
+    def holds(self, rows: pa.Table) -> Mask:
+        """Tell which rows pass, shape (n,); those without a value do not."""
+        column = rows[self.column]
+        if pa.types.is_null(column.type):
+            return np.zeros(len(rows), np.bool_)
+        if pa.types.is_floating(column.type):
+            column = column.cast(pa.float64())
+            column = pc.if_else(pc.is_nan(column), None, column)
+        passed = COMPARE[self.comparison](column, pa.scalar(self.value))
+        held: Mask = pc.fill_null(passed, False).to_numpy()
+        return held
+
+
+def conditions_in(text: str, origin: str) -> tuple[Condition, ...]:
+    """Read conditions joined by `and`; none in an empty text.
+
+    Raises:
+        InputError: tells where it cannot be read.
+
+    """
+    found: list[Condition] = []
+    place = 0
+    while text.strip():
+        match = CONDITION.match(text, place)
+        at_the_end = match is not None and match.end() == len(text)
+        joined = AND.match(text, match.end()) if match else None
+        if not match or not (at_the_end or joined):
+            rest = text[match.end() if match else place :].strip()[:40]
+            where = f"cannot be read from {rest!r} on" if rest else "lack a condition at their end"
+            raise InputError(
+                f"filters (from {origin}) {where}: write conditions such as "
+                "punsafe < 0.5 and NSFW == 'UNLIKELY', each a column, one of "
+                f"{' '.join(COMPARE)}, and a number or a quoted word"
+            )
+        found.append(Condition(match["column"], match["comparison"], _value(match["value"])))
+        if not joined:
+            break
+        place = joined.end()
+    return tuple(found)
+
+
+def _value(text: str) -> float | str:
+    if text[0] in "'\"":
+        return text[1:-1]
+    return int(text) if re.fullmatch(r"-?\d{1,18}", text) else float(text)
+
+
+def _is_number(kind: pa.DataType) -> bool:
+    return bool(pa.types.is_integer(kind) or pa.types.is_floating(kind) or pa.types.is_decimal(kind))
+
+
+@dataclass(frozen=True, eq=False)
+class BlockList:
+    """Images that must not get into any table: by id, or by exactly their URL.
+
+    A URL is held as a hash of 64 bits: none that is listed gets through, and one that is not is taken for
+    one of ten million that are with a chance of 5e-13.
+
+    Attributes:
+        uri: where it was read from.
+        ids: ascending.
+        urls: hashes, ascending.
+
+    """
+
+    uri: str
+    ids: Ids
+    urls: Ids
+
+    def holds(self, ids: Ids, urls: pa.ChunkedArray) -> Mask:
+        """Tell which images are on the list, shape (n,)."""
+        return _among(ids, self.ids) | (_among(hashes(urls), self.urls) if len(self.urls) else False)
+
+    def __str__(self) -> str:
+        """Tell where it is, how long, and a fingerprint of what is on it, in whatever order or form."""
+        content = google_crc32c.Checksum(self.ids.tobytes() + self.urls.tobytes()).digest().hex()
+        return f"{self.uri}, {len(self.ids):,} ids, {len(self.urls):,} URLs, {content}"
+
+
+def block_list_version(uri: str) -> str:
+    """Return what changes when the file is written again, as far as its storage tells; reads nothing.
+
+    Raises:
+        InputError: no such file.
+
+    """
+    with _reading(uri):
+        fs, path = open_storage(uri, BLOCK_LIST_SETTING)
+        told = sorted((name, str(value)) for name, value in fs.info(path).items())
+    return hashlib.sha256(f"{uri} {told}".encode()).hexdigest()[:16]
+
+
+def read_block_list(uri: str) -> BlockList:
+    """Read a block list.
+
+    Args:
+        uri: a Parquet file with a column `id`, a URL column, or both (such as a table made here), or a
+            file of lines, each an id or a URL; may be compressed as its name says (.gz and the like).
+
+    Raises:
+        InputError: no such file, nothing on it, or a line or column that is neither.
+
+    """
+    fs, path = open_storage(uri, BLOCK_LIST_SETTING)
+    ids, urls = [np.empty(0, np.int64)], [np.empty(0, np.int64)]
+    with _reading(uri), fs.open(path, "rb", compression="infer") as file:
+        parts = _columns_of(file, uri) if path.endswith(".parquet") else _lines_of(file, uri)
+        for some_ids, some_urls in parts:
+            ids.append(some_ids)
+            urls.append(hashes(some_urls))
+    found = BlockList(uri, np.unique(np.concatenate(ids)), np.unique(np.concatenate(urls)))
+    if not len(found.ids) and not len(found.urls):
+        raise InputError(f"nothing is on the block list {uri}: fill it, or unset {BLOCK_LIST_SETTING}")
+    return found
+
+
+@contextmanager
+def _reading(uri: str) -> Iterator[None]:
+    try:
+        with reaching(uri, BLOCK_LIST_SETTING):
+            yield
+    except FileNotFoundError as error:
+        raise InputError(
+            f"the block list {uri} is not there: correct or unset {BLOCK_LIST_SETTING}"
+        ) from error
+    except (pa.ArrowException, OSError, EOFError) as error:
+        raise InputError(
+            f"the block list {uri} cannot be read ({error}): mend it, or correct {BLOCK_LIST_SETTING}"
+        ) from error
+
+
+def _lines_of(file: Any, uri: str) -> Iterator[tuple[Ids, pa.Array]]:
+    lines = enumerate(io.TextIOWrapper(file, "utf-8-sig", errors="replace"), start=1)
+    while some := list(islice(lines, ROWS_AT_ONCE)):
+        ids: list[int] = []
+        urls: list[str] = []
+        for number, line in some:
+            entry = line.strip()
+            if entry.isascii() and entry.isdecimal() and len(entry) < len(str(2**63)):
+                ids.append(int(entry))
+            elif ("/" in entry or "." in entry) and UNREADABLE not in entry:
+                urls.append(entry)
+            elif entry:
+                raise InputError(
+                    f"line {number:,} of the block list {uri} is {entry[:40]!r}, neither an id nor a URL"
+                    f": {FORM}"
+                )
+        yield np.array(ids, np.int64), pa.array(urls, pa.string())
+
+
+def _columns_of(file: Any, uri: str) -> Iterator[tuple[Ids, pa.Array]]:
+    table = pq.ParquetFile(file, pre_buffer=False)
+    schema = table.schema_arrow
+    wanted = [name for name in ("id", *URL_COLUMNS) if name in schema.names]
+    if not wanted or ("id" in wanted and not pa.types.is_integer(schema.field("id").type)):
+        found = ", ".join(f"{field.name} ({field.type})" for field in schema)
+        raise InputError(f"the block list {uri} has no column of ids or URLs (found {found}): {FORM}")
+    for batch in table.iter_batches(ROWS_AT_ONCE, columns=wanted):
+        ids = batch["id"].drop_null() if "id" in wanted else pa.array([], pa.int64())
+        texts = [batch[name].cast(pa.string()).drop_null() for name in wanted if name != "id"]
+        yield ids.cast(pa.int64()).to_numpy(), pa.concat_arrays(texts or [pa.array([], pa.string())])
+
+
+def hashes(texts: pa.Array | pa.ChunkedArray) -> Ids:
+    """Return a hash of 64 bits of each text, shape (n,); null has that of the empty text."""
+    digests = b"".join(_digests(texts))
+    return np.frombuffer(digests, np.int64)
+
+
+def _digests(texts: pa.Array | pa.ChunkedArray) -> Iterator[bytes]:
+    for start in range(0, len(texts), ROWS_AT_ONCE):
+        for text in texts.slice(start, ROWS_AT_ONCE).to_pylist():
+            yield hashlib.blake2b((text or "").encode(), digest_size=8).digest()
+
+
+def _among(values: Ids, ascending: Ids) -> Mask:
+    if not len(ascending):
+        return np.zeros(len(values), np.bool_)
+    place = np.searchsorted(ascending, values).clip(max=len(ascending) - 1)
+    found: Mask = ascending[place] == values
+    return found
+
+
+@dataclass(frozen=True)
+class Filters:
+    """What keeps images out of a table.
+
+    Attributes:
+        conditions: a row must pass all of them.
+        block_list: a row must not be on it.
+
+    """
+
+    conditions: Sequence[Condition] = ()
+    block_list: BlockList | None = None
+
+    @property
+    def columns(self) -> list[str]:
+        """Of the metadata, those that are looked at."""
+        return list(dict.fromkeys(["url", *(condition.column for condition in self.conditions)]))
+
+    def check(self, schema: pa.Schema) -> None:
+        """Refuse conditions that cannot be asked of metadata with this schema (InputError)."""
+        for condition in self.conditions:
+            condition.check(schema)
+
+    def blocked(self, ids: Ids, rows: pa.Table) -> Mask:
+        """Tell which rows are on the block list, shape (n,)."""
+        if self.block_list is None:
+            return np.zeros(len(ids), np.bool_)
+        return self.block_list.holds(ids, rows["url"])
+
+    def failed(self, rows: pa.Table) -> Mask:
+        """Tell which rows fail a condition, shape (n,)."""
+        failed = np.zeros(len(rows), np.bool_)
+        for condition in self.conditions:
+            failed |= ~condition.holds(rows)
+        return failed
+
+
+NO_FILTERS = Filters()

@@ -1,0 +1,462 @@
+"""Near-duplicates: which rows are connected by links, a link being a cosine above a threshold.
+
+What must not live here: where vectors come from, or which row of a component is kept.
+
+**Small inputs** are one matrix product: every pair is looked at.
+
+**Large inputs** would need n^2 products of 768 numbers. The algorithm below gives the same
+components from a small part of them. Three facts carry it.
+
+1. *A sketch never moves two rows apart.* A sketch is a row's coordinates on a few orthonormal axes
+   and, as one coordinate more, the length of the rest of it. The rests of two rows may point
+   anywhere, but their product is at most the product of their lengths (Cauchy-Schwarz), so
+   ``sketch(x) . sketch(y) >= x . y``: the angle between two sketches is at most that between the
+   rows. With the axes of greatest variance 95 of them are enough to tell most rows apart.
+2. *A cap stands for all its rows.* Rows already known to be connected are gathered in a cap: the
+   direction of their mean sketch, and a radius, the greatest angle from there to one of them. On a
+   sphere angles obey the triangle inequality, so if a row of cap A and one of cap B make an angle
+   below theta (the threshold's), then their centres make one below ``theta + r_A + r_B``.
+3. *That test is a dot product.* Let ``s = theta/2 + r``, and no cap so wide that s is above pi/2. The
+   angle between the centres is below ``s_A + s_B``, which is then at most pi, exactly where ``c_A . c_B
+   > cos(s_A) cos(s_B) - sin(s_A) sin(s_B)``, and so where ``[c_A, -cos s_A, sin s_A] . [c_B, cos s_B,
+   sin s_B] > 0``. One matrix product over all caps therefore finds every pair of caps that may be
+   linked.
+
+So: (a) choose axes, and a few thousand cells, from a sample of rows that are no near-duplicates of
+one another (a clump of thousands must not buy axes); (b) sketch every row and give it to the
+nearest cell; (c) within each cell compare rows with rows at full width, which finds nearly all
+links there are; (d) gather what is connected and was compared together into caps, and where a cap
+would be wide, take each of its rows alone (radius zero); (e) compare caps with caps; for those that
+may be linked and are not connected yet, compare the sketches of their rows; for the pairs of rows
+that still may be linked, the rows themselves.
+
+**Nothing is missed**: two rows of one cap are connected by construction. Of two rows in different
+caps, (e) looks at the pair of caps once, and drops the pair of rows only where both ends are
+connected already, or where an upper bound of the cosine (facts 1 to 3) is below the threshold.
+**Nothing is invented**: every link is a full-width dot product above the threshold. Which links
+steps (b) to (d) find decides how fast the rest goes, never the result; nor do threads, which read
+connections late at worst, and then look at a pair in vain.
+
+**Rounding.** The dot product of two float32 unit rows of d numbers errs by less than d * 6e-8 in
+float32 (5e-5 for LAION-5B's 896; in practice about 1e-6), depending on how the sum is ordered. Every
+bound is therefore given SLACK, which is more than that up to d = 1,600, and a pair
+within SLACK of the threshold is decided in float64, where the order does not matter: the result
+is a function of the vectors alone. The length of the rest is a difference of squares and would be
+uncertain where it is near zero, so SLACK is added to its square. That adds SLACK to every sketch's own
+square and at least SLACK to every dot product of two (Cauchy-Schwarz again), and
+(c + SLACK) / (1 + SLACK) >= c: it moves sketches nearer, as it may. Radii are enlarged likewise.
+
+The cost is n times (cell size x 768) for (c), and caps^2 / 2 x 98 multiplications for (e): it is
+quadratic in the number of different images, not of rows.
+
+**Many short lists over the same vectors** (the results of each seed) share the sketches, and the
+links that are decided: in each list all sketches are compared, each row that may be linked to others
+is first compared with the lowest of them (the same pair in many lists, decided once), and then with
+those that may be linked to it and are not connected to it yet.
+"""
+
+from __future__ import annotations
+
+import threading
+from dataclasses import dataclass
+from itertools import pairwise
+
+import numpy as np
+from numpy.typing import NDArray
+
+from laion_assets.index.vectors import Vectors, unit
+from laion_assets.io.arrays import Bytes, Floats, Ids, Mask
+from laion_assets.io.parallel import in_threads, one_blas_thread
+
+SLACK = 1e-4
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """How the work is cut up. This decides the speed, never the result."""
+
+    small: int = 4096  # up to so many rows, all are compared with all
+    sample: int = 2048  # rows that axes and cells are chosen from
+    width: int = 96  # of a sketch
+    cell_width: int = 32  # of the part of a sketch that decides the cell
+    chunk: int = 384  # rows of a cell that are compared all with all
+    widest_cap: float = 0.25  # radians; rows that need a wider one are taken alone
+    tile: tuple[int, int] = (1024, 2048)  # caps that are compared in one product
+    # More pairs than these, of rows of two caps, caps of a tile, or (for each row) rows of a short list,
+    # are cheaper looked at as one product than one by one.
+    many_pairs: int = 4096
+    many_of_row: int = 8
+    batch: int = 1024  # rows, or pairs of rows, that are fetched at once
+
+
+SIZES = Sizes()
+
+
+def components(vectors: Vectors, threshold: float, sizes: Sizes = SIZES) -> Ids:
+    """Label each row with the lowest row of its component.
+
+    Args:
+        vectors: (n, d) float32 unit rows, best-ranked first; rows that are zero or not finite are
+            linked to nothing.
+        threshold: rows are linked where their cosine is strictly above it as float32; from 0 to 1,
+            and 1 links none.
+        sizes: how the work is cut up.
+
+    Returns:
+        (n,) int64; the rows to keep are those labelled with themselves.
+
+    """
+    links = Links(vectors, threshold, sizes)
+    everything = np.arange(len(vectors))
+    if links.limit >= 1 or not len(vectors):
+        return everything
+    if len(vectors) <= sizes.small:
+        links.find(everything, everything)
+    else:
+        find_links_by_caps(links)
+    return links.forest.labels()
+
+
+def components_of_lists(
+    vectors: Vectors, members: Ids, lists: Ids, threshold: float, sizes: Sizes = SIZES
+) -> Ids:
+    """Label each entry of many lists with the first entry of its component within its list.
+
+    Args:
+        vectors: (n, d), as for `components`, in any order.
+        members: (m,) the row of `vectors` that each entry stands for.
+        lists: (m,) the number of the list that each entry is in, ascending.
+        threshold: as for `components`.
+        sizes: how the work is cut up.
+
+    Returns:
+        (m,) int64; the entries to keep are those labelled with themselves.
+
+    """
+    labels = np.arange(len(members))
+    starts = np.flatnonzero(np.diff(lists, prepend=-1))
+    ends = np.append(starts[1:], len(members))
+    long = ends - starts > sizes.small
+    for start, end in zip(starts[long], ends[long], strict=True):
+        one = Gathered(vectors, members[start:end])
+        labels[start:end] = start + components(one, threshold, sizes)
+    if threshold < 1 and not long.all():
+        short = np.flatnonzero(np.repeat(~long, ends - starts))
+        found = components_of_short_lists(vectors, members[short], lists[short], threshold, sizes)
+        labels[short] = short[found]
+    return labels
+
+
+def components_of_short_lists(
+    vectors: Vectors, members: Ids, lists: Ids, threshold: float, sizes: Sizes
+) -> Ids:
+    """Do what `components_of_lists` does, comparing all entries of a list with one another."""
+    links = Links(vectors, threshold, sizes)
+    forest = Forest(len(members))
+    if len(vectors) <= sizes.small:
+        sketches = links.fetch(slice(None))
+    else:
+        sketches = sketch_all(links, distinct_rows(links))
+    by_member = np.lexsort((members, lists))
+    each = np.split(by_member, np.flatnonzero(np.diff(lists)) + 1)
+    lowest = np.empty_like(by_member)
+
+    def compare(entries: Ids) -> Bytes:
+        some = sketches[members[entries]]
+        near = some @ some.T > links.limit - SLACK
+        lowest[entries] = entries[near.argmax(axis=1)]
+        return np.packbits(near, axis=1)
+
+    def still_apart(job: tuple[Ids, Bytes]) -> tuple[Ids, Ids]:
+        entries, packed = job
+        roots = np.unique(forest.roots(entries), return_inverse=True)[1].astype(np.int32)
+        near = np.unpackbits(packed, axis=1, count=len(entries)).view(np.bool_)
+        near &= roots[:, None] < roots
+        if np.count_nonzero(near) > sizes.many_of_row * len(entries):
+            labels = components(Gathered(vectors, members[entries]), threshold, sizes)
+            forest.connect(entries, entries[labels])
+            return entries[:0], entries[:0]
+        i, j = pairs_of(near)
+        return entries[i], entries[j]
+
+    def decide(a: Ids, b: Ids) -> None:
+        pairs, same = np.unique(members[a] * len(vectors) + members[b], return_inverse=True)
+        linked = links.linked(*np.divmod(pairs, len(vectors)))[same]
+        forest.connect(a[linked], b[linked])
+
+    near = in_threads(compare, each)
+    others = np.flatnonzero(lowest != np.arange(len(members)))
+    decide(lowest[others], others)
+    rest = in_threads(still_apart, zip(each, near, strict=True))
+    decide(*map(np.concatenate, zip(*rest, strict=True)))
+    return forest.labels()
+
+
+@dataclass(frozen=True)
+class Gathered:
+    """Rows of some vectors as vectors of their own."""
+
+    vectors: Vectors
+    rows: Ids
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, rows: slice | Ids, /) -> Floats:
+        return self.vectors[self.rows[rows]]
+
+
+class Forest:
+    """The rows known to be connected: one tree a component, whose root is its lowest row."""
+
+    def __init__(self, rows: int) -> None:
+        self.parents = np.arange(rows)
+        self.lock = threading.Lock()
+
+    def roots(self, rows: Ids) -> Ids:
+        """The root of each row; while others connect, perhaps not the latest."""
+        roots = self.parents[rows]
+        while not np.array_equal(parents := self.parents[roots], roots):
+            roots = parents
+        return roots
+
+    def apart(self, a: Ids, b: Ids) -> Mask:
+        """Which of the pairs of a[i] and b[i] are not known to be connected."""
+        apart: Mask = self.roots(a) != self.roots(b)
+        return apart
+
+    def connect(self, a: Ids, b: Ids) -> None:
+        """Connect each a[i] with b[i]."""
+        with self.lock:
+            while len(a):
+                a, b = self.roots(a), self.roots(b)
+                a, b = a[a != b], b[a != b]
+                np.minimum.at(self.parents, np.maximum(a, b), np.minimum(a, b))
+
+    def labels(self) -> Ids:
+        """The root of every row."""
+        self.parents = self.roots(self.parents)
+        return self.parents
+
+
+class Links:
+    """What is linked so far; and the only two places where a link is decided, find and linked."""
+
+    def __init__(self, vectors: Vectors, threshold: float, sizes: Sizes) -> None:
+        self.vectors, self.sizes = vectors, sizes
+        self.limit = float(np.float32(threshold))
+        self.forest = Forest(len(vectors))
+
+    def fetch(self, rows: slice | Ids) -> Floats:
+        """The vectors of these rows; zeros, which link to nothing, for those that are not finite."""
+        vectors = self.vectors[rows]
+        finite = np.isfinite(squares(vectors))
+        return vectors if finite.all() else np.where(finite[:, None], vectors, np.float32(0))
+
+    def find(self, a: Ids, b: Ids) -> None:
+        """Find the links between the rows of a and those of b."""
+        left = self.fetch(a)
+        cosines = left @ (left if b is a else self.fetch(b)).T
+        certain = cosines > self.limit + SLACK
+        first = certain.argmax(axis=1)  # one link a row connects most of them
+        sure = np.flatnonzero(certain[np.arange(len(a)), first])
+        self.forest.connect(a[sure], b[first[sure]])
+        apart = self.forest.roots(a)[:, None] != self.forest.roots(b)
+        i, j = pairs_of(apart & (cosines > self.limit - SLACK))
+        self.check(a[i], b[j])
+
+    def find_in_blocks(self, a: Ids, b: Ids) -> None:
+        """Find the links between the rows of a and those of b, however many these are."""
+        size = self.sizes.batch
+        for i in range(0, len(a), size):
+            for j in range(0, len(b), size):
+                self.find(a[i : i + size], b[j : j + size])
+
+    def check(self, a: Ids, b: Ids) -> None:
+        """Find the links among the pairs of a[i] and b[i]."""
+        for start in range(0, len(a), self.sizes.batch):
+            batch = slice(start, start + self.sizes.batch)
+            apart = self.forest.apart(a[batch], b[batch])
+            i, j = a[batch][apart], b[batch][apart]
+            linked = self.linked(i, j)
+            self.forest.connect(i[linked], j[linked])
+
+    def linked(self, a: Ids, b: Ids) -> Mask:
+        """Which of the pairs of a[i] and b[i] are linked."""
+        linked = np.empty(len(a), np.bool_)
+
+        def decide_batch(start: int) -> None:
+            batch = slice(start, start + self.sizes.batch)
+            left, right = self.fetch(a[batch]), self.fetch(b[batch])
+            linked[batch] = np.einsum("ij,ij->i", left, right, dtype=np.float64) > self.limit
+
+        if len(a) <= self.sizes.batch:  # of a thread that is one of many already
+            decide_batch(0)
+        else:
+            in_threads(decide_batch, range(0, len(a), self.sizes.batch))
+        return linked
+
+
+def find_links_by_caps(links: Links) -> None:
+    """Find the links among all rows."""
+    sample = distinct_rows(links)
+    sketches = sketch_all(links, sample)
+    chunks = cut_into_chunks(*nearest_cells(links, sketches, sample), links.sizes.chunk)
+    in_threads(lambda chunk: links.find(chunk, chunk), chunks)
+    caps = Caps(links, sketches, chunks)
+    del sketches  # the caps have them in an order of their own
+    find_links_between_caps(links, caps)
+
+
+def distinct_rows(links: Links) -> Ids:
+    """Some rows from everywhere that are no near-duplicates of one another."""
+    rows = np.unique(np.linspace(0, len(links.vectors) - 1, links.sizes.sample).astype(np.int64))
+    labels = components(links.fetch(rows), links.limit, Sizes(small=len(rows)))
+    distinct: Ids = rows[labels == np.arange(len(rows))]
+    return distinct
+
+
+def sketch_all(links: Links, sample: Ids) -> Floats:
+    """Every row's sketch, on the axes that tell the rows of the sample apart best."""
+    sizes, rows = links.sizes, len(links.vectors)
+    axes = principal_axes(links.fetch(sample), sizes.width - 1)
+    sketches = np.empty((rows, axes.shape[1] + 1), np.float32)
+
+    def sketch_batch(start: int) -> None:
+        batch = slice(start, start + sizes.batch)
+        vectors = links.fetch(batch)
+        seen = vectors @ axes
+        rest = np.sqrt(np.maximum(squares(vectors) - squares(seen), 0) + np.float32(SLACK))
+        sketches[batch] = unit(np.column_stack([seen, rest]))
+
+    in_threads(sketch_batch, range(0, rows, sizes.batch))
+    return sketches
+
+
+def principal_axes(sample: Floats, count: int) -> Floats:
+    """Orthonormal directions, one a column, in which the sample extends about as far as it can.
+
+    Subspace iteration (Golub and Van Loan, Matrix Computations, 8.2.4), cut short, since any
+    orthonormal axes do.
+    """
+    shape = (sample.shape[1], min(count, sample.shape[1]))
+    axes = np.random.default_rng(0).standard_normal(shape, np.float32)
+    with one_blas_thread():
+        for _ in range(3):
+            axes = np.linalg.qr(sample.T @ (sample @ axes))[0]
+    return axes
+
+
+def nearest_cells(links: Links, sketches: Floats, sample: Ids) -> tuple[Ids, Floats]:
+    """The number of the cell each row is in, and how near it is to the cell's centre."""
+    sizes, rows = links.sizes, len(sketches)
+    centres = unit(sketches[sample, : sizes.cell_width])
+    cells, nearness = np.empty(rows, np.int64), np.empty(rows, np.float32)
+
+    def assign_batch(start: int) -> None:
+        batch = slice(start, start + sizes.batch)
+        to_centres = sketches[batch, : sizes.cell_width] @ centres.T
+        cells[batch] = to_centres.argmax(axis=1)
+        nearness[batch] = to_centres.max(axis=1)
+
+    in_threads(assign_batch, range(0, rows, sizes.batch))
+    return cells, nearness
+
+
+def cut_into_chunks(cells: Ids, nearness: Floats, size: int) -> list[Ids]:
+    """The rows of each cell; where they are many, those as near to its centre together."""
+    order = np.lexsort((-nearness, cells))
+    borders = [*np.flatnonzero(np.diff(cells[order], prepend=-1)), len(order)]
+    return [
+        order[start : min(start + size, stop)]
+        for first, stop in pairwise(borders)
+        for start in range(first, stop, size)
+    ]
+
+
+class Caps:
+    """Connected rows of one chunk, as a centre and a radius on the sphere of sketches."""
+
+    def __init__(self, links: Links, sketches: Floats, chunks: list[Ids]) -> None:
+        group = links.forest.labels() * len(chunks)
+        for chunk_number, rows in enumerate(chunks):
+            group[rows] += chunk_number
+        self.rows = np.argsort(group, kind="stable")
+        self.sketches = sketches[self.rows]
+        theta = np.arccos(links.limit)
+        starts_group = np.diff(group[self.rows], prepend=-1) > 0
+        centres, radii = enclose(self.sketches, np.flatnonzero(starts_group))
+        wide = radii > min(links.sizes.widest_cap, (np.pi - theta) / 2)
+        number = np.cumsum(starts_group) - 1
+        starts = np.flatnonzero(starts_group | wide[number])
+        alone = wide[number[starts]]
+        centres = np.where(alone[:, None], self.sketches[starts], centres[number[starts]])
+        reach = theta / 2 + np.where(alone, 0, radii[number[starts]])
+        self.table = np.column_stack([centres, np.cos(reach), np.sin(reach)]).astype(np.float32)
+        self.first_rows = self.rows[starts]
+        self.members = [slice(*ends) for ends in pairwise([*starts, len(self.rows)])]
+
+    def __len__(self) -> int:
+        return len(self.table)
+
+    def rows_of(self, caps: Ids) -> Ids:
+        """The rows of some caps."""
+        rows: Ids = np.concatenate([self.rows[self.members[cap]] for cap in caps])
+        return rows
+
+    def meeting(self, above: slice, beside: slice) -> tuple[Ids, Ids]:
+        """The pairs of caps, one from each slice, that may hold a link."""
+        left, right = self.table[above].copy(), self.table[beside]
+        left[:, -2] *= -1
+        a, b = pairs_of(left @ right.T > -SLACK)
+        a, b = a + above.start, b + beside.start
+        return a[a < b], b[a < b]
+
+
+def enclose(sketches: Floats, starts: Ids) -> tuple[Floats, NDArray[np.float64]]:
+    """Centre and radius of the caps that begin at these rows."""
+    sizes = np.diff(starts, append=len(sketches))
+    centres = unit(np.add.reduceat(sketches, starts))
+    cosines = np.einsum("ij,ij->i", sketches, np.repeat(centres, sizes, axis=0))
+    farthest = np.minimum.reduceat(cosines, starts).astype(np.float64) - SLACK
+    return centres, np.where(sizes == 1, 0, np.arccos(np.clip(farthest, -1, 1)))
+
+
+def find_links_between_caps(links: Links, caps: Caps) -> None:
+    """Find the links between rows of different caps."""
+    height, width = links.sizes.tile
+
+    def compare(top: int) -> None:
+        for start in range(top, len(caps), width):
+            a, b = caps.meeting(slice(top, top + height), slice(start, start + width))
+            apart = links.forest.apart(caps.first_rows[a], caps.first_rows[b])
+            a, b = a[apart], b[apart]
+            if len(a) > links.sizes.many_pairs:
+                links.find_in_blocks(caps.rows_of(np.unique(a)), caps.rows_of(np.unique(b)))
+            elif len(a):
+                pairs = [candidates(links, caps, *ab) for ab in zip(a, b, strict=True)]
+                links.check(*map(np.concatenate, zip(*pairs, strict=True)))
+
+    in_threads(compare, range(0, len(caps), height))
+
+
+def candidates(links: Links, caps: Caps, a: int, b: int) -> tuple[Ids, Ids]:
+    """The pairs of rows of two caps that may be linked; none if so many that they are found here."""
+    rows_a, rows_b = caps.rows[caps.members[a]], caps.rows[caps.members[b]]
+    near = caps.sketches[caps.members[a]] @ caps.sketches[caps.members[b]].T > links.limit - SLACK
+    i, j = pairs_of(near)
+    if len(i) > links.sizes.many_pairs:
+        links.find(rows_a[near.any(axis=1)], rows_b[near.any(axis=0)])
+        return rows_a[:0], rows_b[:0]
+    return rows_a[i], rows_b[j]
+
+
+def pairs_of(mask: Mask) -> tuple[Ids, Ids]:
+    """Row and column of what is true; four times as fast as `nonzero` is in two dimensions."""
+    return np.divmod(np.flatnonzero(mask), mask.shape[1])
+
+
+def squares(vectors: Floats) -> Floats:
+    """The square of each vector's length."""
+    found: Floats = np.einsum("ij,ij->i", vectors, vectors)
+    return found

@@ -1,0 +1,1 @@
+"""Seed sets on disk or in a bucket, and the vectors in them."""

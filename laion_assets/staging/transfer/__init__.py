@@ -1,0 +1,1 @@
+"""Files of a source: listed, read in ranges, with retries and locks."""

@@ -1,0 +1,195 @@
+"""What pages of the UI show: text off the web stays text, counts add up, pictures stay small."""
+
+import base64
+import io
+import re
+from html.parser import HTMLParser
+from urllib.parse import urlsplit
+from xml.etree import ElementTree
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from hypothesis import example, given
+from hypothesis import strategies as st
+from markdown_it import MarkdownIt
+from PIL import Image
+
+from laion_assets.defs.drawing.charts import Step
+from laion_assets.defs.drawing.contact_sheet import contact_sheet
+from laion_assets.defs.drawing.presentation import (
+    TEXT,
+    chart,
+    funnel_table,
+    link,
+    plain,
+    steps,
+    strip,
+    summed,
+)
+from laion_assets.defs.io_manager import StoredTable
+from laion_assets.search.combine import CombinedFunnel
+from laion_assets.search.retrieve import Funnel
+
+# --- text off the web -----------------------------------------------------------------------------
+
+# More than the UI takes: HTML as well. What becomes of bare addresses is for a real browser to say.
+RENDERING = MarkdownIt("gfm-like", {"html": True, "linkify": False})
+RENDERING.validateLink = lambda _: True  # let the page decide, not the renderer
+HOSTILE = (
+    "<script>alert(1)</script>",
+    "<img src=x onerror=alert(1)>",
+    "](javascript:alert(1)) [x](javascript:alert(2))",
+    "![](https://tracker.example/pixel.png)",
+    "` ``` ` <b>out</b>",
+    "a | b\n| - | - |\n\n# heading\n- list",
+    "\\` <i>",
+    "https://evil.example www.evil.example me@evil.example",
+    "&lt;b&gt; &#x3c;b>",
+    "\u202egnp.exe \x00 \u2028",
+)
+texts = st.sampled_from(HOSTILE) | st.text(max_size=60) | st.text("`\\[]()<>!|#*_~&:\n ", max_size=30)
+
+
+class Tags(HTMLParser):
+    """The elements of a page, and what it reads like."""
+
+    def __init__(self, page: str) -> None:
+        super().__init__()
+        self.found: list[tuple[str, dict[str, str | None]]] = []
+        self.text = ""
+        self.feed(page)
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.found.append((tag, dict(attrs)))
+
+    def handle_data(self, data: str) -> None:
+        self.text += data
+
+
+def one_line(text: str) -> str:
+    return " ".join("".join(c if c.isprintable() else " " for c in text).split())
+
+
+@given(texts)
+def test_any_text_is_shown_as_it_is_and_is_nothing_but_text(text: str) -> None:
+    page = Tags(RENDERING.render(f"before {plain(text)} after"))
+    line = one_line(text)
+    assert [tag for tag, _ in page.found] == (["p", "code"] if line else ["p"])
+    shown = line if len(line) <= TEXT else line[:TEXT] + "…"
+    assert one_line(page.text) == one_line(f"before {shown} after")
+
+
+@given(texts | texts.map("https://example.org/{}".format), st.none() | texts)
+@example("https://example.org/a>b)c](d)`e`|f", "caption")
+@example("javascript:alert(1)", "caption")
+@example("https://", None)
+def test_a_row_is_one_link_to_where_it_says_or_none(url: str, caption: str | None) -> None:
+    page = Tags(RENDERING.render(f"1. {link(url, caption)}"))
+    assert {tag for tag, _ in page.found} <= {"ol", "li", "a", "code"}
+    links = [attributes["href"] for tag, attributes in page.found if tag == "a"]
+    assert len(links) <= 1
+    for target in links:
+        assert urlsplit(target or "").scheme in ("http", "https")
+        assert urlsplit(target or "").hostname == urlsplit(url).hostname
+    if url.startswith("javascript"):
+        assert not links
+
+
+def test_a_row_is_short_however_long_its_url_and_caption_are() -> None:
+    assert "](<" in link("https://example.org/" + 1900 * "a", None)
+    for url in (9999 * "a", 1900 * "\u00e9"):  # some letters are six in an address
+        assert len(link(f"https://example.org/{url}", 9999 * "a", picture=True)) < 300
+
+
+def test_pictures_from_elsewhere_are_shown_only_when_asked_for_and_only_from_the_web() -> None:
+    assert "![" not in link("https://example.org/a.png", "caption")
+    page = Tags(RENDERING.render(link("https://example.org/a.png", "![](x)", picture=True)))
+    assert [a["src"] for tag, a in page.found if tag == "img"] == ["https://example.org/a.png"]
+    for url in ("ftp://example.org/a.png", "javascript:alert(1)", "data:image/png;base64,AA", "/a.png"):
+        assert "<img" not in RENDERING.render(link(url, None, picture=True))
+
+
+# --- counts ---------------------------------------------------------------------------------------
+
+SEARCH = Funnel(requested=600, received=590, without_url=10, near_duplicates=80, kept=500)
+OTHER = Funnel(requested=400, received=400, without_url=0, near_duplicates=100, kept=300)
+UNITED = CombinedFunnel(
+    knn=500, centroid=300, repeated_ids=150, repeated_urls=20, near_duplicates=30, kept=600
+)
+
+
+def test_what_was_lost_lies_between_what_was_there_before_and_after() -> None:
+    told = steps(summed([vars(SEARCH), vars(OTHER)]), vars(UNITED))
+    left = told[0].images
+    for step in told[1:]:
+        left -= step.images if step.lost else 0
+        assert step.lost or step.images == left
+    assert left == 600
+    assert {step.name for step in told if step.lost} == {
+        "not in the lists probed",
+        "without a URL",
+        "near-duplicates",
+        "repeated ids",
+        "repeated URLs",
+        "near-duplicates across",
+    }
+
+
+def test_a_loss_that_is_new_shows_by_its_name() -> None:
+    told = steps({"requested": 9, "received": 9, "blocked_hosts": 2, "kept": 7})
+    assert told[2] == Step("blocked hosts", 2, lost=True)
+
+
+def test_the_funnel_shows_each_search_and_both_in_plain_numbers() -> None:
+    rows = [r.data for r in funnel_table({"a": vars(SEARCH), "b": vars(OTHER)}, vars(UNITED)).records]
+    assert rows[0] == {"images": "requested", "a": "600", "b": "400", "both": "1,000", "share": "100.0%"}
+    minus = "\N{MINUS SIGN} "
+    assert {"images": f"{minus}near-duplicates", "a": f"{minus}80", "b": f"{minus}100"}.items() <= (
+        next(row for row in rows if row["images"] == f"{minus}near-duplicates").items()
+    )
+    assert rows[-1] == {"images": "in the table", "a": "", "b": "", "both": "600", "share": "60.0%"}
+
+
+# --- pictures -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("captions", [None, ["one", None, "three"]])
+def test_pictures_are_shown_whether_they_have_captions_or_not(tmp_path, captions) -> None:
+    encoded = io.BytesIO()
+    Image.new("RGB", (8, 8)).save(encoded, "PNG")
+    columns = {"row": [0, 1, 2], "thumbnail": [encoded.getvalue()] * 3}
+    rows = pa.table(columns | ({"caption": captions} if captions else {}))
+    pq.write_table(rows, tmp_path / "seeds.parquet")
+    shown = strip(StoredTable(str(tmp_path / "seeds.parquet")), "seeds", "")
+    assert shown is not None
+    assert list(shown.pictures) == columns["thumbnail"]
+    assert shown.captions == (["one", "", "three"] if captions else [])
+    assert contact_sheet([shown], show_captions=True).width > 8
+
+
+# --- charts ---------------------------------------------------------------------------------------
+
+
+@given(
+    st.lists(st.tuples(st.text(max_size=30), st.integers(0, 10**10), st.booleans()), max_size=12),
+    st.lists(st.floats(-1, 1, width=32), max_size=50),
+    st.text(st.characters(blacklist_categories=["Cs", "Cc"]), max_size=20),
+)
+def test_charts_are_well_formed_pictures_of_a_few_kilobytes(
+    told: list[tuple[str, int, bool]], similarities: list[float], title: str
+) -> None:
+    printable = [Step(one_line(name), images, lost) for name, images, lost in told]
+    spread = {title: np.array(similarities, np.float32), "other": np.ones(3, np.float32)}
+    text = chart(printable, spread).value
+    assert len(text) < 40_000
+    for data in re.findall(r"data:image/svg\+xml;base64,([^)]+)\)", text):
+        root = ElementTree.fromstring(base64.b64decode(data))
+        assert root.tag.endswith("svg")
+        names = {element.tag.rpartition("}")[2] for element in root.iter()}
+        assert names <= {"svg", "rect", "text", "path"}
+
+
+def test_nothing_found_is_a_chart_too() -> None:
+    assert chart([Step("requested", 0)], {"a": np.empty(0, np.float32)}).value

@@ -1,0 +1,253 @@
+"""New seed data starts a run: once for each content, as soon as it has come to rest."""
+
+import itertools
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+
+import dagster as dg
+import numpy as np
+import pytest
+from helpers.project import Ticks, failures, new_project, reported
+from hypothesis import given
+from hypothesis import strategies as st
+
+from laion_assets.defs.resources import SeedFolder
+from laion_assets.defs.sensors import RUNS_PER_TICK, Moving, decide
+from laion_assets.defs.sources import last_version
+
+# --- the sensor, tick by tick ---------------------------------------------------------------------
+
+
+@pytest.fixture
+def ticks(tmp_path):
+    with new_project(tmp_path, tmp_path / "no index is needed") as project:
+        yield Ticks(project)
+
+
+def put(ticks: Ticks, name: str, number: int = 0, file: str = "a.npy") -> Path:
+    path = ticks.project.seeds / name / file
+    path.parent.mkdir(exist_ok=True)
+    np.save(path, np.eye(4, dtype=np.float32) + number)
+    return path
+
+
+def test_a_seed_set_is_run_once_for_each_content_it_has(ticks):
+    assert ticks.tick() == []
+    assert ticks.said == "nothing new; 0 seed sets"
+    put(ticks, "cats", 1)
+    assert ticks.tick() == []
+    assert "waiting for cats" in ticks.said
+    assert ticks.tick_and_work() == ["cats"]
+    assert ticks.said == "running cats; 1 seed set"
+    assert [ticks.tick() for _ in range(3)] == [[]] * 3
+    assert ticks.said == "nothing new; 1 seed set"
+    put(ticks, "cats", 2)
+    assert [ticks.tick_and_work() for _ in range(4)] == [[], ["cats"], [], []]
+    put(ticks, "cats", 1)
+    assert [ticks.tick_and_work() for _ in range(4)] == [[], ["cats"], [], []]
+    assert len(set(ticks.run_keys)) == 3
+    (ticks.project.seeds / "cats" / "a.npy").touch()  # written again with the same content
+    assert [ticks.tick() for _ in range(3)] == [[]] * 3
+
+
+def test_a_run_is_not_asked_for_again_while_it_is_under_way(ticks):
+    put(ticks, "cats")
+    assert [ticks.tick() for _ in range(5)] == [[], ["cats"], [], [], []]
+
+
+def test_what_the_command_line_has_run_already_becomes_a_partition_and_no_run(ticks):
+    put(ticks, "cats")
+    assert ticks.project.run("cats", "seed_embeddings").success
+    assert [ticks.tick() for _ in range(3)] == [[]] * 3
+    assert ticks.project.instance.get_dynamic_partitions("seed_sets") == ["cats"]
+    put(ticks, "cats", 2)
+    assert [ticks.tick_and_work() for _ in range(3)] == [[], ["cats"], []]
+
+
+def test_a_set_that_is_still_being_uploaded_is_waited_for(ticks):
+    for number in range(3):
+        put(ticks, "cats", number, f"{number}.npy")
+        assert ticks.tick() == []
+        assert "waiting for cats" in ticks.said
+        assert not ticks.project.instance.get_dynamic_partitions("seed_sets")
+    assert ticks.tick_and_work() == ["cats"]
+    assert ticks.tick() == []
+
+
+def test_a_broken_set_holds_up_no_other_and_runs_when_it_was_mended(ticks):
+    broken = put(ticks, "broken")
+    broken.write_bytes(b"no array")
+    put(ticks, "good")
+    (ticks.project.seeds / "empty").mkdir()
+    assert ticks.tick() == []
+    assert sorted(ticks.tick()) == ["broken", "good"]
+    assert "broken/a.npy" in failures(ticks.project.run("broken", "seed_embeddings"))["seed_embeddings"]
+    assert ticks.project.run("good", "seed_embeddings").success
+    assert [ticks.tick() for _ in range(3)] == [[]] * 3  # a failure is not tried again by itself
+    assert ticks.said == "no table of it yet (running or failed): broken; 2 seed sets"
+    put(ticks, "broken", 5)
+    assert [ticks.tick_and_work() for _ in range(3)] == [[], ["broken"], []]
+
+
+def test_a_folder_whose_name_cannot_be_used_is_named_and_blocks_nothing(ticks):
+    for name in ("a..b", "what?", "good"):
+        put(ticks, name)
+    assert ticks.tick() == []
+    assert "'a..b'" in ticks.said
+    assert "'what?'" in ticks.said
+    assert "rename" in ticks.said
+    assert ticks.tick_and_work() == ["good"]
+    assert ticks.project.instance.get_dynamic_partitions("seed_sets") == ["good"]
+
+
+def test_files_that_nobody_reads_are_named_in_every_tick_and_in_the_report(ticks):
+    put(ticks, "cats")
+    for name in ("notes.txt", "cats/labels.json"):
+        (ticks.project.seeds / name).write_text("no seeds")
+    assert [ticks.tick_and_work() for _ in range(3)] == [[], ["cats"], []]
+    assert ticks.said == "ignored files: cats/labels.json, notes.txt; 1 seed set"
+    told = reported(ticks.project.run("cats", "seed_embeddings"), "seed_embeddings")
+    assert told["ignored files"] == ["labels.json"]
+
+
+def test_many_sets_take_turns(ticks):
+    names = [f"set {number:02}" for number in range(2 * RUNS_PER_TICK + 1)]
+    for name in names:
+        put(ticks, name)
+    launched = [ticks.tick() for _ in range(5)]
+    assert [len(each) for each in launched] == [0, RUNS_PER_TICK, RUNS_PER_TICK, 1, 0]
+    assert sorted(itertools.chain(*launched)) == names
+
+
+def test_without_a_seeds_folder_the_sensor_says_which_setting_and_forgets_nothing(ticks):
+    put(ticks, "cats")
+    assert [ticks.tick_and_work() for _ in range(2)] == [[], ["cats"]]
+    away = ticks.project.seeds.rename(ticks.project.seeds.with_name("away"))
+    assert ticks.tick() == []
+    assert str(ticks.project.seeds) in ticks.said
+    assert "LAION_SEEDS_URI" in ticks.said
+    away.rename(ticks.project.seeds)
+    assert [ticks.tick() for _ in range(3)] == [[]] * 3
+
+
+def test_a_set_that_was_removed_runs_when_it_comes_back_with_other_seeds_and_back_again(ticks):
+    for number in (1, 2, 1):
+        put(ticks, "cats", number)
+        assert [ticks.tick_and_work() for _ in range(3)] == [[], ["cats"], []]
+        shutil.rmtree(ticks.project.seeds / "cats")
+        assert ticks.tick() == []
+
+
+def test_a_set_that_is_removed_is_reported_once_and_keeps_what_was_made_of_it(ticks):
+    for name in ("cats", "dogs"):
+        put(ticks, name)
+    assert [ticks.tick_and_work() for _ in range(3)] == [[], ["cats", "dogs"], []]
+    away = (ticks.project.seeds / "cats").rename(ticks.project.seeds.with_name("away"))
+    ticks.reported.clear()
+    assert [ticks.tick() for _ in range(3)] == [[]] * 3
+    assert ticks.said == "removed, tables kept: cats; 1 seed set"
+    assert ticks.reported == [("seed_folder", "cats")]
+    assert version_of_cats(ticks) == "removed"
+    assert ticks.project.instance.get_dynamic_partitions("seed_sets") == ["cats", "dogs"]
+    assert ticks.project.table("seed_embeddings", "cats").exists()
+    away.rename(ticks.project.seeds / "cats")  # with the same bytes
+    assert [ticks.tick() for _ in range(3)] == [[]] * 3
+    assert ticks.said == "nothing new; 2 seed sets"
+    assert version_of_cats(ticks) == SeedFolder(str(ticks.project.seeds)).find("cats").fingerprint
+
+
+def test_a_folder_that_was_emptied_is_as_one_that_is_gone(ticks):
+    put(ticks, "cats")
+    assert [ticks.tick_and_work() for _ in range(3)] == [[], ["cats"], []]
+    (ticks.project.seeds / "cats" / "a.npy").unlink()
+    (ticks.project.seeds / "cats" / "settings.yaml").write_text("nprobe: 5")
+    assert ticks.tick() == []
+    assert ticks.said == "removed, tables kept: cats; 0 seed sets"
+    assert version_of_cats(ticks) == "removed"
+
+
+def test_a_set_whose_partition_was_deleted_is_no_longer_missed(ticks):
+    put(ticks, "cats")
+    assert [ticks.tick_and_work() for _ in range(3)] == [[], ["cats"], []]
+    shutil.rmtree(ticks.project.seeds / "cats")
+    ticks.tick()
+    ticks.project.instance.delete_dynamic_partition("seed_sets", "cats")
+    assert ticks.tick() == []
+    assert ticks.said == "nothing new; 0 seed sets"
+
+
+def version_of_cats(ticks: Ticks) -> str | None:
+    """What the UI shows as the data version of the partition."""
+    return last_version(ticks.project.instance, dg.AssetKey("seed_folder"), "cats")
+
+
+# --- the decision, in every order of events -------------------------------------------------------
+
+NAMES = ("a", "b", "c", "d")
+# What a set looks like at a tick: gone, or one of three contents.
+LOOKS = st.fixed_dictionaries({name: st.sampled_from([None, "A", "B", "C"]) for name in NAMES})
+# Sets whose run ends before the tick, having read what is there now, and sets run by hand.
+ENDING = st.frozensets(st.sampled_from(NAMES))
+
+
+@given(st.lists(st.tuples(LOOKS, ENDING, ENDING), max_size=12), st.integers(1, 3))
+def test_whatever_happens_each_content_at_rest_is_run_under_a_key_of_its_own(history, at_most):
+    moving: Mapping[str, Moving] = {}
+    known: dict[str, str] = {}
+    done: dict[str, str] = {}
+    under_way: set[str] = set()
+    keys: list[str] = []
+    before: dict[str, str] = {}
+    asked: dict[str, str] = {}  # content of the last request of each set
+    clock = itertools.count()
+
+    def tick(looks: dict[str, str | None]) -> int:
+        nonlocal moving, before
+        present = {name: look for name, look in looks.items() if look}
+        decision = decide(moving, present, known, done, next(clock), at_most)
+        assert len(decision.run) <= at_most
+        for name in decision.run:
+            assert before.get(name) == present[name], "requested before it was at rest"
+            assert done.get(name) != present[name], "requested though it is done"
+            keys.append(f"{name}:{present[name]}:{decision.moving[name].since}")
+            asked[name] = present[name]
+            under_way.add(name)
+        for name in decision.report:
+            assert before.get(name) == present[name], "reported before it was at rest"
+            assert known.get(name) != present[name], "reported though it is known"
+            known[name] = present[name]
+        moving, before = decision.moving, present
+        return len(decision.run) + len(decision.report)
+
+    for looks, ended, by_hand in history:
+        for name in (ended & under_way) | by_hand:
+            if look := looks[name]:
+                done[name] = known[name] = look  # a run says what it reads
+        under_way -= ended
+        tick(looks)
+    final = history[-1][0] if history else {}
+    for _ in range(3 + len(NAMES)):
+        tick(final)
+    assert tick(final) == 0, "asks or reports again and again"
+    assert not moving, "remembers what is at rest"
+    assert len(set(keys)) == len(keys), "Dagster starts no run for a key it knows"
+    for name, look in final.items():
+        if look:
+            assert known[name] == look
+            assert done.get(name) == look or asked.get(name) == look, "a seed set was lost"
+
+
+@given(st.permutations(NAMES))
+def test_sets_that_wait_for_their_turn_all_get_it(order):
+    present = dict.fromkeys(order, "A")
+    known: dict[str, str] = {}
+    moving = decide({}, present, known, {}, 0, at_most=1).moving
+    run = []
+    for now in range(len(NAMES)):
+        decision = decide(moving, present, known, {}, now, at_most=1)
+        moving = decision.moving
+        known |= {name: present[name] for name in decision.report}
+        run += decision.run
+        assert set(decision.waiting) == set(NAMES) - set(run)
+    assert sorted(run) == sorted(NAMES)

@@ -1,0 +1,63 @@
+"""A small index of LAION-5B's form with many near-copies, beside metadata in several Arrow files."""
+
+from pathlib import Path
+
+import faiss
+import numpy as np
+import pyarrow as pa
+from helpers import indices
+
+DIMENSION = 32
+LAION_FORM = "OPQ8_40,IVF64_HNSW32,PQ8x8"  # as with LAION, OPQ widens
+ROWS_PER_STYLE = 400
+LARGEST_GROUP = 300
+
+
+def images(random: np.random.Generator, n: int) -> np.ndarray:
+    """Unit rows of a few styles; most are copies of another, near or exact, some hundreds of one."""
+    sizes = np.minimum(random.pareto(1.2, n) + 1, LARGEST_GROUP).astype(int)
+    original = random.permutation(np.repeat(np.arange(n), sizes)[:n])
+    styles = random.standard_normal((n // ROWS_PER_STYLE + 1, DIMENSION))
+    originals = styles[random.integers(len(styles), size=original.max() + 1)]
+    originals = scaled(originals) + 0.9 * scaled(random.standard_normal(originals.shape))
+    change = random.choice([0, 0.05, 0.15, 0.3, 0.45], size=(n, 1))
+    copies = scaled(originals)[original] + change * scaled(random.standard_normal((n, DIMENSION)))
+    return scaled(copies + 0.5 * scaled(np.ones(DIMENSION))).astype(np.float32)
+
+
+def scaled(rows: np.ndarray) -> np.ndarray:
+    return rows / np.linalg.norm(rows, axis=-1, keepdims=True)
+
+
+def write_two_files(folder: Path, rows: np.ndarray, key: str = LAION_FORM) -> None:
+    """Write the index as LAION publishes it: its lists in a file of their own."""
+    index = faiss.index_factory(DIMENSION, key, faiss.METRIC_INNER_PRODUCT)
+    indices.train(index, rows[:8000])
+    indices.write_merged(folder, index, rows)
+
+
+def write_one_file(folder: Path, rows: np.ndarray, key: str) -> None:
+    """Write the index as one plain file."""
+    folder.mkdir(parents=True, exist_ok=True)
+    index = faiss.index_factory(DIMENSION, key, faiss.METRIC_INNER_PRODUCT)
+    indices.train(index, rows[:8000])
+    index.add(rows)
+    faiss.write_index(index, str(folder / "image.index"))
+
+
+def write_metadata(folder: Path, rows: int) -> None:
+    """Write three Arrow files, from whose texts one sees which row they belong to."""
+    table = {
+        "url": [url_of(row) for row in range(rows)],
+        "caption": [caption_of(row) for row in range(rows)],
+        "NSFW": ["UNLIKELY"] * rows,
+    }
+    indices.write_metadata(folder, pa.table(table), files=3, batch=997)
+
+
+def url_of(row: int) -> str:
+    return f"https://example.org/{row}.jpg"
+
+
+def caption_of(row: int) -> str:
+    return f"the picture in row {row}"

@@ -1,0 +1,158 @@
+"""A project on an index and seeds of one's own, and what its runs and sensors report."""
+
+import resource
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import dagster as dg
+
+from laion_assets.definitions import JOB, build_defs
+from laion_assets.demo.build import DemoReport
+
+REPOSITORY = Path(__file__).parents[2]
+
+
+@dataclass(frozen=True)
+class Demo:
+    """The demo data, built once a session: read it, copy it, do not write to it."""
+
+    index: Path
+    seeds: Path
+    report: DemoReport
+
+
+class Project:
+    """The code location on an index and seeds of one's own, and an instance that keeps its history."""
+
+    def __init__(self, root: Path, index: Path, instance: dg.DagsterInstance, **more: str) -> None:
+        self.instance = instance
+        self.seeds, self.cache, self.output = root / "seeds", root / "cache", root / "output"
+        self.seeds.mkdir(exist_ok=True)
+        environment = {
+            "LAION_INDEX_URI": str(index),
+            "LAION_SEEDS_URI": str(self.seeds),
+            "LAION_CACHE_DIR": str(self.cache),
+            "LAION_OUTPUT_URI": str(self.output),
+        } | more
+        self.defs = build_defs(environment)
+        self.job = self.defs.resolve_job_def(JOB)
+
+    def run(self, seed_set: str | None, *assets: str, **settings: Any) -> dg.ExecuteInProcessResult:
+        """Run the job, or only some of its assets; settings as they are given in the Launchpad."""
+        if seed_set is not None:
+            self.instance.add_dynamic_partitions("seed_sets", [seed_set])
+        return self.job.execute_in_process(
+            partition_key=seed_set,
+            instance=self.instance,
+            asset_selection=[dg.AssetKey(name) for name in assets] or None,
+            run_config={"resources": {"retrieval_config": {"config": settings}}},
+            raise_on_error=False,
+        )
+
+    def table(self, asset: str, seed_set: str) -> Path:
+        return self.output / asset / f"{seed_set}.parquet"
+
+
+class Ticks:
+    """What Dagster's daemon does with a sensor: ticks, partitions, and no run key twice."""
+
+    def __init__(self, project: Project) -> None:
+        self.project = project
+        self.cursor: str | None = None
+        self.reported: list[tuple[str, str | None]] = []
+        self.run_keys: list[str] = []
+        self.said = ""
+
+    def _evaluate(self, sensor: str, resource: str, cursor: str | None) -> dg.SensorResult:
+        repository = self.project.defs.get_repository_def()
+        context = dg.build_sensor_context(
+            self.project.instance,
+            cursor,
+            repository_def=repository,
+            resources={resource: repository.get_top_level_resources()[resource]},
+        )
+        with context:
+            seen = repository.get_sensor_def(sensor)(context)
+        for event in seen.asset_events:
+            self.project.instance.report_runless_asset_event(event)
+            if isinstance(event, dg.AssetObservation):
+                self.reported.append((event.asset_key.to_user_string(), event.partition))
+        return seen
+
+    def look_at_index(self) -> str:
+        """Evaluate the sensor of the index once; return what it says."""
+        return self._evaluate("laion_index_sensor", "laion_index", None).cursor or ""
+
+    def tick(self) -> list[str]:
+        """Evaluate the sensor once; return the seed sets for which a run is launched."""
+        seen = self._evaluate("seed_sets_sensor", "seeds", self.cursor)
+        self.cursor = seen.cursor or ""
+        self.said = self.cursor.split("\n")[0]
+        assert not seen.skip_reason or seen.skip_reason.skip_message == self.said
+        for request in seen.dynamic_partitions_requests or []:
+            self.project.instance.add_dynamic_partitions("seed_sets", list(request.partition_keys))
+        requests = seen.run_requests or []
+        launched = [request for request in requests if request.run_key not in self.run_keys]
+        self.run_keys += [request.run_key or "" for request in launched]
+        for request in launched:
+            assert self.project.instance.has_dynamic_partition("seed_sets", request.partition_key or "")
+        return [request.partition_key or "" for request in launched]
+
+    def tick_and_work(self) -> list[str]:
+        """Tick, and let the runs read their seeds."""
+        launched = self.tick()
+        for name in launched:
+            assert self.project.run(name, "seed_embeddings").success
+        return launched
+
+
+def reported(result: dg.ExecuteInProcessResult, asset: str) -> dict[str, Any]:
+    """What a materialization tells the UI, as plain values; the settings by name, with their origin."""
+    (event,) = result.asset_materializations_for_node(asset)
+    told = {name: value.value for name, value in event.metadata.items()}
+    if "settings" in told:
+        rows = [record.data for record in told["settings"].records]
+        told["settings"] = {row["setting"]: f"{row['value']} ({row['from']})" for row in rows}
+    return told
+
+
+def failures(result: dg.ExecuteInProcessResult) -> dict[str, str]:
+    """The failed steps, and the sentence that the UI shows for each."""
+    found = {}
+    for event in result.filter_events(lambda event: event.is_step_failure):
+        failure = event.step_failure_data
+        told = failure.user_failure_data and failure.user_failure_data.description
+        found[event.step_key] = told or f"no sentence, but {failure.error_display_string}"
+    return found
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    """Every file under a folder by its relative path, hidden ones too."""
+    files = (path for path in folder.rglob("*") if path.is_file())
+    return {str(path.relative_to(folder)): path.read_bytes() for path in files}
+
+
+@contextmanager
+def files_limited_to(size: int) -> Iterator[None]:
+    """Let every write beyond a size fail, as on a full disk."""
+    old = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, old[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, old)
+
+
+@contextmanager
+def new_project(root: Path, index: Path, seeds: Path | None = None, **more: str) -> Iterator[Project]:
+    """A project in a folder, with a copy of some seed sets; `more` is added to its environment."""
+    (root / "dagster").mkdir()
+    with dg.DagsterInstance.local_temp(str(root / "dagster")) as instance:
+        made = Project(root, index, instance, **more)
+        if seeds:
+            shutil.copytree(seeds, made.seeds, dirs_exist_ok=True)
+        yield made

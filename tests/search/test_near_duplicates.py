@@ -1,0 +1,140 @@
+"""Near-duplicates against brute force: the large inputs' way on small inputs, and lists of rows."""
+
+from itertools import pairwise
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from scipy.sparse.csgraph import connected_components
+
+from laion_assets.index import vectors as vectors_module
+from laion_assets.index.vectors import decoded, unit
+from laion_assets.search.near_duplicates import SIZES, Sizes, components, components_of_lists
+
+ALMOST_ALL = {"small": 0, "sample": 40, "chunk": 6, "tile": (4, 8), "batch": 5}
+WAYS = {
+    "as it is": SIZES,
+    "by caps": Sizes(width=6, cell_width=3, **ALMOST_ALL),
+    "by caps on two axes": Sizes(width=3, cell_width=1, **ALMOST_ALL),
+    "by narrow caps": Sizes(width=6, cell_width=3, widest_cap=0.02, **ALMOST_ALL),
+    "by wide caps, pairs at once": Sizes(width=6, cell_width=3, widest_cap=3, many_pairs=1, **ALMOST_ALL),
+    "each row a chunk": Sizes(width=6, cell_width=3, **{**ALMOST_ALL, "chunk": 1}),
+}
+WAYS_WITH_LISTS = {
+    "as it is": SIZES,
+    "by caps": WAYS["by caps"],
+    "lists whose rows are all alike": Sizes(many_of_row=0),
+}
+thresholds = st.sampled_from([0.0, 0.3, 0.8, 0.94, 0.99, 0.9999])
+
+
+def brute_force(rows: np.ndarray, threshold: float) -> np.ndarray:
+    """The lowest row of each row's component, all pairs compared in float64."""
+    rows = np.where(np.isfinite(rows).all(axis=1, keepdims=True), rows, 0).astype(np.float64)
+    linked = rows @ rows.T > np.float32(threshold)
+    _, component = connected_components(linked, directed=False)
+    lowest = [np.flatnonzero(component == number)[0] for number in range(component.max(initial=-1) + 1)]
+    return np.array(lowest, np.int64)[component]
+
+
+def clumps(random: np.random.Generator, n: int, dimension: int = 16) -> np.ndarray:
+    """Unit rows: some alone, some the very same, some in clumps of every width, some in chains."""
+    centres = random.standard_normal((max(1, n // 5), dimension))
+    rows = centres[random.integers(len(centres), size=n)]
+    spread = random.choice([0, 0.003, 0.05, 0.1, 0.2, 2], size=(n, 1))
+    rows += spread * random.standard_normal(rows.shape)
+    chain = np.linspace(0, 2, n // 4)
+    rows[: len(chain)] = centres[0] + chain[:, None] * random.standard_normal(dimension)
+    return unit(random.permutation(rows).astype(np.float32))
+
+
+@settings(deadline=None, max_examples=60)
+@given(seed=st.integers(0, 1 << 30), n=st.integers(1, 150), threshold=thresholds)
+@pytest.mark.parametrize("way", WAYS)
+def test_any_rows_have_the_components_that_brute_force_finds(way, seed, n, threshold) -> None:
+    rows = clumps(np.random.default_rng(seed), n)
+    found = components(rows, threshold, WAYS[way])
+    np.testing.assert_array_equal(found, brute_force(rows, threshold))
+
+
+@settings(deadline=None, max_examples=60)
+@given(seed=st.integers(0, 1 << 30), n=st.integers(1, 60), lists=st.integers(1, 8), threshold=thresholds)
+@pytest.mark.parametrize("way", WAYS_WITH_LISTS)
+def test_each_list_has_the_components_it_has_alone(way, seed, n, lists, threshold) -> None:
+    random = np.random.default_rng(seed)
+    rows = clumps(random, n)
+    each = [random.permutation(n)[: random.integers(0, n + 1)] for _ in range(lists)]
+    members = np.concatenate(each)
+    number = np.repeat(np.arange(lists), [len(part) for part in each])
+    found = components_of_lists(rows, members, number, threshold, WAYS_WITH_LISTS[way])
+    starts = np.cumsum([0, *(len(part) for part in each)])
+    alone = [
+        brute_force(rows[part], threshold) + start for part, start in zip(each, starts, strict=False)
+    ]
+    np.testing.assert_array_equal(found, np.concatenate(alone))
+
+
+def at_cosines(cosines: list[float]) -> np.ndarray:
+    """The first row, and rows that have these cosines with it as float32 numbers, exactly."""
+    rest = [np.sqrt(1 - np.float64(cosine) ** 2) for cosine in cosines]
+    return np.array([[1, 0], *zip(cosines, rest, strict=True)], np.float32)
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_the_threshold_is_strict_to_the_last_bit(way) -> None:
+    limit = np.float32(0.94)
+    above, below = np.nextafter(limit, np.float32(1)), np.nextafter(limit, np.float32(0))
+    for cosine, linked in ((above, True), (limit, False), (below, False)):
+        rows = at_cosines([cosine])
+        assert components(rows, 0.94, WAYS[way]).tolist() == ([0, 0] if linked else [0, 1])
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_rows_that_are_zero_or_not_finite_are_like_nothing(way) -> None:
+    rows = np.zeros((9, 8), np.float32)
+    rows[[0, 3, 8], 0] = 1
+    rows[4] = np.nan
+    rows[5, 2] = np.inf
+    rows[6] = rows[4]
+    assert components(rows, 0.94, WAYS[way]).tolist() == [0, 1, 2, 0, 4, 5, 6, 7, 0]
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_a_chain_is_one_component_however_far_its_ends_are_apart(way) -> None:
+    angles = np.arange(0, np.pi, np.arccos(0.95))
+    rows = np.stack([np.cos(angles), np.sin(angles)], axis=1).astype(np.float32)
+    assert rows[0] @ rows[-1] < -0.9
+    order = np.random.default_rng(0).permutation(len(rows))
+    assert not components(rows[order], 0.94, WAYS[way]).any()
+    assert all(a @ b > 0.94 for a, b in pairwise(rows))
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_a_threshold_of_one_keeps_the_very_same_rows(way) -> None:
+    rows = unit(np.ones((20, 7), np.float32))
+    assert components(rows, 1.0, WAYS[way]).tolist() == list(range(20))
+    assert components_of_lists(rows, np.arange(20), np.zeros(20, int), 1.0).tolist() == list(range(20))
+    assert not components(rows, 0.9999, WAYS[way]).any()
+
+
+def test_rows_decoded_where_they_are_looked_at_have_the_same_components(monkeypatch) -> None:
+    rows = 3 * clumps(np.random.default_rng(5), 700)
+    codes = rows.view(np.uint8)
+    held = decoded(codes, lambda some: np.ascontiguousarray(some).view(np.float32))
+    monkeypatch.setattr(vectors_module, "HELD_ROWS", 0)
+    coded = decoded(codes, lambda some: np.ascontiguousarray(some).view(np.float32))
+    assert isinstance(held, np.ndarray)
+    assert not isinstance(coded, np.ndarray)
+    expected = brute_force(unit(rows), 0.94)
+    assert 1 < len(np.unique(expected)) < 700
+    for vectors in (held, coded):
+        for sizes in WAYS.values():
+            np.testing.assert_array_equal(components(vectors, 0.94, sizes), expected)
+
+
+def test_what_lies_opposite_to_a_cap_wider_than_half_the_sphere_is_not_missed() -> None:
+    angles = np.radians([0, 50, -50, 100, -100, 180])
+    rows = np.stack([np.cos(angles), np.sin(angles)], axis=1).astype(np.float32)
+    sizes = Sizes(small=0, sample=6, width=3, cell_width=1, chunk=5, widest_cap=3)
+    assert not components(rows, 0.0, sizes).any()

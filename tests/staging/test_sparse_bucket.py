@@ -1,0 +1,225 @@
+"""Parts of an index read from a real Google Cloud Storage server: how many, which, of what version."""
+
+import re
+import threading
+from datetime import timedelta
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pytest
+from helpers.faults import first
+from helpers.project import Demo, failures, new_project, reported
+from test_sparse import scattered  # noqa: F401  # a fixture
+from test_staging_bucket import Bucket, bucket, server  # noqa: F401  # fixtures
+
+from laion_assets.io.errors import InputError
+from laion_assets.search.retrieve import Request, retrieve
+from laion_assets.staging import NotStagedError, OpenIndex, Transfer, open_staged, stage
+from laion_assets.staging.sparse.reads import PAGE
+from laion_assets.staging.transfer import bucket as bucket_module
+from laion_assets.staging.transfer import errors as faults_module
+
+METADATA = "metadata/000.arrow"
+IN_A_REQUEST = "metadata%2F000%2Earrow"
+FIRST_IN_FILE = 15_000  # the first id that the second file of the metadata has
+
+
+@pytest.fixture
+def filled(bucket: Bucket, scattered: Path) -> Bucket:  # noqa: F811
+    """A bucket with an index of many pages."""
+    bucket.put(scattered)
+    bucket.remove("metadata/002.arrow")  # of the index that was there
+    return bucket
+
+
+@pytest.fixture
+def cache(tmp_path: Path) -> Path:
+    return tmp_path / "cache"
+
+
+def found(opened: OpenIndex, seed: int = 0, queries: int = 3) -> pa.Table:
+    """What a request finds."""
+    vectors = np.random.default_rng(seed).standard_normal((queries, opened.index.dimension))
+    asked = Request(30, 0.94, 2)
+    result = retrieve(opened.index, opened.metadata, vectors.astype(np.float32), asked, per_seed=True)
+    return pa.Table.from_batches(result.table.batches, result.table.schema)
+
+
+@pytest.fixture
+def expected(scattered: Path, tmp_path: Path) -> pa.Table:  # noqa: F811
+    stage(str(scattered), None, tmp_path / "full")
+    with open_staged(tmp_path / "full") as opened:
+        return found(opened)
+
+
+def test_only_what_is_touched_is_read_and_only_once(filled, cache, expected):
+    proxy, size = filled.proxy, sum(p.stat().st_size for p in filled.objects.rglob("*") if p.is_file())
+    paths: set[str] = set()
+    proxy.rule = lambda path: paths.add(path)  # type: ignore[func-returns-value]
+    done = stage(filled.uri, None, cache, sparse=True)
+    assert (
+        proxy.bytes_read
+        == done.bytes_fetched
+        == (filled.objects / "image.index" / "populated.index").stat().st_size
+    )
+    before = proxy.reads, proxy.bytes_read
+    with open_staged(cache) as opened:
+        assert found(opened) == expected
+        fetched = opened.fetched
+        assert (proxy.reads - before[0], proxy.bytes_read - before[1]) == (fetched.reads, fetched.fetched)
+    lists = 3 * 2  # of 400, a read each if they are not neighbours
+    rows = 90 * 2 * 2  # two texts of each row, where they are and what they are
+    described = 2 * 3 + 2 * 4  # ends, footer and headers, of two files in a few batches
+    assert fetched.reads <= lists + rows + described
+    assert fetched.fetched <= PAGE * 3 * (rows + described) + size / 10
+    assert fetched.fetched < size / 2
+    versions = {file.name: file.version for file in done.manifest.files}
+    assert all(any(f"generation={version}" in path for version in versions.values()) for path in paths)
+    with open_staged(cache) as opened:
+        assert found(opened) == expected
+        assert (opened.fetched.reads, opened.fetched.fetched) == (0, 0)
+        found(opened, seed=1)
+        assert 0 < opened.fetched.fetched < fetched.fetched
+    assert stage(filled.uri, None, cache, sparse=True).bytes_fetched == 0
+
+
+@pytest.mark.parametrize("fault", [503, 429, "reset", "half"])
+def test_what_passes_is_tried_again(filled, cache, expected, monkeypatch, fault):
+    monkeypatch.setattr(bucket_module, "SILENCE", timedelta(seconds=0.3))
+    stage(filled.uri, None, cache, sparse=True)
+    filled.proxy.rule = first(5, fault)
+    with open_staged(cache) as opened:
+        assert found(opened) == expected
+        assert opened.fetched.retries == 5
+
+
+def test_what_does_not_pass_is_an_error_and_the_next_request_goes_on(
+    filled, cache, expected, monkeypatch
+):
+    monkeypatch.setattr(faults_module, "TRIES", 2)
+    stage(filled.uri, None, cache, sparse=True)
+    with open_staged(cache):
+        pass
+    filled.proxy.rule = first(10_000, 503, of=IN_A_REQUEST)
+    with open_staged(cache) as opened, pytest.raises(InputError, match=r"gs://.* could not be read in 2"):
+        found(opened)
+    filled.proxy.rule = lambda _: None
+    with open_staged(cache) as opened:
+        assert found(opened) == expected
+
+
+def test_no_right_to_read_is_told_at_once(filled, cache):
+    stage(filled.uri, None, cache, sparse=True)
+    filled.proxy.rule = first(10_000, 403)
+    with pytest.raises(InputError, match="no right to read gs://"), open_staged(cache):
+        pass
+
+
+def change(bucket: Bucket, name: str, folder: Path) -> Path:  # noqa: F811
+    """Overwrite a metadata file with other texts of the same length; returns it."""
+    content = (bucket.objects / name).read_bytes()
+    changed = folder / "changed"
+    changed.write_bytes(content.replace(b"example.org", b"changed.org"))
+    assert changed.read_bytes() != content
+    bucket.write(name, changed.read_bytes())
+    return changed
+
+
+def test_an_object_overwritten_between_requests_fails_clearly_and_what_was_kept_of_it_goes(
+    filled, cache, tmp_path, expected
+):
+    stage(filled.uri, None, cache, sparse=True)
+    with open_staged(cache) as opened:
+        assert found(opened) == expected
+        kept = opened.fetched.fetched
+    change(filled, METADATA, tmp_path)
+    with open_staged(cache) as opened:
+        assert found(opened) == expected  # all of it is there, and of the version that was staged
+        with pytest.raises(
+            InputError,
+            match=rf"{METADATA} is no longer what was staged \(generation \d+ is gone\): .*again",
+        ):
+            opened.metadata.take(np.arange(0, FIRST_IN_FILE, 100))
+    with pytest.raises(NotStagedError, match="materialize staged_laion_index again"), open_staged(cache):
+        pass
+    again = stage(filled.uri, None, cache, sparse=True)
+    assert (again.bytes_fetched, again.fetched) == (0, 1)
+    with open_staged(cache) as opened:
+        ids = np.array([0, FIRST_IN_FILE - 1, FIRST_IN_FILE])
+        hosts = [url.split("/")[2] for url in opened.metadata.take(ids)["url"].to_pylist()]
+        assert hosts == ["changed.org", "changed.org", "example.org"]
+        table = found(opened)
+        assert table.drop_columns(["url", "caption"]) == expected.drop_columns(["url", "caption"])
+        from_changed = np.array(table["id"]) < FIRST_IN_FILE
+        assert ["changed.org" in url for url in table["url"].to_pylist()] == from_changed.tolist()
+        assert opened.fetched.fetched < kept  # the lists and the other file were kept
+
+
+def test_an_object_overwritten_while_it_is_read_is_never_mixed(filled, cache, tmp_path):
+    stage(filled.uri, None, cache, sparse=True)
+    with open_staged(cache):
+        pass
+    left = [20]
+    once = threading.Lock()
+
+    def overwrite(path: str) -> None:
+        if IN_A_REQUEST not in path:
+            return
+        left[0] -= 1
+        if left[0] == 0 and once.acquire(blocking=False):
+            change(filled, METADATA, tmp_path)
+
+    filled.proxy.rule = overwrite
+    with open_staged(cache) as opened, pytest.raises(InputError, match="no longer what was staged"):
+        found(opened, queries=40)
+    filled.proxy.rule = lambda _: None
+    stage(filled.uri, None, cache, sparse=True)
+    with open_staged(cache) as opened:
+        table = found(opened, queries=40)
+    from_changed = np.array(table["id"]) < FIRST_IN_FILE
+    assert ["changed.org" in url for url in table["url"].to_pylist()] == from_changed.tolist()
+
+
+def test_the_same_bytes_uploaded_again_cost_nothing_but_staging_again(filled, cache, scattered, expected):  # noqa: F811
+    first_time = stage(filled.uri, None, cache, sparse=True)
+    with open_staged(cache) as opened:
+        found(opened)
+    filled.put(scattered)
+    with open_staged(cache) as opened, pytest.raises(InputError, match="no longer what was staged"):
+        found(opened, seed=1)
+    again = stage(filled.uri, None, cache, sparse=True)
+    assert again.manifest.fingerprint == first_time.manifest.fingerprint
+    with open_staged(cache) as opened:
+        assert found(opened) == expected
+        assert opened.fetched.fetched == 0
+        found(opened, seed=1)
+
+
+def test_a_full_copy_and_parts_have_the_same_fingerprint(filled, cache, tmp_path):
+    whole = stage(filled.uri, None, tmp_path / "whole", transfer=Transfer(chunk=1 << 20))
+    assert stage(filled.uri, None, cache, sparse=True).manifest.fingerprint == whole.manifest.fingerprint
+
+
+def test_a_run_on_a_bucket_whose_index_changes_says_so_and_the_next_one_works(
+    bucket,  # noqa: F811
+    demo: Demo,
+    tmp_path,
+):
+    for name in ("000", "001", "002"):
+        bucket.remove(f"metadata/{name}.arrow")
+    bucket.put(demo.index)
+    with new_project(tmp_path, Path(bucket.uri), demo.seeds, LAION_INDEX_URI=bucket.uri) as project:
+        asked = {"nb_images_knn": 5, "nb_images_centroid": 20, "nprobe": 2}
+        result = project.run("fruit", **asked)
+        assert failures(result) == {}
+        told = reported(result, "knn_urls")
+        assert told["bytes fetched"] > 0
+        assert told["reads of the bucket"] > 0
+        assert re.match("not measured: sparse", told["recall of nprobe"])
+        warm = reported(project.run("fruit", **asked), "knn_urls")
+        assert (warm["bytes fetched"], warm["reads of the bucket"]) == (0, 0)
+        bucket.put(demo.index)  # another generation of everything
+        told = failures(project.run("fruit", "knn_urls", nb_images_knn=300))
+        assert "is no longer what was staged" in told["knn_urls"]
+        assert failures(project.run("fruit", "knn_urls", nb_images_knn=300)) == {}

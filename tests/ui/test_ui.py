@@ -1,0 +1,260 @@
+"""The UI in a real browser: what a person launches there, and whether what is shown is so.
+
+With SCREENSHOTS set to a folder, what the README shows of the UI is written there.
+"""
+
+import io
+import os
+import re
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+import dagster as dg
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from PIL import Image
+from playwright.sync_api import Error as BrowserError
+from playwright.sync_api import Locator, Page, ViewportSize, expect, sync_playwright
+from webserver import BROKEN, IN_PROGRESS, RAN_BY_THE_DEMO, Project, wait_for
+
+from laion_assets.defs.assets.url_sets import combined_urls
+from laion_assets.defs.drawing.presentation import links
+from laion_assets.defs.io_manager import StoredTable
+
+pytest_plugins = ["running"]
+
+# In an image of its own a browser is root and has no sandbox; it asks for nothing outside.
+CHROMIUM = (
+    "--no-sandbox",
+    "--disable-background-networking",
+    "--host-resolver-rules=MAP * ~NOTFOUND, EXCLUDE 127.0.0.1",
+)
+SIZE: ViewportSize = {"width": 1400, "height": 900}
+NUMBERS = {"nb_images_knn": 30, "nb_images_centroid": 200}
+OF_THE_JOB = "/locations/laion_assets/jobs/seed_set_job"
+OF_THE_PARTITION = f"?view=partitions&partition={RAN_BY_THE_DEMO}"
+
+
+@pytest.fixture(scope="module")
+def project(running_project: Project) -> Project:
+    return running_project
+
+
+@pytest.fixture(scope="module")
+def page(project: Project, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Page]:
+    """A browser on the UI; what it shows in the end is kept as a picture in the folder of the tests."""
+    with sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=shutil.which("chromium"), args=CHROMIUM)
+        opened = browser.new_page(base_url=project.ui.url, viewport=SIZE)
+        opened.set_default_timeout(60_000)
+        yield opened
+        opened.screenshot(path=tmp_path_factory.mktemp("page") / "page.png")
+        browser.close()
+
+
+def keep(page: Page, name: str, clip_to: int | None = None) -> None:
+    """Keep what the page shows for the README, if that is wanted; a palette makes it small."""
+    if folder := os.environ.get("SCREENSHOTS"):
+        page.wait_for_timeout(1500)  # animations
+        with Image.open(io.BytesIO(page.screenshot())) as shown:
+            part = shown.convert("RGB").crop((0, 0, shown.width, clip_to or shown.height))
+            part.thumbnail((SIZE["width"], shown.height))
+            part.quantize(128).save(Path(folder) / f"{name}.png", optimize=True)
+
+
+def told(page: Page, name: str) -> Locator:
+    """What a page says of one thing in its table of metadata."""
+    return page.locator(f"//tr[not(ancestor::td)][td[1][normalize-space()='{name}']]/td[2]")
+
+
+def number(page: Page, name: str) -> float:
+    return float(told(page, name).inner_text())
+
+
+def rows_of(table: Locator) -> list[list[str]]:
+    """The text of a table in a page, row by row."""
+    rows = [row.locator("th, td").all_inner_texts() for row in table.locator("tr").all()]
+    return [[cell.strip() for cell in row] for row in rows]
+
+
+def chosen(launchpad: Locator, partition: str) -> bool:
+    """Choose a partition as a person does; False where the dialog was drawn anew meanwhile."""
+    box = launchpad.get_by_placeholder("Partition")
+    try:
+        box.fill("", timeout=5_000)
+        box.press_sequentially(partition[:3], delay=100)
+        launchpad.get_by_text(partition, exact=True).click(timeout=5_000)
+        expect(launchpad.get_by_text(f"partition: {partition}")).to_be_visible()
+    except (BrowserError, AssertionError):
+        return False
+    return True
+
+
+@pytest.fixture(scope="module")
+def launched(project: Project, page: Page) -> str:
+    """A run that was started in the Launchpad with other numbers, and is done."""
+    before = {run.id for run in project.ui.runs()}
+    page.goto(OF_THE_JOB)
+    beside = page.get_by_role("button", name="Materialize all").locator("xpath=following::button[1]")
+    beside.click()
+    page.get_by_text("Open launchpad").click()
+    launchpad = page.get_by_role("dialog")
+    expect(launchpad.get_by_text("No errors")).to_be_visible(timeout=60_000)
+    wait_for("the partition", lambda: chosen(launchpad, RAN_BY_THE_DEMO), 60)
+    page.locator(".cm-s-config-editor").click()
+    page.keyboard.press("Control+A")
+    lines = [f"      {name}: {value}" for name, value in NUMBERS.items()]
+    page.keyboard.insert_text("\n".join(["resources:", "  retrieval_config:", "    config:", *lines]))
+    expect(launchpad.get_by_text("No errors")).to_be_visible()
+    keep(page, "launchpad")
+    launchpad.get_by_role("button", name="Materialize").click()
+    (run,) = wait_for(
+        "the run", lambda: [r for r in project.ui.runs_of(RAN_BY_THE_DEMO) if r.id not in before]
+    )
+    assert project.ui.finished(run.id).status == "SUCCESS"
+    return run.id
+
+
+@pytest.mark.parametrize("asset", ["knn_urls", "centroid_urls", "combined_urls"])
+def test_the_figures_on_a_page_are_those_of_the_table(
+    project: Project, page: Page, launched: str, asset: str
+) -> None:
+    page.goto(f"/assets/{asset}{OF_THE_PARTITION}")
+    page.get_by_text(launched[:8]).first.wait_for()
+    rows = pq.read_metadata(project.table(asset, RAN_BY_THE_DEMO)).num_rows
+    seeds = pq.read_metadata(project.table("seed_embeddings", RAN_BY_THE_DEMO)).num_rows
+    wanted = {"knn_urls": seeds * 30, "centroid_urls": 200, "combined_urls": seeds * 30 + 200}[asset]
+    assert number(page, "kept") == number(page, "dagster/partition_row_count") == rows > 0
+    assert number(page, "requested") == wanted
+    assert number(page, "yield") == pytest.approx(rows / wanted, abs=1e-4)
+    assert number(page, "bytes") == project.table(asset, RAN_BY_THE_DEMO).stat().st_size
+    expect(told(page, "about")).to_contain_text(f"{rows:,} {'rows' if asset == 'knn_urls' else 'images'}")
+    settings = {row[0]: row[1:] for row in rows_of(told(page, "settings"))}
+    for name, value in NUMBERS.items():
+        assert settings[name] == [str(value), "Launchpad or command line"]
+    assert settings["dedup_threshold"] == ["0.94", "default"]
+    first, *_, last = rows_of(told(page, "funnel"))[1:]
+    assert (first[0], first[-2]) == ("requested", f"{wanted:,}")
+    assert last[-2] == f"{rows:,}"
+    if asset == "combined_urls":
+        keep(page, "asset")
+
+
+@pytest.mark.parametrize("asset", ["knn_urls", "centroid_urls", "combined_urls"])
+def test_the_pictures_open_and_fit_into_their_dialog(page: Page, launched: str, asset: str) -> None:
+    page.goto(f"/assets/{asset}{OF_THE_PARTITION}")
+    page.get_by_text(launched[:8]).first.wait_for()
+    shown = {"contact sheet": ["contact sheet"], "charts": ["from requested to kept", "similarities"]}
+    for name, pictures in shown.items():
+        told(page, name).get_by_text("Show Markdown").click()
+        dialog = page.get_by_role("dialog")
+        for picture in pictures:
+            image = dialog.get_by_role("img", name=picture)
+            image.wait_for()
+            assert image.evaluate("picture => picture.naturalWidth > 100")
+            within, frame = image.bounding_box(), dialog.bounding_box()
+            assert within
+            assert frame
+            assert frame["x"] < within["x"]
+            assert within["x"] + within["width"] < frame["x"] + frame["width"]
+        dialog.get_by_role("button", name="Close", exact=True).click()
+        expect(dialog).to_have_count(0)
+
+
+def test_every_check_has_passed_and_says_what_it_means(
+    project: Project, page: Page, launched: str
+) -> None:
+    for spec in combined_urls.check_specs:
+        assert project.ui.check("combined_urls", spec.name)[launched] == "SUCCEEDED"
+        page.goto(f"/assets/combined_urls?view=checks&checkDetail={spec.name}")
+        expect(page.get_by_text(spec.description or "").first).to_be_visible(timeout=60_000)
+    wait_for("quiet", lambda: all(run.status not in IN_PROGRESS for run in project.ui.runs()))
+    page.goto("/assets/staged_laion_index?view=checks&checkDetail=metadata_belongs_to_the_index")
+    page.get_by_text("neighbours share").first.wait_for()
+    keep(page, "checks", 640)
+
+
+def test_the_graph_shows_where_everything_comes_from(page: Page, launched: str) -> None:
+    assert launched
+    page.set_viewport_size({"width": 2000, "height": 1040})  # each asset in full
+    groups = ",".join(f"global@global:{name}" for name in ("sources", "seeds", "index", "urls"))
+    page.goto(f"/asset-groups/?expanded={groups}")
+    for asset in ("seed_folder", "laion_index_source", "staged_laion_index", "combined_urls"):
+        expect(page.locator("foreignObject", has_text=asset).first).to_be_attached()
+    expect(page.locator("foreignObject", has_text="100% filled").first).to_be_visible()
+    keep(page, "graph")
+    page.set_viewport_size(SIZE)
+
+
+def test_the_sensor_says_what_it_saw(project: Project, page: Page) -> None:
+    page.goto("/locations/laion_assets/sensors/seed_sets_sensor")
+    page.get_by_text("Registers seed sets as partitions").first.wait_for()
+    page.get_by_text("View logs").first.wait_for()
+    (project.folder / "data" / "seeds" / BROKEN).rename(project.folder / "away")
+    page.get_by_role("row", name="removed, tables kept: broken").first.wait_for()
+    keep(page, "sensor")
+    assert BROKEN in project.ui.partitions("combined_urls")["all"]
+
+
+HOSTILE = (
+    ("javascript:window.hacked=1", "[click](javascript:window.hacked=1)"),
+    (
+        "https://host-a.example/1.jpg",
+        '<script>window.hacked=1</script><img src=x onerror="window.hacked=1">',
+    ),
+    (
+        "https://host-a.example/a`b>c](javascript:window.hacked=1)",
+        "![](https://tracker.example/pixel.png)",
+    ),
+    ("data:text/html,<script>window.hacked=1</script>", "www.evil.example or https://evil.example/x"),
+    ("http://host-b.example/2.jpg?a=1|2", "mail me@evil.example\n\n# heading\n\n| a | b |\n| - | - |\n"),
+)
+
+
+@pytest.mark.parametrize("remote_pictures", [False, True])
+def test_what_strangers_wrote_is_text_and_nothing_is_fetched_unless_asked_for(
+    project: Project,
+    page: Page,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    remote_pictures: bool,
+) -> None:
+    monkeypatch.chdir(project.folder)  # where its dagster.yaml counts from
+    urls, captions = zip(*HOSTILE, strict=True)
+    pq.write_table(pa.table({"url": urls, "caption": captions}), tmp_path / "hostile.parquet")
+    shown = links(StoredTable(str(tmp_path / "hostile.parquet")), remote_pictures=remote_pictures)
+    seed_set = f"hostile {remote_pictures}"
+    with dg.DagsterInstance.from_config(str(project.folder)) as instance:
+        instance.add_dynamic_partitions("seed_sets", [seed_set])
+        instance.report_runless_asset_event(
+            dg.AssetMaterialization(
+                "combined_urls", metadata={"contact sheet": shown}, partition=seed_set
+            )
+        )
+    asked: list[str] = []
+    page.on("request", lambda request: asked.append(request.url))
+    page.goto(f"/assets/combined_urls?view=partitions&partition={seed_set}")
+    opens = told(page, "contact sheet")
+    opens.wait_for()
+    if opens.get_by_text("Show Markdown").count():
+        opens.get_by_text("Show Markdown").click()
+        opens = page.get_by_role("dialog")
+    expect(opens.locator("li")).to_have_count(len(HOSTILE))
+    targets = [link.get_attribute("href") or "" for link in opens.locator("a").all()]
+    assert [re.sub("(https?://[^/]*).*", r"\1", target) for target in targets] == [
+        "https://host-a.example",
+        "https://host-a.example",
+        "http://host-b.example",
+    ]
+    text = " ".join(opens.inner_text().split())
+    for url, caption in HOSTILE:
+        assert " ".join(url.split()) in text
+        assert " ".join(caption.split()) in text
+    assert opens.locator("script, h1, table table, li table").count() == 0
+    assert opens.locator("img").count() == (3 if remote_pictures else 0)
+    assert page.evaluate("window.hacked") is None
+    outside = {re.sub("https?://([^/:]*).*", r"\1", url) for url in asked if url.startswith("http")}
+    wanted = {"host-a.example", "host-b.example"} if remote_pictures else set()
+    assert outside - {"127.0.0.1"} == wanted

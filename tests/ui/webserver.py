@@ -1,0 +1,283 @@
+"""`make dev` in a folder of its own, as a person starts and stops it, and what its web page is told."""
+
+import json
+import os
+import re
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+import urllib.request
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+import numpy as np
+from helpers.graphql import ask
+from helpers.project import REPOSITORY
+
+from laion_assets.demo.build import SEED_SETS
+
+REPOSITORY_SELECTOR = {"repositoryName": "__repository__", "repositoryLocationName": "laion_assets"}
+RAN_BY_THE_DEMO, *OTHERS = ("fruit", *sorted({*SEED_SETS} - {"fruit"}))
+DROPPED = "dropped"
+BROKEN = "broken"
+IN_PROGRESS = {"NOT_STARTED", "QUEUED", "STARTING", "STARTED", "CANCELING"}
+
+T = TypeVar("T")
+
+
+def wait_for(what: str, look: Callable[[], T | None], seconds: float = 600) -> T:
+    """Look until there is something to see."""
+    end = time.monotonic() + seconds
+    while not (seen := look()):
+        assert time.monotonic() < end, f"after {seconds} s still waiting for {what}"
+        time.sleep(0.25)
+    return seen
+
+
+@dataclass(frozen=True)
+class Run:
+    """A run as the list of runs shows it."""
+
+    id: str
+    status: str
+    seed_set: str | None
+    by_sensor: bool
+    created: float
+
+
+class Webserver:
+    """What a page of the UI asks for."""
+
+    def __init__(self, port: int) -> None:
+        self.url = f"http://127.0.0.1:{port}"
+
+    def ask(self, query: str, **variables: Any) -> dict[str, Any]:
+        return ask(self.url, query, **variables)
+
+    def is_up(self) -> bool:
+        try:
+            with urllib.request.urlopen(f"{self.url}/server_info", timeout=5):
+                return True
+        except OSError:
+            return False
+
+    def runs(self) -> list[Run]:
+        """All runs, the newest first."""
+        found = self.ask(
+            "{ runsOrError { ... on Runs { results { runId status creationTime tags { key value } } } } }"
+        )
+        runs = []
+        for run in found["runsOrError"]["results"]:
+            tags = {tag["key"]: tag["value"] for tag in run["tags"]}
+            partition, sensor = tags.get("dagster/partition"), "dagster/sensor_name" in tags
+            runs.append(Run(run["runId"], run["status"], partition, sensor, run["creationTime"]))
+        return runs
+
+    def run(self, run_id: str) -> Run:
+        return next(run for run in self.runs() if run.id == run_id)
+
+    def finished(self, run_id: str, seconds: float = 600) -> Run:
+        """Wait until a run has ended, well or not."""
+        wait_for(f"run {run_id}", lambda: self.run(run_id).status not in IN_PROGRESS, seconds)
+        return self.run(run_id)
+
+    def runs_of(self, seed_set: str) -> list[Run]:
+        return [run for run in self.runs() if run.seed_set == seed_set]
+
+    def launch(self, seed_set: str | None, **settings: Any) -> str:
+        """Start the job as the Launchpad does; return the run."""
+        tags = [{"key": "dagster/partition", "value": seed_set}] if seed_set else []
+        told = self.ask(
+            "mutation($params: ExecutionParams!) { launchRun(executionParams: $params) { __typename"
+            " ... on LaunchRunSuccess { run { runId } }"
+            " ... on RunConfigValidationInvalid { errors { message } }"
+            " ... on PythonError { message } } }",
+            params={
+                "selector": REPOSITORY_SELECTOR | {"jobName": "seed_set_job"},
+                "runConfigData": {"resources": {"retrieval_config": {"config": settings}}},
+                "executionMetadata": {"tags": tags},
+            },
+        )["launchRun"]
+        assert told["__typename"] == "LaunchRunSuccess", told
+        return told["run"]["runId"]
+
+    def events(self, run_id: str) -> list[dict[str, Any]]:
+        """What the page of a run shows of it."""
+        return self.ask(
+            "query($run: ID!) { logsForRun(runId: $run) { ... on EventConnection { events { __typename"
+            " ... on MessageEvent { message stepKey eventType }"
+            " ... on DisplayableEvent { metadataEntries { label ... on TextMetadataEntry { text } } }"
+            " ... on ExecutionStepFailureEvent { error { message } failureMetadata { description } }"
+            " } } } }",
+            run=run_id,
+        )["logsForRun"]["events"]
+
+    def step_events(self, run_id: str, step: str, kind: str) -> list[dict[str, Any]]:
+        """What happened of one kind to a step."""
+        return [
+            event
+            for event in self.events(run_id)
+            if event.get("stepKey") == step and event.get("eventType") == kind
+        ]
+
+    def processes(self, run_id: str, step: str) -> tuple[int, int]:
+        """The process of a run, and the one of a step of it."""
+        told = [event["message"] for event in self.events(run_id) if "message" in event]
+        (of_run,) = [
+            int(*re.findall(r"\d+", text)) for text in told if text.startswith("Started process")
+        ]
+        (started,) = self.step_events(run_id, step, "STEP_WORKER_STARTED")
+        (of_step,) = [entry["text"] for entry in started["metadataEntries"] if entry["label"] == "pid"]
+        return int(of_run), int(of_step)
+
+    def partitions(self, asset: str) -> dict[str, set[str]]:
+        """The partitions of an asset: all, and those that were materialized."""
+        node = self.ask(
+            "query($key: AssetKeyInput!) { assetNodeOrError(assetKey: $key) { ... on AssetNode"
+            " { partitionKeys assetPartitionStatuses { ... on DefaultPartitionStatuses"
+            " { materializedPartitions } } } } }",
+            key={"path": [asset]},
+        )["assetNodeOrError"]
+        done = node["assetPartitionStatuses"]["materializedPartitions"]
+        return {"all": set(node["partitionKeys"]), "materialized": set(done)}
+
+    def materialization(self, asset: str, seed_set: str) -> dict[str, Any]:
+        """The latest materialization of a partition: its run, and its metadata by label."""
+        (latest,) = self.ask(
+            "query($key: AssetKeyInput!, $seed_sets: [String!]) { assetOrError(assetKey: $key)"
+            " { ... on Asset { assetMaterializations(partitions: $seed_sets, limit: 1) { runId"
+            " metadataEntries { label ... on IntMetadataEntry { intValue }"
+            " ... on TableMetadataEntry { table { records } } } } } } }",
+            key={"path": [asset]},
+            seed_sets=[seed_set],
+        )["assetOrError"]["assetMaterializations"]
+        entries = {}
+        for entry in latest["metadataEntries"]:
+            if "intValue" in entry:
+                entries[entry["label"]] = entry["intValue"]
+            elif "table" in entry:
+                entries[entry["label"]] = [json.loads(record) for record in entry["table"]["records"]]
+        return {"run": latest["runId"]} | entries
+
+    def check(self, asset: str, name: str) -> dict[str, str]:
+        """How an asset check ended in each of the last runs."""
+        found = self.ask(
+            "query($key: AssetKeyInput!, $name: String!) { assetCheckExecutions(assetKey: $key,"
+            " checkName: $name, limit: 20) { runId status } }",
+            key={"path": [asset]},
+            name=name,
+        )["assetCheckExecutions"]
+        return {execution["runId"]: execution["status"] for execution in found}
+
+    def ticks(self) -> list[dict[str, Any]]:
+        """The ticks of the sensor, the newest first."""
+        return self.ask(
+            "query($sensor: SensorSelector!) { sensorOrError(sensorSelector: $sensor)"
+            " { ... on Sensor { sensorState { status ticks(limit: 100)"
+            " { timestamp status skipReason } } } } }",
+            sensor=REPOSITORY_SELECTOR | {"sensorName": "seed_sets_sensor"},
+        )["sensorOrError"]["sensorState"]["ticks"]
+
+    def pool(self, name: str) -> tuple[int, list[str]]:
+        """How many steps a pool has room for, and the runs that hold a place in it."""
+        told = self.ask(
+            "query($pool: String!) { instance { concurrencyLimit(concurrencyKey: $pool)"
+            " { slotCount claimedSlots { runId } } } }",
+            pool=name,
+        )["instance"]["concurrencyLimit"]
+        return told["slotCount"], [slot["runId"] for slot in told["claimedSlots"]]
+
+
+class MakeDev:
+    """`make dev` in a project folder."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            self._port = free.getsockname()[1]
+        self.webserver = Webserver(self._port)
+        self._process: subprocess.Popen[bytes] | None = None
+
+    def start(self) -> None:
+        """Start it and wait until its page can be opened."""
+        ready = f"{sys.prefix}/.ready"
+        command = ["make", f"--makefile={REPOSITORY / 'Makefile'}", f"--assume-old={ready}", "dev"]
+        with (self.folder / "make-dev.log").open("wb") as log:
+            self._process = process = subprocess.Popen(
+                [*command, f"VENV={sys.prefix}", f"PORT={self._port}"],
+                cwd=self.folder,
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,
+            )
+        wait_for("make dev", lambda: process.poll() is not None or self.webserver.is_up())
+        assert process.poll() is None, self.said()
+
+    def press_ctrl_c(self) -> None:
+        """Interrupt it as a terminal does, all processes at once, and wait until they have ended."""
+        if self._process is None:
+            return
+        group, self._process = self._process, None
+        os.killpg(group.pid, signal.SIGINT)
+        group.wait(60)
+        wait_for("the end of all processes", lambda: not _is_group(group.pid), 60)
+
+    def said(self) -> str:
+        """What it printed since it was started."""
+        return (self.folder / "make-dev.log").read_text()
+
+
+class Project:
+    """A folder like a fresh checkout, in which `make dev` runs."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        for name in ("dagster.yaml", "workspace.yaml"):
+            shutil.copy(REPOSITORY / name, folder)
+        self.dev = MakeDev(folder)
+
+    def start(self) -> None:
+        """Run the demo, start the server, and start all that takes a while and can go on together."""
+        subprocess.run([sys.executable, "-m", "laion_assets.cli", "demo"], cwd=self.folder, check=True)
+        self.dev.start()
+        (self.ran_by_the_demo,) = self.ui.runs()
+        self.drop(DROPPED, seeds=2000)
+        self.drop(BROKEN, seeds=2)
+        (self.folder / "data" / "seeds" / BROKEN / "1.npy").write_bytes(b"no array")
+        self.with_numbers = self.ui.launch(RAN_BY_THE_DEMO, nb_images_knn=7, nprobe=5)
+        self.without_partition = self.ui.launch(None)
+
+    @property
+    def ui(self) -> Webserver:
+        return self.dev.webserver
+
+    def drop(self, seed_set: str, seeds: int) -> None:
+        """Copy a folder of seeds into the seeds folder, file by file."""
+        folder = self.folder / "data" / "seeds" / seed_set
+        folder.mkdir()
+        random = np.random.default_rng(0)
+        for part in range(2):
+            np.save(folder / f"{part}.npy", random.standard_normal((seeds // 2, 256), np.float32))
+
+    def table(self, asset: str, seed_set: str) -> Path:
+        return self.folder / "data" / "output" / asset / f"{seed_set}.parquet"
+
+
+def _is_group(group: int) -> bool:
+    try:
+        os.killpg(group, 0)
+    except ProcessLookupError:
+        return False
+    return True
+
+
+def is_running(process: int) -> bool:
+    """Tell whether a process is alive; one that ended and was not yet waited for is not."""
+    told = subprocess.run(["ps", "-o", "stat=", "-p", str(process)], capture_output=True, text=True)
+    return bool(told.stdout.strip()) and not told.stdout.startswith("Z")
