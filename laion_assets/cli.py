@@ -19,6 +19,7 @@ import dagster as dg
 from dotenv import load_dotenv
 
 from laion_assets.definitions import JOB, build_defs
+from laion_assets.defs.failures import sentence
 from laion_assets.defs.launcher import fail_abandoned_runs, process_lock
 from laion_assets.defs.partitions import seed_sets
 from laion_assets.defs.request_plan import history, in_words, plan
@@ -41,7 +42,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         return int(parsed.command(parsed))
     except InputError as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {sentence(error)}", file=sys.stderr)
         return 1
 
 

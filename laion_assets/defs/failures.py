@@ -1,7 +1,4 @@
-"""How errors of the library reach the operator: one sentence, and no retry of what cannot get better.
-
-What must not live here: the errors themselves.
-"""
+"""Convert errors of the library to failed steps: one sentence each, with the platform's own names."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -10,19 +7,29 @@ import dagster as dg
 
 from laion_assets.io.errors import InputError
 
+STAGE_AGAIN = "materialize staged_laion_index again"
+
+
+def sentence(error: InputError) -> str:
+    """Return an error's message with the name by which a user of the platform knows its remedy."""
+    if error.about is None:
+        return str(error)
+    name = STAGE_AGAIN if error.about == "staged_index" else f"LAION_{error.about.upper()}"
+    return f"{error} ({name})"
+
 
 @contextmanager
 def as_failures() -> Iterator[None]:
-    """Turn every error into a failure of the step that is not retried, an `InputError` as its sentence.
+    """Turn every error into a failure of the step that is not retried.
 
-    What is retried is a step whose pod was evicted or killed, which raises nothing here.
+    Steps are retried when their pod was evicted or killed, which raises nothing here.
     """
     try:
         yield
     except dg.Failure:
         raise
     except InputError as error:
-        raise dg.Failure(description=str(error), allow_retries=False) from None
+        raise dg.Failure(description=sentence(error), allow_retries=False) from None
     except Exception as error:
-        sentence = f"{type(error).__name__}: {error}"
-        raise dg.Failure(description=sentence, allow_retries=False) from error
+        described = f"{type(error).__name__}: {error}"
+        raise dg.Failure(description=described, allow_retries=False) from error

@@ -25,7 +25,7 @@ from laion_assets.io.tables import DESCRIPTIONS, Table
 
 PREVIEW_ROWS = 10
 PREVIEW_TEXT = 120  # characters; the event log holds every preview for ever
-OUTPUT_SETTING = "LAION_OUTPUT_URI"
+OUTPUT = "output_uri"
 MAX_FOOTER_TEXT = 1 << 30  # a decoder may be larger than the 100 MB that Arrow allows by default
 
 
@@ -58,7 +58,7 @@ class StoredTable:
     def __init__(self, uri: str) -> None:
         self.where = uri
         with self._telling():
-            fs, path = open_storage(uri, OUTPUT_SETTING)
+            fs, path = open_storage(uri, OUTPUT)
             source = fs.open(path, "rb", cache_type="none")
             self.size = int(source.size)
             # By default all of the file would be read ahead, whatever its size.
@@ -103,7 +103,7 @@ class StoredTable:
     def _telling(self) -> Iterator[None]:
         """Turn what goes wrong while reading into a sentence with the remedy."""
         try:
-            with reaching(self.where, OUTPUT_SETTING):
+            with reaching(self.where, OUTPUT):
                 try:
                     yield
                 except FileNotFoundError as error:
@@ -175,7 +175,7 @@ def write_table(table: Table, uri: str) -> tuple[int, list[dict[str, Any]]]:
     rows = 0
     preview: list[dict[str, Any]] = []
     with (
-        new_file(uri, OUTPUT_SETTING) as sink,
+        new_file(uri, OUTPUT) as sink,
         pq.ParquetWriter(sink, table.schema, compression="zstd") as writer,
     ):
         for batch in table.batches:

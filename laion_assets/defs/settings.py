@@ -16,7 +16,7 @@ import dagster as dg
 from pydantic import Field
 
 from laion_assets.io.errors import InputError
-from laion_assets.search.filters import BLOCK_LIST_SETTING, BlockList, conditions_in
+from laion_assets.search.filters import BlockList, conditions_in
 from laion_assets.search.sizing import Yield, counts_for
 from laion_assets.seeds.seed_sets import SETTINGS_FILE
 
@@ -41,6 +41,7 @@ KIND_NAMES: Mapping[type, str] = {
     float: "a number",
     str: "a text (quote it)",
 }
+BLOCK_LIST_SETTING = "LAION_BLOCK_LIST"
 BLOCK_LIST = "block_list"  # a place, and so no setting of a request; recorded with them
 COUNTS = ("nb_images_knn", "nb_images_centroid")
 MANY = 1e300  # beyond that numbers are not numbers any more

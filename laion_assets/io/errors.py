@@ -1,8 +1,18 @@
-"""The one error users meet: their input, named, with the remedy.
+"""The one error that users meet: their input, named, with the remedy."""
 
-What must not live here: errors of our own making; those stay ordinary exceptions.
-"""
+from __future__ import annotations
 
 
 class InputError(ValueError):
-    """What we were given cannot be used: the message names the file, row or setting, and the remedy."""
+    """The input cannot be used. The message names the file, row or setting, and the remedy.
+
+    Attributes:
+        about: the parameter of the library that the remedy changes, such as "cache_dir", or
+            "staged_index" where the index has to be staged again. A caller who knows it under another
+            name, such as an environment variable, adds that name.
+
+    """
+
+    def __init__(self, message: str, about: str | None = None) -> None:
+        super().__init__(message)
+        self.about = about

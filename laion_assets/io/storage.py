@@ -46,14 +46,14 @@ LOG_IN = (
 )
 
 
-def open_storage(uri: str, setting: str) -> tuple[Any, str]:
+def open_storage(uri: str, about: str | None = None) -> tuple[Any, str]:
     """Return the file system that a folder or file is on, and its path there.
 
     Listings are never kept: others write to the same folders.
 
     Args:
         uri: a local path or any fsspec URL.
-        setting: where it was set, for the error message.
+        about: see `InputError`.
 
     Raises:
         InputError: no such kind of storage, or no credentials for it.
@@ -62,19 +62,19 @@ def open_storage(uri: str, setting: str) -> tuple[Any, str]:
     options: dict[str, Any] = {"use_listings_cache": False}
     if uri.startswith(BUCKETS):
         if not re.match(r"gc?s://[^/]", uri):
-            raise InputError(f"{uri} names no bucket: set {setting} to gs://bucket/folder")
+            raise InputError(f"{uri} names no bucket: write it as gs://bucket/folder", about)
         options["token"] = "anon" if os.environ.get("STORAGE_EMULATOR_HOST") else "google_default"
         # By default gcsfs asks for the kind of each bucket first, by gRPC and with a right of its own. It
         # takes most of a minute where gRPC does not get through, as with an emulator, and what is done
         # here is the same for every kind but zonal ones; who has such a bucket sets it to true.
         os.environ.setdefault("GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT", "false")
     elif re.match(r"gc?s(:/|//)", uri):
-        raise InputError(f"{uri} is neither a path nor a URL: set {setting} to gs://bucket/folder")
-    with reaching(uri, setting):
+        raise InputError(f"{uri} is neither a path nor a URL: write it as gs://bucket/folder", about)
+    with reaching(uri, about):
         try:
             fs, path = fsspec.url_to_fs(uri, **options)
         except (ValueError, ImportError) as error:  # an unknown protocol, or one that is not installed
-            raise InputError(f"{uri} cannot be opened ({error}): correct {setting}") from error
+            raise InputError(f"{uri} cannot be opened ({error}): correct it", about) from error
     return fs, path.rstrip("/") or "/"
 
 
@@ -125,7 +125,7 @@ def list_files(fs: Any, root: str) -> Iterator[Listed]:
 
 
 @contextlib.contextmanager
-def reaching(uri: str, setting: str) -> Iterator[None]:
+def reaching(uri: str, about: str | None = None) -> Iterator[None]:
     """Turn what a bucket refuses in this block into one sentence with the remedy.
 
     Raises:
@@ -137,13 +137,13 @@ def reaching(uri: str, setting: str) -> Iterator[None]:
     except InputError:
         raise
     except Exception as error:
-        told = _refusal(uri, setting, error) if uri.startswith(BUCKETS) else None
-        if told is None:
+        refusal = _refusal(uri, error) if uri.startswith(BUCKETS) else None
+        if refusal is None:
             raise
-        raise InputError(told) from error
+        raise InputError(refusal, about) from error
 
 
-def _refusal(uri: str, setting: str, error: Exception) -> str | None:
+def _refusal(uri: str, error: Exception) -> str | None:
     """Say what an error of a bucket means; None for one that is not the bucket's."""
     import aiohttp
     from gcsfs.retry import HttpError
@@ -156,10 +156,10 @@ def _refusal(uri: str, setting: str, error: Exception) -> str | None:
     if isinstance(error, OSError) and str(error).startswith("Forbidden"):
         return (
             f"access to {uri} is refused ({answer}): give the account that runs this the right to it, or "
-            f"correct {setting}"
+            "correct the address"
         )
     if isinstance(error, FileNotFoundError):
-        return f"there is no bucket {'/'.join(uri.split('/')[:3])}: create it, or correct {setting}"
+        return f"there is no bucket {'/'.join(uri.split('/')[:3])}: create it, or correct the address"
     if isinstance(error, aiohttp.ClientError | RequestException | asyncio.TimeoutError | ConnectionError):
         return (
             f"{uri} cannot be reached ({answer}): check the network, and STORAGE_EMULATOR_HOST if it is "
@@ -168,7 +168,7 @@ def _refusal(uri: str, setting: str, error: Exception) -> str | None:
     if isinstance(error, HttpError) and (error.code == 429 or error.code >= 500):
         return f"{uri} is busy or out of order ({answer}): try again later"
     if isinstance(error, HttpError) or (isinstance(error, ValueError) and "Bad Request" in str(error)):
-        return f"{uri} cannot be used ({answer}): correct {setting}"
+        return f"{uri} cannot be used ({answer}): correct the address"
     return None
 
 
@@ -179,23 +179,23 @@ def first_line(error: Exception, *, last: bool = False) -> str:
 
 
 @contextlib.contextmanager
-def new_file(uri: str, setting: str) -> Iterator[BinaryIO]:
+def new_file(uri: str, about: str | None = None) -> Iterator[BinaryIO]:
     """Open a file that takes its name only if the block ends well.
 
     In a bucket it is one upload, which makes an object at its end or not at all.
 
     Args:
         uri: a local path or any fsspec URL.
-        setting: where the folder was set, for the error message.
+        about: see `InputError`.
 
     Raises:
         InputError: the place cannot be written to.
 
     """
-    fs, path = open_storage(uri, setting)
+    fs, path = open_storage(uri, about)
     try:
         with (
-            reaching(uri, setting),
+            reaching(uri, about),
             _local_file(Path(path)) if is_local(fs) else _object(fs, path) as sink,
         ):
             yield sink
@@ -203,8 +203,8 @@ def new_file(uri: str, setting: str) -> Iterator[BinaryIO]:
         if not isinstance(error, PermissionError) and error.errno not in CANNOT_WRITE:
             raise
         raise InputError(
-            f"cannot write {uri} ({error.strerror or error}): set {setting} to a folder with room that "
-            "you can write to"
+            f"cannot write {uri} ({error.strerror or error}): choose a folder with room that you can write to",
+            about,
         ) from error
 
 

@@ -29,7 +29,7 @@ from laion_assets.io.arrays import Ids, Mask
 from laion_assets.io.errors import InputError
 from laion_assets.io.storage import open_storage, reaching
 
-BLOCK_LIST_SETTING = "LAION_BLOCK_LIST"
+BLOCK_LIST = "block_list"  # what errors are about, see `InputError`
 ROWS_AT_ONCE = 1 << 16
 UNREADABLE = "\N{REPLACEMENT CHARACTER}"  # stands for what is not text
 FORM = "write an id or a URL a line, or give a Parquet file with a column id or url"
@@ -175,7 +175,7 @@ def block_list_version(uri: str) -> str:
 
     """
     with _reading(uri):
-        fs, path = open_storage(uri, BLOCK_LIST_SETTING)
+        fs, path = open_storage(uri, BLOCK_LIST)
         told = sorted((name, str(value)) for name, value in fs.info(path).items())
     return hashlib.sha256(f"{uri} {told}".encode()).hexdigest()[:16]
 
@@ -191,7 +191,7 @@ def read_block_list(uri: str) -> BlockList:
         InputError: no such file, nothing on it, or a line or column that is neither.
 
     """
-    fs, path = open_storage(uri, BLOCK_LIST_SETTING)
+    fs, path = open_storage(uri, BLOCK_LIST)
     ids, urls = [np.empty(0, np.int64)], [np.empty(0, np.int64)]
     with _reading(uri), fs.open(path, "rb", compression="infer") as file:
         parts = _columns_of(file, uri) if path.endswith(".parquet") else _lines_of(file, uri)
@@ -200,22 +200,22 @@ def read_block_list(uri: str) -> BlockList:
             urls.append(hashes(some_urls))
     found = BlockList(uri, np.unique(np.concatenate(ids)), np.unique(np.concatenate(urls)))
     if not len(found.ids) and not len(found.urls):
-        raise InputError(f"nothing is on the block list {uri}: fill it, or unset {BLOCK_LIST_SETTING}")
+        raise InputError(f"the block list {uri} is empty: fill it, or use none", BLOCK_LIST)
     return found
 
 
 @contextmanager
 def _reading(uri: str) -> Iterator[None]:
     try:
-        with reaching(uri, BLOCK_LIST_SETTING):
+        with reaching(uri, BLOCK_LIST):
             yield
     except FileNotFoundError as error:
         raise InputError(
-            f"the block list {uri} is not there: correct or unset {BLOCK_LIST_SETTING}"
+            f"the block list {uri} is missing: correct its address, or use none", BLOCK_LIST
         ) from error
     except (pa.ArrowException, OSError, EOFError) as error:
         raise InputError(
-            f"the block list {uri} cannot be read ({error}): mend it, or correct {BLOCK_LIST_SETTING}"
+            f"the block list {uri} cannot be read ({error}): mend it, or correct its address", BLOCK_LIST
         ) from error
 
 

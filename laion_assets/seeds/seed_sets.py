@@ -36,7 +36,7 @@ from laion_assets.io.storage import (
     reaching,
 )
 
-SETTING = "LAION_SEEDS_URI"
+SEEDS = "seeds_uri"
 EMBEDDING_COLUMNS = ("embedding", "image_embedding", "img_emb", "vector")
 CARRIED_COLUMNS = {"url": pa.string(), "caption": pa.string(), "thumbnail": pa.binary()}
 CLIP_RETRIEVAL_FOLDER = "img_emb/"
@@ -138,15 +138,15 @@ def list_folder(uri: str) -> Listing:
         InputError: no such folder, or no access to it.
 
     """
-    fs, root = open_storage(uri, SETTING)
+    fs, root = open_storage(uri, SEEDS)
     folders: defaultdict[str, _Folder] = defaultdict(_Folder)
-    with reaching(uri, SETTING):
+    with reaching(uri, SEEDS):
         for listed in list_files(fs, root):
             if not _is_hidden(listed.name):
                 set_name, _, name = listed.name.partition("/")
                 folders[set_name].add(fs, name, listed)
         if not folders and not fs.isdir(root):
-            raise InputError(f"{uri} is not a folder: set {SETTING} to the folder of the seed sets")
+            raise InputError(f"{uri} is not a folder: name the folder of the seed sets", SEEDS)
     found = [folder.seed_set(name) for name, folder in sorted(folders.items())]
     return Listing(
         {seed_set.name: seed_set for seed_set in found if seed_set.files},
@@ -167,9 +167,9 @@ def find_seed_set(uri: str, name: str) -> SeedSet:
 
     """
     check_name(name)
-    fs, root = open_storage(uri, SETTING)
+    fs, root = open_storage(uri, SEEDS)
     folder = f"{root}/{name}"
-    with reaching(uri, SETTING):
+    with reaching(uri, SEEDS):
         inside = _Folder()
         for listed in list_files(fs, folder):
             if not _is_hidden(listed.name):
@@ -206,10 +206,10 @@ def read_seeds(uri: str, seed_set: SeedSet) -> Seeds:
         InputError: names every bad file and row (the first 20 of them) and the remedy.
 
     """
-    fs, _ = open_storage(uri, SETTING)
+    fs, _ = open_storage(uri, SEEDS)
     problems: list[str] = []
     parts: dict[str, tuple[Floats, pa.Table]] = {}
-    with reaching(uri, SETTING):
+    with reaching(uri, SEEDS):
         for file, content in _contents(fs, seed_set.files):
             where = f"{seed_set.name}/{file.name}"
             try:
@@ -256,9 +256,9 @@ def _settings_in(uri: str, seed_set: SeedSet, file: SeedFile) -> dict[str, Any]:
         raise InputError(
             f"{where} has {file.size:,} bytes, settings take {MAX_SETTINGS_BYTES:,} at most: shorten it"
         )
-    fs, _ = open_storage(uri, SETTING)
+    fs, _ = open_storage(uri, SEEDS)
     try:
-        with reaching(uri, SETTING):
+        with reaching(uri, SEEDS):
             ((_, content),) = _contents(fs, [file])
         return _parsed(_verified(content, file))
     except _BadSeedsError as bad:

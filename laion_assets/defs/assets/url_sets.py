@@ -28,13 +28,13 @@ from laion_assets.defs.kubernetes.placement import (
 )
 from laion_assets.defs.partitions import seed_sets
 from laion_assets.defs.resources import LaionIndex, Pictures
-from laion_assets.defs.settings import BLOCK_LIST, RetrievalConfig, Settings
+from laion_assets.defs.settings import BLOCK_LIST, BLOCK_LIST_SETTING, RetrievalConfig, Settings
 from laion_assets.defs.settings_check import SETTINGS_AS_NOW, block_list_now, settings_as_now
 from laion_assets.index.faiss_index import FURTHER
 from laion_assets.io.progress import Progress
 from laion_assets.io.tables import Provenance, Table
 from laion_assets.search.combine import check_same_origin, combine
-from laion_assets.search.filters import BLOCK_LIST_SETTING, BlockList, Filters, conditions_in
+from laion_assets.search.filters import BlockList, Filters, conditions_in
 from laion_assets.search.retrieve import PICTURES, Funnel, Request, Retrieval, retrieve
 from laion_assets.seeds.seed_sets import embeddings_of
 from laion_assets.staging import OpenIndex

@@ -21,7 +21,7 @@ from PIL import Image
 from laion_assets.defs.drawing import charts
 from laion_assets.defs.drawing.charts import Step
 from laion_assets.defs.drawing.contact_sheet import Strip, contact_sheet, encode
-from laion_assets.defs.io_manager import OUTPUT_SETTING, StoredTable
+from laion_assets.defs.io_manager import OUTPUT, StoredTable
 from laion_assets.io.arrays import Floats
 from laion_assets.io.storage import new_file
 from laion_assets.search.audit import is_web
@@ -191,7 +191,7 @@ def save_png(image: Image.Image, uri: str) -> str:
     """Write a picture beside a table and return where it is."""
     encoded = io.BytesIO()
     image.save(encoded, "PNG", optimize=True)
-    with new_file(uri, OUTPUT_SETTING) as sink:
+    with new_file(uri, OUTPUT) as sink:
         sink.write(encoded.getvalue())
     return uri
 

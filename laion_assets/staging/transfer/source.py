@@ -19,8 +19,8 @@ from laion_assets.staging.plan import SourceFile
 from laion_assets.staging.transfer.bucket import BucketReader
 from laion_assets.staging.transfer.errors import ChangedError, TransientError, not_allowed
 
-INDEX_SETTING = "LAION_INDEX_URI"
-METADATA_SETTING = "LAION_METADATA_URI"
+INDEX_SETTING = "index_uri"
+METADATA_SETTING = "metadata_uri"
 PIECE = 8 << 20  # read at a time, where a client hands over only what it has read whole
 # What changes when a file is overwritten, best first; file systems spell them in many ways.
 VERSION_KEYS = ("generation", "etag", "mtime", "last_modified", "lastmodified", "created")
