@@ -203,7 +203,8 @@ def new_file(uri: str, about: str | None = None) -> Iterator[BinaryIO]:
         if not isinstance(error, PermissionError) and error.errno not in CANNOT_WRITE:
             raise
         raise InputError(
-            f"cannot write {uri} ({error.strerror or error}): choose a folder with room that you can write to",
+            f"cannot write {uri} ({error.strerror or error}): choose a folder with room "
+            "that you can write to",
             about,
         ) from error
 
