@@ -21,10 +21,7 @@ demo: $(READY) ## Build the demo index, materialize all assets for one seed set,
 	@$(BIN)/laion-assets demo
 
 dev: $(READY) ## Start the Dagster UI on http://127.0.0.1:3000, on the same data and history; PORT= for another
-	@$(BIN)/laion-assets demo --data-only
-	@echo "Dagster's UI: http://127.0.0.1:$(PORT)"
-	@DAGSTER_HOME=$(CURDIR) PYTHONWARNINGS='ignore:Function `dev_command`' \
-		$(BIN)/dagster dev --workspace workspace.yaml --host 127.0.0.1 --port $(PORT)
+	@$(BIN)/laion-assets dev --port $(PORT)
 
 test: $(READY) ## Run the tests
 	$(BIN)/python -m pytest

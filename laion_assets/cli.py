@@ -1,7 +1,4 @@
-"""`laion-assets`: the same graph on the same Dagster instance, without a server.
-
-What must not live here: work; a command builds definitions, runs the job, and prints what it reported.
-"""
+"""`laion-assets`: the same graph on the same Dagster instance, without a server."""
 
 from __future__ import annotations
 
@@ -12,6 +9,8 @@ import sys
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from importlib import resources
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -21,26 +20,29 @@ from dotenv import load_dotenv
 from laion_assets.definitions import JOB, build_defs
 from laion_assets.defs.failures import sentence
 from laion_assets.defs.launcher import fail_abandoned_runs, process_lock
-from laion_assets.defs.partitions import seed_sets
-from laion_assets.defs.request_plan import history, in_words, plan
-from laion_assets.defs.resources import DATA, index_from, seeds_from
-from laion_assets.defs.settings import DEFAULTS, KINDS, RetrievalConfig
+from laion_assets.defs.partitions import SEED_SETS
+from laion_assets.defs.places import DATA, Places
+from laion_assets.defs.request_plan import as_yaml, plan_request, read_history
+from laion_assets.defs.resources import LaionIndex, SeedFolder
+from laion_assets.defs.settings import FIELDS, Defaults, RetrievalConfig, kind_of
 from laion_assets.demo.build import build_demo
 from laion_assets.io.errors import InputError
 
 DEMO_SET = "fruit"
+PORT = 3000
+INSTANCE_FILE = "dagster.yaml"
 METAVARS: Mapping[type, str] = {int: "N", float: "COSINE", str: "CONDITIONS"}
-ENVIRONMENT_OF_DATA = ("LAION_INDEX_URI", "LAION_METADATA_URI", "LAION_SEEDS_URI")
+DATA_VARIABLES = ("LAION_INDEX_URI", "LAION_METADATA_URI", "LAION_SEEDS_URI")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command; return the exit status."""
-    # Notes from Dagster to the authors of definitions, not to the people who run them.
+    # These warnings are for authors of definitions, not for the people who run them.
     warnings.filterwarnings("ignore", module="dagster")
     load_dotenv(Path(".env"))
     parsed = _parser().parse_args(arguments)
     try:
-        return int(parsed.command(parsed))
+        return int(parsed.command(parsed, os.environ))
     except InputError as error:
         print(f"error: {sentence(error)}", file=sys.stderr)
         return 1
@@ -49,65 +51,70 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="laion-assets",
-        description="Seed images in, a clean table of similar images from LAION out: the assets of the "
+        description="Turn seed images into a clean table of similar images from LAION: the assets of the "
         "Dagster UI, without a server.",
     )
+    parser.add_argument("--version", action="version", version=f"%(prog)s {version('laion_assets')}")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
     materialize = commands.add_parser("materialize", help="materialize all assets of one seed set")
     materialize.add_argument("seed_set", metavar="SEED_SET", help="folder under LAION_SEEDS_URI")
-    for name, kind in KINDS.items():
+    for name in FIELDS:
         materialize.add_argument(
             f"--{name.replace('_', '-')}",
-            type=kind,
-            metavar=METAVARS[kind],
+            type=kind_of(name),
+            metavar=METAVARS[kind_of(name)],
             help=RetrievalConfig.model_fields[name].description,
         )
     materialize.set_defaults(command=_materialize)
 
     planned = commands.add_parser(
-        "plan", help="print how many images to ask for, as YAML, and what that takes"
+        "plan", help="print how many images to request, as YAML, and what that takes"
     )
     planned.add_argument("--target", type=int, metavar="N", required=True, help="images wanted in all")
     which = planned.add_mutually_exclusive_group(required=True)
-    which.add_argument("--seeds", type=int, metavar="N", help="how many seeds there are")
-    which.add_argument("--seed-set", metavar="SEED_SET", help="count them, and use its past runs")
+    which.add_argument("--seeds", type=int, metavar="N", help="number of seeds")
+    which.add_argument("--seed-set", metavar="SEED_SET", help="count its seeds, and use its past runs")
     planned.set_defaults(command=_plan)
 
     demo = commands.add_parser("demo", help="build the demo's index and seeds, and materialize one set")
-    demo.add_argument("--data-only", action="store_true", help="build, and stop there")
+    demo.add_argument("--data-only", action="store_true", help="only build the index and seeds")
     demo.set_defaults(command=_demo)
+
+    dev = commands.add_parser("dev", help="start the Dagster UI on this folder's data and history")
+    dev.add_argument("--port", type=int, metavar="N", default=PORT, help=f"default {PORT}")
+    dev.set_defaults(command=_dev)
     return parser
 
 
-def _materialize(parsed: argparse.Namespace) -> int:
-    given = {name: getattr(parsed, name) for name in DEFAULTS}
-    return materialize(parsed.seed_set, given)
+def _materialize(parsed: argparse.Namespace, environment: Mapping[str, str]) -> int:
+    given = {name: getattr(parsed, name) for name in FIELDS}
+    return materialize(parsed.seed_set, given, environment)
 
 
-def _plan(parsed: argparse.Namespace) -> int:
+def _plan(parsed: argparse.Namespace, environment: Mapping[str, str]) -> int:
     for name in ("target", "seeds"):
         value = getattr(parsed, name)
         if value is not None and value < 1:
             raise InputError(f"--{name} is {value}: give 1 or more")
-    seeds, own = parsed.seeds, {}
-    if parsed.seed_set is not None:
-        folder = seeds_from(os.environ)
-        seed_set = folder.find(parsed.seed_set)
-        own = folder.settings(seed_set)
+    places, name = Places.from_environment(environment), parsed.seed_set or ""
+    seeds, own, block_list = parsed.seeds, {}, None
+    if name:
+        folder = SeedFolder(places.seeds_uri)
+        seed_set = folder.find(name)
+        own = dict(folder.settings(seed_set))
         seeds = len(folder.read(seed_set).embeddings)
-    settings = RetrievalConfig().resolve(os.environ, own, parsed.seed_set or "")
-    block_list = index_from(os.environ).block_list() if parsed.seed_set is not None else None
-    with instance() as kept:
-        known = history(kept, parsed.seed_set, settings.recorded(block_list))
-    found = plan(parsed.target, seeds, known)
-    print(*in_words(found, parsed.target, seeds), sep="\n")
+        block_list = LaionIndex.at(places).block_list_description()
+    settings = RetrievalConfig().resolve(Defaults.from_environment(environment), own, name, block_list)
+    with instance(environment) as kept:
+        known = read_history(kept, parsed.seed_set, settings.asked())
+    print(*as_yaml(plan_request(parsed.target, seeds, known), parsed.target, seeds), sep="\n")
     return 0
 
 
-def _demo(parsed: argparse.Namespace) -> int:
-    set_elsewhere = [name for name in ENVIRONMENT_OF_DATA if os.environ.get(name)]
-    if parsed.data_only and os.environ.get("LAION_INDEX_URI"):
+def _demo(parsed: argparse.Namespace, environment: Mapping[str, str]) -> int:
+    set_elsewhere = [name for name in DATA_VARIABLES if environment.get(name)]
+    if parsed.data_only and environment.get("LAION_INDEX_URI"):
         print("LAION_INDEX_URI is set: no demo is needed")
         return 0
     if set_elsewhere and not parsed.data_only:
@@ -115,31 +122,53 @@ def _demo(parsed: argparse.Namespace) -> int:
             f"{', '.join(set_elsewhere)} is set, so this would not be the demo: unset it, or use "
             "`laion-assets materialize SEED_SET`"
         )
+    _build_demo()
+    return 0 if parsed.data_only else materialize(DEMO_SET, {}, environment)
+
+
+def _build_demo() -> None:
     report = build_demo(DATA / "index", DATA / "seeds")
-    built = f"built in {report.seconds:.0f} s" if report.seconds else "already there"
+    built = f"built in {report.seconds:.0f} s" if report.seconds else "already built"
     print(
-        f"demo index: {report.rows:,} pictures in {report.index_key}, {built}; it finds "
+        f"demo index: {report.rows:,} images in {report.index_key}, {built}; it finds "
         f"{report.recall_all_lists:.0%} of the 20 true nearest"
     )
-    print(f"demo seeds: {', '.join(report.seeds)}, {sum(report.seeds.values())} pictures")
-    return 0 if parsed.data_only else materialize(DEMO_SET, {})
+    print(f"demo seeds: {', '.join(report.seeds)}, {sum(report.seeds.values())} images")
 
 
-def materialize(seed_set: str, given: Mapping[str, Any]) -> int:
+def _dev(parsed: argparse.Namespace, environment: Mapping[str, str]) -> int:
+    """Replace this process by Dagster's webserver and daemon, on the history of this folder."""
+    Places.from_environment(environment)  # a wrong setting fails here, in one sentence
+    if not environment.get("LAION_INDEX_URI"):
+        _build_demo()
+    home = _home(environment)
+    print(f"Dagster's UI: http://127.0.0.1:{parsed.port}", flush=True)
+    with resources.as_file(resources.files("laion_assets.defs") / "workspace.yaml") as workspace:
+        command = ["-m", "dagster", "dev", "--workspace", str(workspace)]
+        command += ["--host", "127.0.0.1", "--port", str(parsed.port)]
+        quiet = "ignore:Function `dev_command`"
+        os.execve(  # noqa: S606  # no shell
+            sys.executable,
+            [sys.executable, *command],
+            {**environment, "DAGSTER_HOME": str(home), "PYTHONWARNINGS": quiet},
+        )
+
+
+def materialize(seed_set: str, given: Mapping[str, Any], environment: Mapping[str, str]) -> int:
     """Materialize all assets of one seed set; print what they report; return the exit status.
 
     Raises:
         InputError: no such seed set, or a setting out of bounds.
 
     """
-    seeds = seeds_from(os.environ)
+    seeds = SeedFolder(Places.from_environment(environment).seeds_uri)
     own = seeds.settings(seeds.find(seed_set))
-    RetrievalConfig(**given).resolve(os.environ, own, seed_set)
-    job = build_defs(os.environ, {"console": console}).resolve_job_def(JOB)
-    with instance() as kept, process_lock() as tags:
+    RetrievalConfig(**given).resolve(Defaults.from_environment(environment), own, seed_set)
+    job = build_defs(environment, {"console": console}).resolve_job_def(JOB)
+    with instance(environment) as kept, process_lock() as tags:
         for run_id in fail_abandoned_runs(kept):
-            print(f"run {run_id} had been killed; it is marked as failed now")
-        kept.add_dynamic_partitions(seed_sets.name or "", [seed_set])
+            print(f"run {run_id} had been killed; it is now marked as failed")
+        kept.add_dynamic_partitions(SEED_SETS, [seed_set])
         result = job.execute_in_process(
             partition_key=seed_set,
             instance=kept,
@@ -153,41 +182,51 @@ def materialize(seed_set: str, given: Mapping[str, Any]) -> int:
             },
         )
     if not result.success:
-        for sentence in _failures(result):
-            print(f"error: {sentence}", file=sys.stderr)
+        for failure in _failures(result):
+            print(f"error: {failure}", file=sys.stderr)
         return 1
     _print_report(result)
     return 0
 
 
 @contextmanager
-def instance() -> Iterator[dg.DagsterInstance]:
-    """Open the Dagster instance that `dagster dev` uses in this folder."""
-    if os.environ.get("DAGSTER_HOME"):
-        opened = dg.DagsterInstance.get()
-    elif Path("dagster.yaml").exists():
-        opened = dg.DagsterInstance.from_config(str(Path.cwd()))
-    else:
-        home = DATA / "dagster"
-        home.mkdir(parents=True, exist_ok=True)
-        opened = dg.DagsterInstance.local_temp(str(home.absolute()))
-    with opened:
+def instance(environment: Mapping[str, str]) -> Iterator[dg.DagsterInstance]:
+    """Open the Dagster instance of this folder, the one that `laion-assets dev` uses."""
+    with dg.DagsterInstance.from_config(str(_home(environment))) as opened:
         yield opened
+
+
+def _home(environment: Mapping[str, str]) -> Path:
+    """Return the folder of Dagster's configuration, which is made where there is none.
+
+    It is DAGSTER_HOME, else the working directory where that has a dagster.yaml, as a checkout has, else
+    the folder of the history.
+    """
+    if environment.get("DAGSTER_HOME"):
+        return Path(environment["DAGSTER_HOME"]).expanduser()
+    if Path(INSTANCE_FILE).exists():
+        return Path.cwd()
+    home = (DATA / "dagster").absolute()
+    home.mkdir(parents=True, exist_ok=True)
+    if not (home / INSTANCE_FILE).exists():
+        packaged = resources.files("laion_assets.defs") / "instance.yaml"
+        (home / INSTANCE_FILE).write_text(packaged.read_text())
+    return home
 
 
 @dg.logger
 def console(_: dg.InitLoggerContext) -> logging.Logger:
-    """One short line for each step of the story; Dagster's own events stay in its history."""
+    """Print a short line for each message of an asset; Dagster's own events stay in its history."""
     logger = logging.Logger("laion_assets", logging.INFO)
     handler = logging.StreamHandler(sys.stdout)
     handler.setFormatter(_ShortLine())
-    handler.addFilter(_is_told_by_an_asset)
+    handler.addFilter(_is_from_an_asset)
     logger.addHandler(handler)
     return logger
 
 
-def _is_told_by_an_asset(record: logging.LogRecord) -> bool:
-    """Leave out what Dagster says of its steps: what failed, and why, stands at the end."""
+def _is_from_an_asset(record: logging.LogRecord) -> bool:
+    """Leave out Dagster's events: failures are printed at the end."""
     is_event = getattr(record, "dagster_meta", {}).get("dagster_event") is not None
     return not is_event and record.levelno < logging.ERROR
 
@@ -226,7 +265,7 @@ def _print_report(result: dg.ExecuteInProcessResult) -> None:
 
 
 def _from_here(place: object) -> str:
-    """Return a path below this folder as people would type it, any other place as it is."""
+    """Shorten a path below this folder; return any other location as it is."""
     path, here = Path(str(place)), Path.cwd()
     return str(path.relative_to(here)) if path.is_relative_to(here) else str(place)
 

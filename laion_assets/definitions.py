@@ -1,4 +1,4 @@
-"""The code location: everything Dagster knows of this platform, and nothing else.
+"""The code location: everything Dagster knows of this platform.
 
 Dagster's concept: https://docs.dagster.io/guides/build/projects
 """
@@ -8,77 +8,69 @@ from collections.abc import Mapping
 
 import dagster as dg
 
-from laion_assets.defs import resources
-from laion_assets.defs.assets import seed_embeddings as seeds
-from laion_assets.defs.assets import staged_laion_index as index
-from laion_assets.defs.assets import url_sets as urls
-from laion_assets.defs.io_manager import tables_in
-from laion_assets.defs.kubernetes import placement as kubernetes
+from laion_assets.defs.assets import build_assets
+from laion_assets.defs.kubernetes.placement import NvmeNode, Placement, is_cluster
 from laion_assets.defs.launcher import end_with_parent
-from laion_assets.defs.sensors import (
-    build_laion_index_sensor,
-    build_seed_sets_sensor,
-    build_settings_sensor,
-)
-from laion_assets.defs.settings import RetrievalConfig
+from laion_assets.defs.places import Places
+from laion_assets.defs.resources import resources_from, storage_kind
+from laion_assets.defs.sensors import build_laion_index_sensor, build_seed_sets_sensor
+from laion_assets.defs.sources import SOURCES, laion_index_source, seed_folder
 
 JOB = "seed_set_job"
-OWNER = "team:image_data"  # whom the UI names for every asset
-
-ASSETS = (
-    index.staged_laion_index,
-    seeds.seed_embeddings,
-    seeds.centroid_vector,
-    urls.knn_urls,
-    urls.centroid_urls,
-    urls.combined_urls,
-)
+OWNER = "team:image_data"  # the owner of every asset in the UI
 
 
 def build_defs(
     environment: Mapping[str, str] = os.environ,
     loggers: Mapping[str, dg.LoggerDefinition] | None = None,
 ) -> dg.Definitions:
-    """Assemble the code location for an environment; tests and the command line bring their own."""
-    resources.refuse_misspelt(environment)
+    """Assemble the code location for an environment; tests and the command line bring their own.
+
+    Raises:
+        InputError: a variable that cannot be used, or that is misspelt.
+
+    """
+    places = Places.from_environment(environment)
+    assets = build_assets(Placement.from_environment(environment))
     job = dg.define_asset_job(
         JOB,
-        selection=dg.AssetSelection.assets(*ASSETS),
-        description="Everything for one seed set, from the seeds to combined_urls; "
-        "the staged index is checked, and mended if need be.",
+        selection=dg.AssetSelection.assets(*assets),
+        description="Everything for one seed set, from the seeds to combined_urls; the staged index is "
+        "verified, and restaged if need be.",
     )
-    places = {
-        index.laion_index_source.key: resources.index_from(environment).index_uri,
-        seeds.seed_folder.key: resources.seeds_from(environment).uri,
-    }
+    uris = {laion_index_source.key: places.index_uri, seed_folder.key: places.seeds_uri}
 
     def as_shown(spec: dg.AssetSpec) -> dg.AssetSpec:
         owned = spec.merge_attributes(owners=[OWNER])
-        if spec.key not in places:
+        if spec.key not in uris:
             return owned
-        uri = places[spec.key]
-        return owned.merge_attributes(kinds={resources.storage_kind(uri)}, metadata={"dagster/uri": uri})
+        uri = uris[spec.key]
+        return owned.merge_attributes(kinds={storage_kind(uri)}, metadata={"dagster/uri": uri})
 
     return dg.Definitions(
-        assets=dg.map_asset_specs(as_shown, [index.laion_index_source, seeds.seed_folder, *ASSETS]),
+        assets=dg.map_asset_specs(as_shown, [*SOURCES, *assets]),
         jobs=[job],
-        sensors=[build_seed_sets_sensor(job), build_laion_index_sensor(), build_settings_sensor()],
-        resources={
-            "laion_index": resources.as_resource(resources.index_from(environment)),
-            "seeds": resources.as_resource(resources.seeds_from(environment)),
-            "pictures": resources.as_resource(resources.pictures_from(environment)),
-            "retrieval_config": RetrievalConfig(),
-            "io_manager": tables_in(resources.output_from(environment)),
-        },
-        executor=kubernetes.executor(environment),
+        sensors=[build_seed_sets_sensor(job), build_laion_index_sensor()],
+        resources=resources_from(environment),
+        executor=_executor(environment),
         loggers=loggers,
     )
 
 
+def _executor(environment: Mapping[str, str]) -> dg.ExecutorDefinition | None:
+    """Return the executor: a pod per step inside a cluster, Dagster's default elsewhere."""
+    if not is_cluster(environment):
+        return None
+    # Imported here: it takes as long to load as all of Dagster, and each step is a process of its own.
+    from laion_assets.defs.kubernetes.step_pods import step_pods
+
+    return step_pods(NvmeNode.from_environment(environment))
+
+
 @dg.definitions
 def defs() -> dg.Definitions:
-    """What Dagster loads: the code location for this environment."""
+    """Load the code location for the environment of this process."""
     return build_defs()
 
 
-end_with_parent()  # here, because each process of a run loads this module, and no other code of ours
+end_with_parent()  # every process of a run loads this module, and no other code of ours

@@ -1,9 +1,9 @@
-"""What must be true of what was made, as asset checks: what each means, how bad it is, and the remedy.
+"""What must be true of the assets, as asset checks: what each means, how bad a failure is, the remedy.
 
-They run inside the step that made the asset, on what was written: a check of its own would be another
-pod, and what needs the index would need it twice. Few block what depends on them: those after which going
-on would cost the user hours, or give a wrong table without a word. What must not live here: measuring
-(retrieval.audit), repairs.
+Checks share the asset's step: a separate op would start another pod and reopen the index. Three block
+what depends on them: after those, going on would cost hours or give a wrong table. `search.audit`
+measures.
+
 Dagster's concept: https://docs.dagster.io/guides/test/asset-checks
 """
 
@@ -18,20 +18,20 @@ import dagster as dg
 import numpy as np
 import pyarrow as pa
 
-from laion_assets.defs.history import MADE_WITH, YIELD, materializations
-from laion_assets.defs.io_manager import StoredTable
+from laion_assets.defs.history import PROVENANCE, YIELD, materializations
 from laion_assets.defs.partitions import seed_sets
-from laion_assets.defs.settings import BLOCK_LIST, DEFAULTS
+from laion_assets.defs.settings import ResolvedSettings
 from laion_assets.index.faiss_index import Decoder
 from laion_assets.index.vectors import decoded
-from laion_assets.io.tables import code_bytes, decoder_bytes
+from laion_assets.io.tables import StoredTable, code_bytes
 from laion_assets.search import audit
+from laion_assets.search.combine import DECODER
 from laion_assets.staging import OpenIndex
 
 WARN, ERROR = dg.AssetCheckSeverity.WARN, dg.AssetCheckSeverity.ERROR
 COHERENT = 0.5  # mean cosine between seeds and centroid, an angle of 60 degrees; not calibrated on CLIP
 ROWS_COMPARED = 1 << 16  # first rows of a table in which near-duplicates are looked for
-YIELD_MAY_DIFFER = 0.1  # of what it was
+YIELD_TOLERANCE = 0.1  # of the past yield
 ONLY_A_PART = "only a part of the index is on the disk"
 SEARCHES = ("knn_urls", "centroid_urls")
 
@@ -91,8 +91,8 @@ _URL_SETS = [
         ),
         _spec(
             asset,
-            "yield_as_before",
-            f"What is kept of what was requested is within {YIELD_MAY_DIFFER:.0%} of what past runs of "
+            "yield_stable",
+            f"What is kept of what was requested is within {YIELD_TOLERANCE:.0%} of what past runs of "
             "the seed set with the same settings kept. A warning. Remedy: look at the funnel for the "
             "loss that grew; new seeds, a new index or another block list explain it, anything else does "
             "not.",
@@ -145,7 +145,7 @@ _ALL = [
     ),
     _spec(
         "combined_urls",
-        "urls_are_on_the_web",
+        "urls_well_formed",
         "Every URL is http or https, names a host and has no spaces. A warning: img2dataset counts "
         "others as lost. Remedy: name the right column with LAION_METADATA_COLUMNS; nothing, if some "
         "of the metadata is like that.",
@@ -270,7 +270,7 @@ def of_search(table: StoredTable, threshold: float) -> Results:
     first = table.top(ROWS_COMPARED, [n for n in ("code", "seed") if n in there])
     codes = code_bytes(first["code"])
     groups = first["seed"].to_numpy() if "seed" in there else np.zeros(len(first), np.int64)
-    decoder = Decoder.from_bytes(decoder_bytes(table.footer, table.where))
+    decoder = Decoder.from_bytes(table.attachment(DECODER))
     yield _near_duplicates(codes, groups, decoder, threshold)
 
 
@@ -287,7 +287,7 @@ def of_combined(table: StoredTable, knn: StoredTable, centroid: StoredTable, thr
     )
     wrong = images.not_web
     yield _result(
-        "urls_are_on_the_web",
+        "urls_well_formed",
         not wrong,
         WARN,
         f"{wrong:,} of {len(table):,} URLs cannot be fetched",
@@ -298,7 +298,7 @@ def of_combined(table: StoredTable, knn: StoredTable, centroid: StoredTable, thr
     schema = pa.schema([knn.schema.field(name) for name in ("id", "code")])
     wanted = np.unique(images.ids[:ROWS_COMPARED])
     codes = audit.codes_of(batches, schema, wanted)
-    one, other = (Decoder.from_bytes(decoder_bytes(t.footer, t.where)) for t in (knn, centroid))
+    one, other = (Decoder.from_bytes(each.attachment(DECODER)) for each in (knn, centroid))
     yield _near_duplicates(codes, np.zeros(len(codes)), one.merged(other), threshold)
 
 
@@ -319,19 +319,20 @@ def _near_duplicates(codes: Any, groups: Any, decoder: Decoder, threshold: float
     )
 
 
-def yield_as_before(context: dg.AssetExecutionContext, report: Mapping[str, Any]) -> dg.AssetCheckResult:
-    """Compare the yield with that of past runs of the seed set for which the same was asked."""
-    asset, asked, now = context.asset_key.to_user_string(), _asked(report), float(report[YIELD])
+def yield_stable(context: dg.AssetExecutionContext, report: Mapping[str, Any]) -> dg.AssetCheckResult:
+    """Compare the yield with that of the set's past runs for which the same was asked."""
+    asset, now = context.asset_key.to_user_string(), float(report[YIELD])
+    asked = ResolvedSettings.from_json(report[PROVENANCE]["settings"]).asked()
     before = [
         float(past.figures[YIELD])
         for past in materializations(context.instance, asset, context.partition_key)
-        if past.run != context.run.run_id and MADE_WITH in past.figures and _asked(past.figures) == asked
+        if past.run != context.run.run_id and past.asked == asked
     ]
     if not before:
-        return _result("yield_as_before", True, WARN, f"{now:.1%}; the first run with these settings")
-    low, high = min(before) * (1 - YIELD_MAY_DIFFER), max(before) * (1 + YIELD_MAY_DIFFER)
+        return _result("yield_stable", True, WARN, f"{now:.1%}; the first run with these settings")
+    low, high = min(before) * (1 - YIELD_TOLERANCE), max(before) * (1 + YIELD_TOLERANCE)
     return _result(
-        "yield_as_before",
+        "yield_stable",
         low <= now <= high,
         WARN,
         f"{now:.1%}; {min(before):.1%} to {max(before):.1%} in {len(before)} past runs with these "
@@ -340,17 +341,15 @@ def yield_as_before(context: dg.AssetExecutionContext, report: Mapping[str, Any]
     )
 
 
-def _asked(figures: Mapping[str, Any]) -> dict[str, Any]:
-    """The settings that were asked for, wherever from: what follows from them is not compared."""
-    return {name: figures[MADE_WITH].get(name) for name in (*DEFAULTS, BLOCK_LIST)}
-
-
-def telling(context: dg.AssetExecutionContext, results: Iterable[dg.AssetCheckResult]) -> Results:
-    """Pass results on; what has not passed is told in the log as well, which is all a terminal shows."""
-    for result in results:
+def logged(
+    context: dg.AssetExecutionContext, results: Iterable[dg.AssetCheckResult]
+) -> list[dg.AssetCheckResult]:
+    """Return the results; failed ones are logged as well, which is all a terminal shows."""
+    found = list(results)
+    for result in found:
         if not result.passed:
-            context.log.warning(f"check {result.check_name} has not passed: {result.description}")
-        yield result
+            context.log.warning(f"check {result.check_name} failed: {result.description}")
+    return found
 
 
 def _result(

@@ -1,6 +1,5 @@
-"""What past runs of a seed set have measured, as Dagster's history has it.
+"""What past runs of a seed set measured, read from Dagster's history.
 
-What must not live here: what is made of it; what tables say of themselves.
 Dagster's concept: https://docs.dagster.io/guides/build/assets/metadata-and-tags
 """
 
@@ -12,14 +11,13 @@ from typing import Any
 
 import dagster as dg
 
-from laion_assets.defs.settings import BLOCK_LIST
+from laion_assets.defs.settings import BLOCK_LIST, ResolvedSettings
 from laion_assets.search.sizing import USUAL, Yield
 
-LOOKED_AT = 20  # materializations, the latest first
+MATERIALIZATIONS_READ = 20  # the latest first
 YIELD = "yield"
-MADE_WITH = "made with"  # the settings that were asked for: what follows from them is no difference
-OWN_SETTINGS = "settings of its own"
-THAT_CHANGE_THE_YIELD = ("dedup_threshold", "filters", BLOCK_LIST)
+PROVENANCE = "provenance"
+DECIDE_THE_YIELD = ("dedup_threshold", "filters", BLOCK_LIST)
 
 
 @dataclass(frozen=True)
@@ -28,40 +26,44 @@ class Materialized:
 
     Attributes:
         run: id of the run that made it.
-        storage_id: of the event, by which Dagster tells it from others.
-        timestamp: of the event, seconds since 1970.
         figures: its metadata, as plain values.
 
     """
 
     run: str
-    storage_id: int
-    timestamp: float
     figures: Mapping[str, Any]
+
+    @property
+    def asked(self) -> Mapping[str, Any] | None:
+        """The settings that were asked for; None where another release recorded none."""
+        try:
+            return ResolvedSettings.from_json(self.figures[PROVENANCE]["settings"]).asked()
+        except (KeyError, TypeError, ValueError):
+            return None
 
 
 def materializations(
     instance: dg.DagsterInstance, asset: str, seed_set: str | None = None, before: float | None = None
 ) -> Iterator[Materialized]:
-    """Yield what was reported of the last materializations, the latest first.
+    """Yield the last materializations of an asset, the latest first.
 
     Args:
-        instance: whose history to look into.
+        instance: whose history to read.
         asset: name.
-        seed_set: partition; None for an asset that has none.
-        before: seconds since 1970; what came later does not count.
+        seed_set: partition; None for an asset without partitions.
+        before: seconds since 1970; later ones are left out.
 
     """
-    asked = dg.AssetRecordsFilter(dg.AssetKey(asset), seed_set and [seed_set], before_timestamp=before)
+    wanted = dg.AssetRecordsFilter(dg.AssetKey(asset), seed_set and [seed_set], before_timestamp=before)
     cursor = None
-    for _ in range(LOOKED_AT):
-        # One by one, as most callers need no other, and each may hold a picture.
-        page = instance.fetch_materializations(asked, limit=1, cursor=cursor)
+    for _ in range(MATERIALIZATIONS_READ):
+        # One at a time: most callers need no other, and each may hold an image.
+        page = instance.fetch_materializations(wanted, limit=1, cursor=cursor)
         for record in page.records:
             made = record.asset_materialization
             if made is not None:
                 figures = {name: value.value for name, value in made.metadata.items()}
-                yield Materialized(record.run_id, record.storage_id, record.timestamp, figures)
+                yield Materialized(record.run_id, figures)
         if not page.has_more:
             return
         cursor = page.cursor
@@ -70,28 +72,27 @@ def materializations(
 def measured_yield(
     instance: dg.DagsterInstance, seed_set: str, asked: Mapping[str, Any], before: float | None = None
 ) -> Yield:
-    """Return the combined yield of the last run of a set with settings that give the same one.
+    """Return the combined yield of a set's last run with the same threshold, filters and block list.
 
-    A run that kept nothing, or that had another threshold, other filters or another block list, tells
-    nothing; without any other the yield is the one that is usual.
+    Runs that kept nothing are passed over; without any other the usual yield is returned.
 
     Args:
-        instance: whose history to look into.
+        instance: whose history to read.
         seed_set: partition.
-        asked: settings and block list, as `Settings.recorded` has them.
-        before: seconds since 1970; what came later does not count.
+        asked: what is asked for now, see `ResolvedSettings.asked`.
+        before: seconds since 1970; later runs are left out.
 
     """
-    wanted = {name: asked[name] for name in THAT_CHANGE_THE_YIELD}
+    wanted = {name: asked[name] for name in DECIDE_THE_YIELD}
     for past in materializations(instance, "combined_urls", seed_set, before):
-        made_with = past.figures.get(MADE_WITH, {})
-        if past.figures.get(YIELD) and {name: made_with.get(name) for name in wanted} == wanted:
+        then = past.asked
+        if then and past.figures.get(YIELD) and {name: then.get(name) for name in wanted} == wanted:
             return Yield(past.figures[YIELD], f"measured by run {past.run[:8]}")
     return USUAL
 
 
 def yield_for(context: dg.AssetExecutionContext, seed_set: str, asked: Mapping[str, Any]) -> Yield:
-    """Return the yield that a run counts on: the same in all its steps, whatever ends meanwhile."""
+    """Return the yield a run counts on: the same in all its steps, whatever ends meanwhile."""
     record = context.instance.get_run_record_by_id(context.run.run_id)
     began = record.create_timestamp.timestamp() if record else None
     return measured_yield(context.instance, seed_set, asked, began)

@@ -1,8 +1,8 @@
-"""Runs on one machine: launched as Dagster does by default, noticed when killed, and then gone entirely.
+"""A run launcher for one machine that detects killed runs and ends all their steps.
 
-Dagster's default launcher cannot tell a killed run from a busy one; such a run would stay "started" and
-keep its place in the pools, and its steps would work on. What must not live here: anything a cluster
-needs.
+Dagster's default launcher cannot tell a killed run from a busy one: such a run would stay "started" and
+keep its place in the pools, and its steps would go on.
+
 Dagster's concept: https://docs.dagster.io/deployment/execution/run-monitoring
 """
 
@@ -19,31 +19,36 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import dagster as dg
-from dagster._core.errors import DagsterUserCodeUnreachableError
-from dagster._core.launcher.base import CheckRunHealthResult, WorkerStatus
-from dagster._core.launcher.default_run_launcher import DefaultRunLauncher
-from dagster._core.storage.tags import GRPC_INFO_TAG, HIDDEN_TAG_PREFIX
-from dagster._grpc.client import DagsterGrpcClient
 
-from laion_assets.defs.resources import DATA
+from laion_assets.defs.dagster_internals import (
+    GRPC_INFO_TAG,
+    HIDDEN_TAG_PREFIX,
+    CheckRunHealthResult,
+    DagsterGrpcClient,
+    DagsterUserCodeUnreachableError,
+    DefaultRunLauncher,
+    WorkerStatus,
+)
+from laion_assets.defs.places import DATA
 
-LOCK_TAG = f"{HIDDEN_TAG_PREFIX}laion_assets_process"  # of no interest to those who look at runs
+LOCK_TAG = f"{HIDDEN_TAG_PREFIX}laion_assets_process"  # hidden in the list of runs
+GONE = "the process of this run has ended"
 LOCKS = DATA / "dagster" / "processes"
 
 
 class LocalRunLauncher(DefaultRunLauncher):
-    """Dagster's default launcher, with an answer to "is this run still being worked on?"."""
+    """A DefaultRunLauncher that detects killed workers."""
 
     @property
     def supports_check_run_worker_health(self) -> bool:
-        """Tell Dagster's run monitoring that it may ask."""
+        """Tell run monitoring that it may ask."""
         return True
 
     def check_run_worker_health(self, run: dg.DagsterRun) -> CheckRunHealthResult:
-        """Find out whether the process of a run lives."""
+        """Check whether the process of a run is alive."""
         if is_worked_on(run.tags):
             return CheckRunHealthResult(WorkerStatus.RUNNING)
-        return CheckRunHealthResult(WorkerStatus.FAILED, "the process of this run is gone")
+        return CheckRunHealthResult(WorkerStatus.FAILED, GONE)
 
 
 def is_worked_on(tags: Mapping[str, str]) -> bool:
@@ -71,7 +76,7 @@ def process_lock() -> Iterator[dict[str, str]]:
     The system frees the lock however the process ends.
     """
     LOCKS.mkdir(parents=True, exist_ok=True)
-    path = LOCKS.absolute() / uuid.uuid4().hex[:12]  # for a daemon that runs in another folder
+    path = LOCKS.absolute() / uuid.uuid4().hex[:12]  # absolute, for a daemon in another folder
     try:
         with path.open("w") as file:
             fcntl.flock(file, fcntl.LOCK_EX)
@@ -81,11 +86,11 @@ def process_lock() -> Iterator[dict[str, str]]:
 
 
 def end_with_parent() -> None:
-    """Let this process end when the one that started it has ended, however that came about.
+    """End this process when the process that started it has ended, for whatever reason.
 
-    Dagster starts a process for each run, and that one for each step. Of these alone Python knows the
-    parent; nothing happens in any other process. Without this the steps of a killed run work on, into the
-    tables and the cache that by then belong to the next run.
+    Dagster starts a process for each run, which starts one for each step; only there does Python know a
+    parent process, and only there does this do anything. Without it the steps of a killed run would go on
+    writing to tables and a cache that by then belong to the next run.
     """
     parent = multiprocessing.parent_process()
     if parent is None:
@@ -93,20 +98,20 @@ def end_with_parent() -> None:
 
     def watch() -> None:
         parent.join()
-        os._exit(1)  # at once, whatever the other threads are in the middle of: as if killed itself
+        os._exit(1)  # at once, whatever other threads are doing, as if killed itself
 
     threading.Thread(target=watch, name="end with parent", daemon=True).start()
 
 
 def fail_abandoned_runs(instance: dg.DagsterInstance) -> list[str]:
-    """Fail the runs whose process is gone and free their places; return their ids.
+    """Fail the runs whose process has ended and free their pool slots; return their ids.
 
-    What Dagster's daemon does all the time, for a machine where none is running.
+    Dagster's daemon does this all the time; this is for a machine where none is running.
     """
     started = dg.RunsFilter(statuses=[dg.DagsterRunStatus.STARTING, dg.DagsterRunStatus.STARTED])
     gone = [run for run in instance.get_runs(started) if not is_worked_on(run.tags)]
     for run in gone:
-        instance.report_run_failed(run, "the process of this run is gone")
+        instance.report_run_failed(run, GONE)
         instance.event_log_storage.free_concurrency_slots_for_run(run.run_id)
     return [run.run_id for run in gone]
 

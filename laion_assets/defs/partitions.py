@@ -1,20 +1,21 @@
 """The one partition dimension: a seed set is a data set with a history of its own.
 
-What must not live here: how seed sets are found.
+Dagster's concept: https://docs.dagster.io/guides/build/partitions-and-backfills
 """
 
 import dagster as dg
 
 from laion_assets.io.errors import InputError
 
-seed_sets = dg.DynamicPartitionsDefinition(name="seed_sets")
+SEED_SETS = "seed_sets"
+seed_sets = dg.DynamicPartitionsDefinition(name=SEED_SETS)
 
 
 def require_seed_set(context: dg.AssetExecutionContext) -> None:
     """Refuse a run that makes tables of a seed set and was launched for none.
 
-    To be asked in the steps that begin a run: Dagster lets such a run start, and fails, without a remedy,
-    in the first step whose input has a history.
+    Called by the steps that begin a run: Dagster starts such a run, and fails without a remedy in the
+    first step whose input has a history.
 
     Raises:
         InputError: says what to choose.
@@ -23,4 +24,4 @@ def require_seed_set(context: dg.AssetExecutionContext) -> None:
     layer = context.job_def.asset_layer
     of_seed_sets = any(layer.get(key).partitions_def for key in layer.selected_asset_keys)
     if of_seed_sets and not context.has_partition_key:
-        raise InputError("no seed set was chosen: launch the run for a partition, each is a seed set")
+        raise InputError("no seed set was chosen: launch the run for a partition; each is a seed set")

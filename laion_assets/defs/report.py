@@ -1,79 +1,87 @@
-"""What a materialization of a URL set tells the UI, the most important first.
-
-Numbers keep their names: Dagster plots them over time. What must not live here: how anything is drawn or
-measured, and logging.
-"""
+"""The metadata of a materialization, most important first. Dagster plots the numbers over time."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping
 from dataclasses import asdict
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import dagster as dg
+import pyarrow as pa
 
-from laion_assets.defs.drawing.presentation import (
+from laion_assets.defs.drawing.funnel import chart, funnel_table, steps, summed
+from laion_assets.defs.drawing.markup import links, plain, table
+from laion_assets.defs.drawing.thumbnails import (
     as_markdown,
-    chart,
     draw,
-    funnel_table,
-    links,
-    pairs_strip,
-    plain,
     save_png,
-    settings_table,
-    steps,
     strip,
-    summed,
+    strip_of_combined,
+    strip_of_removed,
 )
-from laion_assets.defs.history import MADE_WITH, OWN_SETTINGS, YIELD
-from laion_assets.defs.io_manager import StoredTable
+from laion_assets.defs.history import PROVENANCE, YIELD
+from laion_assets.defs.provenance import Provenance
 from laion_assets.io.arrays import Floats
-from laion_assets.io.tables import Provenance
+from laion_assets.io.tables import DESCRIPTIONS, SUFFIX, StoredTable
 from laion_assets.search.combine import CombinedFunnel
-from laion_assets.search.retrieve import Retrieval
+from laion_assets.search.retrieve import Found, Funnel
 from laion_assets.search.sizing import share_kept
+
+if TYPE_CHECKING:
+    Materialized: TypeAlias = dg.MaterializeResult[None]
+else:  # with checks, Dagster takes only the bare class as the annotation of an asset
+    Materialized = dg.MaterializeResult
 
 AROUND_SEEDS = "around each seed"
 AROUND_CENTROID = "around the centroid"
+PREVIEW_ROWS = 10
+PREVIEW_TEXT = 120  # characters; the event log holds every preview for ever
+
+
+def of_seeds(stored: StoredTable, provenance: Provenance, seconds: float) -> dict[str, Any]:
+    """Report the seeds of a set."""
+    sheet = draw([strip(stored, provenance.seed_set, f"{len(stored):,} seeds")])
+    return {
+        **({"contact sheet": as_markdown(sheet)} if sheet else {}),
+        "seeds": len(stored),
+        "dimension": stored.schema.field("embedding").type.list_size,
+        **of_table(stored, seconds),
+        PROVENANCE: provenance.to_json(),
+    }
 
 
 def of_search(
     stored: StoredTable,
-    found: Retrieval,
+    found: Found,
     provenance: Provenance,
     title: str,
+    seconds: float,
     *,
     remote_pictures: bool,
 ) -> dict[str, Any]:
     """Report what a search found; `title` says around what."""
     counts = asdict(found.funnel)
-    sheet = draw([strip(stored, title, found.funnel.sentence()), pairs_strip(found.removed)])
+    sheet = draw([strip(stored, title, found.funnel.sentence()), strip_of_removed(found.removed)])
     rows = "rows" if title == AROUND_SEEDS else "images"  # an image found for two seeds has two rows
     return {
         "about": dg.MetadataValue.md(
             f"**{found.funnel.kept:,} {rows}** {title} of {plain(provenance.seed_set)}\n\n"
             f"{found.funnel.requested:,} requested, yield {found.funnel.yielded:.0%}\n\n"
-            f"{_origin(provenance)}"
+            f"{_made_from(provenance)}"
         ),
         "funnel": funnel_table({"found": counts}),
         "contact sheet": as_markdown(sheet)
         if sheet
         else links(stored, found.removed, remote_pictures=remote_pictures),
         "charts": chart(steps(counts), {title: similarities(stored)}),
-        "settings": settings_table(provenance.settings),
+        "settings": table(provenance.settings.rows()),
         **_labelled(counts),
         YIELD: found.funnel.yielded,
         "recall of nprobe": _recall(found),
-        **_made_from(provenance),
+        **of_table(stored, seconds),
+        PROVENANCE: provenance.to_json(),
     }
-
-
-def _recall(found: Retrieval) -> float | str:
-    if math.isnan(found.recall):
-        return "not measured: sparse staging reads no lists but those that are probed"
-    return round(found.recall, 4)
 
 
 def of_combined(
@@ -82,21 +90,23 @@ def of_combined(
     provenance: Provenance,
     sources: Mapping[str, StoredTable],
     seeds: StoredTable,
+    seconds: float,
     *,
     remote_pictures: bool,
 ) -> dict[str, Any]:
     """Report the combined table; `sources` are the URL sets it was made of, by what they are."""
-    made = {title: Provenance.from_footer(t.footer, t.where) for title, t in sources.items()}
-    searches = {title: each.counts for title, each in made.items()}
-    total = summed(searches.values())
-    united = asdict(funnel)
+    searches = {title: Provenance.of(source).counts for title, source in sources.items()}
+    total, united = summed(searches.values()), asdict(funnel)
     yielded = share_kept(funnel.kept, total["requested"])
-    target = provenance.settings.get("target_images")
+    target = provenance.settings.values.target_images
     sheet = draw(
         [
             strip(seeds, provenance.seed_set, f"{len(seeds):,} seeds"),
-            *(strip(sources[title], title, each.found) for title, each in made.items()),
-            strip(stored, "combined", f"{funnel.kept:,} images"),
+            *(
+                strip(source, title, Funnel(**searches[title]).sentence())
+                for title, source in sources.items()
+            ),
+            strip_of_combined(stored, [*sources.values()], "combined", f"{funnel.kept:,} images"),
         ]
     )
     return {
@@ -104,51 +114,96 @@ def of_combined(
             f"**{funnel.kept:,} images** like the {len(seeds):,} seeds of {plain(provenance.seed_set)}, "
             f"a row each{_of_target(funnel.kept, target)}\n\n"
             f"{total['requested']:,} requested, yield {yielded:.0%}\n\n"
-            f"{_origin(provenance)}"
+            f"{_made_from(provenance)}"
         ),
         "funnel": funnel_table(
             {"per seed": searches[AROUND_SEEDS], "centroid": searches[AROUND_CENTROID]}, united
         ),
         "contact sheet": as_markdown(sheet) if sheet else links(stored, remote_pictures=remote_pictures),
         "charts": chart(steps(total, united), {title: similarities(t) for title, t in sources.items()}),
-        "settings": settings_table(provenance.settings),
+        "settings": table(provenance.settings.rows()),
         "requested": total["requested"],
         "received": total["received"],
         **_labelled(united),
         YIELD: yielded,
         **({"target images": target, "target reached": round(funnel.kept / target, 4)} if target else {}),
-        **_made_from(provenance),
         **({"picture": dg.MetadataValue.path(_saved(stored, sheet))} if sheet else {}),
-        OWN_SETTINGS: provenance.own_settings,
+        **of_table(stored, seconds),
+        PROVENANCE: provenance.to_json(),
     }
 
 
-def similarities(table: StoredTable) -> Floats:
+def of_table(stored: StoredTable, seconds: float) -> dict[str, Any]:
+    """Report a table's file: time to make it, size, rows, location, columns, first rows."""
+    return {
+        "seconds": seconds,
+        "bytes": stored.size,
+        "dagster/partition_row_count": len(stored),
+        "dagster/uri": stored.where,
+        "dagster/column_schema": _column_schema(stored.schema),
+        "first rows": _preview(stored),
+    }
+
+
+def similarities(stored: StoredTable) -> Floats:
     """Return the similarity of every row."""
-    found: Floats = table.read(["similarity"])["similarity"].to_numpy()
+    found: Floats = stored.read(["similarity"])["similarity"].to_numpy()
     return found
 
 
+def _recall(found: Found) -> float | str:
+    if math.isnan(found.recall):
+        return "not measured: sparse staging reads no lists but those that are probed"
+    return round(found.recall, 4)
+
+
 def _saved(stored: StoredTable, sheet: Any) -> str:
-    return save_png(sheet, stored.where.removesuffix(".parquet") + ".png")
+    return save_png(sheet, stored.where.removesuffix(SUFFIX) + ".png")
 
 
 def _labelled(counts: Mapping[str, int]) -> dict[str, int]:
-    """The counts, named as all other metadata in the UI."""
+    """Return the counts, named as all other metadata in the UI."""
     return {name.replace("_", " "): count for name, count in counts.items()}
 
 
 def _of_target(kept: int, target: int | None) -> str:
-    return f": {kept / target:.0%} of the {target:,} that were wanted" if target else ""
+    return f": {kept / target:.0%} of the target of {target:,}" if target else ""
 
 
-def _origin(provenance: Provenance) -> str:
+def _made_from(provenance: Provenance) -> str:
     return f"made from seeds {plain(provenance.seeds)} and index {plain(provenance.index or '')}"
 
 
-def _made_from(provenance: Provenance) -> dict[str, Any]:
-    return {
-        "index fingerprint": provenance.index,
-        "seeds fingerprint": provenance.seeds,
-        MADE_WITH: provenance.asked,
-    }
+def _column_schema(schema: pa.Schema) -> dg.TableSchema:
+    return dg.TableSchema(
+        columns=[
+            dg.TableColumn(field.name, str(field.type), description=DESCRIPTIONS.get(field.name))
+            for field in schema
+        ]
+    )
+
+
+def _preview(stored: StoredTable) -> dg.TableMetadataValue:
+    """Show the first rows: numbers as they are, texts cut short, bytes and vectors left out."""
+    shown = [field.name for field in stored.schema if not _is_opaque(field.type)]
+    rows = stored.top(PREVIEW_ROWS, shown).slice(0, PREVIEW_ROWS).to_pylist()
+    columns = [column for column in _column_schema(stored.schema).columns if column.name in shown]
+    records = [dg.TableRecord({name: _cell(row[name]) for name in shown}) for row in rows]
+    return dg.MetadataValue.table(records=records, schema=dg.TableSchema(columns=columns))
+
+
+def _is_opaque(kind: pa.DataType) -> bool:
+    types = pa.types
+    return bool(
+        types.is_binary(kind) or types.is_fixed_size_binary(kind) or types.is_fixed_size_list(kind)
+    )
+
+
+def _cell(value: Any) -> str | int | float | bool | None:
+    if isinstance(value, list):
+        return ", ".join(map(str, value))
+    if isinstance(value, str) and len(value) > PREVIEW_TEXT:
+        return value[: PREVIEW_TEXT - 1] + "…"
+    if value is None or isinstance(value, str | int | float | bool):
+        return value
+    return str(value)

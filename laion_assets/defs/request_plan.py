@@ -1,8 +1,4 @@
-"""What it takes to keep a number of images: how many to ask for, how long, how much disk.
-
-Times and sizes are those of the last run of the seed set, scaled; before there is one, times come from
-the benchmark and sizes are not known. What must not live here: the sum itself (retrieval.sizing).
-"""
+"""What a target takes: how many images to request, and time and disk, scaled from the last run."""
 
 from __future__ import annotations
 
@@ -12,24 +8,23 @@ from typing import Any
 
 import dagster as dg
 
-from laion_assets.defs.history import MADE_WITH, Materialized, materializations, measured_yield
+from laion_assets.defs.history import Materialized, materializations, measured_yield
 from laion_assets.io.progress import told
-from laion_assets.search.sizing import USUAL, Counts, Yield, as_measured, counts_for
+from laion_assets.search.sizing import USUAL, Counts, Yield, counts_for
 
 TABLES = ("knn_urls", "centroid_urls", "combined_urls")
-ROWS = "dagster/row_count"
-BENCHMARK = "benchmarks/results.md (2 cores, an index of 1,000,000 images in memory)"
+ROW_COUNT = "dagster/row_count"
 
 
 @dataclass(frozen=True)
 class History:
-    """What past runs tell a plan.
+    """What past runs say about a plan.
 
     Attributes:
-        yielded: which share of what is requested is kept.
-        last_run: what the last run that made all three tables told of each; empty where there is none.
-        index_rows: of the staged index; None where that is not known.
-        index_size: in bytes, likewise.
+        yielded: share of the requested images that is kept.
+        last_run: the last run that made all three tables, by table; empty without one.
+        index_rows: rows of the staged index; None where they are not known.
+        index_size: its bytes, likewise.
 
     """
 
@@ -40,49 +35,43 @@ class History:
 
 
 @dataclass(frozen=True)
-class Plan:
-    """What to ask for, and what is to be expected of it.
+class RequestPlan:
+    """What to request, and what to expect of it.
 
     Attributes:
-        counts: images to ask for.
-        yielded: what they are computed with.
-        requested: images for each table.
-        seconds: of each table.
-        basis_of_seconds: where these are from.
-        sizes: bytes of each table; empty where nothing is known.
-        index_size: bytes of the staged index; None before it was staged.
-        index_rows: of it; None where that is not known.
+        counts: images to request.
+        requested: images requested for each table.
+        seconds: expected for each table: the last run's, scaled by what is requested; empty without one.
+        sizes: bytes expected of each table, likewise.
+        known: of past runs.
 
     """
 
     counts: Counts
-    yielded: Yield
     requested: Mapping[str, int]
     seconds: Mapping[str, float]
-    basis_of_seconds: str
     sizes: Mapping[str, int]
-    index_size: int | None
-    index_rows: int | None
+    known: History
 
 
-def history(instance: dg.DagsterInstance, seed_set: str | None, asked: Mapping[str, Any]) -> History:
-    """Look up what a plan rests on.
+def read_history(instance: dg.DagsterInstance, seed_set: str | None, asked: Mapping[str, Any]) -> History:
+    """Read what a plan rests on.
 
     Args:
-        instance: whose history knows past runs.
-        seed_set: the set, if it is there already.
-        asked: settings of the set and the block list, for a yield that was measured with the same.
+        instance: whose history has past runs.
+        seed_set: the set, if it exists already.
+        asked: its settings, see `ResolvedSettings.asked`.
 
     """
-    told_of_index = (past.figures for past in materializations(instance, "staged_laion_index"))
-    # What people report by hand in the UI says nothing of the files.
-    staged = [figures for figures in told_of_index if "fingerprint" in figures]
+    figures = (past.figures for past in materializations(instance, "staged_laion_index"))
+    # Materializations reported by hand in the UI say nothing about the files.
+    staged = [each for each in figures if "fingerprint" in each]
     held = staged[0] if staged else {}
-    # A step that had to stage the index again did not count its rows: an earlier one did.
+    # A step that had to restage the index did not count its rows; an earlier one did.
     rows = (
-        figures[ROWS]
-        for figures in staged
-        if ROWS in figures and figures["fingerprint"] == held["fingerprint"]
+        each[ROW_COUNT]
+        for each in staged
+        if ROW_COUNT in each and each["fingerprint"] == held["fingerprint"]
     )
     return History(
         measured_yield(instance, seed_set, asked) if seed_set else USUAL,
@@ -92,7 +81,7 @@ def history(instance: dg.DagsterInstance, seed_set: str | None, asked: Mapping[s
     )
 
 
-def plan(target: int, seeds: int, known: History) -> Plan:
+def plan_request(target: int, seeds: int, known: History) -> RequestPlan:
     """Plan a run that keeps `target` images; a pure function.
 
     Args:
@@ -102,54 +91,59 @@ def plan(target: int, seeds: int, known: History) -> Plan:
 
     """
     counts = counts_for(target, seeds, known.yielded.share, known.index_rows)
-    of_searches = counts.nb_images_knn * seeds, counts.nb_images_centroid
-    requested = dict(zip(TABLES, (*of_searches, sum(of_searches)), strict=True))
-    seconds = dict(zip(TABLES, as_measured(*of_searches), strict=True))
-    sizes: dict[str, int] = {}
-    basis = BENCHMARK
-    if past := known.last_run:
-        before = {name: int(past[name].figures["requested"]) for name in TABLES}
-        as_before = as_measured(before["knn_urls"], before["centroid_urls"])
-        for name, curve in zip(TABLES, as_before, strict=True):
-            seconds[name] *= past[name].figures["seconds"] / curve
-            sizes[name] = round(past[name].figures["bytes"] * requested[name] / before[name])
-        run = past["combined_urls"].run[:8]
-        basis = f"run {run}, which requested {before['combined_urls']:,}, scaled by {BENCHMARK}"
-    return Plan(
-        counts, known.yielded, requested, seconds, basis, sizes, known.index_size, known.index_rows
+    searches = counts.nb_images_knn * seeds, counts.nb_images_centroid
+    requested = dict(zip(TABLES, (*searches, sum(searches)), strict=True))
+    last = {name: past.figures for name, past in known.last_run.items()}
+    scale = {name: requested[name] / int(figures["requested"]) for name, figures in last.items()}
+    return RequestPlan(
+        counts,
+        requested,
+        {name: factor * last[name]["seconds"] for name, factor in scale.items()},
+        {name: round(factor * last[name]["bytes"]) for name, factor in scale.items()},
+        known,
     )
 
 
-def in_words(found: Plan, target: int, seeds: int) -> list[str]:
-    """Tell a plan as YAML to paste: the two numbers, and all else in comments."""
-    counts, requested = found.counts, found.requested
-    times = ", ".join(f"{name} {told(seconds)}" for name, seconds in found.seconds.items())
-    sizes = ", ".join(f"{name} {_as_bytes(size)}" for name, size in found.sizes.items())
-    index = "not staged yet" if found.index_size is None else _as_bytes(found.index_size)
-    rows = found.index_rows
+def as_yaml(plan: RequestPlan, target: int, seeds: int) -> list[str]:
+    """Return a plan as YAML to paste: the two numbers, and everything else in comments."""
+    counts, requested, rows = plan.counts, plan.requested, plan.known.index_rows
+    size = plan.known.index_size
+    index = "not staged yet" if size is None else _as_bytes(size)
+    sizes = ", ".join(f"{name} {_as_bytes(size)}" for name, size in plan.sizes.items())
     bounded = rows is not None and (
         target > rows or rows in (counts.nb_images_knn, counts.nb_images_centroid)
     )
     return [
-        f"# {target:,} images from {seeds:,} seeds, at {found.yielded}:",
+        f"# {target:,} images from {seeds:,} seeds, at {plan.known.yielded}:",
         f"# {requested['knn_urls']:,} requested around the seeds and {requested['centroid_urls']:,} "
         "around their mean",
         f"nb_images_knn: {counts.nb_images_knn}",
         f"nb_images_centroid: {counts.nb_images_centroid}",
         *([f"# the index has {rows:,} rows: no more than that can be found"] if bounded else []),
+        *_times(plan),
+        f"# disk: tables {sizes or 'not known before a first run of the set'}; index {index}",
+    ]
+
+
+def _times(plan: RequestPlan) -> list[str]:
+    if not plan.seconds:
+        return ["# time: not known before a first run of the set"]
+    times = ", ".join(f"{name} {told(seconds)}" for name, seconds in plan.seconds.items())
+    last = plan.known.last_run["combined_urls"]
+    return [
         f"# time: {times}",
-        f"#   by {found.basis_of_seconds}",
-        f"# disk: {sizes or 'of the tables not known before a first run of the set'}; index {index}",
+        f"#   scaled from run {last.run[:8]}, which requested {last.figures['requested']:,}; large "
+        "requests take more, as near-duplicates are compared pairwise",
     ]
 
 
 def _last_run(instance: dg.DagsterInstance, seed_set: str) -> dict[str, Materialized]:
-    """Return what the last run that made all three tables told of them; empty where there is none."""
+    """Return the last run that made all three tables, by table; empty without one."""
     by_run = {
         name: {made.run: made for made in materializations(instance, name, seed_set)} for name in TABLES
     }
     for run, made in by_run["combined_urls"].items():
-        if MADE_WITH in made.figures and all(run in by_run[name] for name in TABLES):
+        if made.asked is not None and all(run in by_run[name] for name in TABLES):
             return {name: by_run[name][run] for name in TABLES}
     return {}
 

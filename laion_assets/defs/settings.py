@@ -1,7 +1,9 @@
-"""The settings of a request: what there is to set, what is allowed, and where each value came from.
+"""The settings of a request: declared once, resolved from four places, recorded as they were used.
 
-What is given for a run (in the Launchpad or on the command line) comes first, then the settings.yaml of
-the seed set, then the environment, then a default. What must not live here: places, reading files.
+`Settings` is the one declaration: type, bounds, default and help of every setting. The Launchpad
+(`RetrievalConfig`), the command line, `settings.yaml`, the environment (`LAION_<NAME>`) and the tables in
+the documentation follow from it.
+
 Dagster's concept: https://docs.dagster.io/guides/build/external-resources
 """
 
@@ -10,276 +12,386 @@ from __future__ import annotations
 import difflib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Annotated, Any, get_args
 
 import dagster as dg
-from pydantic import Field
+from annotated_types import Ge, Gt, Le
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    Field,
+    TypeAdapter,
+    ValidationError,
+    create_model,
+)
+from pydantic.fields import FieldInfo
 
 from laion_assets.io.errors import InputError
-from laion_assets.search.filters import BlockList, conditions_in
+from laion_assets.search.filters import conditions_in
 from laion_assets.search.sizing import Yield, counts_for
-from laion_assets.seeds.seed_sets import SETTINGS_FILE
 
-DEFAULTS: Mapping[str, Any] = {
-    "nb_images_knn": 50,
-    "nb_images_centroid": 500,
-    "target_images": None,
-    "dedup_threshold": 0.94,
-    "nprobe": None,
-    "filters": None,
-}
-KINDS: Mapping[str, type] = {
-    "nb_images_knn": int,
-    "nb_images_centroid": int,
-    "target_images": int,
-    "dedup_threshold": float,
-    "nprobe": int,
-    "filters": str,
-}
-KIND_NAMES: Mapping[type, str] = {
-    int: "a whole number",
-    float: "a number",
-    str: "a text (quote it)",
-}
-BLOCK_LIST_SETTING = "LAION_BLOCK_LIST"
-BLOCK_LIST = "block_list"  # a place, and so no setting of a request; recorded with them
 COUNTS = ("nb_images_knn", "nb_images_centroid")
-MANY = 1e300  # beyond that numbers are not numbers any more
-FOR_THIS_RUN = "Launchpad or command line"
+TARGET = "target_images"
+BLOCK_LIST = "block_list"  # a place, and so no setting of a request; recorded with them
+SETTINGS_FILE = "settings.yaml"
+THIS_RUN = "Launchpad or command line"
+KIND_NAMES: Mapping[type, str] = {int: "a whole number", float: "a number", str: "text"}
+SHOWN_CHARACTERS = 60  # of a wrong value
+
+
+def _conditions(text: str) -> str:
+    conditions_in(text)
+    return text
+
+
+class Settings(BaseModel):
+    """The settings of one request. None means that it is chosen for the request, or not used."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+    nb_images_knn: int | None = Field(50, ge=1, description="Images requested for each seed")
+    nb_images_centroid: int | None = Field(
+        500, ge=1, description="Images requested around the mean of the seeds"
+    )
+    target_images: int | None = Field(
+        None,
+        ge=1,
+        description="Images wanted in the combined table, in place of the two numbers above: half from "
+        "each strategy, computed from the yield of the set's last run",
+    )
+    dedup_threshold: float = Field(
+        0.94, gt=0, le=1, description="Cosine above which two images are near-duplicates; 1 keeps all"
+    )
+    nprobe: int | None = Field(
+        None, ge=1, description="Inverted lists to probe; chosen from the number of images when unset"
+    )
+    filters: Annotated[str, AfterValidator(_conditions)] | None = Field(
+        None,
+        description="Conditions on metadata columns, joined by `and`, such as "
+        "`punsafe < 0.5 and width >= 256`",
+    )
+
+
+FIELDS: Mapping[str, FieldInfo] = Settings.model_fields
 
 
 def variable_of(name: str) -> str:
-    """Name the variable of the environment that stands for a setting."""
+    """Return the environment variable of a setting."""
     return f"LAION_{name.upper()}"
 
 
+def kind_of(name: str) -> type:
+    """Return the Python type of a setting: int, float or str."""
+    annotation = FIELDS[name].annotation
+    return next(kind for kind in KIND_NAMES if kind in (annotation, *_nested(annotation)))
+
+
+def allowed(name: str) -> str:
+    """Describe in words which values a setting takes."""
+    bounds = {type(bound): bound for bound in FIELDS[name].metadata}
+    words = [KIND_NAMES[kind_of(name)]]
+    if Ge in bounds:
+        words.append(f"of {bounds[Ge].ge} or more")
+    if Gt in bounds:
+        words.append(f"above {bounds[Gt].gt}")
+    if Le in bounds:
+        words.append(f"up to {bounds[Le].le}")
+    return " ".join(words)
+
+
+def _nested(annotation: Any) -> tuple[Any, ...]:
+    return tuple(part for arg in get_args(annotation) for part in (arg, *_nested(arg)))
+
+
+# --- the record -----------------------------------------------------------------------------------
+
+
 @dataclass(frozen=True)
-class Settings:
-    """The settings of one request, and where each came from.
+class ResolvedSettings:
+    """The settings of one request as they are used, and where each came from.
 
     Attributes:
-        nb_images_knn: images for each seed; None where they follow from the target.
-        nb_images_centroid: images around the mean; None likewise.
-        target_images: images wanted in the combined table; None where the two counts are given.
-        dedup_threshold: cosine above which two images are near-duplicates.
-        nprobe: inverted lists to look into; None to choose it from the number of images.
-        filters: conditions on the metadata; None for none.
-        origins: of each setting that somebody or a default has set, if only to none.
+        values: as used.
+        origins: where each setting that has one came from, by name.
+        computed: names of values that follow from others or from the index; nobody asked for them.
+        block_list: description of the block list; None without one.
 
     """
 
-    nb_images_knn: int | None
-    nb_images_centroid: int | None
-    target_images: int | None
-    dedup_threshold: float
-    nprobe: int | None
-    filters: str | None
+    values: Settings
     origins: Mapping[str, str]
+    computed: frozenset[str] = frozenset()
+    block_list: str | None = None
 
-    def values(self) -> dict[str, Any]:
-        """The settings alone."""
-        return {name: getattr(self, name) for name in DEFAULTS}
+    def asked(self) -> dict[str, Any]:
+        """Return what was asked for, the block list included; computed values are None."""
+        values = self.values.model_dump()
+        return {name: None if name in self.computed else values[name] for name in values} | {
+            BLOCK_LIST: self.block_list
+        }
 
-    def recorded(self, block_list: BlockList | str | None = None) -> dict[str, Any]:
-        """The settings and their origins, as tables and reports keep them.
+    def of_seed_set(self) -> dict[str, Any]:
+        """Return what the seed set's own settings file says."""
+        values = self.values.model_dump()
+        return {
+            name: values[name] for name, origin in self.origins.items() if origin.endswith(SETTINGS_FILE)
+        }
 
-        Args:
-            block_list: the list itself, or what was told of it; None where there is none.
-
-        """
-        told = None if block_list is None else str(block_list)
-        listed = {BLOCK_LIST: BLOCK_LIST_SETTING} if told else {}
-        return self.values() | {BLOCK_LIST: told, "origins": {**self.origins, **listed}}
-
-    def sized(self, seeds: int, yielded: Yield, rows: int | None = None) -> Settings:
-        """Compute the two counts from the target; nothing to do where they are given.
+    def sized(self, seeds: int, yielded: Yield, rows: int) -> ResolvedSettings:
+        """Compute the two counts from the target; unchanged where the counts are given.
 
         Args:
             seeds: how many there are.
-            yielded: which share of what is requested is kept.
-            rows: of the index, more than which are never asked for.
+            yielded: share of the requested images that is kept.
+            rows: of the index; requests are capped there.
 
         """
-        if self.target_images is None:
+        if self.values.target_images is None:
             return self
-        counts = counts_for(self.target_images, seeds, yielded.share, rows)
-        origin = f"half of target_images, at {yielded}"
-        if rows in (counts.nb_images_knn, counts.nb_images_centroid):
-            origin += f", and no more than the {rows:,} rows of the index"
+        counts = counts_for(self.values.target_images, seeds, yielded.share, rows)
+        found = {name: getattr(counts, name) for name in COUNTS}
+        origin = f"half of {TARGET}, at {yielded}"
+        if rows in found.values():
+            origin += f", capped at the {rows:,} rows of the index"
+        return self._with(found, origin)
+
+    def with_nprobe(self, nprobe: int | None) -> ResolvedSettings:
+        """Return the settings with the number of lists that are really probed."""
+        if nprobe == self.values.nprobe:
+            return self
+        asked = self.origins.get("nprobe")
+        origin = f"{asked}, capped at the index's lists" if asked else "chosen from the number of images"
+        return self._with({"nprobe": nprobe}, origin)
+
+    def _with(self, computed: Mapping[str, Any], origin: str) -> ResolvedSettings:
         return replace(
             self,
-            nb_images_knn=counts.nb_images_knn,
-            nb_images_centroid=counts.nb_images_centroid,
-            origins={**self.origins} | dict.fromkeys(COUNTS, origin),
+            values=self.values.model_copy(update=dict(computed)),
+            origins={**self.origins} | dict.fromkeys(computed, origin),
+            computed=self.computed | computed.keys(),
+        )
+
+    def rows(self) -> list[dict[str, str]]:
+        """Return a row for each setting that has an origin, for tables in the UI."""
+        values = self.values.model_dump() | {BLOCK_LIST: self.block_list}
+        return [
+            {"setting": name, "value": str(values[name]), "from": origin}
+            for name, origin in self._all_origins().items()
+        ]
+
+    def _all_origins(self) -> dict[str, str]:
+        return {**self.origins} | ({BLOCK_LIST: variable_of(BLOCK_LIST)} if self.block_list else {})
+
+    def to_json(self) -> dict[str, Any]:
+        """Return a form for JSON, which `from_json` reads."""
+        return {
+            "values": self.values.model_dump(),
+            "origins": dict(self.origins),
+            "computed": sorted(self.computed),
+            BLOCK_LIST: self.block_list,
+        }
+
+    @classmethod
+    def from_json(cls, stored: Mapping[str, Any]) -> ResolvedSettings:
+        """Read what `to_json` returned.
+
+        Raises:
+            ValueError: another release wrote it, with other settings.
+
+        """
+        return cls(
+            Settings(**stored["values"]),
+            stored["origins"],
+            frozenset(stored["computed"]),
+            stored[BLOCK_LIST],
         )
 
 
-class RetrievalConfig(dg.ConfigurableResource[None]):
-    """How many images to ask for, and how alike two may be.
+def changes(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
+    """Describe how two requests differ, such as "nb_images_knn 830 -> 1000".
 
-    What is left empty comes from the settings.yaml of the seed set, then the environment
-    (LAION_NB_IMAGES_KNN and so on), then the default. Numbers given here hold for this run only.
+    Args:
+        before: as `ResolvedSettings.asked` returned it.
+        now: likewise.
+
+    """
+    return [
+        f"{name} {_or_none(before.get(name))} -> {_or_none(value)}"
+        for name, value in now.items()
+        if before.get(name) != value
+    ]
+
+
+def _or_none(value: Any) -> str:
+    return "none" if value is None else str(value)
+
+
+# --- where settings come from ---------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class _Given:
+    """A value as somebody gave it, not yet checked."""
+
+    value: Any
+    origin: str
+    is_text: bool = False
+
+
+_Level = Mapping[str, _Given]
+
+
+@dataclass(frozen=True)
+class Defaults:
+    """Settings of the environment, for runs and seed sets that do not bring their own.
+
+    Attributes:
+        variables: text of each `LAION_<NAME>` that is set, by the name of the setting.
+
     """
 
-    nb_images_knn: int | None = Field(
-        default=None,
-        description=f"Images wanted for each seed, at least 1 (default {DEFAULTS['nb_images_knn']})",
-    )
-    nb_images_centroid: int | None = Field(
-        default=None,
-        description="Images wanted around the mean of the seeds, at least 1 "
-        f"(default {DEFAULTS['nb_images_centroid']})",
-    )
-    target_images: int | None = Field(
-        default=None,
-        description="Images wanted in the combined table, at least 1, in place of the two numbers above: "
-        "half of them from each strategy, more being asked for by the yield of the last run",
-    )
-    dedup_threshold: float | None = Field(
-        default=None,
-        description="Cosine above which two images are near-duplicates, over 0 up to 1 "
-        f"(default {DEFAULTS['dedup_threshold']}); 1 keeps all",
-    )
-    nprobe: int | None = Field(
-        default=None,
-        description="Inverted lists to probe, at least 1 (default: chosen from the number of images)",
-    )
-    filters: str | None = Field(
-        default=None,
-        description="Conditions on columns of the metadata, such as punsafe < 0.5 and width >= 256 "
-        "(default: none)",
-    )
+    variables: Mapping[str, str]
+
+    @classmethod
+    def from_environment(cls, environment: Mapping[str, str]) -> Defaults:
+        """Take the variables of all settings; they are checked when a request is resolved."""
+        found = {name: environment.get(variable_of(name)) for name in FIELDS}
+        return cls({name: text for name, text in found.items() if text})
+
+    def _level(self) -> _Level:
+        """Return the variables as one level of settings."""
+        return {
+            name: _Given(text, variable_of(name), is_text=True) for name, text in self.variables.items()
+        }
+
+
+def _as_launchpad_fields() -> dict[str, Any]:
+    """Return the fields of `Settings`, each optional: what is left empty comes from elsewhere."""
+
+    def described(field: FieldInfo) -> str:
+        default = "" if field.default is None else f" (default {field.default})"
+        return f"{field.description}{default}"
+
+    return {
+        name: (kind_of(name) | None, Field(None, description=described(field)))
+        for name, field in FIELDS.items()
+    }
+
+
+_Launchpad: Any = create_model(
+    "_Launchpad", __base__=dg.ConfigurableResource, __module__=__name__, **_as_launchpad_fields()
+)
+
+
+class RetrievalConfig(_Launchpad):  # type: ignore[misc]  # its fields are those of Settings
+    """How many images to request, and how similar two may be.
+
+    What is left empty comes from the settings.yaml of the seed set, then from the environment
+    (LAION_NB_IMAGES_KNN and so on), then from the default. Values given here hold for this run only.
+    """
 
     def resolve(
         self,
-        environment: Mapping[str, str],
-        own: Mapping[str, Any] | None = None,
+        defaults: Defaults,
+        of_seed_set: Mapping[str, Any] | None = None,
         seed_set: str = "",
-    ) -> Settings:
-        """Settle every setting: for this run, then the seed set's own, then environment, then default.
+        block_list: str | None = None,
+    ) -> ResolvedSettings:
+        """Resolve every setting: this run, the seed set's own, the environment, the default.
 
-        Of the two counts and the target, what is given nearer replaces what is given further.
+        Of the two counts and the target, the nearest level that gives any of them decides which is used.
 
         Args:
-            environment: where LAION_NB_IMAGES_KNN and so on may be set.
-            own: what the settings.yaml of the seed set says.
+            defaults: settings of the environment.
+            of_seed_set: what the settings.yaml of the seed set says.
             seed_set: its name, for messages and origins.
+            block_list: description of the block list, to be recorded.
 
         Raises:
             InputError: names the setting, its value, where it came from, and what is allowed.
 
         """
         levels = (
-            _given(self),
-            _own(own or {}, f"{seed_set}/{SETTINGS_FILE}"),
-            _from_environment(environment),
+            self._level(),
+            _file_level(of_seed_set or {}, f"{seed_set}/{SETTINGS_FILE}"),
+            defaults._level(),
         )
         chosen = {
-            name: UNSET if default is None else _Value(default, "default")
-            for name, default in DEFAULTS.items()
+            name: _Given(field.default, "default")
+            for name, field in FIELDS.items()
+            if field.default is not None
         }
         for level in reversed(levels):
             chosen |= level
-        chosen |= _how_many(levels)
-        for name, value in chosen.items():
-            _check(name, value)
-        if not chosen["filters"].value:  # an empty text: those of levels further away do not hold
-            chosen["filters"] = replace(chosen["filters"], value=None)
-        return Settings(
-            **{name: value.value for name, value in chosen.items()},
-            origins={name: value.origin for name, value in chosen.items() if value != UNSET},
-        )
+        for name in _unused(levels):
+            chosen.pop(name, None)
+        checked = {name: _checked(name, given) for name, given in chosen.items()}
+        values: dict[str, Any] = {name: checked.get(name) or None for name in FIELDS}
+        origins = {name: chosen[name].origin for name in FIELDS if name in chosen}
+        return ResolvedSettings(Settings(**values), origins, block_list=block_list)
+
+    def _level(self) -> _Level:
+        given = {name: getattr(self, name) for name in FIELDS}
+        return {name: _Given(value, THIS_RUN) for name, value in given.items() if value is not None}
 
 
-@dataclass(frozen=True)
-class _Value:
-    value: Any
-    origin: str
+def _file_level(values: Mapping[str, Any], origin: str) -> _Level:
+    for name in values:
+        if name not in FIELDS:
+            near = difflib.get_close_matches(name, FIELDS, n=1)
+            hint = f"did you mean {near[0]}?" if near else f"the settings are {', '.join(FIELDS)}"
+            raise InputError(f"{origin} sets {name[:SHOWN_CHARACTERS]!r}, which is not a setting: {hint}")
+    return {name: _Given(value, origin) for name, value in values.items()}
 
 
-_Level = Mapping[str, _Value]
-UNSET = _Value(None, "not set")
+def _checked(name: str, given: _Given) -> Any:
+    """Return a value in the type of its setting.
 
+    Raises:
+        InputError: names the setting, the value, its origin and what is allowed.
 
-def _given(config: RetrievalConfig) -> _Level:
-    given = {name: getattr(config, name) for name in DEFAULTS}
-    return {name: _Value(value, FOR_THIS_RUN) for name, value in given.items() if value is not None}
-
-
-def _own(values: Mapping[str, Any], where: str) -> _Level:
-    for name, value in values.items():
-        if name not in KINDS:
-            near = difflib.get_close_matches(name, KINDS, n=1)
-            hint = f"did you mean {near[0]}?" if near else f"there are {', '.join(KINDS)}"
-            raise InputError(f"{where} sets {name[:60]!r}, which is no setting: {hint}")
-        if not _is_of_kind(value, KINDS[name]):
-            raise InputError(
-                f"{where} sets {name} to {_shown(value)}, which is not {KIND_NAMES[KINDS[name]]}: "
-                "correct or remove it"
-            )
-    return {name: _Value(KINDS[name](value), where) for name, value in values.items()}
-
-
-def _from_environment(environment: Mapping[str, str]) -> _Level:
-    variables = {name: variable_of(name) for name in DEFAULTS}
-    return {
-        name: _Value(_read(environment[variable], name, variable), variable)
-        for name, variable in variables.items()
-        if environment.get(variable)
-    }
-
-
-def _read(text: str, name: str, variable: str) -> Any:
+    """
+    if given.value is None:  # an empty line of a settings file; what is left out is not given at all
+        raise InputError(f"{name} is empty (from {given.origin}): give {allowed(name)}, or remove it")
+    field = FIELDS[name]
+    annotation: Any = Annotated[field.annotation, *field.metadata, _FINITE]
+    adapter: TypeAdapter[Any] = TypeAdapter(annotation)
     try:
-        return KINDS[name](text)
-    except ValueError as error:
+        if given.is_text:
+            return adapter.validate_strings(given.value)
+        return adapter.validate_python(given.value, strict=True)
+    except ValidationError as error:
+        problem = error.errors()[0]
+        if isinstance(reason := problem.get("ctx", {}).get("error"), InputError):
+            raise InputError(f"{name} (from {given.origin}): {reason}") from error
         raise InputError(
-            f"{variable} is {text!r}, which is not {KIND_NAMES[KINDS[name]]}: correct or unset it"
+            f"{name} is {_shown(given.value)} (from {given.origin}): give {allowed(name)}"
         ) from error
 
 
-def _is_of_kind(value: Any, kind: type) -> bool:
-    if isinstance(value, bool):  # which Python counts among the whole numbers
-        return False
-    if kind is float:
-        return isinstance(value, int | float) and abs(value) < MANY
-    return isinstance(value, kind)
+_FINITE = Field(allow_inf_nan=False)
 
 
 def _shown(value: Any) -> str:
-    """Return what stands in a YAML file, for a message: short, whatever is nested in it."""
+    """Return what a settings file holds, for a message: short, however deeply it is nested."""
     if isinstance(value, dict | list | set):
         return "a list"
-    return "nothing" if value is None else repr(value)[:60]
+    return repr(value)[:SHOWN_CHARACTERS]
 
 
-def _how_many(levels: Sequence[_Level]) -> _Level:
-    """Unset the target or the two counts: the nearest level that has either says which it is to be."""
+def _unused(levels: Sequence[_Level]) -> Sequence[str]:
+    """Return the names that the nearest level makes void: the target, or the two counts."""
     for level in levels:
         counts = [name for name in COUNTS if name in level]
-        if counts and "target_images" in level:
-            one, other = level["target_images"], level[counts[0]]
+        if counts and TARGET in level:
+            target, count = level[TARGET], level[counts[0]]
             raise InputError(
-                f"target_images is {one.value} (from {one.origin}) and {counts[0]} is {other.value} "
-                f"(from {other.origin}): give the target or the two numbers, not both"
+                f"{TARGET} is {target.value} (from {target.origin}) and {counts[0]} is {count.value} "
+                f"(from {count.origin}): give the target or the two numbers, not both"
             )
         if counts:
-            return {"target_images": UNSET}
-        if "target_images" in level:
-            return dict.fromkeys(COUNTS, UNSET)
-    return {}
-
-
-def _check(name: str, chosen: _Value) -> None:
-    if chosen.value is None:
-        return
-    if name == "dedup_threshold":
-        if not 0 < chosen.value <= 1:
-            raise InputError(
-                f"dedup_threshold is {chosen.value} (from {chosen.origin}): give a cosine over 0 and up "
-                "to 1, where 1 keeps all"
-            )
-    elif name == "filters":
-        conditions_in(chosen.value, chosen.origin)
-    elif chosen.value < 1:
-        raise InputError(f"{name} is {chosen.value} (from {chosen.origin}): give 1 or more")
+            return [TARGET]
+        if TARGET in level:
+            return COUNTS
+    return [TARGET]

@@ -1,61 +1,157 @@
-"""What Dagster is told of the sources: which version is there, so that it knows what is stale.
+"""The sources of the graph, and what Dagster is told of their versions, so that it knows what is stale.
 
-What must not live here: looking at the sources.
 Dagster's concept: https://docs.dagster.io/guides/build/assets/external-assets
 """
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any
 
 import dagster as dg
-from dagster._core.definitions.data_version import DATA_VERSION_TAG, extract_data_version_from_entry
+
+from laion_assets.defs.dagster_internals import DATA_VERSION_TAG, extract_data_version_from_entry
+from laion_assets.defs.failures import sentence
+from laion_assets.defs.partitions import seed_sets
+from laion_assets.defs.settings import Defaults, ResolvedSettings, RetrievalConfig, changes
+from laion_assets.io.errors import InputError
+
+SETTINGS = "settings"  # metadata of an observation: what a run would be asked for
+OBSERVATIONS_READ = 5  # the latest first; those of unusable settings hold none
+CHANGED = "changed"  # metadata of an observation: how that differs from the observation before
+
+laion_index_source = dg.AssetSpec(
+    "laion_index_source",
+    group_name="sources",
+    kinds={"faiss", "arrow"},
+    description="The published index and its metadata at LAION_INDEX_URI. External: a sensor lists it "
+    "every few minutes; when it has changed, `staged_laion_index` is stale.",
+)
+seed_folder = dg.AssetSpec(
+    "seed_folder",
+    group_name="sources",
+    kinds={"numpy"},
+    partitions_def=seed_sets,
+    description="A folder of seeds under LAION_SEEDS_URI, one for each seed set. External: a sensor "
+    "lists it, and runs what is new.",
+)
+retrieval_settings = dg.AssetSpec(
+    "retrieval_settings",
+    group_name="sources",
+    kinds={"yaml"},
+    partitions_def=seed_sets,
+    description="The settings that a run of the seed set would use now: its settings.yaml, the "
+    "environment, the block list. External: when they change, the URL tables are stale, and the "
+    "observation says what changed. Values from the Launchpad hold for one run and are not part of it.",
+)
+SOURCES = (laion_index_source, seed_folder, retrieval_settings)
 
 
-def observation(source: dg.AssetKey, version: str, seed_set: str | None = None) -> dg.AssetObservation:
-    """Return the event that says which version of a source, or of one seed set of it, was seen."""
-    return dg.AssetObservation(source, partition=seed_set, tags={DATA_VERSION_TAG: version})
+@dataclass(frozen=True)
+class Version:
+    """A version of a source, or of one seed set of it.
 
+    Attributes:
+        source: its key.
+        value: the data version.
+        seed_set: the partition; None for a source without partitions.
+        metadata: of the observation.
 
-def arrival(source: dg.AssetKey, version: str, seed_set: str | None = None) -> dg.AssetMaterialization:
-    """Return the event that says that a source, or one seed set of it, is there in this version.
-
-    Dagster takes the two for different things: of a partitioned source it compares what was observed, of
-    any other, and for what its pages call filled, what was materialized, by whomever. So a seed set
-    whose seeds were removed is told of in this way as well: its pages would go on to show the last ones.
     """
-    return dg.AssetMaterialization(
-        source,
-        partition=seed_set,
-        metadata={"fingerprint": version},
-        tags={DATA_VERSION_TAG: version},
-    )
+
+    source: dg.AssetKey
+    value: str
+    seed_set: str | None = None
+    metadata: Mapping[str, Any] = field(default_factory=dict)
+
+    def events(self) -> tuple[dg.AssetObservation, dg.AssetMaterialization]:
+        """Return the events that report it.
+
+        Dagster compares the observations of a partitioned source, and the materializations of any other;
+        what its pages call filled is always a materialization. So each version is reported as both.
+        """
+        tags = {DATA_VERSION_TAG: self.value}
+        metadata = {**self.metadata, "fingerprint": self.value}
+        return (
+            dg.AssetObservation(self.source, partition=self.seed_set, metadata=metadata, tags=tags),
+            dg.AssetMaterialization(self.source, partition=self.seed_set, metadata=metadata, tags=tags),
+        )
 
 
-def sighting(
-    source: dg.AssetKey, version: str, seed_set: str | None = None
-) -> tuple[dg.AssetObservation, dg.AssetMaterialization]:
-    """Return both events, of what a sensor saw."""
-    return observation(source, version, seed_set), arrival(source, version, seed_set)
+def settings_version(seed_set: str, settings: ResolvedSettings | str) -> Version:
+    """Return the version of the settings of a seed set.
+
+    Args:
+        seed_set: the partition.
+        settings: those that a run would use now, or why it could not be made. That is a version too: the
+            tables are stale, and the observation says why.
+
+    """
+    key = retrieval_settings.key
+    if isinstance(settings, str):
+        return Version(key, _fingerprint(settings), seed_set, {CHANGED: f"cannot be used: {settings}"})
+    asked = settings.asked()
+    return Version(key, _fingerprint(asked), seed_set, {SETTINGS: dg.MetadataValue.json(asked)})
+
+
+def current_settings(
+    defaults: Defaults, of_seed_set: Mapping[str, Any], seed_set: str, block_list: str | None
+) -> ResolvedSettings | str:
+    """Return the settings that a run of a seed set would use now, or why it could not be made.
+
+    Args:
+        defaults: settings of the environment.
+        of_seed_set: what its settings.yaml says.
+        seed_set: the partition.
+        block_list: description of the block list.
+
+    """
+    try:
+        return RetrievalConfig().resolve(defaults, of_seed_set, seed_set, block_list)
+    except InputError as error:
+        return sentence(error)
+
+
+def with_changes(instance: dg.DagsterInstance, version: Version) -> Version:
+    """Add to a version of the settings how it differs from the one observed before."""
+    now = version.metadata.get(SETTINGS)
+    if now is None:
+        return version
+    before = _last_settings(instance, version.seed_set or "")
+    changed = "first observation" if before is None else "; ".join(changes(before, now.value))
+    return replace(version, metadata={CHANGED: changed or "as before", **version.metadata})
+
+
+def _fingerprint(content: Any) -> str:
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def _last_settings(instance: dg.DagsterInstance, seed_set: str) -> Mapping[str, Any] | None:
+    wanted = dg.AssetRecordsFilter(retrieval_settings.key, [seed_set])
+    records = instance.fetch_observations(wanted, limit=OBSERVATIONS_READ).records
+    observed = (record.asset_observation for record in records)
+    found = (each.metadata[SETTINGS].value for each in observed if each and SETTINGS in each.metadata)
+    return next(found, None)  # type: ignore[return-value]  # JSON of `ResolvedSettings.asked`
 
 
 def last_version(
     instance: dg.DagsterInstance, asset: dg.AssetKey, seed_set: str | None = None
 ) -> str | None:
-    """Data version of an asset that Dagster was last told of."""
+    """Return the data version of an asset that was reported last."""
     record = instance.get_latest_data_version_record(asset, partition_key=seed_set)
     version = extract_data_version_from_entry(record.event_log_entry) if record else None
     return version.value if version else None
 
 
-def is_known(
-    instance: dg.DagsterInstance, source: dg.AssetKey, version: str, seed_set: str | None = None
-) -> bool:
-    """Tell whether this version of a source is the last that Dagster was told of, by both events."""
-    for is_source in (True, False):  # observed, materialized
-        record = instance.get_latest_data_version_record(source, is_source, seed_set)
+def is_known(instance: dg.DagsterInstance, version: Version) -> bool:
+    """Tell whether a version of a source is the one reported last, by both events."""
+    for observed in (True, False):
+        record = instance.get_latest_data_version_record(version.source, observed, version.seed_set)
         known = extract_data_version_from_entry(record.event_log_entry) if record else None
-        if known is None or known.value != version:
+        if known is None or known.value != version.value:
             return False
     return True
 
@@ -63,20 +159,20 @@ def is_known(
 def last_versions(
     instance: dg.DagsterInstance, asset: dg.AssetKey, event: dg.DagsterEventType
 ) -> Mapping[str, str]:
-    """Data version of each partition that Dagster was last told of; one query for all."""
+    """Return the data version of each partition that was reported last, in one query."""
     found = instance.event_log_storage.get_latest_tags_by_partition(asset, event, [DATA_VERSION_TAG])
     return {partition: tags[DATA_VERSION_TAG] for partition, tags in found.items()}
 
 
-def observe(
-    context: dg.AssetExecutionContext, source: dg.AssetKey, version: str, seed_set: str | None = None
-) -> None:
-    """Tell Dagster what a step is about to read, so that what it makes counts as made from that.
+def observe(context: dg.AssetExecutionContext, version: Version) -> None:
+    """Report what a step is about to read, so that its output counts as made from that.
 
-    Dagster has noted the sources' versions already when a step begins; it looks again for those that
-    turn out to be others.
+    Dagster takes a snapshot of the input versions when a step begins; the snapshot of a source that turns
+    out to have another version is dropped, and taken again.
     """
-    if not is_known(context.instance, source, version, seed_set):
-        context.log_event(observation(source, version, seed_set))
-        context.instance.report_runless_asset_event(arrival(source, version, seed_set))
-        context.get_step_execution_context().wipe_input_asset_version_info(source)
+    if is_known(context.instance, version):
+        return
+    observation, materialization = with_changes(context.instance, version).events()
+    context.log_event(observation)
+    context.instance.report_runless_asset_event(materialization)
+    context.get_step_execution_context().wipe_input_asset_version_info(version.source)

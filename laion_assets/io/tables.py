@@ -1,166 +1,260 @@
-"""Tables as streams of record batches, their columns, and the provenance they carry.
+"""Parquet tables on a local path or in a bucket: written batch by batch, read as often as needed.
 
-What must not live here: reading and writing files, and how rows are found.
+A table appears under its name when it is complete, or not at all.
 """
 
 from __future__ import annotations
 
-import base64
 import json
-from collections.abc import Callable, Iterable, Mapping
-from dataclasses import asdict, dataclass, field
-from datetime import UTC, datetime
-from types import MappingProxyType
-from typing import Any
+import time
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.parquet as pq
 
 from laion_assets.io.arrays import Bytes
+from laion_assets.io.checksums import checksum_text, crc32c
 from laion_assets.io.errors import InputError
+from laion_assets.io.storage import new_file, open_storage, reaching
 
-PROVENANCE_KEY = "laion_assets"
-DECODER_KEY = "laion_assets.decoder"
+SUFFIX = ".parquet"
+OUTPUT = "output_uri"  # what errors are about, see `InputError`
+MAX_FOOTER_TEXT = 1 << 30  # bytes; footers of earlier releases held more than Arrow's default of 100 MB
+ATTACHMENTS_KEY = "laion_assets.attachments"
 
 DESCRIPTIONS = {
-    "id": "row of the LAION index",
-    "url": "where the image is",
-    "caption": "its alt text",
-    "similarity": "inner product of the unit query and the row as the index stores it",
+    "id": "row of the index",
+    "url": "address of the image",
+    "caption": "alt text of the image",
+    "similarity": "inner product of the unit query and the row as the index stores it; a compressed row "
+    "may be slightly longer than 1, and the similarity then slightly above 1",
     "rank": "place among the rows found for the same query, 1 is the nearest",
-    "seed": "row of seed_embeddings this was found for; null where only the centroid found it",
+    "seed": "row of the seed table this was found for; null where only the centroid found it",
     "strategies": "which strategies found the image or a near-duplicate of it",
-    "code": "the row as the index stores it; the decoder in the file's footer makes it a vector",
+    "seed_set": "seed set the image was found for",
+    "code": "the row as the index stores it; the decoder beside the table turns it into a vector",
     "embedding": "unit vector: the seed, or the mean of the seeds",
-    "norm_of_mean": "length of the mean of the seeds: 1 when all are the same, near 0 without a style",
+    "norm_of_mean": "length of the mean of the unit seeds: 1 when all are equal, near 0 without a style",
     "seeds": "how many seeds the mean is of",
     "file": "seed file, relative to the folder of the seed set",
     "row": "row of that file",
-    "thumbnail": "small picture, with the first rows only",
-    **dict.fromkeys(("NSFW", "nsfw", "punsafe"), "how unsafe the image is, as LAION's classifier says"),
-    "pwatermark": "how likely it has a watermark, as LAION's classifier says",
-    "LICENSE": "of the image, where the page named one",
-    **dict.fromkeys(("LANGUAGE", "language"), "of the caption"),
-    **dict.fromkeys(("WIDTH", "width", "original_width"), "of the image when it was collected, pixels"),
+    "thumbnail": "small image, for the first rows only",
+    **dict.fromkeys(("NSFW", "nsfw", "punsafe"), "how unsafe the image is, by LAION's classifier"),
+    "pwatermark": "how likely the image has a watermark, by LAION's classifier",
+    "LICENSE": "licence of the image, where the page named one",
+    **dict.fromkeys(("LANGUAGE", "language"), "language of the caption"),
+    **dict.fromkeys(("WIDTH", "width", "original_width"), "width in pixels when the image was collected"),
     **dict.fromkeys(
-        ("HEIGHT", "height", "original_height"), "of the image when it was collected, pixels"
+        ("HEIGHT", "height", "original_height"), "height in pixels when the image was collected"
     ),
-    "aesthetic": "how pleasing the image is, as a model predicts, from 1 to 10",
-    "md5": "of the image when it was collected",
+    "aesthetic": "predicted aesthetic score, from 1 to 10",
+    "md5": "checksum of the image when it was collected",
 }
 
 
-@dataclass(frozen=True)
-class Provenance:
-    """What a table was made from; it stands in the footer of the file.
+def described(schema: pa.Schema) -> pa.Schema:
+    """Add a description to every known column, as metadata that Parquet keeps."""
+    return pa.schema(
+        [
+            field.with_metadata({"description": DESCRIPTIONS[field.name]})
+            if field.name in DESCRIPTIONS
+            else field
+            for field in schema
+        ]
+    )
+
+
+class TableWriter:
+    """A table that is being written, see `new_table`.
 
     Attributes:
-        seed_set: the partition.
-        seeds: fingerprint of the seed files.
-        index: fingerprint of the staged index; None before it plays a part.
-        settings: the settings used, and where each came from.
-        asked: those that were asked for, from which the used ones follow, likewise.
-        run: id of the Dagster run.
-        written: when, ISO 8601 in UTC.
-        found: the counts of a search in a sentence.
-        counts: the same and all others, by name.
-        own_settings: what the seed set's settings.yaml said when the seeds were read; it travels with
-            what was made from them, so that all of it is made with the same.
+        rows: written so far.
+        footer: key-value metadata, written with the table's end.
+        seconds: from the first row's computation to the table's end.
 
     """
 
-    seed_set: str
-    seeds: str
-    index: str | None
-    settings: Mapping[str, Any]
-    run: str
-    written: str
-    found: str = ""
-    own_settings: Mapping[str, Any] = field(default_factory=dict)
-    asked: Mapping[str, Any] = field(default_factory=dict)
-    counts: Mapping[str, int] = field(default_factory=dict)
+    def __init__(self, uri: str, writer: pq.ParquetWriter) -> None:
+        self._uri = uri
+        self._writer = writer
+        self._attachments: dict[str, dict[str, str]] = {}
+        self._started = time.monotonic()
+        self.rows = 0
+        self.footer: dict[str, str] = {}
+        self.seconds = 0.0
 
-    @classmethod
-    def now(
-        cls,
-        seed_set: str,
-        seeds: str,
-        index: str | None,
-        settings: Mapping[str, Any],
-        run: str,
-        own_settings: Mapping[str, Any],
-        asked: Mapping[str, Any] = MappingProxyType({}),
-    ) -> Provenance:
-        """Provenance of a table that is being written now."""
-        written = datetime.now(UTC).isoformat(timespec="seconds")
-        return cls(
-            seed_set,
-            seeds,
-            index,
-            dict(settings),
-            run,
-            written,
-            own_settings=dict(own_settings),
-            asked=dict(asked),
-        )
+    def write(self, batch: pa.RecordBatch) -> None:
+        """Append rows."""
+        self._writer.write_batch(batch.cast(self._writer.schema))
+        self.rows += len(batch)
 
-    def to_footer(self) -> dict[str, str]:
-        """Key-value metadata for the file's footer."""
-        return {PROVENANCE_KEY: json.dumps(asdict(self))}
+    def attach(self, name: str, content: bytes) -> None:
+        """Write a file beside the table that belongs to it, and name it in the footer.
 
-    @classmethod
-    def from_footer(cls, footer: Mapping[str, str], where: str) -> Provenance:
-        """Read it back.
+        Its name holds its checksum, so the attachment of a table that this one replaces stays readable
+        until the exchange.
 
-        Raises:
-            InputError: the file was not written by this platform.
+        Args:
+            name: of the attachment, its file's suffix.
+            content: all of it.
 
         """
-        if PROVENANCE_KEY not in footer:
-            raise InputError(
-                f"{where} does not say what it was made from: it was not written here; "
-                "materialize it again"
-            )
-        return cls(**json.loads(footer[PROVENANCE_KEY]))
+        checksum = crc32c(content)
+        uri = f"{self._uri.removesuffix(SUFFIX)}.{checksum:08x}.{name}"
+        with new_file(uri, OUTPUT) as sink:
+            sink.write(content)
+        self._attachments[name] = {"file": _name_of(uri), "crc32c": checksum_text(checksum)}
+
+    def _end(self) -> None:
+        self._writer.add_key_value_metadata(
+            {**self.footer, ATTACHMENTS_KEY: json.dumps(self._attachments)}
+        )
+        self.seconds = round(time.monotonic() - self._started, 2)
 
 
-@dataclass
-class Table:
-    """A table on its way to a file: read its batches once, then ask for the footer.
+@contextmanager
+def new_table(uri: str, schema: pa.Schema) -> Iterator[TableWriter]:
+    """Write a table that takes its name only if the block ends well; what it replaces stays until then.
+
+    Args:
+        uri: of the Parquet file, a local path or any fsspec URL.
+        schema: of every batch.
+
+    Raises:
+        InputError: the place cannot be written to.
+
+    """
+    with (
+        new_file(uri, OUTPUT) as sink,
+        pq.ParquetWriter(sink, described(schema), compression="zstd") as parquet,
+    ):
+        writer = TableWriter(uri, parquet)
+        yield writer
+        writer._end()
+    _remove_old_attachments(uri, writer._attachments)
+
+
+def _remove_old_attachments(uri: str, current: Mapping[str, Mapping[str, str]]) -> None:
+    fs, path = open_storage(uri, OUTPUT)
+    stem = "".join(f"[{c}]" if c in "*?[" else c for c in path.removesuffix(SUFFIX))
+    with reaching(uri, OUTPUT):
+        for name, attachment in current.items():
+            for found in fs.glob(f"{stem}.{'?' * 8}.{name}"):
+                if _name_of(found) != attachment["file"]:
+                    fs.rm_file(found)
+
+
+def _name_of(uri: str) -> str:
+    return uri.rpartition("/")[2]
+
+
+class StoredTable:
+    """A Parquet file, opened once. In a bucket, each column of a row group is one request.
+
+    Args:
+        uri: a local path or any fsspec URL.
+        remedy: what to do about a file that is missing or damaged, for error messages.
 
     Attributes:
-        schema: of every batch.
-        batches: the rows.
-        footer: key-value metadata, complete once all batches were read.
+        where: location.
+        size: bytes.
+        schema: its columns.
+
+    Raises:
+        InputError: no such file, or not a whole Parquet file.
 
     """
 
-    schema: pa.Schema
-    batches: Iterable[pa.RecordBatch]
-    footer: Callable[[], Mapping[str, str]] = dict
+    def __init__(self, uri: str, remedy: str = "write it again") -> None:
+        self.where = uri
+        self.remedy = remedy
+        with self._explained():
+            fs, path = open_storage(uri, OUTPUT)
+            source = fs.open(path, "rb", cache_type="none")
+            self.size = int(source.size)
+            # By default the whole file would be read ahead, whatever its size.
+            self._file = pq.ParquetFile(
+                source, thrift_string_size_limit=MAX_FOOTER_TEXT, pre_buffer=False
+            )
+        self.schema: pa.Schema = self._file.schema_arrow.remove_metadata()
+
+    @property
+    def footer(self) -> Mapping[str, str]:
+        """Key-value metadata."""
+        stored = self._file.metadata.metadata or {}
+        return {key.decode(): value.decode() for key, value in stored.items()}
+
+    def __len__(self) -> int:
+        return int(self._file.metadata.num_rows)
+
+    def batches(self, columns: Iterable[str] | None = None) -> Iterator[pa.RecordBatch]:
+        """Read the rows in order."""
+        names = None if columns is None else list(columns)
+        batches = self._file.iter_batches(columns=names)
+        while True:
+            with self._explained():
+                batch = next(batches, None)
+            if batch is None:
+                return
+            yield batch
+
+    def read(self, columns: Iterable[str] | None = None) -> pa.Table:
+        """Read all rows at once."""
+        with self._explained():
+            return self._file.read(columns=None if columns is None else list(columns))
+
+    def top(self, rows: int, columns: Sequence[str]) -> pa.Table:
+        """Read the first rows only."""
+        with self._explained():
+            first = next(self._file.iter_batches(batch_size=max(rows, 1), columns=list(columns)), None)
+        empty = pa.schema([self.schema.field(name) for name in columns]).empty_table()
+        return empty if first is None else pa.Table.from_batches([first])
+
+    def attachment(self, name: str) -> bytes:
+        """Read a file that belongs to the table, see `TableWriter.attach`.
+
+        Raises:
+            InputError: the table names none, or its file is missing or damaged.
+
+        """
+        attachments = json.loads(self.footer.get(ATTACHMENTS_KEY, "{}"))
+        if name not in attachments:
+            raise InputError(f"{self.where} has no {name} beside it: {self.remedy}")
+        folder, recorded = self.where.rpartition("/")[0], attachments[name]
+        uri = f"{folder}/{recorded['file']}"
+        with self._explained(uri):
+            fs, path = open_storage(uri, OUTPUT)
+            content: bytes = fs.cat_file(path)
+        if checksum_text(crc32c(content)) != recorded["crc32c"]:
+            raise InputError(f"{uri} is not what was written: {self.remedy}")
+        return content
+
+    @contextmanager
+    def _explained(self, uri: str | None = None) -> Iterator[None]:
+        """Turn what goes wrong while reading into one sentence with the remedy."""
+        where = uri or self.where
+        try:
+            with reaching(where, OUTPUT):
+                try:
+                    yield
+                except FileNotFoundError as error:
+                    raise InputError(f"{where} is missing: {self.remedy}") from error
+        except (pa.ArrowInvalid, OSError) as error:
+            raise InputError(f"{where} cannot be read ({error}): {self.remedy}") from error
 
 
 def code_bytes(column: pa.ChunkedArray) -> Bytes:
-    """Return the codes of a table, (n, code size), without copying more than one column needs."""
-    codes, wide = column.combine_chunks(), column.type.byte_width
+    """Return a fixed-size binary column as an (n, width) uint8 matrix."""
+    codes, width = column.combine_chunks(), column.type.byte_width
     if not len(codes):
-        return np.empty((0, wide), np.uint8)
+        return np.empty((0, width), np.uint8)
     data = np.frombuffer(codes.buffers()[1], np.uint8)
-    return data[codes.offset * wide : (codes.offset + len(codes)) * wide].reshape(-1, wide)
+    return data[codes.offset * width : (codes.offset + len(codes)) * width].reshape(-1, width)
 
 
-def decoder_footer(data: bytes) -> dict[str, str]:
-    """Footer entry that carries a serialised decoder; text, as other Parquet readers expect."""
-    return {DECODER_KEY: base64.b64encode(data).decode("ascii")}
-
-
-def decoder_bytes(footer: Mapping[str, str], where: str) -> bytes:
-    """Read what `decoder_footer` wrote.
-
-    Raises:
-        InputError: the footer has none.
-
-    """
-    if DECODER_KEY not in footer:
-        raise InputError(f"{where} carries no decoder for its codes: materialize it again")
-    return base64.b64decode(footer[DECODER_KEY])
+def fixed_size_binary(codes: Bytes) -> pa.Array:
+    """Return an (n, width) uint8 matrix as a column, which `code_bytes` reads."""
+    data = pa.py_buffer(np.ascontiguousarray(codes))
+    return pa.FixedSizeBinaryArray.from_buffers(pa.binary(codes.shape[1]), len(codes), [None, data])

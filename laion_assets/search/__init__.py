@@ -1,1 +1,23 @@
-"""Images around queries, near-duplicates removed, two sets as one."""
+"""Images around queries, near-duplicates removed, and two sets of them as one."""
+
+from laion_assets.search.combine import Combined, CombinedFunnel, combine
+from laion_assets.search.filters import BlockList, Condition, Filters, conditions_in, read_block_list
+from laion_assets.search.notebook import search
+from laion_assets.search.retrieve import Found, Funnel, Request, columns_found, retrieve
+
+__all__ = [
+    "BlockList",
+    "Combined",
+    "CombinedFunnel",
+    "Condition",
+    "Filters",
+    "Found",
+    "Funnel",
+    "Request",
+    "columns_found",
+    "combine",
+    "conditions_in",
+    "read_block_list",
+    "retrieve",
+    "search",
+]

@@ -1,16 +1,15 @@
 """Both URL sets as one: a row per image.
 
-Rows are one image when they have the same id, the same URL, or are near-duplicates, directly or through
-others. Of each group the row with the lowest rank stays: similarities to different queries do not
-compare, ranks do. Works from the two tables alone, without the index: the numbers of all rows are held
-in memory (21 bytes a row), codes and URLs of each image once, other texts only of the rows that stay.
-What must not live here: how tables are stored.
+Rows are one image when they have the same id, the same URL, or are near-duplicates, directly or
+transitively. The row with the lowest rank represents its group: similarities to different queries do not
+compare, ranks do. Only the two tables are needed, not the index. Memory holds the numbers of all rows (21
+bytes a row), the code and URL of each image once, and the other texts of the rows that are kept.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 import numpy as np
@@ -23,35 +22,31 @@ from scipy.sparse.csgraph import connected_components
 from laion_assets.index.faiss_index import Decoder
 from laion_assets.index.vectors import decoded
 from laion_assets.io.arrays import Floats, Ids
-from laion_assets.io.errors import InputError
-from laion_assets.io.tables import Provenance, Table, code_bytes, decoder_bytes
+from laion_assets.io.tables import code_bytes
 from laion_assets.search.near_duplicates import components
 
-ROWS_AT_ONCE = 1 << 16  # in one batch of the combined table
+COMBINED_ROWS = 1 << 16  # in one batch of the combined table
+DECODER = "decoder"  # attachment of a table of found rows
+NOT_HANDED_OVER = ("code", "thumbnail")
 
 
 class Stored(Protocol):
-    """A table that was written, to be read as often as needed."""
+    """A stored table, read as often as needed."""
 
     @property
     def schema(self) -> pa.Schema:
         """Its columns."""
 
-    @property
-    def footer(self) -> Mapping[str, str]:
-        """Key-value metadata."""
-
-    @property
-    def where(self) -> str:
-        """Location, for error messages."""
+    def attachment(self, name: str) -> bytes:
+        """Read a file that belongs to the table."""
 
     def batches(self, columns: Iterable[str] | None = None) -> Iterator[pa.RecordBatch]:
         """Read the rows in order."""
 
 
-@dataclass
+@dataclass(frozen=True)
 class CombinedFunnel:
-    """Where the rows of both sets went."""
+    """How many rows of both sets each step left."""
 
     knn: int
     centroid: int
@@ -61,11 +56,19 @@ class CombinedFunnel:
     kept: int
 
 
-@dataclass
+@dataclass(frozen=True)
 class Combined:
-    """The combined table and its figures."""
+    """The combined table, a batch at a time, and its figures.
 
-    table: Table
+    Attributes:
+        schema: of every batch.
+        batches: the rows, in order of rank, then id; read once.
+        funnel: how many rows each step left.
+
+    """
+
+    schema: pa.Schema
+    batches: Iterator[pa.RecordBatch]
     funnel: CombinedFunnel
 
 
@@ -80,83 +83,23 @@ class _Rows:
     similarity: Floats
 
 
-def check_same_origin(knn: Stored, centroid: Stored, seeds: Stored) -> Provenance:
-    """Refuse two sets that were not made from the same index and these seeds, with the same filters.
-
-    Returns:
-        The provenance of the knn set, with the settings of both, used and asked for.
-
-    Raises:
-        InputError: says on what they disagree and which to materialize again.
-
-    """
-    one = Provenance.from_footer(knn.footer, knn.where)
-    other = Provenance.from_footer(centroid.footer, centroid.where)
-    current = Provenance.from_footer(seeds.footer, seeds.where).seeds
-    for asset, made in (("knn_urls", one), ("centroid_urls", other)):
-        if made.seeds != current:
-            raise InputError(
-                f"{asset} of {made.seed_set!r} was made from other seeds or another settings.yaml "
-                f"({made.seeds}) than seed_embeddings now holds ({current}): materialize {asset} again"
-            )
-        if not made.asked:
-            raise InputError(
-                f"{asset} of {made.seed_set!r} does not say what it was asked for, as it is of an older "
-                f"version: materialize {asset} again"
-            )
-    older = "knn_urls" if one.written < other.written else "centroid_urls"
-    if one.index != other.index:
-        raise InputError(
-            f"knn_urls and centroid_urls of {one.seed_set!r} were made from different indices "
-            f"({one.index} and {other.index}): materialize {older} again, it is the older one"
-        )
-    for name in ("filters", "block_list"):
-        if one.settings.get(name) != other.settings.get(name):
-            raise InputError(
-                f"knn_urls and centroid_urls of {one.seed_set!r} were made with different "
-                f"{name.replace('_', ' ')} ({one.settings.get(name) or 'none'} and "
-                f"{other.settings.get(name) or 'none'}): materialize {older} again, it is the older one"
-            )
-    return replace(
-        one,
-        settings=_settings_of_both(one.settings, other.settings),
-        asked=_settings_of_both(one.asked, other.asked),
-    )
-
-
-def _settings_of_both(knn: Mapping[str, Any], centroid: Mapping[str, Any]) -> dict[str, Any]:
-    """Take each number from its own set, the lower threshold, and a target and nprobe that both had."""
-    of_centroid = ["nb_images_centroid"]
-    if centroid["dedup_threshold"] < knn["dedup_threshold"]:
-        of_centroid.append("dedup_threshold")
-    values = {**knn} | {name: centroid[name] for name in of_centroid}
-    origins = {name: origin for name, origin in knn["origins"].items() if name not in of_centroid}
-    origins |= {name: o for name, o in centroid["origins"].items() if name in of_centroid}
-    for name in ("target_images", "nprobe"):
-        if centroid[name] != knn[name]:
-            values[name] = None
-            origins.pop(name, None)
-    return values | {"origins": origins}
-
-
-def combine(knn: Stored, centroid: Stored, threshold: float, pictures: int) -> Combined:
-    """Unite the two sets.
+def combine(knn: Stored, centroid: Stored, threshold: float) -> Combined:
+    """Unite the two sets: a row per image.
 
     Args:
-        knn: table of `knn_urls`.
-        centroid: table of `centroid_urls`.
+        knn: rows found around each seed.
+        centroid: rows found around the centroid.
         threshold: cosine above which two images are near-duplicates.
-        pictures: rows, from the top, that keep their thumbnails.
 
     Returns:
-        A table with id, url, caption, similarity, rank, seed, strategies and what else travels, in
-        order of rank, then id.
+        A table with id, url, caption, similarity, rank, seed, strategies and the other columns of the
+        metadata, without thumbnails and codes.
 
     """
     rows = _read_numbers(knn, centroid)
     order = np.lexsort((rows.seed, rows.ids, rows.strategy, rows.rank))
     place = np.empty_like(order)
-    place[order] = np.arange(len(order))  # the lower, the better; no two rows are equal
+    place[order] = np.arange(len(order))  # lower is better; no two rows are equal
 
     unique_ids, image = np.unique(rows.ids, return_inverse=True)
     best = _lowest_by(image, place, len(unique_ids))  # place of the best row of each id
@@ -166,7 +109,7 @@ def combine(knn: Stored, centroid: Stored, threshold: float, pictures: int) -> C
 
     labels = _same_url(knn, centroid, representative)
     distinct_urls = len(np.unique(labels))
-    if threshold < 1:  # where it is 1 there are no near-duplicates, and nothing to compare
+    if threshold < 1:  # at 1 nothing is a near-duplicate
         codes = code_bytes(_taken_in_order(knn, centroid, representative, ["code"])["code"])
         vectors = decoded(codes, _decoder(knn, centroid).decode_to_compare)
         labels = _united(labels, components(vectors, threshold))
@@ -187,13 +130,12 @@ def combine(knn: Stored, centroid: Stored, threshold: float, pictures: int) -> C
         kept=len(stays),
     )
     schema = _schema(knn.schema)
-    batches = _written_out(knn, centroid, rows, kept, found_by[stays], schema, pictures)
-    return Combined(Table(schema, batches), funnel)
+    return Combined(schema, _batches(knn, centroid, rows, kept, found_by[stays], schema), funnel)
 
 
 def _read_numbers(knn: Stored, centroid: Stored) -> _Rows:
     parts: list[tuple[NDArray[Any], ...]] = []
-    for number, table in enumerate((knn, centroid)):  # the order in which ties are settled
+    for number, table in enumerate((knn, centroid)):  # ties go to knn
         names = [name for name in table.schema.names if name in ("id", "rank", "seed", "similarity")]
         for batch in table.batches(names):
             n = len(batch)
@@ -229,7 +171,7 @@ def _same_url(knn: Stored, centroid: Stored, representative: Ids) -> Ids:
 
 
 def _united(a: Ids, b: Ids) -> Ids:
-    """Merge two labellings of the same rows into that of both relations together."""
+    """Return the labels of the union of two relations, given the labels of each."""
     n, rows = len(a), np.arange(len(a))
     pairs = (np.tile(rows, 2), np.concatenate([a, b]))
     graph = coo_array((np.ones(2 * n, np.bool_), pairs), shape=(n, n))
@@ -239,7 +181,7 @@ def _united(a: Ids, b: Ids) -> Ids:
 
 
 def _decoder(knn: Stored, centroid: Stored) -> Decoder:
-    one, other = (Decoder.from_bytes(decoder_bytes(t.footer, t.where)) for t in (knn, centroid))
+    one, other = (Decoder.from_bytes(table.attachment(DECODER)) for table in (knn, centroid))
     return one.merged(other)
 
 
@@ -252,7 +194,7 @@ def _taken_in_order(knn: Stored, centroid: Stored, rows: Ids, columns: list[str]
 def _gathered(
     knn: Stored, centroid: Stored, rows: Ids, columns: list[str]
 ) -> tuple[pa.Table, NDArray[np.int64]]:
-    """Return the given rows of both sets as they lie there, and the place of each among them."""
+    """Return the given rows of both sets in the order of the tables, and the place of each among them."""
     unsorted = np.argsort(rows, kind="stable")
     wanted = rows[unsorted]
     schema = pa.schema([(name, _wide(knn.schema.field(name).type)) for name in columns])
@@ -269,13 +211,13 @@ def _gathered(
 
 
 def _wide(kind: pa.DataType) -> pa.DataType:
-    """The type of which one array may hold more than 2 GiB: some 25 million URLs are more."""
+    """Return a type whose arrays may exceed 2 GiB: some 25 million URLs do."""
     wider = {pa.string(): pa.large_string(), pa.binary(): pa.large_binary()}
     return wider.get(kind, kind)
 
 
 def _schema(knn: pa.Schema) -> pa.Schema:
-    given = {field.name: field.type for field in knn if field.name != "code"}
+    given = {field.name: field.type for field in knn if field.name not in NOT_HANDED_OVER}
     first = ("id", "url", "caption", "similarity", "rank", "seed")
     return pa.schema(
         {name: given[name] for name in first}
@@ -284,22 +226,21 @@ def _schema(knn: pa.Schema) -> pa.Schema:
     )
 
 
-def _written_out(
+def _batches(
     knn: Stored,
     centroid: Stored,
     rows: _Rows,
     kept: Ids,
     found_by: NDArray[np.int8],
     schema: pa.Schema,
-    pictures: int,
 ) -> Iterator[pa.RecordBatch]:
     texts = [
         name for name in schema.names if name not in ("id", "similarity", "rank", "seed", "strategies")
     ]
     found, place = _gathered(knn, centroid, kept, texts)
     strategies = pa.array([[], ["knn"], ["centroid"], ["knn", "centroid"]], pa.list_(pa.string()))
-    for start in range(0, len(kept), ROWS_AT_ONCE):
-        some = slice(start, start + ROWS_AT_ONCE)
+    for start in range(0, len(kept), COMBINED_ROWS):
+        some = slice(start, start + COMBINED_ROWS)
         taken = found.take(pa.array(place[some]))
         seed = rows.seed[kept[some]]
         columns = {name: taken[name] for name in texts} | {
@@ -309,8 +250,5 @@ def _written_out(
             "seed": pa.array(seed, mask=seed < 0),
             "strategies": strategies.take(pa.array(found_by[some])),
         }
-        if "thumbnail" in columns:
-            shown = np.arange(start, start + len(taken)) < pictures
-            columns["thumbnail"] = pc.if_else(pa.array(shown), columns["thumbnail"], None)
         table = pa.table({name: columns[name] for name in schema.names})
         yield from table.cast(schema).to_batches()

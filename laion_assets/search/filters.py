@@ -101,7 +101,7 @@ class Condition:
         return held
 
 
-def conditions_in(text: str, origin: str) -> tuple[Condition, ...]:
+def conditions_in(text: str) -> tuple[Condition, ...]:
     """Read conditions joined by `and`; none in an empty text.
 
     Raises:
@@ -118,7 +118,7 @@ def conditions_in(text: str, origin: str) -> tuple[Condition, ...]:
             rest = text[match.end() if match else place :].strip()[:40]
             where = f"cannot be read from {rest!r} on" if rest else "lack a condition at their end"
             raise InputError(
-                f"filters (from {origin}) {where}: write conditions such as "
+                f"{where}: write conditions such as "
                 "punsafe < 0.5 and NSFW == 'UNLIKELY', each a column, one of "
                 f"{' '.join(COMPARE)}, and a number or a quoted word"
             )

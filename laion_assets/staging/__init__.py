@@ -15,7 +15,7 @@ from laion_assets.staging.manifest import (
     StagedFile,
     verified_manifest,
 )
-from laion_assets.staging.opening import OpenIndex, open_staged
+from laion_assets.staging.opening import OpenIndex, is_staged, open_staged
 from laion_assets.staging.plan import Plan, SourceFile, Transfer, plan, version_of
 from laion_assets.staging.sparse.budget import read_bytes
 from laion_assets.staging.sparse.store import DEFAULT_BUDGET
@@ -34,6 +34,7 @@ __all__ = [
     "Staged",
     "StagedFile",
     "Transfer",
+    "is_staged",
     "open_staged",
     "plan",
     "read_bytes",

@@ -30,6 +30,11 @@ class OpenIndex:
     fetched: Tally  # from the source since it was opened
 
 
+def is_staged(cache: Path) -> bool:
+    """Tell whether an index was staged to a directory, complete or not."""
+    return (cache / locks.DATA).exists()
+
+
 @contextmanager
 def open_staged(
     cache: Path,
@@ -54,7 +59,7 @@ def open_staged(
         InputError: files that hold no index or metadata.
 
     """
-    if not (cache / locks.DATA).exists():
+    if not is_staged(cache):
         raise NotStagedError(f"nothing is staged in {cache}: materialize staged_laion_index first")
     with locks.reading(cache):
         manifest = verified_manifest(cache)

@@ -67,13 +67,16 @@ class Ticks:
         self.run_keys: list[str] = []
         self.said = ""
 
-    def _evaluate(self, sensor: str, resource: str, cursor: str | None) -> dg.SensorResult:
+    def _evaluate(self, sensor: str, cursor: str | None) -> dg.SensorResult:
         repository = self.project.defs.get_repository_def()
         context = dg.build_sensor_context(
             self.project.instance,
             cursor,
             repository_def=repository,
-            resources={resource: repository.get_top_level_resources()[resource]},
+            resources={
+                name: repository.get_top_level_resources()[name]
+                for name in repository.get_sensor_def(sensor).required_resource_keys
+            },
         )
         with context:
             seen = repository.get_sensor_def(sensor)(context)
@@ -85,11 +88,11 @@ class Ticks:
 
     def look_at_index(self) -> str:
         """Evaluate the sensor of the index once; return what it says."""
-        return self._evaluate("laion_index_sensor", "laion_index", None).cursor or ""
+        return self._evaluate("laion_index_sensor", None).cursor or ""
 
     def tick(self) -> list[str]:
         """Evaluate the sensor once; return the seed sets for which a run is launched."""
-        seen = self._evaluate("seed_sets_sensor", "seeds", self.cursor)
+        seen = self._evaluate("seed_sets_sensor", self.cursor)
         self.cursor = seen.cursor or ""
         self.said = self.cursor.split("\n")[0]
         assert not seen.skip_reason or seen.skip_reason.skip_message == self.said

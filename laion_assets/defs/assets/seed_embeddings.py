@@ -1,124 +1,129 @@
 """The seeds of one set, and their centroid.
 
-What must not live here: how seed files are read and checked (retrieval.seeds).
 Dagster's concept: https://docs.dagster.io/guides/build/assets
 """
 
-import os
-from collections.abc import Iterator, Mapping
-from typing import Any
+from dataclasses import replace
 
 import dagster as dg
 import pyarrow as pa
 
-from laion_assets.defs import checks
-from laion_assets.defs.drawing.presentation import as_markdown, draw, strip
+from laion_assets.defs import checks, report
 from laion_assets.defs.failures import as_failures
-from laion_assets.defs.history import OWN_SETTINGS
-from laion_assets.defs.io_manager import StoredTable, TableOutput
-from laion_assets.defs.kubernetes.placement import RETRY_POLICY, RUNS_ON_ANY_NODE, on_any_node
+from laion_assets.defs.io_manager import Tables
+from laion_assets.defs.kubernetes.placement import Placement
 from laion_assets.defs.partitions import require_seed_set, seed_sets
+from laion_assets.defs.provenance import Provenance, now
+from laion_assets.defs.report import Materialized
 from laion_assets.defs.resources import SeedFolder
-from laion_assets.defs.settings import RetrievalConfig
-from laion_assets.defs.sources import observe
-from laion_assets.io.tables import Provenance, Table
-from laion_assets.seeds.seed_sets import centroid, embeddings_of
+from laion_assets.defs.settings import Defaults, RetrievalConfig
+from laion_assets.defs.sources import Version, observe, seed_folder
+from laion_assets.io.tables import StoredTable
+from laion_assets.seeds.seed_sets import SeedSet, centroid, embeddings_of
 
 FILES_SHOWN = 100
 
-seed_folder = dg.AssetSpec(
-    "seed_folder",
-    group_name="sources",
-    kinds={"numpy"},
-    partitions_def=seed_sets,
-    description="A folder of embeddings under LAION_SEEDS_URI, one for each seed set. Not made here: a "
-    "sensor looks what is in it, and runs what is new.",
-)
+
+def seed_embeddings_asset(placement: Placement) -> dg.AssetsDefinition:
+    """Define the asset for a placement."""
+    pod = placement.any_node("seed_embeddings")
+
+    @dg.asset(
+        deps=[seed_folder],
+        group_name="seeds",
+        kinds={"numpy", "parquet"},
+        partitions_def=seed_sets,
+        code_version="2",
+        tags=pod.tags,
+        op_tags=pod.op_tags,
+        retry_policy=pod.retry_policy,
+    )
+    def seed_embeddings(
+        context: dg.AssetExecutionContext,
+        seeds: dg.ResourceParam[SeedFolder],
+        retrieval_config: RetrievalConfig,
+        defaults: dg.ResourceParam[Defaults],
+        tables: dg.ResourceParam[Tables],
+    ) -> Materialized:
+        """The seeds of one set: checked, scaled to length 1, a row per seed.
+
+        The data version is the fingerprint of the files, by which the sensor knows what is done.
+        """
+        with as_failures():
+            require_seed_set(context)
+            seed_set = seeds.find(context.partition_key)
+            observe(context, Version(seed_folder.key, seed_set.fingerprint, seed_set.name))
+            own = seeds.settings(seed_set)
+            retrieval_config.resolve(defaults, own, seed_set.name)  # wrong settings fail here, not later
+            found = seeds.read(seed_set)
+            count, dimension = found.embeddings.shape
+            context.log.info(
+                f"{count:,} seeds of {dimension} dimensions from {len(seed_set.files)} files"
+            )
+            _warn_of_ignored(context, seed_set)
+            rows = found.to_table()
+            # Later assets take the set's own settings from here, so that all are made with the same.
+            settings = RetrievalConfig().resolve(Defaults({}), own, seed_set.name)
+            provenance = Provenance(seed_set.name, seed_set.fingerprint, settings, context.run.run_id)
+            with tables.new(context, rows.schema) as table:
+                table.footer = provenance.to_footer()
+                for batch in rows.to_batches():
+                    table.write(batch)
+            stored = tables.written(context)
+            return dg.MaterializeResult(
+                data_version=dg.DataVersion(seed_set.fingerprint),
+                metadata=report.of_seeds(stored, provenance, table.seconds)
+                | {
+                    "files": [file.name for file in seed_set.files[:FILES_SHOWN]],
+                    "ignored files": list(seed_set.ignored[:FILES_SHOWN]),
+                },
+            )
+
+    return seed_embeddings
 
 
-@dg.asset(
-    deps=[seed_folder],
-    group_name="seeds",
-    kinds={"numpy", "parquet"},
-    partitions_def=seed_sets,
-    tags=RUNS_ON_ANY_NODE,
-    op_tags=on_any_node("seed_embeddings"),
-    retry_policy=RETRY_POLICY,
-    code_version="1",
-)
-def seed_embeddings(
-    context: dg.AssetExecutionContext,
-    seeds: dg.ResourceParam[SeedFolder],
-    retrieval_config: RetrievalConfig,
-) -> dg.MaterializeResult[TableOutput]:
-    """The seeds of one set: checked, scaled to length 1, a row per seed.
-
-    The data version is the fingerprint of the files, by which the sensor knows what was done.
-    """
-    with as_failures():
-        require_seed_set(context)
-        seed_set = seeds.find(context.partition_key)
-        observe(context, seed_folder.key, seed_set.fingerprint, seed_set.name)
-        own = seeds.settings(seed_set)
-        # A wrong setting shows here, not after the index was staged.
-        retrieval_config.resolve(os.environ, own, seed_set.name)
-        found = seeds.read(seed_set)
-    count, dimension = found.embeddings.shape
-    context.log.info(f"{count:,} seeds of {dimension} dimensions from {len(seed_set.files)} files")
+def _warn_of_ignored(context: dg.AssetExecutionContext, seed_set: SeedSet) -> None:
     if seed_set.ignored:
         names = ", ".join(seed_set.ignored[:FILES_SHOWN])
-        context.log.warning(
-            f"{len(seed_set.ignored):,} files were not read, as they hold no seeds: {names}"
-        )
-    provenance = Provenance.now(seed_set.name, seed_set.fingerprint, None, {}, context.run.run_id, own)
-    rows = found.to_table()
+        context.log.warning(f"ignored {len(seed_set.ignored):,} files that hold no seeds: {names}")
 
-    def report(stored: StoredTable) -> Mapping[str, Any]:
-        sheet = draw([strip(stored, seed_set.name, f"{count:,} seeds")])
-        return {
-            **({"contact sheet": as_markdown(sheet)} if sheet else {}),
-            "seeds": count,
-            "dimension": dimension,
-            "files": [file.name for file in seed_set.files[:FILES_SHOWN]],
-            "ignored files": list(seed_set.ignored[:FILES_SHOWN]),
-            "fingerprint": seed_set.fingerprint,
-            OWN_SETTINGS: own,
-        }
 
-    return dg.MaterializeResult(
-        value=TableOutput(Table(rows.schema, rows.to_batches(), provenance.to_footer), report),
-        data_version=dg.DataVersion(seed_set.fingerprint),
+def centroid_vector_asset(placement: Placement) -> dg.AssetsDefinition:
+    """Define the asset for a placement."""
+    pod = placement.any_node("centroid_vector")
+
+    @dg.asset(
+        group_name="seeds",
+        kinds={"numpy", "parquet"},
+        partitions_def=seed_sets,
+        code_version="2",
+        check_specs=checks.CENTROID,
+        tags=pod.tags,
+        op_tags=pod.op_tags,
+        retry_policy=pod.retry_policy,
     )
+    def centroid_vector(
+        context: dg.AssetExecutionContext,
+        seed_embeddings: StoredTable,
+        tables: dg.ResourceParam[Tables],
+    ) -> Materialized:
+        """The mean of the seeds, scaled to length 1, and how concentrated the seeds are around it."""
+        with as_failures():
+            origin = Provenance.of(seed_embeddings)
+            embeddings = embeddings_of(seed_embeddings.read(["embedding"]))
+            mean, length = centroid(embeddings)
+            context.log.info(f"the mean of {len(embeddings):,} seeds has length {length:.3f}")
+            vector = pa.FixedSizeListArray.from_arrays(pa.array(mean), len(mean))
+            row = pa.record_batch(
+                {"embedding": vector, "norm_of_mean": [length], "seeds": [len(embeddings)]}
+            )
+            with tables.new(context, row.schema) as table:
+                table.footer = replace(origin, run=context.run.run_id, written=now()).to_footer()
+                table.write(row)
+            return dg.MaterializeResult(
+                metadata={"norm of mean": length, "seeds": len(embeddings)}
+                | report.of_table(tables.written(context), table.seconds),
+                check_results=checks.logged(context, checks.of_centroid(length)),
+            )
 
-
-@dg.asset(
-    group_name="seeds",
-    kinds={"numpy", "parquet"},
-    partitions_def=seed_sets,
-    tags=RUNS_ON_ANY_NODE,
-    op_tags=on_any_node("centroid_vector"),
-    retry_policy=RETRY_POLICY,
-    code_version="1",
-    check_specs=checks.CENTROID,
-)
-def centroid_vector(
-    context: dg.AssetExecutionContext, seed_embeddings: StoredTable
-) -> Iterator[dg.MaterializeResult[TableOutput] | dg.AssetCheckResult]:
-    """The mean of the seeds, scaled to length 1, and how concentrated the seeds are about it."""
-    with as_failures():
-        origin = Provenance.from_footer(seed_embeddings.footer, seed_embeddings.where)
-        embeddings = embeddings_of(seed_embeddings.read(["embedding"]))
-        mean, length = centroid(embeddings)
-    context.log.info(f"the mean of {len(embeddings):,} seeds has length {length:.3f}")
-    vector = pa.FixedSizeListArray.from_arrays(pa.array(mean), len(mean))
-    row = pa.table({"embedding": vector, "norm_of_mean": [length], "seeds": [len(embeddings)]})
-    provenance = Provenance.now(
-        origin.seed_set, origin.seeds, None, {}, context.run.run_id, origin.own_settings
-    )
-    yield dg.MaterializeResult(
-        value=TableOutput(
-            Table(row.schema, row.to_batches(), provenance.to_footer),
-            lambda _: {"norm of mean": length, "seeds": len(embeddings)},
-        )
-    )
-    yield from checks.telling(context, checks.of_centroid(length))
+    return centroid_vector

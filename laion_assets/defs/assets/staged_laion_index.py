@@ -1,6 +1,5 @@
 """The LAION index on the local disk.
 
-What must not live here: how it is copied and verified (retrieval.staging).
 Dagster's concept: https://docs.dagster.io/guides/build/assets
 """
 
@@ -13,64 +12,56 @@ import dagster as dg
 
 from laion_assets.defs import checks
 from laion_assets.defs.failures import as_failures
-from laion_assets.defs.kubernetes.placement import RETRY_POLICY, RUNS_WITH_INDEX, with_index
+from laion_assets.defs.kubernetes.placement import Placement
 from laion_assets.defs.partitions import require_seed_set
+from laion_assets.defs.report import Materialized
 from laion_assets.defs.resources import LaionIndex
-from laion_assets.defs.sources import last_version, observe
+from laion_assets.defs.sources import Version, laion_index_source, last_version, observe
 from laion_assets.io.errors import InputError
 from laion_assets.staging import OpenIndex, Staged
 
-STAGED = dg.AssetKey("staged_laion_index")
-SECONDS_TO_A_RECORD = 10  # of what was staged: the step opens the index before Dagster notes it
-
-laion_index_source = dg.AssetSpec(
-    "laion_index_source",
-    group_name="sources",
-    kinds={"faiss", "arrow"},
-    description="The published index and its metadata, where LAION_INDEX_URI says. Not made here: a "
-    "sensor looks every few minutes whether it has changed; `staged_laion_index` is then out of date.",
-)
+NAME = "staged_laion_index"
+RECORD_SECONDS = 10  # Dagster records a materialization a moment after the index can be opened
 
 
-@dg.asset(
-    deps=[laion_index_source],
-    group_name="index",
-    kinds={"faiss", "arrow"},
-    tags=RUNS_WITH_INDEX,
-    op_tags=with_index("staged_laion_index"),
-    retry_policy=RETRY_POLICY,
-    pool="staging",
-    code_version="1",
-    check_specs=checks.STAGED,
-)
-def staged_laion_index(
-    context: dg.AssetExecutionContext, laion_index: dg.ResourceParam[LaionIndex]
-) -> dg.MaterializeResult:  # type: ignore[type-arg]  # with checks Dagster takes no other form
-    """The index and its metadata on the local disk, verified.
+def staged_laion_index_asset(placement: Placement) -> dg.AssetsDefinition:
+    """Define the asset for a placement."""
+    pod = placement.with_index(NAME)
 
-    Copied from the source when that has changed or the disk does not hold it; otherwise only checked,
-    so a run of it costs little. Searches read it there. The data version is the fingerprint of all files.
-    """
-    with as_failures():
-        require_seed_set(context)
-        staged = laion_index.stage(context.log.info)
-        observe(context, laion_index_source.key, staged.source_version)
-        with laion_index.open(context.log.info) as opened:
-            rows, metadata_rows = opened.index.rows, len(opened.metadata)
-            dimension, nlist = opened.index.dimension, opened.index.nlist
-            checked = checks.of_staged_index(opened, laion_index.cache_dir)
-    context.log.info(_sentence(staged, laion_index))
-    return dg.MaterializeResult(
-        data_version=dg.DataVersion(staged.manifest.fingerprint),
-        metadata={
-            **_figures(staged, laion_index),
-            "dagster/row_count": rows,
-            "metadata rows": metadata_rows,
-            "dimension": dimension,
-            "inverted lists": nlist,
-        },
-        check_results=[*checks.telling(context, checked)],
+    @dg.asset(
+        deps=[laion_index_source],
+        group_name="index",
+        kinds={"faiss", "arrow"},
+        pool="staging",
+        code_version="1",
+        check_specs=checks.STAGED,
+        tags=pod.tags,
+        op_tags=pod.op_tags,
+        retry_policy=pod.retry_policy,
     )
+    def staged_laion_index(
+        context: dg.AssetExecutionContext, laion_index: dg.ResourceParam[LaionIndex]
+    ) -> Materialized:
+        """The index and its metadata on the local disk, verified.
+
+        Copied from the source when that has changed or the disk lacks it; otherwise only checked, which
+        costs little. Searches read it there. The data version is the fingerprint of all files.
+        """
+        with as_failures():
+            require_seed_set(context)
+            staged = laion_index.stage(context.log.info)
+            observe(context, Version(laion_index_source.key, staged.source_version))
+            with laion_index.open(context.log.info) as opened:
+                metadata = _figures(staged, laion_index) | _shape(opened)
+                results = checks.of_staged_index(opened, laion_index.cache_dir)
+        context.log.info(_sentence(staged, laion_index))
+        return dg.MaterializeResult(
+            data_version=dg.DataVersion(staged.manifest.fingerprint),
+            metadata=metadata,
+            check_results=checks.logged(context, results),
+        )
+
+    return staged_laion_index
 
 
 @contextmanager
@@ -78,42 +69,47 @@ def open_index(context: dg.AssetExecutionContext, laion_index: LaionIndex) -> It
     """Open the staged index for a step that needs it, on a disk that may have lost it.
 
     A node can come back under its name with an empty disk, or with that of another time. Then the index
-    is staged again, as LAION_LOST_INDEX says, and that is a materialization of `staged_laion_index` like
-    any other.
+    is staged again, as LAION_LOST_INDEX says, which is a materialization of `staged_laion_index` like any
+    other.
     """
     missing = _what_is_missing(context, laion_index)
     if missing and laion_index.lost_index == "restage":
         context.log.warning(f"{missing}. LAION_LOST_INDEX is restage: staging it now")
         _restage(context, laion_index)
     elif missing:
-        _look_again(context, laion_index)
+        time.sleep(RECORD_SECONDS)
+        if missing := _what_is_missing(context, laion_index):
+            raise InputError(missing)
     with laion_index.open(context.log.info) as index:
         yield index
 
 
 def _what_is_missing(context: dg.AssetExecutionContext, laion_index: LaionIndex) -> str | None:
-    return laion_index.what_is_missing(last_version(context.instance, STAGED))
-
-
-def _look_again(context: dg.AssetExecutionContext, laion_index: LaionIndex) -> None:
-    """Fail if it stays: between staging in another run and Dagster's record of it lies a moment."""
-    time.sleep(SECONDS_TO_A_RECORD)
-    if missing := _what_is_missing(context, laion_index):
-        raise InputError(missing)
+    return laion_index.what_is_missing(last_version(context.instance, dg.AssetKey(NAME)))
 
 
 def _restage(context: dg.AssetExecutionContext, laion_index: LaionIndex) -> None:
     staged = laion_index.stage(context.log.info)
-    if staged.manifest.fingerprint == last_version(context.instance, STAGED) and not staged.fetched:
+    key = dg.AssetKey(NAME)
+    if staged.manifest.fingerprint == last_version(context.instance, key) and not staged.fetched:
         return  # another step did it while this one waited for the lock
     context.log_event(
         dg.AssetMaterialization(
-            STAGED,
-            description=f"staged again by {context.asset_key.to_user_string()}: the disk did not hold it",
+            key,
+            description=f"staged again by {context.asset_key.to_user_string()}: the disk had lost it",
             metadata=_figures(staged, laion_index),
             tags={"dagster/data_version": staged.manifest.fingerprint},
         )
     )
+
+
+def _shape(opened: OpenIndex) -> dict[str, Any]:
+    return {
+        "dagster/row_count": opened.index.rows,
+        "metadata rows": len(opened.metadata),
+        "dimension": opened.index.dimension,
+        "inverted lists": opened.index.nlist,
+    }
 
 
 def _figures(staged: Staged, laion_index: LaionIndex) -> dict[str, Any]:
@@ -135,7 +131,7 @@ def _figures(staged: Staged, laion_index: LaionIndex) -> dict[str, Any]:
 
 def _sentence(staged: Staged, laion_index: LaionIndex) -> str:
     in_place = laion_index.staging == "in-place"
-    where = {"in-place": "used where they are", "sparse": f"to come to {laion_index.cache_dir} as needed"}
+    where = {"in-place": "used in place", "sparse": f"fetched to {laion_index.cache_dir} as needed"}
     parts = [
         f"{len(staged.manifest.files)} files, {staged.manifest.size:,} bytes "
         + where.get(laion_index.staging, f"in {laion_index.cache_dir}")
@@ -146,5 +142,5 @@ def _sentence(staged: Staged, laion_index: LaionIndex) -> str:
     else:
         parts.append("nothing to do")
     if staged.retries:
-        parts.append(f"{staged.retries} reads tried again")
+        parts.append(f"{staged.retries} reads retried")
     return "; ".join(parts)

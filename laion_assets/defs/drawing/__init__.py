@@ -1,1 +1,1 @@
-"""What the UI shows of a table: charts, contact sheets, links."""
+"""What the UI shows of a table besides numbers: funnels, charts, contact sheets, links."""

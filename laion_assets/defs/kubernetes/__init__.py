@@ -1,1 +1,1 @@
-"""Where steps run on a cluster."""
+"""Where steps run on a cluster: `placement` says what pods ask for, `step_pods` starts them."""

@@ -1,13 +1,12 @@
-"""Where assets run on a cluster: what their pods ask for, and when a step is worth another try.
+"""Where assets run on a cluster: what their pods ask for, and which steps are retried.
 
 Only the executor of `step_pods` reads the op tags; elsewhere they do nothing.
-What must not live here: imports of anything of ours, this is a leaf; calls to a cluster.
+
 Dagster's concept: https://docs.dagster.io/deployment/oss/deployment-options/kubernetes
 """
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from typing import Any
@@ -17,26 +16,23 @@ import dagster as dg
 VOLUME = "laion-index"
 ASSET_LABEL = "laion-assets/asset"
 CLAIM_LABEL = "laion-assets/claim"
-SPARSE = os.environ.get("LAION_STAGING") == "sparse"
-# Tags of assets, to be seen and searched for in the UI; where a step runs is decided by its op tags.
-RUNS_WITH_INDEX = {"laion_assets/runs_on": "node_with_claim" if SPARSE else "nvme_node"}
-RUNS_ON_ANY_NODE = {"laion_assets/runs_on": "any_node"}
+RUNS_ON_TAG = "laion_assets/runs_on"  # for people to search for in the UI; op tags decide
 ANY_NODE_RESOURCES = {"requests": {"cpu": "1", "memory": "4Gi"}, "limits": {"memory": "16Gi"}}
 
 
 @dataclass(frozen=True)
 class NvmeNode:
-    """What a step that touches the index asks for. The defaults are GKE's, and those of `k8s/`.
+    """What a step that reads the index asks for. The defaults are GKE's, and those of `k8s/`.
 
     Attributes:
         label: `key=value` that nodes with local NVMe carry.
-        taint: key of the taint that keeps everything else off them.
+        taint: key of the taint that keeps other pods off them.
         claim: the PersistentVolumeClaim on the local volume.
         mount: where it is mounted; the pod's LAION_CACHE_DIR.
-        cpu: cores requested; one step that stages and one that searches fit a node of 16.
+        cpu: cores requested; a staging and a searching step fit a node of 16.
         memory: requested.
-        memory_limit: above this the step is OOM-killed; pages of the index do not count, they give way.
-        group: of the user in the image, who gets to write to the volume.
+        memory_limit: above this the step is OOM-killed; cached pages of the index do not count.
+        group: of the user in the image, who may write to the volume.
         pending_seconds: how long a pod may wait for a node before its step fails.
 
     """
@@ -52,7 +48,7 @@ class NvmeNode:
     pending_seconds: str = "1800"
 
     def __post_init__(self) -> None:
-        """Check the form of what Kubernetes or we would trip over much later."""
+        """Check the form of values that would fail much later."""
         if self.label.count("=") != 1:
             raise ValueError(f"LAION_NVME_LABEL is {self.label!r}: write it as key=value")
         for name in ("group", "pending_seconds"):
@@ -63,13 +59,75 @@ class NvmeNode:
 
     @classmethod
     def from_environment(cls, environment: Mapping[str, str]) -> NvmeNode:
-        """Take LAION_NVME_LABEL and so on from the environment, and the default for what is not set."""
+        """Take LAION_NVME_LABEL and so on from the environment, defaults for the rest."""
         variables = {field.name: f"LAION_NVME_{field.name.upper()}" for field in fields(cls)}
         return cls(**{n: environment[v] for n, v in variables.items() if environment.get(v)})
 
 
+@dataclass(frozen=True)
+class Pod:
+    """What an asset's definition says about its pod.
+
+    Attributes:
+        tags: of the asset, for people.
+        op_tags: for the executor.
+        retry_policy: of the step.
+
+    """
+
+    tags: Mapping[str, str]
+    op_tags: Mapping[str, Any]
+    retry_policy: dg.RetryPolicy | None
+
+
+@dataclass(frozen=True)
+class Placement:
+    """Where assets run, in one environment.
+
+    Attributes:
+        node: what steps that read the index ask for.
+        staging: `LAION_STAGING`; empty where it is not set.
+        retry_policy: of every step; None outside a cluster.
+
+    """
+
+    node: NvmeNode
+    staging: str
+    retry_policy: dg.RetryPolicy | None
+
+    @classmethod
+    def from_environment(cls, environment: Mapping[str, str]) -> Placement:
+        """Read LAION_NVME_*, LAION_STAGING, and whether this process runs on a cluster."""
+        return cls(
+            NvmeNode.from_environment(environment),
+            environment.get("LAION_STAGING", ""),
+            retry_policy(environment),
+        )
+
+    def any_node(self, asset: str) -> Pod:
+        """Return the pod of an asset that needs no index."""
+        return self._pod("any_node", on_any_node(asset))
+
+    def with_index(self, asset: str) -> Pod:
+        """Return the pod of an asset that reads the index.
+
+        A full copy lies on a node with local NVMe. What sparse staging keeps is small: any node does.
+        """
+        if self.staging == "sparse":
+            return self._pod("node_with_claim", on_node_with_claim(asset, self.node))
+        tags = on_nvme_node(asset, self.node)
+        if not self.staging:  # a bucket would be staged sparse by default, which NVMe nodes are not for
+            tags["dagster-k8s/config"]["container_config"]["env"].append(
+                {"name": "LAION_STAGING", "value": "full"}
+            )
+        return self._pod("nvme_node", tags)
+
+    def _pod(self, runs_on: str, op_tags: Mapping[str, Any]) -> Pod:
+        return Pod({RUNS_ON_TAG: runs_on}, op_tags, self.retry_policy)
+
+
 def on_any_node(asset: str) -> dict[str, Any]:
-    """Op tags of an asset that needs no index: what it takes to read, combine and write tables."""
+    """Return op tags of an asset that needs no index: enough to read, combine and write tables."""
     return {
         "dagster-k8s/config": {
             "container_config": {"resources": ANY_NODE_RESOURCES},
@@ -78,26 +136,11 @@ def on_any_node(asset: str) -> dict[str, Any]:
     }
 
 
-def with_index(asset: str, environment: Mapping[str, str] = os.environ) -> dict[str, Any]:
-    """Op tags of an asset that touches the index: a pod with a claim, where LAION_STAGING wants it.
-
-    A full copy is on a node with local NVMe. What sparse staging keeps is small, and any node does.
-    """
-    node = NvmeNode.from_environment(environment)
-    staging = environment.get("LAION_STAGING")
-    tags = on_node_with_claim(asset, node) if staging == "sparse" else on_nvme_node(asset, node)
-    if not staging:  # a bucket would be read sparse by default, which is not what NVMe is for
-        tags["dagster-k8s/config"]["container_config"]["env"].append(
-            {"name": "LAION_STAGING", "value": "full"}
-        )
-    return tags
-
-
 def on_nvme_node(asset: str, node: NvmeNode) -> dict[str, Any]:
-    """Op tags of an asset that touches the index, a full copy.
+    """Return op tags of an asset that reads a full copy of the index.
 
-    All of them mount one claim on a local volume: the scheduler then puts every such pod on the node
-    that holds the data, and the index is staged once.
+    All such pods mount one claim on a local volume, so the scheduler puts them on the node that holds the
+    data, and the index is staged once.
     """
     return _with_claim(
         asset,
@@ -110,10 +153,10 @@ def on_nvme_node(asset: str, node: NvmeNode) -> dict[str, Any]:
 
 
 def on_node_with_claim(asset: str, node: NvmeNode) -> dict[str, Any]:
-    """Op tags of an asset that touches the index, staged sparse.
+    """Return op tags of an asset that reads an index that is staged sparse.
 
-    A disk that outlives its node follows the pods, but to one node at a time (ReadWriteOnce): where one
-    of them runs, the others go.
+    A disk that outlives its node follows the pods, but to one node at a time (ReadWriteOnce): the pods
+    are kept together.
     """
     together = {
         "label_selector": {"match_labels": {CLAIM_LABEL: node.claim}},
@@ -143,7 +186,7 @@ def _with_claim(asset: str, node: NvmeNode, placement: Mapping[str, Any]) -> dic
                 "security_context": {
                     "run_as_non_root": True,
                     "fs_group": int(node.group),
-                    # The owner of the volume's root says it all: no walk over 2.5 TB at every start.
+                    # Checking the volume's root suffices: no walk over 2.5 TB at every start.
                     "fs_group_change_policy": "OnRootMismatch",
                 },
                 "volumes": [{"name": VOLUME, "persistent_volume_claim": {"claim_name": node.claim}}],
@@ -157,28 +200,15 @@ def _with_claim(asset: str, node: NvmeNode, placement: Mapping[str, Any]) -> dic
 
 
 def is_cluster(environment: Mapping[str, str]) -> bool:
-    """Tell whether this process is a pod: Kubernetes sets this variable in all of them."""
+    """Tell whether this process runs in a pod, where Kubernetes sets this variable."""
     return "KUBERNETES_SERVICE_HOST" in environment
 
 
-def executor(environment: Mapping[str, str]) -> dg.ExecutorDefinition | None:
-    """Return one pod for each step inside a cluster, Dagster's default executor anywhere else."""
-    if not is_cluster(environment):
-        return None
-    # Here, because it takes as long to load as all of Dagster, and each step is a process of its own.
-    from laion_assets.defs.kubernetes.step_pods import step_pods
-
-    return step_pods
-
-
 def retry_policy(environment: Mapping[str, str]) -> dg.RetryPolicy | None:
-    """Another try for a step whose pod was evicted or killed; `as_failures` keeps our own errors from it.
+    """Return retries for steps whose pod was evicted or killed; `as_failures` excludes our own errors.
 
-    Only in pods: on one machine an interrupt is somebody's Ctrl-C, and Dagster would start over.
+    Only on a cluster: on one machine an interrupt is somebody's Ctrl-C, and Dagster would start over.
     """
     if not is_cluster(environment):
         return None
     return dg.RetryPolicy(max_retries=2, delay=10, backoff=dg.Backoff.EXPONENTIAL)
-
-
-RETRY_POLICY = retry_policy(os.environ)

@@ -1,55 +1,55 @@
-"""A pod for each step: Dagster's executor, and an end for steps whose pod never starts.
+"""A pod for each step: Dagster's executor, with a limit for pods that never start.
 
-Dagster waits for a Pending pod for ever and does not say why. Here such a step fails after a while with
-the reason, above all when the claim's node is gone. What must not live here: what pods ask for
-(kubernetes), how a claim is mended (claim).
+Dagster waits for a Pending pod for ever and does not say why. Here its step fails after a while and gives
+the reason, above all that the claim's node is gone.
+
 Dagster's concept: https://docs.dagster.io/deployment/oss/deployment-options/kubernetes
 """
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator
 from datetime import UTC, datetime
 from typing import Any
 
 import dagster as dg
-from dagster._core.definitions.executor_definition import multiple_process_executor_requirements
-from dagster._core.events import DagsterEvent
-from dagster._core.execution.plan.objects import StepFailureData, UserFailureData
-from dagster._core.executor.step_delegating import (
-    CheckStepHealthResult,
-    StepDelegatingExecutor,
-    StepHandler,
-    StepHandlerContext,
-)
 from dagster_k8s import k8s_job_executor
-from dagster_shared.error import SerializableErrorInfo
 from kubernetes.client import ApiException, CoreV1Api
 
+from laion_assets.defs.dagster_internals import (
+    CheckStepHealthResult,
+    DagsterEvent,
+    SerializableErrorInfo,
+    StepDelegatingExecutor,
+    StepFailureData,
+    StepHandler,
+    StepHandlerContext,
+    UserFailureData,
+    multiple_process_executor_requirements,
+)
 from laion_assets.defs.kubernetes.claim import what_is_wrong
 from laion_assets.defs.kubernetes.placement import NvmeNode
 
 RENEW = "kubectl create job renew-$(date +%s) -n laion --from=cronjob/renew-laion-claim"
 
 
-def _step_pods(context: dg.InitExecutorContext) -> dg.Executor:
-    create = k8s_job_executor.executor_creation_fn
-    made = create(context) if create else None
-    if not isinstance(made, StepDelegatingExecutor):
-        raise TypeError(f"k8s_job_executor made {made!r}: dagster-k8s has changed")
-    node = NvmeNode.from_environment(os.environ)
-    made._step_handler = ImpatientStepHandler(made._step_handler, CoreV1Api(), node)
-    return made
+def step_pods(node: NvmeNode) -> dg.ExecutorDefinition:
+    """Return Dagster's `k8s_job_executor`, whose steps do not wait for ever."""
 
+    def create(context: dg.InitExecutorContext) -> dg.Executor:
+        make = k8s_job_executor.executor_creation_fn
+        made = make(context) if make else None
+        if not isinstance(made, StepDelegatingExecutor):
+            raise TypeError(f"k8s_job_executor made {made!r}: dagster-k8s has changed")
+        made._step_handler = ImpatientStepHandler(made._step_handler, CoreV1Api(), node)
+        return made
 
-# Dagster's `k8s_job_executor`, whose steps do not wait for ever.
-step_pods = dg.ExecutorDefinition(
-    name=k8s_job_executor.name,
-    config_schema=k8s_job_executor.config_schema.as_field(),
-    requirements=multiple_process_executor_requirements(),
-    executor_creation_fn=_step_pods,
-)
+    return dg.ExecutorDefinition(
+        name=k8s_job_executor.name,
+        config_schema=k8s_job_executor.config_schema.as_field(),
+        requirements=multiple_process_executor_requirements(),
+        executor_creation_fn=create,
+    )
 
 
 class ImpatientStepHandler(StepHandler):

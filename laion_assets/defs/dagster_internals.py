@@ -1,0 +1,43 @@
+"""Every part of Dagster that is used and not public, imported in this one place.
+
+Dagster may move or change these in any minor release, so pyproject.toml pins the minor version. A test
+names each part; where one is missing after an upgrade, this module is the only one to adapt.
+"""
+
+from dagster._core.definitions.data_version import DATA_VERSION_TAG, extract_data_version_from_entry
+from dagster._core.definitions.executor_definition import multiple_process_executor_requirements
+from dagster._core.errors import DagsterUserCodeUnreachableError
+from dagster._core.events import DagsterEvent
+from dagster._core.execution.plan.objects import StepFailureData, UserFailureData
+from dagster._core.executor.step_delegating import (
+    CheckStepHealthResult,
+    StepDelegatingExecutor,
+    StepHandler,
+    StepHandlerContext,
+)
+from dagster._core.launcher.base import CheckRunHealthResult, WorkerStatus
+from dagster._core.launcher.default_run_launcher import DefaultRunLauncher
+from dagster._core.storage.tags import GRPC_INFO_TAG, HIDDEN_TAG_PREFIX
+from dagster._grpc.client import DagsterGrpcClient
+from dagster_shared.error import SerializableErrorInfo
+
+__all__ = [
+    "DATA_VERSION_TAG",
+    "GRPC_INFO_TAG",
+    "HIDDEN_TAG_PREFIX",
+    "CheckRunHealthResult",
+    "CheckStepHealthResult",
+    "DagsterEvent",
+    "DagsterGrpcClient",
+    "DagsterUserCodeUnreachableError",
+    "DefaultRunLauncher",
+    "SerializableErrorInfo",
+    "StepDelegatingExecutor",
+    "StepFailureData",
+    "StepHandler",
+    "StepHandlerContext",
+    "UserFailureData",
+    "WorkerStatus",
+    "extract_data_version_from_entry",
+    "multiple_process_executor_requirements",
+]

@@ -1,0 +1,140 @@
+"""Where things are and how they are staged: `LAION_*` variables that hold for every run.
+
+`Places` declares each variable once, with type, default and help; the tables in the documentation follow
+from it. Settings that can change for one run are in `settings`.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
+
+from laion_assets.defs.settings import FIELDS, variable_of
+from laion_assets.io.errors import InputError
+from laion_assets.io.storage import on_this_machine
+from laion_assets.staging import DEFAULT_BUDGET, read_bytes
+
+DATA = Path("data")  # the project folder; dagster.yaml keeps Dagster's own storage there too
+SIMILAR_NAMES = 0.85  # share of letters that a misspelt variable has in common with the one meant
+NODE_PREFIX = "LAION_NVME_"  # pods' requests, read by `kubernetes.placement`
+
+
+def _columns(text: Any) -> Any:
+    """Read `url=image_link,caption=alt_text`."""
+    if not isinstance(text, str):
+        return text
+    pairs = [pair.split("=", 1) for pair in text.split(",") if pair.strip()]
+    if any(len(pair) != 2 or pair[0].strip() not in ("url", "caption") for pair in pairs):
+        raise ValueError("write it as url=<column>,caption=<column>")
+    return {ours.strip(): theirs.strip() for ours, theirs in pairs}
+
+
+def _bytes(text: Any) -> Any:
+    if not isinstance(text, str):
+        return text
+    try:
+        return read_bytes(text, "")
+    except InputError as error:
+        raise ValueError("write it as a number of bytes, or like 300GB") from error
+
+
+def _place(default: str, help_text: str) -> Any:
+    """Declare a folder that is below `DATA` in the working directory unless it is set."""
+    return Field(
+        default_factory=lambda: str((DATA / default).absolute()),
+        description=help_text,
+        json_schema_extra={"shown": f"`{DATA / default}`"},
+    )
+
+
+class Places(BaseModel):
+    """The platform's places, and choices that hold for every run."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    index_uri: str = _place("index", "Folder of the index, a local path or any fsspec URL")
+    metadata_uri: str | None = Field(
+        None,
+        description="Folder of the metadata, where it lies elsewhere or is only a part",
+        json_schema_extra={"shown": "`metadata` in the folder of the index"},
+    )
+    metadata_columns: Annotated[Mapping[str, str], BeforeValidator(_columns)] = Field(
+        {},
+        description="Names of the URL and caption columns, where they are unusual: "
+        "`url=<column>,caption=<column>`",
+        json_schema_extra={"example": "url=image_link,caption=alt_text"},
+    )
+    cache_dir: str = _place(
+        "cache",
+        "Local directory the index is staged to: a fast disk with room for all of it, or for the budget",
+    )
+    staging: Literal["full", "sparse", "in-place"] | None = Field(
+        None,
+        description="`full` copies the index to the cache, `sparse` reads only what requests touch, "
+        "`in-place` uses a local index where it is",
+        json_schema_extra={"shown": "`full` from a folder, `sparse` from elsewhere", "example": "full"},
+    )
+    sparse_budget: Annotated[int, BeforeValidator(_bytes)] = Field(
+        DEFAULT_BUDGET,
+        gt=0,
+        description="Disk space that sparse staging may use",
+        json_schema_extra={"shown": "100GB", "example": "100GB"},
+    )
+    lost_index: Literal["restage", "fail"] = Field(
+        "restage",
+        description="What a step does when the disk lacks the index or holds another: `restage` it, or "
+        "`fail`",
+    )
+    block_list: str | None = Field(
+        None, description="File of ids and URLs that must not get into any table: one a line, or Parquet"
+    )
+    seeds_uri: str = _place(
+        "seeds", "Folder of the seed sets, a subfolder each: a local path or any fsspec URL"
+    )
+    output_uri: str = _place("output", "Where the tables go, a local path or any fsspec URL")
+    show_remote_pictures: Literal["false", "true"] = Field(
+        "false",
+        description="`true` shows images of an index without thumbnails straight from their hosts: LAION "
+        "holds unsafe images, and each host learns your address",
+    )
+
+    @property
+    def staging_mode(self) -> str:
+        """How the index is staged: copying a folder is cheap, copying a bucket's terabytes is not."""
+        return self.staging or ("full" if on_this_machine(self.index_uri) else "sparse")
+
+    @classmethod
+    def from_environment(cls, environment: Mapping[str, str]) -> Places:
+        """Read and check the variables.
+
+        Raises:
+            InputError: names the variable, its value, and what is allowed.
+
+        """
+        _refuse_misspelt(environment)
+        given = {name: environment.get(variable_of(name)) for name in cls.model_fields}
+        try:
+            return cls.model_validate({name: text for name, text in given.items() if text})
+        except ValidationError as error:
+            problem = error.errors()[0]
+            name, context = str(problem["loc"][0]), problem.get("ctx", {})
+            choices = f"set it to {context['expected']}" if "expected" in context else None
+            remedy = choices or context.get("error") or problem["msg"]
+            raise InputError(f"{variable_of(name)} is {given[name]!r}: {remedy}") from error
+
+
+def _refuse_misspelt(environment: Mapping[str, str]) -> None:
+    """Refuse unknown variables that resemble a known one.
+
+    A setting that is silently ignored could be the one that keeps images out. Other names that begin
+    alike may be somebody else's, such as those that Kubernetes makes of the names of services.
+    """
+    known = {variable_of(name) for name in (*Places.model_fields, *FIELDS)}
+    for name in environment:
+        if name.startswith("LAION_") and not name.startswith(NODE_PREFIX) and name not in known:
+            for meant in difflib.get_close_matches(name, known, n=1, cutoff=SIMILAR_NAMES):
+                raise InputError(f"{name} is set, which is not a setting: did you mean {meant}?")

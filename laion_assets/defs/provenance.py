@@ -1,0 +1,127 @@
+"""What a table was made from: recorded in its footer, and compared before two tables are combined."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from datetime import UTC, datetime
+from typing import Any
+
+from laion_assets.defs.settings import ResolvedSettings, Settings
+from laion_assets.io.errors import InputError
+from laion_assets.io.tables import StoredTable
+
+PROVENANCE_KEY = "laion_assets"
+
+
+def now() -> str:
+    """Return the time, ISO 8601 in UTC."""
+    return datetime.now(UTC).isoformat(timespec="seconds")
+
+
+@dataclass(frozen=True)
+class Provenance:
+    """What a table was made from.
+
+    Attributes:
+        seed_set: the partition.
+        seeds: fingerprint of the seed files.
+        settings: those that were used, and where each came from.
+        run: id of the Dagster run.
+        index: fingerprint of the staged index; None for tables made without it.
+        counts: of a search, from requested to kept, by name.
+        written: when, ISO 8601 in UTC.
+
+    """
+
+    seed_set: str
+    seeds: str
+    settings: ResolvedSettings
+    run: str
+    index: str | None = None
+    counts: Mapping[str, int] = field(default_factory=dict)
+    written: str = field(default_factory=now)
+
+    def to_json(self) -> dict[str, Any]:
+        """Return a form for JSON."""
+        return {
+            "seed_set": self.seed_set,
+            "seeds": self.seeds,
+            "index": self.index,
+            "settings": self.settings.to_json(),
+            "counts": dict(self.counts),
+            "run": self.run,
+            "written": self.written,
+        }
+
+    def to_footer(self) -> dict[str, str]:
+        """Return key-value metadata for the table's footer."""
+        return {PROVENANCE_KEY: json.dumps(self.to_json())}
+
+    @classmethod
+    def of(cls, table: StoredTable) -> Provenance:
+        """Read the provenance of a table.
+
+        Raises:
+            InputError: the table has none, or one of another release.
+
+        """
+        try:
+            stored = json.loads(table.footer[PROVENANCE_KEY])
+            return cls(**{**stored, "settings": ResolvedSettings.from_json(stored["settings"])})
+        except (KeyError, TypeError, ValueError) as error:
+            raise InputError(
+                f"{table.where} does not say what it was made from, or another release wrote it: "
+                f"{table.remedy}"
+            ) from error
+
+
+def check_same_origin(knn: StoredTable, centroid: StoredTable, seeds: StoredTable) -> Provenance:
+    """Refuse two sets that were not made from one index, from these seeds, and with the same filters.
+
+    Returns:
+        The provenance of the knn set, with the settings of both.
+
+    Raises:
+        InputError: says on what they disagree and which to materialize again.
+
+    """
+    one, other = Provenance.of(knn), Provenance.of(centroid)
+    current = Provenance.of(seeds).seeds
+    for asset, made in (("knn_urls", one), ("centroid_urls", other)):
+        if made.seeds != current:
+            raise InputError(
+                f"{asset} of {made.seed_set!r} was made from other seeds or another settings.yaml "
+                f"({made.seeds}) than seed_embeddings now holds ({current}): materialize {asset} again"
+            )
+    older = "knn_urls" if one.written < other.written else "centroid_urls"
+    for what, its, theirs in (
+        ("indices", one.index, other.index),
+        ("filters", one.settings.values.filters, other.settings.values.filters),
+        ("block lists", one.settings.block_list, other.settings.block_list),
+    ):
+        if its != theirs:
+            raise InputError(
+                f"knn_urls and centroid_urls of {one.seed_set!r} were made with different {what} "
+                f"({its or 'none'} and {theirs or 'none'}): materialize {older}, the older one, again"
+            )
+    return replace(one, settings=_of_both(one.settings, other.settings))
+
+
+def _of_both(knn: ResolvedSettings, centroid: ResolvedSettings) -> ResolvedSettings:
+    """Take each count from its own set, the lower threshold, and a target and nprobe that both have."""
+    from_centroid = {"nb_images_centroid"}
+    if centroid.values.dedup_threshold < knn.values.dedup_threshold:
+        from_centroid.add("dedup_threshold")
+    values, theirs = knn.values.model_dump(), centroid.values.model_dump()
+    origins = dict(knn.origins)
+    for name in from_centroid:
+        values[name] = theirs[name]
+        origins[name] = centroid.origins[name]
+    for name in ("target_images", "nprobe"):
+        if values[name] != theirs[name]:
+            values[name] = None
+            origins.pop(name, None)
+    computed = (knn.computed - from_centroid) | (centroid.computed & from_centroid)
+    return replace(knn, values=Settings(**values), origins=origins, computed=computed)

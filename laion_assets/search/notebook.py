@@ -1,0 +1,86 @@
+"""One call from an index folder and some vectors to a table, for notebooks and scripts."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+from numpy.typing import ArrayLike
+
+from laion_assets.index.faiss_index import Index
+from laion_assets.index.layout import METADATA_FOLDER, index_files, metadata_files
+from laion_assets.index.metadata import Metadata
+from laion_assets.io.arrays import Floats
+from laion_assets.io.errors import InputError
+from laion_assets.search.filters import Filters, conditions_in
+from laion_assets.search.retrieve import Request, columns_found, retrieve
+from laion_assets.staging import is_staged, open_staged
+
+NOT_SHOWN = ("code", "thumbnail")
+
+
+def search(
+    index: str | Path,
+    vectors: ArrayLike,
+    k: int,
+    *,
+    dedup_threshold: float = 0.94,
+    nprobe: int | None = None,
+    filters: str = "",
+    metadata: str | Path | None = None,
+) -> pa.Table:
+    """Find the images nearest to some vectors, near-duplicates removed within each vector's results.
+
+    Args:
+        index: folder of an index, or a cache directory that an index was staged to.
+        vectors: (n, d) or (d,) numbers of any length; they are scaled to length 1.
+        k: images requested for each vector.
+        dedup_threshold: cosine above which two images are near-duplicates; 1 keeps all.
+        nprobe: inverted lists to probe; chosen from k when None.
+        filters: conditions on metadata columns, such as `punsafe < 0.5 and width >= 256`.
+        metadata: folder of the metadata, where it is not `metadata` in the folder of the index.
+
+    Returns:
+        A row per image found: id, url, caption, similarity, rank, seed (the number of the vector) and the
+        other columns of the metadata.
+
+    Raises:
+        InputError: no index there, a vector without a direction or of another dimension, a column that a
+            filter names and the metadata lacks.
+
+    """
+    queries = _unit_rows(vectors)
+    request = Request(k, dedup_threshold, nprobe, Filters(conditions_in(filters)))
+    batches: list[pa.RecordBatch] = []
+    with _opened(Path(index), metadata) as (opened, rows):
+        schema = columns_found(opened, rows, per_seed=True)
+        retrieve(opened, rows, queries, request, batches.append, per_seed=True)
+    shown = [name for name in schema.names if name not in NOT_SHOWN]
+    return pa.Table.from_batches(batches, schema).select(shown)
+
+
+def _unit_rows(vectors: ArrayLike) -> Floats:
+    wide = np.atleast_2d(np.asarray(vectors, np.float64))
+    lengths = np.linalg.norm(wide, axis=1)
+    wrong = np.flatnonzero(~(np.isfinite(lengths) & (lengths > 0)))
+    if len(wrong):
+        raise InputError(f"vector {wrong[0]} is zero or not finite: remove it")
+    unit: Floats = (wide / lengths[:, None]).astype(np.float32)
+    return unit
+
+
+@contextmanager
+def _opened(folder: Path, metadata: str | Path | None) -> Iterator[tuple[Index, Metadata]]:
+    if metadata is None and is_staged(folder):
+        with open_staged(folder) as staged:
+            yield staged.index, staged.metadata
+        return
+    names = [path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()]
+    index, lists = index_files(names, str(folder))
+    rows = Path(metadata) if metadata else folder / METADATA_FOLDER
+    files = metadata_files([path.name for path in rows.iterdir() if path.is_file()], str(rows))
+    opened = Index(folder / index, folder / lists if lists else None)
+    yield opened, Metadata([rows / name for name in files])
