@@ -18,14 +18,13 @@ from typing import Any
 
 import faiss
 import numpy as np
-import pyarrow as pa
 from memory import PeakMemory
 
 from laion_assets.index.faiss_index import Index
 from laion_assets.index.metadata import Metadata
 from laion_assets.search import near_duplicates
-from laion_assets.search import retrieve as retrieval
-from laion_assets.search.retrieve import Request, retrieve
+from laion_assets.search import retrieval as retrieval
+from laion_assets.search.retrieval import Request, retrieve_table
 
 PHASES = {
     "search": (Index, "search"),
@@ -89,8 +88,7 @@ def ask(index: Index, metadata: Metadata, queries: Any, request: Request) -> dic
     """All queries as one request, and what it took."""
     started = time.perf_counter()
     with clocks(PHASES) as seconds, clocks(STEPS) as steps:
-        found = retrieve(index, metadata, queries, request, per_seed=len(queries) > 1)
-        table = pa.Table.from_batches(found.table.batches, found.table.schema)
+        table, found = retrieve_table(index, metadata, queries, request, per_seed=len(queries) > 1)
     total = time.perf_counter() - started
     return {
         "received": found.funnel.received,

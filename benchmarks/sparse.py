@@ -29,7 +29,7 @@ from laion_assets.index import arrow_layout
 from laion_assets.index.faiss_index import CANDIDATES_PER_RESULT, MIN_NPROBE, InvertedLists
 from laion_assets.io.ranges import Ranges, members, ranges_of, total, union
 from laion_assets.io.storage import open_storage
-from laion_assets.search.retrieve import Request, retrieve
+from laion_assets.search.retrieval import Request
 from laion_assets.staging import Manifest, StagedFile, open_staged, stage
 from laion_assets.staging.sparse.pages import lay_out
 from laion_assets.staging.sparse.reads import PAGE, pages_of, reads_for
@@ -66,10 +66,9 @@ def ask(cache: Path, queries: NDArray[np.float32], k: int) -> Took:
     """Open what is staged and ask once."""
     started = time.perf_counter()
     with open_staged(cache) as opened:
-        found = retrieve(
+        table, _ = retrieve_table(
             opened.index, opened.metadata, queries, Request(k, 0.94), per_seed=len(queries) > 1
         )
-        table = pa.Table.from_batches(found.table.batches, found.table.schema)
         seconds = time.perf_counter() - started
         return Took(opened.fetched.fetched, opened.fetched.reads, seconds, table)
 

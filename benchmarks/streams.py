@@ -17,9 +17,9 @@ import numpy as np
 from memory import PeakMemory
 from ours import open_folder
 
-from laion_assets.defs.io_manager import StoredTable, write_table
-from laion_assets.search.combine import combine
-from laion_assets.search.retrieve import PICTURES, Request, retrieve
+from laion_assets.io.tables import StoredTable, new_table
+from laion_assets.search.combined import DECODER, combine
+from laion_assets.search.retrieval import Request, columns_found, retrieve
 
 THRESHOLD = 0.94
 
@@ -38,15 +38,20 @@ def stream(
 ) -> dict[str, Any]:
     """Retrieve and write; one query is a centroid."""
     index, metadata = open_folder(folder)
-    found = retrieve(index, metadata, queries, Request(k, threshold), per_seed=len(queries) > 1)
-    write_table(found.table, str(target))
+    per_seed = len(queries) > 1
+    with new_table(str(target), columns_found(index, metadata, per_seed=per_seed)) as table:
+        request = Request(k, threshold)
+        found = retrieve(index, metadata, queries, request, table.write, per_seed=per_seed)
+        table.attach(DECODER, found.decoder)
     return {**vars(found.funnel), "nprobe": found.nprobe, "recall": found.recall}
 
 
 def unite(knn: Path, centroid: Path, target: Path) -> dict[str, Any]:
     """Combine two written tables and write the result."""
-    combined = combine(StoredTable(str(knn)), StoredTable(str(centroid)), THRESHOLD, PICTURES)
-    write_table(combined.table, str(target))
+    combined = combine(StoredTable(str(knn)), StoredTable(str(centroid)), THRESHOLD)
+    with new_table(str(target), combined.schema) as table:
+        for batch in combined.batches:
+            table.write(batch)
     return vars(combined.funnel)
 
 

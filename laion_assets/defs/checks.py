@@ -25,7 +25,7 @@ from laion_assets.index.faiss_index import Decoder
 from laion_assets.index.vectors import decoded
 from laion_assets.io.tables import StoredTable, code_bytes
 from laion_assets.search import audit
-from laion_assets.search.combine import DECODER
+from laion_assets.search.combined import DECODER
 from laion_assets.staging import OpenIndex
 
 WARN, ERROR = dg.AssetCheckSeverity.WARN, dg.AssetCheckSeverity.ERROR

@@ -24,8 +24,8 @@ from laion_assets.defs.history import PROVENANCE, YIELD
 from laion_assets.defs.provenance import Provenance
 from laion_assets.io.arrays import Floats
 from laion_assets.io.tables import DESCRIPTIONS, SUFFIX, StoredTable
-from laion_assets.search.combine import CombinedFunnel
-from laion_assets.search.retrieve import Found, Funnel
+from laion_assets.search.combined import CombinedFunnel
+from laion_assets.search.retrieval import Found, Funnel
 from laion_assets.search.sizing import share_kept
 
 if TYPE_CHECKING:

@@ -21,6 +21,8 @@ from laion_assets.defs.partitions import SEED_SETS, seed_sets
 from laion_assets.defs.resources import LaionIndex, SeedFolder
 from laion_assets.defs.settings import Defaults
 from laion_assets.defs.sources import (
+    CHANGED,
+    FIRST,
     Version,
     current_settings,
     is_known,
@@ -191,7 +193,9 @@ def build_seed_sets_sensor(job: dg.UnresolvedAssetJobDefinition) -> dg.SensorDef
             "no table of it yet (running or failed):": [
                 name for name, version in versions.items() if known.get(name) == version != done.get(name)
             ],
-            "other settings:": [version.seed_set or "" for version in settings],
+            "settings changed:": [
+                version.seed_set or "" for version in settings if version.metadata[CHANGED] != FIRST
+            ],
             "removed, tables kept:": removed,
             "impossible names, rename:": [repr(name) for name in listing.sets if name not in present],
             "ignored files:": listing.ignored,

@@ -20,6 +20,7 @@ from laion_assets.defs.settings import Defaults, ResolvedSettings, RetrievalConf
 from laion_assets.io.errors import InputError
 
 SETTINGS = "settings"  # metadata of an observation: what a run would be asked for
+FIRST = "first observation"
 OBSERVATIONS_READ = 5  # the latest first; those of unusable settings hold none
 CHANGED = "changed"  # metadata of an observation: how that differs from the observation before
 
@@ -121,7 +122,7 @@ def with_changes(instance: dg.DagsterInstance, version: Version) -> Version:
     if now is None:
         return version
     before = _last_settings(instance, version.seed_set or "")
-    changed = "first observation" if before is None else "; ".join(changes(before, now.value))
+    changed = FIRST if before is None else "; ".join(changes(before, now.value))
     return replace(version, metadata={CHANGED: changed or "as before", **version.metadata})
 
 

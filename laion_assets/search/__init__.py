@@ -1,9 +1,9 @@
 """Images around queries, near-duplicates removed, and two sets of them as one."""
 
-from laion_assets.search.combine import Combined, CombinedFunnel, combine
+from laion_assets.search.combined import Combined, CombinedFunnel, combine
 from laion_assets.search.filters import BlockList, Condition, Filters, conditions_in, read_block_list
 from laion_assets.search.notebook import search
-from laion_assets.search.retrieve import Found, Funnel, Request, columns_found, retrieve
+from laion_assets.search.retrieval import Found, Funnel, Request, columns_found, retrieve, retrieve_table
 
 __all__ = [
     "BlockList",
@@ -19,5 +19,6 @@ __all__ = [
     "conditions_in",
     "read_block_list",
     "retrieve",
+    "retrieve_table",
     "search",
 ]

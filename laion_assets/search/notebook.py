@@ -16,7 +16,7 @@ from laion_assets.index.metadata import Metadata
 from laion_assets.io.arrays import Floats
 from laion_assets.io.errors import InputError
 from laion_assets.search.filters import Filters, conditions_in
-from laion_assets.search.retrieve import Request, columns_found, retrieve
+from laion_assets.search.retrieval import Request, retrieve_table
 from laion_assets.staging import is_staged, open_staged
 
 NOT_SHOWN = ("code", "thumbnail")
@@ -54,12 +54,9 @@ def search(
     """
     queries = _unit_rows(vectors)
     request = Request(k, dedup_threshold, nprobe, Filters(conditions_in(filters)))
-    batches: list[pa.RecordBatch] = []
     with _opened(Path(index), metadata) as (opened, rows):
-        schema = columns_found(opened, rows, per_seed=True)
-        retrieve(opened, rows, queries, request, batches.append, per_seed=True)
-    shown = [name for name in schema.names if name not in NOT_SHOWN]
-    return pa.Table.from_batches(batches, schema).select(shown)
+        table, _ = retrieve_table(opened, rows, queries, request, per_seed=True)
+    return table.drop_columns([name for name in NOT_SHOWN if name in table.column_names])
 
 
 def _unit_rows(vectors: ArrayLike) -> Floats:

@@ -13,11 +13,6 @@ import pyarrow.parquet as pq
 import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
-from markdown_it import MarkdownIt
-from PIL import Image
-
-from laion_assets.defs.drawing.charts import Step
-from laion_assets.defs.drawing.contact_sheet import contact_sheet
 from laion_assets.defs.drawing.presentation import (
     TEXT,
     chart,
@@ -28,9 +23,14 @@ from laion_assets.defs.drawing.presentation import (
     strip,
     summed,
 )
+from markdown_it import MarkdownIt
+from PIL import Image
+
+from laion_assets.defs.drawing.charts import Step
+from laion_assets.defs.drawing.contact_sheet import contact_sheet
 from laion_assets.defs.io_manager import StoredTable
-from laion_assets.search.combine import CombinedFunnel
-from laion_assets.search.retrieve import Funnel
+from laion_assets.search.combined import CombinedFunnel
+from laion_assets.search.retrieval import Funnel
 
 # --- text off the web -----------------------------------------------------------------------------
 

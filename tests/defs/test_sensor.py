@@ -13,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from laion_assets.defs.resources import SeedFolder
-from laion_assets.defs.sensors import RUNS_PER_TICK, Moving, decide
+from laion_assets.defs.sensors import RUNS_PER_TICK, Pending, decide
 from laion_assets.defs.sources import last_version
 
 # --- the sensor, tick by tick ---------------------------------------------------------------------
@@ -193,7 +193,7 @@ ENDING = st.frozensets(st.sampled_from(NAMES))
 
 @given(st.lists(st.tuples(LOOKS, ENDING, ENDING), max_size=12), st.integers(1, 3))
 def test_whatever_happens_each_content_at_rest_is_run_under_a_key_of_its_own(history, at_most):
-    moving: Mapping[str, Moving] = {}
+    pending: Mapping[str, Pending] = {}
     known: dict[str, str] = {}
     done: dict[str, str] = {}
     under_way: set[str] = set()
@@ -203,21 +203,21 @@ def test_whatever_happens_each_content_at_rest_is_run_under_a_key_of_its_own(his
     clock = itertools.count()
 
     def tick(looks: dict[str, str | None]) -> int:
-        nonlocal moving, before
+        nonlocal pending, before
         present = {name: look for name, look in looks.items() if look}
-        decision = decide(moving, present, known, done, next(clock), at_most)
+        decision = decide(pending, present, known, done, next(clock), at_most)
         assert len(decision.run) <= at_most
         for name in decision.run:
             assert before.get(name) == present[name], "requested before it was at rest"
             assert done.get(name) != present[name], "requested though it is done"
-            keys.append(f"{name}:{present[name]}:{decision.moving[name].since}")
+            keys.append(f"{name}:{present[name]}:{decision.pending[name].since}")
             asked[name] = present[name]
             under_way.add(name)
         for name in decision.report:
             assert before.get(name) == present[name], "reported before it was at rest"
             assert known.get(name) != present[name], "reported though it is known"
             known[name] = present[name]
-        moving, before = decision.moving, present
+        pending, before = decision.pending, present
         return len(decision.run) + len(decision.report)
 
     for looks, ended, by_hand in history:
@@ -230,7 +230,7 @@ def test_whatever_happens_each_content_at_rest_is_run_under_a_key_of_its_own(his
     for _ in range(3 + len(NAMES)):
         tick(final)
     assert tick(final) == 0, "asks or reports again and again"
-    assert not moving, "remembers what is at rest"
+    assert not pending, "remembers what is at rest"
     assert len(set(keys)) == len(keys), "Dagster starts no run for a key it knows"
     for name, look in final.items():
         if look:
@@ -242,11 +242,11 @@ def test_whatever_happens_each_content_at_rest_is_run_under_a_key_of_its_own(his
 def test_sets_that_wait_for_their_turn_all_get_it(order):
     present = dict.fromkeys(order, "A")
     known: dict[str, str] = {}
-    moving = decide({}, present, known, {}, 0, at_most=1).moving
+    pending = decide({}, present, known, {}, 0, at_most=1).pending
     run = []
     for now in range(len(NAMES)):
-        decision = decide(moving, present, known, {}, now, at_most=1)
-        moving = decision.moving
+        decision = decide(pending, present, known, {}, now, at_most=1)
+        pending = decision.pending
         known |= {name: present[name] for name in decision.report}
         run += decision.run
         assert set(decision.waiting) == set(NAMES) - set(run)

@@ -1,5 +1,7 @@
 """A project on an index and seeds of one's own, and what its runs and sensors report."""
 
+from __future__ import annotations
+
 import resource
 import shutil
 from collections.abc import Iterator
@@ -29,7 +31,7 @@ class Project:
     """The code location on an index and seeds of one's own, and an instance that keeps its history."""
 
     def __init__(self, root: Path, index: Path, instance: dg.DagsterInstance, **more: str) -> None:
-        self.instance = instance
+        self.root, self.index, self.instance, self.more = root, index, instance, more
         self.seeds, self.cache, self.output = root / "seeds", root / "cache", root / "output"
         self.seeds.mkdir(exist_ok=True)
         environment = {
@@ -40,6 +42,10 @@ class Project:
         } | more
         self.defs = build_defs(environment)
         self.job = self.defs.resolve_job_def(JOB)
+
+    def with_environment(self, **more: str) -> Project:
+        """The same project, started with other variables."""
+        return Project(self.root, self.index, self.instance, **{**self.more, **more})
 
     def run(self, seed_set: str | None, *assets: str, **settings: Any) -> dg.ExecuteInProcessResult:
         """Run the job, or only some of its assets; settings as they are given in the Launchpad."""

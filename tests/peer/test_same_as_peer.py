@@ -23,7 +23,7 @@ from laion_assets.index.metadata import Metadata
 from laion_assets.index.vectors import unit
 from laion_assets.io.errors import InputError
 from laion_assets.search.near_duplicates import SIZES, Sizes, components
-from laion_assets.search.retrieve import Request, retrieve
+from laion_assets.search.retrieval import Request, retrieve_table
 from laion_assets.seeds.seed_sets import find_seed_set, read_seeds
 
 ROWS = 20_000
@@ -74,8 +74,7 @@ def open_folder(folder: Path) -> tuple[Index, Metadata]:
 def ours(question: Question, queries: np.ndarray) -> list[pa.Table]:
     """What we make of each query."""
     request = Request(question.k, question.threshold, question.nprobe)
-    found = retrieve(*open_folder(Path(question.folder)), queries, request, per_seed=True)
-    table = pa.Table.from_batches(found.table.batches, found.table.schema)
+    table, _ = retrieve_table(*open_folder(Path(question.folder)), queries, request, per_seed=True)
     return [table.filter(pa.compute.equal(table["seed"], seed)) for seed in range(len(queries))]
 
 

@@ -26,7 +26,7 @@ from laion_assets.search.filters import (
     conditions_in,
     read_block_list,
 )
-from laion_assets.search.retrieve import Request, Retrieval, retrieve
+from laion_assets.search.retrieval import Found, Request, retrieve_table
 
 # --- conditions -----------------------------------------------------------------------------------
 
@@ -233,11 +233,13 @@ def test_a_table_without_ids_or_urls_is_no_list(tmp_path, columns):
 
 def search(
     folder: Path, query: np.ndarray, k: int, threshold: float, filters: Filters
-) -> tuple[list[dict], Retrieval]:
+) -> tuple[list[dict], Found]:
     index = Index(*indices.index_paths(folder))
     metadata = Metadata(sorted((folder / "metadata").iterdir()))
-    found = retrieve(index, metadata, query, Request(k, threshold, None, filters), per_seed=True)
-    return pa.Table.from_batches(found.table.batches, found.table.schema).to_pylist(), found
+    table, found = retrieve_table(
+        index, metadata, query, Request(k, threshold, None, filters), per_seed=True
+    )
+    return table.to_pylist(), found
 
 
 @settings(deadline=None)

@@ -11,7 +11,7 @@ from helpers.same import Rows, differences
 from laion_assets.index.faiss_index import Index
 from laion_assets.index.metadata import Metadata
 from laion_assets.index.vectors import unit
-from laion_assets.search.retrieve import Request, retrieve
+from laion_assets.search.retrieval import Request, retrieve_table
 
 GOLDEN = np.load(Path(__file__).parent / "golden.npz")
 
@@ -32,8 +32,7 @@ def test_the_same_rows_stay_with_the_same_similarities_and_texts(folder, thresho
     index = Index(*indices.index_paths(folder))
     metadata = Metadata(sorted((folder / "metadata").iterdir()))
     request = Request(int(GOLDEN["k"]), threshold, int(GOLDEN["nprobe"]))
-    found = retrieve(index, metadata, GOLDEN["queries"], request, per_seed=True)
-    table = pa.Table.from_batches(found.table.batches, found.table.schema)
+    table, _ = retrieve_table(index, metadata, GOLDEN["queries"], request, per_seed=True)
     vectors = unit(indices.reconstructed(folder))
     answers = GOLDEN["answers"][GOLDEN["answers"]["f0"] == threshold]
     for query in range(len(GOLDEN["queries"])):

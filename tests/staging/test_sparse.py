@@ -27,14 +27,14 @@ from hypothesis import strategies as st
 from test_metadata import metadata_files, write
 from test_staging import LISTS, data, write_source
 
-from laion_assets.defs.io_manager import StoredTable
 from laion_assets.defs.resources import index_from
 from laion_assets.index.faiss_index import Index
 from laion_assets.index.metadata import Metadata
 from laion_assets.io import ranges
 from laion_assets.io.errors import InputError
 from laion_assets.io.ranges import Ranges
-from laion_assets.search.retrieve import Request, retrieve
+from laion_assets.io.tables import StoredTable
+from laion_assets.search.retrieval import Request, retrieve_table
 from laion_assets.staging import (
     Manifest,
     NotStagedError,
@@ -709,7 +709,7 @@ import hashlib, random, sys, time
 from pathlib import Path
 import numpy as np
 import pyarrow as pa
-from laion_assets.search.retrieve import Request, retrieve
+from laion_assets.search.retrieval import Request, retrieve_table
 from laion_assets.staging import open_staged
 from laion_assets.staging.transfer.source import FsspecReader
 from laion_assets.staging.sparse import reads
@@ -732,8 +732,7 @@ for number in numbers:
         queries = np.random.default_rng(number).standard_normal((3, opened.index.dimension))
         request = Request(20 + number, 0.94, 3 + number)
         queries = queries.astype(np.float32)
-        found = retrieve(opened.index, opened.metadata, queries, request, per_seed=True)
-        table = pa.Table.from_batches(found.table.batches, found.table.schema)
+        table, found = retrieve_table(opened.index, opened.metadata, queries, request, per_seed=True)
         answers[number] = hashlib.sha256(repr(table.to_pydict()).encode()).hexdigest()
 print(hashlib.sha256(repr(sorted(answers.items())).encode()).hexdigest())
 """
@@ -964,6 +963,7 @@ def test_what_a_notebook_finds_is_the_same_with_and_without_a_copy(scattered, tm
         cache = tmp_path / str(sparse)
         stage(str(scattered), None, cache, sparse=sparse)
         with open_staged(cache) as opened:
-            found = retrieve(opened.index, opened.metadata, queries, Request(50, 0.9), per_seed=True)
-            tables.append(pa.Table.from_batches(found.table.batches, found.table.schema))
+            request = Request(50, 0.9)
+            table, _ = retrieve_table(opened.index, opened.metadata, queries, request, per_seed=True)
+            tables.append(table)
     assert tables[0] == tables[1]

@@ -14,7 +14,7 @@ from test_sparse import scattered  # noqa: F401  # a fixture
 from test_staging_bucket import Bucket, bucket, server  # noqa: F401  # fixtures
 
 from laion_assets.io.errors import InputError
-from laion_assets.search.retrieve import Request, retrieve
+from laion_assets.search.retrieval import Request, retrieve_table
 from laion_assets.staging import NotStagedError, OpenIndex, Transfer, open_staged, stage
 from laion_assets.staging.sparse.reads import PAGE
 from laion_assets.staging.transfer import bucket as bucket_module
@@ -42,8 +42,10 @@ def found(opened: OpenIndex, seed: int = 0, queries: int = 3) -> pa.Table:
     """What a request finds."""
     vectors = np.random.default_rng(seed).standard_normal((queries, opened.index.dimension))
     asked = Request(30, 0.94, 2)
-    result = retrieve(opened.index, opened.metadata, vectors.astype(np.float32), asked, per_seed=True)
-    return pa.Table.from_batches(result.table.batches, result.table.schema)
+    table, _ = retrieve_table(
+        opened.index, opened.metadata, vectors.astype(np.float32), asked, per_seed=True
+    )
+    return table
 
 
 @pytest.fixture

@@ -24,9 +24,9 @@ from laion_assets.index.faiss_index import FURTHER
 from laion_assets.io.arrays import Floats
 from laion_assets.io.progress import Progress
 from laion_assets.io.tables import StoredTable
-from laion_assets.search.combine import DECODER, CombinedFunnel, combine
+from laion_assets.search.combined import DECODER, CombinedFunnel, combine
 from laion_assets.search.filters import BlockList, Filters, conditions_in
-from laion_assets.search.retrieve import Found, Funnel, Request, columns_found, retrieve
+from laion_assets.search.retrieval import Found, Funnel, Request, columns_found, retrieve
 from laion_assets.seeds.seed_sets import embeddings_of
 from laion_assets.staging import OpenIndex
 

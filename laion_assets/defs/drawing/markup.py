@@ -15,7 +15,7 @@ import dagster as dg
 
 from laion_assets.io.tables import StoredTable
 from laion_assets.search.audit import is_web
-from laion_assets.search.retrieve import Removed
+from laion_assets.search.retrieval import Removed
 
 LINKS = 20
 SHOWN_TEXT = 120  # characters of a caption or URL

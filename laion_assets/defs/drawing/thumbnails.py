@@ -15,7 +15,7 @@ from laion_assets.defs.drawing.markup import embedded
 from laion_assets.index.metadata import THUMBNAIL_COLUMN
 from laion_assets.io.storage import new_file
 from laion_assets.io.tables import OUTPUT, StoredTable
-from laion_assets.search.retrieve import THUMBNAILS, Removed
+from laion_assets.search.retrieval import THUMBNAILS, Removed
 
 COLUMNS = 12
 SHEET_WIDTH = 960  # the UI shows it in a dialog that cuts off what is wider

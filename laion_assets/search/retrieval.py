@@ -185,6 +185,16 @@ def retrieve(
     return Found(search.funnel, search.nprobe, recall, search.removed, decoder)
 
 
+def retrieve_table(
+    index: Index, metadata: Metadata, queries: Floats, request: Request, *, per_seed: bool
+) -> tuple[pa.Table, Found]:
+    """Search as `retrieve` does, and return the rows as a table in memory."""
+    batches: list[pa.RecordBatch] = []
+    found = retrieve(index, metadata, queries, request, batches.append, per_seed=per_seed)
+    schema = columns_found(index, metadata, per_seed=per_seed)
+    return pa.Table.from_batches(batches, schema), found
+
+
 class _Search:
     """What accumulates over the batches of queries."""
 

@@ -17,10 +17,9 @@ from laion_assets.index.faiss_index import Decoder, Index
 from laion_assets.index.metadata import Metadata
 from laion_assets.index.vectors import unit
 from laion_assets.io.errors import InputError
-from laion_assets.io.tables import decoder_bytes
-from laion_assets.search import retrieve as retrieve_module
+from laion_assets.search import retrieval
 from laion_assets.search.filters import BlockList, Filters
-from laion_assets.search.retrieve import Request, Retrieval, retrieve
+from laion_assets.search.retrieval import Found, Request, retrieve_table
 
 ALL_LISTS = 1 << 20
 
@@ -49,10 +48,6 @@ def open_folder(folder: Path) -> tuple[Index, Metadata]:
     return Index(*indices.index_paths(folder)), Metadata(files)
 
 
-def rows_of(found: Retrieval) -> pa.Table:
-    return pa.Table.from_batches(found.table.batches, found.table.schema)
-
-
 def ordered(table: pa.Table, query: int | None = None) -> list[tuple[int, int]]:
     rows = table if query is None else table.filter(pa.compute.equal(table["seed"], query))
     return list(zip(rows["rank"].to_pylist(), rows["id"].to_pylist(), strict=True))
@@ -68,9 +63,8 @@ def test_the_demo_index_gives_what_brute_force_gives(demo, k) -> None:
     )
     queries = unit(np.random.default_rng(k).standard_normal((5, index.dimension)).astype(np.float32))
     queries[0] = unit(stored[:1])[0]
-    found = retrieve(index, metadata, queries, Request(k, 0.94, ALL_LISTS), per_seed=True)
-    table = rows_of(found)
-    received = rows_of(retrieve(index, metadata, queries, Request(k, 1.0, ALL_LISTS), per_seed=True))
+    table, found = retrieve_table(index, metadata, queries, Request(k, 0.94, ALL_LISTS), per_seed=True)
+    received = retrieve_table(index, metadata, queries, Request(k, 1.0, ALL_LISTS), per_seed=True)[0]
     for number, query in enumerate(queries):
         ids = np.array([found_id for _, found_id in ordered(received, number)])
         assert len(np.unique(ids)) == k
@@ -84,7 +78,7 @@ def test_the_demo_index_gives_what_brute_force_gives(demo, k) -> None:
     np.testing.assert_allclose(table["similarity"].to_numpy(), expected, atol=2e-6)
     for name in ("url", "caption"):
         assert table[name].to_pylist() == every[name].take(pa.array(ids)).to_pylist()
-    decoder = Decoder.from_bytes(decoder_bytes(found.table.footer(), "here"))
+    decoder = Decoder.from_bytes(found.decoder)
     codes = np.frombuffer(b"".join(table["code"].to_pylist()), np.uint8).reshape(len(table), -1)
     np.testing.assert_allclose(decoder.decode(codes), stored[ids], atol=1e-6)
     funnel = found.funnel
@@ -96,9 +90,9 @@ def test_the_demo_index_gives_what_brute_force_gives(demo, k) -> None:
 def test_seeds_in_batches_find_what_they_find_alone(demo, monkeypatch) -> None:
     index, metadata = open_folder(demo.index)
     queries = unit(indices.reconstructed(demo.index)[::300])
-    whole = rows_of(retrieve(index, metadata, queries, Request(20, 0.94), per_seed=True))
-    monkeypatch.setattr(retrieve_module, "BYTES_AT_ONCE", 1)
-    batched = rows_of(retrieve(index, metadata, queries, Request(20, 0.94), per_seed=True))
+    whole = retrieve_table(index, metadata, queries, Request(20, 0.94), per_seed=True)[0]
+    monkeypatch.setattr(retrieval, "RESULT_BYTES", 1)
+    batched = retrieve_table(index, metadata, queries, Request(20, 0.94), per_seed=True)[0]
     assert [*zip(batched["seed"].to_pylist(), ordered(batched), strict=True)] == [
         *zip(whole["seed"].to_pylist(), ordered(whole), strict=True)
     ]
@@ -106,11 +100,11 @@ def test_seeds_in_batches_find_what_they_find_alone(demo, monkeypatch) -> None:
 
 def test_at_a_threshold_of_one_nothing_is_decoded(demo, monkeypatch) -> None:
     index, metadata = open_folder(demo.index)
-    monkeypatch.delattr(retrieve_module, "decoded")
-    found = retrieve(
+    monkeypatch.delattr(retrieval, "decoded")
+    table, _ = retrieve_table(
         index, metadata, unit(indices.reconstructed(demo.index)[:2]), Request(20, 1.0), per_seed=True
     )
-    assert len(rows_of(found)) == 40
+    assert len(table) == 40
 
 
 @settings(deadline=None, max_examples=12)
@@ -126,8 +120,9 @@ def test_every_form_of_index_gives_what_brute_force_gives(
     index, metadata = open_folder(folder)
     stored = indices.reconstructed(folder)
     query = indices.random_rows(random, 1)
-    found = retrieve(index, metadata, query, Request(k, threshold, ALL_LISTS), per_seed=False)
-    table = rows_of(found)
+    table, _ = retrieve_table(
+        index, metadata, query, Request(k, threshold, ALL_LISTS), per_seed=False
+    )
     if form == "HNSW" or "fewer" in form:  # a graph search is approximate; so are scores there
         assert set(table["id"].to_pylist()) <= set(range(50))
         return
@@ -140,8 +135,7 @@ def test_every_form_of_index_gives_what_brute_force_gives(
 def test_a_request_the_lists_cannot_fill_is_counted(demo) -> None:
     index, metadata = open_folder(demo.index)
     query = unit(indices.reconstructed(demo.index)[:1])
-    found = retrieve(index, metadata, query, Request(2000, 0.94, 1), per_seed=False)
-    rows_of(found)
+    _, found = retrieve_table(index, metadata, query, Request(2000, 0.94, 1), per_seed=False)
     assert 0 < found.funnel.received < found.funnel.requested == 2000
     assert found.recall < 0.9
 
@@ -157,13 +151,11 @@ def test_nprobe_follows_from_the_images_wanted_and_not_from_what_is_stored(tmp_p
     assert (index.nprobe_for(1, 3), index.nprobe_for(1, 10**9)) == (3, index.nlist)
     # The graph over the lists returns as many as are asked for, not its own efSearch of 16.
     for k in (1, 60, 3000):
-        found = retrieve(index, metadata, unit(rows[:3]), Request(k, 1.0), per_seed=True)
-        rows_of(found)
+        _, found = retrieve_table(index, metadata, unit(rows[:3]), Request(k, 1.0), per_seed=True)
         assert found.nprobe == chosen[k]
         assert found.funnel.received == found.funnel.requested == 3 * k
         assert found.recall == pytest.approx(recall(tmp_path, unit(rows[:3]), k, chosen[k]), abs=0.01)
-    found = retrieve(index, metadata, unit(rows[:3]), Request(900, 1.0, 4), per_seed=True)
-    rows_of(found)
+    _, found = retrieve_table(index, metadata, unit(rows[:3]), Request(900, 1.0, 4), per_seed=True)
     assert found.funnel.received < found.funnel.requested
     assert found.recall < 0.9
 
@@ -187,8 +179,8 @@ def test_rows_without_metadata_or_url_are_counted_and_displace_nothing(tmp_path,
     indices.write_index(tmp_path, np.repeat(row, 6, axis=0), "Flat")
     indices.write_metadata(tmp_path, pa.table({"url": pa.array(["", None, "c", "d"], pa.string())}))
     index, metadata = open_folder(tmp_path)
-    found = retrieve(index, metadata, row, Request(6, threshold), per_seed=False)
-    assert [r["url"] for r in rows_of(found).to_pylist()] == urls
+    table, found = retrieve_table(index, metadata, row, Request(6, threshold), per_seed=False)
+    assert [r["url"] for r in table.to_pylist()] == urls
     assert (found.funnel.received, found.funnel.without_url, found.funnel.kept) == (6, 4, len(urls))
     assert found.funnel.near_duplicates == 2 - len(urls)
 
@@ -199,10 +191,10 @@ def test_a_request_of_which_no_row_has_metadata_gives_an_empty_table(tmp_path, f
     indices.write_index(tmp_path, rows, form)
     indices.write_metadata(tmp_path, pa.table({"url": ["only this one"]}))
     index, metadata = open_folder(tmp_path)
-    found = retrieve(index, metadata, unit(rows[-1:]), Request(5, 0.94, 1), per_seed=False)
-    assert len(rows_of(found)) == found.funnel.kept == 0
+    table, found = retrieve_table(index, metadata, unit(rows[-1:]), Request(5, 0.94, 1), per_seed=False)
+    assert len(table) == found.funnel.kept == 0
     assert found.funnel.without_url == found.funnel.received > 0
-    decoder = Decoder.from_bytes(decoder_bytes(found.table.footer(), "the table"))
+    decoder = Decoder.from_bytes(found.decoder)
     assert decoder.decode(np.empty((0, index.code_size), np.uint8)).shape == (0, index.dimension)
 
 
@@ -213,8 +205,9 @@ def test_recall_is_told_whatever_the_length_of_the_vectors(tmp_path, scale, npro
     indices.write_index(tmp_path, rows * np.float32(scale), indices.MANY_LISTS)
     indices.write_metadata(tmp_path, pa.table({"url": ["u"] * len(rows)}))
     index, metadata = open_folder(tmp_path)
-    found = retrieve(index, metadata, unit(rows[:16]), Request(20, 1.0, nprobe), per_seed=True)
-    rows_of(found)
+    _, found = retrieve_table(
+        index, metadata, unit(rows[:16]), Request(20, 1.0, nprobe), per_seed=True
+    )
     assert 0 < found.recall <= 1
 
 
@@ -233,7 +226,7 @@ def test_a_kind_of_index_that_would_give_other_rows_is_refused(tmp_path, key) ->
 def test_seeds_of_another_dimension_are_refused(demo) -> None:
     index, metadata = open_folder(demo.index)
     with pytest.raises(InputError, match="7 dimensions, the index has 256"):
-        retrieve(index, metadata, np.ones((1, 7), np.float32), Request(1, 0.94), per_seed=False)
+        retrieve_table(index, metadata, np.ones((1, 7), np.float32), Request(1, 0.94), per_seed=False)
 
 
 @pytest.mark.parametrize("form", [indices.MERGED, "single file", "Flat"])
@@ -285,16 +278,18 @@ def test_near_duplicates_that_were_removed_are_kept_beside_what_stays_unless_the
     index, metadata = open_folder(demo.index)
     query = unit(indices.reconstructed(demo.index)[:1])
 
-    def search(*blocked: int) -> tuple[Retrieval, set[str]]:
+    def search(*blocked: int) -> tuple[Found, set[str]]:
         listed = BlockList("", np.array(sorted(blocked), np.int64), np.empty(0, np.int64))
         asked = Request(500, 0.94, ALL_LISTS, Filters(block_list=listed))
-        found = retrieve(index, metadata, query, asked, per_seed=False)
-        return found, set(rows_of(found)["url"].to_pylist())
+        table, found = retrieve_table(index, metadata, query, asked, per_seed=False)
+        return found, set(table["url"].to_pylist())
 
     found, kept = search()
     assert found.removed is not None
-    gone, stays = (part["url"].to_pylist() for part in (found.removed.removed, found.removed.stays))
-    assert 10 < len(gone) == len(set(stays)) <= retrieve_module.PAIRS
+    gone, stays = (
+        part["url"].to_pylist() for part in (found.removed.removed, found.removed.representatives)
+    )
+    assert 10 < len(gone) == len(set(stays)) <= retrieval.PAIRS
     assert not set(gone) & kept
     assert set(stays) <= kept
     assert {"caption", "thumbnail"} <= set(found.removed.removed.column_names)

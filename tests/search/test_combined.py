@@ -1,6 +1,5 @@
 """Both URL sets as one: a worked example, and any two sets against the slow obvious way."""
 
-import json
 from collections.abc import Iterable, Iterator
 
 import numpy as np
@@ -10,9 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from laion_assets.index.faiss_index import Decoder
-from laion_assets.io.errors import InputError
-from laion_assets.io.tables import Provenance, decoder_footer
-from laion_assets.search.combine import _taken_in_order, check_same_origin, combine
+from laion_assets.search.combined import DECODER, _taken_in_order, combine
 
 EAST, ALMOST_EAST, NORTH, WEST, SOUTH = (
     (1.0, 0.0),
@@ -26,7 +23,7 @@ EAST, ALMOST_EAST, NORTH, WEST, SOUTH = (
 class InMemory:
     """A stored table that lies in memory, in batches of two rows."""
 
-    def __init__(self, rows: list[dict], *, seed: bool, footer: dict[str, str] | None = None) -> None:
+    def __init__(self, rows: list[dict], *, seed: bool) -> None:
         codes = [np.array(row["vector"], np.float32).tobytes() for row in rows]
         columns = {
             "id": pa.array([row["id"] for row in rows], pa.int64()),
@@ -39,10 +36,11 @@ class InMemory:
             columns["seed"] = pa.array([row["seed"] for row in rows], pa.int32())
         columns["code"] = pa.array(codes, pa.binary(8))
         self._table = pa.table(columns)
-        raw = Decoder(None, np.empty(0, np.int64), 2)
-        self.footer = decoder_footer(raw.to_bytes()) | (footer or {})
         self.schema = self._table.schema
-        self.where = "memory"
+        self.attachments = {DECODER: Decoder(None, np.empty(0, np.int64), 2).to_bytes()}
+
+    def attachment(self, name: str) -> bytes:
+        return self.attachments[name]
 
     def batches(self, columns: Iterable[str] | None = None) -> Iterator[pa.RecordBatch]:
         table = self._table if columns is None else self._table.select(list(columns))
@@ -61,8 +59,8 @@ def row(id_: int, url: str, rank: int, vector: tuple[float, float], seed: int = 
 
 
 def combined(knn: list[dict], centroid: list[dict], threshold: float = 0.94) -> tuple[list[dict], dict]:
-    found = combine(InMemory(knn, seed=True), InMemory(centroid, seed=False), threshold, pictures=0)
-    rows = pa.Table.from_batches(found.table.batches, found.table.schema).to_pylist()
+    found = combine(InMemory(knn, seed=True), InMemory(centroid, seed=False), threshold)
+    rows = pa.Table.from_batches(found.batches, found.schema).to_pylist()
     return rows, vars(found.funnel)
 
 
@@ -77,7 +75,7 @@ def test_six_rows_worked_by_hand(monkeypatch, at_once) -> None:
     # Order: rank 1 id 1, rank 1 id 2, rank 3 id 3.
     knn = [row(1, "a", 2, EAST, 0), row(2, "b", 1, NORTH, 1), row(3, "c", 3, WEST, 1)]
     centroid = [row(1, "a", 1, EAST), row(4, "c", 3, SOUTH), row(5, "e", 4, ALMOST_EAST)]
-    monkeypatch.setattr("laion_assets.search.combine.ROWS_AT_ONCE", at_once)
+    monkeypatch.setattr("laion_assets.search.combined.COMBINED_ROWS", at_once)
     rows, funnel = combined(knn, centroid)
     assert [(r["id"], r["rank"], r["seed"], r["strategies"]) for r in rows] == [
         (1, 1, None, ["knn", "centroid"]),
@@ -112,8 +110,8 @@ def test_at_a_threshold_of_one_nothing_is_decoded() -> None:
         InMemory([row(1, "a", 1, EAST)], seed=True),
         InMemory([row(2, "b", 1, EAST)], seed=False),
     )
-    knn.footer = centroid.footer = {}  # no decoder
-    assert combine(knn, centroid, 1.0, pictures=0).funnel.kept == 2
+    knn.attachments = centroid.attachments = {}
+    assert combine(knn, centroid, 1.0).funnel.kept == 2
 
 
 def test_the_texts_of_all_images_together_may_be_more_than_two_gigabytes() -> None:
@@ -121,9 +119,9 @@ def test_the_texts_of_all_images_together_may_be_more_than_two_gigabytes() -> No
     table = InMemory([row(1, "a", 1, EAST)], seed=True)
     together = _taken_in_order(table, InMemory([], seed=False), np.array([0]), ["url", "caption"])
     assert set(together.schema.types) == {pa.large_string()}
-    found = combine(table, InMemory([], seed=False), 0.94, pictures=0)
-    assert [batch.schema for batch in found.table.batches] == [found.table.schema]
-    assert found.table.schema.field("url").type == pa.string()
+    found = combine(table, InMemory([], seed=False), 0.94)
+    assert [batch.schema for batch in found.batches] == [found.schema]
+    assert found.schema.field("url").type == pa.string()
 
 
 DIRECTIONS = [(float(np.cos(a)), float(np.sin(a))) for a in np.arange(12) * 0.5]
@@ -164,30 +162,3 @@ def test_any_two_sets_are_united_as_the_obvious_way_does(knn, centroid, urls) ->
 def _same(x: dict, y: dict) -> bool:
     cosine = float(np.dot(np.float32(x["vector"]), np.float32(y["vector"])))
     return x["id"] == y["id"] or x["url"] == y["url"] or cosine > 0.8
-
-
-def made_from(seeds: str, index: str | None, written: str) -> InMemory:
-    settings = {"nb_images_centroid": 9, "dedup_threshold": 0.94, "target_images": None, "nprobe": 64}
-    settings["origins"] = dict.fromkeys(settings, "default")
-    footer = Provenance("cats", seeds, index, settings, "run", written, asked=settings).to_footer()
-    assert json.loads(footer["laion_assets"])["seeds"] == seeds
-    return InMemory([], seed=True, footer=footer)
-
-
-def test_sets_of_other_seeds_or_another_index_are_refused_with_the_one_to_make_again() -> None:
-    knn, seeds = made_from("s1", "i1", "2026-01-02"), made_from("s1", None, "2026-01-01")
-    assert check_same_origin(knn, made_from("s1", "i1", "2026-01-03"), seeds).index == "i1"
-    with pytest.raises(InputError, match=r"centroid_urls .* other seeds .* materialize centroid_urls"):
-        check_same_origin(knn, made_from("s2", "i1", "2026-01-03"), seeds)
-    with pytest.raises(InputError, match=r"different indices .* materialize knn_urls again"):
-        check_same_origin(knn, made_from("s1", "i2", "2026-01-03"), seeds)
-
-
-def test_sets_that_do_not_say_what_was_asked_for_are_to_be_made_again() -> None:
-    """Those of an older version."""
-    footer = Provenance("cats", "s1", "i1", {}, "run", "2026-01-02").to_footer()
-    older, seeds = InMemory([], seed=True, footer=footer), made_from("s1", None, "2026-01-01")
-    with pytest.raises(
-        InputError, match=r"knn_urls of 'cats' .* older version: materialize knn_urls again"
-    ):
-        check_same_origin(older, older, seeds)
