@@ -29,7 +29,7 @@ from laion_assets.index import arrow_layout
 from laion_assets.index.faiss_index import CANDIDATES_PER_RESULT, MIN_NPROBE, InvertedLists
 from laion_assets.io.ranges import Ranges, members, ranges_of, total, union
 from laion_assets.io.storage import open_storage
-from laion_assets.search.retrieval import Request
+from laion_assets.search.retrieval import Request, retrieve_table
 from laion_assets.staging import Manifest, StagedFile, open_staged, stage
 from laion_assets.staging.sparse.pages import lay_out
 from laion_assets.staging.sparse.reads import PAGE, pages_of, reads_for

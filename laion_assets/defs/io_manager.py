@@ -68,7 +68,7 @@ class ParquetIOManager(dg.IOManager):
     def handle_output(self, context: dg.OutputContext, obj: object) -> None:
         """Refuse: assets write their tables themselves and return no value."""
         raise TypeError(
-            f"{context.asset_key.to_user_string()} returned {type(obj).__name__}, not nothing"
+            f"{context.asset_key.to_user_string()} returned {type(obj).__name__}, which nobody stores"
         )
 
     def load_input(self, context: dg.InputContext) -> StoredTable:

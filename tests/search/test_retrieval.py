@@ -120,9 +120,7 @@ def test_every_form_of_index_gives_what_brute_force_gives(
     index, metadata = open_folder(folder)
     stored = indices.reconstructed(folder)
     query = indices.random_rows(random, 1)
-    table, _ = retrieve_table(
-        index, metadata, query, Request(k, threshold, ALL_LISTS), per_seed=False
-    )
+    table, _ = retrieve_table(index, metadata, query, Request(k, threshold, ALL_LISTS), per_seed=False)
     if form == "HNSW" or "fewer" in form:  # a graph search is approximate; so are scores there
         assert set(table["id"].to_pylist()) <= set(range(50))
         return
@@ -205,9 +203,7 @@ def test_recall_is_told_whatever_the_length_of_the_vectors(tmp_path, scale, npro
     indices.write_index(tmp_path, rows * np.float32(scale), indices.MANY_LISTS)
     indices.write_metadata(tmp_path, pa.table({"url": ["u"] * len(rows)}))
     index, metadata = open_folder(tmp_path)
-    _, found = retrieve_table(
-        index, metadata, unit(rows[:16]), Request(20, 1.0, nprobe), per_seed=True
-    )
+    _, found = retrieve_table(index, metadata, unit(rows[:16]), Request(20, 1.0, nprobe), per_seed=True)
     assert 0 < found.recall <= 1
 
 
