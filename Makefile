@@ -6,7 +6,7 @@ READY := $(VENV)/.ready
 IMG2DATASET := tests/handover/.venv
 PORT ?= 3000
 
-.PHONY: help demo dev test test-ui screenshots test-peer test-k8s test-handover golden lint bench bench-quick bench-staging bench-sensor bench-sparse lock clean
+.PHONY: help demo dev test test-ui screenshots test-peer test-k8s test-handover golden lint bench bench-quick bench-staging bench-sensor bench-sparse settings-docs lock clean
 
 help: ## List the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -49,10 +49,11 @@ $(IMG2DATASET)/.ready: tests/handover/requirements.txt
 golden: $(READY) ## Write down what clip-retrieval answers, for a test that runs without it
 	PYTHONPATH=benchmarks:tests $(BIN)/python tests/peer/golden.py
 
-lint: $(READY) ## Lint, check formatting and types
+lint: $(READY) ## Lint, check formatting, types and import contracts
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(BIN)/lint-imports
 
 bench: $(READY) ## Measure against the peer, about an hour; writes benchmarks/results.md
 	$(BIN)/python benchmarks/bench.py
@@ -68,6 +69,9 @@ bench-sensor: $(READY) ## Measure a tick of the sensor over 100,000 seed files i
 
 bench-sparse: $(READY) ## What sparse staging reads, a few minutes; writes benchmarks/sparse.md
 	$(BIN)/python benchmarks/sparse.py
+
+settings-docs: $(READY) ## Write the tables of settings in docs/settings.md, and .env.example
+	$(BIN)/python -m laion_assets.defs.settings_docs
 
 lock: $(READY) ## Pin today's versions of everything into requirements.lock
 	$(BIN)/python -m pip install --quiet uv
