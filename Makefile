@@ -6,7 +6,7 @@ READY := $(VENV)/.ready
 IMG2DATASET := tests/handover/.venv
 PORT ?= 3000
 
-.PHONY: help demo dev test test-ui screenshots test-peer test-k8s test-handover golden lint bench bench-quick bench-staging bench-sensor bench-sparse settings-docs lock clean
+.PHONY: help demo dev test test-ui screenshots test-peer test-k8s test-handover golden lint bench bench-quick bench-staging bench-sensor bench-sparse settings-docs docs docs-links lock clean
 
 help: ## List the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -73,10 +73,17 @@ bench-sparse: $(READY) ## What sparse staging reads, a few minutes; writes bench
 settings-docs: $(READY) ## Write the tables of settings in docs/settings.md, and .env.example
 	$(BIN)/python -m laion_assets.defs.settings_docs
 
+docs: $(READY) ## Build the documentation into docs/_build/html; fails on warnings and dead internal links
+	$(BIN)/python -m sphinx -W -n --keep-going -q -b html docs docs/_build/html
+	@echo "docs/_build/html/index.html"
+
+docs-links: $(READY) ## Follow the documentation's links to the web; needs a network
+	$(BIN)/python -m sphinx -q -b linkcheck docs docs/_build/linkcheck
+
 lock: $(READY) ## Pin today's versions of everything into requirements.lock
 	$(BIN)/python -m pip install --quiet uv
-	$(BIN)/uv pip compile --quiet --upgrade --extra cluster --group dev --no-header --no-annotate --no-emit-index-url \
+	$(BIN)/uv pip compile --quiet --upgrade --extra cluster --group dev --group docs --no-header --no-annotate --no-emit-index-url \
 		pyproject.toml --output-file requirements.lock
 
 clean: ## Remove the environment and caches; data/ stays
-	rm -rf $(VENV) $(IMG2DATASET) .pytest_cache .mypy_cache .ruff_cache .hypothesis build *.egg-info
+	rm -rf $(VENV) $(IMG2DATASET) .pytest_cache .mypy_cache .ruff_cache .hypothesis build *.egg-info docs/_build docs/reference/api

@@ -1,4 +1,4 @@
-"""The rules of the house, and that what the README, the settings and Dagster's files say is so."""
+"""The rules of the house, the settings, and Dagster's own files."""
 
 import ast
 import os
@@ -10,20 +10,19 @@ from pathlib import Path
 
 import dagster as dg
 import pytest
-from helpers.project import REPOSITORY, Demo
+from helpers.project import REPOSITORY
 
-from laion_assets.cli import main
 from laion_assets.definitions import build_defs
 from laion_assets.defs.launcher import LocalRunLauncher
 from laion_assets.defs.resources import PLACES, index_from, output_from, seeds_from
 from laion_assets.defs.settings import DEFAULTS, variable_of
 from laion_assets.io.errors import InputError
-from laion_assets.staging import read_bytes, stage
+from laion_assets.staging import read_bytes
 
 PACKAGE = REPOSITORY / "laion_assets"
 MODULES = sorted(PACKAGE.rglob("*.py"))
 LIBRARY = {"index", "io", "search", "seeds", "staging"}
-README = (REPOSITORY / "README.md").read_text()
+SETTINGS_PAGE = (REPOSITORY / "docs" / "settings.md").read_text()
 
 
 def name_of(path: Path) -> str:
@@ -137,13 +136,13 @@ def variables_read() -> set[str]:
     return {name for name in noted if name.startswith("LAION_")} | settings
 
 
-def test_the_readme_the_example_and_the_code_know_the_same_settings():
+def test_the_documentation_the_example_and_the_code_know_the_same_settings():
     read = variables_read()
-    table = README.partition("## Settings")[2].partition("\n## ")[0]
+    table = SETTINGS_PAGE.partition("<!-- settings:begin -->")[2].partition("<!-- settings:end -->")[0]
     assert set(re.findall(r"^\| `(\w+)` \|", table, re.MULTILINE)) == read
     example = (REPOSITORY / ".env.example").read_text()
     assert set(re.findall(r"^#(\w+)=", example, re.MULTILINE)) == read | {"STORAGE_EMULATOR_HOST"}
-    assert set(re.findall(r"LAION_[A-Z_]+", README + example)) == read
+    assert set(re.findall(r"LAION_[A-Z_]+", SETTINGS_PAGE + example)) == read
     assert {*PLACES, *map(variable_of, DEFAULTS)} == read
 
 
@@ -164,8 +163,8 @@ def test_variables_of_others_are_left_alone():
     build_defs({"LAION_ASSETS_SERVICE_HOST": "10.0.0.7", "LAION_ASSETS_PORT": "tcp://10.0.0.7:3030"})
 
 
-def test_the_readme_tells_the_defaults_there_are():
-    table = dict(re.findall(r"^\| `LAION_(\w+)` \| ([^|]+) \|", README, re.MULTILINE))
+def test_the_documentation_names_the_defaults():
+    table = dict(re.findall(r"^\| `LAION_(\w+)` \| ([^|]+) \|", SETTINGS_PAGE, re.MULTILINE))
     for name, default in DEFAULTS.items():
         if default is not None:
             assert table[name.upper()] == str(default)
@@ -181,38 +180,3 @@ def test_the_readme_tells_the_defaults_there_are():
     bucket = index_from({"LAION_INDEX_URI": "gs://bucket/index"})
     assert table["STAGING"] == f"`{index.staging}` from a folder, `{bucket.staging}` from elsewhere"
     assert read_bytes(table["SPARSE_BUDGET"], "") == index.sparse_budget
-
-
-# --- the README -----------------------------------------------------------------------------------
-
-
-def test_the_notebook_example_runs_as_it_stands(demo: Demo, tmp_path, monkeypatch, capsys):
-    (example,) = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
-    (tmp_path / "data").mkdir()
-    shutil.copytree(demo.seeds, tmp_path / "data" / "seeds")
-    stage(str(demo.index), None, tmp_path / "data" / "cache")
-    monkeypatch.chdir(tmp_path)
-    names: dict[str, object] = {}
-    exec(compile(example, "README.md", "exec"), names)
-    shown = capsys.readouterr().out
-    seeds = len(names["seeds"].embeddings)  # type: ignore[attr-defined]
-    funnel = names["found"].funnel  # type: ignore[attr-defined]
-    assert f"requested={20 * seeds}, received={20 * seeds}" in shown
-    assert 0 < funnel.kept < funnel.received
-    assert len(names["table"]) == funnel.kept  # type: ignore[arg-type]
-
-
-@pytest.mark.parametrize("target", sorted(set(re.findall(r"\]\(((?!https:)[^)#]+)\)", README))))
-def test_what_the_readme_points_to_is_there(target):
-    assert (REPOSITORY / target).exists()
-
-
-def test_the_commands_of_the_readme_exist(capsys):
-    makefile = (REPOSITORY / "Makefile").read_text()
-    for target in set(re.findall(r"^make (\w+)", README, re.MULTILINE)):
-        assert re.search(rf"^{target}:", makefile, re.MULTILINE)
-    with pytest.raises(SystemExit):
-        main(["materialize", "--help"])
-    known = set(re.findall(r"--[\w-]+", capsys.readouterr().out))
-    (used,) = re.findall(r"laion-assets materialize \w+( --.*)", README)
-    assert set(re.findall(r"--[\w-]+", used)) <= known

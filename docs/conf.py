@@ -1,0 +1,98 @@
+"""Sphinx configuration: `make docs` builds the site and fails on every warning and dead internal link."""
+
+from importlib import metadata
+from pathlib import Path
+from pkgutil import walk_packages
+
+from docutils.nodes import document
+from sphinx.addnodes import pending_xref
+from sphinx.application import Sphinx
+
+import laion_assets
+
+project = "laion_assets"
+author = "the laion_assets authors"
+release = metadata.version("laion_assets")
+
+extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon"]
+exclude_patterns = ["_build"]
+html_theme = "furo"
+html_title = "laion_assets"
+myst_heading_anchors = 3
+
+# --- reference pages, one a package, from the docstrings ------------------------------------------
+
+LIBRARY = ("search", "index", "seeds", "staging", "io")
+API = Path(__file__).parent / "reference" / "api"
+MODULE = """
+{title}
+{underline}
+
+.. automodule:: {name}
+   :members:
+   :ignore-module-all:
+   :show-inheritance:
+"""
+
+autodoc_class_signature = "separated"
+autodoc_member_order = "bysource"
+napoleon_numpy_docstring = False
+napoleon_use_ivar = True
+
+
+def write_reference() -> None:
+    """Write a page for each package of the library, with a section for each of its modules."""
+    modules = sorted(found.name for found in walk_packages(laion_assets.__path__, "laion_assets."))
+    API.mkdir(exist_ok=True)
+    for package in LIBRARY:
+        root = f"laion_assets.{package}"
+        sections = [_section(root, "=")]
+        sections += [_section(name, "-") for name in modules if name.startswith(f"{root}.")]
+        (API / f"{package}.rst").write_text("".join(sections))
+
+
+def _section(name: str, underline: str) -> str:
+    title = name.replace("_", r"\_")
+    return MODULE.format(title=title, underline=underline * len(title), name=name)
+
+
+write_reference()
+
+# --- links ----------------------------------------------------------------------------------------
+
+nitpicky = True
+OTHERS = "collections contextlib ctypes datetime google_crc32c numpy obstore pathlib pyarrow threading"
+nitpick_ignore_regex = [
+    ("py:.*", rf"({'|'.join(OTHERS.split())})\..*"),  # documented elsewhere
+    ("py:class", r"laion_assets\..*\.(Job|Done)"),  # type variables
+]
+
+# Markdown files outside of docs/, and the page that includes each: on GitHub, links lead to the files.
+INCLUDED = {
+    "CHANGELOG": "changelog",
+    "CONTRIBUTING": "contributing",
+    "benchmarks/results": "benchmarks",
+    "benchmarks/sparse": "benchmarks",
+    "benchmarks/staging": "benchmarks",
+    "k8s/README": "kubernetes",
+}
+
+# `make docs-links` follows the links that lead to the web; `make docs` follows none.
+linkcheck_timeout = 30
+linkcheck_retries = 2
+linkcheck_ignore = [r"http://127\.0\.0\.1.*"]
+
+
+def link_to_pages(app: Sphinx, doctree: document) -> None:
+    """Let links to included files lead to the pages that include them."""
+    repository = Path(app.srcdir).parent
+    for link in doctree.findall(pending_xref):
+        target = Path(link["reftarget"])
+        if link["refdomain"] == "doc" and target.is_relative_to(repository):
+            name = target.relative_to(repository).as_posix()
+            link["reftarget"] = INCLUDED.get(name, link["reftarget"])
+
+
+def setup(app: Sphinx) -> None:
+    """Register what the configuration adds to Sphinx."""
+    app.connect("doctree-read", link_to_pages)
