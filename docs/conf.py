@@ -1,5 +1,6 @@
 """Sphinx configuration: `make docs` builds the site and fails on every warning and dead internal link."""
 
+import re
 from importlib import metadata
 from pathlib import Path
 from pkgutil import walk_packages
@@ -31,11 +32,13 @@ MODULE = """
 .. automodule:: {name}
    :members:
    :ignore-module-all:
-   :show-inheritance:
 """
 
-autodoc_class_signature = "separated"
 autodoc_member_order = "bysource"
+ARRAYS = ("Bytes", "Floats", "Ids", "Mask", "Ranges")  # aliases that say more than what they stand for
+autodoc_type_aliases = {name: name for name in ARRAYS}
+ALIAS = re.compile(r"TypeAliasForwardRef\('(\w+)'\)")
+default_role = "literal"  # of `names` in docstrings
 napoleon_numpy_docstring = False
 napoleon_use_ivar = True
 
@@ -64,6 +67,7 @@ nitpicky = True
 OTHERS = "collections contextlib ctypes datetime google_crc32c numpy obstore pathlib pyarrow threading"
 nitpick_ignore_regex = [
     ("py:.*", rf"({'|'.join(OTHERS.split())})\..*"),  # documented elsewhere
+    ("py:class", "|".join(ARRAYS)),
     ("py:class", r"laion_assets\..*\.(Job|Done)"),  # type variables
 ]
 
@@ -93,6 +97,12 @@ def link_to_pages(app: Sphinx, doctree: document) -> None:
             link["reftarget"] = INCLUDED.get(name, link["reftarget"])
 
 
+def name_aliases(*event: str | None) -> tuple[str | None, ...]:
+    """Name aliases inside of other types too, which autodoc leaves as references to them."""
+    return tuple(text and ALIAS.sub(r"\1", text) for text in event[-2:])
+
+
 def setup(app: Sphinx) -> None:
     """Register what the configuration adds to Sphinx."""
+    app.connect("autodoc-process-signature", name_aliases)
     app.connect("doctree-read", link_to_pages)
