@@ -1,21 +1,24 @@
-"""Search an index around the seeds of a set, and print what was found.
+"""Search an index around the vectors of a file, and print what was found.
 
-Run `make demo` first, then `python examples/search.py`, or name an index, a seeds folder and a set:
+Run `make demo` first, then `python examples/search.py`, or name an index and a Parquet file with a column
+`embedding`:
 
-    python examples/search.py /mnt/index data/seeds interiors
+    python examples/search.py /mnt/index data/seeds/interiors/seeds.parquet
 """
 
 import sys
 
+import numpy as np
+import pyarrow.parquet as pq
+
 from laion_assets.search import search
-from laion_assets.seeds.seed_sets import find_seed_set, read_seeds
 
 
-def main(index: str = "data/index", seeds_folder: str = "data/seeds", name: str = "fruit") -> None:
-    """Print the two nearest images of each seed."""
-    seeds = read_seeds(seeds_folder, find_seed_set(seeds_folder, name))
-    found = search(index, seeds.embeddings, 20)
-    print(f"{found.num_rows} images around {len(seeds.embeddings)} seeds")
+def main(index: str = "data/index", seeds: str = "data/seeds/fruit/seeds.parquet") -> None:
+    """Print the two nearest images of each vector."""
+    vectors = np.array(pq.read_table(seeds, columns=["embedding"])["embedding"].to_pylist())
+    found = search(index, vectors, 20)
+    print(f"{found.num_rows} images around {len(vectors)} vectors")
     for row in found.select(["seed", "rank", "similarity", "url"]).to_pylist():
         if row["rank"] <= 2:
             print(f"{row['seed']:4} {row['rank']:4} {row['similarity']:6.3f}  {row['url']}")

@@ -44,8 +44,8 @@ def search(
         metadata: folder of the metadata, where it is not `metadata` in the folder of the index.
 
     Returns:
-        A row per image found: id, url, caption, similarity, rank, seed (the number of the vector) and the
-        other columns of the metadata.
+        A row per image found, with id, url, caption, similarity, rank, seed (the number of the vector)
+        and the other columns of the metadata.
 
     Raises:
         InputError: no index there, a vector without a direction or of another dimension, a column that a
