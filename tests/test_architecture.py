@@ -14,15 +14,12 @@ from helpers.project import REPOSITORY
 
 from laion_assets.definitions import build_defs
 from laion_assets.defs.launcher import LocalRunLauncher
-from laion_assets.defs.resources import PLACES, index_from, output_from, seeds_from
-from laion_assets.defs.settings import DEFAULTS, variable_of
+from laion_assets.defs.settings import DEFAULTS
 from laion_assets.io.errors import InputError
-from laion_assets.staging import read_bytes
 
 PACKAGE = REPOSITORY / "laion_assets"
 MODULES = sorted(PACKAGE.rglob("*.py"))
 LIBRARY = {"index", "io", "search", "seeds", "staging"}
-SETTINGS_PAGE = (REPOSITORY / "docs" / "settings.md").read_text()
 
 
 def name_of(path: Path) -> str:
@@ -136,16 +133,6 @@ def variables_read() -> set[str]:
     return {name for name in noted if name.startswith("LAION_")} | settings
 
 
-def test_the_documentation_the_example_and_the_code_know_the_same_settings():
-    read = variables_read()
-    table = SETTINGS_PAGE.partition("<!-- settings:begin -->")[2].partition("<!-- settings:end -->")[0]
-    assert set(re.findall(r"^\| `(\w+)` \|", table, re.MULTILINE)) == read
-    example = (REPOSITORY / ".env.example").read_text()
-    assert set(re.findall(r"^#(\w+)=", example, re.MULTILINE)) == read | {"STORAGE_EMULATOR_HOST"}
-    assert set(re.findall(r"LAION_[A-Z_]+", SETTINGS_PAGE + example)) == read
-    assert {*PLACES, *map(variable_of, DEFAULTS)} == read
-
-
 @pytest.mark.parametrize(
     ("misspelt", "meant"),
     [
@@ -161,22 +148,3 @@ def test_a_misspelt_variable_is_no_silent_default(misspelt, meant):
 
 def test_variables_of_others_are_left_alone():
     build_defs({"LAION_ASSETS_SERVICE_HOST": "10.0.0.7", "LAION_ASSETS_PORT": "tcp://10.0.0.7:3030"})
-
-
-def test_the_documentation_names_the_defaults():
-    table = dict(re.findall(r"^\| `LAION_(\w+)` \| ([^|]+) \|", SETTINGS_PAGE, re.MULTILINE))
-    for name, default in DEFAULTS.items():
-        if default is not None:
-            assert table[name.upper()] == str(default)
-    index = index_from({})
-    places = {
-        "INDEX_URI": index.index_uri,
-        "CACHE_DIR": index.cache_dir,
-        "SEEDS_URI": seeds_from({}).uri,
-        "OUTPUT_URI": output_from({}),
-    }
-    for name, place in places.items():
-        assert Path.cwd() / table[name].strip("`") == Path(place)
-    bucket = index_from({"LAION_INDEX_URI": "gs://bucket/index"})
-    assert table["STAGING"] == f"`{index.staging}` from a folder, `{bucket.staging}` from elsewhere"
-    assert read_bytes(table["SPARSE_BUDGET"], "") == index.sparse_budget
