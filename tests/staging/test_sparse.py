@@ -21,10 +21,10 @@ import numpy as np
 import pyarrow as pa
 import pytest
 from helpers import indices
+from helpers.metadata import metadata_files, write
 from helpers.project import Demo, failures, new_project, reported
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from test_metadata import metadata_files, write
 from test_staging import LISTS, data, write_source
 
 from laion_assets.defs.resources import index_from
