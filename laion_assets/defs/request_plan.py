@@ -9,7 +9,7 @@ from typing import Any
 import dagster as dg
 
 from laion_assets.defs.history import Materialized, materializations, measured_yield
-from laion_assets.io.progress import told
+from laion_assets.io.progress import format_duration
 from laion_assets.search.sizing import USUAL, Counts, Yield, counts_for
 
 TABLES = ("knn_urls", "centroid_urls", "combined_urls")
@@ -128,7 +128,7 @@ def as_yaml(plan: RequestPlan, target: int, seeds: int) -> list[str]:
 def _times(plan: RequestPlan) -> list[str]:
     if not plan.seconds:
         return ["# time: not known before a first run of the set"]
-    times = ", ".join(f"{name} {told(seconds)}" for name, seconds in plan.seconds.items())
+    times = ", ".join(f"{name} {format_duration(seconds)}" for name, seconds in plan.seconds.items())
     last = plan.known.last_run["combined_urls"]
     return [
         f"# time: {times}",

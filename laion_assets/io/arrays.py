@@ -1,7 +1,4 @@
-"""Names for the arrays that travel between the modules of the library.
-
-What must not live here: functions.
-"""
+"""Type aliases for the arrays that modules of the library pass to each other."""
 
 from typing import TypeAlias
 

@@ -1,7 +1,4 @@
-"""Keeps the chatter of C++ libraries off the standard output.
-
-What must not live here: anything else that prints.
-"""
+"""Silence C++ libraries that print to standard output."""
 
 import ctypes
 import os
@@ -13,10 +10,10 @@ from pathlib import Path
 
 @contextmanager
 def silent_stdout() -> Iterator[None]:
-    """Send what is printed in this block nowhere.
+    """Discard everything that is printed to standard output inside the block.
 
-    faiss prints a line whenever it opens or resizes lists on disk, whatever is set. It does so from C,
-    so it has to be caught at the file descriptor, which is that of the whole process.
+    faiss prints a line whenever it opens or resizes lists on disk, and has no option against it. It
+    prints from C, so the file descriptor is redirected, for all threads of the process.
     """
     libc = ctypes.CDLL(None)
     sys.stdout.flush()

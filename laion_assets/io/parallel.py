@@ -1,7 +1,4 @@
-"""Work in threads, as many as faiss uses.
-
-What must not live here: knowledge of the work.
-"""
+"""Run jobs in threads, as many as faiss uses."""
 
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
@@ -12,15 +9,15 @@ from typing import TypeVar
 import faiss
 from threadpoolctl import ThreadpoolController
 
-Job = TypeVar("Job")
-Done = TypeVar("Done")
+Argument = TypeVar("Argument")
+Result = TypeVar("Result")
 
 
 def one_blas_thread() -> AbstractContextManager[None]:
-    """A context in which matrix products and LAPACK use the thread that asks, and no other.
+    """Return a context in which matrix products and LAPACK run in the calling thread alone.
 
-    For small work, where more threads lose more in waiting for each other than they win, and for work
-    that is in threads of its own already.
+    Use it for small products, where threads wait for each other longer than they compute, and for work
+    that already runs in several threads.
     """
     limited: AbstractContextManager[None] = _libraries().limit(limits=1, user_api="blas")
     return limited
@@ -28,12 +25,12 @@ def one_blas_thread() -> AbstractContextManager[None]:
 
 @cache
 def _libraries() -> ThreadpoolController:
-    """The libraries with threads of their own; to find them takes milliseconds."""
+    """Find the loaded libraries with thread pools of their own, once: the search takes milliseconds."""
     return ThreadpoolController()
 
 
-def in_threads(work: Callable[[Job], Done], jobs: Iterable[Job]) -> list[Done]:
-    """Do all jobs and return what each returned, in their order."""
-    threads = faiss.omp_get_max_threads()  # asked first, for it obeys the limit
+def in_threads(work: Callable[[Argument], Result], arguments: Iterable[Argument]) -> list[Result]:
+    """Call `work` with each argument and return the results in the order of the arguments."""
+    threads = faiss.omp_get_max_threads()  # read before the limit on BLAS, which lowers it too
     with one_blas_thread(), ThreadPoolExecutor(threads) as pool:
-        return list(pool.map(work, jobs))
+        return list(pool.map(work, arguments))

@@ -1,7 +1,4 @@
-"""Progress of long work: a bar on a terminal, a line now and then in a log.
-
-What must not live here: knowledge of what is being done.
-"""
+"""Progress of long work: a bar on a terminal, occasional lines in a log."""
 
 from __future__ import annotations
 
@@ -13,18 +10,18 @@ from types import TracebackType
 
 from tqdm import tqdm
 
-SECONDS_BETWEEN_LINES = 15.0  # at first; in long work, a line for each twentieth of its time
-TWENTIETH = 0.05
+SECONDS_BETWEEN_LINES = 15.0  # at least
+SHARE_BETWEEN_LINES = 0.05  # of the time elapsed, once that is longer
 
 
 class Progress:
-    """Counts work done towards a total; many threads may add to it.
+    """Count work done towards a total. Any thread may call `advance`.
 
     Args:
-        what: what is being done, for people.
-        total: units of work in all.
-        unit: "B" is shown as bytes with prefixes.
-        log: takes a line of text; used where there is no terminal.
+        what: label of the bar and of each line.
+        total: units of work.
+        unit: name of the unit; "B" is shown in bytes with SI prefixes.
+        log: called with each line, where standard error is no terminal.
 
     """
 
@@ -34,8 +31,8 @@ class Progress:
         self._total = total
         self._log = log
         self._done = 0
-        self._done_before = 0  # when the last line was said
-        self._said = self._started = time.monotonic()
+        self._done_before = 0  # at the last line
+        self._last_line = self._started = time.monotonic()
         terminal = sys.stderr.isatty()
         self._bar = tqdm(
             desc=what,
@@ -53,16 +50,16 @@ class Progress:
             self._done += amount
             self._bar.update(amount)
             now = time.monotonic()
-            pause = max(SECONDS_BETWEEN_LINES, TWENTIETH * (now - self._started))
-            news = self._done > self._done_before
-            if self._bar.disable and news and now - self._said >= pause:
-                self._log(self._line(now - self._said))
-                self._said, self._done_before = now, self._done
+            pause = max(SECONDS_BETWEEN_LINES, SHARE_BETWEEN_LINES * (now - self._started))
+            advanced = self._done > self._done_before
+            if self._bar.disable and advanced and now - self._last_line >= pause:
+                self._log(self._line(now - self._last_line))
+                self._last_line, self._done_before = now, self._done
 
     def _line(self, seconds: float) -> str:
-        """Tell how far it is, at the rate of the last seconds: a copy may have gone on from before."""
+        """Describe the progress, at the rate since the last line: a resumed copy does not start at 0."""
         rate = (self._done - self._done_before) / seconds
-        left = told((self._total - self._done) / rate)
+        left = format_duration((self._total - self._done) / rate)
         done, total, speed = (self._amount(count) for count in (self._done, self._total, rate))
         return f"{self._what}: {done} of {total}, {speed}/s, {left} left"
 
@@ -71,7 +68,7 @@ class Progress:
         return f"{number}{self._unit}"
 
     def close(self) -> None:
-        """Take the bar off the terminal."""
+        """Remove the bar from the terminal."""
         self._bar.close()
 
     def __enter__(self) -> Progress:
@@ -86,8 +83,8 @@ class Progress:
         self.close()
 
 
-def told(seconds: float) -> str:
-    """Return a time as people say it."""
+def format_duration(seconds: float) -> str:
+    """Format a time as "45 s", "12 min" or "3 h 20 min"."""
     minutes = round(seconds / 60)
     if minutes >= 60:
         return f"{minutes // 60} h {minutes % 60} min"
