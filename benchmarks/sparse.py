@@ -26,7 +26,8 @@ from numpy.typing import NDArray
 from staging import LATENCY, far_away
 
 from laion_assets.index import arrow_layout
-from laion_assets.index.faiss_index import CANDIDATES_PER_RESULT, MIN_NPROBE, InvertedLists
+from laion_assets.index.faiss_index import CANDIDATES_PER_RESULT, MIN_NPROBE
+from laion_assets.index.inverted_lists import InvertedLists
 from laion_assets.io.ranges import Ranges, members, ranges_of, total, union
 from laion_assets.io.storage import open_storage
 from laion_assets.search.retrieval import Request, retrieve_table
@@ -206,7 +207,7 @@ class Layout:
         for first, last in pairwise(edges):
             rows = ids[first:last] % self.batch
             for column in self._columns(int(batch_of[first])):
-                spans += [np.stack(span, 1) for span in arrow_layout.places_of_rows(column, rows)]
+                spans += [np.stack(span, 1) for span in arrow_layout.row_spans(column, rows)]
         every = np.concatenate(spans)
         return ranges_of(every[:, 0], every[:, 1])
 

@@ -21,7 +21,7 @@ import pyarrow as pa
 from laion_assets.defs.history import PROVENANCE, YIELD, materializations
 from laion_assets.defs.partitions import seed_sets
 from laion_assets.defs.settings import ResolvedSettings
-from laion_assets.index.faiss_index import Decoder
+from laion_assets.index.decoder import Decoder
 from laion_assets.index.vectors import decoded
 from laion_assets.io.tables import StoredTable, code_bytes
 from laion_assets.search import audit

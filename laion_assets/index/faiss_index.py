@@ -1,9 +1,6 @@
-"""A faiss index on disk: opened without loading it, searched in batches, decoded exactly.
+"""A faiss index on disk: memory-mapped, searched in batches, its rows returned with their codes.
 
-What a row looks like to the index is its *code*: for an OPQ + IVF + PQ index the number of its
-inverted list followed by its PQ code (131 bytes a row for LAION-5B), for any other index the vector
-itself. A `Decoder` turns codes back into vectors without the index.
-What must not live here: near-duplicates, metadata, where files come from.
+See `decoder` for what a code is.
 """
 
 from __future__ import annotations
@@ -19,32 +16,32 @@ from typing import Any
 import faiss
 import numpy as np
 
+from laion_assets.index.decoder import Decoder, list_bytes, list_numbers
+from laion_assets.index.inverted_lists import InvertedLists
 from laion_assets.index.vectors import unit
 from laion_assets.io.arrays import Bytes, Floats, Ids
 from laion_assets.io.console import silent_stdout
 from laion_assets.io.errors import InputError
-from laion_assets.io.parallel import in_threads, one_blas_thread
-from laion_assets.io.ranges import Disk, Hold, Ranges, WholeFiles, ranges_of, union
+from laion_assets.io.parallel import in_threads
+from laion_assets.io.ranges import Disk, Hold, WholeFiles
 
 MIN_NPROBE = 64
+CANDIDATES_PER_RESULT = 16  # rows in the probed lists for each row requested, as with clip-retrieval
 QUERIES_AT_ONCE = 16
-ROUNDING = 1e-6  # scores of the same row in two scans differ by less
-ID_SIZE = 8  # bytes of a row's id in a list
-FURTHER = 4  # how many times the lists a check of the recall looks into
-ORTHONORMAL = 1e-4  # how far from it a matrix may be that faiss trained to be orthonormal
+SCORE_ROUNDING = 1e-6  # scores of the same row in two scans differ by less
+FURTHER = 4  # a check of the recall probes this many times as many lists
 UNSUPPORTED = (faiss.IndexIDMap, faiss.IndexRefine, faiss.IndexFastScan, faiss.IndexIVFFastScan)
-CANDIDATES_PER_RESULT = 16  # rows in the probed lists for each row asked for, as with clip-retrieval
 
 
 @dataclass(frozen=True)
 class Hits:
-    """What a batch of queries found, best first, ties by id.
+    """The results of a batch of queries, best first, ties by id.
 
     Attributes:
         ids: (q, k) int64; -1 where the probed lists held fewer than k rows.
         similarity: (q, k) float32, inner product of the query and the decoded row.
-        code: (q, k) int64, where in `codes` the row's code is; -1 likewise.
-        codes: (c, code size) uint8, of each row found, once however many queries found it.
+        code: (q, k) int64, the row of `codes` with the code of this result; -1 likewise.
+        codes: (c, code size) uint8, one for each distinct row that any of the queries found.
 
     """
 
@@ -57,22 +54,28 @@ class Hits:
 class Index:
     """A faiss index by inner product, memory-mapped and read-only.
 
+    An index may be used by one thread at a time: a search changes how far the index's quantizer looks.
+
     Args:
         path: the faiss file.
-        lists: its on-disk inverted lists, if they are a file of their own beside it.
-        disk: is told which parts of that file are about to be read.
+        lists: its on-disk inverted lists, where they are a file of their own.
+        disk: fetches the parts of that file that are about to be read, where it is not complete.
+
+    Attributes:
+        dimension: of the vectors.
+        rows: how many the index holds; their ids are 0 to rows - 1.
 
     Raises:
-        InputError: not a whole faiss index, lists shorter than their table, another metric or kind.
+        InputError: not a complete faiss index, a file of lists that is too short, another metric than
+            inner product, or an unsupported kind of index.
 
-    To be used by one thread at a time: how far a search looks is set on the index itself.
     """
 
     def __init__(self, path: Path, lists: Path | None = None, disk: Disk | None = None) -> None:
-        self._index = _read(path, on_disk_lists=lists is not None)
+        self._index = _read_index(path, on_disk_lists=lists is not None)
         if self._index.metric_type != faiss.METRIC_INNER_PRODUCT:
             raise InputError(
-                f"{path} measures by L2 distance; this needs inner product: build the index with "
+                f"{path} compares vectors by L2 distance, not by inner product: build the index with "
                 'metric_type="ip"'
             )
         _check_kind(self._index, path)
@@ -80,8 +83,9 @@ class Index:
         self._lists: InvertedLists | None = None
         if self._ivf is not None:
             self._ivf = faiss.downcast_index(self._ivf)
-            self._lists = _lists_of(self._ivf, lists or path)
-            _check_lists_are_whole(self._lists)
+            self._lists = InvertedLists.read(self._ivf, lists or path)
+        if self._lists is not None:
+            self._lists.check_size()
         self._disk = disk or WholeFiles()
         self.dimension: int = self._index.d
         self.rows: int = self._index.ntotal
@@ -94,12 +98,13 @@ class Index:
     def nprobe_for(self, k: int, wanted: int | None = None) -> int | None:
         """Return how many lists to probe to find k rows; None where there are no lists.
 
-        A stored nprobe is often 1, and a search returns only what the probed lists hold: at the
-        average list length, k rows need k / length lists, and good ones need several times that.
+        A stored nprobe is often 1, and a search returns only rows of the probed lists. At the average
+        length of a list, k rows need k / length lists, and good ones need several times that.
 
         Args:
-            k: rows asked for.
-            wanted: a number of the user's own; more than there are lists means all of them.
+            k: rows requested.
+            wanted: the user's choice, capped at the number of lists.
+
         """
         if self._ivf is None:
             return None
@@ -111,21 +116,21 @@ class Index:
 
         Args:
             queries: (q, dimension) float32.
-            k: rows wanted for each query; more than the index holds is allowed.
-            nprobe: inverted lists to look into; ignored where the index has none.
+            k: rows requested for each query, capped at the rows of the index.
+            nprobe: inverted lists to probe; ignored where the index has none.
 
         """
         k = min(k, self.rows)
         queries = np.ascontiguousarray(queries, dtype=np.float32)
         with self._disk.hold() as held:
             if self._ivf is None:
-                similarity, places = self._index.search(queries, k)
+                similarity, locations = self._index.search(queries, k)
             else:
-                similarity, places = self._search_lists(held, self._transformed(queries), k, nprobe)
-            found = places >= 0
-            rows, number = np.unique(places[found], return_inverse=True)
-            row_ids, codes = self._rows_at(held, rows)
-        ids, code = np.full_like(places, -1), np.full_like(places, -1)
+                similarity, locations = self._search_lists(held, self._transformed(queries), k, nprobe)
+            found = locations >= 0
+            distinct, number = np.unique(locations[found], return_inverse=True)
+            row_ids, codes = self._rows_at(held, distinct)
+        ids, code = np.full_like(locations, -1), np.full_like(locations, -1)
         ids[found], code[found] = row_ids[number], number
         query = np.arange(len(ids))[:, None]
         order = np.lexsort((ids, -similarity), axis=1)  # faiss orders ties differently in batches
@@ -134,82 +139,91 @@ class Index:
     def _search_lists(
         self, held: Hold, transformed: Floats, k: int, nprobe: int | None
     ) -> tuple[Floats, Ids]:
-        """Return similarity and place (list << 32 | row in it) of the rows nearest to each query.
+        """Return similarity and location of the rows nearest to each query.
 
-        Which lists are nearest is settled first, and once: what is held is what is searched.
+        A location is list << 32 | row of the list. The lists are chosen first, all at once, so that
+        exactly the lists that are searched are fetched.
         """
         parameters = self._parameters(nprobe)
         lists = np.empty((len(transformed), parameters.nprobe), np.int64)
         nearness = np.empty(lists.shape, np.float32)
         similarity = np.empty((len(transformed), k), np.float32)
-        places = np.empty((len(transformed), k), np.int64)
-        portions = [
+        locations = np.empty((len(transformed), k), np.int64)
+        batches = [
             slice(first, first + QUERIES_AT_ONCE) for first in range(0, len(transformed), QUERIES_AT_ONCE)
         ]
 
-        def choose_lists(some: slice) -> None:
-            nearness[some], lists[some] = self._ivf.quantizer.search(transformed[some], parameters.nprobe)
+        def choose_lists(batch: slice) -> None:
+            nearness[batch], lists[batch] = self._ivf.quantizer.search(
+                transformed[batch], parameters.nprobe
+            )
 
-        def search(some: slice) -> None:
-            # In threads of ours: this call of faiss, the one that returns places, uses one.
+        def search(batch: slice) -> None:
+            # The only call of faiss that returns locations; it runs in the calling thread alone.
             self._ivf.search_preassigned_c(
-                len(lists[some]), faiss.swig_ptr(transformed[some]), k, faiss.swig_ptr(lists[some]),
-                faiss.swig_ptr(nearness[some]), faiss.swig_ptr(similarity[some]),
-                faiss.swig_ptr(places[some]), True, parameters,
+                len(lists[batch]), faiss.swig_ptr(transformed[batch]), k, faiss.swig_ptr(lists[batch]),
+                faiss.swig_ptr(nearness[batch]), faiss.swig_ptr(similarity[batch]),
+                faiss.swig_ptr(locations[batch]), True, parameters,
             )  # fmt: skip
 
-        in_threads(choose_lists, portions)
-        self._need(held, np.unique(lists[lists >= 0]))
-        in_threads(search, portions)
-        return similarity, places
+        in_threads(choose_lists, batches)
+        self._fetch(held, np.unique(lists[lists >= 0]))
+        in_threads(search, batches)
+        return similarity, locations
 
-    def _need(self, held: Hold, lists: Ids, rows: Ids | int | None = None) -> None:
-        """See that lists are on the disk, or so many rows of each; nothing is read without."""
+    def _fetch(self, held: Hold, lists: Ids, rows: Ids | int | None = None) -> None:
+        """Fetch lists, or that many rows of each, unless the file is complete."""
         if self._lists is not None and not self._disk.whole:
             held.need({self._lists.path: self._lists.ranges(lists, rows)})
 
-    def _rows_at(self, held: Hold, places: Ids) -> tuple[Ids, Bytes]:
-        """Return ids and codes of the rows at some places, ascending."""
+    def _rows_at(self, held: Hold, locations: Ids) -> tuple[Ids, Bytes]:
+        """Return ids and codes of the rows at ascending locations."""
         if self._ivf is None:
             vectors = (
-                self._index.reconstruct_batch(places) if len(places) else np.empty((0, self.dimension))
+                self._index.reconstruct_batch(locations)
+                if len(locations)
+                else np.empty((0, self.dimension))
             )
-            return places, np.ascontiguousarray(vectors, np.float32).view(np.uint8)
-        lists, rows = places >> 32, places & 0xFFFFFFFF
-        wide, size = self._ivf.coarse_code_size(), self._ivf.code_size
-        ids, codes = np.empty_like(places), np.empty((len(places), wide + size), np.uint8)
-        codes[:, :wide] = _list_bytes(lists, wide)
+            return locations, np.ascontiguousarray(vectors, np.float32).view(np.uint8)
+        lists, rows = locations >> 32, locations & 0xFFFFFFFF
+        width, size = self._ivf.coarse_code_size(), self._ivf.code_size
+        ids, codes = np.empty_like(locations), np.empty((len(locations), width + size), np.uint8)
+        codes[:, :width] = list_bytes(lists, width)
         stored = self._ivf.invlists
         edges = np.flatnonzero(np.diff(lists, prepend=-1, append=-1))
-        self._need(held, lists[edges[:-1]], rows[edges[1:] - 1] + 1)
+        self._fetch(held, lists[edges[:-1]], rows[edges[1:] - 1] + 1)
         for first, last in pairwise(edges):
             number = int(lists[first])
-            length, there = stored.list_size(number), rows[first:last]
-            ids[first:last] = faiss.rev_swig_ptr(stored.get_ids(number), length)[there]
+            length, wanted = stored.list_size(number), rows[first:last]
+            ids[first:last] = faiss.rev_swig_ptr(stored.get_ids(number), length)[wanted]
             in_list = faiss.rev_swig_ptr(stored.get_codes(number), length * size)
-            codes[first:last, wide:] = in_list.reshape(length, size)[there]
-        if self._portable:
+            codes[first:last, width:] = in_list.reshape(length, size)[wanted]
+        if self._has_pq_codes:
             return ids, codes
         return ids, self._index.sa_decode(codes).view(np.uint8)
 
     def recall(self, queries: Floats, hits: Hits, nprobe: int | None) -> float:
-        """Measure which share of what the queries found is also found when probing further.
+        """Measure which share of the results remains when `FURTHER` times as many lists are probed.
 
-        The same queries at `FURTHER` times the lists: of the rows received, those that no other row
-        pushes out count. Cheap, because only rows better than the worst received are collected. NaN
-        where lists come from far when they are needed: nobody has asked for the further ones.
+        A result remains unless a better row pushes it out. The measurement is cheap, because only rows
+        better than the worst result are collected.
 
         Args:
             queries: (q, dimension) float32.
-            hits: what `search` found for them, and perhaps for more after them.
-            nprobe: the lists that were probed for it.
+            hits: what `search` found for these queries, and possibly for others after them.
+            nprobe: the lists that were probed for `hits`.
+
+        Returns:
+            NaN where the lists are not all on the disk: the check would fetch lists that no request
+            needs.
+
         """
         if self._ivf is None or nprobe is None or nprobe >= self.nlist or not (hits.ids >= 0).any():
             return 1.0
         if not self._disk.whole:
             return math.nan
         parameters = self._parameters(FURTHER * nprobe)
-        stayed = received = 0
+        remained = returned = 0
         sampled = slice(len(queries))
         for query, ids, similarity in zip(
             queries, hits.ids[sampled], hits.similarity[sampled], strict=True
@@ -217,34 +231,34 @@ class Index:
             found, found_ids = similarity[ids >= 0], ids[ids >= 0]
             if not len(found):
                 continue
-            rounding = ROUNDING * max(1, abs(float(found[0])))
+            rounding = SCORE_ROUNDING * max(1, abs(float(found[0])))
             transformed = self._transformed(query[None].astype(np.float32))
             worst = float(found[-1]) - rounding
             _, further, further_ids = self._ivf.range_search(transformed, worst, params=parameters)
-            # Not all that was found need be among `further`: a graph over the lists is not exact.
+            # `further` may lack some of `found`: the graph that chooses the lists is approximate.
             _, distinct = np.unique(np.concatenate([found_ids, further_ids]), return_index=True)
             best_first = -np.sort(-np.concatenate([found, further])[distinct])
-            stayed += int((found >= best_first[: len(found)][-1] - rounding).sum())
-            received += len(found)
-        return stayed / received
+            remained += int((found >= best_first[: len(found)][-1] - rounding).sum())
+            returned += len(found)
+        return remained / returned
 
     def sample(self, lists: int, rows: int) -> Iterator[tuple[Ids, Floats]]:
-        """Yield ids and unit vectors of rows chosen by chance, always the same ones.
+        """Yield ids and unit vectors of rows drawn at random with a fixed seed.
 
-        Rows of one inverted list come together, and are neighbours more often than others.
+        Rows of one inverted list come together; they are neighbours more often than other rows.
 
         Args:
-            lists: to look into; all where there are fewer. Without any, the whole index is one.
-            rows: of each list, one after another from a place chosen by chance, as lists are filled in
-                the order of the ids; all where there are fewer.
+            lists: lists to draw; all where there are fewer. An index without lists counts as one.
+            rows: rows of each list, consecutive from a random start, because lists are filled in order
+                of id; all where there are fewer.
 
         """
         random = np.random.default_rng(0)
         decode = self.decoder().decode_to_compare
         with self._disk.hold() as held:
             if self._ivf is None:
-                some = np.sort(random.permutation(self.rows)[: lists * rows])
-                ids, codes = self._rows_at(held, some)
+                drawn = np.sort(random.permutation(self.rows)[: lists * rows])
+                ids, codes = self._rows_at(held, drawn)
                 yield ids, unit(decode(codes))
                 return
             lengths = np.array([self._ivf.invlists.list_size(number) for number in range(self.nlist)])
@@ -258,43 +272,38 @@ class Index:
     @property
     def code_size(self) -> int:
         """Bytes of a code."""
-        if not self._portable:
+        if not self._has_pq_codes:
             return self.dimension * 4
         return int(self._ivf.coarse_code_size() + self._ivf.code_size)
 
     def lists_of(self, codes: Bytes) -> Ids:
-        """Return the inverted lists that (n, code size) codes come from, each once, ascending."""
-        if not self._portable:
+        """Return the ascending, distinct inverted lists that (n, code size) codes come from."""
+        if not self._has_pq_codes:
             return np.empty(0, np.int64)
-        return np.unique(_list_numbers(codes, self._ivf.coarse_code_size()))
+        return np.unique(list_numbers(codes, self._ivf.coarse_code_size()))
 
     def decoder(self, lists: Ids | None = None) -> Decoder:
-        """Return what turns codes into vectors: all codes, or those of some lists.
+        """Return the decoder of all codes, or of those in some lists.
 
         Args:
-            lists: ascending; the decoder then holds only the centres of these, and is small.
+            lists: (n,) ascending; the decoder then holds only their centres, and is small.
 
         """
-        if not self._portable:
+        if not self._has_pq_codes:
             return Decoder(None, np.empty(0, np.int64), self.dimension)
-        if lists is None:
-            return self._whole_decoder
-        centres = np.empty((len(lists), self._ivf.d), np.float32)
-        for place, number in enumerate(lists):
-            centres[place] = self._ivf.quantizer.reconstruct(int(number))
-        return Decoder(_emptied(self._index, self._ivf, centres), lists, self.dimension)
+        return self._whole_decoder if lists is None else Decoder.of_index(self._index, lists)
 
     @cached_property
     def _whole_decoder(self) -> Decoder:
         return Decoder(self._index, np.arange(self.nlist), self.dimension)
 
     @property
-    def _portable(self) -> bool:
-        """Whether codes are PQ codes that a small decoder can carry."""
+    def _has_pq_codes(self) -> bool:
+        """Whether codes are a list number and a PQ code; else they are vectors."""
         return isinstance(self._ivf, faiss.IndexIVFPQ)
 
     def _transformed(self, queries: Floats) -> Floats:
-        """Queries as the inverted lists see them: after OPQ, if there is one."""
+        """Apply the transforms that come before the inverted lists, such as OPQ."""
         if isinstance(self._index, faiss.IndexPreTransform):
             for i in range(self._index.chain.size()):
                 queries = faiss.downcast_VectorTransform(self._index.chain.at(i)).apply(queries)
@@ -304,228 +313,32 @@ class Index:
         nprobe = min(nprobe or self._ivf.nprobe, self.nlist)
         quantizer = faiss.downcast_index(self._ivf.quantizer)
         if isinstance(quantizer, faiss.IndexHNSW):
-            # To find the nearest lists the graph has to look at more than nprobe.
+            # The graph must visit more lists than nprobe to find the nearest ones.
             quantizer.hnsw.efSearch = 2 * nprobe
         return faiss.SearchParametersIVF(nprobe=nprobe)
 
 
-class Decoder:
-    """Turns codes into vectors; small enough to travel with the codes.
-
-    Args:
-        index: an empty faiss index that decodes; None where the codes are the vectors.
-        lists: (n,) the inverted lists whose centres the index holds, ascending.
-        dimension: of the vectors.
-
-    """
-
-    def __init__(self, index: Any, lists: Ids, dimension: int) -> None:
-        self._index = index
-        self._lists = lists
-        self._dimension = dimension
-
-    @cached_property
-    def _superfluous(self) -> Floats | None:
-        with one_blas_thread():
-            return _superfluous_directions(self._index)
-
-    def decode(self, codes: Bytes) -> Floats:
-        """Return (n, dimension) float32 vectors for (n, code size) codes, not normalised."""
-        if self._index is None:
-            return np.ascontiguousarray(codes).view(np.float32)
-        decoded: Floats = self._index.sa_decode(self._renumbered(codes))
-        return decoded
-
-    def decode_to_compare(self, codes: Bytes) -> Floats:
-        """Return vectors with the inner products of the decoded ones, for a third of the work.
-
-        Decoding ends with the transpose of OPQ's matrix A, (m, d) with orthonormal columns if m >= d, or
-        orthonormal rows. Inner products do not need that: A'y . A'z = y . AA'z, and AA' leaves z as it
-        is but for the directions outside of A's columns, of which there are few (LAION-5B: 128 of 896).
-
-        Args:
-            codes: (n, code size).
-
-        Returns:
-            (n, m) float32; m is the width that OPQ gives.
-
-        """
-        if self._superfluous is None:
-            return self.decode(codes)
-        vectors: Floats = faiss.extract_index_ivf(self._index).sa_decode(self._renumbered(codes))
-        if self._superfluous.size:
-            vectors -= (vectors @ self._superfluous) @ self._superfluous.T
-        return vectors
-
-    def _renumbered(self, codes: Bytes) -> Bytes:
-        """Codes with the list numbers that the index in here knows."""
-        ivf = faiss.extract_index_ivf(self._index)
-        wide = codes.shape[1] - ivf.code_size
-        numbers = np.searchsorted(self._lists, _list_numbers(codes, wide))
-        mine = _list_bytes(numbers, ivf.coarse_code_size())
-        return np.hstack([mine, codes[:, wide:]])
-
-    def merged(self, other: Decoder) -> Decoder:
-        """Return a decoder for the codes of both; both must come from the same index."""
-        if self._index is None:
-            return self
-        lists, first = np.unique(np.concatenate([self._lists, other._lists]), return_index=True)
-        centres = np.concatenate([self._centres(), other._centres()])[first]
-        ivf = faiss.downcast_index(faiss.extract_index_ivf(self._index))
-        return Decoder(_emptied(self._index, ivf, centres), lists, self._dimension)
-
-    def _centres(self) -> Floats:
-        ivf = faiss.extract_index_ivf(self._index)
-        centres: Floats = ivf.quantizer.reconstruct_n(0, len(self._lists))
-        return centres
-
-    def to_bytes(self) -> bytes:
-        """Serialise: dimension, number of lists, list numbers (int64), faiss index."""
-        head = np.array([self._dimension, len(self._lists)], np.int64)
-        body = b"" if self._index is None else faiss.serialize_index(self._index).tobytes()
-        return head.tobytes() + self._lists.tobytes() + body
-
-    @classmethod
-    def from_bytes(cls, data: bytes) -> Decoder:
-        """Read back what `to_bytes` wrote."""
-        dimension, count = (int(n) for n in np.frombuffer(data, np.int64, 2))
-        lists = np.frombuffer(data, np.int64, count, offset=16)
-        body = np.frombuffer(data, np.uint8, offset=16 + lists.nbytes)
-        return cls(faiss.deserialize_index(body) if body.size else None, lists, dimension)
-
-
-def _superfluous_directions(index: Any) -> Floats | None:
-    """Return the directions that the transpose of the index's one linear transform takes to nothing.
-
-    Returns:
-        (m, max(m - d, 0)) orthonormal columns; None where the index has no such transform, or one
-        that changes inner products.
-
-    """
-    if not isinstance(index, faiss.IndexPreTransform) or index.chain.size() != 1:
-        return None
-    transform = faiss.downcast_VectorTransform(index.chain.at(0))
-    if not isinstance(transform, faiss.LinearTransform) or transform.have_bias:
-        return None
-    matrix = faiss.vector_to_array(transform.A).reshape(transform.d_out, transform.d_in)
-    out, into = matrix.shape
-    inner = matrix.T @ matrix if out >= into else matrix @ matrix.T
-    if not np.allclose(inner, np.eye(len(inner)), atol=ORTHONORMAL):
-        return None
-    others = np.random.default_rng(0).standard_normal((out, max(out - into, 0)), np.float32)
-    for _ in range(2):  # once would leave rounding errors
-        others = np.linalg.qr(others - matrix @ (matrix.T @ others))[0]
-    return np.ascontiguousarray(others)
-
-
-def _emptied(index: Any, ivf: Any, centres: Floats) -> Any:
-    """Return an index without rows that decodes the codes of the lists with these centres."""
-    quantizer = faiss.IndexFlatIP(ivf.d)
-    quantizer.add(centres)
-    empty = faiss.IndexIVFPQ(
-        quantizer, ivf.d, len(centres), ivf.pq.M, ivf.pq.nbits, faiss.METRIC_INNER_PRODUCT
-    )
-    empty.pq = ivf.pq
-    empty.by_residual = ivf.by_residual
-    empty.is_trained = True
-    if not isinstance(index, faiss.IndexPreTransform):
-        return empty
-    whole = faiss.IndexPreTransform(empty)
-    for i in reversed(range(index.chain.size())):
-        whole.prepend_transform(index.chain.at(i))
-    # The transforms still belong to the index they are from: a copy owns its own.
-    return faiss.deserialize_index(faiss.serialize_index(whole))
-
-
-def _list_numbers(codes: Bytes, wide: int) -> Ids:
-    """Read the little-endian list number in the first `wide` bytes of each code."""
-    padded = np.zeros((len(codes), 8), np.uint8)
-    padded[:, :wide] = codes[:, :wide]
-    return padded.view("<i8").ravel().astype(np.int64)
-
-
-def _list_bytes(numbers: Ids, wide: int) -> Bytes:
-    return numbers.astype("<i8").view(np.uint8).reshape(-1, 8)[:, :wide]
-
-
-def _read(path: Path, *, on_disk_lists: bool) -> Any:
-    # Without READ_ONLY the lists would be mapped writable.
-    where = faiss.IO_FLAG_ONDISK_SAME_DIR if on_disk_lists else faiss.IO_FLAG_MMAP
+def _read_index(path: Path, *, on_disk_lists: bool) -> Any:
+    location = faiss.IO_FLAG_ONDISK_SAME_DIR if on_disk_lists else faiss.IO_FLAG_MMAP
     try:
         with silent_stdout():
-            return faiss.read_index(str(path), where | faiss.IO_FLAG_READ_ONLY)
+            # READ_ONLY: lists would be mapped writable otherwise.
+            return faiss.read_index(str(path), location | faiss.IO_FLAG_READ_ONLY)
     except RuntimeError as error:
         reason = str(error).splitlines()[0].rpartition(": ")[2]
         raise InputError(
-            f"{path} is not a whole faiss index ({reason}): stage the index again, and if it stays, "
-            "copy the file to the source again"
+            f"{path} is not a complete faiss index ({reason}): stage the index again, and if that does "
+            "not help, replace the file at the source",
+            "staged_index",
         ) from error
 
 
 def _check_kind(index: Any, path: Path) -> None:
-    """Refuse what has no codes to decode, or gives other ids than the places of its rows."""
+    """Refuse an index whose codes cannot be decoded, or whose ids are not its row numbers."""
     while isinstance(index, faiss.IndexPreTransform):
         index = faiss.downcast_index(index.index)
     if isinstance(index, UNSUPPORTED):
         raise InputError(
-            f"{path} is a faiss {type(index).__name__}, which cannot be used here: build it as Flat, HNSW"
-            " or IVF with Flat or PQ, as autofaiss does, its ids the numbers of the rows"
-        )
-
-
-@dataclass(frozen=True)
-class InvertedLists:
-    """Where inverted lists are in their file: all codes of a list, then all its ids.
-
-    Attributes:
-        path: of the file.
-        offset: (lists,) where each begins.
-        capacity: (lists,) rows that each has room for.
-        size: (lists,) rows of each.
-        code_size: bytes of a code.
-
-    """
-
-    path: Path
-    offset: Ids
-    capacity: Ids
-    size: Ids
-    code_size: int
-
-    @property
-    def end(self) -> int:
-        """Bytes that the file must have."""
-        return int((self.offset + self.capacity * (self.code_size + ID_SIZE)).max(initial=0))
-
-    def ranges(self, numbers: Ids, first: Ids | int | None = None) -> Ranges:
-        """What is read of some lists, or of so many rows at the beginning of each."""
-        codes, rows = self.offset[numbers], self.size[numbers]
-        rows = rows if first is None else np.minimum(rows, first)
-        ids = codes + self.capacity[numbers] * self.code_size
-        return union(
-            ranges_of(codes, codes + rows * self.code_size), ranges_of(ids, ids + rows * ID_SIZE)
-        )
-
-
-def _lists_of(ivf: Any, path: Path) -> InvertedLists | None:
-    """Read the lists' table; None where they are not on disk."""
-    stored = faiss.downcast_InvertedLists(ivf.invlists)
-    if not isinstance(stored, faiss.OnDiskInvertedLists):
-        return None
-    table = [(one.offset, one.capacity, one.size) for one in map(stored.lists.at, range(ivf.nlist))]
-    # An offset means nothing where there is no room for a row.
-    rows = np.array([(offset if room else 0, room, size) for offset, room, size in table], np.int64)
-    offset, capacity, size = rows.reshape(-1, 3).T
-    return InvertedLists(path, offset, capacity, size, stored.code_size)
-
-
-def _check_lists_are_whole(lists: InvertedLists | None) -> None:
-    """Compare the size of the lists' file with their table: reading past its end kills the process."""
-    if lists is None:
-        return
-    size = lists.path.stat().st_size
-    if size < lists.end:
-        raise InputError(
-            f"{lists.path} has {size:,} bytes, its inverted lists need {lists.end:,}: it is truncated; "
-            "stage the index again, and if it stays, copy the file to the source again"
+            f"{path} is a faiss {type(index).__name__}, which is not supported: build it as Flat, HNSW, "
+            "IVF + Flat or IVF + PQ, as autofaiss does, with row numbers as ids"
         )

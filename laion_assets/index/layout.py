@@ -1,8 +1,4 @@
-"""Which files of a folder make up a LAION-style index.
-
-A pure function over file names: the same for a bucket's listing and a local folder.
-What must not live here: opening, copying or checking files.
-"""
+"""Which files of a folder make up an index: pure functions over file names, local or in a bucket."""
 
 from collections.abc import Iterable
 from pathlib import PurePosixPath
@@ -17,11 +13,11 @@ METADATA_SUFFIXES = (".arrow", ".parquet")  # Arrow first: it is read without un
 
 
 def index_files(names: Iterable[str], where: str) -> tuple[str, str | None]:
-    """Find the faiss file and, beside it, its on-disk inverted lists.
+    """Find the faiss file and, where they are separate, its on-disk inverted lists.
 
     Args:
-        names: relative paths of all files in the index folder.
-        where: the folder, for the error message.
+        names: paths of all files, relative to the index folder.
+        where: the index folder, for error messages.
 
     Raises:
         InputError: no index in the folder, or one without its lists.
@@ -31,25 +27,25 @@ def index_files(names: Iterable[str], where: str) -> tuple[str, str | None]:
     if POPULATED_INDEX in present:
         if INVERTED_LISTS not in present:
             raise InputError(
-                f"{where}/{POPULATED_INDEX} is there but its inverted lists {INVERTED_LISTS} are not: "
-                "copy both files of the index"
+                f"{where} has {POPULATED_INDEX} but not its inverted lists, {INVERTED_LISTS}: copy both "
+                "files of the index"
             )
         return POPULATED_INDEX, INVERTED_LISTS
     if SINGLE_INDEX in present:
         return SINGLE_INDEX, None
     raise InputError(
-        f"{where} holds no index: expected the folder image.index with populated.index and "
-        f"merged_index.ivfdata, or one faiss file named image.index; set LAION_INDEX_URI to the "
-        f"folder that holds it (found {_some(present)})"
+        f"{where} holds no index (found {_listed(present)}): name the folder that holds image.index, "
+        "which is one faiss file or a folder of populated.index and merged_index.ivfdata",
+        "index_uri",
     )
 
 
 def metadata_files(names: Iterable[str], where: str) -> tuple[str, ...]:
-    """Find the metadata files of one format, in the order of their rows: by name.
+    """Find the metadata files, all of one format, in order of name, which is the order of their rows.
 
     Args:
         names: file names directly inside the metadata folder.
-        where: the folder, for the error message.
+        where: the metadata folder, for error messages.
 
     Raises:
         InputError: no Arrow and no Parquet file in the folder.
@@ -61,18 +57,19 @@ def metadata_files(names: Iterable[str], where: str) -> tuple[str, ...]:
         if found:
             return found
     raise InputError(
-        f"{where} holds no *.arrow or *.parquet file: put the metadata there, or set "
-        f"LAION_METADATA_URI to the folder that holds it (found {_some(present)})"
+        f"{where} holds no *.arrow or *.parquet file (found {_listed(present)}): name the folder that "
+        "holds the metadata",
+        "metadata_uri",
     )
 
 
 def read_in_parts(name: str) -> bool:
-    """Tell whether a request reads only parts of a file, and which ones is known before it does."""
+    """Return whether requests read only known parts of this file of the index."""
     return name == INVERTED_LISTS or name.endswith(METADATA_SUFFIXES[0])
 
 
-def _some(names: Iterable[str]) -> str:
-    listed = sorted(names)
-    if not listed:
+def _listed(names: Iterable[str]) -> str:
+    ordered = sorted(names)
+    if not ordered:
         return "nothing"
-    return ", ".join(listed[:5]) + (f" and {len(listed) - 5} more" if len(listed) > 5 else "")
+    return ", ".join(ordered[:5]) + (f" and {len(ordered) - 5} more" if len(ordered) > 5 else "")

@@ -1,7 +1,4 @@
-"""Unit vectors: made from any, or decoded from codes.
-
-What must not live here: what vectors mean.
-"""
+"""Unit vectors, held in memory or decoded on demand."""
 
 from collections.abc import Callable
 from typing import Protocol
@@ -11,12 +8,12 @@ import numpy as np
 from laion_assets.io.arrays import Bytes, Floats, Ids
 from laion_assets.io.parallel import in_threads
 
-HELD_ROWS = 1 << 19  # more than that are decoded anew wherever they are looked at
-BLOCK = 1024  # rows decoded at once: what lies between code and vector stays in the processor's cache
+HELD_ROWS = 1 << 19  # beyond that, vectors are decoded on every access
+ROWS_DECODED_AT_ONCE = 1024  # the intermediate results of so many stay in the processor's cache
 
 
 class Vectors(Protocol):
-    """Unit vectors by row: an array, or something that makes them on demand."""
+    """Unit vectors by row: an array, or an object that decodes them on access."""
 
     def __len__(self) -> int:
         """Rows."""
@@ -26,7 +23,7 @@ class Vectors(Protocol):
 
 
 def unit(vectors: Floats) -> Floats:
-    """Scale (n, d) rows to length 1; zero and non-finite rows become zero, which is like nothing."""
+    """Scale (n, d) rows to length 1; zero and non-finite rows become zero."""
     with np.errstate(invalid="ignore", over="ignore", divide="ignore"):
         lengths = np.sqrt(np.einsum("ij,ij->i", vectors, vectors))
         scaled: Floats = vectors * (np.float32(1) / lengths)[:, None]
@@ -35,10 +32,10 @@ def unit(vectors: Floats) -> Floats:
 
 
 def decoded(codes: Bytes, decode: Callable[[Bytes], Floats]) -> Vectors:
-    """Return the unit vectors of some codes.
+    """Return the unit vectors of codes.
 
-    Held as an array where they are few; else decoded where they are looked at: for LAION-5B a code is
-    131 bytes, a vector more than 3 KB.
+    Up to `HELD_ROWS` of them are decoded now and held as an array. More are decoded on every access: for
+    LAION-5B a code has 131 bytes, a vector more than 3 KB.
 
     Args:
         codes: (n, code size).
@@ -51,14 +48,21 @@ def decoded(codes: Bytes, decode: Callable[[Bytes], Floats]) -> Vectors:
     held = np.empty((len(codes), coded[:1].shape[1]), np.float32)
 
     def hold(start: int) -> None:
-        held[start : start + BLOCK] = coded[start : start + BLOCK]
+        rows = slice(start, start + ROWS_DECODED_AT_ONCE)
+        held[rows] = coded[rows]
 
-    in_threads(hold, range(0, len(codes), BLOCK))
+    in_threads(hold, range(0, len(codes), ROWS_DECODED_AT_ONCE))
     return held
 
 
 class Coded:
-    """Vectors that are decoded where they are looked at."""
+    """Vectors that are decoded on every access.
+
+    Args:
+        codes: (n, code size).
+        decode: turns (m, code size) codes into (m, d) vectors.
+
+    """
 
     def __init__(self, codes: Bytes, decode: Callable[[Bytes], Floats]) -> None:
         self._codes = codes

@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from scipy.sparse import coo_array
 from scipy.sparse.csgraph import connected_components
 
-from laion_assets.index.faiss_index import Decoder
+from laion_assets.index.decoder import Decoder
 from laion_assets.index.vectors import decoded
 from laion_assets.io.arrays import Floats, Ids
 from laion_assets.io.tables import code_bytes

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from laion_assets.index.faiss_index import Decoder
+from laion_assets.index.decoder import Decoder
 from laion_assets.search.combined import DECODER, _taken_in_order, combine
 
 EAST, ALMOST_EAST, NORTH, WEST, SOUTH = (

@@ -13,7 +13,8 @@ from helpers import indices
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from laion_assets.index.faiss_index import Decoder, Index
+from laion_assets.index.decoder import Decoder
+from laion_assets.index.faiss_index import Index
 from laion_assets.index.metadata import Metadata
 from laion_assets.index.vectors import unit
 from laion_assets.io.errors import InputError

@@ -1,0 +1,174 @@
+"""Turn codes into vectors without the index.
+
+A *code* is a row as the index stores it. For an (OPQ +) IVF + PQ index it is the number of the row's
+inverted list followed by its PQ code (131 bytes a row for LAION-5B). For any other index it is the
+vector itself.
+"""
+
+from __future__ import annotations
+
+from functools import cached_property
+from typing import Any
+
+import faiss
+import numpy as np
+
+from laion_assets.io.arrays import Bytes, Floats, Ids
+from laion_assets.io.parallel import one_blas_thread
+
+ORTHONORMAL = 1e-4  # largest deviation from orthonormality of a matrix that faiss trained to have it
+
+
+class Decoder:
+    """Turns codes into vectors. It can be restricted to a few lists, and is then small.
+
+    Args:
+        index: an empty faiss index that decodes; None where codes are vectors.
+        lists: (n,) ascending numbers of the inverted lists whose centres the index holds.
+        dimension: of the vectors.
+
+    """
+
+    def __init__(self, index: Any, lists: Ids, dimension: int) -> None:
+        self._index = index
+        self._lists = lists
+        self._dimension = dimension
+
+    @classmethod
+    def of_index(cls, index: Any, lists: Ids) -> Decoder:
+        """Return the decoder of the codes in some lists of an (OPQ +) IVF + PQ index.
+
+        Args:
+            index: the faiss index.
+            lists: (n,) ascending.
+
+        """
+        ivf = faiss.downcast_index(faiss.extract_index_ivf(index))
+        centres = np.empty((len(lists), ivf.d), np.float32)
+        for row, number in enumerate(lists):
+            centres[row] = ivf.quantizer.reconstruct(int(number))
+        return cls(_emptied(index, centres), lists, index.d)
+
+    def decode(self, codes: Bytes) -> Floats:
+        """Return (n, dimension) float32 vectors for (n, code size) codes, not normalised."""
+        if self._index is None:
+            return np.ascontiguousarray(codes).view(np.float32)
+        vectors: Floats = self._index.sa_decode(self._renumbered(codes))
+        return vectors
+
+    def decode_to_compare(self, codes: Bytes) -> Floats:
+        """Return vectors with the same inner products as the decoded ones, for a third of the work.
+
+        Decoding ends with the transpose of OPQ's matrix A, (m, d) with orthonormal columns if m >= d, or
+        orthonormal rows. Inner products do not need it: A'y . A'z = y . AA'z, and AA' only removes from
+        z the directions orthogonal to A's columns, of which there are few (LAION-5B: 128 of 896).
+
+        Args:
+            codes: (n, code size).
+
+        Returns:
+            (n, m) float32, where m is the output dimension of OPQ.
+
+        """
+        if self._orthogonal_directions is None:
+            return self.decode(codes)
+        vectors: Floats = faiss.extract_index_ivf(self._index).sa_decode(self._renumbered(codes))
+        if self._orthogonal_directions.size:
+            vectors -= (vectors @ self._orthogonal_directions) @ self._orthogonal_directions.T
+        return vectors
+
+    @cached_property
+    def _orthogonal_directions(self) -> Floats | None:
+        with one_blas_thread():
+            return _orthogonal_directions(self._index)
+
+    def _renumbered(self, codes: Bytes) -> Bytes:
+        """Replace the list numbers in codes by the rows of the centres that this decoder holds."""
+        ivf = faiss.extract_index_ivf(self._index)
+        width = codes.shape[1] - ivf.code_size
+        rows = np.searchsorted(self._lists, list_numbers(codes, width))
+        return np.hstack([list_bytes(rows, ivf.coarse_code_size()), codes[:, width:]])
+
+    def merged(self, other: Decoder) -> Decoder:
+        """Return a decoder for the codes of both; both must come from the same index."""
+        if self._index is None:
+            return self
+        lists, first = np.unique(np.concatenate([self._lists, other._lists]), return_index=True)
+        centres = np.concatenate([self._centres(), other._centres()])[first]
+        return Decoder(_emptied(self._index, centres), lists, self._dimension)
+
+    def _centres(self) -> Floats:
+        ivf = faiss.extract_index_ivf(self._index)
+        centres: Floats = ivf.quantizer.reconstruct_n(0, len(self._lists))
+        return centres
+
+    def to_bytes(self) -> bytes:
+        """Serialise: dimension and number of lists (int64), list numbers (int64), faiss index."""
+        head = np.array([self._dimension, len(self._lists)], np.int64)
+        body = b"" if self._index is None else faiss.serialize_index(self._index).tobytes()
+        return head.tobytes() + self._lists.tobytes() + body
+
+    @classmethod
+    def from_bytes(cls, data: bytes) -> Decoder:
+        """Read what `to_bytes` wrote."""
+        dimension, count = (int(number) for number in np.frombuffer(data, np.int64, 2))
+        lists = np.frombuffer(data, np.int64, count, offset=16)
+        body = np.frombuffer(data, np.uint8, offset=16 + lists.nbytes)
+        return cls(faiss.deserialize_index(body) if body.size else None, lists, dimension)
+
+
+def list_numbers(codes: Bytes, width: int) -> Ids:
+    """Read the little-endian list number in the first `width` bytes of each code."""
+    padded = np.zeros((len(codes), 8), np.uint8)
+    padded[:, :width] = codes[:, :width]
+    return padded.view("<i8").ravel().astype(np.int64)
+
+
+def list_bytes(numbers: Ids, width: int) -> Bytes:
+    """Write list numbers as (n, width) little-endian bytes."""
+    return numbers.astype("<i8").view(np.uint8).reshape(-1, 8)[:, :width]
+
+
+def _orthogonal_directions(index: Any) -> Floats | None:
+    """Return the directions that the transpose of the index's linear transform maps to zero.
+
+    Returns:
+        (m, max(m - d, 0)) orthonormal columns. None where the index does not have exactly one linear
+        transform, or one that changes inner products.
+
+    """
+    if not isinstance(index, faiss.IndexPreTransform) or index.chain.size() != 1:
+        return None
+    transform = faiss.downcast_VectorTransform(index.chain.at(0))
+    if not isinstance(transform, faiss.LinearTransform) or transform.have_bias:
+        return None
+    matrix = faiss.vector_to_array(transform.A).reshape(transform.d_out, transform.d_in)
+    width_out, width_in = matrix.shape
+    inner = matrix.T @ matrix if width_out >= width_in else matrix @ matrix.T
+    if not np.allclose(inner, np.eye(len(inner)), atol=ORTHONORMAL):
+        return None
+    random = np.random.default_rng(0)
+    directions = random.standard_normal((width_out, max(width_out - width_in, 0)), np.float32)
+    for _ in range(2):  # a single projection leaves rounding errors
+        directions = np.linalg.qr(directions - matrix @ (matrix.T @ directions))[0]
+    return np.ascontiguousarray(directions)
+
+
+def _emptied(index: Any, centres: Floats) -> Any:
+    """Return an index without rows that decodes the codes of the lists with these centres."""
+    ivf = faiss.downcast_index(faiss.extract_index_ivf(index))
+    quantizer = faiss.IndexFlatIP(ivf.d)
+    quantizer.add(centres)
+    empty = faiss.IndexIVFPQ(
+        quantizer, ivf.d, len(centres), ivf.pq.M, ivf.pq.nbits, faiss.METRIC_INNER_PRODUCT
+    )
+    empty.pq = ivf.pq
+    empty.by_residual = ivf.by_residual
+    empty.is_trained = True
+    if not isinstance(index, faiss.IndexPreTransform):
+        return empty
+    whole = faiss.IndexPreTransform(empty)
+    for i in reversed(range(index.chain.size())):
+        whole.prepend_transform(index.chain.at(i))
+    # The original index still owns the transforms; a copy owns its own.
+    return faiss.deserialize_index(faiss.serialize_index(whole))

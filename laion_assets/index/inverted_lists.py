@@ -1,0 +1,83 @@
+"""Where each inverted list lies in the file of on-disk lists."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import faiss
+import numpy as np
+
+from laion_assets.io.arrays import Ids
+from laion_assets.io.errors import InputError
+from laion_assets.io.ranges import Ranges, ranges_of, union
+
+ID_SIZE = 8  # bytes of an id in a list
+
+
+@dataclass(frozen=True)
+class InvertedLists:
+    """The location of every list in its file. A list holds all its codes, then all its ids.
+
+    Attributes:
+        path: the file.
+        offset: (lists,) first byte of each list.
+        capacity: (lists,) rows that each list has room for.
+        size: (lists,) rows in each list.
+        code_size: bytes of a code.
+
+    """
+
+    path: Path
+    offset: Ids
+    capacity: Ids
+    size: Ids
+    code_size: int
+
+    @classmethod
+    def read(cls, ivf: Any, path: Path) -> InvertedLists | None:
+        """Read the table of the lists from an IVF index; None where its lists are not on disk."""
+        stored = faiss.downcast_InvertedLists(ivf.invlists)
+        if not isinstance(stored, faiss.OnDiskInvertedLists):
+            return None
+        table = [(one.offset, one.capacity, one.size) for one in map(stored.lists.at, range(ivf.nlist))]
+        # A list without capacity has an arbitrary offset.
+        rows = np.array([(offset if room else 0, room, size) for offset, room, size in table], np.int64)
+        offset, capacity, size = rows.reshape(-1, 3).T
+        return cls(path, offset, capacity, size, stored.code_size)
+
+    @property
+    def end(self) -> int:
+        """Bytes that the file must have."""
+        return int((self.offset + self.capacity * (self.code_size + ID_SIZE)).max(initial=0))
+
+    def check_size(self) -> None:
+        """Compare the file's size with the table: a read past the end would kill the process.
+
+        Raises:
+            InputError: the file is too short.
+
+        """
+        size = self.path.stat().st_size
+        if size < self.end:
+            raise InputError(
+                f"{self.path} is truncated: it has {size:,} bytes, its inverted lists need {self.end:,}; "
+                "stage the index again, and if that does not help, replace the file at the source",
+                "staged_index",
+            )
+
+    def ranges(self, numbers: Ids, rows: Ids | int | None = None) -> Ranges:
+        """Return the byte ranges of some lists.
+
+        Args:
+            numbers: (n,) the lists.
+            rows: only that many rows at the beginning of each list; all rows when None.
+
+        """
+        codes, size = self.offset[numbers], self.size[numbers]
+        wanted = size if rows is None else np.minimum(size, rows)
+        ids = codes + self.capacity[numbers] * self.code_size
+        return union(
+            ranges_of(codes, codes + wanted * self.code_size), ranges_of(ids, ids + wanted * ID_SIZE)
+        )
