@@ -40,7 +40,7 @@ from laion_assets.defs.assets.seed_embeddings import seed_folder
 from laion_assets.defs.sources import observation
 from laion_assets.io.checksums import checksum_text
 from laion_assets.io.storage import open_storage
-from laion_assets.seeds.seed_sets import list_seed_sets
+from laion_assets.seeds import list_seed_sets
 
 BUCKET = "many-seeds"
 SEEDS = f"gs://{BUCKET}/seeds"

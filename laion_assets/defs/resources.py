@@ -20,7 +20,7 @@ from laion_assets.defs.io_manager import ParquetIOManager, Tables
 from laion_assets.defs.places import Places
 from laion_assets.defs.settings import Defaults, RetrievalConfig
 from laion_assets.search.filters import BlockList, block_list_version, read_block_list
-from laion_assets.seeds.seed_sets import (
+from laion_assets.seeds import (
     Listing,
     Seeds,
     SeedSet,

@@ -34,7 +34,7 @@ from laion_assets.defs.sources import (
     with_changes,
 )
 from laion_assets.io.errors import InputError
-from laion_assets.seeds.seed_sets import SeedSet, check_name
+from laion_assets.seeds import SeedSet, check_name
 
 SEEDS_INTERVAL = 15  # seconds between ticks
 INDEX_INTERVAL = 300  # seconds between ticks

@@ -1,1 +1,33 @@
-"""Seed sets on disk or in a bucket, and the vectors in them."""
+"""Seed sets on disk or in a bucket, and the vectors in them.
+
+A seed set is a folder of seed files. Listing it gives a `SeedSet` with a fingerprint; reading it gives
+`Seeds`, which are unit vectors, and the settings that the set brings along.
+"""
+
+from laion_assets.seeds.embeddings import Seeds, centroid, embeddings_of, read_seeds
+from laion_assets.seeds.files import SeedFile
+from laion_assets.seeds.folder import (
+    Listing,
+    SeedSet,
+    check_name,
+    find_seed_set,
+    list_folder,
+    list_seed_sets,
+)
+from laion_assets.seeds.settings_file import SETTINGS_FILE, read_settings
+
+__all__ = [
+    "SETTINGS_FILE",
+    "Listing",
+    "SeedFile",
+    "SeedSet",
+    "Seeds",
+    "centroid",
+    "check_name",
+    "embeddings_of",
+    "find_seed_set",
+    "list_folder",
+    "list_seed_sets",
+    "read_seeds",
+    "read_settings",
+]

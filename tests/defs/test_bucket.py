@@ -30,7 +30,7 @@ from laion_assets.defs.resources import index_from, seeds_from
 from laion_assets.io.errors import InputError
 from laion_assets.io.storage import new_file, open_storage
 from laion_assets.io.tables import Provenance, Table
-from laion_assets.seeds.seed_sets import find_seed_set, list_seed_sets, read_seeds
+from laion_assets.seeds import find_seed_set, list_seed_sets, read_seeds
 
 TABLES = ("seed_embeddings", "centroid_vector", "knn_urls", "centroid_urls", "combined_urls")
 

@@ -14,15 +14,15 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from helpers.project import Project, contents, failures, new_project, reported
+from laion_assets.defs.drawing.presentation import SHEET_BYTES, SHEET_WIDTH
 from markdown_it import MarkdownIt
 from PIL import Image
 
 from laion_assets.definitions import build_defs
-from laion_assets.defs.drawing.presentation import SHEET_BYTES, SHEET_WIDTH
 from laion_assets.defs.settings import RetrievalConfig
 from laion_assets.io.errors import InputError
 from laion_assets.io.tables import PROVENANCE_KEY
-from laion_assets.seeds.seed_sets import list_seed_sets
+from laion_assets.seeds import list_seed_sets
 from laion_assets.staging import Manifest
 
 TABLES = ("seed_embeddings", "centroid_vector", "knn_urls", "centroid_urls", "combined_urls")

@@ -14,7 +14,7 @@ from laion_assets.defs.settings import DEFAULTS, RetrievalConfig, Settings
 from laion_assets.io.errors import InputError
 from laion_assets.io.storage import open_storage
 from laion_assets.search.sizing import USUAL, counts_for
-from laion_assets.seeds.seed_sets import find_seed_set, list_seed_sets, read_settings
+from laion_assets.seeds import find_seed_set, list_seed_sets, read_settings
 
 RUN, OWN = "Launchpad or command line", "cats/settings.yaml"
 COUNTS = ("nb_images_knn", "nb_images_centroid")
@@ -103,9 +103,9 @@ REFUSED = {
     "nb_images_knn: 0": r"nb_images_knn is 0 \(from cats/settings.yaml\): give 1 or more",
     "target_images: 5\nnb_images_knn: 5": "target_images is 5 .* and nb_images_knn is 5 .* not both",
     "nprobe: 1\nnprobe: 2": "has nprobe twice: remove one of them",
-    "just words": "is not a list of settings: write one a line, as name: value",
+    "just words": "is not a list of settings: write one per line",
     "1: 2": "is not a list of settings",
-    "[": "is not YAML .*: write a setting a line, as name: value",
+    "[": "is not YAML .*: write one setting per line",
     "[" * 9000: "is not YAML",
     "nprobe: 2001-99-99": "is not YAML .*month",
     "nprobe: !!python/object/apply:os.abort []": "is not YAML .*could not determine",

@@ -24,7 +24,7 @@ from laion_assets.index.vectors import unit
 from laion_assets.io.errors import InputError
 from laion_assets.search.near_duplicates import SIZES, Sizes, components
 from laion_assets.search.retrieval import Request, retrieve_table
-from laion_assets.seeds.seed_sets import find_seed_set, read_seeds
+from laion_assets.seeds import find_seed_set, read_seeds
 
 ROWS = 20_000
 SEEDS = 100

@@ -16,7 +16,7 @@ from hypothesis import given
 from hypothesis.extra.numpy import arrays
 
 from laion_assets.io.errors import InputError
-from laion_assets.seeds.seed_sets import (
+from laion_assets.seeds import (
     Seeds,
     centroid,
     check_name,

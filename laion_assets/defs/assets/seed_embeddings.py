@@ -19,7 +19,7 @@ from laion_assets.defs.resources import SeedFolder
 from laion_assets.defs.settings import Defaults, RetrievalConfig
 from laion_assets.defs.sources import Version, observe, seed_folder
 from laion_assets.io.tables import StoredTable
-from laion_assets.seeds.seed_sets import SeedSet, centroid, embeddings_of
+from laion_assets.seeds import SeedSet, centroid, embeddings_of
 
 FILES_SHOWN = 100
 

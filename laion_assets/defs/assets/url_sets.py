@@ -27,7 +27,7 @@ from laion_assets.io.tables import StoredTable
 from laion_assets.search.combined import DECODER, CombinedFunnel, combine
 from laion_assets.search.filters import BlockList, Filters, conditions_in
 from laion_assets.search.retrieval import Found, Funnel, Request, columns_found, retrieve
-from laion_assets.seeds.seed_sets import embeddings_of
+from laion_assets.seeds import embeddings_of
 from laion_assets.staging import OpenIndex
 
 LOW_RECALL = 0.9

@@ -1,0 +1,93 @@
+"""Seed files, and their contents as they were listed."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import google_crc32c
+
+from laion_assets.io.checksums import checksum_text
+from laion_assets.io.storage import first_line, is_local
+
+SEED_FILES_AT_ONCE = 64
+SEED_BYTES_AT_ONCE = 64 << 20
+
+
+@dataclass(frozen=True, slots=True)
+class SeedFile:
+    """One file of a seed set.
+
+    Attributes:
+        name: relative to the folder of the set.
+        path: within its file system.
+        size: bytes.
+        checksum: crc32c of the content, base64, as a bucket reports it.
+
+    """
+
+    name: str
+    path: str
+    size: int
+    checksum: str
+
+
+class UnusableFileError(Exception):
+    """One file cannot be used. Each problem is a phrase that continues the file's name.
+
+    Attributes:
+        problems: such as "row 3 is all zeros".
+
+    """
+
+    def __init__(self, *problems: str) -> None:
+        super().__init__("; ".join(problems))
+        self.problems = problems
+
+
+def read_files(fs: Any, files: Sequence[SeedFile]) -> Iterator[tuple[SeedFile, bytes | OSError]]:
+    """Read files, many at once where they are remote; an unreadable file gives its error.
+
+    Args:
+        fs: their file system.
+        files: in the order in which they are yielded.
+
+    """
+    unreadable = OSError if is_local(fs) else FileNotFoundError
+    for batch in _batches(files):
+        contents = fs.cat_ranges([file.path for file in batch], None, None)
+        for file, content in zip(batch, contents, strict=True):
+            if isinstance(content, Exception) and not isinstance(content, unreadable):
+                raise content
+            yield file, content
+
+
+def verified(content: bytes | OSError, file: SeedFile) -> bytes:
+    """Return the content of a file.
+
+    Raises:
+        UnusableFileError: the file could not be read, or is not the one that was listed.
+
+    """
+    if isinstance(content, FileNotFoundError):
+        raise UnusableFileError("cannot be read (it is gone)") from content
+    if isinstance(content, OSError):
+        raise UnusableFileError(f"cannot be read ({first_line(content)})") from content
+    if checksum_text(google_crc32c.Checksum(content)) != file.checksum:
+        raise UnusableFileError("changed while it was read; run again once it is complete")
+    return content
+
+
+def _batches(files: Sequence[SeedFile]) -> Iterator[list[SeedFile]]:
+    batch: list[SeedFile] = []
+    for file in files:
+        batch.append(file)
+        if (
+            len(batch) == SEED_FILES_AT_ONCE
+            or sum(seed_file.size for seed_file in batch) >= SEED_BYTES_AT_ONCE
+        ):
+            yield batch
+            batch = []
+    if batch:
+        yield batch

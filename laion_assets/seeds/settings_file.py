@@ -1,0 +1,74 @@
+"""The settings file of a seed set: size-limited YAML, plain data only, every name once."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import yaml
+
+from laion_assets.io.errors import InputError
+from laion_assets.io.storage import open_storage, reaching
+from laion_assets.seeds.files import SeedFile, UnusableFileError, read_files, verified
+from laion_assets.seeds.folder import SEEDS_URI, SeedSet
+
+SETTINGS_FILE = "settings.yaml"
+MAX_SETTINGS_BYTES = 16 << 10
+
+
+def read_settings(uri: str, seed_set: SeedSet) -> dict[str, Any]:
+    """Read the settings that a set's own settings.yaml gives.
+
+    Args:
+        uri: the folder of the seed sets.
+        seed_set: as it was listed.
+
+    Returns:
+        Values by name, neither of which is checked here; empty without such a file.
+
+    Raises:
+        InputError: a YAML file of another name, one too large, or one that is not `name: value` lines.
+
+    """
+    for file in seed_set.settings_files:
+        if file.name != SETTINGS_FILE:
+            raise InputError(
+                f"{seed_set.name}/{file.name} is not read: the settings of a seed set belong in "
+                f"{SETTINGS_FILE}; rename or remove it"
+            )
+    return _settings_in(uri, seed_set, *seed_set.settings_files) if seed_set.settings_files else {}
+
+
+def _settings_in(uri: str, seed_set: SeedSet, file: SeedFile) -> dict[str, Any]:
+    where = f"{seed_set.name}/{file.name}"
+    if file.size > MAX_SETTINGS_BYTES:
+        raise InputError(
+            f"{where} has {file.size:,} bytes, settings take {MAX_SETTINGS_BYTES:,} at most: shorten it"
+        )
+    fs, _ = open_storage(uri, SEEDS_URI)
+    try:
+        with reaching(uri, SEEDS_URI):
+            ((_, content),) = read_files(fs, [file])
+        return _parsed(verified(content, file))
+    except UnusableFileError as error:
+        raise InputError(f"{where} {error}") from error
+
+
+def _parsed(content: bytes) -> dict[str, Any]:
+    """Parse `name: value` lines; YAML tags that would construct objects are refused."""
+    try:
+        values = yaml.safe_load(content)
+        root = yaml.compose(content, yaml.SafeLoader)
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise UnusableFileError(
+            f"is not YAML ({reason}): write one setting per line, as name: value"
+        ) from error
+    if values is None:
+        return {}
+    if not isinstance(values, dict) or not all(isinstance(name, str) for name in values):
+        raise UnusableFileError("is not a list of settings: write one per line, as name: value")
+    names = [key.value for key, _ in root.value]
+    for name in names:
+        if names.count(name) > 1:
+            raise UnusableFileError(f"has {name} twice: remove one of them")
+    return values
