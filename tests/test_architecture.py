@@ -55,20 +55,6 @@ def test_where_assets_run_depends_on_nothing_of_ours(leaf):
     assert {n for n in there if n.startswith("laion_assets")} == parents | {leaf}
 
 
-@pytest.mark.parametrize("path", MODULES, ids=name_of)
-def test_every_module_says_what_lives_in_it_and_what_must_not(path):
-    told = ast.get_docstring(ast.parse(path.read_text()))
-    assert told
-    assert told.splitlines()[0].endswith((".", ":"))
-    if path.name == "__init__.py":
-        return  # names a folder, nothing lives in it
-    (code_location,) = [p for p in MODULES if p.name == "definitions.py"]
-    if path == code_location:
-        assert "and nothing else" in told
-    else:
-        assert re.search(r"What\s+must\s+not\s+live\s+here: \w", told)
-
-
 # --- Dagster's own files --------------------------------------------------------------------------
 
 

@@ -1,7 +1,6 @@
-"""Whether what was made is what it should be: measured anew, on what was written, by other means.
+"""Audits of an index and of result tables: measured on what was written, independently of the search.
 
-Samples are drawn with a fixed seed, so that the same files give the same answer.
-What must not live here: what follows from an answer.
+Samples are drawn with a fixed seed, so the same files give the same answer.
 """
 
 from __future__ import annotations
@@ -24,34 +23,34 @@ from laion_assets.io.checksums import checksum_text
 from laion_assets.io.tables import code_bytes
 from laion_assets.search.filters import hashes
 
-LISTS = 64  # inverted lists that are looked into
+SAMPLED_LISTS = 64  # inverted lists
 ROWS_OF_A_LIST = 4096
-ANCHORS_OF_AGREEMENT = 1024  # rows whose nearest neighbour is looked for, in all lists together
-ANCHORS_AT_ONCE = 16  # compared with what is looked at of a list: without lists, with 262,144 rows
+NEIGHBOURED_ROWS = 1024  # rows whose nearest neighbour is searched for, in all lists together
+NEIGHBOURED_AT_ONCE = 16  # compared with a list's sample: in an index without lists, with 262,144 rows
 SHUFFLES = 199
-PARTS = 4  # of the rows, each asked by itself
+PARTS = 4  # of the rows, each tested alone
 CHANCE = 0.01  # of calling captions aligned that are not
 FEWEST_PAIRS = 40
-ANCHORS = 256  # rows that are compared with all
-ROUNDING = 1e-5  # two decoders of the same code differ by less
-SOUND_OF_A_LIST = 16  # rows that are looked at for damage
-WHOLE_FILES = 256 << 20  # bytes; files up to this size may be read again
-READ_AGAIN = 1 << 30  # bytes of such files in all: every run does it
-HIGHEST = 1.1  # a row as the index stores it may be a little longer than 1
+ANCHORS = 256  # rows that are compared with all others
+COSINE_ROUNDING = 1e-5  # cosines from two decoders of the same codes differ by less
+SOUND_ROWS_OF_A_LIST = 16  # rows checked for damage
+LARGEST_READ_AGAIN = 256 << 20  # bytes of one file
+READ_AGAIN = 1 << 30  # bytes of all files that every run reads again
+HIGHEST = 1.1  # a decoded row may be a little longer than 1
 EXAMPLES = 5
 PLAIN_URL = r"^https?://[A-Za-z0-9][A-Za-z0-9.-]*(/[^\s[:cntrl:]]*)?$"
 
 
 @dataclass(frozen=True)
 class Agreement:
-    """How much more alike captions of neighbours are than those of any two, in a quarter of the rows.
+    """How much more similar the captions of neighbours are than those of random pairs, in one quarter.
 
     Attributes:
-        pairs: neighbours of which both have a caption.
+        pairs: pairs of neighbours with two captions.
         near: mean share of words that the captions of neighbours have in common.
-        apart: the same for captions drawn by chance.
-        chance: of such a difference if metadata and index had nothing to do with each other.
-        silent: other quarters, with too few captions to be asked.
+        apart: the same for random pairs of these captions.
+        chance: probability of such a difference if the metadata were unrelated to the index.
+        silent: quarters with too few captions for the test.
 
     """
 
@@ -63,23 +62,26 @@ class Agreement:
 
     @property
     def can_tell(self) -> bool:
-        """Whether there were captions enough."""
+        """Whether there were enough captions."""
         return self.pairs >= FEWEST_PAIRS
 
     @property
     def is_aligned(self) -> bool:
-        """Whether the captions are those of the rows; True where that cannot be told."""
+        """Whether captions belong to their rows; True where there are too few to decide."""
         return not self.can_tell or self.chance <= CHANCE
 
 
 def agreement(index: Index, metadata: Metadata) -> Agreement:
-    """Measure whether metadata belongs to the rows of the index, whatever the seeds.
+    """Measure whether the metadata belongs to the rows of the index.
 
-    Images that are alike have captions that are alike, more often than any two images: so the captions
-    of rows and of their nearest neighbours are compared, and as a measure of chance, the same captions
-    shuffled (a permutation test). Metadata that is shifted, or in another order, fails it. A file that
-    is missing shifts only what comes after it: so each quarter of the rows is asked, the worst told, and
-    how many have too few captions to be asked.
+    Similar images have similar captions more often than random pairs do. So the captions of rows are
+    compared with those of their nearest neighbours, and with the same captions shuffled (a permutation
+    test). Metadata that is shifted or in another order fails. A missing file shifts only what follows
+    it, so each quarter of the rows is tested alone.
+
+    Returns:
+        The result of the worst quarter.
+
     """
     rows, neighbours = _neighbours(index, metadata)
     part = rows * PARTS // max(index.rows, 1)
@@ -88,9 +90,9 @@ def agreement(index: Index, metadata: Metadata) -> Agreement:
         _agreement([pair for pair, p in zip(zip(*words, strict=True), part, strict=True) if p == number])
         for number in range(PARTS)
     ]
-    telling = [part for part in parts if part.can_tell]
-    worst = max(telling or parts, key=lambda part: part.chance)
-    return replace(worst, silent=PARTS - len(telling)) if telling else worst
+    decided = [part for part in parts if part.can_tell]
+    worst = max(decided or parts, key=lambda part: part.chance)
+    return replace(worst, silent=PARTS - len(decided)) if decided else worst
 
 
 def _agreement(pairs: Sequence[tuple[frozenset[str], frozenset[str]]]) -> Agreement:
@@ -108,20 +110,20 @@ def _agreement(pairs: Sequence[tuple[frozenset[str], frozenset[str]]]) -> Agreem
 
 
 def _neighbours(index: Index, metadata: Metadata) -> tuple[Ids, Ids]:
-    """Return rows that have metadata, and of each the nearest that has."""
+    """Return rows with metadata, and for each the nearest other row with metadata."""
     found: list[tuple[Ids, Ids]] = []
-    wanted = ANCHORS_OF_AGREEMENT // min(max(index.nlist, 1), LISTS)
-    for ids, vectors in index.sample(LISTS, ROWS_OF_A_LIST):
-        named = metadata.covers(ids)
-        ids, vectors = ids[named], vectors[named]
+    wanted = NEIGHBOURED_ROWS // min(max(index.nlist, 1), SAMPLED_LISTS)
+    for ids, vectors in index.sample(SAMPLED_LISTS, ROWS_OF_A_LIST):
+        covered = metadata.covers(ids)
+        ids, vectors = ids[covered], vectors[covered]
         if len(ids) < 2:
             continue
         anchors = np.linspace(0, len(ids) - 1, min(wanted, len(ids))).astype(np.int64)
-        for start in range(0, len(anchors), ANCHORS_AT_ONCE):
-            some = anchors[start : start + ANCHORS_AT_ONCE]
-            cosines = vectors[some] @ vectors.T
-            cosines[np.arange(len(some)), some] = -np.inf
-            found.append((ids[some], ids[cosines.argmax(axis=1)]))
+        for start in range(0, len(anchors), NEIGHBOURED_AT_ONCE):
+            batch = anchors[start : start + NEIGHBOURED_AT_ONCE]
+            cosines = vectors[batch] @ vectors.T
+            cosines[np.arange(len(batch)), batch] = -np.inf
+            found.append((ids[batch], ids[cosines.argmax(axis=1)]))
     empty = np.empty(0, np.int64)
     rows, neighbours = zip(*found, strict=True) if found else ([empty], [empty])
     return np.concatenate(rows), np.concatenate(neighbours)
@@ -133,18 +135,18 @@ def _words(metadata: Metadata, ids: Ids) -> list[frozenset[str]]:
 
 
 def _common(ours: Iterable[frozenset[str]], theirs: Iterable[frozenset[str]]) -> float:
-    """Mean Jaccard index of pairs of sets of words."""
+    """Return the mean Jaccard index of pairs of sets of words."""
     return float(np.mean([len(a & b) / len(a | b) for a, b in zip(ours, theirs, strict=True)]))
 
 
 @dataclass(frozen=True)
 class Soundness:
-    """What is wrong with rows of a staged index.
+    """What is wrong with a sample of an index's rows.
 
     Attributes:
         wrong: sentences.
-        rows: that were looked at.
-        without_vector: of these, zero or not finite: a search finds the others.
+        rows: rows in the sample.
+        without_vector: rows whose vector is zero or not finite; a search never finds them.
 
     """
 
@@ -154,29 +156,31 @@ class Soundness:
 
 
 def soundness(index: Index) -> Soundness:
-    """Look at rows of an index from many places."""
+    """Check rows from many inverted lists for damage."""
     wrong = []
     ids, present = _rows_with_vectors(index)
     odd = ids[(ids < 0) | (ids >= index.rows)]
     if len(odd):
-        wrong.append(f"rows have numbers outside of 0 to {index.rows - 1:,}, such as {odd[0]}")
+        wrong.append(f"rows have ids outside 0 to {index.rows - 1:,}, such as {odd[0]}")
     if len(ids) and not present.any():
         wrong.append(f"none of {len(ids):,} rows can be decoded to a vector")
     return Soundness(wrong, len(ids), int((~present).sum()))
 
 
 def _rows_with_vectors(index: Index) -> tuple[Ids, Mask]:
-    """Return rows from many places, and of which there is a vector that is neither zero nor infinite."""
-    sample = [(ids, vectors.any(axis=1)) for ids, vectors in index.sample(LISTS, SOUND_OF_A_LIST)]
+    """Return the ids of rows from many lists, and which of them have a non-zero, finite vector."""
+    sample = [
+        (ids, vectors.any(axis=1)) for ids, vectors in index.sample(SAMPLED_LISTS, SOUND_ROWS_OF_A_LIST)
+    ]
     ids, present = zip((np.empty(0, np.int64), np.empty(0, np.bool_)), *sample, strict=True)
     return np.concatenate(ids), np.concatenate(present)
 
 
 def changed(files: Iterable[tuple[str, str, int]]) -> list[str]:
-    """Read files again and say which are not what was staged.
+    """Read files again and return a sentence for each that differs from what was staged.
 
     Args:
-        files: those that `to_read_again` chose.
+        files: path, checksum and size of each, as `to_read_again` chose them.
 
     """
     return [
@@ -187,17 +191,17 @@ def changed(files: Iterable[tuple[str, str, int]]) -> list[str]:
 
 
 def to_read_again(files: Sequence[tuple[str, str, int]]) -> list[tuple[str, str, int]]:
-    """Choose files by chance, always the same ones: none that is large, and not too much in all.
+    """Choose random files with a fixed seed: up to 256 MiB each and 1 GiB together.
 
     Args:
-        files: path, checksum as it was staged (crc32c in base64) and size of each.
+        files: path, checksum when staged (crc32c in base64) and size of each.
 
     """
     chosen: list[tuple[str, str, int]] = []
     room = READ_AGAIN
     for number in np.random.default_rng(0).permutation(len(files)):
         size = files[number][2]
-        if size <= min(WHOLE_FILES, room):
+        if size <= min(LARGEST_READ_AGAIN, room):
             chosen.append(files[number])
             room -= size
     return chosen
@@ -213,12 +217,12 @@ def _checksum(path: str) -> str:
 
 @dataclass(frozen=True)
 class Ranking:
-    """What is odd about similarities and ranks.
+    """Whether the similarities and ranks of a table are consistent.
 
     Attributes:
-        out_of_order: rows that are more similar than the row before them, or not ranked behind it.
-        out_of_range: rows whose similarity is no number or no inner product of unit vectors.
-        similarities: all of them, in order.
+        out_of_order: rows that are more similar than the row before, or not ranked behind it.
+        out_of_range: rows whose similarity is NaN or cannot be an inner product of unit vectors.
+        similarities: of all rows, in order.
 
     """
 
@@ -228,10 +232,10 @@ class Ranking:
 
 
 def ranking(rows: pa.Table) -> Ranking:
-    """Look at all rows of a table: within a query, similarity falls as rank rises.
+    """Check all rows of a table: within a query, similarity must fall as rank rises.
 
     Args:
-        rows: rank, similarity, and seed where there are many queries; in the table's order.
+        rows: columns rank, similarity, and seed if there are several queries; in the table's order.
 
     """
     similarity, rank = rows["similarity"].to_numpy(), rows["rank"].to_numpy()
@@ -243,11 +247,11 @@ def ranking(rows: pa.Table) -> Ranking:
 
 
 def near_duplicates_left(vectors: Vectors, groups: Ids, threshold: float) -> int:
-    """Count rows that should have been united with another: a sample, each compared with all.
+    """Count rows of a sample that have a near-duplicate; each is compared with its whole group.
 
     Args:
         vectors: (n, d) unit rows.
-        groups: (n,) each row is compared with all of its group; rows of different groups may be alike.
+        groups: (n,) group of each row; rows of different groups may be near-duplicates.
         threshold: cosine above which two rows are near-duplicates.
 
     """
@@ -256,17 +260,17 @@ def near_duplicates_left(vectors: Vectors, groups: Ids, threshold: float) -> int
     for group in np.unique(groups[anchors]):
         members, ours = np.flatnonzero(groups == group), anchors[groups[anchors] == group]
         cosines = vectors[ours] @ vectors[members].T
-        alike = cosines > threshold + ROUNDING
-        alike &= ours[:, None] != members
-        left += int(alike.any(axis=1).sum())
+        near = cosines > threshold + COSINE_ROUNDING
+        near &= ours[:, None] != members
+        left += int(near.any(axis=1).sum())
     return left
 
 
 def codes_of(batches: Iterable[pa.RecordBatch], schema: pa.Schema, ids: Ids) -> Bytes:
-    """Look up the codes of some ids, each once; one that is not there is left out.
+    """Return the codes of some ids, each once, in order of id; missing ids are skipped.
 
     Args:
-        batches: id and code; an id may stand there more than once.
+        batches: columns id and code; an id may occur more than once.
         schema: of the batches.
         ids: ascending.
 
@@ -279,12 +283,12 @@ def codes_of(batches: Iterable[pa.RecordBatch], schema: pa.Schema, ids: Ids) -> 
 
 @dataclass(frozen=True)
 class Images:
-    """What tells the images of a table apart, and which of them no downloader can fetch.
+    """The ids and URLs of a table, and the URLs that no downloader can fetch.
 
     Attributes:
         ids: (n,) in the table's order.
-        urls: (n,) hashes of 64 bits: of ten million URLs two share one with a chance of 3e-6.
-        not_web: rows whose URL is not one of the web.
+        urls: (n,) 64-bit hashes; the probability that two of ten million URLs share one is 3e-6.
+        not_web: rows whose URL is not a well-formed web address.
         examples: a few of these URLs.
 
     """
@@ -296,10 +300,10 @@ class Images:
 
 
 def images(batches: Iterable[pa.RecordBatch]) -> Images:
-    """Look at all rows of a table, holding 16 bytes of each.
+    """Read all rows of a table, keeping 16 bytes of each.
 
     Args:
-        batches: id and url.
+        batches: columns id and url.
 
     """
     ids, urls = [np.empty(0, np.int64)], [np.empty(0, np.int64)]
@@ -313,23 +317,23 @@ def images(batches: Iterable[pa.RecordBatch]) -> Images:
 
 
 def repeated(values: Ids) -> int:
-    """Count the rows whose value stands in a row before."""
+    """Count values that occurred before."""
     return len(values) - len(np.unique(values))
 
 
 def not_web(urls: pa.Array) -> tuple[int, list[str]]:
-    """Count what no downloader can fetch, and give a few examples: http(s), a host, no white space."""
-    plain = pc.fill_null(pc.match_substring_regex(urls, PLAIN_URL), False)  # nearly all, and fast
+    """Count the URLs that are not http(s) with a host and without white space; return some examples."""
+    plain = pc.fill_null(pc.match_substring_regex(urls, PLAIN_URL), False)  # fast, accepts nearly all
     wrong = [url for url in urls.filter(pc.invert(plain)).to_pylist() if not is_web(url)]
     return len(wrong), [str(url)[:120] for url in wrong[:EXAMPLES]]
 
 
 def is_web(url: str | None) -> bool:
-    """Tell whether this is a well-formed http or https URL."""
+    """Return whether this is a well-formed http or https URL."""
     if not url or re.search(r"[\s\x00-\x1f\x7f]", url):
         return False
     try:
         parts = urlsplit(url)
         return parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0
-    except ValueError:  # a host or port that is none
+    except ValueError:  # an invalid host or port
         return False

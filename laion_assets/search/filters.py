@@ -1,9 +1,8 @@
-"""Which images may not get into a table: those on a block list, and those that fail a condition.
+"""Filters keep images out of a table: those on a block list, and those that fail a condition.
 
-A condition compares a column of the metadata with a number or a quoted word; several are joined by `and`:
-`punsafe < 0.5 and width >= 256 and NSFW == "UNLIKELY"`. Text becomes conditions here and nothing else;
-nothing is evaluated. What is null or NaN fails whatever is asked of it: a safety score that is missing
-makes nothing safe. What must not live here: searching, near-duplicates.
+A condition compares a metadata column with a number or a quoted word. Conditions are joined by `and`:
+`punsafe < 0.5 and width >= 256 and NSFW == "UNLIKELY"`. They are parsed, never evaluated as code. Null
+and NaN fail every condition, because a missing safety score does not make an image safe.
 """
 
 from __future__ import annotations
@@ -29,10 +28,10 @@ from laion_assets.io.arrays import Ids, Mask
 from laion_assets.io.errors import InputError
 from laion_assets.io.storage import open_storage, reaching
 
-BLOCK_LIST = "block_list"  # what errors are about, see `InputError`
-ROWS_AT_ONCE = 1 << 16
-UNREADABLE = "\N{REPLACEMENT CHARACTER}"  # stands for what is not text
-FORM = "write an id or a URL a line, or give a Parquet file with a column id or url"
+ABOUT_BLOCK_LIST = "block_list"  # the parameter that errors are about
+ENTRIES_AT_ONCE = 1 << 16  # of a block list
+UNREADABLE = "\N{REPLACEMENT CHARACTER}"  # replaces bytes that are not text
+BLOCK_LIST_FORM = "write one id or URL per line, or give a Parquet file with a column id or url"
 COMPARE: Mapping[str, Callable[..., Any]] = {
     "<": pc.less,
     "<=": pc.less_equal,
@@ -65,10 +64,10 @@ class Condition:
     value: float | str
 
     def check(self, schema: pa.Schema) -> None:
-        """Refuse what cannot be asked of metadata with this schema.
+        """Check that metadata with this schema can be compared as this condition says.
 
         Raises:
-            InputError: there is no such column, or it holds something else.
+            InputError: no such column, or one of another type.
 
         """
         names = [name for name in schema.names if not pa.types.is_binary(schema.field(name).type)]
@@ -76,8 +75,8 @@ class Condition:
             near = difflib.get_close_matches(self.column.lower(), [name.lower() for name in names], n=1)
             meant = next((name for name in names if [name.lower()] == near), None)
             raise InputError(
-                f"filters ask for the column {self.column!r}, which the metadata does not have (it has "
-                f"{', '.join(names)}): " + (f"did you mean {meant}?" if meant else "leave it out")
+                f"filters name the column {self.column!r}, which the metadata does not have (it has "
+                f"{', '.join(names)}): " + (f"did you mean {meant}?" if meant else "remove it")
             )
         kind = schema.field(self.column).type
         fits = pa.types.is_string(kind) if isinstance(self.value, str) else _is_number(kind)
@@ -85,11 +84,11 @@ class Condition:
             other = "a number" if isinstance(self.value, str) else "a quoted word"
             raise InputError(
                 f"filters compare {self.column} with {self.value!r}, but it holds {kind}: "
-                + (f"give {other}" if pa.types.is_string(kind) or _is_number(kind) else "leave it out")
+                + (f"give {other}" if pa.types.is_string(kind) or _is_number(kind) else "remove it")
             )
 
     def holds(self, rows: pa.Table) -> Mask:
-        """Tell which rows pass, shape (n,); those without a value do not."""
+        """Return which rows pass, shape (n,); rows without a value do not."""
         column = rows[self.column]
         if pa.types.is_null(column.type):
             return np.zeros(len(rows), np.bool_)
@@ -102,21 +101,24 @@ class Condition:
 
 
 def conditions_in(text: str) -> tuple[Condition, ...]:
-    """Read conditions joined by `and`; none in an empty text.
+    """Parse conditions joined by `and`; an empty text has none.
+
+    Args:
+        text: the conditions.
 
     Raises:
-        InputError: tells where it cannot be read.
+        InputError: without naming where the text comes from; quotes the text from where it cannot be parsed.
 
     """
     found: list[Condition] = []
-    place = 0
+    position = 0
     while text.strip():
-        match = CONDITION.match(text, place)
+        match = CONDITION.match(text, position)
         at_the_end = match is not None and match.end() == len(text)
         joined = AND.match(text, match.end()) if match else None
         if not match or not (at_the_end or joined):
-            rest = text[match.end() if match else place :].strip()[:40]
-            where = f"cannot be read from {rest!r} on" if rest else "lack a condition at their end"
+            rest = text[match.end() if match else position :].strip()[:40]
+            where = f"cannot be read from {rest!r} on" if rest else "lack a condition at the end"
             raise InputError(
                 f"{where}: write conditions such as "
                 "punsafe < 0.5 and NSFW == 'UNLIKELY', each a column, one of "
@@ -125,7 +127,7 @@ def conditions_in(text: str) -> tuple[Condition, ...]:
         found.append(Condition(match["column"], match["comparison"], _value(match["value"])))
         if not joined:
             break
-        place = joined.end()
+        position = joined.end()
     return tuple(found)
 
 
@@ -141,10 +143,10 @@ def _is_number(kind: pa.DataType) -> bool:
 
 @dataclass(frozen=True, eq=False)
 class BlockList:
-    """Images that must not get into any table: by id, or by exactly their URL.
+    """Images that must not appear in any table, by id or by exact URL.
 
-    A URL is held as a hash of 64 bits: none that is listed gets through, and one that is not is taken for
-    one of ten million that are with a chance of 5e-13.
+    URLs are held as 64-bit hashes. A listed URL is always blocked; the probability that another URL is
+    blocked by mistake is 5e-13 for a list of ten million.
 
     Attributes:
         uri: where it was read from.
@@ -158,73 +160,77 @@ class BlockList:
     urls: Ids
 
     def holds(self, ids: Ids, urls: pa.ChunkedArray) -> Mask:
-        """Tell which images are on the list, shape (n,)."""
+        """Return which images are on the list, shape (n,)."""
         return _among(ids, self.ids) | (_among(hashes(urls), self.urls) if len(self.urls) else False)
 
     def __str__(self) -> str:
-        """Tell where it is, how long, and a fingerprint of what is on it, in whatever order or form."""
+        """Describe the list: location, length, and a fingerprint that ignores order and file format."""
         content = google_crc32c.Checksum(self.ids.tobytes() + self.urls.tobytes()).digest().hex()
         return f"{self.uri}, {len(self.ids):,} ids, {len(self.urls):,} URLs, {content}"
 
 
 def block_list_version(uri: str) -> str:
-    """Return what changes when the file is written again, as far as its storage tells; reads nothing.
+    """Return a version that changes when the storage reports another file; the file is not read.
+
+    Args:
+        uri: of the block list.
 
     Raises:
-        InputError: no such file.
+        InputError: no such file, or no access to it.
 
     """
     with _reading(uri):
-        fs, path = open_storage(uri, BLOCK_LIST)
-        told = sorted((name, str(value)) for name, value in fs.info(path).items())
-    return hashlib.sha256(f"{uri} {told}".encode()).hexdigest()[:16]
+        fs, path = open_storage(uri, ABOUT_BLOCK_LIST)
+        details = sorted((name, str(value)) for name, value in fs.info(path).items())
+    return hashlib.sha256(f"{uri} {details}".encode()).hexdigest()[:16]
 
 
 def read_block_list(uri: str) -> BlockList:
     """Read a block list.
 
     Args:
-        uri: a Parquet file with a column `id`, a URL column, or both (such as a table made here), or a
-            file of lines, each an id or a URL; may be compressed as its name says (.gz and the like).
+        uri: a Parquet file with a column `id`, a URL column, or both (such as a result table), or a text
+            file with one id or URL per line; compressed if its name says so (.gz and others).
 
     Raises:
-        InputError: no such file, nothing on it, or a line or column that is neither.
+        InputError: no such file, an empty list, or a line or column of neither ids nor URLs.
 
     """
-    fs, path = open_storage(uri, BLOCK_LIST)
+    fs, path = open_storage(uri, ABOUT_BLOCK_LIST)
     ids, urls = [np.empty(0, np.int64)], [np.empty(0, np.int64)]
     with _reading(uri), fs.open(path, "rb", compression="infer") as file:
         parts = _columns_of(file, uri) if path.endswith(".parquet") else _lines_of(file, uri)
-        for some_ids, some_urls in parts:
-            ids.append(some_ids)
-            urls.append(hashes(some_urls))
+        for more_ids, more_urls in parts:
+            ids.append(more_ids)
+            urls.append(hashes(more_urls))
     found = BlockList(uri, np.unique(np.concatenate(ids)), np.unique(np.concatenate(urls)))
     if not len(found.ids) and not len(found.urls):
-        raise InputError(f"the block list {uri} is empty: fill it, or use none", BLOCK_LIST)
+        raise InputError(f"the block list {uri} is empty: fill it, or use none", ABOUT_BLOCK_LIST)
     return found
 
 
 @contextmanager
 def _reading(uri: str) -> Iterator[None]:
     try:
-        with reaching(uri, BLOCK_LIST):
+        with reaching(uri, ABOUT_BLOCK_LIST):
             yield
     except FileNotFoundError as error:
         raise InputError(
-            f"the block list {uri} is missing: correct its address, or use none", BLOCK_LIST
+            f"the block list {uri} is missing: correct its address, or use none", ABOUT_BLOCK_LIST
         ) from error
     except (pa.ArrowException, OSError, EOFError) as error:
         raise InputError(
-            f"the block list {uri} cannot be read ({error}): mend it, or correct its address", BLOCK_LIST
+            f"the block list {uri} cannot be read ({error}): repair the file, or correct its address",
+            ABOUT_BLOCK_LIST,
         ) from error
 
 
 def _lines_of(file: Any, uri: str) -> Iterator[tuple[Ids, pa.Array]]:
     lines = enumerate(io.TextIOWrapper(file, "utf-8-sig", errors="replace"), start=1)
-    while some := list(islice(lines, ROWS_AT_ONCE)):
+    while batch := list(islice(lines, ENTRIES_AT_ONCE)):
         ids: list[int] = []
         urls: list[str] = []
-        for number, line in some:
+        for number, line in batch:
             entry = line.strip()
             if entry.isascii() and entry.isdecimal() and len(entry) < len(str(2**63)):
                 ids.append(int(entry))
@@ -233,7 +239,7 @@ def _lines_of(file: Any, uri: str) -> Iterator[tuple[Ids, pa.Array]]:
             elif entry:
                 raise InputError(
                     f"line {number:,} of the block list {uri} is {entry[:40]!r}, neither an id nor a URL"
-                    f": {FORM}"
+                    f": {BLOCK_LIST_FORM}"
                 )
         yield np.array(ids, np.int64), pa.array(urls, pa.string())
 
@@ -244,30 +250,32 @@ def _columns_of(file: Any, uri: str) -> Iterator[tuple[Ids, pa.Array]]:
     wanted = [name for name in ("id", *URL_COLUMNS) if name in schema.names]
     if not wanted or ("id" in wanted and not pa.types.is_integer(schema.field("id").type)):
         found = ", ".join(f"{field.name} ({field.type})" for field in schema)
-        raise InputError(f"the block list {uri} has no column of ids or URLs (found {found}): {FORM}")
-    for batch in table.iter_batches(ROWS_AT_ONCE, columns=wanted):
+        raise InputError(
+            f"the block list {uri} has no column of ids or URLs (found {found}): {BLOCK_LIST_FORM}"
+        )
+    for batch in table.iter_batches(ENTRIES_AT_ONCE, columns=wanted):
         ids = batch["id"].drop_null() if "id" in wanted else pa.array([], pa.int64())
         texts = [batch[name].cast(pa.string()).drop_null() for name in wanted if name != "id"]
         yield ids.cast(pa.int64()).to_numpy(), pa.concat_arrays(texts or [pa.array([], pa.string())])
 
 
 def hashes(texts: pa.Array | pa.ChunkedArray) -> Ids:
-    """Return a hash of 64 bits of each text, shape (n,); null has that of the empty text."""
+    """Return a 64-bit hash of each text, shape (n,); null has the hash of the empty text."""
     digests = b"".join(_digests(texts))
     return np.frombuffer(digests, np.int64)
 
 
 def _digests(texts: pa.Array | pa.ChunkedArray) -> Iterator[bytes]:
-    for start in range(0, len(texts), ROWS_AT_ONCE):
-        for text in texts.slice(start, ROWS_AT_ONCE).to_pylist():
+    for start in range(0, len(texts), ENTRIES_AT_ONCE):
+        for text in texts.slice(start, ENTRIES_AT_ONCE).to_pylist():
             yield hashlib.blake2b((text or "").encode(), digest_size=8).digest()
 
 
 def _among(values: Ids, ascending: Ids) -> Mask:
     if not len(ascending):
         return np.zeros(len(values), np.bool_)
-    place = np.searchsorted(ascending, values).clip(max=len(ascending) - 1)
-    found: Mask = ascending[place] == values
+    position = np.searchsorted(ascending, values).clip(max=len(ascending) - 1)
+    found: Mask = ascending[position] == values
     return found
 
 
@@ -276,8 +284,8 @@ class Filters:
     """What keeps images out of a table.
 
     Attributes:
-        conditions: a row must pass all of them.
-        block_list: a row must not be on it.
+        conditions: all of which a row must pass.
+        block_list: on which a row must not be.
 
     """
 
@@ -286,22 +294,22 @@ class Filters:
 
     @property
     def columns(self) -> list[str]:
-        """Of the metadata, those that are looked at."""
+        """Metadata columns that the filters need."""
         return list(dict.fromkeys(["url", *(condition.column for condition in self.conditions)]))
 
     def check(self, schema: pa.Schema) -> None:
-        """Refuse conditions that cannot be asked of metadata with this schema (InputError)."""
+        """Check that metadata with this schema suits all conditions, see `Condition.check`."""
         for condition in self.conditions:
             condition.check(schema)
 
     def blocked(self, ids: Ids, rows: pa.Table) -> Mask:
-        """Tell which rows are on the block list, shape (n,)."""
+        """Return which rows are on the block list, shape (n,)."""
         if self.block_list is None:
             return np.zeros(len(ids), np.bool_)
         return self.block_list.holds(ids, rows["url"])
 
     def failed(self, rows: pa.Table) -> Mask:
-        """Tell which rows fail a condition, shape (n,)."""
+        """Return which rows fail a condition, shape (n,)."""
         failed = np.zeros(len(rows), np.bool_)
         for condition in self.conditions:
             failed |= ~condition.holds(rows)

@@ -1,58 +1,63 @@
-"""Near-duplicates: which rows are connected by links, a link being a cosine above a threshold.
+"""Near-duplicates: rows that are connected by links, where a link is a cosine above a threshold.
 
-What must not live here: where vectors come from, or which row of a component is kept.
+**Small inputs** take one matrix product, which compares all pairs of rows.
 
-**Small inputs** are one matrix product: every pair is looked at.
+**Large inputs** would need n^2 products of 768 numbers. The algorithm below finds the same components
+with a small fraction of them. It rests on three facts.
 
-**Large inputs** would need n^2 products of 768 numbers. The algorithm below gives the same
-components from a small part of them. Three facts carry it.
+1. *A sketch never moves two rows apart.* The sketch of a row has its coordinates on a few orthonormal
+   axes and, as one more coordinate, the length of its remainder, the part orthogonal to these axes. The
+   remainders of two rows may point anywhere, but their product is at most the product of their lengths
+   (Cauchy-Schwarz). So ``sketch(x) . sketch(y) >= x . y``: the angle between two sketches is at most
+   the angle between the rows. On the axes of greatest variance, 95 coordinates tell most rows apart.
+2. *A cap stands for all its rows.* Rows that are known to be connected are collected in a cap. Its
+   centre is the direction of their mean sketch, its radius r the largest angle from the centre to one
+   of their sketches. Angles on a sphere obey the triangle inequality. So if the angle between a row of
+   cap A and a row of cap B is below theta, the threshold's angle, then the angle between the centres is
+   below ``theta + r_A + r_B``.
+3. *That test is a dot product.* Let ``s = theta/2 + r`` for each cap, and let no cap be so wide that s
+   exceeds pi/2. Then ``s_A + s_B`` is at most pi, and the cosine falls strictly from 0 to pi. So the
+   angle between the centres is below ``s_A + s_B`` exactly where ``c_A . c_B > cos(s_A + s_B)``, which
+   is ``cos(s_A) cos(s_B) - sin(s_A) sin(s_B)``; that is, where ``[c_A, -cos s_A, sin s_A] . [c_B, cos
+   s_B, sin s_B] > 0``. One matrix product over all caps finds every pair of caps that may contain a
+   link.
 
-1. *A sketch never moves two rows apart.* A sketch is a row's coordinates on a few orthonormal axes
-   and, as one coordinate more, the length of the rest of it. The rests of two rows may point
-   anywhere, but their product is at most the product of their lengths (Cauchy-Schwarz), so
-   ``sketch(x) . sketch(y) >= x . y``: the angle between two sketches is at most that between the
-   rows. With the axes of greatest variance 95 of them are enough to tell most rows apart.
-2. *A cap stands for all its rows.* Rows already known to be connected are gathered in a cap: the
-   direction of their mean sketch, and a radius, the greatest angle from there to one of them. On a
-   sphere angles obey the triangle inequality, so if a row of cap A and one of cap B make an angle
-   below theta (the threshold's), then their centres make one below ``theta + r_A + r_B``.
-3. *That test is a dot product.* Let ``s = theta/2 + r``, and no cap so wide that s is above pi/2. The
-   angle between the centres is below ``s_A + s_B``, which is then at most pi, exactly where ``c_A . c_B
-   > cos(s_A) cos(s_B) - sin(s_A) sin(s_B)``, and so where ``[c_A, -cos s_A, sin s_A] . [c_B, cos s_B,
-   sin s_B] > 0``. One matrix product over all caps therefore finds every pair of caps that may be
-   linked.
+The steps are:
 
-So: (a) choose axes, and a few thousand cells, from a sample of rows that are no near-duplicates of
-one another (a clump of thousands must not buy axes); (b) sketch every row and give it to the
-nearest cell; (c) within each cell compare rows with rows at full width, which finds nearly all
-links there are; (d) gather what is connected and was compared together into caps, and where a cap
-would be wide, take each of its rows alone (radius zero); (e) compare caps with caps; for those that
-may be linked and are not connected yet, compare the sketches of their rows; for the pairs of rows
-that still may be linked, the rows themselves.
+(a) Choose axes and a few thousand cells from a sample of rows, none of them near-duplicates of each
+    other: otherwise a group of thousands of duplicates would determine the axes.
+(b) Sketch every row, and assign it to the nearest cell.
+(c) Within each cell compare rows at full width. This finds nearly all links.
+(d) Collect rows that are connected and were compared together in caps. Where a cap would be too wide,
+    each of its rows becomes a cap of its own, with radius zero.
+(e) Compare caps. For each pair of caps that may contain a link and is not connected yet, compare the
+    sketches of their rows. For each pair of rows that may still be linked, compare the rows themselves.
 
-**Nothing is missed**: two rows of one cap are connected by construction. Of two rows in different
-caps, (e) looks at the pair of caps once, and drops the pair of rows only where both ends are
-connected already, or where an upper bound of the cosine (facts 1 to 3) is below the threshold.
-**Nothing is invented**: every link is a full-width dot product above the threshold. Which links
-steps (b) to (d) find decides how fast the rest goes, never the result; nor do threads, which read
-connections late at worst, and then look at a pair in vain.
+**No link is missed.** Two rows of one cap are connected by construction. For rows of different caps,
+(e) visits the pair of caps once. It skips a pair of rows only where both are connected already, or
+where an upper bound of the cosine (facts 1 to 3) is below the threshold.
 
-**Rounding.** The dot product of two float32 unit rows of d numbers errs by less than d * 6e-8 in
-float32 (5e-5 for LAION-5B's 896; in practice about 1e-6), depending on how the sum is ordered. Every
-bound is therefore given SLACK, which is more than that up to d = 1,600, and a pair
-within SLACK of the threshold is decided in float64, where the order does not matter: the result
-is a function of the vectors alone. The length of the rest is a difference of squares and would be
-uncertain where it is near zero, so SLACK is added to its square. That adds SLACK to every sketch's own
-square and at least SLACK to every dot product of two (Cauchy-Schwarz again), and
-(c + SLACK) / (1 + SLACK) >= c: it moves sketches nearer, as it may. Radii are enlarged likewise.
+**No link is invented.** Every link is a full-width dot product above the threshold. Which links steps
+(b) to (d) find affects the speed, never the result. Threads do not affect it either:
+one that reads connections late only checks a pair without need.
 
-The cost is n times (cell size x 768) for (c), and caps^2 / 2 x 98 multiplications for (e): it is
-quadratic in the number of different images, not of rows.
+**Rounding.** The float32 dot product of two unit rows of d numbers has an error below d * 6e-8 (5e-5
+for LAION-5B's 896; about 1e-6 in practice), which depends on the order of summation. Every bound is
+therefore relaxed by SLACK, which exceeds that error up to d = 1,600. A pair within SLACK of the
+threshold is decided in float64, where the order does not matter, so the result is a function of the
+vectors alone. The length of the remainder is the root of a difference of squares, which is inaccurate
+near zero, so SLACK is added to its square. This adds SLACK to the square of every sketch's length, and
+at least SLACK to the dot product of any two sketches (Cauchy-Schwarz again). As (c + SLACK) / (1 +
+SLACK) >= c, it can only move sketches nearer to each other, which fact 1 allows. Radii are enlarged
+likewise.
 
-**Many short lists over the same vectors** (the results of each seed) share the sketches, and the
-links that are decided: in each list all sketches are compared, each row that may be linked to others
-is first compared with the lowest of them (the same pair in many lists, decided once), and then with
-those that may be linked to it and are not connected to it yet.
+**Cost.** n * cell size * 768 multiplications for (c), and caps^2 / 2 * 98 for (e): quadratic in the
+number of different images, not of rows.
+
+**Many short lists over the same vectors** (the results of each seed) share their sketches and the
+decided links. In each list all sketches are compared. Each row that may be linked to others is first
+compared with the lowest of them, because the same pair often occurs in many lists and is decided once.
+Then it is compared with those to which it may be linked and is not connected yet.
 """
 
 from __future__ import annotations
@@ -68,22 +73,22 @@ from laion_assets.index.vectors import Vectors, unit
 from laion_assets.io.arrays import Bytes, Floats, Ids, Mask
 from laion_assets.io.parallel import in_threads, one_blas_thread
 
-SLACK = 1e-4
+SLACK = 1e-4  # relaxes every bound by more than float32's rounding, see above
 
 
 @dataclass(frozen=True)
 class Sizes:
-    """How the work is cut up. This decides the speed, never the result."""
+    """How the work is divided. The sizes affect the speed, never the result."""
 
-    small: int = 4096  # up to so many rows, all are compared with all
-    sample: int = 2048  # rows that axes and cells are chosen from
-    width: int = 96  # of a sketch
-    cell_width: int = 32  # of the part of a sketch that decides the cell
-    chunk: int = 384  # rows of a cell that are compared all with all
-    widest_cap: float = 0.25  # radians; rows that need a wider one are taken alone
+    small: int = 4096  # up to this many rows, all pairs are compared
+    sample: int = 2048  # rows from which axes and cells are chosen
+    width: int = 96  # coordinates of a sketch
+    cell_width: int = 32  # coordinates of a sketch that determine the cell
+    chunk: int = 384  # rows of a cell of which all pairs are compared
+    widest_cap: float = 0.25  # radians; rows that need a wider cap become caps of their own
     tile: tuple[int, int] = (1024, 2048)  # caps that are compared in one product
-    # More pairs than these, of rows of two caps, caps of a tile, or (for each row) rows of a short list,
-    # are cheaper looked at as one product than one by one.
+    # Above these numbers of pairs, one product is cheaper than single dot products: `many_pairs` for the
+    # rows of two caps or the caps of a tile, `many_of_row` for each row of a short list.
     many_pairs: int = 4096
     many_of_row: int = 8
     batch: int = 1024  # rows, or pairs of rows, that are fetched at once
@@ -96,14 +101,13 @@ def components(vectors: Vectors, threshold: float, sizes: Sizes = SIZES) -> Ids:
     """Label each row with the lowest row of its component.
 
     Args:
-        vectors: (n, d) float32 unit rows, best-ranked first; rows that are zero or not finite are
-            linked to nothing.
-        threshold: rows are linked where their cosine is strictly above it as float32; from 0 to 1,
-            and 1 links none.
-        sizes: how the work is cut up.
+        vectors: (n, d) float32 unit rows, best-ranked first. Zero and non-finite rows are never linked.
+        threshold: from 0 to 1, taken as float32. Rows are linked where their cosine is strictly above it;
+            1 links none.
+        sizes: how the work is divided.
 
     Returns:
-        (n,) int64; the rows to keep are those labelled with themselves.
+        (n,) int64; rows to keep are labelled with their own number.
 
     """
     links = Links(vectors, threshold, sizes)
@@ -124,13 +128,13 @@ def components_of_lists(
 
     Args:
         vectors: (n, d), as for `components`, in any order.
-        members: (m,) the row of `vectors` that each entry stands for.
-        lists: (m,) the number of the list that each entry is in, ascending.
+        members: (m,) the row of `vectors` of each entry.
+        lists: (m,) ascending numbers of the list of each entry.
         threshold: as for `components`.
-        sizes: how the work is cut up.
+        sizes: how the work is divided.
 
     Returns:
-        (m,) int64; the entries to keep are those labelled with themselves.
+        (m,) int64; entries to keep are labelled with their own number.
 
     """
     labels = np.arange(len(members))
@@ -150,7 +154,7 @@ def components_of_lists(
 def components_of_short_lists(
     vectors: Vectors, members: Ids, lists: Ids, threshold: float, sizes: Sizes
 ) -> Ids:
-    """Do what `components_of_lists` does, comparing all entries of a list with one another."""
+    """Do what `components_of_lists` does, by comparing the sketches of all pairs of each list."""
     links = Links(vectors, threshold, sizes)
     forest = Forest(len(members))
     if len(vectors) <= sizes.small:
@@ -162,8 +166,8 @@ def components_of_short_lists(
     lowest = np.empty_like(by_member)
 
     def compare(entries: Ids) -> Bytes:
-        some = sketches[members[entries]]
-        near = some @ some.T > links.limit - SLACK
+        compared = sketches[members[entries]]
+        near = compared @ compared.T > links.limit - SLACK
         lowest[entries] = entries[near.argmax(axis=1)]
         return np.packbits(near, axis=1)
 
@@ -194,7 +198,7 @@ def components_of_short_lists(
 
 @dataclass(frozen=True)
 class Gathered:
-    """Rows of some vectors as vectors of their own."""
+    """Some rows of other vectors."""
 
     vectors: Vectors
     rows: Ids
@@ -207,21 +211,21 @@ class Gathered:
 
 
 class Forest:
-    """The rows known to be connected: one tree a component, whose root is its lowest row."""
+    """A disjoint-set forest of connected rows; the root of a component is its lowest row."""
 
     def __init__(self, rows: int) -> None:
         self.parents = np.arange(rows)
         self.lock = threading.Lock()
 
     def roots(self, rows: Ids) -> Ids:
-        """The root of each row; while others connect, perhaps not the latest."""
+        """Return the root of each row; it may be outdated while other threads connect rows."""
         roots = self.parents[rows]
         while not np.array_equal(parents := self.parents[roots], roots):
             roots = parents
         return roots
 
     def apart(self, a: Ids, b: Ids) -> Mask:
-        """Which of the pairs of a[i] and b[i] are not known to be connected."""
+        """Return which pairs of a[i] and b[i] are not known to be connected."""
         apart: Mask = self.roots(a) != self.roots(b)
         return apart
 
@@ -234,13 +238,13 @@ class Forest:
                 np.minimum.at(self.parents, np.maximum(a, b), np.minimum(a, b))
 
     def labels(self) -> Ids:
-        """The root of every row."""
+        """Return the root of every row."""
         self.parents = self.roots(self.parents)
         return self.parents
 
 
 class Links:
-    """What is linked so far; and the only two places where a link is decided, find and linked."""
+    """The links found so far. Only `find` and `linked` decide whether two rows are linked."""
 
     def __init__(self, vectors: Vectors, threshold: float, sizes: Sizes) -> None:
         self.vectors, self.sizes = vectors, sizes
@@ -248,17 +252,17 @@ class Links:
         self.forest = Forest(len(vectors))
 
     def fetch(self, rows: slice | Ids) -> Floats:
-        """The vectors of these rows; zeros, which link to nothing, for those that are not finite."""
+        """Return the vectors of some rows; non-finite ones as zeros, which are never linked."""
         vectors = self.vectors[rows]
         finite = np.isfinite(squares(vectors))
         return vectors if finite.all() else np.where(finite[:, None], vectors, np.float32(0))
 
     def find(self, a: Ids, b: Ids) -> None:
-        """Find the links between the rows of a and those of b."""
+        """Find the links between the rows of a and the rows of b, with one product."""
         left = self.fetch(a)
         cosines = left @ (left if b is a else self.fetch(b)).T
         certain = cosines > self.limit + SLACK
-        first = certain.argmax(axis=1)  # one link a row connects most of them
+        first = certain.argmax(axis=1)  # one link per row connects most rows
         sure = np.flatnonzero(certain[np.arange(len(a)), first])
         self.forest.connect(a[sure], b[first[sure]])
         apart = self.forest.roots(a)[:, None] != self.forest.roots(b)
@@ -266,7 +270,7 @@ class Links:
         self.check(a[i], b[j])
 
     def find_in_blocks(self, a: Ids, b: Ids) -> None:
-        """Find the links between the rows of a and those of b, however many these are."""
+        """Find the links between any number of rows of a and of b."""
         size = self.sizes.batch
         for i in range(0, len(a), size):
             for j in range(0, len(b), size):
@@ -282,7 +286,7 @@ class Links:
             self.forest.connect(i[linked], j[linked])
 
     def linked(self, a: Ids, b: Ids) -> Mask:
-        """Which of the pairs of a[i] and b[i] are linked."""
+        """Return which pairs of a[i] and b[i] are linked, decided in float64."""
         linked = np.empty(len(a), np.bool_)
 
         def decide_batch(start: int) -> None:
@@ -290,7 +294,7 @@ class Links:
             left, right = self.fetch(a[batch]), self.fetch(b[batch])
             linked[batch] = np.einsum("ij,ij->i", left, right, dtype=np.float64) > self.limit
 
-        if len(a) <= self.sizes.batch:  # of a thread that is one of many already
+        if len(a) <= self.sizes.batch:  # the caller may be one of many threads
             decide_batch(0)
         else:
             in_threads(decide_batch, range(0, len(a), self.sizes.batch))
@@ -304,12 +308,12 @@ def find_links_by_caps(links: Links) -> None:
     chunks = cut_into_chunks(*nearest_cells(links, sketches, sample), links.sizes.chunk)
     in_threads(lambda chunk: links.find(chunk, chunk), chunks)
     caps = Caps(links, sketches, chunks)
-    del sketches  # the caps have them in an order of their own
+    del sketches  # the caps hold them in their own order
     find_links_between_caps(links, caps)
 
 
 def distinct_rows(links: Links) -> Ids:
-    """Some rows from everywhere that are no near-duplicates of one another."""
+    """Return evenly spaced rows, none of them near-duplicates of each other."""
     rows = np.unique(np.linspace(0, len(links.vectors) - 1, links.sizes.sample).astype(np.int64))
     labels = components(links.fetch(rows), links.limit, Sizes(small=len(rows)))
     distinct: Ids = rows[labels == np.arange(len(rows))]
@@ -317,7 +321,7 @@ def distinct_rows(links: Links) -> Ids:
 
 
 def sketch_all(links: Links, sample: Ids) -> Floats:
-    """Every row's sketch, on the axes that tell the rows of the sample apart best."""
+    """Return the sketch of every row, on the axes of greatest variance of the sample."""
     sizes, rows = links.sizes, len(links.vectors)
     axes = principal_axes(links.fetch(sample), sizes.width - 1)
     sketches = np.empty((rows, axes.shape[1] + 1), np.float32)
@@ -334,10 +338,10 @@ def sketch_all(links: Links, sample: Ids) -> Floats:
 
 
 def principal_axes(sample: Floats, count: int) -> Floats:
-    """Orthonormal directions, one a column, in which the sample extends about as far as it can.
+    """Return (d, count) orthonormal columns, close to the directions of greatest variance of the sample.
 
-    Subspace iteration (Golub and Van Loan, Matrix Computations, 8.2.4), cut short, since any
-    orthonormal axes do.
+    A few steps of subspace iteration (Golub and Van Loan, Matrix Computations, 8.2.4). It need not
+    converge, because any orthonormal axes give the right result.
     """
     shape = (sample.shape[1], min(count, sample.shape[1]))
     axes = np.random.default_rng(0).standard_normal(shape, np.float32)
@@ -348,7 +352,7 @@ def principal_axes(sample: Floats, count: int) -> Floats:
 
 
 def nearest_cells(links: Links, sketches: Floats, sample: Ids) -> tuple[Ids, Floats]:
-    """The number of the cell each row is in, and how near it is to the cell's centre."""
+    """Return the cell of each row, and the row's nearness to the centre of the cell."""
     sizes, rows = links.sizes, len(sketches)
     centres = unit(sketches[sample, : sizes.cell_width])
     cells, nearness = np.empty(rows, np.int64), np.empty(rows, np.float32)
@@ -364,7 +368,7 @@ def nearest_cells(links: Links, sketches: Floats, sample: Ids) -> tuple[Ids, Flo
 
 
 def cut_into_chunks(cells: Ids, nearness: Floats, size: int) -> list[Ids]:
-    """The rows of each cell; where they are many, those as near to its centre together."""
+    """Divide the rows of each cell into chunks of similar nearness to its centre."""
     order = np.lexsort((-nearness, cells))
     borders = [*np.flatnonzero(np.diff(cells[order], prepend=-1)), len(order)]
     return [
@@ -375,7 +379,16 @@ def cut_into_chunks(cells: Ids, nearness: Floats, size: int) -> list[Ids]:
 
 
 class Caps:
-    """Connected rows of one chunk, as a centre and a radius on the sphere of sketches."""
+    """Caps on the sphere of sketches, each of connected rows of one chunk.
+
+    Attributes:
+        table: (caps, width + 2) centre, cos(s) and sin(s) of each cap, see fact 3.
+        rows: all rows, in order of their cap.
+        sketches: of `rows`.
+        members: the slice of `rows` in each cap.
+        first_rows: (caps,) one row of each cap.
+
+    """
 
     def __init__(self, links: Links, sketches: Floats, chunks: list[Ids]) -> None:
         group = links.forest.labels() * len(chunks)
@@ -400,12 +413,12 @@ class Caps:
         return len(self.table)
 
     def rows_of(self, caps: Ids) -> Ids:
-        """The rows of some caps."""
+        """Return the rows of some caps."""
         rows: Ids = np.concatenate([self.rows[self.members[cap]] for cap in caps])
         return rows
 
     def meeting(self, above: slice, beside: slice) -> tuple[Ids, Ids]:
-        """The pairs of caps, one from each slice, that may hold a link."""
+        """Return the pairs of caps, one from each slice, that may contain a link."""
         left, right = self.table[above].copy(), self.table[beside]
         left[:, -2] *= -1
         a, b = pairs_of(left @ right.T > -SLACK)
@@ -414,7 +427,7 @@ class Caps:
 
 
 def enclose(sketches: Floats, starts: Ids) -> tuple[Floats, NDArray[np.float64]]:
-    """Centre and radius of the caps that begin at these rows."""
+    """Return centre and radius of the caps that begin at these rows."""
     sizes = np.diff(starts, append=len(sketches))
     centres = unit(np.add.reduceat(sketches, starts))
     cosines = np.einsum("ij,ij->i", sketches, np.repeat(centres, sizes, axis=0))
@@ -441,7 +454,7 @@ def find_links_between_caps(links: Links, caps: Caps) -> None:
 
 
 def candidates(links: Links, caps: Caps, a: int, b: int) -> tuple[Ids, Ids]:
-    """The pairs of rows of two caps that may be linked; none if so many that they are found here."""
+    """Return the pairs of rows of two caps that may be linked; many pairs are decided at once instead."""
     rows_a, rows_b = caps.rows[caps.members[a]], caps.rows[caps.members[b]]
     near = caps.sketches[caps.members[a]] @ caps.sketches[caps.members[b]].T > links.limit - SLACK
     i, j = pairs_of(near)
@@ -452,11 +465,11 @@ def candidates(links: Links, caps: Caps, a: int, b: int) -> tuple[Ids, Ids]:
 
 
 def pairs_of(mask: Mask) -> tuple[Ids, Ids]:
-    """Row and column of what is true; four times as fast as `nonzero` is in two dimensions."""
+    """Return row and column of true elements, four times as fast as a two-dimensional `nonzero`."""
     return np.divmod(np.flatnonzero(mask), mask.shape[1])
 
 
 def squares(vectors: Floats) -> Floats:
-    """The square of each vector's length."""
+    """Return the squared length of each vector."""
     found: Floats = np.einsum("ij,ij->i", vectors, vectors)
     return found

@@ -1,28 +1,25 @@
-"""How many images to ask for, so that as many as are wanted stay.
-
-What must not live here: where a yield was measured, searching.
-"""
+"""How many images to request so that the wanted number is kept."""
 
 from __future__ import annotations
 
 import math
 from dataclasses import dataclass
 
-USUAL_SHARE = 0.3  # of what is requested from LAION, which is full of near-copies
+USUAL_SHARE = 0.3  # about 70 % of LAION's results are near-duplicates
 
 
 def share_kept(kept: int, requested: int) -> float:
-    """Return which share of the images requested was kept: none of none, and six digits of any other."""
+    """Return the share of requested images that was kept, to six digits; 0 if none was requested."""
     return round(kept / requested, 6) if requested else 0.0
 
 
 @dataclass(frozen=True)
 class Yield:
-    """Which share of the images requested stays in the combined table.
+    """The share of requested images that remains in the combined table.
 
     Attributes:
-        share: over 0 up to 1.
-        basis: what it rests on, in words.
+        share: above 0, at most 1.
+        basis: where the share comes from, in words.
 
     """
 
@@ -35,26 +32,26 @@ class Yield:
 
 USUAL = Yield(
     USUAL_SHARE,
-    "usual for LAION, no run of this set with these filters, block list and threshold has measured it",
+    "usual for LAION; no run of this set with these filters, block list and threshold has measured it",
 )
 
 
 @dataclass(frozen=True)
 class Counts:
-    """Images to ask for: around each seed, and around the mean of the seeds."""
+    """Images to request around each seed, and around the mean of the seeds."""
 
     nb_images_knn: int
     nb_images_centroid: int
 
 
 def counts_for(target: int, seeds: int, share: float, rows: int | None = None) -> Counts:
-    """Return how many images to ask for to keep `target`, half of them from each strategy.
+    """Return how many images to request in order to keep `target`, half of them from each strategy.
 
     Args:
         target: images wanted in the combined table.
-        seeds: how many there are, at least 1.
-        share: of the images requested that stay, over 0.
-        rows: of the index, more than which are never asked for.
+        seeds: number of seeds, at least 1.
+        share: share of requested images that is kept, above 0.
+        rows: rows of the index, at which requests are capped.
 
     """
     requested = target / 2 / share  # from each strategy

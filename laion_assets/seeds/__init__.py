@@ -5,7 +5,6 @@ A seed set is a folder of seed files. Listing it gives a `SeedSet` with a finger
 """
 
 from laion_assets.seeds.embeddings import Seeds, centroid, embeddings_of, read_seeds
-from laion_assets.seeds.files import SeedFile
 from laion_assets.seeds.folder import (
     Listing,
     SeedSet,
@@ -14,6 +13,7 @@ from laion_assets.seeds.folder import (
     list_folder,
     list_seed_sets,
 )
+from laion_assets.seeds.seed_files import SeedFile
 from laion_assets.seeds.settings_file import SETTINGS_FILE, read_settings
 
 __all__ = [

@@ -13,9 +13,9 @@ import pyarrow as pa
 from laion_assets.io.arrays import Floats
 from laion_assets.io.errors import InputError
 from laion_assets.io.storage import open_storage, reaching
-from laion_assets.seeds.files import UnusableFileError, read_files, verified
 from laion_assets.seeds.folder import SEEDS_URI, SeedSet
 from laion_assets.seeds.readers import READERS, Columns, matrix_of
+from laion_assets.seeds.seed_files import UnusableFileError, read_files, verified
 
 PROBLEMS_SHOWN = 20
 

@@ -20,8 +20,8 @@ import google_crc32c
 from laion_assets.io.checksums import checksum_text
 from laion_assets.io.errors import InputError
 from laion_assets.io.storage import Listed, first_line, list_files, open_storage, reaching
-from laion_assets.seeds.files import SeedFile
 from laion_assets.seeds.readers import READERS
+from laion_assets.seeds.seed_files import SeedFile
 
 SEEDS_URI = "seeds_uri"  # the parameter that errors are about
 CLIP_RETRIEVAL_FOLDER = "img_emb/"

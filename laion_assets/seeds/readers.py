@@ -11,7 +11,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from laion_assets.io.storage import first_line
-from laion_assets.seeds.files import UnusableFileError
+from laion_assets.seeds.seed_files import UnusableFileError
 
 EMBEDDING_COLUMNS = ("embedding", "image_embedding", "img_emb", "vector")
 CARRIED_COLUMNS = {"url": pa.string(), "caption": pa.string(), "thumbnail": pa.binary()}

@@ -8,8 +8,8 @@ import yaml
 
 from laion_assets.io.errors import InputError
 from laion_assets.io.storage import open_storage, reaching
-from laion_assets.seeds.files import SeedFile, UnusableFileError, read_files, verified
 from laion_assets.seeds.folder import SEEDS_URI, SeedSet
+from laion_assets.seeds.seed_files import SeedFile, UnusableFileError, read_files, verified
 
 SETTINGS_FILE = "settings.yaml"
 MAX_SETTINGS_BYTES = 16 << 10

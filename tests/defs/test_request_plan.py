@@ -46,7 +46,7 @@ def test_a_plan_without_a_set_rests_on_the_usual_yield(tmp_path, monkeypatch, ca
     printed = capsys.readouterr().out
     assert yaml.safe_load(printed) == {"nb_images_knn": 834, "nb_images_centroid": 833_334}
     assert (
-        "a yield of 0.3 (usual for LAION, no run of this set with these filters, block list and "
+        "a yield of 0.3 (usual for LAION; no run of this set with these filters, block list and "
         "threshold has measured it)"
     ) in printed
     assert "by benchmarks/results.md (2 cores" in printed
