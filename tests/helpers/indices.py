@@ -1,4 +1,4 @@
-"""Small indices of every form a LAION-style index has, and plain faiss to say what is in them."""
+"""Small indices of every form that a LAION-style index has, and what plain faiss reads from them."""
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -41,7 +41,7 @@ def one_thread() -> Iterator[None]:
 
 
 def random_rows(random: np.random.Generator, n: int, alike: float = 0.15) -> np.ndarray:
-    """Unit rows around a few centres, some of them the very same."""
+    """Unit rows around a few centres, some of them equal."""
     centres = random.standard_normal((max(1, n // 4), DIMENSION))
     rows = centres[random.integers(len(centres), size=n)]
     rows += alike * random.standard_normal(rows.shape) * random.integers(0, 2, size=(n, 1))
@@ -50,7 +50,7 @@ def random_rows(random: np.random.Generator, n: int, alike: float = 0.15) -> np.
 
 @cache
 def trained(key: str, metric: int = faiss.METRIC_INNER_PRODUCT) -> Any:
-    """An empty index, trained on rows of its own: silently, and on one thread, as they are few."""
+    """An empty index, trained on a few rows of its own."""
     index: Any = faiss.index_factory(DIMENSION, key, metric)
     train(index, random_rows(np.random.default_rng(0), 800))
     return index
@@ -90,7 +90,7 @@ def write_index(folder: Path, rows: np.ndarray, form: str) -> None:
 
 
 def write_merged(folder: Path, index: Any, rows: np.ndarray) -> None:
-    """Write `rows` to `<folder>/image.index` in two files, the lists of an empty index merged on disk."""
+    """Write `rows` to `<folder>/image.index` as two files, with lists merged on disk."""
     target = folder / "image.index"
     target.mkdir(parents=True)
     half = len(rows) // 2
@@ -126,7 +126,7 @@ def read_with_faiss(folder: Path) -> Any:
 
 
 def reconstructed(folder: Path) -> np.ndarray:
-    """Every row of the index as it stores it, in order of id: (n, d)."""
+    """The (n, d) rows of the index as it stores them, in order of id."""
     index = read_with_faiss(folder)
     return index.reconstruct_n(0, index.ntotal)
 

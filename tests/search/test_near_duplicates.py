@@ -1,4 +1,4 @@
-"""Near-duplicates against brute force: the large inputs' way on small inputs, and lists of rows."""
+"""Near-duplicates against brute force: the algorithm for large inputs on small ones, and lists."""
 
 from itertools import pairwise
 
@@ -39,7 +39,7 @@ def brute_force(rows: np.ndarray, threshold: float) -> np.ndarray:
 
 
 def clumps(random: np.random.Generator, n: int, dimension: int = 16) -> np.ndarray:
-    """Unit rows: some alone, some the very same, some in clumps of every width, some in chains."""
+    """Unit rows: some alone, some equal, some in clumps of every width, some in chains."""
     centres = random.standard_normal((max(1, n // 5), dimension))
     rows = centres[random.integers(len(centres), size=n)]
     spread = random.choice([0, 0.003, 0.05, 0.1, 0.2, 2], size=(n, 1))
@@ -91,7 +91,7 @@ def test_the_threshold_is_strict_to_the_last_bit(way) -> None:
 
 
 @pytest.mark.parametrize("way", WAYS)
-def test_rows_that_are_zero_or_not_finite_are_like_nothing(way) -> None:
+def test_rows_that_are_zero_or_not_finite_are_never_linked(way) -> None:
     rows = np.zeros((9, 8), np.float32)
     rows[[0, 3, 8], 0] = 1
     rows[4] = np.nan
@@ -111,15 +111,16 @@ def test_a_chain_is_one_component_however_far_its_ends_are_apart(way) -> None:
 
 
 @pytest.mark.parametrize("way", WAYS)
-def test_a_threshold_of_one_keeps_the_very_same_rows(way) -> None:
+def test_a_threshold_of_one_keeps_equal_rows(way) -> None:
     rows = unit(np.ones((20, 7), np.float32))
     assert components(rows, 1.0, WAYS[way]).tolist() == list(range(20))
     assert components_of_lists(rows, np.arange(20), np.zeros(20, int), 1.0).tolist() == list(range(20))
     assert not components(rows, 0.9999, WAYS[way]).any()
 
 
-def test_rows_decoded_where_they_are_looked_at_have_the_same_components(monkeypatch) -> None:
-    rows = 3 * clumps(np.random.default_rng(5), 700)
+def test_rows_decoded_on_every_access_have_the_same_components(monkeypatch) -> None:
+    rows = 3 * clumps(np.random.default_rng(5), 300)
+    monkeypatch.setattr(vectors_module, "ROWS_DECODED_AT_ONCE", 70)
     codes = rows.view(np.uint8)
     held = decoded(codes, lambda some: np.ascontiguousarray(some).view(np.float32))
     monkeypatch.setattr(vectors_module, "HELD_ROWS", 0)
@@ -127,13 +128,13 @@ def test_rows_decoded_where_they_are_looked_at_have_the_same_components(monkeypa
     assert isinstance(held, np.ndarray)
     assert not isinstance(coded, np.ndarray)
     expected = brute_force(unit(rows), 0.94)
-    assert 1 < len(np.unique(expected)) < 700
+    assert 1 < len(np.unique(expected)) < 300
     for vectors in (held, coded):
         for sizes in WAYS.values():
             np.testing.assert_array_equal(components(vectors, 0.94, sizes), expected)
 
 
-def test_what_lies_opposite_to_a_cap_wider_than_half_the_sphere_is_not_missed() -> None:
+def test_rows_opposite_to_a_cap_wider_than_half_the_sphere_are_not_missed() -> None:
     angles = np.radians([0, 50, -50, 100, -100, 180])
     rows = np.stack([np.cos(angles), np.sin(angles)], axis=1).astype(np.float32)
     sizes = Sizes(small=0, sample=6, width=3, cell_width=1, chunk=5, widest_cap=3)

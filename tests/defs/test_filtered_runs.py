@@ -1,0 +1,74 @@
+"""Filters and the block list in runs: no table holds what they exclude, and every row is counted."""
+
+import json
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from helpers import indices
+from helpers.project import failures, new_project, reported
+
+
+@pytest.fixture(scope="module")
+def scored(tmp_path_factory):
+    """An index of 300 rows of which every row has a URL, a score and a width, and a set of two seeds."""
+    root = tmp_path_factory.mktemp("scored")
+    rows = indices.random_rows(np.random.default_rng(3), 300)
+    indices.write_index(root / "index", rows, "Flat")
+    numbers = np.arange(300)
+    table = pa.table(
+        {
+            "url": [f"https://a/{i}.jpg" for i in numbers],
+            "punsafe": pa.array((numbers % 10) / 10, pa.float32()),
+            "width": pa.array(numbers % 7 * 100, pa.int32()),
+        }
+    )
+    indices.write_metadata(root / "index", table)
+    (root / "list.txt").write_text("\n".join(f"https://a/{i}.jpg" for i in range(0, 300, 5)) + "\n3\n")
+    environment = {"LAION_STAGING": "in-place", "LAION_BLOCK_LIST": str(root / "list.txt")}
+    with new_project(root, root / "index", **environment) as project:
+        (project.seeds / "mine").mkdir()
+        np.save(project.seeds / "mine" / "a.npy", rows[:2])
+        yield project
+
+
+def test_nothing_that_is_filtered_out_gets_into_any_table_and_the_funnel_has_no_gap(scored):
+    filters = "punsafe < 0.5 and width >= 200"
+    (scored.seeds / "mine" / "settings.yaml").write_text(f"filters: {filters}\nnb_images_knn: 100\n")
+    result = scored.run("mine", nb_images_centroid=200, dedup_threshold=0.99)
+    assert failures(result) == {}
+    for name in ("knn_urls", "centroid_urls", "combined_urls"):
+        stored = pq.read_table(scored.table(name, "mine"))
+        assert len(stored) > 0
+        for row in stored.to_pylist():
+            assert (row["id"] % 10) / 10 < 0.5
+            assert row["id"] % 7 * 100 >= 200
+            assert row["id"] % 5 != 0
+            assert row["id"] != 3
+    for name in ("knn_urls", "centroid_urls"):
+        told = reported(result, name)
+        assert min(told["blocked"], told["filtered"]) > 0
+        lost = sum(told[reason] for reason in ("without url", "blocked", "filtered", "near duplicates"))
+        assert told["received"] - lost == told["kept"]
+        assert told["settings"]["filters"] == f"{filters} (mine/settings.yaml)"
+        assert "list.txt, 1 ids, 60 URLs, " in told["settings"]["block_list"]
+        assert told["settings"]["block_list"].endswith("(LAION_BLOCK_LIST)")
+    footer = json.loads(pq.read_metadata(scored.table("combined_urls", "mine")).metadata[b"laion_assets"])
+    assert footer["settings"]["filters"] == filters
+
+
+def test_sets_with_different_filters_are_not_combined(scored):
+    assert scored.run("mine", filters="").success
+    result = scored.run("mine", "knn_urls", filters="punsafe < 0.9")
+    assert "punsafe < 0.9 (Launchpad" in reported(result, "knn_urls")["settings"]["filters"]
+    told = failures(scored.run("mine", "combined_urls"))["combined_urls"]
+    assert "made with different filters (punsafe < 0.9 and none): materialize centroid_urls again" in told
+    assert scored.run("mine", "centroid_urls", filters="punsafe < 0.9").success
+    assert scored.run("mine", "combined_urls").success
+
+
+def test_a_filter_on_a_column_that_is_not_there_fails_with_those_that_are(scored):
+    message = failures(scored.run("mine", "knn_urls", filters="NSFW == 'UNLIKELY'"))["knn_urls"]
+    assert "'NSFW'" in message
+    assert "url, caption, punsafe, width" in message

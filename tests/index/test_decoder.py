@@ -1,0 +1,29 @@
+"""Decoders turn codes into the vectors that the index itself reconstructs, whole or of some lists."""
+
+import numpy as np
+import pytest
+from helpers import indices
+
+from laion_assets.index import Decoder, Index
+
+ROWS = indices.random_rows(np.random.default_rng(4), 80)
+
+
+@pytest.mark.parametrize("form", indices.FORMS)
+def test_decoders_of_some_lists_and_merged_ones_decode_as_the_index_does(tmp_path, form):
+    indices.write_index(tmp_path, ROWS, form)
+    index = Index(*indices.index_paths(tmp_path))
+    hits = index.search(ROWS, len(ROWS), index.nlist)
+    ids, first = np.unique(hits.ids[hits.ids >= 0], return_index=True)
+    codes = hits.codes[hits.code[hits.ids >= 0][first]]
+    assert len(codes) > len(ROWS) // 2  # HNSW finds no more than a part
+    stored = indices.reconstructed(tmp_path)[ids]
+    halves = [np.arange(0, len(ids), 2), np.arange(1, len(ids), 2)]
+    small = [index.decoder(index.lists_of(codes[half])) for half in halves]
+    for half, decoder in zip(halves, small, strict=True):
+        read_back = Decoder.from_bytes(decoder.to_bytes())
+        np.testing.assert_allclose(read_back.decode(codes[half]), stored[half], atol=1e-5)
+    for decoder in (index.decoder(), small[0].merged(small[1])):
+        np.testing.assert_allclose(decoder.decode(codes), stored, atol=1e-5)
+        compared = decoder.decode_to_compare(codes)
+        np.testing.assert_allclose(compared @ compared.T, stored @ stored.T, atol=1e-4)
