@@ -107,7 +107,7 @@ def conditions_in(text: str) -> tuple[Condition, ...]:
         text: the conditions.
 
     Raises:
-        InputError: without naming where the text comes from; quotes the text from where it cannot be parsed.
+        InputError: quotes the text from where it cannot be parsed.
 
     """
     found: list[Condition] = []
@@ -118,9 +118,11 @@ def conditions_in(text: str) -> tuple[Condition, ...]:
         joined = AND.match(text, match.end()) if match else None
         if not match or not (at_the_end or joined):
             rest = text[match.end() if match else position :].strip()[:40]
-            where = f"cannot be read from {rest!r} on" if rest else "lack a condition at the end"
+            problem = (
+                f"conditions cannot be read from {rest!r} on" if rest else "the last condition is missing"
+            )
             raise InputError(
-                f"{where}: write conditions such as "
+                f"{problem}: write conditions such as "
                 "punsafe < 0.5 and NSFW == 'UNLIKELY', each a column, one of "
                 f"{' '.join(COMPARE)}, and a number or a quoted word"
             )

@@ -10,9 +10,7 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import ArrayLike
 
-from laion_assets.index.faiss_index import Index
-from laion_assets.index.layout import METADATA_FOLDER, index_files, metadata_files
-from laion_assets.index.metadata import Metadata
+from laion_assets.index import Index, Metadata, open_folder
 from laion_assets.io.arrays import Floats
 from laion_assets.io.errors import InputError
 from laion_assets.search.filters import Filters, conditions_in
@@ -75,9 +73,4 @@ def _opened(folder: Path, metadata: str | Path | None) -> Iterator[tuple[Index, 
         with open_staged(folder) as staged:
             yield staged.index, staged.metadata
         return
-    names = [path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()]
-    index, lists = index_files(names, str(folder))
-    rows = Path(metadata) if metadata else folder / METADATA_FOLDER
-    files = metadata_files([path.name for path in rows.iterdir() if path.is_file()], str(rows))
-    opened = Index(folder / index, folder / lists if lists else None)
-    yield opened, Metadata([rows / name for name in files])
+    yield open_folder(folder, metadata=metadata)
