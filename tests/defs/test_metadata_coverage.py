@@ -34,14 +34,14 @@ def test_metadata_shorter_or_longer_than_the_index_is_reported_and_no_row_is_wro
         ]
         assert not check.passed
         assert f"{abs(rows - ROWS)} " in (check.description or "")
-        told = reported(result, "staged_laion_index")
-        assert (told["dagster/row_count"], told["metadata rows"]) == (ROWS, rows)
+        report = reported(result, "staged_laion_index")
+        assert (report["dagster/row_count"], report["metadata rows"]) == (ROWS, rows)
         covered = min(rows, ROWS)
         for asset, queries in (("knn_urls", 3), ("centroid_urls", 1)):
-            told = reported(result, asset)
-            assert told["received"] == queries * ROWS
-            assert told["without url"] == queries * (ROWS - covered)
-            assert told["kept"] == queries * covered
+            report = reported(result, asset)
+            assert report["received"] == queries * ROWS
+            assert report["without url"] == queries * (ROWS - covered)
+            assert report["kept"] == queries * covered
         for asset in ("knn_urls", "centroid_urls", "combined_urls"):
             table = pq.read_table(project.table(asset, "mine"), columns=["id", "url"]).to_pylist()
             assert {row["id"] for row in table} == set(range(covered))
