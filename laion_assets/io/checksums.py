@@ -1,35 +1,48 @@
-"""crc32c, the checksum that buckets keep of every object, of the whole or put together from parts.
+"""Checksums and fingerprints of files.
 
-What must not live here: anything but the checksum.
+crc32c is the checksum that Google Cloud Storage keeps of every object. It can be computed from those of
+an object's parts.
 """
 
 import base64
+import hashlib
 from collections.abc import Iterable
 from functools import lru_cache
 
 import google_crc32c
 
 POLYNOMIAL = 0x82F63B78  # Castagnoli's, with x^0 in the highest of 32 bits
-ONE = 1 << 31
+X_TO_THE_0 = 1 << 31
+
+
+def fingerprint(files: Iterable[tuple[str, int, str]]) -> str:
+    """Return 16 hex digits that change with the name, size or content of any file, and only then.
+
+    Args:
+        files: (name, bytes, checksum) of each file, in any order.
+
+    """
+    lines = sorted(f"{name}\t{size}\t{checksum}" for name, size, checksum in files)
+    return hashlib.sha256("\n".join(lines).encode()).hexdigest()[:16]
 
 
 def crc32c(data: bytes, before: int = 0) -> int:
-    """Return the checksum of what has the checksum `before`, followed by `data`."""
+    """Extend the checksum `before`, that of the preceding bytes, by `data`."""
     checksum: int = google_crc32c.extend(before, data)
     return checksum
 
 
 def checksum_text(checksum: google_crc32c.Checksum | int) -> str:
-    """Return a checksum the way Google Cloud Storage writes it: base64 of the big-endian bytes."""
+    """Format a checksum as Google Cloud Storage does: base64 of its big-endian bytes."""
     digest = checksum.to_bytes(4, "big") if isinstance(checksum, int) else checksum.digest()
     return base64.b64encode(digest).decode("ascii")
 
 
 def crc32c_of_parts(parts: Iterable[tuple[int, int]]) -> int:
-    """Return the checksum of a whole from those of its parts.
+    """Return the checksum of a file from those of its parts.
 
-    A part of n bytes moves all before it up by 8n bits: their checksum is multiplied by x^8n modulo the
-    polynomial. This is zlib's `crc32_combine` (Mark Adler), with crc32c's polynomial.
+    A part of n bytes shifts everything before it by 8n bits, which multiplies the checksum by x^8n modulo
+    the polynomial. This is zlib's `crc32_combine` (Mark Adler) with the polynomial of crc32c.
 
     Args:
         parts: (checksum, bytes) of each part, in order.
@@ -42,7 +55,7 @@ def crc32c_of_parts(parts: Iterable[tuple[int, int]]) -> int:
 
 
 def _times(a: int, b: int) -> int:
-    """Multiply two polynomials modulo the checksum's."""
+    """Multiply two polynomials modulo that of crc32c."""
     product = 0
     for bit in range(31, -1, -1):
         if a >> bit & 1:
@@ -54,7 +67,7 @@ def _times(a: int, b: int) -> int:
 @lru_cache(maxsize=64)  # most parts have the same size
 def _x_to_the_bits_of(size: int) -> int:
     """Return x^(8 * size) modulo the polynomial, by squaring."""
-    power, square = ONE, ONE >> 8  # x^8
+    power, square = X_TO_THE_0, X_TO_THE_0 >> 8  # x^0, x^8
     while size:
         if size & 1:
             power = _times(square, power)

@@ -6,7 +6,6 @@ Every subfolder that holds seed files is a seed set. Which files are seeds follo
 from __future__ import annotations
 
 import difflib
-import hashlib
 import re
 from collections import defaultdict
 from collections.abc import Sequence
@@ -17,7 +16,7 @@ from typing import Any
 
 import google_crc32c
 
-from laion_assets.io.checksums import checksum_text
+from laion_assets.io.checksums import checksum_text, fingerprint
 from laion_assets.io.errors import InputError
 from laion_assets.io.storage import Listed, first_line, list_files, open_storage, reaching
 from laion_assets.seeds.readers import READERS
@@ -50,8 +49,7 @@ class SeedSet:
     def fingerprint(self) -> str:
         """Changes with the name, size or content of any seed or settings file, and only then."""
         files = self.files + self.settings_files
-        lines = sorted(f"{file.name}\t{file.size}\t{file.checksum}" for file in files)
-        return hashlib.sha256("\n".join(lines).encode()).hexdigest()[:16]
+        return fingerprint((file.name, file.size, file.checksum) for file in files)
 
 
 @dataclass(frozen=True)
