@@ -1,8 +1,7 @@
-"""Where files lie: a folder on the local disk or in a bucket, and what goes wrong there, in a sentence.
+"""Folders on the local disk or in a bucket: opening, listing, writing, and errors in one sentence.
 
-Everything goes through fsspec; gs:// is gcsfs. Credentials are those that Google Cloud's clients find in
-the environment; STORAGE_EMULATOR_HOST points at another server, and needs none.
-What must not live here: what the files mean.
+All access is through fsspec; gs:// is gcsfs. Credentials are Google Cloud's application default
+credentials. STORAGE_EMULATOR_HOST selects another server, which is used without credentials.
 """
 
 from __future__ import annotations
@@ -15,6 +14,7 @@ import os
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
+from http import HTTPStatus
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -23,16 +23,16 @@ from fsspec.core import split_protocol
 
 from laion_assets.io.errors import InputError
 
-# It raises what it logs as well, and an error is told once.
+# gcsfs logs the errors that it raises; they are reported once, by the caller.
 logging.getLogger("gcsfs").addHandler(logging.NullHandler())
 
 BUCKETS = ("gs://", "gcs://")
-LISTED_AT_ONCE = 1000  # the most that Google Cloud Storage allows
+MAX_PAGE_RESULTS = 1000  # the most that Google Cloud Storage allows
 LISTED_FIELDS = "items(name,size,updated,crc32c),nextPageToken"
-UPLOAD_AT_ONCE = 16 << 20  # bytes; each piece is a request
-PARTIAL = ".partial"
-CANNOT_WRITE = {
-    errno.ENOENT,  # what a folder that takes no new files may say, such as /proc
+UPLOAD_BLOCK = 16 << 20  # bytes of each upload request
+PARTIAL_SUFFIX = ".partial"
+WRITE_ERRORS = {
+    errno.ENOENT,  # raised by folders that accept no new files, such as /proc
     errno.EROFS,
     errno.ENOTDIR,
     errno.EEXIST,
@@ -41,22 +41,22 @@ CANNOT_WRITE = {
     errno.EFBIG,
 }
 LOG_IN = (
-    "run `gcloud auth application-default login`, or on a cluster give the service account of its pods a "
+    "run `gcloud auth application-default login`, or on a cluster bind the pods' service account to a "
     "Google account (Workload Identity)"
 )
 
 
 def open_storage(uri: str, about: str | None = None) -> tuple[Any, str]:
-    """Return the file system that a folder or file is on, and its path there.
+    """Return the file system of a folder or file, and its path there.
 
-    Listings are never kept: others write to the same folders.
+    Listings are not cached, since other processes write to the same folders.
 
     Args:
         uri: a local path or any fsspec URL.
         about: see `InputError`.
 
     Raises:
-        InputError: no such kind of storage, or no credentials for it.
+        InputError: an unknown kind of storage, or no credentials for it.
 
     """
     options: dict[str, Any] = {"use_listings_cache": False}
@@ -64,9 +64,9 @@ def open_storage(uri: str, about: str | None = None) -> tuple[Any, str]:
         if not re.match(r"gc?s://[^/]", uri):
             raise InputError(f"{uri} names no bucket: write it as gs://bucket/folder", about)
         options["token"] = "anon" if os.environ.get("STORAGE_EMULATOR_HOST") else "google_default"
-        # By default gcsfs asks for the kind of each bucket first, by gRPC and with a right of its own. It
-        # takes most of a minute where gRPC does not get through, as with an emulator, and what is done
-        # here is the same for every kind but zonal ones; who has such a bucket sets it to true.
+        # By default gcsfs first asks for the kind of each bucket, over gRPC and with a permission of its
+        # own. That takes most of a minute where gRPC is blocked, as with an emulator. Only zonal buckets
+        # need it: users of those set the variable to true.
         os.environ.setdefault("GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT", "false")
     elif re.match(r"gc?s(:/|//)", uri):
         raise InputError(f"{uri} is neither a path nor a URL: write it as gs://bucket/folder", about)
@@ -80,14 +80,14 @@ def open_storage(uri: str, about: str | None = None) -> tuple[Any, str]:
 
 @dataclass(frozen=True, slots=True)
 class Listed:
-    """A file as a listing tells of it.
+    """A file in a listing.
 
     Attributes:
-        name: relative to the folder that was listed.
-        path: for the file system it lies on.
+        name: path relative to the listed folder.
+        path: path in the file system.
         size: bytes.
-        written: when it was last written, in whatever form; empty where that is not told.
-        checksum: crc32c of the content, base64, as a bucket reports it.
+        written: time of the last write, in the file system's own format; empty where it reports none.
+        checksum: crc32c in base64; None where the storage keeps none.
 
     """
 
@@ -99,10 +99,10 @@ class Listed:
 
 
 def list_files(fs: Any, root: str) -> Iterator[Listed]:
-    """List all files below a folder; none where there is no such folder.
+    """Yield all files below a folder; none if there is no such folder.
 
-    A bucket is listed in pages of a thousand and asked for no more than is used: gcsfs's own listing
-    would hold several kilobytes for each object until the end.
+    A bucket is listed page by page with only the fields that are used: the listing of gcsfs itself holds
+    several kilobytes for each object in memory.
     """
     if not {"gs", "gcs"} & _protocols(fs):
         for path, info in fs.find(root, detail=True).items():
@@ -111,10 +111,10 @@ def list_files(fs: Any, root: str) -> Iterator[Listed]:
         return
     bucket, _, folder = root.partition("/")
     prefix = f"{folder}/" if folder else ""
-    asked = {"prefix": prefix, "maxResults": LISTED_AT_ONCE, "fields": LISTED_FIELDS}
+    query = {"prefix": prefix, "maxResults": MAX_PAGE_RESULTS, "fields": LISTED_FIELDS}
     token = None
     while True:
-        page = fs.call("GET", "b/{}/o", bucket, json_out=True, pageToken=token, **asked)
+        page = fs.call("GET", "b/{}/o", bucket, json_out=True, pageToken=token, **query)
         for item in page.get("items", ()):
             name = item["name"].removeprefix(prefix)
             path = f"{bucket}/{item['name']}"
@@ -126,7 +126,7 @@ def list_files(fs: Any, root: str) -> Iterator[Listed]:
 
 @contextlib.contextmanager
 def reaching(uri: str, about: str | None = None) -> Iterator[None]:
-    """Turn what a bucket refuses in this block into one sentence with the remedy.
+    """Convert the errors of a bucket in this block to one sentence with the remedy.
 
     Raises:
         InputError: no credentials, no access, no such bucket, no connection.
@@ -144,19 +144,19 @@ def reaching(uri: str, about: str | None = None) -> Iterator[None]:
 
 
 def _refusal(uri: str, error: Exception) -> str | None:
-    """Say what an error of a bucket means; None for one that is not the bucket's."""
+    """Explain an error of a bucket; None for an error of another origin."""
     import aiohttp
-    from gcsfs.retry import HttpError
     from google.auth.exceptions import GoogleAuthError
     from requests.exceptions import RequestException
 
     answer = first_line(error, last=True)
-    if isinstance(error, GoogleAuthError) or (isinstance(error, HttpError) and error.code == 401):
+    status = _http_status(error)
+    if isinstance(error, GoogleAuthError) or status == HTTPStatus.UNAUTHORIZED:
         return f"there are no valid credentials for {uri} ({answer}): {LOG_IN}"
-    if isinstance(error, OSError) and str(error).startswith("Forbidden"):
+    if status == HTTPStatus.FORBIDDEN:
         return (
-            f"access to {uri} is refused ({answer}): give the account that runs this the right to it, or "
-            "correct the address"
+            f"access to {uri} is refused ({answer}): grant it to the account that runs this, or correct "
+            "the address"
         )
     if isinstance(error, FileNotFoundError):
         return f"there is no bucket {'/'.join(uri.split('/')[:3])}: create it, or correct the address"
@@ -165,31 +165,46 @@ def _refusal(uri: str, error: Exception) -> str | None:
             f"{uri} cannot be reached ({answer}): check the network, and STORAGE_EMULATOR_HOST if it is "
             "set, then try again"
         )
-    if isinstance(error, HttpError) and (error.code == 429 or error.code >= 500):
+    if status is None:
+        return None
+    if status == HTTPStatus.TOO_MANY_REQUESTS or status >= HTTPStatus.INTERNAL_SERVER_ERROR:
         return f"{uri} is busy or out of order ({answer}): try again later"
-    if isinstance(error, HttpError) or (isinstance(error, ValueError) and "Bad Request" in str(error)):
-        return f"{uri} cannot be used ({answer}): correct the address"
+    return f"{uri} cannot be used ({answer}): correct the address"
+
+
+def _http_status(error: Exception) -> int | None:
+    """Return the status with which a bucket answered; None if the error is not gcsfs's."""
+    from gcsfs.retry import HttpError
+
+    if isinstance(error, HttpError):
+        return int(error.code) if error.code else HTTPStatus.BAD_REQUEST
+    # `gcsfs.retry.validate_response` raises these two as built-in classes, with no other mark than the
+    # words in front. pyarrow raises the same classes for files that it cannot read.
+    if type(error) is OSError and str(error).startswith("Forbidden: "):
+        return HTTPStatus.FORBIDDEN
+    if type(error) is ValueError and str(error).startswith("Bad Request: "):
+        return HTTPStatus.BAD_REQUEST
     return None
 
 
 def first_line(error: Exception, *, last: bool = False) -> str:
-    """Return the first line of an error's message, or the last, where servers put their answer."""
+    """Return the first line of an error's message, or the last, which holds a server's answer."""
     lines = str(error).strip().splitlines() or [type(error).__name__]
     return lines[-1 if last else 0].strip()
 
 
 @contextlib.contextmanager
 def new_file(uri: str, about: str | None = None) -> Iterator[BinaryIO]:
-    """Open a file that takes its name only if the block ends well.
+    """Open a file that takes its name only when the block ends without an error.
 
-    In a bucket it is one upload, which makes an object at its end or not at all.
+    In a bucket it is one upload, which creates the object at its end or not at all.
 
     Args:
         uri: a local path or any fsspec URL.
         about: see `InputError`.
 
     Raises:
-        InputError: the place cannot be written to.
+        InputError: the location cannot be written to.
 
     """
     fs, path = open_storage(uri, about)
@@ -200,17 +215,17 @@ def new_file(uri: str, about: str | None = None) -> Iterator[BinaryIO]:
         ):
             yield sink
     except OSError as error:
-        if not isinstance(error, PermissionError) and error.errno not in CANNOT_WRITE:
+        if not isinstance(error, PermissionError) and error.errno not in WRITE_ERRORS:
             raise
         raise InputError(
-            f"cannot write {uri} ({error.strerror or error}): choose a folder with room "
-            "that you can write to",
+            f"cannot write {uri} ({error.strerror or error}): choose a folder with free space and write "
+            "access",
             about,
         ) from error
 
 
 def on_this_machine(uri: str) -> bool:
-    """Tell whether a URI is a path on the local disk; asks nobody."""
+    """Tell whether a URI is a path on the local disk, without opening it."""
     return split_protocol(uri)[0] in (None, "file", "local")
 
 
@@ -227,7 +242,7 @@ def _protocols(fs: Any) -> set[str]:
 def _local_file(path: Path) -> Iterator[BinaryIO]:
     path.parent.mkdir(parents=True, exist_ok=True)
     _remove_abandoned(path)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}{PARTIAL}")
+    temporary = path.with_name(f".{path.name}.{os.getpid()}{PARTIAL_SUFFIX}")
     try:
         with temporary.open("wb") as sink:
             yield sink
@@ -239,9 +254,9 @@ def _local_file(path: Path) -> Iterator[BinaryIO]:
 
 
 def _remove_abandoned(path: Path) -> None:
-    """Remove what processes that were killed have left of this file."""
-    for left in path.parent.glob(f".{path.name}.*{PARTIAL}"):
-        writer = int(left.name.removesuffix(PARTIAL).rpartition(".")[2])
+    """Remove what killed processes left of this file."""
+    for left in path.parent.glob(f".{path.name}.*{PARTIAL_SUFFIX}"):
+        writer = int(left.name.removesuffix(PARTIAL_SUFFIX).rpartition(".")[2])
         if not _is_alive(writer):
             left.unlink(missing_ok=True)
 
@@ -251,14 +266,14 @@ def _is_alive(process: int) -> bool:
         os.kill(process, 0)
     except ProcessLookupError:
         return False
-    except PermissionError:  # it is, and somebody else's
+    except PermissionError:  # alive, and another user's
         return True
     return True
 
 
 @contextlib.contextmanager
 def _object(fs: Any, path: str) -> Iterator[BinaryIO]:
-    sink = fs.open(path, "wb", block_size=UPLOAD_AT_ONCE, autocommit=False)
+    sink = fs.open(path, "wb", block_size=UPLOAD_BLOCK, autocommit=False)
     try:
         yield sink
         sink.close()
