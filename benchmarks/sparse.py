@@ -32,9 +32,9 @@ from laion_assets.io.ranges import Ranges, members, ranges_of, total, union
 from laion_assets.io.storage import open_storage
 from laion_assets.search.retrieval import Request, retrieve_table
 from laion_assets.staging import Manifest, StagedFile, open_staged, stage
-from laion_assets.staging.sparse.pages import lay_out
-from laion_assets.staging.sparse.reads import PAGE, pages_of, reads_for
-from laion_assets.staging.sparse.store import SparseFiles
+from laion_assets.staging.opening import open_sparse_files
+from laion_assets.staging.sparse.pages import allocate
+from laion_assets.staging.sparse.reads import PAGE_SIZE, pages_of, reads_for
 
 REPOSITORY = Path(__file__).parents[1]
 sys.path.insert(0, str(REPOSITORY / "tests"))
@@ -113,7 +113,7 @@ def measure(data: Path, url: str, folder: Path) -> list[str]:
 
 
 def reads_a_second(url: str, folder: Path) -> str:
-    """Bring pages that lie apart to the disk, and say how fast they came."""
+    """Fetch pages that lie apart, and report the rate."""
     os.environ["STORAGE_EMULATOR_HOST"] = url
     fs, path = open_storage(f"gs://{BUCKET}/{OBJECT}", "")
     told = fs.info(path)
@@ -122,24 +122,24 @@ def reads_a_second(url: str, folder: Path) -> str:
         name, name, f"gs://{path}", told["size"], told["generation"], told["crc32c"], sparse=True
     )
     cache = folder / "pages"
-    lay_out(cache / name, file.size, file.checksum)
-    disk = SparseFiles(cache, Manifest("", (file,), True), 1 << 40, lambda _: None)
-    starts = np.arange(0, file.size - PAGE, 13 * PAGE)
+    allocate(cache / name, file.size, file.checksum)
+    disk = open_sparse_files(cache, Manifest("", (file,), True), 1 << 40, lambda _: None)
+    starts = np.arange(0, file.size - PAGE_SIZE, 13 * PAGE_SIZE)
     started = time.perf_counter()
     with disk.hold() as held:
-        held.need({cache / name: ranges_of(starts, starts + PAGE)})
-    rate = disk.tally.reads / (time.perf_counter() - started)
+        held.need({cache / name: ranges_of(starts, starts + PAGE_SIZE)})
+    rate = disk.stats.reads / (time.perf_counter() - started)
     disk.close()
     shutil.rmtree(cache)
     return (
-        f"{disk.tally.reads:,} pages that lie apart come at {rate:,.0f} reads a second, marked and all."
+        f"{disk.stats.reads:,} pages that lie apart come at {rate:,.0f} reads a second, marked and all."
     )
 
 
 @contextmanager
 def bucket_with(data: Path, folder: Path) -> Iterator[str]:
     """The URL of a server that holds generated data."""
-    from gcs import gcs_server
+    from helpers.gcs import gcs_server
 
     with gcs_server(folder / "objects") as url:
         os.environ["STORAGE_EMULATOR_HOST"] = url
@@ -246,7 +246,7 @@ class Plan:
             members(union(reads)) if not len(self._there) else np.union1d(self._there, members(reads))
         )
         self.reads += len(reads)
-        self.bytes_read += PAGE * total(reads)
+        self.bytes_read += PAGE_SIZE * total(reads)
 
 
 def planned(layout: Layout, lists: int, kept: int, random: np.random.Generator) -> list[Plan]:

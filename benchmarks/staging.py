@@ -330,7 +330,7 @@ def main() -> None:
         relay(asked.relay, LATENCY)
     if asked.one:
         return measure_one(asked.one, asked.url, asked.folder, size)
-    from gcs import gcs_server
+    from helpers.gcs import gcs_server
 
     with tempfile.TemporaryDirectory(dir=asked.folder or "/dev/shm") as name:
         folder = Path(name)

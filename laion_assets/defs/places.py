@@ -37,7 +37,7 @@ def _bytes(text: Any) -> Any:
     if not isinstance(text, str):
         return text
     try:
-        return read_bytes(text, "")
+        return read_bytes(text)
     except InputError as error:
         raise ValueError("write it as a number of bytes, or like 300GB") from error
 

@@ -15,7 +15,7 @@ from typing import Any
 
 import dagster as dg
 
-from laion_assets.defs.failures import STAGE_AGAIN
+from laion_assets.defs.failures import STAGE_AGAIN, sentence
 from laion_assets.defs.io_manager import ParquetIOManager, Tables
 from laion_assets.defs.places import Places
 from laion_assets.defs.settings import Defaults, RetrievalConfig
@@ -101,7 +101,7 @@ class LaionIndex:
         try:
             held = verified_manifest(self.cache_dir).fingerprint
         except NotStagedError as error:
-            return str(error)
+            return sentence(error)
         if recorded in (None, held):
             return None
         return (

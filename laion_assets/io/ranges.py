@@ -1,8 +1,8 @@
-"""Ranges of a file, and who sees to it that they are on the disk.
+"""Byte ranges of a file, and the interface through which readers declare what they read.
 
-Ranges are an (n, 2) int64 array of starts and stops, ascending, none empty, none touching the next.
-Search and metadata say what they are about to read; where the whole file is on the disk, that is nothing
-to anybody. What must not live here: reading or writing.
+Ranges are an (n, 2) int64 array of starts and stops, in ascending order: none is empty, and no two
+overlap or touch. Search and metadata declare ranges before they read them, which is a no-op where files
+are on the disk as a whole.
 """
 
 from __future__ import annotations
@@ -18,61 +18,67 @@ import numpy as np
 from laion_assets.io.arrays import Ids
 
 Ranges = Ids  # (n, 2)
-NOTHING: Ranges = np.empty((0, 2), np.int64)
+NO_RANGES: Ranges = np.empty((0, 2), np.int64)
 
 
 class Hold(Protocol):
-    """Ranges that stay on the disk for as long as a block lasts."""
+    """Keeps ranges on the disk until a block ends."""
 
     def need(self, ranges: Mapping[Path, Ranges]) -> None:
-        """See that these ranges of these files are on the disk, and stay there until the block ends.
+        """Ensure that ranges are on the disk, and keep them there until the block ends.
+
+        Args:
+            ranges: bytes of each file, (n, 2).
 
         Raises:
-            InputError: they cannot be had.
+            InputError: the ranges cannot be fetched.
 
         """
 
 
 class Disk(Protocol):
-    """What holds the files of an index.
+    """The files of an index on the local disk.
 
     Attributes:
-        whole: whether all of every file is there.
+        whole: whether every byte of every file is there.
 
     """
 
     whole: bool
 
     def hold(self) -> AbstractContextManager[Hold]:
-        """Begin a block in which some ranges are needed."""
+        """Open a block in which ranges can be needed."""
 
 
 class WholeFiles:
-    """A disk with all of every file: everything is there, always."""
+    """A disk that holds every byte of every file."""
 
     whole = True
 
     def hold(self) -> AbstractContextManager[Hold]:
-        """Hold everything, which takes nothing."""
+        """Open a block in which ranges can be needed."""
         return nullcontext(self)
 
     def need(self, ranges: Mapping[Path, Ranges]) -> None:
-        """Do nothing: they are there."""
+        """Do nothing: every range is on the disk."""
 
 
 def ranges_of(starts: Ids, stops: Ids, gap: int = 0) -> Ranges:
-    """Bring spans in any order, which may be empty or overlap, into the form of ranges.
+    """Return the ranges that cover some spans, which may be unordered, empty or overlapping.
 
     Args:
         starts: (n,) int64.
         stops: (n,) int64, not below their starts.
-        gap: what lies at most this far apart becomes one.
+        gap: ranges at most this far apart are merged.
+
+    Returns:
+        (m, 2) int64.
 
     """
     some = stops > starts
     starts, stops = starts[some], stops[some]
     if not len(starts):
-        return NOTHING
+        return NO_RANGES
     order = np.argsort(starts, kind="stable")
     starts, reach = starts[order], np.maximum.accumulate(stops[order])
     first = np.flatnonzero(np.concatenate([[True], starts[1:] > reach[:-1] + gap]))
@@ -81,40 +87,40 @@ def ranges_of(starts: Ids, stops: Ids, gap: int = 0) -> Ranges:
 
 
 def union(*some: Ranges, gap: int = 0) -> Ranges:
-    """All that is in any of some ranges, and what lies between where they are at most `gap` apart."""
-    every = np.concatenate([NOTHING, *some])
+    """Return the union of ranges, merging those at most `gap` apart."""
+    every = np.concatenate([NO_RANGES, *some])
     return ranges_of(every[:, 0], every[:, 1], gap)
 
 
 def total(ranges: Ranges) -> int:
-    """How much it is."""
+    """Return the sum of the lengths of ranges."""
     return int((ranges[:, 1] - ranges[:, 0]).sum())
 
 
 def members(ranges: Ranges) -> Ids:
-    """Every number in the ranges, ascending."""
+    """Return every number in ranges, ascending: (total,) int64."""
     lengths = ranges[:, 1] - ranges[:, 0]
     ends = np.cumsum(lengths)
     return np.repeat(ranges[:, 0] - (ends - lengths), lengths) + np.arange(ends[-1] if len(ends) else 0)
 
 
 def runs(numbers: Ids) -> Ranges:
-    """The ranges that ascending, distinct numbers make up."""
+    """Return the ranges that ascending, distinct numbers make up; the inverse of `members`."""
     return ranges_of(numbers, numbers + 1)
 
 
-def pieces(ranges: Ranges, longest: int) -> Ranges:
-    """Cut ranges so that none is longer; the pieces touch where a range was cut."""
+def split(ranges: Ranges, longest: int) -> Ranges:
+    """Cut ranges into parts of at most `longest`; the parts of one range touch."""
     counts = -(-(ranges[:, 1] - ranges[:, 0]) // longest)
     starts = members(np.stack([np.zeros_like(counts), counts], axis=1)[counts > 0]) * longest
     starts += np.repeat(ranges[:, 0], counts)
     return np.stack([starts, np.minimum(starts + longest, np.repeat(ranges[:, 1], counts))], axis=1)
 
 
-def in_portions(ranges: Ranges, size: int) -> Iterator[Ranges]:
-    """Go through ranges in portions of about `size`, cut where need be, so that their members are few."""
-    cut = pieces(ranges, size)
-    portion = np.cumsum(cut[:, 1] - cut[:, 0]) // size
-    edges = np.flatnonzero(np.diff(portion, prepend=-1, append=-1))
+def batched(ranges: Ranges, size: int) -> Iterator[Ranges]:
+    """Yield ranges in batches of less than twice `size` members, cutting long ranges."""
+    cut = split(ranges, size)
+    number = np.cumsum(cut[:, 1] - cut[:, 0]) // size
+    edges = np.flatnonzero(np.diff(number, prepend=-1, append=-1))
     for first, last in pairwise(edges):
         yield cut[first:last]

@@ -1,38 +1,48 @@
-"""The staged index, verified and open for reading.
-
-What must not live here: staging.
-"""
+"""Opening the staged index, verified."""
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import closing, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from laion_assets.index.faiss_index import Index
 from laion_assets.index.layout import METADATA_FOLDER, index_files
 from laion_assets.index.metadata import Metadata
 from laion_assets.io.ranges import Disk, WholeFiles
-from laion_assets.staging.manifest import Manifest, NotStagedError, verified_manifest
-from laion_assets.staging.sparse.store import DEFAULT_BUDGET, SparseFiles
+from laion_assets.staging.manifest import Manifest, NotStagedError
+from laion_assets.staging.sparse.budget import DEFAULT_BUDGET
+from laion_assets.staging.sparse.store import SparseFiles
 from laion_assets.staging.transfer import locks
-from laion_assets.staging.transfer.fetch import Tally
+from laion_assets.staging.transfer.fetch import TransferStats
+from laion_assets.staging.transfer.files import SourceFile
+from laion_assets.staging.transfer.source import open_files
+from laion_assets.staging.verify import verified_manifest
 
 
 @dataclass(frozen=True)
 class OpenIndex:
-    """A verified index and its metadata, open for reading."""
+    """A verified index and its metadata, open for reading.
+
+    Attributes:
+        index: the index.
+        metadata: its metadata.
+        manifest: of the cache directory.
+        fetched: counts what was read from the source since the index was opened.
+
+    """
 
     index: Index
     metadata: Metadata
     manifest: Manifest
-    fetched: Tally  # from the source since it was opened
+    fetched: TransferStats
 
 
 def is_staged(cache: Path) -> bool:
-    """Tell whether an index was staged to a directory, complete or not."""
-    return (cache / locks.DATA).exists()
+    """Whether an index was staged to a directory, completely or not."""
+    return (cache / locks.INDEX_LOCK).exists()
 
 
 @contextmanager
@@ -43,45 +53,71 @@ def open_staged(
     budget: int = DEFAULT_BUDGET,
     log: Callable[[str], None] = lambda _: None,
 ) -> Iterator[OpenIndex]:
-    """Verify the staged index, open it, and keep stagers from changing it until the end of the block.
+    """Verify the staged index and open it; stagers cannot change it until the block ends.
 
-    The cache may be mounted read-only, unless it was staged sparse: then what is missing comes as it is
-    needed.
+    The cache may be mounted read-only unless it was staged sparse: then missing pages are fetched as they
+    are needed.
 
     Args:
-        cache: the directory it was staged to.
+        cache: the cache directory.
         columns: names of metadata columns, see `Metadata`.
-        budget: bytes that sparse files may take.
-        log: takes lines about what is fetched of them.
+        budget: bytes of disk that sparse files may occupy.
+        log: takes lines about what is fetched.
 
     Raises:
-        NotStagedError: nothing staged, or files that are not as the manifest says.
-        InputError: files that hold no index or metadata.
+        NotStagedError: nothing is staged, or the files differ from the manifest.
+        InputError: the files are not an index and its metadata.
 
     """
     if not is_staged(cache):
-        raise NotStagedError(f"nothing is staged in {cache}: materialize staged_laion_index first")
+        raise NotStagedError(f"nothing is staged in {cache}: stage the index first")
     with locks.reading(cache):
         manifest = verified_manifest(cache)
         paths = {file.name: cache / file.path for file in manifest.files}
         index, lists = index_files(paths, str(cache))
         metadata = [paths[name] for name in sorted(paths) if name.startswith(f"{METADATA_FOLDER}/")]
-        with _disk(cache, manifest, budget, log) as (disk, fetched):
+        with _open_disk(cache, manifest, budget, log) as (disk, stats):
             yield OpenIndex(
                 Index(paths[index], paths[lists] if lists else None, disk),
                 Metadata(metadata, columns, disk),
                 manifest,
-                fetched,
+                stats,
             )
 
 
 @contextmanager
-def _disk(
+def _open_disk(
     cache: Path, manifest: Manifest, budget: int, log: Callable[[str], None]
-) -> Iterator[tuple[Disk, Tally]]:
-    """What holds the files, and the count of what it fetches."""
+) -> Iterator[tuple[Disk, TransferStats]]:
     if not any(file.sparse for file in manifest.files):
-        yield WholeFiles(), Tally()
+        yield WholeFiles(), TransferStats()
         return
-    with closing(SparseFiles(cache, manifest, budget, log)) as disk:
-        yield disk, disk.tally
+    with closing(open_sparse_files(cache, manifest, budget, log)) as disk:
+        yield disk, disk.stats
+
+
+def open_sparse_files(
+    cache: Path,
+    manifest: Manifest,
+    budget: int,
+    log: Callable[[str], None],
+    clock: Callable[[], float] = time.time,
+) -> SparseFiles:
+    """Open the sparse files of a manifest, see `SparseFiles`.
+
+    When the source has changed, the manifest is marked incomplete, so nobody opens the index any more.
+    """
+    staged = [file for file in manifest.files if file.sparse]
+    reader, paths = open_files([file.source for file in staged])
+    return SparseFiles(
+        cache,
+        [
+            SourceFile(file.name, file.source, path, file.size, file.version, file.checksum)
+            for file, path in zip(staged, paths, strict=True)
+        ],
+        reader,
+        budget=budget,
+        log=log,
+        on_change=lambda: replace(manifest, complete=False).write(cache),
+        clock=clock,
+    )

@@ -1,7 +1,4 @@
-"""Brings the cache directory to what the source holds.
-
-What must not live here: comparing (plan), copying (copy), reading what is staged (opening).
-"""
+"""Staging: making a cache directory hold what the source holds."""
 
 from __future__ import annotations
 
@@ -14,24 +11,26 @@ from pathlib import Path
 
 from laion_assets.index.layout import METADATA_FOLDER, SINGLE_INDEX
 from laion_assets.io.errors import InputError
-from laion_assets.staging.copy import Copy
-from laion_assets.staging.journal import INCOMING, journal_of, partial_of, recorded_chunks
-from laion_assets.staging.manifest import (
-    STAGE_AGAIN,
-    Manifest,
-    StagedFile,
-    sizes_on_disk,
-)
-from laion_assets.staging.plan import Plan, SourceFile, Transfer, plan, version_of
-from laion_assets.staging.sparse.leases import forget_leases
-from laion_assets.staging.sparse.pages import lay_out, map_of
+from laion_assets.staging.full.copy import FullCopy
+from laion_assets.staging.full.journal import INCOMING, journal_path, partial_path, recorded_chunks
+from laion_assets.staging.manifest import Manifest, StagedFile
+from laion_assets.staging.plan import Plan, plan_staging, staged_path
+from laion_assets.staging.sparse.leases import remove_leases
+from laion_assets.staging.sparse.pages import allocate, map_path
 from laion_assets.staging.transfer import locks
-from laion_assets.staging.transfer.disk import TAKES_NO_MORE, bytes_held, cannot_write, sync_folder
-from laion_assets.staging.transfer.errors import ChangedError
-from laion_assets.staging.transfer.fetch import Tally
+from laion_assets.staging.transfer.disk import (
+    DISK_FULL_ERRORS,
+    allocated_bytes,
+    cannot_write,
+    sync_folder,
+)
+from laion_assets.staging.transfer.fetch import TransferOptions, TransferStats
+from laion_assets.staging.transfer.files import SourceFile, version_of
+from laion_assets.staging.transfer.range_readers import ChangedError
 from laion_assets.staging.transfer.source import Source
+from laion_assets.staging.verify import sizes_on_disk
 
-ROUNDS = 5  # as often may the source change while it is copied
+MAX_ROUNDS = 5  # copies begun before a source that keeps changing is an error
 
 
 @dataclass(frozen=True)
@@ -40,13 +39,13 @@ class Staged:
 
     Attributes:
         manifest: what is on the disk now.
-        source_version: of the source that it was compared with.
-        fetched: files that were copied or laid out, or read where they are used in place.
-        bytes_fetched: read from the source.
-        bytes_reused: that were on the disk already, those of an earlier attempt that was cut off too.
+        source_version: version of the source that the disk matches, see `version_of`.
+        fetched: number of files that were copied or allocated, or read where they are used in place.
+        bytes_fetched: bytes read from the source.
+        bytes_reused: bytes that were on the disk already, including those of an interrupted attempt.
         retries: reads that failed and were tried again.
-        seconds: for all of it, waiting included.
-        verified: what the bytes were compared with, for people.
+        seconds: duration, including waits for locks.
+        verified: what the bytes were compared with, as a phrase.
 
     """
 
@@ -67,66 +66,69 @@ def stage(
     *,
     in_place: bool = False,
     sparse: bool = False,
-    transfer: Transfer | None = None,
+    options: TransferOptions | None = None,
     log: Callable[[str], None] = lambda _: None,
 ) -> Staged:
-    """Make the index available on the local disk; does nothing when it is already there.
+    """Make the index available on the local disk; does nothing if it is already there.
 
-    Every byte from Google Cloud Storage is compared with the crc32c that the bucket keeps, and read from
-    the generation that was listed. Other sources are compared by size, and by modification time or etag
-    before and after; the crc32c of what was read is recorded.
+    Every byte from Google Cloud Storage is read from the listed generation, and compared with the crc32c
+    that the bucket keeps. Other sources are compared by size, and by modification time or etag before and
+    after the copy; the crc32c of what was read is recorded.
 
-    Where there is room, a new version is copied beside the old one, which can be read meanwhile. Where
-    there is not, and the first time, readers wait until the copy is whole.
+    If there is room, a new version is copied beside the old one, which can be read meanwhile. Otherwise,
+    and the first time, readers wait until the copy is complete.
 
     Args:
         index_uri: folder of the index, any fsspec URL.
-        metadata_uri: folder of the metadata, if elsewhere.
-        cache: local directory for the copy, or only for the manifest when `in_place`.
-        in_place: use the files where they are, which must be a local disk.
-        sparse: copy only the files that are read whole; of the others, parts come as they are needed.
-        transfer: how to read, when not as usual.
-        log: takes lines about the progress.
+        metadata_uri: folder of the metadata, if it is not the folder `metadata` in that of the index.
+        cache: local directory for the copy; with `in_place`, for the manifest only.
+        in_place: use the files where they are, which must be on a local disk.
+        sparse: copy only files that are read whole; parts of the others are fetched as they are needed.
+        options: how to read.
+        log: takes lines about progress, retries and waits.
 
     Raises:
-        InputError: no index there or no right to read it, a cache that cannot be written to or has not
-            enough free space, a file that differs from its checksum, or a source that keeps changing.
+        InputError: there is no index, or no permission to read it; the cache cannot be written to, or
+            lacks free space; a file differs from its checksum; or the source keeps changing.
 
     """
     source = Source(index_uri, metadata_uri)
     if in_place and not source.is_local:
-        raise InputError(f"{index_uri} is not on a local disk: LAION_STAGING=in-place needs one")
+        raise InputError(
+            f"{index_uri} is not on a local disk and cannot be used in place: copy it, in full or sparse",
+            "staging",
+        )
     if source.is_local and not in_place:
         _check_apart(source.list(), cache)
-    _make(cache)
+    _create(cache)
     try:
-        return _Stager(source, cache, in_place, sparse, transfer or Transfer(), log).run()
+        return _Stager(source, cache, in_place, sparse, options or TransferOptions(), log).run()
     except OSError as error:
-        if error.errno not in TAKES_NO_MORE:
+        if error.errno not in DISK_FULL_ERRORS:
             raise
         raise cannot_write(cache, error) from error
 
 
 @dataclass
 class _Stager:
-    """One run of staging, with the other stagers kept out."""
+    """One run of staging, during which other stagers wait."""
 
     source: Source
     cache: Path
     in_place: bool
     sparse: bool
-    transfer: Transfer
+    options: TransferOptions
     log: Callable[[str], None]
-    tally: Tally = field(default_factory=Tally)
-    readers_are_out: bool = False
+    stats: TransferStats = field(default_factory=TransferStats)
+    readers_locked_out: bool = False
 
     def run(self) -> Staged:
         started = time.monotonic()
         with locks.staging(self.cache, self.log), ExitStack() as held:
-            for _ in range(ROUNDS):
+            for _ in range(MAX_ROUNDS):
                 files = self.source.list()
                 manifest = Manifest.read(self.cache)
-                todo = plan(
+                todo = plan_staging(
                     files,
                     manifest,
                     sizes_on_disk(manifest, self.cache),
@@ -134,27 +136,28 @@ class _Stager:
                     sparse=self.sparse,
                 )
                 if manifest and manifest.complete and not todo.changes:
-                    if manifest.files != todo.keep:  # the source has other versions of the same bytes
+                    if manifest.files != todo.keep:  # the same bytes, uploaded again
                         manifest = self._write(todo.keep, complete=True)
                     return self._report(manifest, todo, files, started)
                 self._remove_strays(todo)
                 self._make_room(todo, manifest, held)
                 copied = self._copy(todo)
                 if copied is not None and self.source.list() == files:
-                    manifest = self._put_into_place(files, todo, copied, held)
+                    manifest = self._exchange(files, todo, copied, held)
                     return self._report(manifest, todo, files, started)
-                self.log(f"{self.source.index_uri} changed while it was copied: taking what it has now")
+                self.log(f"{self.source.index_uri} changed while it was copied: starting over")
         raise InputError(
-            f"{self.source.index_uri} keeps changing while it is copied: wait until it is uploaded, then "
-            f"{STAGE_AGAIN}"
+            f"{self.source.index_uri} keeps changing while it is copied: wait until the upload has "
+            "finished, then stage the index again",
+            "staged_index",
         )
 
     def _copy(self, todo: Plan) -> list[StagedFile] | None:
-        """Copy what is to be fetched; None when the source is no longer as it was listed."""
+        """Copy the files to fetch; None if the source is no longer as it was listed."""
         cache = None if self.in_place else self.cache
-        copy = Copy(self.source.reader, cache, self.transfer, self.log, self.tally)
+        copy = FullCopy(self.source.reader, cache, self.options, self.log, self.stats)
         try:
-            return copy.run(todo.fetch)
+            checksums = copy.run(todo.fetch)
         except ChangedError as changed:
             if changed.file in self.source.list():
                 raise InputError(
@@ -163,9 +166,13 @@ class _Stager:
                 ) from changed
             self.log(f"{changed.file.url} was overwritten while it was copied ({changed})")
             return None
+        return [
+            StagedFile(f.name, staged_path(f, self.in_place), f.url, f.size, f.version, checksum)
+            for f, checksum in zip(todo.fetch, checksums, strict=True)
+        ]
 
     def _make_room(self, todo: Plan, manifest: Manifest | None, held: ExitStack) -> None:
-        """See that the copy fits: beside what is there, or else in its place."""
+        """Ensure that the copy fits, beside the old version or else in its place."""
         if self.in_place:
             return
         needed = sum(self._left_to_fetch(file) for file in todo.fetch)
@@ -174,88 +181,90 @@ class _Stager:
         if readable and needed <= free:
             return
         stale = self._stale(todo)
-        freed = sum(map(bytes_held, stale))
+        freed = sum(map(allocated_bytes, stale))
         if needed > free + freed:
-            more = f" and {freed:,} more in files that go" if freed else ""
+            more = f" and {freed:,} more in outdated files" if freed else ""
             raise InputError(
-                f"{self.cache} has {free:,} bytes free{more}, staging needs {needed:,}: free some space "
-                "or set LAION_CACHE_DIR to a larger disk"
+                f"{self.cache} has {free:,} bytes free{more}, staging needs {needed:,}: free some "
+                "space or use a larger disk",
+                "cache_dir",
             )
-        self._keep_readers_out(held)
+        self._lock_out_readers(held)
         self._remove(todo, stale)
 
     def _left_to_fetch(self, file: SourceFile) -> int:
-        partial = partial_of(self.cache, file.name)
-        there = bytes_held(partial) if partial.exists() else 0
-        return max(file.size - there, 0)
+        partial = partial_path(self.cache, file.name)
+        copied = allocated_bytes(partial) if partial.exists() else 0
+        return max(file.size - copied, 0)
 
-    def _put_into_place(
+    def _exchange(
         self, files: Iterable[SourceFile], todo: Plan, copied: list[StagedFile], held: ExitStack
     ) -> Manifest:
-        """Exchange old files for new ones; killed at any point, the next run finishes it."""
-        self._keep_readers_out(held)
+        """Exchange old files for new ones; if killed at any point, the next run finishes it."""
+        self._lock_out_readers(held)
         self._remove(todo, self._stale(todo))
-        sparse = [_as_sparse(file) for file in todo.lay_out]
+        sparse = [_as_sparse(file) for file in todo.allocate]
         if not self.in_place:
-            forget_leases(self.cache)
-            # Listed before they have their names: one that has it is known, one that has not is copied,
-            # which costs nothing as its chunks are all there.
+            remove_leases(self.cache)
+            # Files are in the manifest before they are renamed: after a kill, a renamed file is known,
+            # and any other is copied again, which reads nothing since all its chunks are on the disk.
             self._write((*todo.keep, *copied, *sparse), complete=False)
             for file in sparse:
-                lay_out(self.cache / file.path, file.size, file.checksum)
+                allocate(self.cache / file.path, file.size, file.checksum)
             for file in copied:
-                self._give_name(file)
+                self._rename(file)
             for folder in {(self.cache / file.path).parent for file in copied}:
                 sync_folder(folder)
             _remove_empty_folders(self.cache)
         by_name = {file.name: file for file in (*todo.keep, *copied, *sparse)}
         return self._write([by_name[file.name] for file in files], complete=True)
 
-    def _give_name(self, file: StagedFile) -> None:
-        partial, path = partial_of(self.cache, file.name), self.cache / file.path
+    def _rename(self, file: StagedFile) -> None:
+        partial, path = partial_path(self.cache, file.name), self.cache / file.path
         path.parent.mkdir(parents=True, exist_ok=True)
         partial.replace(path)
-        journal_of(partial).unlink()
+        journal_path(partial).unlink()
 
     def _stale(self, todo: Plan) -> list[Path]:
-        """Files of the copy that are not as the source has them; never a file of the source itself."""
+        """Return outdated files of the copy; never a file of the source itself."""
         names = {file.path for file in todo.remove if not Path(file.path).is_absolute()}
         if not self.in_place:
-            names |= {file.name for file in (*todo.fetch, *todo.lay_out)}
-        used = {file.path for file in (*todo.fetch, *todo.lay_out)} | {file.path for file in todo.keep}
+            names |= {file.name for file in (*todo.fetch, *todo.allocate)}
+        used = {file.path for file in (*todo.fetch, *todo.allocate)} | {file.path for file in todo.keep}
         sources = {Path(path).resolve() for path in used}
         paths = [
-            path for name in sorted(names) for path in (map_of(self.cache / name), self.cache / name)
+            path for name in sorted(names) for path in (map_path(self.cache / name), self.cache / name)
         ]
         return [path for path in paths if path.is_file() and path.resolve() not in sources]
 
     def _remove(self, todo: Plan, stale: Sequence[Path]) -> None:
         manifest = Manifest.read(self.cache)
         if manifest is None or manifest.complete or stale:
-            # What goes stays listed until it is gone, or a stager killed here would leave it for ever.
+            # Files stay in the manifest until they are removed: if this process is killed here, the next
+            # one removes them.
             self._write((*todo.keep, *todo.remove), complete=False)
         for path in stale:
-            self.log(f"removing {path}, which the index no longer needs")
+            self.log(f"removing {path}, which is outdated")
             path.unlink()
         _remove_empty_folders(self.cache)
 
     def _remove_strays(self, todo: Plan) -> None:
-        """Remove what killed stagers left of files that are not wanted any more."""
+        """Remove partial files of killed stagers that cannot be resumed."""
         wanted = set()
         for file in () if self.in_place else todo.fetch:
-            partial = partial_of(self.cache, file.name)
-            if recorded_chunks(partial, file, self.transfer.chunk) is not None:
-                wanted |= {partial, journal_of(partial)}
+            partial = partial_path(self.cache, file.name)
+            if recorded_chunks(partial, file, self.options.chunk) is not None:
+                wanted |= {partial, journal_path(partial)}
         for path in list((self.cache / INCOMING).rglob("*")):
             if path.is_file() and path not in wanted:
-                self.log(f"removing {path}, which is no longer wanted")
+                self.log(f"removing {path}, which cannot be resumed")
                 path.unlink()
         _remove_empty_folders(self.cache)
 
-    def _keep_readers_out(self, held: ExitStack) -> None:
-        if not self.readers_are_out:
+    def _lock_out_readers(self, held: ExitStack) -> None:
+        if not self.readers_locked_out:
             held.enter_context(locks.changing(self.cache, self.log))
-            self.readers_are_out = True
+            self.readers_locked_out = True
 
     def _write(self, files: Sequence[StagedFile], *, complete: bool) -> Manifest:
         manifest = Manifest(self.source.index_uri, tuple(files), complete)
@@ -268,26 +277,27 @@ class _Stager:
         return Staged(
             manifest,
             version_of(files),
-            fetched=len(todo.fetch) + len(todo.lay_out),
-            bytes_fetched=self.tally.fetched,
-            bytes_reused=self.tally.reused + replace(manifest, files=todo.keep).bytes_on_disk(self.cache),
-            retries=self.tally.retries,
+            fetched=len(todo.fetch) + len(todo.allocate),
+            bytes_fetched=self.stats.fetched,
+            bytes_reused=self.stats.reused + replace(manifest, files=todo.keep).bytes_on_disk(self.cache),
+            retries=self.stats.retries,
             seconds=time.monotonic() - started,
             verified=_verified(files, manifest),
         )
 
 
 def _as_sparse(file: SourceFile) -> StagedFile:
-    """Record a file none of which was read: its content is what the source says it is.
+    """Describe a file of which nothing was read: the source says what identifies its content.
 
     Raises:
-        InputError: the source says nothing that changes with the content.
+        InputError: the source reports nothing that changes with the content.
 
     """
     if not (file.checksum or file.version):
         raise InputError(
-            f"nothing tells whether {file.url} is overwritten while parts of it are read: set "
-            "LAION_STAGING=full"
+            f"the source reports neither checksum nor version of {file.url}, so changes to it cannot be "
+            "detected while parts of it are read: copy it in full",
+            "staging",
         )
     content = file.checksum or f"version {file.version}"
     return StagedFile(file.name, file.name, file.url, file.size, file.version, content, sparse=True)
@@ -295,20 +305,18 @@ def _as_sparse(file: SourceFile) -> StagedFile:
 
 def _verified(files: Sequence[SourceFile], manifest: Manifest) -> str:
     if any(file.sparse for file in manifest.files):
-        return (
-            "that every part comes from the version that was listed; crc32c of the files that are whole"
-        )
+        return "the listed version of every part; crc32c of the files that are copied whole"
     with_checksum = sum(file.checksum is not None for file in files)
     if with_checksum == len(files):
         return "size and the source's crc32c of every file"
     return (
-        "size, and that no file changed while it was read; the source keeps no crc32c "
-        f"of {len(files) - with_checksum} of {len(files)} files"
+        "size, and that no file changed while it was read; the source keeps no crc32c of "
+        f"{len(files) - with_checksum} of {len(files)} files"
     )
 
 
 def _remove_empty_folders(cache: Path) -> None:
-    """Make way for an index of another form, which has a file where this one has a folder."""
+    """Remove empty folders: an index of another form has files where this one has folders."""
     for top in (SINGLE_INDEX, METADATA_FOLDER, INCOMING):
         for folder in (*sorted((cache / top).rglob("*"), reverse=True), cache / top):
             if folder.is_dir() and not any(folder.iterdir()):
@@ -318,15 +326,16 @@ def _remove_empty_folders(cache: Path) -> None:
 def _check_apart(source: Sequence[SourceFile], cache: Path) -> None:
     if any(Path(file.path).resolve() == (cache / file.name).resolve() for file in source):
         raise InputError(
-            f"the index is in {cache} already, and would be copied onto itself: set "
-            "LAION_STAGING=in-place to use it where it is, or LAION_CACHE_DIR to another folder"
+            f"the index is already in {cache} and would be copied onto itself: use it in place, or copy "
+            "it to another folder",
+            "staging",
         )
 
 
-def _make(cache: Path) -> None:
+def _create(cache: Path) -> None:
     try:
         cache.mkdir(parents=True, exist_ok=True)
-        for name in (locks.DATA, locks.STAGER):
+        for name in (locks.INDEX_LOCK, locks.STAGER_LOCK):
             (cache / name).open("a").close()
     except OSError as error:
         raise cannot_write(cache, error) from error

@@ -1,7 +1,7 @@
-"""Who holds which pages, among all processes that use a cache directory.
+"""Leases: which pages are held, among all processes that use a cache directory.
 
-A lease is a file that lists pages, locked for as long as its process lives: the system frees it however
-that ends, and whoever makes room next finds it dead. What must not live here: which pages to give up.
+A lease is a file that lists pages and is locked by its process. The system releases the lock however the
+process ends, and the next process that makes room recognizes the lease as dead.
 """
 
 from __future__ import annotations
@@ -18,16 +18,16 @@ import numpy as np
 from laion_assets.io.ranges import Ranges, union
 
 LEASES = ".leases"
-LINE = 3 * 8  # bytes: number of the file, first page, page beyond the last
+LEASE_RECORD = 3 * 8  # bytes: file number, first page, page after the last
 
 Pages = Mapping[int, Ranges]  # of each file, by its number
 
 
 class Lease:
-    """The pages that a request holds.
+    """The pages that one request holds.
 
     Args:
-        cache: the directory that they are in.
+        cache: the cache directory.
 
     """
 
@@ -35,19 +35,19 @@ class Lease:
         self._path = cache / LEASES / uuid.uuid4().hex
         self._file: int | None = None
 
-    def take(self, pages: Pages) -> None:
-        """Hold these pages and no others; to be called with the ledger locked."""
+    def hold(self, pages: Pages) -> None:
+        """Hold these pages and no others; requires the ledger lock."""
         if self._file is None:
             self._path.parent.mkdir(exist_ok=True)
             self._file = os.open(self._path, os.O_RDWR | os.O_CREAT)
             fcntl.flock(self._file, fcntl.LOCK_EX)
-        lines = [np.insert(some, 0, number, axis=1) for number, some in pages.items()]
+        records = [np.insert(some, 0, number, axis=1) for number, some in pages.items()]
         os.ftruncate(self._file, 0)
         with open(self._file, "r+b", closefd=False) as file:
-            file.write(np.concatenate([np.empty((0, 3), np.int64), *lines]).tobytes())
+            file.write(np.concatenate([np.empty((0, 3), np.int64), *records]).tobytes())
 
-    def drop(self) -> None:
-        """Hold nothing any more."""
+    def release(self) -> None:
+        """Hold no pages."""
         if self._file is not None:
             self._path.unlink(missing_ok=True)
             os.close(self._file)
@@ -55,50 +55,50 @@ class Lease:
 
 
 @dataclass(frozen=True)
-class Others:
-    """What others hold.
+class OtherLeases:
+    """What other requests hold.
 
     Attributes:
-        pages: of requests at work.
-        left: pages of requests whose process ended in the middle of them.
-        leases: how many are at work.
-        ended: the leases of the dead: to be removed once their pages were seen to.
+        held: pages of running requests.
+        abandoned: pages of requests whose process died.
+        running: number of running requests.
+        dead: lease files of requests whose process died; to be removed after their pages were checked.
 
     """
 
-    pages: Pages
-    left: Pages
-    leases: int
-    ended: Sequence[Path]
+    held: Pages
+    abandoned: Pages
+    running: int
+    dead: Sequence[Path]
 
 
-def leases_of_others(cache: Path) -> Others:
-    """Read all leases; with the ledger locked, and no lease of one's own."""
-    living: dict[int, list[Ranges]] = {}
-    dead: dict[int, list[Ranges]] = {}
-    count = 0
-    ended: list[Path] = []
+def read_leases(cache: Path) -> OtherLeases:
+    """Read all leases; requires the ledger lock, and that the caller holds no lease."""
+    held: dict[int, list[Ranges]] = {}
+    abandoned: dict[int, list[Ranges]] = {}
+    running = 0
+    dead: list[Path] = []
     for path in (cache / LEASES).glob("*"):
         try:
             file = path.open("rb")
-        except FileNotFoundError:  # dropped this moment
+        except FileNotFoundError:  # released just now
             continue
         with file:
             content = file.read()
             alive = _is_locked(file.fileno())
-        count += alive
-        whole = len(content) // LINE * LINE  # it may have died while writing
-        lines = np.frombuffer(content[:whole], np.int64).reshape(-1, 3)
-        for number in np.unique(lines[:, 0]):
-            held = living if alive else dead
-            held.setdefault(int(number), []).append(lines[lines[:, 0] == number, 1:])
+        running += alive
+        complete = len(content) // LEASE_RECORD * LEASE_RECORD  # its process may have died while writing
+        records = np.frombuffer(content[:complete], np.int64).reshape(-1, 3)
+        for number in np.unique(records[:, 0]):
+            pages = held if alive else abandoned
+            pages.setdefault(int(number), []).append(records[records[:, 0] == number, 1:])
         if not alive:
-            ended.append(path)
-    return Others(_united(living), _united(dead), count, ended)
+            dead.append(path)
+    return OtherLeases(_united(held), _united(abandoned), running, dead)
 
 
-def forget_leases(cache: Path) -> None:
-    """Remove leases of the dead, whose numbers of files will mean others; while nobody reads."""
+def remove_leases(cache: Path) -> None:
+    """Remove leases of dead processes before files change their numbers; only while nobody reads."""
     for path in (cache / LEASES).glob("*"):
         path.unlink()
 
@@ -111,5 +111,5 @@ def _is_locked(file: int) -> bool:
     return False
 
 
-def _united(held: Mapping[int, list[Ranges]]) -> Pages:
-    return {number: union(*some) for number, some in held.items()}
+def _united(pages: Mapping[int, list[Ranges]]) -> Pages:
+    return {number: union(*some) for number, some in pages.items()}

@@ -1,7 +1,4 @@
-"""What to read of a source, from what is needed and what is there: pure functions.
-
-What must not live here: reading, and the disk.
-"""
+"""Which pages to read from the source, given those that are needed and those that are present."""
 
 from __future__ import annotations
 
@@ -11,35 +8,35 @@ from itertools import pairwise
 import numpy as np
 
 from laion_assets.io.arrays import Ids
-from laion_assets.io.ranges import Ranges, pieces, ranges_of, runs, union
+from laion_assets.io.ranges import Ranges, ranges_of, runs, split, union
 
-PAGE = 4096  # bytes; what file systems keep and give back as one
-GAP = 4  # pages: what lies this near to each other is one read, for a request costs more than 16 KiB
-LONGEST = 2048  # pages, 8 MiB: more is read as several, side by side
-AT_ONCE = 32_768  # pages, 128 MiB, that are made durable and marked as one
-READS_AT_ONCE = 16_384  # or so many reads, whatever their size
+PAGE_SIZE = 4096  # bytes; the unit in which file systems allocate and free
+MERGE_GAP = 4  # pages: closer reads are merged, since a request costs more than 16 KiB
+MAX_READ = 2048  # pages, 8 MiB: longer reads are split, and read in parallel
+BATCH_PAGES = 32_768  # pages, 128 MiB, that are made durable and marked together
+BATCH_READS = 16_384  # limits a batch of short reads
 
 
 def pages_of(ranges: Ranges) -> Ranges:
-    """The pages that hold some bytes."""
-    return ranges_of(ranges[:, 0] // PAGE, -(-ranges[:, 1] // PAGE))
+    """Return the pages that contain byte ranges."""
+    return ranges_of(ranges[:, 0] // PAGE_SIZE, -(-ranges[:, 1] // PAGE_SIZE))
 
 
-def reads_for(absent: Ids, gap: int = GAP) -> Ranges:
-    """The ranges of pages to read so that some pages are there, in order.
+def reads_for(missing: Ids, gap: int = MERGE_GAP) -> Ranges:
+    """Return the page ranges to read so that no page is missing, in order.
 
     Args:
-        absent: (n,) numbers of pages, ascending.
-        gap: pages between two of them, which may be there, that are read again to save a read.
+        missing: (n,) page numbers, ascending.
+        gap: reads at most this many pages apart are merged; the pages between them are read again.
 
     """
-    return pieces(union(runs(absent), gap=gap), LONGEST)
+    return split(union(runs(missing), gap=gap), MAX_READ)
 
 
-def batches(reads: Ranges) -> Iterator[Ranges]:
-    """Part reads into those that are made durable and marked together."""
+def read_batches(reads: Ranges) -> Iterator[Ranges]:
+    """Group reads into batches that are made durable and marked together."""
     pages = np.cumsum(reads[:, 1] - reads[:, 0])
-    number = np.maximum(pages // AT_ONCE, np.arange(len(reads)) // READS_AT_ONCE)
+    number = np.maximum(pages // BATCH_PAGES, np.arange(len(reads)) // BATCH_READS)
     edges = np.flatnonzero(np.diff(number, prepend=-1, append=-1))
     for first, last in pairwise(edges):
         yield reads[first:last]

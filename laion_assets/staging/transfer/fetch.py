@@ -1,7 +1,4 @@
-"""Reads ranges of a source in threads, with patience; the first error ends the work.
-
-What must not live here: which ranges (plan), and what is done with the bytes.
-"""
+"""Reading ranges of a source in threads, with retries."""
 
 from __future__ import annotations
 
@@ -13,26 +10,40 @@ from queue import SimpleQueue
 from typing import TypeVar
 
 from laion_assets.io.errors import InputError
-from laion_assets.staging.plan import SourceFile
-from laion_assets.staging.transfer.errors import ChangedError, Patience, TransientError
-from laion_assets.staging.transfer.source import RangeReader
+from laion_assets.staging.transfer.backoff import Backoff
+from laion_assets.staging.transfer.files import SourceFile
+from laion_assets.staging.transfer.range_readers import ChangedError, RangeReader, TransientError
 
-SECONDS_BETWEEN_LOOKS = 0.5  # for lines to log
+LOG_INTERVAL = 0.5  # seconds between emptying the queue of lines to log
 
-Job = TypeVar("Job")
+FetchJob = TypeVar("FetchJob")
 
 
 class StoppedError(Exception):
-    """Others want the work to end."""
+    """Another job has failed, and this one ends."""
+
+
+@dataclass(frozen=True)
+class TransferOptions:
+    """How files are read.
+
+    Attributes:
+        chunk: bytes that are read, recorded and, where necessary, read again as a unit.
+        threads: chunks that are read at a time, of one file or several.
+
+    """
+
+    chunk: int = 32 << 20
+    threads: int = 16
 
 
 @dataclass
-class Tally:
-    """Counts what reading took; many threads add to it.
+class TransferStats:
+    """Counts of what was read; threads may add to it concurrently.
 
     Attributes:
         fetched: bytes read from the source.
-        reused: bytes of an earlier attempt that were on the disk and right.
+        reused: bytes that an earlier attempt left on the disk, intact.
         reads: requests for bytes.
         retries: reads that failed and were tried again.
 
@@ -59,29 +70,29 @@ class Fetcher:
     """Reads ranges in threads.
 
     Args:
-        reader: of the source.
-        threads: that read at a time.
+        reader: reads the source.
+        threads: number of threads.
         log: takes lines, in the thread that calls `run`.
-        tally: is added to.
+        stats: counts what is read.
 
     """
 
     def __init__(
-        self, reader: RangeReader, threads: int, log: Callable[[str], None], tally: Tally
+        self, reader: RangeReader, threads: int, log: Callable[[str], None], stats: TransferStats
     ) -> None:
         self._reader = reader
         self._threads = threads
         self._log = log
-        self._tally = tally
+        self._stats = stats
         self._stop = threading.Event()
         self._lines: SimpleQueue[str] = SimpleQueue()
 
-    def say(self, line: str) -> None:
-        """Have a line logged; may be called in any thread."""
+    def log(self, line: str) -> None:
+        """Queue a line for the log; may be called from any thread."""
         self._lines.put(line)
 
-    def run(self, jobs: Iterator[Job], work: Callable[[Job], None]) -> None:
-        """Do all jobs; the first error of one stops the others and is raised."""
+    def run(self, jobs: Iterator[FetchJob], work: Callable[[FetchJob], None]) -> None:
+        """Do all jobs; the first error stops the others and is raised."""
         errors: list[BaseException] = []
         turn = threading.Lock()
 
@@ -93,77 +104,77 @@ class Fetcher:
                     if job is None:
                         return
                     work(job)
-            except BaseException as error:  # the first one is raised below; the others follow from it
+            except BaseException as error:  # the first is raised below; the others follow from it
                 errors.append(error)
                 self._stop.set()
 
         pool = ThreadPoolExecutor(self._threads, thread_name_prefix="staging")
         workers = [pool.submit(do_jobs) for _ in range(self._threads)]
         try:
-            while wait(workers, SECONDS_BETWEEN_LOOKS).not_done:
-                self._pass_on_lines()
+            while wait(workers, LOG_INTERVAL).not_done:
+                self._flush_log()
         finally:
             self._stop.set()  # also when this thread is interrupted
             try:
                 _wait_for_all(workers)
             finally:
                 pool.shutdown()
-                self._pass_on_lines()
+                self._flush_log()
         if errors:
             raise errors[0]
 
-    def _pass_on_lines(self) -> None:
+    def _flush_log(self) -> None:
         while not self._lines.empty():
             self._log(self._lines.get())
 
-    def pieces(self, file: SourceFile, start: int, stop: int) -> Iterator[tuple[bytes, int]]:
-        """Yield the bytes from `start` to `stop` in pieces, each with its offset; for a job of `run`.
+    def read(self, file: SourceFile, start: int, stop: int) -> Iterator[tuple[bytes, int]]:
+        """Yield the bytes from `start` to `stop` in pieces, each with its offset; for use in a job.
 
-        Goes on where it was when reading fails in a way that passes.
+        A transient error is retried from the last byte that was read.
 
         Raises:
             ChangedError: the file is no longer as it was listed.
-            InputError: no right to read, or nothing comes.
+            InputError: access is denied, or every retry failed.
             StoppedError: another job has failed.
 
         """
-        patience = Patience(file.url, self._stop, self.say)
+        backoff = Backoff(file.url, self._stop, self.log)
         at = start
         while at < stop:
-            self._tally.add(reads=1)
+            self._stats.add(reads=1)
             try:
                 for data in self._reader.read(file, at, stop):
                     if at + len(data) > stop:
                         raise InputError(
-                            f"{file.url} cannot be read in parts, its server sends more than it is asked "
-                            "for: copy the index to a local folder or a bucket"
+                            f"{file.url} cannot be read in parts, since its server returns more than is "
+                            "requested: copy the index to a local folder or a bucket"
                         )
                     yield data, at
                     at += len(data)
-                    self._tally.add(fetched=len(data))
-                    patience.reset()
+                    self._stats.add(fetched=len(data))
+                    backoff.reset()
                     if self._stop.is_set():
                         raise StoppedError
                 if at < stop:
                     raise ChangedError(file, f"it ends after {at:,} of {file.size:,} bytes")
             except TransientError as error:
-                self._tally.add(retries=1)
-                patience.wait(error)
+                self._stats.add(retries=1)
+                backoff.wait(error)
                 if self._stop.is_set():
                     raise StoppedError from error
 
 
 def _wait_for_all(workers: Sequence[Future[None]]) -> None:
-    """Wait until all threads have ended, however often this one is interrupted meanwhile.
+    """Wait until all threads have ended, even if this thread is interrupted meanwhile.
 
-    Whoever goes on believes that nobody writes any more. (To join a thread is not enough: Python takes
-    one for ended when the joining is interrupted.)
+    Callers rely on it that no thread writes any more. Joining threads is not enough: Python considers a
+    thread ended when its join was interrupted.
     """
     interrupt: BaseException | None = None
     while True:
         try:
             wait(workers)
-        except BaseException as error:  # told once all have ended
+        except BaseException as error:  # raised once all threads have ended
             interrupt = error
         else:
             break

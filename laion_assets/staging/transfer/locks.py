@@ -1,8 +1,7 @@
-"""Who may read and who may change a cache directory.
+"""Locks on a cache directory: who may read it, and who may change it.
 
-The locks are flock's: the system frees them when their process ends, however it ends. They hold among the
-processes of one machine; a directory shared over a network by stagers on many machines is not supported.
-What must not live here: what is done under them.
+They are flock locks, which the system releases when their process ends, however it ends. They work among
+the processes of one machine; stagers on several machines must not share a directory over a network.
 """
 
 from __future__ import annotations
@@ -17,33 +16,33 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import IO
 
-DATA = ".lock"
-STAGER = ".stager"
-LEDGER = ".ledger"
-FETCHING = ".fetching"
+INDEX_LOCK = ".lock"
+STAGER_LOCK = ".stager"
+LEDGER_LOCK = ".ledger"
+FETCH_LOCK = ".fetching"
 
 
 @contextmanager
 def reading(cache: Path) -> Iterator[None]:
-    """Keep stagers from changing what is read; needs no right to write."""
-    with (cache / DATA).open("rb") as file:
+    """Keep stagers from changing the index; requires no write access."""
+    with (cache / INDEX_LOCK).open("rb") as file:
         fcntl.flock(file, fcntl.LOCK_SH)
         yield
 
 
 @contextmanager
 def changing(cache: Path, log: Callable[[str], None]) -> Iterator[None]:
-    """Keep readers out; waits until those who read are done."""
-    with (cache / DATA).open("ab") as file:
-        _exclusively(file, lambda: log(f"waiting until the searches that read {cache} are done"))
+    """Keep readers out; waits for those at work."""
+    with (cache / INDEX_LOCK).open("ab") as file:
+        _lock_exclusively(file, lambda: log(f"waiting for the searches that read {cache}"))
         yield
 
 
 @contextmanager
 def staging(cache: Path, log: Callable[[str], None]) -> Iterator[None]:
-    """Keep other stagers out; waits for the one at work, and says which that is."""
-    with (cache / STAGER).open("a+") as file:
-        _exclusively(file, lambda: log(f"waiting until {_holder(file)} is done with {cache}"))
+    """Keep other stagers out; waits for the one at work, and logs which one it is."""
+    with (cache / STAGER_LOCK).open("a+") as file:
+        _lock_exclusively(file, lambda: log(f"waiting for {_holder(file)}, which is staging to {cache}"))
         now = datetime.now(UTC).isoformat(timespec="seconds")
         file.truncate(0)
         json.dump({"host": socket.gethostname(), "pid": os.getpid(), "since": now}, file)
@@ -53,21 +52,21 @@ def staging(cache: Path, log: Callable[[str], None]) -> Iterator[None]:
 
 @contextmanager
 def ledger(cache: Path) -> Iterator[None]:
-    """See and change, for a moment, which pages of sparse files are there and who holds them."""
-    with (cache / LEDGER).open("ab") as file:
+    """Read and change which pages of sparse files are present and held; always brief."""
+    with (cache / LEDGER_LOCK).open("ab") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
         yield
 
 
 @contextmanager
 def fetching(cache: Path, log: Callable[[str], None]) -> Iterator[None]:
-    """Be the only one that fetches pages of sparse files."""
-    with (cache / FETCHING).open("ab") as file:
-        _exclusively(file, lambda: log(f"waiting until another request has fetched its part to {cache}"))
+    """Be the only process that fetches pages of sparse files."""
+    with (cache / FETCH_LOCK).open("ab") as file:
+        _lock_exclusively(file, lambda: log(f"waiting for another request that fetches to {cache}"))
         yield
 
 
-def _exclusively(file: IO[str] | IO[bytes], before_waiting: Callable[[], None]) -> None:
+def _lock_exclusively(file: IO[str] | IO[bytes], before_waiting: Callable[[], None]) -> None:
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
@@ -80,5 +79,5 @@ def _holder(file: IO[str]) -> str:
     try:
         holder = json.load(file)
         return f"the stager on {holder['host']} (process {holder['pid']}, since {holder['since']})"
-    except (ValueError, KeyError, TypeError):  # it has only just got the lock
+    except (ValueError, KeyError, TypeError):  # it has the lock, but has not written yet
         return "another stager"

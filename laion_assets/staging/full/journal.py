@@ -1,0 +1,80 @@
+"""The journal beside a partial file: which of its chunks are on the disk, and their checksums.
+
+One line describes the file, and one line for each chunk follows, written once the chunk is durable. A
+line is trusted only after the chunk was read back and compared, so a torn or outdated line costs one
+chunk.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+
+from laion_assets.staging.transfer.files import SourceFile
+
+# A separate folder, since an index of one form has a file where another form has a folder.
+INCOMING = ".incoming"
+JOURNAL_SUFFIX = ".journal"
+JOURNAL_LINE = re.compile(r"(\d+) ([0-9a-f]{8})\n")
+
+
+def partial_path(cache: Path, name: str) -> Path:
+    """Return the path of a file of the index while it is incomplete."""
+    return cache / INCOMING / name
+
+
+def journal_path(partial: Path) -> Path:
+    """Return the path of the journal of a partial file."""
+    return partial.with_name(f"{partial.name}{JOURNAL_SUFFIX}")
+
+
+class Journal:
+    """Records chunks; may be used by several threads.
+
+    Args:
+        partial: the partial file, which need not exist.
+        file: the file that is copied. The journal of any other is discarded with its partial file.
+        chunk: bytes of a chunk.
+
+    Attributes:
+        recorded: checksums of the chunks of earlier attempts, by number.
+
+    """
+
+    def __init__(self, partial: Path, file: SourceFile, chunk: int) -> None:
+        path = journal_path(partial)
+        found = recorded_chunks(partial, file, chunk)
+        self.recorded = found or {}
+        if found is None:
+            partial.unlink(missing_ok=True)  # first: a journal without its file is ignored
+            path.write_text(_header(file, chunk))
+        self._lines = path.open("ab", buffering=0)  # unbuffered: each line is one write of one thread
+
+    def record(self, number: int, checksum: int) -> None:
+        """Record that a chunk is durable."""
+        self._lines.write(f"{number} {checksum:08x}\n".encode())
+
+    def close(self) -> None:
+        """Close the journal."""
+        self._lines.close()
+
+
+def recorded_chunks(partial: Path, file: SourceFile, chunk: int) -> dict[int, int] | None:
+    """Return the checksums recorded for a partial file, by chunk number; None if it is of no use.
+
+    Changes nothing.
+    """
+    path = journal_path(partial)
+    if not path.exists() or not partial.exists():
+        return None
+    header, *lines = path.read_text(errors="replace").splitlines(keepends=True) or [""]
+    if header != _header(file, chunk):
+        return None
+    found = (JOURNAL_LINE.fullmatch(line) for line in lines)
+    return {int(match[1]): int(match[2], 16) for match in found if match}
+
+
+def _header(file: SourceFile, chunk: int) -> str:
+    header = {"source": file.url, "version": file.version, "size": file.size, "chunk": chunk}
+    return json.dumps(header) + "\n"

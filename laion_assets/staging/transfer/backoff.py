@@ -1,0 +1,53 @@
+"""Exponential backoff between retries of a read."""
+
+from __future__ import annotations
+
+import random
+import threading
+from collections.abc import Callable
+
+from laion_assets.io.errors import InputError
+from laion_assets.staging.transfer.range_readers import TransientError, reason
+
+MAX_TRIES = 8  # in a row without a byte: about a minute
+FIRST_PAUSE = 0.5  # seconds
+LONGEST_PAUSE = 32.0
+
+
+class Backoff:
+    """Waits between the tries of a read, longer each time, up to a number of tries.
+
+    Args:
+        url: what is read, for messages.
+        stop: ends a wait when set.
+        log: takes a line about each wait.
+
+    """
+
+    def __init__(self, url: str, stop: threading.Event, log: Callable[[str], None]) -> None:
+        self._url = url
+        self._stop = stop
+        self._log = log
+        self._failures = 0
+
+    def wait(self, error: TransientError) -> None:
+        """Wait before the next try.
+
+        Raises:
+            InputError: that was the last try.
+
+        """
+        self._failures += 1
+        if self._failures >= MAX_TRIES:
+            raise InputError(
+                f"{self._url} could not be read in {MAX_TRIES} tries ({reason(error)}): check the source "
+                "and the connection, then try again; what was read so far is kept"
+            ) from error
+        pause = min(FIRST_PAUSE * 2 ** (self._failures - 1), LONGEST_PAUSE)
+        pause *= random.uniform(0.5, 1)  # so that clients do not return at once  # noqa: S311
+        self._log(f"{self._url}: {reason(error)}; trying again in {pause:.1f} s")
+        self._stop.wait(pause)
+
+    def reset(self) -> None:
+        """Start over: something was read."""
+        self._failures = 0

@@ -1,0 +1,94 @@
+"""Reading ranges of objects in Google Cloud Storage, with obstore.
+
+gcsfs lists the bucket and supplies the credentials; obstore reads the bytes. It is written in Rust and
+does not hold Python's global lock: see benchmarks/staging.md. Every read names the listed generation, so
+an object overwritten meanwhile is not found, and two versions are never mixed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from datetime import timedelta
+from threading import Lock
+from typing import Any
+
+import obstore
+from obstore.auth.google import GoogleCredentialProvider
+from obstore.exceptions import BaseError, GenericError, PermissionDeniedError, UnauthenticatedError
+from obstore.store import GCSStore
+
+from laion_assets.io.errors import InputError
+from laion_assets.staging.transfer.files import SourceFile
+from laion_assets.staging.transfer.range_readers import (
+    ChangedError,
+    TransientError,
+    access_denied,
+    reason,
+)
+
+STREAM_PIECE = 1 << 20  # bytes
+SILENCE_TIMEOUT = timedelta(seconds=30)  # without a byte from the server
+RANGE_TIMEOUT = timedelta(minutes=10)  # for one range
+
+
+class GcsReader:
+    """Reads ranges of objects.
+
+    Args:
+        gcs: the gcsfs file system that listed them; its credentials and endpoint are used.
+
+    """
+
+    pins = True
+
+    def __init__(self, gcs: Any) -> None:
+        self._gcs = gcs
+        self._stores: dict[str, GCSStore] = {}
+        self._lock = Lock()
+
+    def read(self, file: SourceFile, start: int, stop: int) -> Iterator[bytes]:
+        """Yield the bytes from `start` to `stop` of the listed generation, see `RangeReader`.
+
+        Errors are told apart by their class alone. obstore has classes for 401, 403, 404, 409 and 412.
+        Every other failure is a `GenericError`: a reset connection, silence, an incomplete answer, 408,
+        429 and 5xx, which may pass, but also 400 and 416, which do not. All of these count as transient,
+        and the retries are bounded.
+        """
+        bucket, _, key = file.path.partition("/")
+        try:
+            found = obstore.get(
+                self._store(bucket), key, options={"range": (start, stop), "version": file.version}
+            )
+            yield from found.stream(min_chunk_size=STREAM_PIECE)
+        except FileNotFoundError as error:  # obstore raises Python's own for 404
+            raise ChangedError(file, f"generation {file.version} is gone") from error
+        except (PermissionDeniedError, UnauthenticatedError) as error:
+            raise access_denied(file.url, error) from error
+        except GenericError as error:
+            raise TransientError(reason(error)) from error
+        except BaseError as error:
+            raise InputError(f"{file.url} cannot be read: {reason(error)}") from error
+
+    def check(self, file: SourceFile) -> None:
+        """Do nothing: every read names the generation."""
+
+    def _store(self, bucket: str) -> GCSStore:
+        with self._lock:  # many threads start at once, and each store has its own connections
+            if bucket not in self._stores:
+                self._stores[bucket] = self._new_store(bucket)
+            return self._stores[bucket]
+
+    def _new_store(self, bucket: str) -> GCSStore:
+        credentials = self._gcs.credentials.credentials  # None for a public bucket
+        return GCSStore(
+            bucket,
+            config={"base_url": self._gcs.base.removesuffix("/storage/v1/")},
+            credential_provider=credentials and GoogleCredentialProvider(credentials),
+            skip_signature=credentials is None,
+            client_options={
+                "allow_http": True,
+                "read_timeout": SILENCE_TIMEOUT,
+                "timeout": RANGE_TIMEOUT,
+            },
+            retry_config={"max_retries": 0},  # `Backoff` retries, counts and logs
+        )

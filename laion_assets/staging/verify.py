@@ -1,0 +1,49 @@
+"""Comparing a manifest with the disk."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from laion_assets.staging.manifest import Manifest, NotStagedError, StagedFile
+from laion_assets.staging.sparse.pages import is_allocated
+
+
+def sizes_on_disk(manifest: Manifest | None, cache: Path) -> dict[str, int]:
+    """Return the bytes of each file in the manifest, by name; missing files are left out.
+
+    A sparse file without its page map counts as missing, for nothing else says which parts it holds.
+    """
+    files = manifest.files if manifest else ()
+    present = [file for file in files if _is_present(file, cache)]
+    return {file.name: (cache / file.path).stat().st_size for file in present}
+
+
+def verified_manifest(cache: Path) -> Manifest:
+    """Return the manifest after comparing it with the disk, by sizes only, which is cheap.
+
+    Raises:
+        NotStagedError: nothing is staged, or staging did not finish, or a file is missing or has another
+            size.
+
+    """
+    manifest = Manifest.read(cache)
+    if manifest is None:
+        raise NotStagedError(f"nothing is staged in {cache}: stage the index first")
+    if not manifest.complete:
+        raise NotStagedError(f"staging to {cache} did not finish: stage the index again")
+    sizes = sizes_on_disk(manifest, cache)
+    for file in manifest.files:
+        size = sizes.get(file.name)
+        if size != file.size:
+            found = "is missing" if size is None else f"has {size:,} bytes"
+            raise NotStagedError(
+                f"{cache / file.path} {found}, the manifest says {file.size:,}: stage the index again"
+            )
+    return manifest
+
+
+def _is_present(file: StagedFile, cache: Path) -> bool:
+    path = cache / file.path
+    if file.sparse and not is_allocated(path, file.size, file.checksum):
+        return False
+    return path.is_file()
