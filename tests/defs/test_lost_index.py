@@ -113,8 +113,7 @@ def test_or_the_step_fails_with_the_remedy_if_so_set(demo: Demo, tmp_path):
     with new_project(tmp_path, demo.index, demo.seeds, LAION_LOST_INDEX="fail") as project:
         assert project.run("fruit").success
         shutil.rmtree(project.cache)
-        told = failures(project.run("fruit", "knn_urls"))
-        assert told == {
-            "knn_urls": f"nothing is staged in {project.cache}: materialize staged_laion_index first"
-        }
+        (error,) = failures(project.run("fruit", "knn_urls")).values()
+        assert f"nothing is staged in {project.cache}" in error
+        assert "materialize staged_laion_index" in error
         assert len(materializations(project.instance)) == 1

@@ -1,4 +1,4 @@
-"""A proxy before the GCS server of the tests that fails as networks and buckets do, and counts."""
+"""A proxy in front of the tests' GCS server that fails as networks and buckets do, and counts reads."""
 
 import http.client
 import re
@@ -11,27 +11,28 @@ from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
-PIECE = 1 << 16
+COPY_SIZE = 1 << 16  # bytes
+SHUTDOWN_POLL = 0.02  # seconds
 HOP_BY_HOP = {"connection", "date", "server", "transfer-encoding", "content-length"}
 
 
-class ManyAtOnce(ThreadingHTTPServer):
-    """A server that takes as many connections at once as readers have threads."""
+class ManyConnections(ThreadingHTTPServer):
+    """A server that accepts as many connections at once as readers have threads."""
 
     daemon_threads = True
     request_queue_size = 256
 
 
 class Proxy:
-    """Passes requests on, but for reads of objects that a rule takes for itself.
+    """Forwards requests, except for reads of objects that a rule lets fail.
 
     Attributes:
         url: of the proxy.
-        rule: called with each read of an object; may fail it by returning the name of a fault or the
-            status to answer with, or do something first and return None.
-        bytes_read: passed on of objects, listings not counted.
-        reads: of objects, whatever became of them.
-        authorizations: that the reads came with.
+        rule: called with the path of each read of an object. It returns the name of a failure or the
+            status to answer with, or None to forward the read.
+        bytes_read: bytes of objects that were forwarded; listings are not counted.
+        reads: number of reads of objects, failed ones included.
+        authorizations: the Authorization headers of the reads.
 
     """
 
@@ -46,6 +47,7 @@ class Proxy:
 
         class Handler(BaseHTTPRequestHandler):
             protocol_version = "HTTP/1.1"
+            disable_nagle_algorithm = True  # or each reply waits 40 ms for a delayed acknowledgement
 
             def log_message(self, *_: Any) -> None:
                 pass
@@ -53,9 +55,9 @@ class Proxy:
             def do_GET(self) -> None:
                 proxy.answer(self)
 
-        self._server = ManyAtOnce(("127.0.0.1", 0), Handler)
+        self._server = ManyConnections(("127.0.0.1", 0), Handler)
         self.url = f"http://127.0.0.1:{self._server.server_port}"
-        threading.Thread(target=self._server.serve_forever, daemon=True).start()
+        threading.Thread(target=self._server.serve_forever, args=(SHUTDOWN_POLL,), daemon=True).start()
 
     def close(self) -> None:
         self._server.shutdown()
@@ -63,28 +65,28 @@ class Proxy:
 
     def answer(self, request: BaseHTTPRequestHandler) -> None:
         is_read = not request.path.startswith("/storage/")
-        fault = None
+        failure = None
         if is_read:
             with self.lock:
                 self.reads += 1
                 self.authorizations.add(request.headers["Authorization"])
-                fault = self.rule(request.path)
-        if isinstance(fault, int):
+                failure = self.rule(request.path)
+        if isinstance(failure, int):
             body = b"refused by the proxy"
-            request.send_response(fault)
+            request.send_response(failure)
             request.send_header("Content-Length", str(len(body)))
             request.end_headers()
             request.wfile.write(body)
-        elif fault == "reset":
-            now = struct.pack("ii", 1, 0)  # no goodbye
+        elif failure == "reset":
+            now = struct.pack("ii", 1, 0)  # close with RST instead of FIN
             request.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, now)
             request.connection.close()
         else:
-            if fault == "silence":
+            if failure == "silence":
                 time.sleep(1)
-            self._pass_on(request, is_read, half=fault == "half")
+            self._forward(request, is_read, half=failure == "half")
 
-    def _pass_on(self, request: BaseHTTPRequestHandler, is_read: bool, half: bool) -> None:
+    def _forward(self, request: BaseHTTPRequestHandler, is_read: bool, half: bool) -> None:
         server = http.client.HTTPConnection(self.upstream, timeout=30)
         try:
             headers = {name: value for name, value in request.headers.items() if name.lower() != "host"}
@@ -96,7 +98,7 @@ class Proxy:
             length = int(reply.headers["Content-Length"])
             self._reply(request, reply, b"", length)
             left = length // 2 if half else length
-            while piece := reply.read(min(PIECE, left)):
+            while piece := reply.read(min(COPY_SIZE, left)):
                 request.wfile.write(piece)
                 left -= len(piece)
                 if is_read and reply.status < 300:
@@ -104,7 +106,7 @@ class Proxy:
                         self.bytes_read += len(piece)
             if half:
                 request.close_connection = True
-        except OSError:  # who asked was killed, or the test is over
+        except OSError:  # the client was killed, or the test is over
             request.close_connection = True
         finally:
             server.close()
@@ -123,6 +125,7 @@ class Proxy:
 
 @contextmanager
 def proxy_before(upstream: str) -> Iterator[Proxy]:
+    """A proxy in front of the server with this URL."""
     proxy = Proxy(upstream)
     try:
         yield proxy
@@ -130,14 +133,14 @@ def proxy_before(upstream: str) -> Iterator[Proxy]:
         proxy.close()
 
 
-def first(times: int, fault: str | int, of: str = "") -> Callable[[str], str | int | None]:
-    """A rule: the first reads of some objects fail."""
+def first(times: int, failure: str | int, of: str = "") -> Callable[[str], str | int | None]:
+    """A rule by which the first reads of objects whose path matches a pattern fail."""
     left = [times]
 
     def rule(path: str) -> str | int | None:
         if left[0] and re.search(of, path):
             left[0] -= 1
-            return fault
+            return failure
         return None
 
     return rule

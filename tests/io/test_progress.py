@@ -31,3 +31,15 @@ def test_a_line_gives_the_rate_since_the_last_one_and_comes_seldom_in_long_work(
         now = 10_400.0  # less than a twentieth later
         progress.advance(1)
         assert len(lines) == 3
+
+
+def test_hours_of_work_take_some_dozens_of_lines(monkeypatch):
+    now = 0.0
+    monkeypatch.setattr(progress_module.time, "monotonic", lambda: now)
+    lines: list[str] = []
+    with Progress("staging", 2_000 * 10**9, "B", lines.append) as progress:
+        for _ in range(2_000):  # a GB a second
+            now += 1
+            progress.advance(10**9)
+    assert lines[0] == "staging: 15.0GB of 2.00TB, 1.00GB/s, 33 min left"
+    assert 20 < len(lines) < 80

@@ -51,7 +51,7 @@ def test_a_node_that_comes_back_empty_is_staged_again_or_the_step_says_so(platfo
     assert platform.wait(run) == dg.DagsterRunStatus.FAILURE
     told = platform.sentences(run)["knn_urls"]
     assert told.startswith("nothing is staged in")
-    assert told.endswith("materialize staged_laion_index first")
+    assert "materialize staged_laion_index" in told
     assert not platform.events(run, RETRY), "an error of ours is not tried again"
     del platform.cluster.environment["LAION_LOST_INDEX"]
     platform.succeed(platform.reexecute(run))

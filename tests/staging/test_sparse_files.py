@@ -1,0 +1,431 @@
+"""The store of sparse files: needed pages are present and right, whatever the order, budget or crash."""
+
+import errno
+import os
+import shutil
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from concurrent import futures
+from itertools import count
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from helpers.sparse import TwoFiles, as_ranges, page
+from helpers.staging import Steps, killed_at
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from laion_assets.io import ranges
+from laion_assets.io.errors import InputError
+from laion_assets.staging import Manifest, TransferStats, read_bytes
+from laion_assets.staging.sparse import leases, pages, reads, store
+from laion_assets.staging.sparse.pages import SparseFile, allocate, map_path
+from laion_assets.staging.sparse.reads import PAGE_SIZE
+from laion_assets.staging.transfer import disk as disk_module
+from laion_assets.staging.transfer import fetch
+from laion_assets.staging.transfer.fetch import Fetcher
+from laion_assets.staging.transfer.range_readers import FsspecReader
+
+EXAMPLES = settings(deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+numbers = count()
+
+
+@pytest.fixture
+def files(memory: Path) -> TwoFiles:
+    return TwoFiles(memory)
+
+
+# --- what is read ---------------------------------------------------------------------------------
+
+
+@given(missing=st.sets(st.integers(0, 40_000), max_size=300))
+def test_reads_cover_what_is_missing_and_little_else(missing):
+    planned = reads.reads_for(np.array(sorted(missing), np.int64))
+    read = set(ranges.members(planned))
+    assert missing <= read
+    assert all(set(range(n - reads.MERGE_GAP, n)) & missing for n in read - missing)
+    assert ((planned[:, 1] - planned[:, 0]) <= reads.MAX_READ).all()
+    batches = list(reads.read_batches(planned))
+    np.testing.assert_array_equal(np.concatenate([np.empty((0, 2)), *batches]), planned)
+
+
+def test_what_was_fetched_stays_and_is_not_fetched_again(files):
+    with files.opened() as disk:
+        assert files.need(disk, 5000, 90_000) == files.content[files.path][5000:90_000]
+        assert disk.stats.fetched == PAGE_SIZE * len(files.marked())
+    with files.opened() as disk:
+        assert files.need(disk, 6000, 80_000) == files.content[files.path][6000:80_000]
+        assert disk.stats.reads == 0
+
+
+def test_what_two_requests_need_at_once_is_fetched_once(files, monkeypatch):
+    size = len(files.content[files.path])
+    read = FsspecReader.read
+
+    def slowly(*args: Any) -> Iterator[bytes]:
+        time.sleep(0.1)
+        yield from read(*args)
+
+    monkeypatch.setattr(FsspecReader, "read", slowly)
+    with files.opened() as one, files.opened() as other:
+        threads = [threading.Thread(target=files.need, args=(disk, 0, size)) for disk in (one, other)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join(20)
+        assert one.stats.fetched + other.stats.fetched == size
+
+
+# --- the budget -----------------------------------------------------------------------------------
+
+spans = st.tuples(st.integers(0, 1), st.floats(0, 1), st.integers(1, 9 * PAGE_SIZE))
+
+
+def span_in(files: TwoFiles, span: tuple[int, float, int]) -> tuple[Path, int, int]:
+    number, share, length = span
+    path, content = list(files.content.items())[number]
+    start = int(share * (len(content) - 1))
+    return path, start, min(start + length, len(content))
+
+
+@settings(EXAMPLES, max_examples=60)
+@given(
+    requests=st.lists(st.lists(spans, min_size=1, max_size=3), max_size=12),
+    budget=st.integers(32, 50),
+)
+def test_what_is_needed_is_present_and_the_least_recently_used_is_evicted(memory, requests, budget):
+    files = TwoFiles(memory / str(next(numbers)))
+    last_use: dict[tuple[Path, int], int] = {}
+    present: set[tuple[Path, int]] = set()
+    with files.opened(budget * PAGE_SIZE) as disk:
+        for request in requests:
+            files.clock.now += 1
+            used: set[tuple[Path, int]] = set()
+            with disk.hold() as held:
+                for path, start, stop in (span_in(files, span) for span in request):
+                    held.need({path: as_ranges([(start, stop - start)])})
+                    used |= {(path, n) for n in range(start // PAGE_SIZE, -(-stop // PAGE_SIZE))}
+                    for where, number in used:
+                        assert where.read_bytes()[page(number)] == files.content[where][page(number)]
+            now = {(path, number) for path in files.content for number in files.marked(path)}
+            assert used <= now <= present | used
+            assert len(now) <= budget
+            gone, stayed = present - now, (present & now) - used
+            if gone and stayed:
+                assert max(last_use[page] for page in gone) <= min(last_use[page] for page in stayed)
+            last_use |= dict.fromkeys(used, files.clock.now)
+            present = now
+    assert files.unmarked_data() == 0
+    assert not list((files.cache / ".leases").glob("*"))
+
+
+def test_what_is_held_is_never_evicted_and_a_request_that_needs_its_room_waits(files, monkeypatch):
+    monkeypatch.setattr(store, "POLL_INTERVAL", 0.01)
+    with files.opened(25 * PAGE_SIZE) as disk, files.opened(25 * PAGE_SIZE) as other:
+        with disk.hold() as held:
+            held.need({files.path: as_ranges([(0, 15 * PAGE_SIZE)])})
+            thread = threading.Thread(target=files.need_pages, args=(other, 20, 40))
+            thread.start()
+            thread.join(0.3)
+            assert thread.is_alive()
+            assert set(range(15)) <= set(files.marked())
+        thread.join(10)
+        assert not thread.is_alive()
+    assert set(range(20, 40)) <= set(files.marked())
+    assert len(files.marked()) <= 25
+
+
+def test_two_requests_that_need_more_and_more_do_not_wait_for_each_other(files, monkeypatch):
+    monkeypatch.setattr(store, "POLL_INTERVAL", 0.01)
+    both_began = threading.Barrier(2)
+
+    def grow(first: int) -> None:
+        with files.opened(25 * PAGE_SIZE) as disk, disk.hold() as held:
+            held.need({files.path: as_ranges([(first * PAGE_SIZE, 10 * PAGE_SIZE)])})
+            both_began.wait(10)
+            held.need({files.path: as_ranges([((first + 10) * PAGE_SIZE, 10 * PAGE_SIZE)])})
+            done.append(files.path.read_bytes()[first * PAGE_SIZE : (first + 20) * PAGE_SIZE])
+
+    done: list[bytes] = []
+    threads = [threading.Thread(target=grow, args=(first,)) for first in (0, 20)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(20)
+    content = files.content[files.path]
+    assert sorted(done) == sorted(content[n * PAGE_SIZE : (n + 20) * PAGE_SIZE] for n in (0, 20))
+
+
+def test_more_than_the_budget_is_refused_with_both_numbers(files):
+    content = files.content[files.path]
+    needed = f"{-(-len(content) // PAGE_SIZE) * PAGE_SIZE:,}"
+    with files.opened(8 * PAGE_SIZE) as disk:
+        with pytest.raises(InputError, match=f"needs {needed} bytes .*budget is 32,768") as refused:
+            files.need(disk, 0, len(content))
+        assert refused.value.about == "sparse_budget"
+        assert files.need_pages(disk, 0, 8) == content[: 8 * PAGE_SIZE]
+
+
+def test_a_disk_that_is_smaller_than_the_budget_is_named(files, monkeypatch):
+    content = files.content[files.path]
+    monkeypatch.setattr(
+        store.shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(0, 0, 6 * PAGE_SIZE)
+    )
+    with files.opened() as disk:
+        with pytest.raises(InputError, match=f"{files.cache} has room for 24,576") as refused:
+            files.need(disk, 0, len(content))
+        assert refused.value.about == "cache_dir"
+        assert files.need_pages(disk, 0, 1) == content[:PAGE_SIZE]
+
+
+def test_what_was_written_and_never_marked_is_freed_when_room_is_needed(files):
+    content = files.content[files.path]
+    lost = SparseFile(files.path, len(content))
+    lost.write(content[: 20 * PAGE_SIZE], 0)  # by a request that left no lease
+    lost.close()
+    assert files.unmarked_data() == 20
+    with files.opened(budget=25 * PAGE_SIZE) as disk:
+        assert files.need_pages(disk, 25, 35) == content[25 * PAGE_SIZE : 35 * PAGE_SIZE]
+    assert files.unmarked_data() == 0
+    assert files.marked() == list(range(25, 35))
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("300GB", 300 * 10**9),
+        ("1.5 TB", 15 * 10**11),
+        ("2GiB", 2 << 30),
+        ("4096", 4096),
+        ("7mb", 7 * 10**6),
+    ],
+)
+def test_a_budget_is_written_as_people_do(text, expected):
+    assert read_bytes(text) == expected
+
+
+@pytest.mark.parametrize("text", ["much", "3 XB", "-1GB", "GB"])
+def test_a_budget_that_is_no_number_of_bytes_is_refused(text):
+    with pytest.raises(InputError, match=f"'{text}' is not a number of bytes.*300GB"):
+        read_bytes(text)
+
+
+# --- errors ---------------------------------------------------------------------------------------
+
+
+def test_a_full_disk_is_an_error_that_leaves_nothing_wrong(files, monkeypatch):
+    content = files.content[files.path]
+
+    def full(*_: Any) -> int:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with files.opened() as disk:
+        with monkeypatch.context() as patch:
+            patch.setattr(os, "pwrite", full)
+            with pytest.raises(InputError, match="No space left on device") as refused:
+                files.need(disk, 0, len(content))
+        assert refused.value.about == "cache_dir"
+        assert files.marked() == []
+        assert files.need(disk, 0, len(content)) == content
+
+
+def overwrite(files: TwoFiles, memory: Path) -> None:
+    """Overwrite the first file at the source with as many other bytes."""
+    source = memory / "source" / "0.arrow"
+    source.write_bytes(b"x" * len(files.content[files.path]))
+    os.utime(source, (1, 1))
+
+
+def test_a_source_that_changes_meanwhile_is_noticed_though_it_pins_no_version(files, memory):
+    with files.opened() as disk:
+        files.need_pages(disk, 0, 1)
+        overwrite(files, memory)
+        with pytest.raises(InputError, match="no longer what was staged") as refused:
+            files.need_pages(disk, 0, 3)
+        assert refused.value.about == "staged_index"
+        assert files.marked() == [0]
+        assert files.unmarked_data() == 0
+    manifest = Manifest.read(files.cache)
+    assert manifest is not None
+    assert not manifest.complete
+
+
+def test_present_pages_are_not_written_again_where_a_read_may_be_of_another_version(files, memory):
+    content = files.content[files.path]
+    with files.opened() as disk:
+        files.need_pages(disk, 2, 3)
+        overwrite(files, memory)
+        with pytest.raises(InputError, match="no longer what was staged"):
+            files.need_pages(disk, 1, 4)
+        assert files.path.read_bytes()[page(2)] == content[page(2)]
+
+
+def test_a_source_that_was_cut_off_is_a_change(files, memory):
+    content = files.content[files.path]
+    (memory / "source" / "0.arrow").write_bytes(content[: 5 * PAGE_SIZE])
+    with files.opened() as disk, pytest.raises(InputError, match="no longer what was staged"):
+        files.need(disk, 0, len(content))
+    assert files.marked() == []
+
+
+def test_a_server_that_sends_more_than_is_requested_is_refused(files, monkeypatch):
+    content = files.content[files.path]
+    with files.opened() as disk, monkeypatch.context() as patch:
+        patch.setattr(FsspecReader, "read", lambda *_: iter([content]))
+        with pytest.raises(InputError, match="cannot be read in parts"):
+            files.need_pages(disk, 0, 1)
+        assert files.marked() == []
+
+
+def test_what_was_fetched_before_an_error_stays(files, monkeypatch):
+    monkeypatch.setattr(reads, "BATCH_PAGES", 4)
+    monkeypatch.setattr(reads, "MAX_READ", 2)
+    monkeypatch.setattr(store, "READ_THREADS", 1)
+    content = files.content[files.path]
+    read = FsspecReader.read
+
+    def refused_at_last(reader: FsspecReader, file: Any, start: int, stop: int) -> Iterator[bytes]:
+        if start >= 30 * PAGE_SIZE:
+            raise InputError("no permission")
+        return read(reader, file, start, stop)
+
+    with files.opened() as disk:
+        with monkeypatch.context() as patch:
+            patch.setattr(FsspecReader, "read", refused_at_last)
+            with pytest.raises(InputError, match="no permission"):
+                files.need(disk, 0, len(content))
+        present = files.marked()
+        assert present == list(range(len(present)))
+        assert 24 <= len(present) <= 30
+        assert files.unmarked_data() == 0
+        before = disk.stats.fetched
+        assert files.need(disk, 0, len(content)) == content
+        assert disk.stats.fetched - before == len(content) - len(present) * PAGE_SIZE
+
+
+def test_no_thread_writes_any_more_after_fetching_was_interrupted_however_often(monkeypatch):
+    ended = []
+    interrupts = iter([KeyboardInterrupt] * 3)
+
+    def wait(*args: Any) -> Any:
+        for interrupt in interrupts:
+            raise interrupt
+        return futures.wait(*args)
+
+    def work(_: int) -> None:
+        time.sleep(0.3)
+        ended.append(True)
+
+    monkeypatch.setattr(fetch, "wait", wait)
+    fetcher = Fetcher(FsspecReader(None), 1, print, TransferStats())
+    with pytest.raises(KeyboardInterrupt):
+        fetcher.run(iter([0]), work)
+    assert ended
+
+
+# --- crashes --------------------------------------------------------------------------------------
+
+
+def test_data_is_durable_before_marks_and_marks_are_cleared_before_holes(files, monkeypatch):
+    """What a power cut would reveal and a kill does not: the kernel keeps what is not durable yet."""
+    done: list[tuple[str, int]] = []
+
+    def note(owner: Any, name: str, what: str) -> None:
+        function = getattr(owner, name)
+
+        def and_note(*args: Any) -> Any:
+            done.append((what, len(files.marked())))
+            return function(*args)
+
+        monkeypatch.setattr(owner, name, and_note)
+
+    with files.opened(10 * PAGE_SIZE) as disk:
+        note(os, "pwrite", "write")
+        note(os, "fdatasync", "data durable")
+        note(os, "fsync", "marks durable")
+        note(disk_module, "_fallocate", "hole")
+        files.need_pages(disk, 0, 10)
+        assert done == [("write", 0), ("data durable", 0), ("marks durable", 10)]
+        done.clear()
+        files.need_pages(disk, 20, 21)
+        evicted = [("marks durable", 8), ("hole", 8)]
+        assert done == [*evicted, ("write", 8), ("data durable", 8), ("marks durable", 9)]
+
+
+STEPS = [
+    *((os, name) for name in ("pwrite", "fsync", "fdatasync", "ftruncate")),
+    (disk_module, "_fallocate"),
+    (leases.Lease, "release"),
+    (SparseFile, "mark"),
+    (SparseFile, "evict"),
+]
+
+
+@settings(EXAMPLES, max_examples=40)
+@given(
+    rounds=st.lists(
+        st.tuples(st.lists(spans, min_size=1, max_size=4), st.integers(0, 20)), min_size=1, max_size=5
+    )
+)
+def test_killed_at_any_step_nothing_wrong_is_ever_marked(memory, monkeypatch, rounds):
+    files = TwoFiles(memory / str(next(numbers)))
+    budget = 34 * PAGE_SIZE
+
+    def request(some: Sequence[tuple[int, float, int]]) -> None:
+        with files.opened(budget) as disk:
+            for span in some:
+                path, start, stop = span_in(files, span)
+                assert files.need(disk, start, stop, path) == files.content[path][start:stop]
+
+    def until_killed(steps: Steps, some: Sequence[tuple[int, float, int]]) -> None:
+        steps.count(monkeypatch, STEPS)
+        request(some)
+
+    def all_marked_are_right() -> None:
+        for path in files.content:
+            files.marked(path)
+
+    for some, step in rounds:
+        files.clock.now += 1
+        killed_at(step, lambda steps, some=some: until_killed(steps, some))
+        all_marked_are_right()
+        with files.opened(budget) as disk:  # the next request that makes room cleans up
+            path, content = list(files.content.items())[1]
+            file = SparseFile(path, len(content))
+            file.evict(as_ranges([(2, 1)]))
+            file.close()
+            assert files.need(disk, 2 * PAGE_SIZE, 3 * PAGE_SIZE, path) == content[2 * PAGE_SIZE :]
+        assert files.unmarked_data() == 0
+        files.clock.now += 1
+        request(some)
+        assert files.unmarked_data() == 0
+
+
+@pytest.mark.parametrize("step", range(13))
+def test_an_eviction_that_is_killed_is_finished_by_the_next_request(files, monkeypatch, step):
+    def need(first: int, stop: int) -> None:
+        with files.opened(20 * PAGE_SIZE) as disk:
+            files.need_pages(disk, first, stop)
+
+    def until_killed(steps: Steps) -> None:
+        steps.count(monkeypatch, STEPS)
+        need(25, 35)
+
+    need(0, 20)
+    assert killed_at(step, until_killed)
+    need(36, 40)
+    assert set(range(36, 40)) <= set(files.marked())
+    assert files.unmarked_data() == 0
+
+
+def test_a_page_map_of_other_content_is_not_believed(tmp_path):
+    path = tmp_path / "file"
+    allocate(path, 10 * PAGE_SIZE, "one")
+    assert pages.is_allocated(path, 10 * PAGE_SIZE, "one")
+    assert not pages.is_allocated(path, 10 * PAGE_SIZE, "other")
+    assert not pages.is_allocated(path, 11 * PAGE_SIZE, "one")
+    os.truncate(map_path(path), pages.MAP_HEADER_SIZE)
+    assert not pages.is_allocated(path, 10 * PAGE_SIZE, "one")
