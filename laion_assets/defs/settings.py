@@ -355,8 +355,8 @@ def _checked(name: str, given: _Given) -> Any:
     if given.value is None:  # an empty line of a settings file; what is left out is not given at all
         raise InputError(f"{name} is empty (from {given.origin}): give {allowed(name)}, or remove it")
     field = FIELDS[name]
-    annotation: Any = Annotated[field.annotation, *field.metadata, _FINITE]
-    adapter: TypeAdapter[Any] = TypeAdapter(annotation)
+    annotation: Any = Annotated[field.annotation, field]
+    adapter: TypeAdapter[Any] = TypeAdapter(annotation, config=_FINITE)
     try:
         if given.is_text:
             return adapter.validate_strings(given.value)
@@ -370,7 +370,7 @@ def _checked(name: str, given: _Given) -> Any:
         ) from error
 
 
-_FINITE = Field(allow_inf_nan=False)
+_FINITE = ConfigDict(allow_inf_nan=False)
 
 
 def _shown(value: Any) -> str:
