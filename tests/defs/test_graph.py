@@ -14,7 +14,6 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from helpers.project import Project, contents, failures, new_project, reported
-from laion_assets.defs.drawing.presentation import SHEET_BYTES, SHEET_WIDTH
 from markdown_it import MarkdownIt
 from PIL import Image
 
