@@ -1,4 +1,4 @@
-"""Everything in a bucket of a real server: the same tables, and whatever is wrong told in a sentence."""
+"""Everything in a bucket of a real server: the same tables, and errors that say what is wrong."""
 
 import io
 import json
@@ -19,17 +19,18 @@ import fsspec
 import numpy as np
 import pyarrow as pa
 import pytest
-from dagster._core.definitions.data_version import CachingStaleStatusResolver, StaleStatus
-from dagster._core.loader import LoadingContextForTest
 from helpers.gcs import describe, gcs_server
-from helpers.project import Demo, Project, Ticks, failures, new_project, reported
+from helpers.project import Demo, Project, Ticks, failures, new_project, reported, stale
 
 from laion_assets.cli import main
-from laion_assets.defs.io_manager import ParquetIOManager, StoredTable, write_table
-from laion_assets.defs.resources import index_from, seeds_from
+from laion_assets.defs.failures import sentence
+from laion_assets.defs.io_manager import Tables
+from laion_assets.defs.places import Places
+from laion_assets.defs.provenance import Provenance
+from laion_assets.defs.resources import LaionIndex, SeedFolder
 from laion_assets.io.errors import InputError
 from laion_assets.io.storage import new_file, open_storage
-from laion_assets.io.tables import Provenance, Table
+from laion_assets.io.tables import StoredTable, new_table
 from laion_assets.seeds import find_seed_set, list_seed_sets, read_seeds
 
 TABLES = ("seed_embeddings", "centroid_vector", "knn_urls", "centroid_urls", "combined_urls")
@@ -38,7 +39,7 @@ TABLES = ("seed_embeddings", "centroid_vector", "knn_urls", "centroid_urls", "co
 @pytest.fixture(scope="module")
 def bucket(gcs: str, demo: Demo) -> str:  # noqa: ARG001
     """A bucket with the demo's index and seeds."""
-    fs, _ = open_storage("gs://laion", "")
+    fs, _ = open_storage("gs://laion")
     fs.mkdir("laion")
     fs.put(f"{demo.index}/", "laion/index/", recursive=True)
     fs.put(f"{demo.seeds}/", "laion/seeds/", recursive=True)
@@ -67,10 +68,12 @@ def test_the_whole_graph_in_a_bucket_makes_the_tables_that_it_makes_on_a_disk(
         stored = StoredTable(f"{bucket}/output/{name}/flower.parquet")
         expected = StoredTable(str(project.table(name, "flower")))
         assert stored.read() == expected.read()
-        made, as_made = (Provenance.from_footer(table.footer, "") for table in (stored, expected))
+        made, as_made = (Provenance.of(table) for table in (stored, expected))
         assert replace(made, run="", written="") == replace(as_made, run="", written="")
         assert made.run == result.run_id
         assert reported(result, name)["dagster/uri"] == stored.where
+        if name in ("knn_urls", "centroid_urls"):
+            assert stored.attachment("decoder") == expected.attachment("decoder")
     picture = reported(result, "combined_urls")["picture"]
     assert picture == f"{bucket}/output/combined_urls/flower.png"
     with fsspec.open(picture) as png:
@@ -97,31 +100,15 @@ def test_the_command_line_prints_where_the_tables_are(
 # --- what Dagster's UI shows as stale -------------------------------------------------------------
 
 
-def stale(project: Project, seed_set: str) -> set[str]:
-    """The assets that the UI would show as stale for a seed set; none may be missing."""
-    graph = project.defs.resolve_asset_graph()
-    resolver = CachingStaleStatusResolver(
-        project.instance, graph, LoadingContextForTest(project.instance)
-    )
-    found = {
-        key.to_user_string(): resolver.get_status(
-            key, seed_set if graph.get(key).partitions_def else None
-        )
-        for key in graph.materializable_asset_keys
-    }
-    assert StaleStatus.MISSING not in found.values()
-    return {name for name, status in found.items() if status is StaleStatus.STALE}
-
-
 def test_the_ui_knows_what_is_stale(on_bucket: Project, bucket: str) -> None:
-    fs, root = open_storage(f"{bucket}/seeds/fruit", "")
+    fs, root = open_storage(f"{bucket}/seeds/fruit")
     ticks = Ticks(on_bucket)
     assert ticks.tick() == []
     assert "fruit" in ticks.tick()
     assert failures(on_bucket.run("fruit")) == {}
     assert stale(on_bucket, "fruit") == set()
     ticks.tick()
-    assert "is as it was" in ticks.look_at_index()
+    assert "is unchanged" in ticks.look_at_index()
     assert ("seed_folder", "fruit") not in ticks.reported  # the run said it already
     assert stale(on_bucket, "fruit") == set()
 
@@ -144,27 +131,23 @@ def test_the_ui_knows_what_is_stale(on_bucket: Project, bucket: str) -> None:
     assert stale(on_bucket, "fruit") == set()
 
     captions = f"{bucket}/index/metadata/1_multi.arrow"
-    index, path = open_storage(captions, "")
+    index, path = open_storage(captions)
     table = pa.ipc.open_file(index.cat_file(path)).read_all()
     sink = pa.BufferOutputStream()
     with pa.ipc.new_file(sink, table.schema) as writer:
         writer.write_table(table.take(pa.array(range(len(table))[::-1])))
     index.pipe_file(path, index.cat_file(path))  # the same bytes once more
-    assert "is as it was" in ticks.look_at_index()
+    assert "is unchanged" in ticks.look_at_index()
     index.pipe_file(path, sink.getvalue().to_pybytes())
     assert "has changed" in ticks.look_at_index()
-    assert "is as it was" in ticks.look_at_index()
+    assert "is unchanged" in ticks.look_at_index()
     assert stale(on_bucket, "fruit") == {"staged_laion_index"}
     assert failures(on_bucket.run("fruit")) == {}
     assert stale(on_bucket, "fruit") == set()
 
 
-def test_other_code_makes_an_asset_stale_and_other_settings_make_none(
-    project: Project, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_other_code_makes_an_asset_stale(project: Project) -> None:
     assert failures(project.run("fruit")) == {}
-    monkeypatch.setenv("LAION_NB_IMAGES_KNN", "7")
-    assert failures(project.run("fruit", "centroid_urls", nb_images_centroid=90)) == {}
     assert stale(project, "fruit") == set()
     project.defs = dg.Definitions(
         dg.map_asset_specs(
@@ -204,9 +187,10 @@ def ticks(new_bucket: str, tmp_path: Path) -> Iterator[Ticks]:
 def test_an_upload_is_waited_for_and_the_same_bytes_again_are_nothing_new(
     ticks: Ticks, new_bucket: str, gcs_root: Path
 ) -> None:
-    fs, root = open_storage(f"{new_bucket}/seeds", "")
+    fs, root = open_storage(f"{new_bucket}/seeds")
     assert ticks.tick() == []
-    assert f"{new_bucket}/seeds/ is not a folder: set LAION_SEEDS_URI" in ticks.said
+    for fact in (f"{new_bucket}/seeds/ is not a folder", "LAION_SEEDS_URI"):
+        assert fact in ticks.said
     for number in range(3):
         fs.pipe_file(f"{root}/cats/{number}.npy", npy(seeds_of(number)))
         assert ticks.tick() == []
@@ -227,7 +211,7 @@ def test_an_upload_is_waited_for_and_the_same_bytes_again_are_nothing_new(
 def test_names_of_every_kind_are_read_as_they_are(ticks: Ticks, new_bucket: str) -> None:
     names = ["a b.npy", "#1.npy", "x#2023.npy", "50%.npy", "a%20b.npy", "q?generation=3.npy", "[1]*.npy"]
     names += ["ü/é/深い.npy", "deep/er/and/deeper.npy"]
-    fs, root = open_storage(f"{new_bucket}/seeds/Größe 1", "")
+    fs, root = open_storage(f"{new_bucket}/seeds/Größe 1")
     for number, name in enumerate(names):
         fs.pipe_file(f"{root}/{name}", npy(seeds_of(number)))
     assert [ticks.tick_and_work() for _ in range(2)] == [[], ["Größe 1"]]
@@ -239,7 +223,7 @@ def test_markers_of_folders_are_no_seeds(tmp_path: Path, monkeypatch: pytest.Mon
     (tmp_path / "empty").mkdir()
     with gcs_server(tmp_path / "empty", preloaded=True) as url:  # the other kind keeps no markers
         monkeypatch.setenv("STORAGE_EMULATOR_HOST", url)
-        fs, root = open_storage("gs://marked/seeds", "")
+        fs, root = open_storage("gs://marked/seeds")
         fs.mkdir("marked")
         for marker in ("", "cats/", "cats/deep/", "cats/folder.npy/", "empty/"):
             fs.pipe_file(f"{root}/{marker}", b"")
@@ -254,7 +238,7 @@ def test_markers_of_folders_are_no_seeds(tmp_path: Path, monkeypatch: pytest.Mon
 def test_a_set_of_thousands_of_files_is_read_many_at_a_time(
     ticks: Ticks, new_bucket: str, gcs_root: Path
 ) -> None:
-    fs, root = open_storage(f"{new_bucket}/seeds/many", "")
+    fs, root = open_storage(f"{new_bucket}/seeds/many")
     fs.pipe_file(f"{root}/0.npy", npy(seeds_of(0)))
     for number in range(1, 3000):
         os.link(gcs_root / root / "0.npy", gcs_root / root / f"{number}.npy")
@@ -278,7 +262,7 @@ def test_a_writer_that_is_killed_leaves_nothing_under_the_name(new_bucket: str) 
     program = (
         "import sys, time\n"
         "from laion_assets.io.storage import new_file\n"
-        "with new_file(sys.argv[1], 'LAION_OUTPUT_URI') as sink:\n"
+        "with new_file(sys.argv[1]) as sink:\n"
         "    for _ in range(3): sink.write(bytes(20 << 20))\n"
         "    print('written', flush=True)\n"
         "    time.sleep(60)\n"
@@ -287,9 +271,9 @@ def test_a_writer_that_is_killed_leaves_nothing_under_the_name(new_bucket: str) 
         assert writer.stdout is not None
         assert writer.stdout.readline() == b"written\n"
         writer.kill()
-    fs, root = open_storage(new_bucket, "")
+    fs, root = open_storage(new_bucket)
     assert fs.find(root) == []
-    with new_file(uri, "LAION_OUTPUT_URI") as sink:
+    with new_file(uri) as sink:
         sink.write(b"whole")
     assert fs.cat_file(f"{root}/knn_urls/flower.parquet") == b"whole"
 
@@ -303,7 +287,9 @@ def test_a_table_is_read_from_a_bucket_a_part_at_a_time(new_bucket: str) -> None
     peaks = {}
     for count in (3, 24):
         uri = f"{new_bucket}/knn_urls/{count}.parquet"
-        write_table(Table(pa.schema({"url": pa.string()}), batches(count)), uri)
+        with new_table(uri, pa.schema({"url": pa.string()})) as table:
+            for batch in batches(count):
+                table.write(batch)
         stored = StoredTable(uri)
         tracemalloc.start()
         assert sum(len(batch) for batch in stored.batches()) == count << 14
@@ -314,12 +300,18 @@ def test_a_table_is_read_from_a_bucket_a_part_at_a_time(new_bucket: str) -> None
 
 # --- what a bucket refuses ------------------------------------------------------------------------
 
+
+def written(uri: str) -> None:
+    with new_table(Tables(uri).uri("knn_urls", "flower"), pa.schema({"url": pa.string()})):
+        pass
+
+
 USES: dict[str, Callable[[str], object]] = {
-    "LAION_SEEDS_URI": lambda uri: seeds_from({"LAION_SEEDS_URI": uri}).listing(),
-    "LAION_INDEX_URI": lambda uri: index_from({"LAION_INDEX_URI": uri}).source_version(),
-    "LAION_OUTPUT_URI": lambda uri: write_table(
-        Table(pa.schema({"url": pa.string()}), []), ParquetIOManager(uri).uri("knn_urls", "flower")
-    ),
+    "LAION_SEEDS_URI": lambda uri: SeedFolder(uri).listing(),
+    "LAION_INDEX_URI": lambda uri: LaionIndex.at(
+        Places.from_environment({"LAION_INDEX_URI": uri})
+    ).source_version(),
+    "LAION_OUTPUT_URI": written,
 }
 
 
@@ -331,7 +323,7 @@ def setting(request: pytest.FixtureRequest) -> str:
 def refusal(setting: str, uri: str) -> str:
     with pytest.raises(InputError) as caught:
         USES[setting](uri)
-    (told,) = str(caught.value).splitlines()
+    (told,) = sentence(caught.value).splitlines()
     assert uri.partition("/x")[0] in told
     return told
 
@@ -372,7 +364,8 @@ def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.usefixtures("gcs")
 def test_a_bucket_that_is_not_there(setting: str) -> None:
     told = refusal(setting, "gs://nobodys-bucket/x")
-    assert told == f"there is no bucket gs://nobodys-bucket: create it, or correct {setting}"
+    for fact in ("no bucket gs://nobodys-bucket", "create it", setting):
+        assert fact in told
 
 
 def test_an_account_without_the_right(setting: str, monkeypatch: pytest.MonkeyPatch) -> None:

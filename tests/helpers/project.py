@@ -11,6 +11,8 @@ from pathlib import Path
 from typing import Any
 
 import dagster as dg
+from dagster._core.definitions.data_version import CachingStaleStatusResolver, StaleStatus
+from dagster._core.loader import LoadingContextForTest
 
 from laion_assets.definitions import JOB, build_defs
 from laion_assets.demo.build import DemoReport
@@ -137,6 +139,22 @@ def failures(result: dg.ExecuteInProcessResult) -> dict[str, str]:
         told = failure.user_failure_data and failure.user_failure_data.description
         found[event.step_key] = told or f"no sentence, but {failure.error_display_string}"
     return found
+
+
+def stale(project: Project, seed_set: str) -> set[str]:
+    """The assets that the UI would show as stale for a seed set; none may be missing."""
+    graph = project.defs.resolve_asset_graph()
+    resolver = CachingStaleStatusResolver(
+        project.instance, graph, LoadingContextForTest(project.instance)
+    )
+    found = {
+        key.to_user_string(): resolver.get_status(
+            key, seed_set if graph.get(key).partitions_def else None
+        )
+        for key in graph.materializable_asset_keys
+    }
+    assert StaleStatus.MISSING not in found.values()
+    return {name for name, status in found.items() if status is StaleStatus.STALE}
 
 
 def contents(folder: Path) -> dict[str, bytes]:
