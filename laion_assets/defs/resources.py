@@ -15,7 +15,6 @@ from typing import Any
 
 import dagster as dg
 
-from laion_assets.defs.failures import STAGE_AGAIN, sentence
 from laion_assets.defs.io_manager import ParquetIOManager, Tables
 from laion_assets.defs.places import Places
 from laion_assets.defs.settings import Defaults, RetrievalConfig
@@ -101,13 +100,10 @@ class LaionIndex:
         try:
             held = verified_manifest(self.cache_dir).fingerprint
         except NotStagedError as error:
-            return sentence(error)
+            return str(error)
         if recorded in (None, held):
             return None
-        return (
-            f"{self.cache_dir} holds the index {held}, the last materialization recorded {recorded}: "
-            f"{STAGE_AGAIN}"
-        )
+        return f"{self.cache_dir} holds the index {held}, the last materialization recorded {recorded}"
 
     def source_version(self) -> str:
         """Return the version of the source; only lists its files."""

@@ -3,7 +3,9 @@
 import base64
 import io
 import re
+from collections.abc import Callable
 from html.parser import HTMLParser
+from typing import Any
 from urllib.parse import urlsplit
 from xml.etree import ElementTree
 
@@ -13,22 +15,15 @@ import pyarrow.parquet as pq
 import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
-from laion_assets.defs.drawing.presentation import (
-    TEXT,
-    chart,
-    funnel_table,
-    link,
-    plain,
-    steps,
-    strip,
-    summed,
-)
 from markdown_it import MarkdownIt
 from PIL import Image
 
 from laion_assets.defs.drawing.charts import Step
 from laion_assets.defs.drawing.contact_sheet import contact_sheet
-from laion_assets.defs.io_manager import StoredTable
+from laion_assets.defs.drawing.funnel import chart, funnel_table, steps, summed
+from laion_assets.defs.drawing.markup import SHOWN_TEXT, link, links, plain
+from laion_assets.defs.drawing.thumbnails import draw, strip, strip_of_combined
+from laion_assets.io.tables import StoredTable
 from laion_assets.search.combined import CombinedFunnel
 from laion_assets.search.retrieval import Funnel
 
@@ -77,7 +72,7 @@ def test_any_text_is_shown_as_it_is_and_is_nothing_but_text(text: str) -> None:
     page = Tags(RENDERING.render(f"before {plain(text)} after"))
     line = one_line(text)
     assert [tag for tag, _ in page.found] == (["p", "code"] if line else ["p"])
-    shown = line if len(line) <= TEXT else line[:TEXT] + "…"
+    shown = line if len(line) <= SHOWN_TEXT else line[:SHOWN_TEXT] + "…"
     assert one_line(page.text) == one_line(f"before {shown} after")
 
 
@@ -155,18 +150,50 @@ def test_the_funnel_shows_each_search_and_both_in_plain_numbers() -> None:
 # --- pictures -------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("captions", [None, ["one", None, "three"]])
-def test_pictures_are_shown_whether_they_have_captions_or_not(tmp_path, captions) -> None:
+def picture(shade: int) -> bytes:
     encoded = io.BytesIO()
-    Image.new("RGB", (8, 8)).save(encoded, "PNG")
-    columns = {"row": [0, 1, 2], "thumbnail": [encoded.getvalue()] * 3}
-    rows = pa.table(columns | ({"caption": captions} if captions else {}))
-    pq.write_table(rows, tmp_path / "seeds.parquet")
-    shown = strip(StoredTable(str(tmp_path / "seeds.parquet")), "seeds", "")
+    Image.new("L", (8, 8), shade).save(encoded, "PNG")
+    return encoded.getvalue()
+
+
+@pytest.fixture
+def stored(tmp_path) -> Callable[..., StoredTable]:
+    """Write a table of some columns."""
+
+    def write(name: str, **columns: Any) -> StoredTable:
+        pq.write_table(pa.table(columns), tmp_path / f"{name}.parquet")
+        return StoredTable(str(tmp_path / f"{name}.parquet"))
+
+    return write
+
+
+@pytest.mark.parametrize("captions", [None, ["one", None, "three"]])
+def test_thumbnails_are_shown_whether_they_have_captions_or_not(stored, captions) -> None:
+    columns = {"row": [0, 1, 2], "thumbnail": [picture(7)] * 3}
+    shown = strip(stored("seeds", **columns, **({"caption": captions} if captions else {})), "seeds", "")
     assert shown is not None
     assert list(shown.pictures) == columns["thumbnail"]
     assert shown.captions == (["one", "", "three"] if captions else [])
     assert contact_sheet([shown], show_captions=True).width > 8
+
+
+def test_the_thumbnails_of_a_combined_table_come_from_the_sets_it_was_made_of_in_its_order(
+    stored,
+) -> None:
+    knn = stored("knn", id=[1, 2, 3], thumbnail=[picture(1), None, picture(3)])
+    centroid = stored("centroid", id=[4, 3], thumbnail=[picture(4), picture(3)])
+    combined = stored("combined", id=[4, 2, 3, 1], caption=["four", "two", None, "one"])
+    shown = strip_of_combined(combined, [knn, centroid], "combined", "4 images")
+    assert shown is not None
+    assert list(shown.pictures) == [picture(4), picture(3), picture(1)]
+    assert shown.captions == ["four", "", "one"]
+    plain_table = stored("plain", id=[1, 2])
+    assert strip_of_combined(combined, [plain_table], "combined", "") is None
+    assert draw([None, strip(plain_table, "plain", "")]) is None
+
+
+def test_rows_without_thumbnails_and_urls_are_said_to_have_neither(stored) -> None:
+    assert "neither thumbnails nor URLs" in links(stored("seeds", row=[0])).value
 
 
 # --- charts ---------------------------------------------------------------------------------------

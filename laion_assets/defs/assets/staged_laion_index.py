@@ -79,7 +79,7 @@ def open_index(context: dg.AssetExecutionContext, laion_index: LaionIndex) -> It
     elif missing:
         time.sleep(RECORD_SECONDS)
         if missing := _what_is_missing(context, laion_index):
-            raise InputError(missing)
+            raise InputError(missing, "staged_index")
     with laion_index.open(context.log.info) as index:
         yield index
 
