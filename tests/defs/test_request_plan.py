@@ -1,56 +1,69 @@
-"""`laion-assets plan`: what to ask for, how long it takes, how much disk, and on what that rests."""
+"""`laion-assets plan`: what to request, how long it takes, how much disk, and on what that rests."""
 
 import re
 import shutil
+from typing import Any
 
 import dagster as dg
 import pytest
 import yaml
-from helpers.project import REPOSITORY
 
 from laion_assets.cli import instance, main
-from laion_assets.defs.history import materializations
-from laion_assets.search.sizing import (
-    CENTROID_SECONDS,
-    COMBINED_A_SECOND,
-    KNN_A_SECOND,
-    as_measured,
-    counts_for,
-)
+from laion_assets.defs.history import Materialized, materializations
+from laion_assets.defs.request_plan import TABLES, History, as_yaml, plan_request
+from laion_assets.search.sizing import USUAL, Yield, counts_for
+
+# --- the plan, a pure function --------------------------------------------------------------------
 
 
-def number(text: str) -> float:
-    return float(text.replace(",", ""))
+def measured(run: str = "0123456789", requested: int = 300, **figures: Any) -> Materialized:
+    return Materialized(run, {"requested": requested, "seconds": 6.0, "bytes": 3000} | figures)
 
 
-def test_what_is_said_to_be_measured_is_what_the_benchmark_measured():
-    results = (REPOSITORY / "benchmarks" / "results.md").read_text()
-    grows = results.partition("## How the cost grows")[2].partition("## ")[0]
-    rows = re.findall(r"^\| ([\d,]+) \| [\d,]+ \| ([\d.]+) \|", grows, re.MULTILINE)
-    assert {number(k): number(seconds) for k, seconds in rows} == CENTROID_SECONDS
-    many = results.partition("## Many seeds")[2]
-    rate = dict(re.findall(r"^\| (\w+) \|.*\| ([\d,]+) \| [\d.]+ GB \|$", many, re.MULTILINE))
-    assert (number(rate["knn"]), number(rate["combined"])) == (KNN_A_SECOND, COMBINED_A_SECOND)
+def test_time_and_disk_are_those_of_the_last_run_scaled_by_what_is_requested():
+    last = {
+        "knn_urls": measured(requested=100, seconds=2.0, bytes=1000),
+        "centroid_urls": measured(requested=200, seconds=1.0, bytes=500),
+        "combined_urls": measured(requested=300, seconds=4.0, bytes=900),
+    }
+    plan = plan_request(3000, 10, History(Yield(0.5, "measured"), last))
+    assert plan.requested == {"knn_urls": 3000, "centroid_urls": 3000, "combined_urls": 6000}
+    assert plan.seconds == {"knn_urls": 60.0, "centroid_urls": 15.0, "combined_urls": 80.0}
+    assert plan.sizes == {"knn_urls": 30_000, "centroid_urls": 7_500, "combined_urls": 18_000}
+    told = "\n".join(as_yaml(plan, 3000, 10))
+    assert re.search(r"# time: knn_urls .*, centroid_urls .*, combined_urls ", told)
+    for fact in ("scaled from run 01234567,", "requested 300;", "knn_urls 30 kB", "combined_urls 18 kB"):
+        assert fact in told
 
 
-def test_times_go_through_what_was_measured_and_grow_without_end():
-    for k, seconds in CENTROID_SECONDS.items():
-        assert as_measured(75_176, k)[:2] == pytest.approx((1.0, seconds))
-    assert as_measured(1, 10)[1] < 0.28
-    assert as_measured(1, 10**7)[1] > 10 * 88.86
+@pytest.mark.parametrize("rows", [None, 10**9, 500])
+def test_a_plan_says_when_the_index_bounds_it(rows):
+    plan = plan_request(3000, 10, History(index_rows=rows, index_size=5 * 10**9))
+    bounded = rows == 500
+    assert (plan.counts == counts_for(3000, 10, USUAL.share)) != bounded
+    told = "\n".join(as_yaml(plan, 3000, 10))
+    assert ("500 rows" in told) == bounded
+    assert "index 5 GB" in told
 
 
-def test_a_plan_without_a_set_rests_on_the_usual_yield(tmp_path, monkeypatch, capsys):
+# --- the command ----------------------------------------------------------------------------------
+
+
+def test_without_a_run_a_plan_rests_on_the_usual_yield_and_guesses_no_times(
+    demo, tmp_path, monkeypatch, capsys
+):
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("LAION_SEEDS_URI", str(demo.seeds))
     assert main(["plan", "--target", "500000", "--seeds", "1000"]) == 0
     printed = capsys.readouterr().out
     assert yaml.safe_load(printed) == {"nb_images_knn": 834, "nb_images_centroid": 833_334}
-    assert (
-        "a yield of 0.3 (usual for LAION; no run of this set with these filters, block list and "
-        "threshold has measured it)"
-    ) in printed
-    assert "by benchmarks/results.md (2 cores" in printed
-    assert "of the tables not known before a first run of the set; index not staged yet" in printed
+    assert main(["plan", "--target", "5000", "--seed-set", "flower"]) == 0
+    for told in (printed, capsys.readouterr().out):
+        assert str(USUAL) in told
+        assert "time: not known" in told
+        assert "tables not known" in told
+        assert "index not staged yet" in told
+        assert " s," not in told
 
 
 def test_a_plan_for_a_set_rests_on_its_last_run(demo, tmp_path, monkeypatch, capsys):
@@ -65,31 +78,32 @@ def test_a_plan_for_a_set_rests_on_its_last_run(demo, tmp_path, monkeypatch, cap
     found = re.search(r"from (\d+) seeds, at a yield of ([\d.]+) \(measured by run (\w+)\)", printed)
     assert found
     seeds, share, run = int(found[1]), float(found[2]), found[3]
-    assert f"by run {run}, which requested {20 * seeds + 400}, scaled" in printed
-    assert "no more than that" not in printed
+    for fact in (f"run {run}", f"requested {20 * seeds + 400};", *(f"{name} " for name in TABLES)):
+        assert fact in printed
+    assert "rows" not in printed
     expected = counts_for(target, seeds, share)
     planned = yaml.safe_load(printed)  # from the yield that was measured; four digits of it are printed
     assert planned["nb_images_knn"] == pytest.approx(expected.nb_images_knn, abs=1)
     assert planned["nb_images_centroid"] == pytest.approx(expected.nb_images_centroid, abs=1)
     size = (tmp_path / "data/output/knn_urls/flower.parquet").stat().st_size
-    told = re.search(r"disk: knn_urls (\d+) kB", printed)
+    told = re.search(r"knn_urls (\d+) kB", printed)
     assert told
     assert int(told[1]) == pytest.approx(size * planned["nb_images_knn"] / 20 / 1000, abs=1)
     assert re.search(r"index [\d.]+ MB$", printed, re.MULTILINE)
 
     # What lies there now may be of another run, and the disk may have lost the index since.
     (tmp_path / "data/output/knn_urls/flower.parquet").unlink()
-    with instance() as kept:
+    with instance({}) as kept:
         rows = staged_again(kept)
     assert main(["plan", "--target", str(10**9), "--seed-set", "flower"]) == 0
     bounded = capsys.readouterr().out
-    assert "disk: knn_urls " in bounded
+    assert re.search(r"tables knn_urls [\d.]+ [kMG]B", bounded)
     assert yaml.safe_load(bounded) == {"nb_images_knn": rows, "nb_images_centroid": rows}
-    assert f"# the index has {rows:,} rows: no more than that can be found" in bounded
+    assert f"{rows:,} rows" in bounded
 
     (tmp_path / "data/seeds/flower/settings.yaml").write_text(printed)  # ready to paste
     assert main(["materialize", "flower"]) == 0
-    assert f"looking for {planned['nb_images_knn']:,} images around each" in capsys.readouterr().out
+    assert f"{planned['nb_images_knn']:,} images around each" in capsys.readouterr().out
 
 
 def staged_again(kept: dg.DagsterInstance) -> int:
@@ -102,17 +116,19 @@ def staged_again(kept: dg.DagsterInstance) -> int:
 
 
 @pytest.mark.parametrize(
-    ("arguments", "sentence"),
+    ("arguments", "facts"),
     [
-        (["--target", "0", "--seeds", "5"], "error: --target is 0: give 1 or more"),
-        (["--target", "5", "--seeds", "-1"], "error: --seeds is -1: give 1 or more"),
-        (["--target", "5", "--seed-set", "flowr"], "error: there is no seed set 'flowr'"),
+        (["--target", "0", "--seeds", "5"], ("--target is 0", "1 or more")),
+        (["--target", "5", "--seeds", "-1"], ("--seeds is -1", "1 or more")),
+        (["--target", "5", "--seed-set", "flowr"], ("no seed set 'flowr'", "did you mean 'flower'?")),
     ],
 )
-def test_what_cannot_be_planned_is_told_in_a_sentence(
-    demo, tmp_path, monkeypatch, capsys, arguments, sentence
+def test_what_cannot_be_planned_is_an_error_of_one_line(
+    demo, tmp_path, monkeypatch, capsys, arguments, facts
 ):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("LAION_SEEDS_URI", str(demo.seeds))
     assert main(["plan", *arguments]) == 1
-    assert sentence in capsys.readouterr().err
+    (told,) = capsys.readouterr().err.splitlines()
+    for fact in ("error: ", *facts):
+        assert fact in told
