@@ -9,10 +9,9 @@ import dagster as dg
 import pytest
 from helpers.project import Demo, Project, Ticks, failures, new_project, reported, stale
 
-from laion_assets.defs import sources
+from laion_assets.defs import sensors
 from laion_assets.defs.history import YIELD, measured_yield
 from laion_assets.defs.resources import LaionIndex
-from laion_assets.defs.sensors import SETTINGS_PER_TICK
 from laion_assets.defs.settings import BLOCK_LIST, Defaults, RetrievalConfig
 from laion_assets.defs.sources import CHANGED, FIRST, last_version, retrieval_settings
 from laion_assets.search.sizing import USUAL
@@ -40,11 +39,19 @@ def made(demo_made: Ticks) -> Iterator[Ticks]:
     before = demo_made.project
     demo_made.tick()
     for name in SETS:
-        if stale(before, name):
-            assert failures(before.run(name)) == {}
+        if found := stale(before, name):
+            assert "seed_embeddings" not in found
+            searched(before, name)
         assert stale(before, name) == set()
     yield demo_made
     demo_made.project = before
+
+
+def searched(project: Project, seed_set: str, **given: Any) -> dg.ExecuteInProcessResult:
+    """Make the URL tables of a set again, from the seeds and the index that are there."""
+    result = project.run(seed_set, *URL_SETS, "combined_urls", **given)
+    assert failures(result) == {}
+    return result
 
 
 def restarted(ticks: Ticks, **environment: str) -> None:
@@ -114,7 +121,7 @@ def test_a_run_with_the_new_settings_makes_the_set_fresh(made: Ticks) -> None:
     assert made.said == "settings changed: flower, fruit; 2 seed sets"
     assert failures(made.project.run("fruit", "knn_urls")) == {}
     assert stale(made.project, "fruit") == {"centroid_urls", "combined_urls"}
-    assert failures(made.project.run("fruit")) == {}
+    searched(made.project, "fruit")
     assert stale(made.project, "fruit") == set()
     assert stale(made.project, "flower") == URL_SETS
     made.tick()
@@ -156,10 +163,9 @@ def test_a_block_list_that_is_new_or_changed_or_unset_makes_what_was_made_before
     restarted(made, LAION_BLOCK_LIST=str(listed))
     assert changed(made, "fruit").startswith(f"block_list none -> {listed}, 1 ids, 0 URLs")
     assert stale(made.project, "fruit") == stale(made.project, "flower") == URL_SETS
-    assert failures(made.project.run("fruit")) == {}
+    searched(made.project, "fruit")
     assert stale(made.project, "fruit") == set()
     with monkeypatch.context() as patched:
-        patched.setattr(sources, "ResolvedSettings", None)
         patched.setattr("laion_assets.defs.resources.read_block_list", None)  # unchanged: not read again
         assert made.tick() == []
     assert made.said == "nothing new; 2 seed sets"
@@ -181,7 +187,7 @@ def test_a_block_list_that_is_new_or_changed_or_unset_makes_what_was_made_before
 
 
 def test_what_is_given_for_one_run_in_the_launchpad_changes_no_settings(made: Ticks) -> None:
-    result = made.project.run("fruit", nb_images_knn=7, nprobe=3)
+    result = searched(made.project, "fruit", nb_images_knn=7, nprobe=3)
     assert reported(result, "knn_urls")["settings"]["nb_images_knn"].startswith("7 ")
     assert stale(made.project, "fruit") == set()
     made.tick()
@@ -191,8 +197,7 @@ def test_what_is_given_for_one_run_in_the_launchpad_changes_no_settings(made: Ti
 def test_what_is_computed_for_a_request_is_no_change(made: Ticks) -> None:
     """The index has fewer lists than that, and the two counts follow from the target."""
     made.project = made.project.with_environment(LAION_NPROBE="1000000", LAION_TARGET_IMAGES="600")
-    result = made.project.run("fruit")
-    assert failures(result) == {}
+    result = searched(made.project, "fruit")
     for asset in (*URL_SETS, "combined_urls"):
         settings = reported(result, asset)["provenance"]["settings"]
         assert settings["values"]["nprobe"] < 1_000_000
@@ -223,7 +228,7 @@ def test_unusable_settings_are_a_version_that_says_why_and_stop_no_run_that_does
     for fact in ("cannot be used: ", *facts):
         assert fact in changed(made, "fruit")
     assert stale(made.project, "fruit") == URL_SETS
-    assert failures(made.project.run("fruit", **given)) == {}
+    searched(made.project, "fruit", **given)
     assert stale(made.project, "fruit") == set()
     made.tick()
     assert "fruit" not in made.said
@@ -274,9 +279,13 @@ def test_a_set_that_was_removed_is_left_alone_until_it_is_back(made: Ticks) -> N
     assert changed(made, "flower") == "dedup_threshold 0.94 -> 0.8"
 
 
-def test_many_sets_are_observed_some_at_a_tick_until_all_are(tmp_path: Path) -> None:
+def test_many_sets_are_observed_some_at_a_tick_until_all_are(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    at_most, more = 5, 3
+    monkeypatch.setattr(sensors, "SETTINGS_PER_TICK", at_most)
     with new_project(tmp_path, tmp_path / "no index is needed") as project:
-        names = [f"set {number:03}" for number in range(SETTINGS_PER_TICK + 3)]
+        names = [f"set {number:03}" for number in range(at_most + more)]
         for name in names:
             (project.seeds / name).mkdir()
             (project.seeds / name / "a.npy").write_bytes(b"not read by the sensor")
@@ -287,16 +296,16 @@ def test_many_sets_are_observed_some_at_a_tick_until_all_are(tmp_path: Path) -> 
             ticks.reported.clear()
             ticks.tick()
             counts.append(sum(source == "retrieval_settings" for source, _ in ticks.reported))
-        assert counts == [SETTINGS_PER_TICK, 3, 0]
+        assert counts == [at_most, more, 0]
 
 
 def test_a_yield_counts_only_for_the_block_list_it_was_measured_with(made: Ticks, tmp_path: Path) -> None:
     listed = tmp_path / "list.txt"
     listed.write_text("3\n")
     project = made.project.with_environment(LAION_BLOCK_LIST=str(listed))
-    first = project.run("fruit", target_images=50)
+    first = searched(project, "fruit", target_images=50)
     assert str(USUAL) in reported(first, "knn_urls")["settings"]["nb_images_knn"]
-    second = project.run("fruit", target_images=50)
+    second = searched(project, "fruit", target_images=50)
     assert f"by run {first.run_id[:8]}" in reported(second, "knn_urls")["settings"]["nb_images_knn"]
     asked = RetrievalConfig().resolve(Defaults({})).asked()
     assert second.run_id[:8] not in measured_yield(project.instance, "fruit", asked).basis
