@@ -1,4 +1,4 @@
-"""The rules of the house, the settings, and Dagster's own files."""
+"""What import contracts cannot say: names in the library, who reads the environment, Dagster's files."""
 
 import ast
 import os
@@ -6,20 +6,27 @@ import re
 import shutil
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import dagster as dg
 import pytest
+import yaml
 from helpers.project import REPOSITORY
 
 from laion_assets.definitions import build_defs
+from laion_assets.defs.kubernetes.placement import NvmeNode
 from laion_assets.defs.launcher import LocalRunLauncher
-from laion_assets.defs.settings import DEFAULTS
+from laion_assets.defs.places import NODE_PREFIX, Places
+from laion_assets.defs.settings import FIELDS, variable_of
 from laion_assets.io.errors import InputError
 
 PACKAGE = REPOSITORY / "laion_assets"
 MODULES = sorted(PACKAGE.rglob("*.py"))
 LIBRARY = {"index", "io", "search", "seeds", "staging"}
+IN_LIBRARY = [path for path in MODULES if path.relative_to(PACKAGE).parts[0] in LIBRARY]
+# Where the environment of the process comes in, and where Google's clients look for their own variables.
+ENVIRONMENT = {"laion_assets.definitions", "laion_assets.cli", "laion_assets.io.storage"}
 
 
 def name_of(path: Path) -> str:
@@ -33,17 +40,32 @@ def imported_by(*modules: str) -> set[str]:
     return set(done.stdout.split())
 
 
-# --- the house ------------------------------------------------------------------------------------
+def texts_in(path: Path) -> Iterator[str]:
+    """Every string constant of a module, docstrings and parts of f-strings included."""
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Constant) and isinstance(node.value, str):
+            yield node.value
+
+
+# --- the library ----------------------------------------------------------------------------------
 
 
 def test_the_library_works_without_dagster():
-    library = [name_of(path) for path in MODULES if path.relative_to(PACKAGE).parts[0] in LIBRARY]
+    library = [name_of(path) for path in IN_LIBRARY]
     assert len(library) > 10
     there = imported_by(*library)
     assert set(library) <= there
     assert {name for name in there if name.partition(".")[0].startswith("dagster")} == set()
     ours = {name for name in there if name.startswith("laion_assets.")}
     assert {name for name in ours if name.split(".")[1] not in LIBRARY} == set()
+
+
+@pytest.mark.parametrize("path", IN_LIBRARY, ids=name_of)
+def test_the_library_names_no_variable_and_no_asset_of_the_platform(path):
+    keys = build_defs({}).resolve_asset_graph().get_all_asset_keys()
+    assets = "|".join(key.to_user_string() for key in keys)
+    platform = re.compile(rf"LAION_\w*|\b(?:{assets})\b|Launchpad|[Mm]aterializ\w+")
+    assert sorted({found for text in texts_in(path) for found in platform.findall(text)}) == []
 
 
 @pytest.mark.parametrize(
@@ -53,6 +75,61 @@ def test_where_assets_run_depends_on_nothing_of_ours(leaf):
     there = imported_by(leaf)
     parents = {"laion_assets", "laion_assets.defs", "laion_assets.defs.kubernetes"}
     assert {n for n in there if n.startswith("laion_assets")} == parents | {leaf}
+
+
+# --- the environment ------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("path", MODULES, ids=name_of)
+def test_the_environment_of_the_process_is_read_where_it_comes_in_and_nowhere_else(path):
+    reads = [
+        f"line {node.lineno}"
+        for node in ast.walk(ast.parse(path.read_text()))
+        if isinstance(node, ast.Attribute) and node.attr in ("environ", "getenv", "environb")
+    ]
+    assert bool(reads) == (name_of(path) in ENVIRONMENT), reads
+
+
+def test_a_code_location_takes_no_notice_of_variables_that_it_was_not_given(monkeypatch):
+    before = build_defs({})
+    for name in (*Places.model_fields, *FIELDS):
+        monkeypatch.setenv(variable_of(name), "not usable")
+    monkeypatch.setenv("KUBERNETES_SERVICE_HOST", "10.0.0.1")
+    after = build_defs({})
+    assert after.executor is before.executor is None
+    for name in ("laion_index", "seeds", "tables", "defaults", "pictures"):
+        with dg.build_resources({name: (after.resources or {})[name]}) as given:
+            assert "not usable" not in str(getattr(given, name))
+
+
+def test_every_variable_that_the_package_names_is_declared():
+    declared = {variable_of(name) for name in (*Places.model_fields, *FIELDS)}
+    declared |= {f"{NODE_PREFIX}{name.upper()}" for name in vars(NvmeNode())}
+    named = {
+        variable
+        for path in MODULES
+        for text in texts_in(path)
+        for variable in re.findall(r"LAION_[A-Z_]*[A-Z](?!\w|<)", text)
+    }
+    assert "LAION_INDEX_URI" in named
+    assert named - declared == set()
+
+
+@pytest.mark.parametrize(
+    ("misspelt", "meant"),
+    [
+        ("LAION_DEDUP_TRESHOLD", "LAION_DEDUP_THRESHOLD"),
+        ("LAION_BLOCK_LISTS", "LAION_BLOCK_LIST"),
+        ("LAION_FILTER", "LAION_FILTERS"),
+    ],
+)
+def test_a_misspelt_variable_is_refused_with_the_one_that_is_meant(misspelt, meant):
+    with pytest.raises(InputError, match=rf"{misspelt} is set.*did you mean {meant}\?"):
+        build_defs({misspelt: "1"})
+
+
+def test_variables_of_others_are_left_alone():
+    build_defs({"LAION_ASSETS_SERVICE_HOST": "10.0.0.7", "LAION_ASSETS_PORT": "tcp://10.0.0.7:3030"})
 
 
 # --- Dagster's own files --------------------------------------------------------------------------
@@ -80,8 +157,24 @@ def test_dagster_yaml_loads_and_frees_what_a_killed_run_held(tmp_path):
     assert {path.name for path in tmp_path.iterdir()} == {"dagster.yaml", "data"}
 
 
-def test_the_workspace_loads(tmp_path):
-    shutil.copy(REPOSITORY / "workspace.yaml", tmp_path)
+def test_the_packaged_instance_is_that_of_a_checkout_but_for_where_its_storage_is():
+    packaged, checkout = (
+        yaml.safe_load(path.read_text())
+        for path in (PACKAGE / "defs" / "instance.yaml", REPOSITORY / "dagster.yaml")
+    )
+    storage = {"storage", "local_artifact_storage", "compute_logs"}
+    assert storage <= checkout.keys()
+    assert {name: value for name, value in checkout.items() if name not in storage} == {
+        name: value for name, value in packaged.items() if name not in storage
+    }
+
+
+def test_the_packaged_workspace_is_that_of_a_checkout_and_loads(tmp_path):
+    packaged = PACKAGE / "defs" / "workspace.yaml"
+    assert yaml.safe_load(packaged.read_text()) == yaml.safe_load(
+        (REPOSITORY / "workspace.yaml").read_text()
+    )
+    shutil.copy(packaged, tmp_path)
     dagster = Path(sys.executable).with_name("dagster")
     done = subprocess.run(
         [dagster, "definitions", "validate", "-w", "workspace.yaml"],
@@ -92,45 +185,3 @@ def test_the_workspace_loads(tmp_path):
     )
     assert done.returncode == 0, done.stderr[-2000:]
     assert "Validation successful for code location laion_assets" in done.stdout + done.stderr
-
-
-# --- settings -------------------------------------------------------------------------------------
-
-
-def variables_read() -> set[str]:
-    """The variables of the environment that the code takes notice of."""
-
-    class Noted(dict[str, str]):
-        def get(self, name, default=None):
-            noted.add(name)
-            return super().get(name, default)
-
-    noted: set[str] = set()
-    build_defs(Noted())
-    settings = {f"LAION_{name.upper()}" for name in DEFAULTS}
-    written = {
-        node.value
-        for path in MODULES
-        for node in ast.walk(ast.parse(path.read_text()))
-        if isinstance(node, ast.Constant) and isinstance(node.value, str)
-        if re.fullmatch(r"LAION_(?!NVME_)[A-Z_]+", node.value)  # those are k8s/README.md's
-    }
-    assert written <= noted | settings
-    return {name for name in noted if name.startswith("LAION_")} | settings
-
-
-@pytest.mark.parametrize(
-    ("misspelt", "meant"),
-    [
-        ("LAION_DEDUP_TRESHOLD", "LAION_DEDUP_THRESHOLD"),
-        ("LAION_BLOCK_LISTS", "LAION_BLOCK_LIST"),
-        ("LAION_FILTER", "LAION_FILTERS"),
-    ],
-)
-def test_a_misspelt_variable_is_no_silent_default(misspelt, meant):
-    with pytest.raises(InputError, match=f"{misspelt} is set, which is no setting: did you mean {meant}"):
-        build_defs({misspelt: "1"})
-
-
-def test_variables_of_others_are_left_alone():
-    build_defs({"LAION_ASSETS_SERVICE_HOST": "10.0.0.7", "LAION_ASSETS_PORT": "tcp://10.0.0.7:3030"})
