@@ -1,16 +1,13 @@
 """What reaches a cluster: every pod of ours as dagster-k8s makes it, and every file of k8s/.
 
-The pods are made by dagster-k8s's own functions and checked against Kubernetes' strict schemas, then
-compared with a snapshot: `UPDATE_SNAPSHOTS=1 make test` writes it anew.
+The pods are made by dagster-k8s's own functions and checked against Kubernetes' strict schemas.
 """
 
 import json
 import os
 import re
 import subprocess
-import sys
-from collections.abc import Callable, Mapping
-from pathlib import Path
+from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
 
@@ -27,30 +24,32 @@ from dagster_k8s.job import get_user_defined_k8s_config
 from helpers.chart import DEPLOYMENT, IMAGE, VALUES, container_context, instance_config, run_launcher
 from helpers.project import REPOSITORY, Demo, failures, new_project
 from kubernetes.client import ApiException
-from test_architecture import variables_read
 
-from laion_assets.definitions import ASSETS, build_defs
+from laion_assets.definitions import build_defs
+from laion_assets.defs.assets import build_assets
 from laion_assets.defs.kubernetes import claim, placement
-from laion_assets.defs.kubernetes.placement import (
-    NvmeNode,
-    executor,
-    on_nvme_node,
-    retry_policy,
-    with_index,
-)
+from laion_assets.defs.kubernetes.placement import NvmeNode, Placement, on_nvme_node
 from laion_assets.defs.kubernetes.step_pods import RENEW, why_it_cannot_start
+from laion_assets.defs.places import Places
+from laion_assets.defs.settings import FIELDS, variable_of
 from laion_assets.staging import read_bytes
 
 ON_NVME = {"staged_laion_index", "knn_urls", "centroid_urls"}
-SNAPSHOT = Path(__file__).with_name("step_pods.json")
 KUBERNETES = "1.34"
+INSIDE = {"KUBERNETES_SERVICE_HOST": "10.0.0.1"}
 
 
 def validate(manifest: dict[str, Any]) -> None:
     kubernetes_validate.validate(manifest, KUBERNETES, strict=True)
 
 
-def step_pod(asset: dg.AssetsDefinition, tags: Mapping[str, Any] | None = None) -> dict[str, Any]:
+def assets_for(**environment: str) -> dict[str, dg.AssetsDefinition]:
+    """The assets by name, as they are defined on a cluster."""
+    built = build_assets(Placement.from_environment(INSIDE | environment))
+    return {asset.key.path[-1]: asset for asset in built}
+
+
+def step_pod(asset: dg.AssetsDefinition) -> dict[str, Any]:
     """The Job of a step as `k8s_job_executor` makes it: the launcher's, the code location's, its own."""
     launcher = K8sRunLauncher(
         **run_launcher(),
@@ -63,7 +62,7 @@ def step_pod(asset: dg.AssetsDefinition, tags: Mapping[str, Any] | None = None) 
     )
     for more in (
         K8sContainerContext.create_from_config(container_context()),
-        K8sContainerContext(run_k8s_config=get_user_defined_k8s_config(tags or asset.op.tags)),
+        K8sContainerContext(run_k8s_config=get_user_defined_k8s_config(asset.op.tags)),
     ):
         context = context.merge(more)
     job = construct_dagster_k8s_job(
@@ -77,11 +76,16 @@ def step_pod(asset: dg.AssetsDefinition, tags: Mapping[str, Any] | None = None) 
     return made
 
 
-@pytest.fixture(scope="module")
-def step_pods() -> dict[str, dict[str, Any]]:
+@pytest.fixture(scope="module", autouse=True)
+def no_cluster_is_looked_for():
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(kubernetes.config, "load_kube_config", lambda *_, **__: None)
-        return {asset.key.path[-1]: step_pod(asset) for asset in ASSETS}
+        yield
+
+
+@pytest.fixture(scope="module")
+def step_pods() -> dict[str, dict[str, Any]]:
+    return {name: step_pod(asset) for name, asset in assets_for().items()}
 
 
 # --- the pods -------------------------------------------------------------------------------------
@@ -91,12 +95,6 @@ def test_every_step_is_a_job_that_kubernetes_accepts(step_pods):
     assert len(step_pods) == 6
     for job in step_pods.values():
         validate(job)
-
-
-def test_the_jobs_are_as_they_were(step_pods):
-    if os.environ.get("UPDATE_SNAPSHOTS"):
-        SNAPSHOT.write_text(json.dumps(step_pods, indent=1, sort_keys=True) + "\n")
-    assert step_pods == json.loads(SNAPSHOT.read_text())
 
 
 def test_steps_that_touch_the_index_share_one_claim_and_the_others_have_none(step_pods):
@@ -112,6 +110,29 @@ def test_steps_that_touch_the_index_share_one_claim_and_the_others_have_none(ste
         else:
             assert not claims
             assert not {"nodeSelector", "tolerations", "affinity"} & pod.keys()
+
+
+def test_steps_request_what_they_need_and_those_with_the_index_are_not_evicted(step_pods):
+    node = NvmeNode()
+    for asset, job in step_pods.items():
+        template = job["spec"]["template"]
+        (container,) = template["spec"]["containers"]
+        expected = (
+            {
+                "requests": {"cpu": node.cpu, "memory": node.memory},
+                "limits": {"memory": node.memory_limit},
+            }
+            if asset in ON_NVME
+            else placement.ANY_NODE_RESOURCES
+        )
+        assert container["resources"] == expected
+        stays = "cluster-autoscaler.kubernetes.io/safe-to-evict"
+        annotations = template["metadata"].get("annotations", {})
+        assert annotations.get(stays) == ("false" if asset in ON_NVME else None)
+        if asset in ON_NVME:
+            assert container["securityContext"]["allowPrivilegeEscalation"] is False
+            assert template["spec"]["securityContext"]["runAsNonRoot"] is True
+            assert template["spec"]["securityContext"]["fsGroup"] == int(node.group)
 
 
 def test_a_pod_names_its_asset_and_is_never_started_twice_by_kubernetes(step_pods):
@@ -143,25 +164,23 @@ def test_every_setting_reaches_the_pod():
 
 
 @pytest.mark.parametrize(
-    ("variable", "value", "told"),
+    ("variable", "value", "remedy"),
     [
-        ("LAION_NVME_LABEL", "fast", "LAION_NVME_LABEL is 'fast': write it as key=value"),
-        ("LAION_NVME_GROUP", "staff", "LAION_NVME_GROUP is 'staff': give a whole number"),
-        ("LAION_NVME_PENDING_SECONDS", "5m", "LAION_NVME_PENDING_SECONDS is '5m': give a whole number"),
+        ("LAION_NVME_LABEL", "fast", "key=value"),
+        ("LAION_NVME_GROUP", "staff", "a whole number"),
+        ("LAION_NVME_PENDING_SECONDS", "5m", "a whole number"),
     ],
 )
-def test_a_wrong_setting_is_named(variable, value, told):
-    with pytest.raises(ValueError, match=told):
+def test_a_wrong_setting_is_named(variable, value, remedy):
+    with pytest.raises(ValueError, match=f"{variable} is '{value}': .*{remedy}"):
         NvmeNode.from_environment({variable: value})
 
 
 def test_pods_only_inside_a_cluster():
-    inside = {"KUBERNETES_SERVICE_HOST": "10.0.0.1"}
-    chosen = executor(inside)
-    assert chosen is not None
-    assert chosen.name == "k8s"
-    assert executor({}) is None
-    assert build_defs(inside).executor.name == "k8s"  # type: ignore[union-attr]
+    inside = build_defs(INSIDE | {"LAION_NVME_PENDING_SECONDS": "7"}).executor
+    assert inside is not None
+    assert inside.name == "k8s"
+    assert build_defs({}).executor is None
 
 
 # --- pods that do not start -----------------------------------------------------------------------
@@ -187,23 +206,9 @@ def test_a_step_that_may_not_look_at_the_claim_names_the_file_that_lets_it():
 
 
 def test_steps_are_tried_again_in_a_cluster_and_only_there():
-    told = (
-        "from laion_assets.definitions import ASSETS; "
-        "print(*[bool(asset.op.retry_policy) for asset in ASSETS])"
-    )
-
-    def tried_again(**environment: str) -> set[str]:
-        done = subprocess.run(
-            [sys.executable, "-c", told],
-            env=os.environ | environment,
-            capture_output=True,
-            text=True,
-            check=True,
-        )
-        return set(done.stdout.split())
-
-    assert tried_again() == {"False"}
-    assert tried_again(KUBERNETES_SERVICE_HOST="10.0.0.1") == {"True"}
+    for environment, tried_again in (({}, False), (INSIDE, True)):
+        assets = build_assets(Placement.from_environment(environment))
+        assert {bool(asset.op.retry_policy) for asset in assets} == {tried_again}
 
 
 BROKEN = {
@@ -220,11 +225,11 @@ def test_an_error_of_ours_is_not_tried_again(asset, demo: Demo, tmp_path, monkey
     def broken(*_: Any, **__: Any) -> None:
         raise OSError("the wire was cut")
 
-    policy = retry_policy({"KUBERNETES_SERVICE_HOST": "10.0.0.1"})
-    for one in ASSETS:
-        monkeypatch.setattr(one.op, "_retry_policy", policy)
+    policy = placement.retry_policy(INSIDE)
+    monkeypatch.setattr(placement, "retry_policy", lambda _: policy)
     with new_project(tmp_path, demo.index, demo.seeds) as project:
         monkeypatch.setattr(BROKEN[asset], broken)
+        assert project.job.get_node_named(asset).definition.retry_policy == policy
         result = project.run("fruit")
         assert asset in failures(result)
         assert set(failures(result).values()) == {"OSError: the wire was cut"}
@@ -275,13 +280,10 @@ def test_the_claim_of_sparse_staging_has_the_same_name_and_room_for_the_budget()
     assert 0.7 * room < read_bytes(budget, "LAION_SPARSE_BUDGET") < 0.9 * room
 
 
-def test_sparse_pods_go_to_any_node_but_together(monkeypatch):
-    monkeypatch.setattr(kubernetes.config, "load_kube_config", lambda *_, **__: None)
+def test_sparse_pods_go_to_any_node_but_together():
+    sparse = assets_for(LAION_STAGING="sparse")
     for name in ON_NVME:
-        asked = with_index(name, {"LAION_STAGING": "sparse"})
-        tags = {key: json.dumps(value) for key, value in asked.items()}
-        (asset,) = [asset for asset in ASSETS if asset.key.path[-1] == name]
-        job = step_pod(asset, tags)
+        job = step_pod(sparse[name])
         validate(job)
         template = job["spec"]["template"]
         assert not {"nodeSelector", "tolerations"} & template["spec"].keys()
@@ -294,10 +296,23 @@ def test_sparse_pods_go_to_any_node_but_together(monkeypatch):
 
 @pytest.mark.parametrize(("said", "read_by_pods"), [(None, "full"), ("full", None), ("in-place", None)])
 def test_pods_on_nvme_stage_fully_unless_it_is_said_otherwise(said, read_by_pods):
-    tags = with_index("knn_urls", {"LAION_STAGING": said} if said else {})["dagster-k8s/config"]
+    given = {"LAION_STAGING": said} if said else {}
+    pod = Placement.from_environment(given).with_index("knn_urls")
+    tags = pod.op_tags["dagster-k8s/config"]
     told = {variable["name"]: variable["value"] for variable in tags["container_config"]["env"]}
     assert told.get("LAION_STAGING") == read_by_pods
     assert "node_selector" in tags["pod_spec_config"]
+
+
+@pytest.mark.parametrize(("staging", "where"), [("full", "nvme_node"), ("sparse", "node_with_claim")])
+def test_where_an_asset_runs_can_be_searched_for_in_the_ui(staging, where):
+    defs = build_defs(INSIDE | {"LAION_STAGING": staging})
+    graph = defs.resolve_asset_graph()
+    told = {
+        key.to_user_string(): graph.get(key).tags[placement.RUNS_ON_TAG]
+        for key in graph.materializable_asset_keys
+    }
+    assert told == {name: where if name in ON_NVME else "any_node" for name in assets_for()}
 
 
 def test_claim_class_label_and_taint_are_the_same_everywhere():
@@ -468,7 +483,7 @@ def test_the_chart_limits_and_frees_what_dagster_yaml_does():
 
 
 def test_every_variable_in_the_values_is_one_that_is_read():
-    known = variables_read() | nvme_variables()
+    known = {variable_of(name) for name in (*Places.model_fields, *FIELDS)} | nvme_variables()
     assert {variable["name"] for variable in DEPLOYMENT["env"]} <= known
     readme = (K8S / "README.md").read_text()
     told = dict(re.findall(r"^\| `(LAION_NVME_\w+)` \| `([^`]+)` \|", readme, re.MULTILINE))
