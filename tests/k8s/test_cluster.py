@@ -82,11 +82,14 @@ def test_a_pod_that_fits_nowhere_waits_and_says_why(cluster: Cluster, core: Core
     cluster.add_node("nvme-1", nvme=True)
     BatchV1Api().create_namespaced_job("laion", job("large", "true", cpu="17"))
     pod = pod_of(core, "large", "Pending")
-    assert why_it_cannot_start(core, NvmeNode(), "knn_urls", pod) == (
-        "knn_urls cannot start: its pod was Pending for 1800 s, 0/2 nodes are available: 1 Insufficient "
-        "cpu, 1 node(s) didn't match Pod's node affinity/selector. Give it a node that fits, or more "
-        "time with LAION_NVME_PENDING_SECONDS"
-    )
+    told = why_it_cannot_start(core, NvmeNode(), "knn_urls", pod)
+    for fact in (
+        "knn_urls cannot start",
+        "Pending for 1800 s",
+        "0/2 nodes are available: 1 Insufficient cpu, 1 node(s) didn't match",
+        "LAION_NVME_PENDING_SECONDS",
+    ):
+        assert fact in told
 
 
 def test_a_claim_stays_on_its_node_while_the_node_lives(cluster: Cluster, core: CoreV1Api):
@@ -99,7 +102,7 @@ def test_a_claim_stays_on_its_node_while_the_node_lives(cluster: Cluster, core: 
     assert "1 Insufficient cpu, 1 node(s) had volume node affinity conflict" in (
         why_it_cannot_start(core, NvmeNode(), "second", waiting)
     )
-    assert renew(core, "laion", CLAIM) == "the claim laion-index is well"
+    assert "laion-index is well" in renew(core, "laion", CLAIM)
 
 
 def test_a_claim_on_a_node_that_is_gone_is_made_anew(cluster: Cluster, core: CoreV1Api):
@@ -107,18 +110,20 @@ def test_a_claim_on_a_node_that_is_gone_is_made_anew(cluster: Cluster, core: Cor
     BatchV1Api().create_namespaced_job("laion", job("first", "true"))
     pod_of(core, "first", "Succeeded")
     cluster.remove_node("nvme-1")
-    told = "the claim laion-index is bound to the volume local-nvme-1"
-    assert what_is_wrong(core, "laion", "laion-index") == f"{told} on the node nvme-1, which is gone"
+    told = what_is_wrong(core, "laion", "laion-index") or ""
+    for fact in ("laion-index", "local-nvme-1", "node nvme-1, which is gone"):
+        assert fact in told
     cluster.delete("persistentvolumes", "local-nvme-1")
     wait_until(lambda: not cluster.of("persistentvolumes"), "the volume is gone")
-    assert what_is_wrong(core, "laion", "laion-index") == f"{told}, which is gone"
-    assert renew(core, "laion", CLAIM) == f"{told}, which is gone: the claim laion-index was made anew"
+    told = what_is_wrong(core, "laion", "laion-index") or ""
+    assert "volume local-nvme-1, which is gone" in told
+    assert renew(core, "laion", CLAIM) == f"{told}: the claim laion-index was made anew"
     assert what_is_wrong(core, "laion", "laion-index") is None
 
 
 def test_a_claim_that_was_deleted_is_made_anew(cluster: Cluster, core: CoreV1Api):
     cluster.delete("persistentvolumeclaims", "laion-index")
     wait_until(lambda: not cluster.of("persistentvolumeclaims"), "the claim is gone")
-    assert renew(core, "laion", CLAIM) == (
-        "the claim laion-index does not exist: the claim laion-index was made anew"
-    )
+    told = renew(core, "laion", CLAIM)
+    for fact in ("laion-index does not exist", "was made anew"):
+        assert fact in told

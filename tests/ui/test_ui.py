@@ -19,9 +19,9 @@ from playwright.sync_api import Error as BrowserError
 from playwright.sync_api import Locator, Page, ViewportSize, expect, sync_playwright
 from webserver import BROKEN, IN_PROGRESS, RAN_BY_THE_DEMO, Project, wait_for
 
-from laion_assets.defs.assets.url_sets import combined_urls
-from laion_assets.defs.drawing.presentation import links
-from laion_assets.defs.io_manager import StoredTable
+from laion_assets.defs import checks
+from laion_assets.defs.drawing.markup import links
+from laion_assets.io.tables import StoredTable
 
 pytest_plugins = ["running"]
 
@@ -166,7 +166,7 @@ def test_the_pictures_open_and_fit_into_their_dialog(page: Page, launched: str, 
 def test_every_check_has_passed_and_says_what_it_means(
     project: Project, page: Page, launched: str
 ) -> None:
-    for spec in combined_urls.check_specs:
+    for spec in checks.COMBINED:
         assert project.ui.check("combined_urls", spec.name)[launched] == "SUCCEEDED"
         page.goto(f"/assets/combined_urls?view=checks&checkDetail={spec.name}")
         expect(page.get_by_text(spec.description or "").first).to_be_visible(timeout=60_000)
@@ -181,7 +181,8 @@ def test_the_graph_shows_where_everything_comes_from(page: Page, launched: str) 
     page.set_viewport_size({"width": 2000, "height": 1040})  # each asset in full
     groups = ",".join(f"global@global:{name}" for name in ("sources", "seeds", "index", "urls"))
     page.goto(f"/asset-groups/?expanded={groups}")
-    for asset in ("seed_folder", "laion_index_source", "staged_laion_index", "combined_urls"):
+    sources = ("seed_folder", "laion_index_source", "retrieval_settings")
+    for asset in (*sources, "staged_laion_index", "combined_urls"):
         expect(page.locator("foreignObject", has_text=asset).first).to_be_attached()
     expect(page.locator("foreignObject", has_text="100% filled").first).to_be_visible()
     keep(page, "graph")

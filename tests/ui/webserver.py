@@ -10,7 +10,7 @@ import subprocess
 import sys
 import time
 import urllib.request
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -193,30 +193,36 @@ class Webserver:
         return told["slotCount"], [slot["runId"] for slot in told["claimedSlots"]]
 
 
-class MakeDev:
-    """`make dev` in a project folder."""
+class Dev:
+    """A command that starts the UI in a folder, on a free port.
 
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
+    Attributes:
+        port: of the UI; takes the place of `PORT` in the command.
+
+    """
+
+    PORT = "{port}"
+
+    def __init__(self, folder: Path, command: Sequence[str]) -> None:
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
-            self._port = free.getsockname()[1]
-        self.webserver = Webserver(self._port)
+            self.port = free.getsockname()[1]
+        self.webserver = Webserver(self.port)
+        self._folder, self._log = folder, folder.with_name(f"{folder.name}.log")
+        self._command = [part.replace(self.PORT, str(self.port)) for part in command]
         self._process: subprocess.Popen[bytes] | None = None
 
     def start(self) -> None:
         """Start it and wait until its page can be opened."""
-        ready = f"{sys.prefix}/.ready"
-        command = ["make", f"--makefile={REPOSITORY / 'Makefile'}", f"--assume-old={ready}", "dev"]
-        with (self.folder / "make-dev.log").open("wb") as log:
+        with self._log.open("wb") as log:
             self._process = process = subprocess.Popen(
-                [*command, f"VENV={sys.prefix}", f"PORT={self._port}"],
-                cwd=self.folder,
+                self._command,
+                cwd=self._folder,
                 stdout=log,
                 stderr=subprocess.STDOUT,
                 start_new_session=True,
             )
-        wait_for("make dev", lambda: process.poll() is not None or self.webserver.is_up())
+        wait_for("the UI", lambda: process.poll() is not None or self.webserver.is_up())
         assert process.poll() is None, self.said()
 
     def press_ctrl_c(self) -> None:
@@ -230,7 +236,13 @@ class MakeDev:
 
     def said(self) -> str:
         """What it printed since it was started."""
-        return (self.folder / "make-dev.log").read_text()
+        return self._log.read_text()
+
+
+def make_dev(folder: Path) -> Dev:
+    """`make dev` in a project folder, with the environment of the tests."""
+    make = ["make", f"--makefile={REPOSITORY / 'Makefile'}", f"--assume-old={sys.prefix}/.ready"]
+    return Dev(folder, [*make, "dev", f"VENV={sys.prefix}", f"PORT={Dev.PORT}"])
 
 
 class Project:
@@ -240,7 +252,7 @@ class Project:
         self.folder = folder
         for name in ("dagster.yaml", "workspace.yaml"):
             shutil.copy(REPOSITORY / name, folder)
-        self.dev = MakeDev(folder)
+        self.dev = make_dev(folder)
 
     def start(self) -> None:
         """Run the demo, start the server, and start all that takes a while and can go on together."""
