@@ -1,0 +1,216 @@
+"""Image files become unit vectors, in a stream: threads decode what the model takes next."""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import NamedTuple, TypeAlias
+
+import numpy as np
+
+from laion_assets.io.arrays import Floats
+from laion_assets.io.storage import first_line
+from laion_assets.seeds.decoding import BadImageError, PixelBudget, decoded, thumbnail
+from laion_assets.seeds.model import NO_DIRECTION, Model, cores, unit_rows
+from laion_assets.seeds.preprocessing import Preprocessing
+
+BATCH = 16
+DETAIL = 4  # times the size to which an image is resized; a JPEG is not decoded at less
+
+
+class ImageFile(NamedTuple):
+    """An image file that can be read.
+
+    Attributes:
+        name: of the file, for people.
+        read: returns its bytes.
+        content: changes with the content and only then, such as a checksum; the SHA-256 of what was read
+            by default. Where it is given, a known image is not even read.
+
+    """
+
+    name: str
+    read: Callable[[], bytes]
+    content: str | None = None
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class EmbeddedImage:
+    """An image and its vector.
+
+    Attributes:
+        name: of the file.
+        content: see `ImageFile`; the SHA-256 of the bytes, in hexadecimal digits, where that has none.
+        vector: (d,) float32 of length 1.
+        thumbnail: WebP, at most 96 pixels wide and high; None where the vector was known.
+
+    """
+
+    name: str
+    content: str
+    vector: Floats
+    thumbnail: bytes | None
+
+
+@dataclass(frozen=True, slots=True)
+class BadImage:
+    """An image that cannot be embedded.
+
+    Attributes:
+        name: of the file.
+        reason: a phrase that follows the name, with the remedy.
+
+    """
+
+    name: str
+    reason: str
+
+    def __str__(self) -> str:
+        return f"{self.name} {self.reason}"
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _Prepared:
+    """An image as the model takes it."""
+
+    name: str
+    content: str
+    pixels: Floats
+    thumbnail: bytes
+
+
+Outcome: TypeAlias = EmbeddedImage | BadImage
+
+
+def embed_images(
+    model: Model,
+    files: Iterable[ImageFile | tuple[str, Callable[[], bytes]]],
+    *,
+    batch: int = BATCH,
+    threads: int | None = None,
+    progress: Callable[[int], object] = int,
+    known: Mapping[str, Floats] | None = None,
+) -> Iterator[Outcome]:
+    """Embed image files.
+
+    Threads read, decode and resize the next images while the model computes. No more than two batches and
+    one image a thread are held at a time.
+
+    Args:
+        model: that embeds.
+        files: are consumed as they are needed.
+        batch: images that the model takes at a time.
+        threads: that decode; one a core by default.
+        progress: is called with a number of images once they are done, such as `Progress.advance`; by
+            default nothing is.
+        known: (d,) vectors by content, of the same model; these images are not embedded again.
+
+    Yields:
+        A vector or a problem for each file, in their order.
+
+    Raises:
+        InputError: the model fails.
+        Exception: what a file's `read` raises that is not about this file alone: no `OSError`, or one of
+            the network.
+
+    """
+    prepare = _Preparation(model.preprocessing, known or {})
+    waiting: deque[_Prepared | Outcome] = deque()  # in order; the first is always prepared
+    prepared = 0
+    for outcome in _ahead(prepare, map(_image_file, files), threads or cores(), 2 * batch):
+        waiting.append(outcome)
+        prepared += isinstance(outcome, _Prepared)
+        if prepared == batch:
+            waiting, prepared = deque(_embedded(model, waiting)), 0
+        if not prepared:
+            yield from _told(waiting, progress)
+    yield from _told(deque(_embedded(model, waiting)), progress)
+
+
+def _image_file(file: ImageFile | tuple[str, Callable[[], bytes]]) -> ImageFile:
+    return ImageFile(*file)
+
+
+def _told(outcomes: deque[_Prepared | Outcome], progress: Callable[[int], object]) -> Iterator[Outcome]:
+    progress(len(outcomes))
+    while outcomes:
+        outcome = outcomes.popleft()
+        assert not isinstance(outcome, _Prepared)  # noqa: S101 - for mypy
+        yield outcome
+
+
+def _ahead(
+    prepare: Callable[[ImageFile], _Prepared | Outcome],
+    files: Iterator[ImageFile],
+    threads: int,
+    images: int,
+) -> Iterator[_Prepared | Outcome]:
+    """Prepare in threads, in order, only so many images ahead of the one that is taken."""
+    pool = ThreadPoolExecutor(threads, "decode")
+    pending: deque[Future[_Prepared | Outcome]] = deque()
+    try:
+        while True:
+            room = images + threads - len(pending)
+            pending.extend(pool.submit(prepare, file) for file in itertools.islice(files, room))
+            if not pending:
+                return
+            yield pending.popleft().result()
+    finally:
+        pool.shutdown(wait=True, cancel_futures=True)
+
+
+class _Preparation:
+    """What is done to a file in a thread."""
+
+    def __init__(self, preprocessing: Preprocessing, known: Mapping[str, Floats]) -> None:
+        self._preprocessing = preprocessing
+        self._known = known
+        self._budget = PixelBudget()
+
+    def __call__(self, file: ImageFile) -> _Prepared | Outcome:
+        if file.content is not None and file.content in self._known:
+            return EmbeddedImage(file.name, file.content, self._known[file.content], None)
+        try:
+            data = file.read()
+        except (ConnectionError, TimeoutError):  # of the network, not of this file
+            raise
+        except OSError as error:
+            return BadImage(file.name, f"cannot be read ({error.strerror or first_line(error)})")
+        content = file.content or hashlib.sha256(data).hexdigest()
+        if content in self._known:
+            return EmbeddedImage(file.name, content, self._known[content], None)
+        try:
+            with decoded(data, self._enough, self._budget) as image:
+                return _Prepared(file.name, content, self._preprocessing(image), thumbnail(image))
+        except BadImageError as bad:
+            return BadImage(file.name, str(bad))
+
+    def _enough(self, width: int, height: int) -> tuple[int, int]:
+        edge = max(self._preprocessing.resized(width, height))  # it may yet be turned
+        least = min(self._preprocessing.resized(width, height))
+        return DETAIL * (edge if width > height else least), DETAIL * (least if width > height else edge)
+
+
+def _embedded(model: Model, waiting: Iterable[_Prepared | Outcome]) -> Iterator[Outcome]:
+    """Put vectors in the place of prepared images."""
+    outcomes = list(waiting)
+    pixels = [outcome.pixels for outcome in outcomes if isinstance(outcome, _Prepared)]
+    vectors = _directions(model.embed_pixels(np.stack(pixels)) if pixels else None)
+    for outcome in outcomes:
+        if not isinstance(outcome, _Prepared):
+            yield outcome
+        elif (vector := next(vectors)) is not None:
+            yield EmbeddedImage(outcome.name, outcome.content, vector, outcome.thumbnail)
+        else:
+            yield BadImage(outcome.name, f"{NO_DIRECTION}: remove it, or use another model")
+
+
+def _directions(answers: Floats | None) -> Iterator[Floats | None]:
+    """Go through unit vectors; None stands for an answer without a direction."""
+    if answers is not None:
+        vectors, usable = unit_rows(answers)
+        yield from (vector if known else None for vector, known in zip(vectors, usable, strict=True))

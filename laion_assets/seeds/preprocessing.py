@@ -1,0 +1,235 @@
+"""What a model wants done to an image first, as its preprocessor_config.json says.
+
+The results are those of transformers' own image processors, to the last bit but for images that are very
+long.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NoReturn
+
+import numpy as np
+from PIL import Image
+
+from laion_assets.io.arrays import Floats
+from laion_assets.io.errors import InputError
+from laion_assets.seeds.model_folder import MODEL
+
+CLIP_MEAN, CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
+HALF = (0.5, 0.5, 0.5)
+IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+LONGEST_RESIZED = 16_000_000  # pixels; of an image that resizes to more, only what is kept is resized
+MAX_EDGE = 4096  # of what a model takes
+
+_CLIP = {
+    "size": {"shortest_edge": 224},
+    "crop_size": 224,
+    "do_center_crop": True,
+    "resample": Image.Resampling.BICUBIC,
+    "image_mean": CLIP_MEAN,
+    "image_std": CLIP_STD,
+}
+_SIGLIP = _CLIP | {
+    "size": {"height": 224, "width": 224},
+    "do_center_crop": False,
+    "image_mean": HALF,
+    "image_std": HALF,
+}
+_VIT = _SIGLIP | {"resample": Image.Resampling.BILINEAR}
+_DEIT = _CLIP | {
+    "size": {"height": 256, "width": 256},
+    "image_mean": IMAGENET_MEAN,
+    "image_std": IMAGENET_STD,
+}
+DEFAULTS: Mapping[str, Mapping[str, Any]] = {
+    "CLIP": _CLIP,
+    "ChineseCLIP": _CLIP,
+    "Bit": _CLIP,
+    "Siglip": _SIGLIP,
+    "ViT": _VIT,
+    "DeiT": _DEIT,
+}
+"""What a configuration leaves out, by the kind of its processor. A `size` of one number is the shortest
+edge where the default names one, and a square otherwise."""
+SUFFIXES = ("ImageProcessorFast", "ImageProcessorPil", "ImageProcessor", "FeatureExtractor")
+UNSUPPORTED = ("do_pad", "rescale_offset", "do_color_quantize", "do_flip_channel_order")
+
+
+@dataclass(frozen=True, eq=False)
+class Preprocessing:
+    """Resize, centre crop, rescale and normalise.
+
+    Attributes:
+        resize: the length of the shortest edge, or (height, width); None leaves the size.
+        resample: the filter.
+        crop: (height, width); None leaves all of it.
+        values: (3, 256) float32, what each value of each channel becomes.
+
+    """
+
+    resize: int | tuple[int, int] | None
+    resample: Image.Resampling
+    crop: tuple[int, int] | None
+    values: Floats
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """(height, width) of every result."""
+        size = self.crop or self.resize
+        assert isinstance(size, tuple)  # noqa: S101 - seen to where it is read
+        return size
+
+    def resized(self, width: int, height: int) -> tuple[int, int]:
+        """Return the (width, height) to which an image of another is resized, before it is cropped."""
+        if self.resize is None:
+            return width, height
+        if isinstance(self.resize, tuple):
+            return self.resize[1], self.resize[0]
+        short, long = sorted((width, height))
+        longer = int(self.resize * long / short)
+        return (self.resize, longer) if width <= height else (longer, self.resize)
+
+    def __call__(self, image: Image.Image) -> Floats:
+        """Return the (3, height, width) float32 that the model takes of an RGB image."""
+        pixels = np.asarray(self._cut(image))
+        made = np.empty((3, *self.size), np.float32)
+        for channel in range(3):
+            np.take(self.values[channel], pixels[:, :, channel], out=made[channel], mode="clip")
+        return made
+
+    def _cut(self, image: Image.Image) -> Image.Image:
+        width, height = self.resized(*image.size)
+        if self.crop is None:
+            return image.resize((width, height), self.resample)
+        left, top = (width - self.crop[1]) // 2, (height - self.crop[0]) // 2
+        box = (left, top, left + self.crop[1], top + self.crop[0])  # beyond the image lies black
+        if width * height > LONGEST_RESIZED:
+            return self._resized_part(image, (width, height), box)
+        return image.resize((width, height), self.resample).crop(box)
+
+    def _resized_part(
+        self, image: Image.Image, size: tuple[int, int], box: tuple[int, int, int, int]
+    ) -> Image.Image:
+        """Resize only what lies in a box of the resized image."""
+        inside = (max(box[0], 0), max(box[1], 0), min(box[2], size[0]), min(box[3], size[1]))
+        across, down = image.width / size[0], image.height / size[1]
+        part = image.resize(
+            (inside[2] - inside[0], inside[3] - inside[1]),
+            self.resample,
+            (inside[0] * across, inside[1] * down, inside[2] * across, inside[3] * down),
+        )
+        canvas = Image.new("RGB", (box[2] - box[0], box[3] - box[1]))
+        canvas.paste(part, (inside[0] - box[0], inside[1] - box[1]))
+        return canvas
+
+
+def read_preprocessing(path: Path) -> Preprocessing:
+    """Read a preprocessor_config.json.
+
+    Raises:
+        InputError: not JSON, a kind of processor or a step that is not supported, or a wrong value.
+
+    """
+    try:
+        config = json.loads(path.read_bytes())
+    except (OSError, ValueError) as error:
+        _refuse(path, f"is not JSON ({error}): copy it again from where the model was published", error)
+    if not isinstance(config, dict):
+        _refuse(path, "is not a JSON object: copy it again from where the model was published")
+    kind = config.get("image_processor_type") or config.get("feature_extractor_type") or "none"
+    defaults = DEFAULTS.get(_kind(str(kind)))
+    if defaults is None:
+        _refuse(
+            path,
+            f"is for the image processor {kind}, which is not supported (supported are those of "
+            f"{', '.join(DEFAULTS)}): use another model",
+        )
+    for step in UNSUPPORTED:
+        if config.get(step):
+            _refuse(path, f"asks for {step}, which is not supported: use another model")
+    return _parsed(path, {**defaults, **{k: v for k, v in config.items() if v is not None}}, defaults)
+
+
+def _kind(name: str) -> str:
+    for suffix in SUFFIXES:
+        if name.endswith(suffix):
+            return name.removesuffix(suffix)
+    return name
+
+
+def _parsed(path: Path, config: Mapping[str, Any], defaults: Mapping[str, Any]) -> Preprocessing:
+    square = "shortest_edge" not in defaults["size"]
+    resize = _size(path, "size", config["size"], square) if config.get("do_resize", True) else None
+    crop = _size(path, "crop_size", config["crop_size"], True) if config["do_center_crop"] else None
+    if isinstance(crop, int) or not isinstance(crop or resize, tuple):
+        _refuse(
+            path,
+            "leaves images of different sizes, which cannot be embedded together: it has to name a "
+            "crop_size, or the height and width of size",
+        )
+    try:
+        resample = Image.Resampling(config["resample"])
+    except ValueError as error:
+        _refuse(
+            path,
+            f"has resample {config['resample']!r}, which is no filter of Pillow's: correct it",
+            error,
+        )
+    return Preprocessing(resize, resample, crop, _values(path, config))
+
+
+def _size(path: Path, name: str, value: Any, square: bool) -> int | tuple[int, int]:
+    """Read a size: one number, {"shortest_edge"} or {"height", "width"}."""
+    edges: Any = None
+    if isinstance(value, dict):
+        named = {key for key, edge in value.items() if edge is not None}
+        if named == {"height", "width"}:
+            edges = (value["height"], value["width"])
+        elif named == {"shortest_edge"}:
+            edges = (value["shortest_edge"],)
+    elif isinstance(value, int):
+        edges = (value, value) if square else (value,)
+    if edges is None or not all(_is_edge(edge) for edge in edges):
+        _refuse(
+            path,
+            f"has {name} {value!r}: it has to be a number of pixels up to {MAX_EDGE:,}, a shortest_edge, "
+            "or a height and a width",
+        )
+    return edges[0] if len(edges) == 1 else tuple(edges)
+
+
+def _is_edge(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and 0 < value <= MAX_EDGE
+
+
+def _values(path: Path, config: Mapping[str, Any]) -> Floats:
+    """Rescale and normalise every value that a channel can have, as transformers does."""
+    values = np.tile(np.arange(256, dtype=np.float64), (3, 1))
+    if config.get("do_rescale", True):
+        values *= _numbers(path, "rescale_factor", config.get("rescale_factor", 1 / 255))[:, None]
+    made: Floats = values.astype(np.float32)
+    if config.get("do_normalize", True):
+        mean, std = (_numbers(path, name, config[name]) for name in ("image_mean", "image_std"))
+        if not std.all():
+            _refuse(path, "has image_std 0, by which nothing can be divided: correct it")
+        made = (made - mean.astype(np.float32)[:, None]) / std.astype(np.float32)[:, None]
+    return made
+
+
+def _numbers(path: Path, name: str, value: Any) -> np.ndarray[Any, np.dtype[np.float64]]:
+    """Read one number for all channels, or one for each."""
+    try:
+        numbers = np.broadcast_to(np.asarray(value, np.float64), (3,))
+    except (ValueError, TypeError):
+        numbers = np.full(3, np.nan)
+    if not np.isfinite(numbers).all():
+        _refuse(path, f"has {name} {value!r}: it has to be a number, or one for each of 3 channels")
+    return numbers
+
+
+def _refuse(path: Path, problem: str, cause: Exception | None = None) -> NoReturn:
+    raise InputError(f"{path} {problem}", MODEL) from cause
