@@ -25,13 +25,14 @@ from laion_assets.defs.places import DATA, Places
 from laion_assets.defs.request_plan import as_yaml, plan_request, read_history
 from laion_assets.defs.resources import LaionIndex, SeedFolder
 from laion_assets.defs.settings import FIELDS, Defaults, RetrievalConfig, kind_of
-from laion_assets.demo.build import build_demo
+from laion_assets.demo import build_demo
 from laion_assets.io.errors import InputError
+from laion_assets.seeds import count_seeds
 
 DEMO_SET = "fruit"
 PORT = 3000
 INSTANCE_FILE = "dagster.yaml"
-METAVARS: Mapping[type, str] = {int: "N", float: "COSINE", str: "CONDITIONS"}
+METAVARS: Mapping[type, str] = {int: "N", float: "X", str: "CONDITIONS"}
 DATA_VARIABLES = ("LAION_INDEX_URI", "LAION_METADATA_URI", "LAION_SEEDS_URI")
 
 
@@ -103,7 +104,7 @@ def _plan(parsed: argparse.Namespace, environment: Mapping[str, str]) -> int:
         folder = SeedFolder(places.seeds_uri)
         seed_set = folder.find(name)
         own = dict(folder.settings(seed_set))
-        seeds = len(folder.read(seed_set).embeddings)
+        seeds = count_seeds(folder.uri, seed_set)
         block_list = LaionIndex.at(places).block_list_description()
     settings = RetrievalConfig().resolve(Defaults.from_environment(environment), own, name, block_list)
     with instance(environment) as kept:

@@ -23,6 +23,7 @@ from laion_assets.defs.partitions import seed_sets
 from laion_assets.defs.settings import ResolvedSettings
 from laion_assets.index.decoder import Decoder
 from laion_assets.index.vectors import decoded
+from laion_assets.io.arrays import Floats
 from laion_assets.io.tables import StoredTable, code_bytes
 from laion_assets.search import audit
 from laion_assets.search.combined import DECODER
@@ -134,6 +135,13 @@ _ALL = [
         "vectors of something else; compare seed sets by the number. Remedy: see that the vectors are "
         "embeddings of the index's model, split the seed set by style, or use knn_urls alone.",
     ),
+    _spec(
+        "centroid_vector",
+        "centroid_of_all_seeds",
+        "The centroid is the mean of all seeds. A warning where a set has images and prompts: CLIP "
+        "places texts and images apart, so the centroid is that of the images, and prompts count for knn_urls "
+        "alone. Remedy: nothing, or a seed set of its own for the prompts.",
+    ),
     *_SEARCH,
     *_URL_SETS,
     _spec(
@@ -234,14 +242,31 @@ def _agreement(captions: audit.Agreement) -> str:
 # --- tables ---------------------------------------------------------------------------------------
 
 
-def of_centroid(norm_of_mean: float) -> Results:
-    """Tell whether the seeds have a style in common."""
+def of_centroid(norm_of_mean: float, mean: Floats, prompts: Floats) -> Results:
+    """Check whether the seeds have a style in common, and whether the centroid is that of all.
+
+    Args:
+        norm_of_mean: length of the mean.
+        mean: (d,) the centroid.
+        prompts: (n, d) unit vectors that are not part of it.
+
+    """
     yield _result(
         "seeds_are_coherent",
         norm_of_mean >= COHERENT,
         WARN,
         f"on average a seed has a cosine of {norm_of_mean:.2f} with the centroid",
         {"norm of mean": norm_of_mean},
+    )
+    gap = float((prompts @ mean).mean()) if len(prompts) else 1.0
+    yield _result(
+        "centroid_of_all_seeds",
+        not len(prompts),
+        WARN,
+        f"{len(prompts):,} prompts are left out; their mean cosine with the images' centroid is {gap:.2f}"
+        if len(prompts)
+        else "it is the mean of all seeds",
+        {"mean cosine of prompts": gap} if len(prompts) else None,
     )
 
 

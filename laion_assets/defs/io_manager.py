@@ -13,7 +13,8 @@ import dagster as dg
 import pyarrow as pa
 
 from laion_assets.defs.failures import as_failures
-from laion_assets.io.tables import SUFFIX, StoredTable, TableWriter, new_table
+from laion_assets.io.storage import open_storage, reaching
+from laion_assets.io.tables import OUTPUT, SUFFIX, StoredTable, TableWriter, new_table
 
 
 @dataclass(frozen=True)
@@ -39,6 +40,12 @@ class Tables:
 
         """
         return StoredTable(self.uri(asset, seed_set), f"materialize {asset} again")
+
+    def find(self, asset: str, seed_set: str) -> StoredTable | None:
+        """Open a table; None where there is none."""
+        fs, path = open_storage(self.uri(asset, seed_set), OUTPUT)
+        with reaching(self.base, OUTPUT):
+            return self.open(asset, seed_set) if fs.exists(path) else None
 
     @contextmanager
     def new(self, context: dg.AssetExecutionContext, schema: pa.Schema) -> Iterator[TableWriter]:

@@ -92,6 +92,16 @@ class Places(BaseModel):
     block_list: str | None = Field(
         None, description="File of ids and URLs that must not get into any table: one a line, or Parquet"
     )
+    model: str | None = Field(
+        None,
+        description="Folder of the model that embeds images and prompts, a local path or any fsspec URL: "
+        "ONNX files in the layout of transformers.js",
+        json_schema_extra={"shown": "the demo's with the demo's index, none with any other"},
+    )
+    embed_device: Literal["auto", "cpu", "cuda"] = Field(
+        "auto",
+        description="Where the model runs: `cuda` needs onnxruntime-gpu, `auto` uses it where it is",
+    )
     seeds_uri: str = _place(
         "seeds", "Folder of the seed sets, a subfolder each: a local path or any fsspec URL"
     )

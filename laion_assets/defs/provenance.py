@@ -30,6 +30,7 @@ class Provenance:
         settings: those that were used, and where each came from.
         run: id of the Dagster run.
         index: fingerprint of the staged index; None for tables made without it.
+        model: fingerprint of the model that embedded the seeds; None where they came as vectors.
         counts: of a search, from requested to kept, by name.
         written: when, ISO 8601 in UTC.
 
@@ -40,6 +41,7 @@ class Provenance:
     settings: ResolvedSettings
     run: str
     index: str | None = None
+    model: str | None = None
     counts: Mapping[str, int] = field(default_factory=dict)
     written: str = field(default_factory=now)
 
@@ -49,6 +51,7 @@ class Provenance:
             "seed_set": self.seed_set,
             "seeds": self.seeds,
             "index": self.index,
+            "model": self.model,
             "settings": self.settings.to_json(),
             "counts": dict(self.counts),
             "run": self.run,

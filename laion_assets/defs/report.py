@@ -27,6 +27,7 @@ from laion_assets.io.tables import DESCRIPTIONS, SUFFIX, StoredTable
 from laion_assets.search.combined import CombinedFunnel
 from laion_assets.search.retrieval import Found, Funnel
 from laion_assets.search.sizing import share_kept
+from laion_assets.seeds import Seeds, SeedSet
 
 if TYPE_CHECKING:
     Materialized: TypeAlias = dg.MaterializeResult[None]
@@ -35,17 +36,30 @@ else:  # with checks, Dagster takes only the bare class as the annotation of an 
 
 AROUND_SEEDS = "around each seed"
 AROUND_CENTROID = "around the centroid"
+NAMES_SHOWN = 100
 PREVIEW_ROWS = 10
 PREVIEW_TEXT = 120  # characters; the event log holds every preview for ever
 
 
-def of_seeds(stored: StoredTable, provenance: Provenance, seconds: float) -> dict[str, Any]:
+def of_seeds(
+    stored: StoredTable, seed_set: SeedSet, found: Seeds, provenance: Provenance, seconds: float
+) -> dict[str, Any]:
     """Report the seeds of a set."""
     sheet = draw([strip(stored, provenance.seed_set, f"{len(stored):,} seeds")])
+    lists = {
+        "bad images": [str(image) for image in found.bad_images],
+        "cut prompts": [str(prompt) for prompt in found.cut_prompts],
+        "images not embedded": list(seed_set.not_embedded),
+        "ignored files": list(seed_set.ignored),
+    }
     return {
         **({"contact sheet": as_markdown(sheet)} if sheet else {}),
+        "about": dg.MetadataValue.md(f"**{len(stored):,} seeds** from {seed_set.contents()}"),
         "seeds": len(stored),
         "dimension": stored.schema.field("embedding").type.list_size,
+        "images embedded before": found.reused,
+        **{name: names[:NAMES_SHOWN] for name, names in lists.items() if names},
+        "files": [file.name for file in seed_set.files[:NAMES_SHOWN]],
         **of_table(stored, seconds),
         PROVENANCE: provenance.to_json(),
     }

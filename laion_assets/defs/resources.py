@@ -8,7 +8,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -18,15 +18,18 @@ import dagster as dg
 from laion_assets.defs.io_manager import ParquetIOManager, Tables
 from laion_assets.defs.places import Places
 from laion_assets.defs.settings import Defaults, RetrievalConfig
+from laion_assets.demo import DEMO_MODEL, is_demo
+from laion_assets.index import MODEL_RECORD, ModelRecord, read_model_record
+from laion_assets.io.storage import open_storage, reaching
 from laion_assets.search.filters import BlockList, block_list_version, read_block_list
 from laion_assets.seeds import (
     Listing,
-    Seeds,
+    Model,
     SeedSet,
     find_seed_set,
     list_folder,
-    read_seeds,
     read_settings,
+    stage_model,
 )
 from laion_assets.staging import (
     NotStagedError,
@@ -109,6 +112,15 @@ class LaionIndex:
         """Return the version of the source; only lists its files."""
         return version_of(Source(self.index_uri, self.metadata_uri).list())
 
+    def model_record(self) -> ModelRecord:
+        """Read which model the index was made with, where it says so."""
+        where = f"{self.index_uri.rstrip('/')}/{MODEL_RECORD}"
+        fs, path = open_storage(where, "index_uri")
+        with reaching(where, "index_uri"):
+            if not fs.exists(path):
+                return ModelRecord()
+            return read_model_record(fs.cat_file(path), where)
+
     def block_list(self) -> BlockList | None:
         """Read the images that must not get into any table; None where no list is set."""
         return read_block_list(self.block_list_uri) if self.block_list_uri else None
@@ -152,10 +164,6 @@ class SeedFolder:
         """Find one seed set by name."""
         return find_seed_set(self.uri, name)
 
-    def read(self, seed_set: SeedSet) -> Seeds:
-        """Read and check its embeddings."""
-        return read_seeds(self.uri, seed_set)
-
     def settings(self, seed_set: SeedSet) -> Mapping[str, Any]:
         """Read its settings.yaml, again only when that has changed; empty without one."""
         return _settings_of(self.uri, seed_set)
@@ -164,6 +172,47 @@ class SeedFolder:
 @lru_cache(maxsize=1 << 12)
 def _settings_of(uri: str, seed_set: SeedSet) -> Mapping[str, Any]:
     return read_settings(uri, seed_set)
+
+
+@dataclass(frozen=True)
+class Embedder:
+    """The model that embeds images and prompts; the one that the index was made with.
+
+    Attributes:
+        model_uri: its folder, a local path or any fsspec URL; None where there is none.
+        device: `auto`, `cpu` or `cuda`.
+        cache_dir: local directory that remote models are staged to.
+
+    """
+
+    model_uri: str | None
+    device: str
+    cache_dir: Path
+
+    @classmethod
+    def at(cls, places: Places) -> Embedder:
+        """Take the model's places."""
+        return cls(places.model, places.embed_device, Path(places.cache_dir).expanduser() / "models")
+
+    def open(self, index: LaionIndex, dimension: int | None, log: Callable[[str], None]) -> Model | None:
+        """Stage and open the model, and compare it with the index; None where none is set.
+
+        Args:
+            index: the demo's brings the demo's model; any may record which model it was made with.
+            dimension: of the staged index; None where it is not known.
+            log: takes lines about staging.
+
+        Raises:
+            InputError: no usable model there, or not the index's.
+
+        """
+        uri = self.model_uri or (str(DEMO_MODEL) if is_demo(index.index_uri) else None)
+        if uri is None:
+            return None
+        model = Model(stage_model(uri, self.cache_dir, log), self.device)
+        record = index.model_record()
+        replace(record, dimension=record.dimension or dimension).check(model.name, model.dimension)
+        return model
 
 
 @dataclass(frozen=True)
@@ -190,6 +239,7 @@ def resources_from(environment: Mapping[str, str]) -> dict[str, Any]:
     return {
         "laion_index": _shown(LaionIndex.at(places)),
         "seeds": _shown(SeedFolder(places.seeds_uri)),
+        "embedder": _shown(Embedder.at(places)),
         "pictures": _shown(Pictures(remote=places.show_remote_pictures == "true")),
         "defaults": _shown(Defaults.from_environment(environment)),
         "tables": _shown(tables),

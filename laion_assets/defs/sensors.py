@@ -30,6 +30,7 @@ from laion_assets.defs.sources import (
     last_versions,
     retrieval_settings,
     seed_folder,
+    seeds_version,
     settings_version,
     with_changes,
 )
@@ -188,8 +189,8 @@ def build_seed_sets_sensor(job: dg.UnresolvedAssetJobDefinition) -> dg.SensorDef
             )
         )
         news = {
-            "running": decision.run,
-            "waiting for": decision.waiting,
+            "running": [_with_contents(present[name]) for name in decision.run],
+            "waiting for": [_with_contents(present[name]) for name in decision.waiting],
             "no table of it yet (running or failed):": [
                 name for name, version in versions.items() if known.get(name) == version != done.get(name)
             ],
@@ -204,7 +205,7 @@ def build_seed_sets_sensor(job: dg.UnresolvedAssetJobDefinition) -> dg.SensorDef
         context.log.info(report)
         new = [name for name in present if name not in registered and name not in decision.waiting]
         seen = [
-            *(Version(seed_folder.key, versions[name], name) for name in decision.report),
+            *(seeds_version(present[name]) for name in decision.report),
             *(Version(seed_folder.key, REMOVED, name) for name in removed if known[name] != REMOVED),
             *settings,
         ]
@@ -282,6 +283,10 @@ def build_laion_index_sensor() -> dg.SensorDefinition:
 
 def _nothing_to_do(report: str, state: Mapping[str, Any] | None = None) -> dg.SensorResult:
     return dg.SensorResult(cursor=as_cursor(report, state), skip_reason=report)
+
+
+def _with_contents(seed_set: SeedSet) -> str:
+    return f"{seed_set.name} ({seed_set.contents()})"
 
 
 def _is_usable(name: str) -> bool:

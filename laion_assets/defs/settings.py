@@ -35,6 +35,7 @@ COUNTS = ("nb_images_knn", "nb_images_centroid")
 TARGET = "target_images"
 BLOCK_LIST = "block_list"  # a place, and so no setting of a request; recorded with them
 SETTINGS_FILE = "settings.yaml"
+OF_SEEDS = {"max_bad_images"}  # settings that no search uses
 THIS_RUN = "Launchpad or command line"
 KIND_NAMES: Mapping[type, str] = {int: "a whole number", float: "a number", str: "text"}
 SHOWN_CHARACTERS = 60  # of a wrong value
@@ -65,6 +66,9 @@ class Settings(BaseModel):
     )
     nprobe: int | None = Field(
         None, ge=1, description="Inverted lists to probe; chosen from the number of images when unset"
+    )
+    max_bad_images: float = Field(
+        0.05, ge=0, le=1, description="Share of a seed set's images that may be unusable"
     )
     filters: Annotated[str, AfterValidator(_conditions)] | None = Field(
         None,
@@ -125,8 +129,8 @@ class ResolvedSettings:
     block_list: str | None = None
 
     def asked(self) -> dict[str, Any]:
-        """Return what was asked for, the block list included; computed values are None."""
-        values = self.values.model_dump()
+        """Return what the searches were asked for, the block list included; computed values are None."""
+        values = self.values.model_dump(exclude=OF_SEEDS)
         return {name: None if name in self.computed else values[name] for name in values} | {
             BLOCK_LIST: self.block_list
         }
@@ -327,9 +331,9 @@ class RetrievalConfig(_Launchpad):  # type: ignore[misc]  # its fields are those
         for name in _unused(levels):
             chosen.pop(name, None)
         checked = {name: _checked(name, given) for name, given in chosen.items()}
-        values: dict[str, Any] = {name: checked.get(name) or None for name in FIELDS}
+        values = {name: None if checked.get(name) == "" else checked.get(name) for name in FIELDS}
         origins = {name: chosen[name].origin for name in FIELDS if name in chosen}
-        return ResolvedSettings(Settings(**values), origins, block_list=block_list)
+        return ResolvedSettings(Settings.model_validate(values), origins, block_list=block_list)
 
     def _level(self) -> _Level:
         given = {name: getattr(self, name) for name in FIELDS}

@@ -18,6 +18,7 @@ from laion_assets.defs.failures import sentence
 from laion_assets.defs.partitions import seed_sets
 from laion_assets.defs.settings import Defaults, ResolvedSettings, RetrievalConfig, changes
 from laion_assets.io.errors import InputError
+from laion_assets.seeds import SeedSet
 
 SETTINGS = "settings"  # metadata of an observation: what a run would be asked for
 FIRST = "first observation"
@@ -80,6 +81,18 @@ class Version:
             dg.AssetObservation(self.source, partition=self.seed_set, metadata=metadata, tags=tags),
             dg.AssetMaterialization(self.source, partition=self.seed_set, metadata=metadata, tags=tags),
         )
+
+
+def seeds_version(seed_set: SeedSet) -> Version:
+    """Return the version of the seeds of a set, with what it holds."""
+    counts = {
+        "images": len(seed_set.images),
+        "files of prompts": len(seed_set.prompts),
+        "files of embeddings": len(seed_set.vectors),
+        "images not embedded": len(seed_set.not_embedded),
+        "ignored files": len(seed_set.ignored),
+    }
+    return Version(seed_folder.key, seed_set.fingerprint, seed_set.name, counts)
 
 
 def settings_version(seed_set: str, settings: ResolvedSettings | str) -> Version:

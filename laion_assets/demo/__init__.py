@@ -1,1 +1,5 @@
-"""Where the demo lives: real clip art in LAION's real on-disk layout."""
+"""The embedded default: clip art as a small index in LAION's layout, a model, and seed sets of images."""
+
+from laion_assets.demo.build import DEMO_MODEL, DEMO_SETS, DemoReport, build_demo, is_demo
+
+__all__ = ["DEMO_MODEL", "DEMO_SETS", "DemoReport", "build_demo", "is_demo"]

@@ -1,7 +1,7 @@
-"""The demo data: clip art as a small index in LAION's real layout, and three seed sets.
+"""Build the demo: clip art as a small index in LAION's layout, and three seed sets of images.
 
-Everything it writes is what a user's own index and seeds look like. What must not live here: code
-that reads an index or seeds; nothing else may know that the data it works on is a demo.
+What it writes looks like a user's own index and seeds, and nothing that reads them knows that they are a
+demo's.
 """
 
 import fcntl
@@ -13,36 +13,40 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 import faiss
 import numpy as np
-import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.ipc
 import pyarrow.parquet
 
+from laion_assets.index import MODEL_RECORD
+from laion_assets.io.arrays import Floats, Ids, Mask
 from laion_assets.io.console import silent_stdout
 from laion_assets.io.errors import InputError
 
-BUILD_VERSION = 1
-"""Part of the recorded input: raise it when the same pictures should give another index."""
+BUILD_VERSION = 2
+"""Part of the recorded input: raise it when the same images should give another index."""
 
-SEED_SETS = ("flower", "fruit", "house")
-"""The seed sets, each named by the keyword its pictures carry."""
+DEMO_SETS = ("flower", "fruit", "house")
+"""The seed sets, each named by what its images show."""
+
+DEMO_MODEL = Path(__file__).with_name("model")
+"""The model that embedded the demo's images, see README.md beside this file."""
 
 INDEX_KEY = "OPQ128_256,IVF64_HNSW32,PQ128x8"
-"""faiss factory key: LAION-5B's shape, with as many lists as 3,000 rows can fill."""
+"""faiss factory key: LAION-5B's form, with as many lists as 3,000 rows can fill."""
 
-_PICTURES = Path(__file__).with_name("openclipart.parquet")
+_CLIP_ART = Path(__file__).with_name("openclipart.parquet")
+_IMAGES = Path(__file__).with_name("pictures")  # originals of some rows, in folders by what they show
+_MODEL_NAME = "efficientnet-lite0-openclipart"
 _RECORD = "demo.json"
 _LISTS_FILE = "merged_index.ivfdata"
 _METADATA_COLUMNS = ("url", "caption", "category", "thumbnail")
-_SEED_COLUMNS = ("embedding", "url", "caption", "thumbnail")
 
 _SEEDS_PER_SET = 12
-_FEW_KEYWORDS = 4
 _VARIED = 0.8
 _NEAR_DUPLICATE = 0.94
 _ENGLISH_SHARE = 2 / 3
@@ -50,17 +54,14 @@ _RECORD_BATCH_ROWS = 500
 _RECALL_AT = 20
 _SMALL_REQUEST_NPROBE = 8
 
-Vectors = npt.NDArray[np.float32]
-Rows = npt.NDArray[np.int64]
-
 
 @dataclass(frozen=True)
 class DemoReport:
     """What the demo holds, and what its compression costs.
 
-    Recall@20 is measured with the seeds as queries, against an exact search of the raw vectors; the
-    pairs are those of index rows with a cosine above 0.94. `seconds` is what this call spent on
-    building the index: 0 where it was already there.
+    Recall@20 is measured with the seeds as queries, against an exact search of the raw vectors; pairs are
+    index rows with a cosine above 0.94. `seconds` is the time this call spent on building the index, 0
+    where it existed.
     """
 
     rows: int
@@ -76,11 +77,19 @@ class DemoReport:
 
 
 def build_demo(index_dir: Path, seeds_dir: Path) -> DemoReport:
-    """Make the demo index and the demo seed sets where they are missing, and say what they hold.
+    """Build the demo index and the demo seed sets where they are missing, and report what they hold.
 
-    `index_dir` appears complete or not at all; one of an earlier build version is replaced. Under
-    `seeds_dir` only missing sets are added, nothing there is changed. The same input gives the same
-    bytes on one machine. Raises InputError where `index_dir` holds something else than the demo.
+    The index appears complete or not at all; one of an earlier release is replaced, with its seed sets.
+    Otherwise only missing sets are added and nothing else is changed. The same input gives the same bytes
+    on one machine.
+
+    Args:
+        index_dir: folder of the index.
+        seeds_dir: folder of the seed sets.
+
+    Raises:
+        InputError: `index_dir` holds something other than a demo index.
+
     """
     index_dir, seeds_dir = index_dir.absolute(), seeds_dir.absolute()
     source = _input_hash()
@@ -89,27 +98,33 @@ def build_demo(index_dir: Path, seeds_dir: Path) -> DemoReport:
         return report
     index_dir.parent.mkdir(parents=True, exist_ok=True)
     with _only_builder(index_dir):
-        pictures = pyarrow.parquet.read_table(_PICTURES)
-        vectors = _unit_vectors(pictures)
-        seeds = _choose_seeds(pictures, vectors)
+        clip_art = pyarrow.parquet.read_table(_CLIP_ART)
+        vectors = _unit_vectors(clip_art)
+        seeds = _choose_seeds(clip_art, vectors)
         report = _stored_report(index_dir, source)
         if report is None:
-            report = _build_index(index_dir, pictures, vectors, seeds, source)
-        _add_seed_sets(seeds_dir, pictures, seeds)
+            report = _build_index(index_dir, clip_art, vectors, seeds, source)
+            _remove_sets_of_vectors(seeds_dir)
+        _add_seed_sets(seeds_dir, clip_art, seeds)
     return report
+
+
+def is_demo(index_uri: str) -> bool:
+    """Return whether a folder holds a demo index, of this or an earlier release."""
+    return (Path(index_uri) / _RECORD).is_file()
 
 
 # --- what is there already ------------------------------------------------------------------------
 
 
 def _input_hash() -> str:
-    digest = hashlib.sha256(_PICTURES.read_bytes())
+    digest = hashlib.sha256(_CLIP_ART.read_bytes())
     digest.update(f"build version {BUILD_VERSION}".encode())
     return digest.hexdigest()
 
 
 def _stored_report(index_dir: Path, source: str) -> DemoReport | None:
-    """Return the report of a complete index of this very input, or None."""
+    """Return the report of a complete index of this input; None without one."""
     try:
         record = json.loads((index_dir / _RECORD).read_text())
         if record["input"] != source:
@@ -123,10 +138,7 @@ def _stored_report(index_dir: Path, source: str) -> DemoReport | None:
 
 
 def _check_replaceable(index_dir: Path) -> None:
-    """Refuse to build over files that no earlier build recorded as its own.
-
-    Somebody may have put an index of their own here: that must not be deleted.
-    """
+    """Refuse to build over files that no earlier build recorded: they may be a user's own index."""
     try:
         ours = json.loads((index_dir / _RECORD).read_text())["files"]
     except (OSError, ValueError, KeyError, TypeError):
@@ -134,8 +146,8 @@ def _check_replaceable(index_dir: Path) -> None:
     foreign = [name for name, size in _file_sizes(index_dir).items() if ours.get(name) != size]
     if foreign:
         raise InputError(
-            f"{index_dir} holds {foreign[0]}, which is not of the demo index and is not touched: "
-            "choose another folder for the demo, or empty this one"
+            f"{index_dir} holds {foreign[0]}, which is not part of the demo index: choose another folder "
+            "for the demo, or empty this one"
         )
 
 
@@ -148,7 +160,7 @@ def _file_sizes(index_dir: Path) -> dict[str, int]:
 
 
 def _missing_sets(seeds_dir: Path) -> list[str]:
-    return [name for name in SEED_SETS if not os.path.lexists(seeds_dir / name)]
+    return [name for name in DEMO_SETS if not os.path.lexists(seeds_dir / name)]
 
 
 @contextmanager
@@ -159,41 +171,39 @@ def _only_builder(index_dir: Path) -> Iterator[None]:
         yield
 
 
-# --- which pictures are seeds ---------------------------------------------------------------------
+# --- which images are seeds -----------------------------------------------------------------------
 
 
-def _unit_vectors(pictures: pa.Table) -> Vectors:
+def _unit_vectors(clip_art: pa.Table) -> Floats:
     """Return the embeddings, (n, 256) float32, normalised again: they are stored as float16."""
-    column = pictures["embedding"].combine_chunks()
+    column = clip_art["embedding"].combine_chunks()
     raw = column.values.to_numpy(zero_copy_only=False).reshape(len(column), -1)
-    vectors: Vectors = raw.astype(np.float32)
+    vectors: Floats = raw.astype(np.float32)
     vectors /= np.linalg.norm(vectors, axis=1, keepdims=True)
     return vectors
 
 
-def _choose_seeds(pictures: pa.Table, vectors: Vectors) -> dict[str, Rows]:
+def _stems(clip_art: pa.Table) -> list[str]:
+    """Return the name that the image file of each row has, without its suffix."""
+    return [PurePosixPath(url).stem for url in clip_art["url"].to_pylist()]
+
+
+def _choose_seeds(clip_art: pa.Table, vectors: Floats) -> dict[str, Ids]:
     """Return the rows of each seed set, most typical first."""
-    keywords = pictures["keywords"].to_pylist()
-    taken = np.zeros(len(vectors), dtype=bool)
+    row_of = {stem: row for row, stem in enumerate(_stems(clip_art))}
     chosen = {}
-    for name in SEED_SETS:
-        # A picture with many keywords shows many things: a turkey with fruit is no fruit.
-        tagged = [
-            row
-            for row, words in enumerate(keywords)
-            if name in words and len(words) <= _FEW_KEYWORDS and not taken[row]
-        ]
-        varied = _varied(tagged, vectors)
+    for name in DEMO_SETS:
+        shown = [row_of[path.stem] for path in sorted((_IMAGES / name).iterdir())]
+        varied = _varied(shown, vectors)
         mean = vectors[varied].mean(axis=0)
         typical = varied[np.argsort(-(vectors[varied] @ mean), kind="stable")]
-        # Every second one: the others stay in the index, or nothing good would be left to find.
+        # Every second one: the others stay in the index, so that there is something good to find.
         chosen[name] = typical[: 2 * _SEEDS_PER_SET : 2]
-        taken |= _held_out(vectors, chosen[name])
     return chosen
 
 
-def _varied(rows: Sequence[int], vectors: Vectors) -> Rows:
-    """Return those rows which are not alike any row before them."""
+def _varied(rows: Sequence[int], vectors: Floats) -> Ids:
+    """Return the rows that are not similar to any row before them."""
     varied: list[int] = []
     for row in rows:
         if not varied or float((vectors[varied] @ vectors[row]).max()) <= _VARIED:
@@ -201,10 +211,10 @@ def _varied(rows: Sequence[int], vectors: Vectors) -> Rows:
     return np.array(varied, dtype=np.int64)
 
 
-def _held_out(vectors: Vectors, seeds: Rows) -> npt.NDArray[np.bool_]:
-    """Mark the seeds and their near-duplicates: the library holds copies of many pictures."""
+def _held_out(vectors: Floats, seeds: Ids) -> Mask:
+    """Mark the seeds and their near-duplicates: the library holds copies of many images."""
     alike = (vectors @ vectors[seeds].T).max(axis=1)
-    mask: npt.NDArray[np.bool_] = alike >= _NEAR_DUPLICATE
+    mask: Mask = alike >= _NEAR_DUPLICATE
     return mask
 
 
@@ -212,7 +222,7 @@ def _held_out(vectors: Vectors, seeds: Rows) -> npt.NDArray[np.bool_]:
 
 
 def _build_index(
-    index_dir: Path, pictures: pa.Table, vectors: Vectors, seeds: dict[str, Rows], source: str
+    index_dir: Path, clip_art: pa.Table, vectors: Floats, seeds: dict[str, Ids], source: str
 ) -> DemoReport:
     started = time.perf_counter()
     _check_replaceable(index_dir)
@@ -223,19 +233,21 @@ def _build_index(
     shutil.rmtree(building, ignore_errors=True)
     (building / "image.index").mkdir(parents=True)
     (building / "metadata").mkdir()
-    _write_metadata(building / "metadata" / "0_en.arrow", pictures.take(rows[:english]))
-    _write_metadata(building / "metadata" / "1_multi.arrow", pictures.take(rows[english:]))
+    _write_metadata(building / "metadata" / "0_en.arrow", clip_art.take(rows[:english]))
+    _write_metadata(building / "metadata" / "1_multi.arrow", clip_art.take(rows[english:]))
     with _one_thread():
         index = _trained(vectors[rows])
         blocks = [_block(index, vectors[rows], 0, english)]
         blocks += [_block(index, vectors[rows], english, len(rows))]
         lists = _merge(index, blocks, building / "image.index" / _LISTS_FILE)
         report = _measured(index, vectors[rows], vectors[queries])
-    # A bare name: the folder can be moved, the reader looks for the lists beside the index.
+    # A bare name, so that the folder can be moved: the reader looks for the lists beside the index.
     lists.filename = _LISTS_FILE
     faiss.write_index(index, str(building / "image.index" / "populated.index"))
     report = replace(report, seeds={name: len(chosen) for name, chosen in seeds.items()})
-    # Without the seconds, so that two builds are the same in every byte.
+    model = {"name": _MODEL_NAME, "dimension": vectors.shape[1]}
+    (building / MODEL_RECORD).write_text(json.dumps(model) + "\n")
+    # Without the seconds, so that two builds are equal in every byte.
     stored = {name: value for name, value in asdict(report).items() if name != "seconds"}
     record = {"input": source, "report": stored, "files": _file_sizes(building)}
     (building / _RECORD).write_text(json.dumps(record, indent=2) + "\n")
@@ -260,11 +272,11 @@ def _one_thread() -> Iterator[None]:
         faiss.omp_set_num_threads(threads)
 
 
-def _trained(vectors: Vectors) -> Any:
+def _trained(vectors: Floats) -> Any:
     """Return an empty index, trained on (n, 256) float32.
 
-    faiss's defaults are meant for millions of rows: here they would take minutes, and it would
-    print a warning for every quantizer that it has few points.
+    faiss's defaults suit millions of rows: here they would take minutes and print a warning for every
+    quantizer.
     """
     index: Any = faiss.index_factory(vectors.shape[1], INDEX_KEY, faiss.METRIC_INNER_PRODUCT)
     ivf: Any = faiss.downcast_index(faiss.extract_index_ivf(index))
@@ -277,13 +289,13 @@ def _trained(vectors: Vectors) -> Any:
     rotation.niter, rotation.niter_pq, rotation.niter_pq_0 = 1, 2, 2
     rotation.pq = rotation_codes
     rotation.train(vectors)
-    # faiss does not own it, and must not look at it after this function.
+    # faiss does not own it, and must not use it after this function.
     rotation.pq = None
     index.train(vectors)
     return index
 
 
-def _block(trained: Any, vectors: Vectors, start: int, stop: int) -> Any:
+def _block(trained: Any, vectors: Floats, start: int, stop: int) -> Any:
     """Return one of the parts in which a large index is built: rows start..stop, with their ids."""
     block = faiss.clone_index(trained)
     block.add_with_ids(vectors[start:stop], np.arange(start, stop))
@@ -291,9 +303,9 @@ def _block(trained: Any, vectors: Vectors, start: int, stop: int) -> Any:
 
 
 def _merge(index: Any, blocks: Sequence[Any], lists_path: Path) -> Any:
-    """Put the blocks' inverted lists into one file on disk and let the empty index use it.
+    """Merge the blocks' inverted lists into one file, and let the empty index use it.
 
-    What faiss.contrib.ondisk.merge_ondisk does, from blocks that are still in memory.
+    This is faiss.contrib.ondisk.merge_ondisk for blocks that are still in memory.
     """
     ivf = faiss.extract_index_ivf(index)
     lists: Any = faiss.OnDiskInvertedLists(ivf.nlist, ivf.code_size, str(lists_path))
@@ -309,7 +321,7 @@ def _merge(index: Any, blocks: Sequence[Any], lists_path: Path) -> Any:
 
 
 def _put_in_place(building: Path, index_dir: Path) -> None:
-    """Rename the finished folder to where an earlier demo index, an empty folder or nothing is."""
+    """Rename the finished folder into place, over an earlier demo index or an empty folder."""
     outdated = index_dir.with_name(f".{index_dir.name}.outdated")
     shutil.rmtree(outdated, ignore_errors=True)
     if index_dir.exists():
@@ -321,7 +333,7 @@ def _put_in_place(building: Path, index_dir: Path) -> None:
 # --- what compression costs -----------------------------------------------------------------------
 
 
-def _measured(index: Any, vectors: Vectors, queries: Vectors) -> DemoReport:
+def _measured(index: Any, vectors: Floats, queries: Floats) -> DemoReport:
     ivf = faiss.extract_index_ivf(index)
     stored_nprobe = ivf.nprobe
     recall = {}
@@ -344,8 +356,8 @@ def _measured(index: Any, vectors: Vectors, queries: Vectors) -> DemoReport:
     )
 
 
-def _recall(index: Any, vectors: Vectors, queries: Vectors) -> float:
-    """Return the share of the best 20 that the index finds; copies of a picture count as it."""
+def _recall(index: Any, vectors: Floats, queries: Floats) -> float:
+    """Return the share of the best 20 that the index finds; a copy of an image counts as the image."""
     exact = queries @ vectors.T
     worst = np.sort(exact, axis=1)[:, -_RECALL_AT, None]
     _, ids = index.search(queries, _RECALL_AT)
@@ -353,7 +365,7 @@ def _recall(index: Any, vectors: Vectors, queries: Vectors) -> float:
     return round(float(((ids >= 0) & (found >= worst - 1e-6)).mean()), 4)
 
 
-def _near_duplicates(vectors: Vectors) -> npt.NDArray[np.bool_]:
+def _near_duplicates(vectors: Floats) -> Mask:
     """Return an (n, n) mask: true for each pair, named once, with a cosine above 0.94."""
     unit = vectors / np.linalg.norm(vectors, axis=1, keepdims=True)
     return np.triu(unit @ unit.T > _NEAR_DUPLICATE, k=1)
@@ -362,14 +374,27 @@ def _near_duplicates(vectors: Vectors) -> npt.NDArray[np.bool_]:
 # --- the seed sets --------------------------------------------------------------------------------
 
 
-def _add_seed_sets(seeds_dir: Path, pictures: pa.Table, seeds: dict[str, Rows]) -> None:
-    """Write the missing sets, each by one rename: who watches the folder sees no half of one."""
+def _add_seed_sets(seeds_dir: Path, clip_art: pa.Table, seeds: dict[str, Ids]) -> None:
+    """Write the missing sets, each by one rename: a sensor that lists the folder sees no half of one."""
     seeds_dir.mkdir(parents=True, exist_ok=True)
-    # Beside the folder, not in it: every folder in there is a seed set to those who list it.
+    stems = _stems(clip_art)
+    # Beside the folder and not in it, where every folder is a seed set.
     building = seeds_dir.with_name(f".{seeds_dir.name}.building")
     for name in _missing_sets(seeds_dir):
         shutil.rmtree(building, ignore_errors=True)
         building.mkdir()
-        table = pictures.take(seeds[name]).select(_SEED_COLUMNS).combine_chunks()
-        pyarrow.parquet.write_table(table, building / "seeds.parquet")
+        for row in seeds[name]:
+            shutil.copyfile(_image(name, stems[row]), building / _image(name, stems[row]).name)
         building.rename(seeds_dir / name)
+
+
+def _image(seed_set: str, stem: str) -> Path:
+    return _IMAGES / seed_set / f"{stem}.webp"
+
+
+def _remove_sets_of_vectors(seeds_dir: Path) -> None:
+    """Remove sets that an earlier release wrote: vectors of another model."""
+    for name in DEMO_SETS:
+        found = [path.name for path in (seeds_dir / name).glob("*")]
+        if found == ["seeds.parquet"]:
+            shutil.rmtree(seeds_dir / name)

@@ -1,23 +1,34 @@
-"""The seeds of a set as unit vectors, and their centroid."""
+"""The seeds of a set as unit vectors, read or embedded, and their centroid."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import partial
 from pathlib import PurePosixPath
 from typing import Any
 
+import google_crc32c
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from laion_assets.io.arrays import Floats
+from laion_assets.io.checksums import checksum_text
 from laion_assets.io.errors import InputError
 from laion_assets.io.storage import open_storage, reaching
 from laion_assets.seeds.folder import SEEDS_URI, SeedSet
+from laion_assets.seeds.images import BadImage, EmbeddedImage, ImageFile, embed_images
+from laion_assets.seeds.model import Model
+from laion_assets.seeds.model_folder import MODEL
+from laion_assets.seeds.prompts import PROMPTS_FILE, CutPrompt, Prompt, embed_prompts, read_prompts
 from laion_assets.seeds.readers import READERS, Columns, matrix_of
-from laion_assets.seeds.seed_files import UnusableFileError, read_files, verified
+from laion_assets.seeds.seed_files import SeedFile, UnusableFileError, read_files, verified
 
 PROBLEMS_SHOWN = 20
+BAD_IMAGES_SHOWN = 10
+VECTOR, IMAGE, PROMPT = "vector", "image", "prompt"  # kinds of seeds
 
 
 @dataclass(frozen=True)
@@ -26,12 +37,19 @@ class Seeds:
 
     Attributes:
         embeddings: (n, d) float32 unit rows.
-        columns: n rows of `file` and `row`, and of `url`, `caption`, `thumbnail` where files have them.
+        columns: n rows of `file`, `row` and `kind`; of `url`, `caption`, `thumbnail` where there are any;
+            of `content`, the SHA-256 of an image file, where images were embedded.
+        bad_images: images that could not be embedded.
+        cut_prompts: prompts of which the model reads only the beginning.
+        reused: images whose vectors were known.
 
     """
 
     embeddings: Floats
     columns: pa.Table
+    bad_images: tuple[BadImage, ...] = ()
+    cut_prompts: tuple[CutPrompt, ...] = ()
+    reused: int = 0
 
     def to_table(self) -> pa.Table:
         """Return one table with a row for each seed and its vector in `embedding`."""
@@ -40,28 +58,111 @@ class Seeds:
         return self.columns.append_column("embedding", vectors)
 
 
+@dataclass(frozen=True)
+class KnownImages:
+    """Images that were embedded before, with the same model.
+
+    Attributes:
+        vectors: (d,) by content.
+        thumbnails: WebP by content.
+
+    """
+
+    vectors: Mapping[str, Floats] = field(default_factory=dict)
+    thumbnails: Mapping[str, bytes | None] = field(default_factory=dict)
+
+    @classmethod
+    def of(cls, table: pa.Table) -> KnownImages:
+        """Take the images of a table of seeds."""
+        if "content" not in table.column_names:
+            return cls()
+        images = table.filter(pc.is_valid(table["content"]))
+        contents = images["content"].to_pylist()
+        return cls(
+            dict(zip(contents, embeddings_of(images), strict=True)),
+            dict(zip(contents, images["thumbnail"].to_pylist(), strict=True)),
+        )
+
+
 def embeddings_of(table: pa.Table) -> Floats:
     """Return the `embedding` column of a table as (n, d) float32 vectors."""
     vectors: Floats = matrix_of(table["embedding"]).astype(np.float32, copy=False)
     return vectors
 
 
-def read_seeds(uri: str, seed_set: SeedSet) -> Seeds:
-    """Read and check all seeds of a set, and scale them to unit length.
+def read_seeds(
+    uri: str,
+    seed_set: SeedSet,
+    model: Model | None = None,
+    *,
+    known: KnownImages | None = None,
+    max_bad_images: float = 0.05,
+    progress: Callable[[int], object] = lambda _: None,
+) -> Seeds:
+    """Read the vectors of a set, or embed its images, and embed its prompts.
+
+    Args:
+        uri: the folder of the seed sets.
+        seed_set: as it was listed.
+        model: that embeds; only sets with images or prompts need one.
+        known: images that need not be embedded again.
+        max_bad_images: share of the images that may be unusable.
+        progress: called with the number of images done since the last call.
+
+    Raises:
+        InputError: names every bad file and row (the first 20 of them) and the remedy; no model, or more
+            unusable images than allowed.
+
+    """
+    if seed_set.needs_model and model is None:
+        raise InputError(
+            f"seed set {seed_set.name!r} holds {seed_set.contents()} and there is no model to embed them: "
+            f"name the index's model",
+            MODEL,
+        )
+    parts = [_read_vectors(uri, seed_set)] if seed_set.vectors else []
+    if model is not None and seed_set.images:
+        parts.append(
+            _embed_images(uri, seed_set, model, known or KnownImages(), max_bad_images, progress)
+        )
+    if model is not None and seed_set.prompts:
+        parts.append(_embed_prompts(uri, seed_set, model))
+    widths = {part.embeddings.shape[1] for part in parts}
+    if len(widths) > 1:
+        raise InputError(
+            f"seed set {seed_set.name!r} mixes vectors of {' and '.join(map(str, sorted(widths)))} "
+            "dimensions: use one model for all of them"
+        )
+    return Seeds(
+        np.concatenate([part.embeddings for part in parts]),
+        pa.concat_tables([part.columns for part in parts], promote_options="default"),
+        tuple(bad for part in parts for bad in part.bad_images),
+        tuple(cut for part in parts for cut in part.cut_prompts),
+        sum(part.reused for part in parts),
+    )
+
+
+def count_seeds(uri: str, seed_set: SeedSet) -> int:
+    """Return how many seeds a set has, without embedding any.
 
     Args:
         uri: the folder of the seed sets.
         seed_set: as it was listed.
 
     Raises:
-        InputError: names every bad file and row (the first 20 of them) and the remedy.
+        InputError: a file that cannot be read.
 
     """
+    vectors = len(_read_vectors(uri, seed_set).embeddings) if seed_set.vectors else 0
+    return vectors + len(seed_set.images) + len(_prompts_of(uri, seed_set))
+
+
+def _read_vectors(uri: str, seed_set: SeedSet) -> Seeds:
     fs, _ = open_storage(uri, SEEDS_URI)
     problems: list[str] = []
     parts: dict[str, tuple[Floats, pa.Table]] = {}
     with reaching(uri, SEEDS_URI):
-        for file, content in read_files(fs, seed_set.files):
+        for file, content in read_files(fs, seed_set.vectors):
             where = f"{seed_set.name}/{file.name}"
             try:
                 data = verified(content, file)
@@ -71,15 +172,89 @@ def read_seeds(uri: str, seed_set: SeedSet) -> Seeds:
                 problems += [f"{where} {problem}" for problem in error.problems]
     problems += _differing_dimensions({where: vectors for where, (vectors, _) in parts.items()})
     if problems:
-        more = len(problems) - PROBLEMS_SHOWN
-        shown = problems[:PROBLEMS_SHOWN] + ([f"and {more} more"] if more > 0 else [])
         raise InputError(
-            f"seed set {seed_set.name!r} cannot be used; correct or remove: " + "; ".join(shown)
+            f"seed set {seed_set.name!r} cannot be used; correct or remove: {_first(problems)}"
         )
     return Seeds(
         np.concatenate([vectors for vectors, _ in parts.values()]),
         pa.concat_tables([columns for _, columns in parts.values()], promote_options="default"),
     )
+
+
+def _embed_images(
+    uri: str,
+    seed_set: SeedSet,
+    model: Model,
+    known: KnownImages,
+    max_bad_images: float,
+    progress: Callable[[int], object],
+) -> Seeds:
+    fs, _ = open_storage(uri, SEEDS_URI)
+    files = (ImageFile(file.name, partial(_content, fs, file)) for file in seed_set.images)
+    good: list[EmbeddedImage] = []
+    bad: list[BadImage] = []
+    with reaching(uri, SEEDS_URI):
+        for outcome in embed_images(model, files, known=known.vectors, progress=progress):
+            if isinstance(outcome, BadImage):
+                bad.append(outcome)
+            else:
+                good.append(outcome)
+    allowed = math.floor(max_bad_images * len(seed_set.images))
+    if len(bad) > allowed or not good:
+        named = _first([f"{seed_set.name}/{image}" for image in bad], BAD_IMAGES_SHOWN)
+        raise InputError(
+            f"{len(bad):,} of {len(seed_set.images):,} images of seed set {seed_set.name!r} cannot be "
+            f"embedded, at most {allowed:,} may be: replace or remove {named}",
+            "max_bad_images",
+        )
+    reused = [image.content in known.vectors for image in good]
+    thumbnails = [image.thumbnail or known.thumbnails.get(image.content) for image in good]
+    columns = {
+        "file": pa.array([image.name for image in good]),
+        "row": pa.array(np.zeros(len(good), np.int32)),
+        "kind": pa.array([IMAGE] * len(good)),
+        "content": pa.array([image.content for image in good]),
+        "thumbnail": pa.array(thumbnails, pa.binary()),
+    }
+    vectors = np.stack([image.vector for image in good])
+    return Seeds(vectors, pa.table(columns), tuple(bad), reused=sum(reused))
+
+
+def _content(fs: Any, file: SeedFile) -> bytes:
+    content: bytes = fs.cat_file(file.path)
+    if checksum_text(google_crc32c.Checksum(content)) != file.checksum:
+        raise OSError("it changed while it was read; run again once it is complete")
+    return content
+
+
+def _embed_prompts(uri: str, seed_set: SeedSet, model: Model) -> Seeds:
+    prompts = _prompts_of(uri, seed_set)
+    where = f"{seed_set.name}/{PROMPTS_FILE}"
+    if not prompts:
+        raise InputError(f"{where} has no prompt: write one a line, or remove the file")
+    found = embed_prompts(model, prompts, name=where)
+    columns = {
+        "file": pa.array([PROMPTS_FILE] * len(prompts)),
+        "row": pa.array([prompt.line - 1 for prompt in prompts], pa.int32()),
+        "kind": pa.array([PROMPT] * len(prompts)),
+        "caption": pa.array([prompt.text for prompt in prompts]),
+    }
+    return Seeds(found.vectors, pa.table(columns), cut_prompts=found.cut)
+
+
+def _prompts_of(uri: str, seed_set: SeedSet) -> Sequence[Prompt]:
+    fs, _ = open_storage(uri, SEEDS_URI)
+    with reaching(uri, SEEDS_URI):
+        return [
+            prompt
+            for file in seed_set.prompts
+            for prompt in read_prompts(_content(fs, file), f"{seed_set.name}/{file.name}")
+        ]
+
+
+def _first(problems: Sequence[str], shown: int = PROBLEMS_SHOWN) -> str:
+    more = len(problems) - shown
+    return "; ".join([*problems[:shown], *([f"and {more:,} more"] if more > 0 else [])])
 
 
 def unit_rows(raw: Any) -> Floats:
@@ -132,7 +307,11 @@ def centroid(embeddings: Floats) -> tuple[Floats, float]:
 
 
 def _with_location(columns: Columns, name: str, rows: int) -> pa.Table:
-    location = {"file": pa.array([name] * rows), "row": pa.array(np.arange(rows, dtype=np.int32))}
+    location = {
+        "file": pa.array([name] * rows),
+        "row": pa.array(np.arange(rows, dtype=np.int32)),
+        "kind": pa.array([VECTOR] * rows),
+    }
     return pa.table(location | dict(columns))
 
 

@@ -1,6 +1,6 @@
 """The folder of the seed sets: what is in it, with a fingerprint for each set.
 
-Every subfolder that holds seed files is a seed set. Which files are seeds follows from `READERS`.
+Every subfolder that holds seeds is a seed set: files of vectors (`READERS`), images, or prompts.
 """
 
 from __future__ import annotations
@@ -19,11 +19,14 @@ import google_crc32c
 from laion_assets.io.checksums import checksum_text, fingerprint
 from laion_assets.io.errors import InputError
 from laion_assets.io.storage import Listed, first_line, list_files, open_storage, reaching
+from laion_assets.seeds.decoding import EXTENSIONS
+from laion_assets.seeds.prompts import PROMPTS_FILE
 from laion_assets.seeds.readers import READERS
 from laion_assets.seeds.seed_files import SeedFile
 
 SEEDS_URI = "seeds_uri"  # the parameter that errors are about
 CLIP_RETRIEVAL_FOLDER = "img_emb/"
+UNREADABLE_IMAGES = (".svg", ".heic", ".heif")  # meant as seeds, and reported when they are embedded
 CLIP_RETRIEVAL_OTHERS = ("text_emb/", "metadata/", "stats/")  # in the same output folder
 
 
@@ -33,17 +36,44 @@ class SeedSet:
 
     Attributes:
         name: of its folder.
-        files: the seeds, in order of name.
+        vectors: files of embeddings, in order of name.
+        images: image files, in order of name; those beside files of embeddings are not among them.
+        prompts: the file of prompts; at most one.
         settings_files: YAML files directly in its folder; `read_settings` accepts only one, of the right
             name.
+        not_embedded: names of images that are not seeds, since the set has embeddings already.
         ignored: names of other files that a person may take for seeds.
 
     """
 
     name: str
-    files: tuple[SeedFile, ...]
+    vectors: tuple[SeedFile, ...]
     settings_files: tuple[SeedFile, ...] = ()
     ignored: tuple[str, ...] = ()
+    images: tuple[SeedFile, ...] = ()
+    prompts: tuple[SeedFile, ...] = ()
+    not_embedded: tuple[str, ...] = ()
+
+    @property
+    def files(self) -> tuple[SeedFile, ...]:
+        """All files that hold seeds."""
+        return self.vectors + self.images + self.prompts
+
+    @property
+    def needs_model(self) -> bool:
+        """Whether something has to be embedded."""
+        return bool(self.images or self.prompts)
+
+    def contents(self) -> str:
+        """Describe in a few words what the set holds."""
+        counted = {
+            "image": len(self.images),
+            "file of prompts": len(self.prompts),
+            "file of embeddings": len(self.vectors),
+            "image not embedded": len(self.not_embedded),
+            "ignored file": len(self.ignored),
+        }
+        return ", ".join(_counted(count, what) for what, count in counted.items() if count)
 
     @property
     def fingerprint(self) -> str:
@@ -64,6 +94,11 @@ class Listing:
 
     sets: dict[str, SeedSet]
     ignored: tuple[str, ...]
+
+
+def _counted(count: int, what: str) -> str:
+    noun, _, rest = what.partition(" ")
+    return f"{count:,} {what}" if count == 1 else f"{count:,} {noun}s {rest}".rstrip()
 
 
 def list_folder(uri: str) -> Listing:
@@ -120,8 +155,10 @@ def find_seed_set(uri: str, name: str) -> SeedSet:
         if found.files:
             return found
         if fs.isdir(path):
-            kinds = " or ".join(READERS)
-            raise InputError(f"seed set {name!r} is empty: put {kinds} files into {uri}/{name}")
+            raise InputError(
+                f"seed set {name!r} is empty: put images, {PROMPTS_FILE}, or {' or '.join(READERS)} files "
+                f"into {uri}/{name}"
+            )
     names = sorted(list_seed_sets(uri))
     near = difflib.get_close_matches(name, names, n=1)
     hint = f"did you mean {near[0]!r}?" if near else f"found {', '.join(names) or 'none'}"
@@ -147,8 +184,12 @@ def _is_hidden(name: str) -> bool:
     return not name or name.endswith("/") or any(part[:1] in (".", "_") for part in name.split("/"))
 
 
-def _is_seed_file(name: str) -> bool:
+def _holds_vectors(name: str) -> bool:
     return PurePosixPath(name).suffix in READERS
+
+
+def _is_image(name: str) -> bool:
+    return PurePosixPath(name).suffix.lower() in (*EXTENSIONS, *UNREADABLE_IMAGES)
 
 
 def _may_hold_settings(name: str) -> bool:
@@ -160,28 +201,43 @@ class _Folder:
     """The files of one folder by kind, with checksums where the content matters."""
 
     def __init__(self) -> None:
-        self._seeds: list[SeedFile] = []
+        self._vectors: list[SeedFile] = []
+        self._images: list[tuple[Any, str, Listed]] = []
+        self._prompts: list[SeedFile] = []
         self._settings: list[SeedFile] = []
         self._others: list[str] = []
 
     def add(self, fs: Any, name: str, listed: Listed) -> None:
         """Add a file, by its name in this folder."""
-        if _is_seed_file(name):
-            self._seeds.append(_seed_file(fs, name, listed))
+        if _holds_vectors(name):
+            self._vectors.append(_seed_file(fs, name, listed))
+        elif _is_image(name):
+            self._images.append((fs, name, listed))
+        elif name == PROMPTS_FILE:
+            self._prompts.append(_seed_file(fs, name, listed))
         elif _may_hold_settings(name):
             self._settings.append(_seed_file(fs, name, listed))
         else:
             self._others.append(name)
 
     def seed_set(self, name: str) -> SeedSet:
-        """Return the set; of clip-retrieval's output only the image embeddings are seeds."""
-        seeds, ignored = self._seeds, self._others
-        images = [file for file in seeds if file.name.startswith(CLIP_RETRIEVAL_FOLDER)]
-        if images:
-            beside = [file.name for file in seeds if not file.name.startswith(CLIP_RETRIEVAL_FOLDER)]
+        """Return the set: embeddings win over images; of clip-retrieval's output, those of images."""
+        vectors, ignored = self._vectors, self._others
+        of_images = [file for file in vectors if file.name.startswith(CLIP_RETRIEVAL_FOLDER)]
+        if of_images:
+            beside = [file.name for file in vectors if not file.name.startswith(CLIP_RETRIEVAL_FOLDER)]
             ignored = [file for file in ignored + beside if not file.startswith(CLIP_RETRIEVAL_OTHERS)]
-            seeds = images
-        return SeedSet(name, _in_order(seeds), _in_order(self._settings), tuple(sorted(ignored)))
+            vectors = of_images
+        images = () if vectors else _in_order([_seed_file(*image) for image in self._images])
+        return SeedSet(
+            name,
+            vectors=_in_order(vectors),
+            settings_files=_in_order(self._settings),
+            ignored=tuple(sorted(ignored)),
+            images=images,
+            prompts=tuple(self._prompts),
+            not_embedded=tuple(sorted(image for _, image, _ in self._images)) if vectors else (),
+        )
 
 
 def _in_order(files: Sequence[SeedFile]) -> tuple[SeedFile, ...]:

@@ -15,7 +15,7 @@ import numpy as np
 from laion_assets.io.arrays import Floats
 from laion_assets.io.storage import first_line
 from laion_assets.seeds.decoding import BadImageError, PixelBudget, decoded, thumbnail
-from laion_assets.seeds.model import NO_DIRECTION, Model, cores, unit_rows
+from laion_assets.seeds.model import NO_DIRECTION, Model, cores, with_direction
 from laion_assets.seeds.preprocessing import Preprocessing
 
 BATCH = 16
@@ -212,5 +212,5 @@ def _embedded(model: Model, waiting: Iterable[_Prepared | Outcome]) -> Iterator[
 def _directions(answers: Floats | None) -> Iterator[Floats | None]:
     """Go through unit vectors; None stands for an answer without a direction."""
     if answers is not None:
-        vectors, usable = unit_rows(answers)
+        vectors, usable = with_direction(answers)
         yield from (vector if known else None for vector, known in zip(vectors, usable, strict=True))

@@ -14,7 +14,15 @@ import onnxruntime as ort
 from laion_assets.io.arrays import Floats, Ids, Mask
 from laion_assets.io.errors import InputError
 from laion_assets.io.storage import first_line
-from laion_assets.seeds.model_folder import MODEL, PREPROCESSOR, TEXT, VISION, ModelFiles, find_model
+from laion_assets.seeds.model_folder import (
+    MODEL,
+    PREPROCESSOR,
+    TEXT,
+    VISION,
+    ModelFiles,
+    find_model,
+    published_name,
+)
 from laion_assets.seeds.preprocessing import Preprocessing, read_preprocessing
 
 DEVICE = "embed_device"  # the parameter that chooses one
@@ -73,6 +81,11 @@ class Model:
     def fingerprint(self) -> str:
         """Of everything that its vectors depend on."""
         return self.files.fingerprint
+
+    @cached_property
+    def name(self) -> str | None:
+        """Name under which it was published, where its config.json says so."""
+        return published_name(self.files)
 
     @cached_property
     def text(self) -> TextModel:
@@ -256,7 +269,7 @@ class Session:
         return vectors
 
 
-def unit_rows(answers: Floats) -> tuple[Floats, Mask]:
+def with_direction(answers: Floats) -> tuple[Floats, Mask]:
     """Scale (n, d) rows to length 1, and tell which have a direction: not zero, all finite."""
     wide = answers.astype(np.float64)
     with np.errstate(over="ignore", invalid="ignore", divide="ignore"):

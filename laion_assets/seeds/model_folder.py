@@ -102,6 +102,21 @@ def find_model(folder: Path) -> ModelFiles:
     return _chosen(folder, here, str(folder))
 
 
+def published_name(files: ModelFiles) -> str | None:
+    """Return the name that a model's config.json records; None without one."""
+    if CONFIG not in files.names:
+        return None
+    try:
+        name = json.loads(files.path(CONFIG).read_bytes()).get("_name_or_path")
+    except (ValueError, AttributeError) as error:
+        raise InputError(
+            f"{files.path(CONFIG)} is not a JSON object ({error}): copy it again from where the model "
+            "was published",
+            MODEL,
+        ) from error
+    return name if isinstance(name, str) and name else None
+
+
 def stage_model(uri: str, cache_dir: Path, log: Callable[[str], None]) -> Path:
     """Return a local folder with the files of a model.
 

@@ -7,33 +7,46 @@ from dataclasses import replace
 
 import dagster as dg
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from laion_assets.defs import checks, report
 from laion_assets.defs.failures import as_failures
+from laion_assets.defs.history import materializations
 from laion_assets.defs.io_manager import Tables
 from laion_assets.defs.kubernetes.placement import Placement
 from laion_assets.defs.partitions import require_seed_set, seed_sets
 from laion_assets.defs.provenance import Provenance, now
 from laion_assets.defs.report import Materialized
-from laion_assets.defs.resources import SeedFolder
+from laion_assets.defs.resources import Embedder, LaionIndex, SeedFolder
 from laion_assets.defs.settings import Defaults, RetrievalConfig
-from laion_assets.defs.sources import Version, observe, seed_folder
+from laion_assets.defs.sources import observe, seed_folder, seeds_version
+from laion_assets.io.errors import InputError
+from laion_assets.io.progress import Progress
 from laion_assets.io.tables import StoredTable
-from laion_assets.seeds import SeedSet, centroid, embeddings_of
+from laion_assets.seeds import (
+    PROMPT,
+    KnownImages,
+    Model,
+    Seeds,
+    SeedSet,
+    centroid,
+    embeddings_of,
+    read_seeds,
+)
 
-FILES_SHOWN = 100
+FILES_LOGGED = 20
 
 
 def seed_embeddings_asset(placement: Placement) -> dg.AssetsDefinition:
     """Define the asset for a placement."""
-    pod = placement.any_node("seed_embeddings")
+    pod = placement.embedding("seed_embeddings")
 
     @dg.asset(
         deps=[seed_folder],
         group_name="seeds",
         kinds={"numpy", "parquet"},
         partitions_def=seed_sets,
-        code_version="2",
+        code_version="3",
         tags=pod.tags,
         op_tags=pod.op_tags,
         retry_policy=pod.retry_policy,
@@ -41,51 +54,101 @@ def seed_embeddings_asset(placement: Placement) -> dg.AssetsDefinition:
     def seed_embeddings(
         context: dg.AssetExecutionContext,
         seeds: dg.ResourceParam[SeedFolder],
+        embedder: dg.ResourceParam[Embedder],
+        laion_index: dg.ResourceParam[LaionIndex],
         retrieval_config: RetrievalConfig,
         defaults: dg.ResourceParam[Defaults],
         tables: dg.ResourceParam[Tables],
     ) -> Materialized:
-        """The seeds of one set: checked, scaled to length 1, a row per seed.
+        """The seeds of one set as unit vectors, a row per seed: read, or embedded with the index's model.
 
         The data version is the fingerprint of the files, by which the sensor knows what is done.
         """
         with as_failures():
             require_seed_set(context)
             seed_set = seeds.find(context.partition_key)
-            observe(context, Version(seed_folder.key, seed_set.fingerprint, seed_set.name))
+            observe(context, seeds_version(seed_set))
             own = seeds.settings(seed_set)
-            retrieval_config.resolve(defaults, own, seed_set.name)  # wrong settings fail here, not later
-            found = seeds.read(seed_set)
-            count, dimension = found.embeddings.shape
-            context.log.info(
-                f"{count:,} seeds of {dimension} dimensions from {len(seed_set.files)} files"
-            )
-            _warn_of_ignored(context, seed_set)
-            rows = found.to_table()
+            # Wrong settings fail here, not after the index is staged.
+            settings = retrieval_config.resolve(defaults, own, seed_set.name)
+            context.log.info(f"{seed_set.name} holds {seed_set.contents()}")
+            model = _model_for(context, seed_set, embedder, laion_index)
+            with Progress("images", len(seed_set.images), "", context.log.info) as progress:
+                found = read_seeds(
+                    seeds.uri,
+                    seed_set,
+                    model,
+                    known=_known_images(context, tables, model),
+                    max_bad_images=settings.values.max_bad_images,
+                    progress=progress.advance,
+                )
+            _log(context, seed_set, found)
             # Later assets take the set's own settings from here, so that all are made with the same.
-            settings = RetrievalConfig().resolve(Defaults({}), own, seed_set.name)
-            provenance = Provenance(seed_set.name, seed_set.fingerprint, settings, context.run.run_id)
+            of_set = RetrievalConfig().resolve(Defaults({}), own, seed_set.name)
+            provenance = Provenance(
+                seed_set.name,
+                seed_set.fingerprint,
+                of_set,
+                context.run.run_id,
+                model=model.fingerprint if model else None,
+            )
+            rows = found.to_table()
             with tables.new(context, rows.schema) as table:
                 table.footer = provenance.to_footer()
                 for batch in rows.to_batches():
                     table.write(batch)
-            stored = tables.written(context)
             return dg.MaterializeResult(
                 data_version=dg.DataVersion(seed_set.fingerprint),
-                metadata=report.of_seeds(stored, provenance, table.seconds)
-                | {
-                    "files": [file.name for file in seed_set.files[:FILES_SHOWN]],
-                    "ignored files": list(seed_set.ignored[:FILES_SHOWN]),
-                },
+                metadata=report.of_seeds(
+                    tables.written(context), seed_set, found, provenance, table.seconds
+                ),
             )
 
     return seed_embeddings
 
 
-def _warn_of_ignored(context: dg.AssetExecutionContext, seed_set: SeedSet) -> None:
-    if seed_set.ignored:
-        names = ", ".join(seed_set.ignored[:FILES_SHOWN])
-        context.log.warning(f"ignored {len(seed_set.ignored):,} files that hold no seeds: {names}")
+def _model_for(
+    context: dg.AssetExecutionContext, seed_set: SeedSet, embedder: Embedder, laion_index: LaionIndex
+) -> Model | None:
+    """Open the model where something has to be embedded."""
+    if not seed_set.needs_model:
+        return None
+    dimensions = (
+        past.figures["dimension"]
+        for past in materializations(context.instance, "staged_laion_index")
+        if "dimension" in past.figures
+    )
+    return embedder.open(laion_index, next(dimensions, None), context.log.info)
+
+
+def _known_images(
+    context: dg.AssetExecutionContext, tables: Tables, model: Model | None
+) -> KnownImages | None:
+    """Return the images that the set's last table holds, if the same model embedded them."""
+    last = tables.find(context.asset_key.path[-1], context.partition_key) if model else None
+    if model is None or last is None:
+        return None
+    try:
+        if Provenance.of(last).model != model.fingerprint or "content" not in last.schema.names:
+            return None
+    except InputError as error:
+        context.log.info(f"all images are embedded again: {error}")
+        return None
+    return KnownImages.of(last.read(["content", "thumbnail", "embedding"]))
+
+
+def _log(context: dg.AssetExecutionContext, seed_set: SeedSet, found: Seeds) -> None:
+    count, dimension = found.embeddings.shape
+    reused = f", {found.reused:,} of them embedded before" if found.reused else ""
+    context.log.info(f"{count:,} seeds of {dimension} dimensions{reused}")
+    for what, names in (
+        ("images are not embedded, since the set has embeddings already", seed_set.not_embedded),
+        ("images cannot be embedded", [str(image) for image in found.bad_images]),
+        ("prompts are cut", [str(prompt) for prompt in found.cut_prompts]),
+        ("files hold no seeds and are ignored", seed_set.ignored),
+    ):
+        if names:
+            context.log.warning(f"{len(names):,} {what}: {'; '.join(names[:FILES_LOGGED])}")
 
 
 def centroid_vector_asset(placement: Placement) -> dg.AssetsDefinition:
@@ -96,7 +159,7 @@ def centroid_vector_asset(placement: Placement) -> dg.AssetsDefinition:
         group_name="seeds",
         kinds={"numpy", "parquet"},
         partitions_def=seed_sets,
-        code_version="2",
+        code_version="3",
         check_specs=checks.CENTROID,
         tags=pod.tags,
         op_tags=pod.op_tags,
@@ -110,7 +173,13 @@ def centroid_vector_asset(placement: Placement) -> dg.AssetsDefinition:
         """The mean of the seeds, scaled to length 1, and how concentrated the seeds are around it."""
         with as_failures():
             origin = Provenance.of(seed_embeddings)
-            embeddings = embeddings_of(seed_embeddings.read(["embedding"]))
+            rows = seed_embeddings.read(["kind", "embedding"])
+            is_prompt = pc.equal(rows["kind"], PROMPT)
+            prompts = embeddings_of(rows.filter(is_prompt))
+            # Vectors of texts lie apart from those of images: only a set without images has their mean.
+            embeddings = embeddings_of(rows.filter(pc.invert(is_prompt)))
+            if not len(embeddings):
+                embeddings, prompts = prompts, embeddings
             mean, length = centroid(embeddings)
             context.log.info(f"the mean of {len(embeddings):,} seeds has length {length:.3f}")
             vector = pa.FixedSizeListArray.from_arrays(pa.array(mean), len(mean))
@@ -123,7 +192,7 @@ def centroid_vector_asset(placement: Placement) -> dg.AssetsDefinition:
             return dg.MaterializeResult(
                 metadata={"norm of mean": length, "seeds": len(embeddings)}
                 | report.of_table(tables.written(context), table.seconds),
-                check_results=checks.logged(context, checks.of_centroid(length)),
+                check_results=checks.logged(context, checks.of_centroid(length, mean, prompts)),
             )
 
     return centroid_vector

@@ -87,12 +87,14 @@ class Placement:
     Attributes:
         node: what steps that read the index ask for.
         staging: `LAION_STAGING`; empty where it is not set.
+        embed_device: `LAION_EMBED_DEVICE`; empty where it is not set.
         retry_policy: of every step; None outside a cluster.
 
     """
 
     node: NvmeNode
     staging: str
+    embed_device: str
     retry_policy: dg.RetryPolicy | None
 
     @classmethod
@@ -101,12 +103,26 @@ class Placement:
         return cls(
             NvmeNode.from_environment(environment),
             environment.get("LAION_STAGING", ""),
+            environment.get("LAION_EMBED_DEVICE", ""),
             retry_policy(environment),
         )
 
     def any_node(self, asset: str) -> Pod:
         """Return the pod of an asset that needs no index."""
         return self._pod("any_node", on_any_node(asset))
+
+    def embedding(self, asset: str) -> Pod:
+        """Return the pod of an asset that embeds images: with a GPU if LAION_EMBED_DEVICE is cuda."""
+        tags = on_any_node(asset)
+        if self.embed_device == "cuda":
+            config = tags["dagster-k8s/config"]
+            limits = {**ANY_NODE_RESOURCES["limits"], "nvidia.com/gpu": "1"}
+            config["container_config"] = {"resources": {**ANY_NODE_RESOURCES, "limits": limits}}
+            config["pod_spec_config"] = {
+                "tolerations": [{"key": "nvidia.com/gpu", "operator": "Exists", "effect": "NoSchedule"}]
+            }
+            return self._pod("gpu_node", tags)
+        return self._pod("any_node", tags)
 
     def with_index(self, asset: str) -> Pod:
         """Return the pod of an asset that reads the index.

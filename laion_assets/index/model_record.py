@@ -1,0 +1,75 @@
+"""Which model an index's vectors are of: `model.json` beside the index, where its maker wrote one."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from typing import Any
+
+from laion_assets.io.errors import InputError
+
+MODEL_RECORD = "model.json"
+
+
+@dataclass(frozen=True)
+class ModelRecord:
+    """The model that an index's vectors are of, as far as it is known.
+
+    Attributes:
+        name: such as "openai/clip-vit-large-patch14".
+        url: where the model is published in the layout of transformers.js.
+        dimension: of its vectors.
+
+    """
+
+    name: str | None = None
+    url: str | None = None
+    dimension: int | None = None
+
+    def check(self, name: str | None, dimension: int) -> None:
+        """Compare the model with the one that is to embed seeds.
+
+        Args:
+            name: of that model; None where its files do not say.
+            dimension: of its vectors.
+
+        Raises:
+            InputError: another dimension, or another name.
+
+        """
+        remedy = f"use {self.url or self.name or 'the model the index was made with'}"
+        if self.dimension not in (None, dimension):
+            raise InputError(
+                f"the model{f' {name}' if name else ''} makes vectors of {dimension} dimensions, the "
+                f"index has {self.dimension}: {remedy}",
+                "model",
+            )
+        if self.name and name and self.name != name:
+            raise InputError(
+                f"the index was made with {self.name}, the model is {name}: {remedy}", "model"
+            )
+
+
+def read_model_record(content: bytes, where: str) -> ModelRecord:
+    """Read `model.json`.
+
+    Args:
+        content: of the file.
+        where: its location, for messages.
+
+    Raises:
+        InputError: not an object with a text `name` and `url` and a whole number `dimension`.
+
+    """
+    try:
+        stored: Any = json.loads(content)
+    except ValueError as error:
+        raise InputError(f"{where} is not JSON ({error}): correct or remove it") from error
+    kinds = {"name": str, "url": str, "dimension": int}
+    fields = stored if isinstance(stored, dict) else {"file": stored}
+    for field, value in fields.items():
+        if field in kinds and not (value is None or type(value) is kinds[field]):
+            raise InputError(f"{where} has {field} {value!r}: give {kinds[field].__name__}, or remove it")
+    if not isinstance(stored, dict):
+        raise InputError(f"{where} is not a JSON object: correct or remove it")
+    return ModelRecord(**{field: fields[field] for field in kinds if field in fields})
