@@ -30,7 +30,7 @@ from laion_assets.search.combined import DECODER
 from laion_assets.staging import OpenIndex
 
 WARN, ERROR = dg.AssetCheckSeverity.WARN, dg.AssetCheckSeverity.ERROR
-COHERENT = 0.5  # mean cosine between seeds and centroid, an angle of 60 degrees; not calibrated on CLIP
+COHERENT = 0.1  # mean cosine of two seeds; unrelated vectors have 0. Not calibrated on CLIP
 ROWS_COMPARED = 1 << 16  # first rows of a table in which near-duplicates are looked for
 YIELD_TOLERANCE = 0.1  # of the past yield
 ONLY_A_PART = "only a part of the index is on the disk"
@@ -128,19 +128,18 @@ _ALL = [
     _spec(
         "centroid_vector",
         "seeds_are_coherent",
-        f"The mean of the seeds, each of length 1, has at least length {COHERENT}: that is also the mean "
-        "cosine of a seed with the centroid. A warning: the less seeds have in common, the less what is "
-        "around the mean has to do with any of them. A floor and no measure of style: embeddings of CLIP "
-        "all point into one cone, so seeds of several styles can pass, and what does not is mostly "
-        "vectors of something else; compare seed sets by the number. Remedy: see that the vectors are "
-        "embeddings of the index's model, split the seed set by style, or use knn_urls alone.",
+        f"Two seeds have a mean cosine of at least {COHERENT}. A warning: the less seeds have in common, "
+        "the less the images around their mean resemble any of them. A floor, not a measure of style: "
+        "CLIP's embeddings all point into one cone, so seeds of several styles can pass, and what fails is "
+        "mostly vectors of something else. Remedy: check that the vectors are embeddings of the index's model, "
+        "split the seed set by style, or use knn_urls alone.",
     ),
     _spec(
         "centroid_vector",
         "centroid_of_all_seeds",
         "The centroid is the mean of all seeds. A warning where a set has images and prompts: CLIP "
-        "places texts and images apart, so the centroid is that of the images, and prompts count for knn_urls "
-        "alone. Remedy: nothing, or a seed set of its own for the prompts.",
+        "places texts and images apart, so the centroid is that of the images, and prompts count for "
+        "knn_urls alone. Remedy: nothing, or a seed set of its own for the prompts.",
     ),
     *_SEARCH,
     *_URL_SETS,
@@ -242,21 +241,23 @@ def _agreement(captions: audit.Agreement) -> str:
 # --- tables ---------------------------------------------------------------------------------------
 
 
-def of_centroid(norm_of_mean: float, mean: Floats, prompts: Floats) -> Results:
+def of_centroid(seeds: int, norm_of_mean: float, mean: Floats, prompts: Floats) -> Results:
     """Check whether the seeds have a style in common, and whether the centroid is that of all.
 
     Args:
-        norm_of_mean: length of the mean.
+        seeds: n, how many the mean is of.
+        norm_of_mean: length of the mean; the mean cosine of two seeds is (n * length^2 - 1) / (n - 1).
         mean: (d,) the centroid.
         prompts: (n, d) unit vectors that are not part of it.
 
     """
+    cosine = (seeds * norm_of_mean**2 - 1) / (seeds - 1) if seeds > 1 else 1.0
     yield _result(
         "seeds_are_coherent",
-        norm_of_mean >= COHERENT,
+        cosine >= COHERENT,
         WARN,
-        f"on average a seed has a cosine of {norm_of_mean:.2f} with the centroid",
-        {"norm of mean": norm_of_mean},
+        f"two seeds have a mean cosine of {cosine:.2f}",
+        {"mean cosine of two seeds": cosine},
     )
     gap = float((prompts @ mean).mean()) if len(prompts) else 1.0
     yield _result(

@@ -116,8 +116,8 @@ def read_seeds(
     """
     if seed_set.needs_model and model is None:
         raise InputError(
-            f"seed set {seed_set.name!r} holds {seed_set.contents()} and there is no model to embed them: "
-            f"name the index's model",
+            f"seed set {seed_set.name!r} holds {seed_set.contents()}, and no model is set that embeds "
+            "them: name the index's model",
             MODEL,
         )
     parts = [_read_vectors(uri, seed_set)] if seed_set.vectors else []

@@ -156,8 +156,8 @@ def find_seed_set(uri: str, name: str) -> SeedSet:
             return found
         if fs.isdir(path):
             raise InputError(
-                f"seed set {name!r} is empty: put images, {PROMPTS_FILE}, or {' or '.join(READERS)} files "
-                f"into {uri}/{name}"
+                f"seed set {name!r} is empty: put images, {PROMPTS_FILE}, or "
+                f"{' or '.join(READERS)} files into {uri}/{name}"
             )
     names = sorted(list_seed_sets(uri))
     near = difflib.get_close_matches(name, names, n=1)

@@ -192,7 +192,9 @@ def centroid_vector_asset(placement: Placement) -> dg.AssetsDefinition:
             return dg.MaterializeResult(
                 metadata={"norm of mean": length, "seeds": len(embeddings)}
                 | report.of_table(tables.written(context), table.seconds),
-                check_results=checks.logged(context, checks.of_centroid(length, mean, prompts)),
+                check_results=checks.logged(
+                    context, checks.of_centroid(len(embeddings), length, mean, prompts)
+                ),
             )
 
     return centroid_vector
