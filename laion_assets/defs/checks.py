@@ -131,8 +131,8 @@ _ALL = [
         f"Two seeds have a mean cosine of at least {COHERENT}. A warning: the less seeds have in common, "
         "the less the images around their mean resemble any of them. A floor, not a measure of style: "
         "CLIP's embeddings all point into one cone, so seeds of several styles can pass, and what fails "
-        "is mostly vectors of something else. Remedy: check that the vectors are embeddings of the index's "
-        "model, split the seed set by style, or use knn_urls alone.",
+        "is mostly vectors of something else. Remedy: check that the vectors are embeddings of the "
+        "index's model, split the seed set by style, or use knn_urls alone.",
     ),
     _spec(
         "centroid_vector",
