@@ -19,7 +19,7 @@ from laion_assets.seeds.model import NO_DIRECTION, Model, cores, with_direction
 from laion_assets.seeds.preprocessing import Preprocessing
 
 BATCH = 16
-DETAIL = 4  # times the size to which an image is resized; a JPEG is not decoded at less
+DETAIL = 6  # times the size to which an image is resized; a JPEG is not decoded at less
 
 
 class ImageFile(NamedTuple):
@@ -92,7 +92,7 @@ def embed_images(
     *,
     batch: int = BATCH,
     threads: int | None = None,
-    progress: Callable[[int], object] = int,
+    progress: Callable[[int], object] | None = None,
     known: Mapping[str, Floats] | None = None,
 ) -> Iterator[Outcome]:
     """Embed image files.
@@ -105,8 +105,7 @@ def embed_images(
         files: are consumed as they are needed.
         batch: images that the model takes at a time.
         threads: that decode; one a core by default.
-        progress: is called with a number of images once they are done, such as `Progress.advance`; by
-            default nothing is.
+        progress: is called with a number of images once they are done, such as `Progress.advance`.
         known: (d,) vectors by content, of the same model; these images are not embedded again.
 
     Yields:
@@ -135,8 +134,11 @@ def _image_file(file: ImageFile | tuple[str, Callable[[], bytes]]) -> ImageFile:
     return ImageFile(*file)
 
 
-def _told(outcomes: deque[_Prepared | Outcome], progress: Callable[[int], object]) -> Iterator[Outcome]:
-    progress(len(outcomes))
+def _told(
+    outcomes: deque[_Prepared | Outcome], progress: Callable[[int], object] | None
+) -> Iterator[Outcome]:
+    if progress is not None:
+        progress(len(outcomes))
     while outcomes:
         outcome = outcomes.popleft()
         assert not isinstance(outcome, _Prepared)  # noqa: S101 - for mypy

@@ -27,6 +27,7 @@ from laion_assets.io.checksums import checksum_text, crc32c
 from laion_assets.io.errors import InputError
 from laion_assets.io.progress import Progress
 from laion_assets.io.storage import (
+    Listed,
     first_line,
     list_files,
     new_file,
@@ -167,6 +168,24 @@ class _StagedFile:
     checksum: str
 
 
+@dataclass(frozen=True, slots=True)
+class _SourceFile:
+    """A file of a model that is somewhere else.
+
+    Attributes:
+        path: for the file system it lies on.
+        size: bytes.
+        version: see `_StagedFile`.
+        checksum: crc32c of the content, base64, where the source tells it.
+
+    """
+
+    path: str
+    size: int
+    version: str
+    checksum: str | None
+
+
 class _Source:
     """A model that is somewhere else, as it was when it was listed."""
 
@@ -176,12 +195,8 @@ class _Source:
         try:
             with reaching(uri, MODEL):
                 listed = {file.name: file for file in list_files(self._fs, root)}
-                names = _chosen(Path(), listed, uri).names
-                self._files = {name: listed[name] for name in names}
-                self._versions = {
-                    name: file.checksum or str(self._fs.ukey(file.path))
-                    for name, file in self._files.items()
-                }
+                chosen = _chosen(Path(), listed, uri).names
+                self._files = {name: self._source_file(listed[name]) for name in chosen}
         except InputError:
             raise
         except Exception as error:
@@ -190,6 +205,18 @@ class _Source:
                 "the network",
                 MODEL,
             ) from error
+
+    def _source_file(self, listed: Listed) -> _SourceFile:
+        """Ask for what not every listing tells: the size, and an ETag or another mark of the version."""
+        info = self._fs.info(listed.path)
+        if info["size"] is None:
+            raise InputError(
+                f"{listed.name} of the model {self._uri} comes without its size: download the model, and "
+                "name the local folder",
+                MODEL,
+            )
+        version = listed.checksum or hashlib.sha256(str(sorted(info.items())).encode()).hexdigest()
+        return _SourceFile(listed.path, info["size"], version, listed.checksum)
 
     def copy_to(
         self, folder: Path, staged: Mapping[str, _StagedFile], log: Callable[[str], None]
@@ -217,25 +244,25 @@ class _Source:
     def _is_current(self, folder: Path, name: str, file: _StagedFile) -> bool:
         return (
             name in self._files
-            and (file.size, file.version) == (self._files[name].size, self._versions[name])
+            and (file.size, file.version) == (self._files[name].size, self._files[name].version)
             and _is_whole(folder, {name: file})
         )
 
     def _copied(self, name: str, target: Path, advance: Callable[[int], None]) -> _StagedFile:
-        listed, checksum, size = self._files[name], 0, 0
+        file, checksum, size = self._files[name], 0, 0
         with new_file(str(target), "cache_dir") as sink:
             for piece in self._pieces(name):
                 sink.write(piece)
                 checksum, size = crc32c(piece, checksum), size + len(piece)
                 advance(len(piece))
             found = checksum_text(checksum)
-            if size != listed.size or listed.checksum not in (None, found):
+            if size != file.size or file.checksum not in (None, found):
                 raise InputError(
                     f"{name} of the model {self._uri} came with {size:,} bytes and checksum {found} "
-                    f"instead of {listed.size:,} and {listed.checksum}: try again, or upload it again",
+                    f"instead of {file.size:,} and {file.checksum or 'any'}: try again",
                     MODEL,
                 )
-        return _StagedFile(size, self._versions[name], found)
+        return _StagedFile(size, file.version, found)
 
     def _pieces(self, name: str) -> Iterator[bytes]:
         """Read a file in order, several requests at a time."""
