@@ -2,11 +2,14 @@ import os
 from collections.abc import Iterator
 from pathlib import Path
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from helpers.project import Demo, Project, new_project
 from hypothesis import settings
 
-from laion_assets.demo.build import build_demo
+from laion_assets.demo import DEMO_MODEL, build_demo
+from laion_assets.seeds import Model, list_seed_sets, read_seeds
 
 pytest_plugins = ["helpers.gcs"]
 
@@ -28,8 +31,18 @@ def nothing_from_outside() -> Iterator[None]:
 @pytest.fixture(scope="session")
 def demo(tmp_path_factory: pytest.TempPathFactory) -> Demo:
     root = tmp_path_factory.mktemp("demo")
-    index, seeds = root / "index", root / "seeds"
-    return Demo(index, seeds, build_demo(index, seeds))
+    index, images, seeds = root / "index", root / "images", root / "seeds"
+    report = build_demo(index, images)
+    model = Model(DEMO_MODEL, "cpu")
+    for name, seed_set in list_seed_sets(str(images)).items():
+        (seeds / name).mkdir(parents=True)
+        table = read_seeds(str(images), seed_set, model).to_table()
+        captions = pa.array([Path(file).stem for file in table["file"].to_pylist()])
+        pq.write_table(
+            table.select(["embedding", "thumbnail"]).append_column("caption", captions),
+            seeds / name / "seeds.parquet",
+        )
+    return Demo(index, images, seeds, report)
 
 
 @pytest.fixture

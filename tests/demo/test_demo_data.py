@@ -4,7 +4,7 @@ import io
 import shutil
 import subprocess
 import sys
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 import faiss
@@ -16,8 +16,7 @@ import pytest
 from PIL import Image
 
 from laion_assets.defs.drawing.contact_sheet import Strip, contact_sheet, encode
-from laion_assets.demo import build
-from laion_assets.demo.build import SEED_SETS, build_demo
+from laion_assets.demo import DEMO_SETS, build, build_demo
 from laion_assets.io.errors import InputError
 
 
@@ -31,11 +30,14 @@ def metadata(index: Path) -> pa.Table:
     return pa.concat_tables(pa.ipc.open_file(pa.memory_map(str(file))).read_all() for file in files)
 
 
+def source() -> pa.Table:
+    return pyarrow.parquet.read_table(build._CLIP_ART)
+
+
 def raw_vectors(urls: list[str]) -> np.ndarray:
     """The source's embedding of each URL, (n, 256)."""
-    source = pyarrow.parquet.read_table(build._PICTURES)
-    row_of = {url: row for row, url in enumerate(source["url"].to_pylist())}
-    return build._unit_vectors(source)[[row_of[url] for url in urls]]
+    row_of = {url: row for row, url in enumerate(source()["url"].to_pylist())}
+    return build._unit_vectors(source())[[row_of[url] for url in urls]]
 
 
 def contents(folder: Path) -> dict[str, bytes]:
@@ -90,28 +92,27 @@ def test_compression_keeps_neighbours_and_near_duplicates(demo):
 
 def test_neither_a_seed_nor_a_copy_of_it_is_in_the_index(demo):
     indexed = metadata(demo.index)["url"].to_pylist()
-    for name in SEED_SETS:
-        seeds = pyarrow.parquet.read_table(demo.seeds / name / "seeds.parquet")
-        assert seeds.column_names == ["embedding", "url", "caption", "thumbnail"]
-        assert seeds.schema.field("embedding").type == pa.list_(pa.float16(), 256)
-        assert len(seeds) == demo.report.seeds[name] >= 10
-        assert not set(seeds["url"].to_pylist()) & set(indexed)
-        found = raw_vectors(seeds["url"].to_pylist()) @ raw_vectors(indexed).T
-        assert found.max() < 0.94
-        assert all(Image.open(io.BytesIO(data.as_py())).size for data in seeds["thumbnail"])
+    url_of = {PurePosixPath(url).stem: url for url in source()["url"].to_pylist()}
+    for name in DEMO_SETS:
+        images = sorted((demo.images / name).iterdir())
+        assert len(images) == demo.report.seeds[name] >= 10
+        urls = [url_of[path.stem] for path in images]
+        assert not set(urls) & set(indexed)
+        assert (raw_vectors(urls) @ raw_vectors(indexed).T).max() < 0.94
+        assert all(Image.open(path).format == "WEBP" for path in images)
 
 
 def test_a_second_build_does_nothing_and_reports_the_same(demo):
-    before = times(demo.index, demo.seeds)
-    again = build_demo(demo.index, demo.seeds)
-    assert times(demo.index, demo.seeds) == before
+    before = times(demo.index, demo.images)
+    again = build_demo(demo.index, demo.images)
+    assert times(demo.index, demo.images) == before
     assert again.seconds == 0
     assert {**vars(again), "seconds": demo.report.seconds} == vars(demo.report)
 
 
 def test_another_build_gives_the_same_bytes_in_silence(demo, tmp_path):
     script = (
-        "import sys, pathlib; from laion_assets.demo.build import build_demo; "
+        "import sys, pathlib; from laion_assets.demo import build_demo; "
         "build_demo(*map(pathlib.Path, sys.argv[1:]))"
     )
     index, seeds = tmp_path / "index", tmp_path / "seeds"
@@ -123,7 +124,7 @@ def test_another_build_gives_the_same_bytes_in_silence(demo, tmp_path):
     )
     assert done.stdout == done.stderr == b""
     assert contents(index) == contents(demo.index)
-    assert contents(seeds) == contents(demo.seeds)
+    assert contents(seeds) == contents(demo.images)
     left = {path.name for path in tmp_path.iterdir()}
     assert left == {"index", "seeds", ".index.lock"}
 
@@ -137,14 +138,14 @@ def test_what_users_keep_in_the_seed_folder_survives(demo, tmp_path):
     build_demo(demo.index, seeds)
     assert (seeds / "mine" / "a.npy").read_bytes() == b"mine"
     assert contents(seeds / "flower") == {"b.npy": b"my own flowers"}
-    assert contents(seeds / "house") == contents(demo.seeds / "house")
+    assert contents(seeds / "house") == contents(demo.images / "house")
 
 
 def test_an_index_of_the_users_own_is_refused_and_not_deleted(demo, tmp_path):
     index = shutil.copytree(demo.index, tmp_path / "index")
     (index / "image.index" / "populated.index").write_bytes(b"my own index")
     before = contents(index)
-    with pytest.raises(InputError, match="not of the demo index"):
+    with pytest.raises(InputError, match="not part of the demo index"):
         build_demo(index, tmp_path / "seeds")
     assert contents(index) == before
 
@@ -153,8 +154,14 @@ def test_an_index_of_an_earlier_version_is_replaced_whole(demo, tmp_path, monkey
     index, seeds = shutil.copytree(demo.index, tmp_path / "index"), tmp_path / "seeds"
     monkeypatch.setattr(build, "BUILD_VERSION", build.BUILD_VERSION + 1)
     monkeypatch.setattr(build, "INDEX_KEY", "OPQ2_256,IVF4_HNSW4,PQ2x4")
+    (seeds / "fruit").mkdir(parents=True)
+    (seeds / "fruit" / "seeds.parquet").write_bytes(b"vectors of an earlier model")
+    (seeds / "house").mkdir()
+    (seeds / "house" / "mine.npy").write_bytes(b"mine")
     report = build_demo(index, seeds)
     assert report.seconds > 0
+    assert contents(seeds / "fruit") == contents(demo.images / "fruit")
+    assert contents(seeds / "house") == {"mine.npy": b"mine"}
     assert faiss.extract_index_ivf(opened(index)).nlist == 4
     assert build_demo(index, seeds).seconds == 0
     assert {path.name for path in tmp_path.iterdir()} == {"index", "seeds", ".index.lock"}

@@ -15,16 +15,24 @@ from dagster._core.definitions.data_version import CachingStaleStatusResolver, S
 from dagster._core.loader import LoadingContextForTest
 
 from laion_assets.definitions import JOB, build_defs
-from laion_assets.demo.build import DemoReport
+from laion_assets.demo import DemoReport
 
 REPOSITORY = Path(__file__).parents[2]
 
 
 @dataclass(frozen=True)
 class Demo:
-    """The demo data, built once a session: read it, copy it, do not write to it."""
+    """The demo data, built once a session: read it, copy it, do not write to it.
+
+    Attributes:
+        index: its folder.
+        images: folder of the seed sets as they are, images.
+        seeds: the same sets embedded already, as Parquet, for tests that are about something else.
+
+    """
 
     index: Path
+    images: Path
     seeds: Path
     report: DemoReport
 

@@ -72,7 +72,7 @@ def test_what_parquet_seeds_carry_stays_with_its_row_and_is_null_where_a_file_ha
         },
     )
     table = read(tmp_path).to_table()
-    assert table.drop_columns("embedding").to_pylist() == [
+    assert table.drop_columns(["embedding", "kind"]).to_pylist() == [
         {"file": "a.npy", "row": 0, "caption": None, "thumbnail": None},
         {"file": "b.parquet", "row": 0, "caption": "one", "thumbnail": b"1"},
         {"file": "b.parquet", "row": 1, "caption": "two", "thumbnail": None},

@@ -33,7 +33,7 @@ def test_files_that_nobody_reads_are_named_and_those_that_are_no_mistake_are_not
         dict.fromkeys(
             [
                 "a.npy",
-                "photos/1.jpg",
+                "photos/1.txt",
                 "set/more.npy",
                 "set/stats/0.json",
                 "set/metadata/notes.txt",
@@ -53,7 +53,7 @@ def test_files_that_nobody_reads_are_named_and_those_that_are_no_mistake_are_not
         "a.npy",
         "other/labels.json",
         "other/metadata/labels.csv",
-        "photos/1.jpg",
+        "photos/1.txt",
         "set/img_emb/notes.txt",
         "set/more.npy",
     )

@@ -1,0 +1,145 @@
+"""Drop a folder of images in: the graph embeds them, and says of each what became of it."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pyarrow.parquet as pq
+import pytest
+from helpers.onnx_models import text_model, write_model
+from helpers.project import Demo, Project, Ticks, failures, new_project, reported
+from PIL import Image
+
+from laion_assets.demo import DEMO_MODEL
+from laion_assets.index import MODEL_RECORD
+
+ASSETS = ("seed_embeddings", "centroid_vector", "knn_urls", "centroid_urls", "combined_urls")
+
+
+@pytest.fixture
+def images(demo: Demo, tmp_path: Path):
+    """A project on the demo's index, with the demo's seed sets as images."""
+    with new_project(tmp_path, demo.index, demo.images) as made:
+        yield made
+
+
+def mine(project: Project, images: int = 3) -> Path:
+    """A seed set of the user's own images."""
+    folder = project.seeds / "mine"
+    for path in sorted((project.seeds / "fruit").iterdir())[:images]:
+        folder.mkdir(exist_ok=True)
+        with Image.open(path) as image:
+            image.convert("RGB").save(folder / f"{path.stem}.JPG", "JPEG", quality=95)
+    return folder
+
+
+def test_images_that_are_dropped_in_lead_to_a_table_with_ones_own_images_on_top(images):
+    ticks = Ticks(images)
+    mine(images)
+    assert ticks.tick() == []
+    assert "mine (3 images)" in ticks.said
+    assert "mine" in ticks.tick()
+    result = images.run("mine")
+    assert failures(result) == {}
+    seeds = reported(result, "seed_embeddings")
+    assert (seeds["seeds"], seeds["dimension"], seeds["images embedded before"]) == (3, 256, 0)
+    assert seeds["contact sheet"].startswith("![contact sheet]")
+    assert "3 images" in seeds["about"]
+    table = pq.read_table(images.table("seed_embeddings", "mine"))
+    assert table["kind"].to_pylist() == ["image"] * 3
+    assert all(table["thumbnail"].to_pylist())
+    combined = reported(result, "combined_urls")
+    assert combined["kept"] > 50
+    assert Path(combined["picture"]).exists()
+    footer = json.loads(pq.read_metadata(images.table("combined_urls", "mine")).metadata[b"laion_assets"])
+    assert footer["model"]
+
+
+def test_adding_images_embeds_only_those(images):
+    folder = mine(images)
+    assert images.run("mine", "seed_embeddings").success
+    shutil.copy(sorted((images.seeds / "house").iterdir())[0], folder / "new.webp")
+    told = reported(images.run("mine", "seed_embeddings"), "seed_embeddings")
+    assert (told["seeds"], told["images embedded before"]) == (4, 3)
+    other = images.with_environment(LAION_MODEL=str(copy_of_the_model(images)))
+    told = reported(other.run("mine", "seed_embeddings"), "seed_embeddings")
+    assert (told["seeds"], told["images embedded before"]) == (4, 0), "another model, other vectors"
+
+
+def copy_of_the_model(project: Project) -> Path:
+    """The demo's model with another preprocessing, so that it is another model."""
+    folder = shutil.copytree(DEMO_MODEL, project.root / "model", dirs_exist_ok=True)
+    config = json.loads((folder / "preprocessor_config.json").read_text())
+    (folder / "preprocessor_config.json").write_text(json.dumps(config | {"resample": 2}))
+    return folder
+
+
+def test_a_bad_image_beside_good_ones_is_reported_and_too_many_fail_the_run(images):
+    folder = mine(images)
+    (folder / "broken.jpg").write_bytes(b"no image")
+    result = images.run("mine", "seed_embeddings")
+    sentence = failures(result)["seed_embeddings"]
+    assert "1 of 4 images" in sentence
+    assert "mine/broken.jpg" in sentence
+    assert "LAION_MAX_BAD_IMAGES" in sentence
+    (folder / "settings.yaml").write_text("max_bad_images: 0.3\n")
+    result = images.run("mine", "seed_embeddings")
+    assert failures(result) == {}
+    (bad,) = reported(result, "seed_embeddings")["bad images"]
+    assert bad.startswith("broken.jpg ")
+
+
+def test_an_index_of_ones_own_needs_a_model_and_says_so(demo, tmp_path):
+    index = shutil.copytree(demo.index, tmp_path / "index")
+    (index / "demo.json").unlink()
+    with new_project(tmp_path, index, demo.images) as project:
+        sentence = failures(project.run("fruit", "seed_embeddings"))["seed_embeddings"]
+        assert "images" in sentence
+        assert "LAION_MODEL" in sentence
+        with_model = project.with_environment(LAION_MODEL=str(DEMO_MODEL))
+        assert failures(with_model.run("fruit", "seed_embeddings")) == {}
+
+
+def test_a_model_that_is_not_the_indexs_is_refused_before_anything_is_embedded(demo, tmp_path):
+    index = shutil.copytree(demo.index, tmp_path / "index")
+    small = write_model(tmp_path / "small", text=text_model(600, length=77))
+    with new_project(tmp_path, index, demo.images, LAION_MODEL=str(small)) as project:
+        sentence = failures(project.run("fruit", "seed_embeddings"))["seed_embeddings"]
+        assert "4 dimensions" in sentence
+        assert "256" in sentence
+        record = {"name": "someone/else", "url": "hf://someone/else", "dimension": 256}
+        (index / MODEL_RECORD).write_text(json.dumps(record))
+        named = project.with_environment(LAION_MODEL=str(DEMO_MODEL))
+        sentence = failures(named.run("fruit", "seed_embeddings"))["seed_embeddings"]
+        assert "someone/else" in sentence
+        assert "use hf://someone/else" in sentence
+        (index / MODEL_RECORD).write_text('{"dimension": "many"}')
+        sentence = failures(named.run("fruit", "seed_embeddings"))["seed_embeddings"]
+        assert str(index / MODEL_RECORD) in sentence
+        # An index that records nothing has its dimension once it is staged.
+        (index / MODEL_RECORD).unlink()
+        assert project.run("fruit", "staged_laion_index").success
+        assert "4 dimensions" in failures(project.run("fruit", "seed_embeddings"))["seed_embeddings"]
+
+
+def test_prompts_are_seeds_of_their_own_and_not_part_of_the_centroid(demo, tmp_path):
+    index = shutil.copytree(demo.index, tmp_path / "index")
+    (index / MODEL_RECORD).unlink()
+    small = write_model(tmp_path / "small", text=text_model(600, length=77))
+    with new_project(tmp_path, index, demo.images, LAION_MODEL=str(small)) as project:
+        folder = mine(project)
+        (folder / "prompts.txt").write_text("a pear\n" + "very " * 90 + "long\n")
+        result = project.run("mine", "seed_embeddings", "centroid_vector")
+        assert failures(result) == {}
+        told = reported(result, "seed_embeddings")
+        assert told["seeds"] == 5
+        (cut,) = told["cut prompts"]
+        assert "line 2" in cut
+        assert reported(result, "centroid_vector")["seeds"] == 3
+        (check,) = [c for c in result.get_asset_check_evaluations() if "all_seeds" in c.check_name]
+        assert not check.passed
+        assert "2 prompts are left out" in (check.description or "")
+        for path in folder.glob("*.JPG"):
+            path.unlink()
+        result = project.run("mine", "seed_embeddings", "centroid_vector")
+        assert reported(result, "centroid_vector")["seeds"] == 2

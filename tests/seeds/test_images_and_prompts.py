@@ -1,0 +1,191 @@
+"""A seed set of images and prompts: what counts as one, and how it becomes vectors."""
+
+import io
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+from helpers.onnx_models import text_model, write_model
+from PIL import Image
+
+from laion_assets.demo import DEMO_MODEL
+from laion_assets.demo.build import _IMAGES
+from laion_assets.io.errors import InputError
+from laion_assets.io.storage import open_storage
+from laion_assets.seeds import (
+    KnownImages,
+    Model,
+    Seeds,
+    count_seeds,
+    find_seed_set,
+    list_folder,
+    read_seeds,
+)
+
+
+def encoded(kind: str = "PNG", size: tuple[int, int] = (20, 10), colour: str = "red") -> bytes:
+    made = io.BytesIO()
+    Image.new("RGB", size, colour).save(made, kind)
+    return made.getvalue()
+
+
+def write(root: Path, files: dict[str, bytes]) -> None:
+    for name, content in files.items():
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        (root / name).write_bytes(content)
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory) -> Model:
+    """A small model of images and texts."""
+    folder = tmp_path_factory.mktemp("model")
+    return Model(write_model(folder, text=text_model(600, length=77)), "cpu")
+
+
+def read(root: Path, model: Model | None, **more: object) -> Seeds:
+    return read_seeds(str(root), find_seed_set(str(root), "set"), model, **more)  # type: ignore[arg-type]
+
+
+# --- what a set holds -----------------------------------------------------------------------------
+
+
+def test_images_of_any_kind_case_and_depth_and_a_list_of_prompts_are_seeds(tmp_path):
+    names = ["a.jpg", "b.JPEG", "c/d/e.PNG", "f.webp", "g.gif", "h.bmp", "i.tif", "j.TIFF", "k.avif"]
+    write(tmp_path / "set", dict.fromkeys(names, b"") | {"prompts.txt": b"a cat", "notes.md": b""})
+    found = find_seed_set(str(tmp_path), "set")
+    assert sorted(file.name for file in found.images) == sorted(names)
+    assert [file.name for file in found.prompts] == ["prompts.txt"]
+    assert found.ignored == ("notes.md",)
+    assert found.contents() == "9 images, 1 file of prompts, 1 ignored file"
+
+
+def test_embeddings_win_over_images_beside_them(tmp_path):
+    vectors = io.BytesIO()
+    np.save(vectors, np.eye(3, dtype=np.float32))
+    write(tmp_path / "set", {"a.npy": vectors.getvalue(), "photo.jpg": b"", "more/photo.png": b""})
+    found = find_seed_set(str(tmp_path), "set")
+    assert (found.images, found.not_embedded) == ((), ("more/photo.png", "photo.jpg"))
+    assert "2 images not embedded" in found.contents()
+    before = found.fingerprint
+    write(tmp_path / "set", {"photo.jpg": b"other"})
+    assert find_seed_set(str(tmp_path), "set").fingerprint == before
+    assert len(read(tmp_path, None).embeddings) == 3
+
+
+def test_the_fingerprint_follows_the_content_of_images_and_prompts(tmp_path):
+    write(tmp_path / "set", {"a.png": encoded(), "prompts.txt": b"a cat"})
+    seen = set()
+    for files in ({}, {"a.png": encoded(colour="blue")}, {"prompts.txt": b"a dog"}, {"b.png": b""}):
+        write(tmp_path / "set", files)
+        seen.add(list_folder(str(tmp_path)).sets["set"].fingerprint)
+    assert len(seen) == 4
+
+
+# --- how it becomes vectors -----------------------------------------------------------------------
+
+
+def test_images_and_prompts_become_rows_that_say_what_they_are(tmp_path, model):
+    write(tmp_path / "set", {"b.png": encoded(), "a.jpg": encoded("JPEG", colour="blue")})
+    write(tmp_path / "set", {"prompts.txt": "# two of them\na cat\n\nein Käfig 🐈\n".encode()})
+    seeds = read(tmp_path, model)
+    rows = seeds.to_table().select(["file", "row", "kind", "caption"]).to_pylist()
+    assert [tuple(row.values()) for row in rows] == [
+        ("a.jpg", 0, "image", None),
+        ("b.png", 0, "image", None),
+        ("prompts.txt", 1, "prompt", "a cat"),
+        ("prompts.txt", 3, "prompt", "ein Käfig 🐈"),
+    ]
+    np.testing.assert_allclose(np.linalg.norm(seeds.embeddings, axis=1), 1, atol=1e-6)
+    thumbnails = seeds.columns["thumbnail"].to_pylist()
+    assert [Image.open(io.BytesIO(data)).size for data in thumbnails[:2]] == [(20, 10), (20, 10)]
+    assert thumbnails[2:] == [None, None]
+    assert count_seeds(str(tmp_path), find_seed_set(str(tmp_path), "set")) == 4
+
+
+def test_the_demos_images_are_embedded_as_its_index_was(tmp_path):
+    (tmp_path / "set").mkdir()
+    source = pq.read_table(_IMAGES.parent / "openclipart.parquet", columns=["url", "embedding"])
+    for path in sorted((_IMAGES / "bird").iterdir())[:8]:
+        shutil.copy(path, tmp_path / "set")
+    seeds = read(tmp_path, Model(DEMO_MODEL, "cpu"))
+    stored = dict(zip(source["url"].to_pylist(), source["embedding"].to_pylist(), strict=True))
+    by_name = {url.rpartition("/")[2].rpartition(".")[0]: vector for url, vector in stored.items()}
+    theirs = np.array([by_name[Path(name).stem] for name in seeds.columns["file"].to_pylist()])
+    theirs /= np.linalg.norm(theirs, axis=1, keepdims=True)
+    assert np.median((theirs * seeds.embeddings).sum(axis=1)) > 0.95  # of smaller copies of the images
+
+
+def test_images_that_were_embedded_before_are_taken_from_there(tmp_path, model):
+    write(tmp_path / "set", {f"{n}.png": encoded(size=(10 + n, 10)) for n in range(5)})
+    first = read(tmp_path, model)
+    write(tmp_path / "set", {"more/new.png": encoded(colour="green"), "copy.png": encoded(size=(12, 10))})
+    again = read(tmp_path, model, known=KnownImages.of(first.to_table()))
+    assert (first.reused, again.reused, len(again.embeddings)) == (0, 6, 7)
+    by_name = dict(zip(again.columns["file"].to_pylist(), again.embeddings, strict=True))
+    for name, vector in zip(first.columns["file"].to_pylist(), first.embeddings, strict=True):
+        np.testing.assert_array_equal(by_name[name], vector)
+    assert all(again.columns["thumbnail"].to_pylist())
+
+
+def test_images_and_prompts_are_read_from_a_bucket(new_bucket, model):
+    fs, root = open_storage(f"{new_bucket}/seeds")
+    fs.pipe({f"{root}/set/a.png": encoded(), f"{root}/set/prompts.txt": b"a cat"})
+    uri = f"{new_bucket}/seeds"
+    seeds = read_seeds(uri, find_seed_set(uri, "set"), model)
+    assert seeds.columns["kind"].to_pylist() == ["image", "prompt"]
+
+
+# --- what cannot be embedded ----------------------------------------------------------------------
+
+BAD = {
+    "empty.jpg": b"",
+    "text.jpg": b"no image at all",
+    "cut.png": encoded(size=(300, 300))[:200],
+    "drawing.svg": b"<svg xmlns='http://www.w3.org/2000/svg'/>",
+    "phone.heic": b"\0\0\0\x18ftypheic" + bytes(40),
+}
+
+
+def test_bad_images_are_named_with_the_reason_and_the_set_goes_on(tmp_path, model):
+    write(tmp_path / "set", {f"{n}.png": encoded() for n in range(5)} | BAD)
+    seeds = read(tmp_path, model, max_bad_images=0.5)
+    assert len(seeds.embeddings) == 5
+    reasons = {image.name: image.reason for image in seeds.bad_images}
+    assert set(reasons) == set(BAD)
+    assert len(set(reasons.values())) == len(BAD), "every kind has a reason of its own"
+
+
+def test_too_many_bad_images_fail_the_set_and_ten_are_named(tmp_path, model):
+    write(tmp_path / "set", {f"{n:02}.png": encoded() for n in range(20)})
+    write(tmp_path / "set", {f"bad{n:02}.jpg": b"" for n in range(12)})
+    with pytest.raises(InputError, match=r"12 of 32 images .*'set'.* at most 1 ") as refused:
+        read(tmp_path, model)
+    assert refused.value.about == "max_bad_images"
+    assert "set/bad09.jpg" in str(refused.value)
+    assert "bad10" not in str(refused.value)
+    assert "and 2 more" in str(refused.value)
+
+
+def test_a_set_of_bad_images_alone_fails_whatever_is_allowed(tmp_path, model):
+    write(tmp_path / "set", BAD)
+    with pytest.raises(InputError, match="5 of 5 images"):
+        read(tmp_path, model, max_bad_images=1.0)
+
+
+def test_without_a_model_it_is_said_how_many_images_there_are(tmp_path):
+    write(tmp_path / "set", {f"{n}.png": encoded() for n in range(3)})
+    with pytest.raises(InputError, match=r"'set' holds 3 images.* model") as refused:
+        read(tmp_path, None)
+    assert refused.value.about == "model"
+
+
+def test_prompts_need_a_model_that_knows_texts(tmp_path):
+    write(tmp_path / "set", {"prompts.txt": b"a cat"})
+    with pytest.raises(InputError, match="embeds images only") as refused:
+        read(tmp_path, Model(DEMO_MODEL, "cpu"))
+    assert refused.value.about == "model"
+    write(tmp_path / "set", {"prompts.txt": b"\n# nothing yet\n"})
+    with pytest.raises(InputError, match=r"set/prompts\.txt has no prompt"):
+        read(tmp_path, Model(DEMO_MODEL, "cpu"))
