@@ -64,11 +64,12 @@ write_reference()
 # --- links ----------------------------------------------------------------------------------------
 
 nitpicky = True
-OTHERS = "collections contextlib ctypes datetime google_crc32c numpy obstore pathlib pyarrow threading"
+OTHERS = "PIL collections contextlib ctypes datetime google_crc32c numpy obstore pathlib pyarrow"
+OTHERS += " threading"
 nitpick_ignore_regex = [
     ("py:.*", rf"({'|'.join(OTHERS.split())})\..*"),  # documented elsewhere
     ("py:class", "|".join(ARRAYS)),
-    ("py:class", r"laion_assets\..*\.(Job|Done)"),  # type variables
+    ("py:class", r"laion_assets\..*\.(Argument|Result|FetchJob)"),  # type variables
 ]
 
 # Markdown files outside of docs/, and the page that includes each: on GitHub, links lead to the files.

@@ -206,16 +206,13 @@ class Index:
         """Measure which share of the results remains when `FURTHER` times as many lists are probed.
 
         A result remains unless a better row pushes it out. The measurement is cheap, because only rows
-        better than the worst result are collected.
+        better than the worst result are collected. NaN where the lists are not all on the disk: the check
+        would fetch lists that no request needs.
 
         Args:
             queries: (q, dimension) float32.
             hits: what `search` found for these queries, and possibly for others after them.
             nprobe: the lists that were probed for `hits`.
-
-        Returns:
-            NaN where the lists are not all on the disk: the check would fetch lists that no request
-            needs.
 
         """
         if self._ivf is None or nprobe is None or nprobe >= self.nlist or not (hits.ids >= 0).any():

@@ -51,9 +51,9 @@ LOCK = ".lock"
 READ_AT_ONCE = 8 << 20  # bytes of one request
 REQUESTS_AT_ONCE = 8
 SPARE = 64 << 20  # bytes that stay free on the disk
+# Part of every fingerprint: raise it when the same model should give other vectors, such as after a
+# change of how images are decoded.
 EMBEDDING_VERSION = 1
-"""Part of every fingerprint: raise it when the same model should give other vectors, such as after a
-change of how images are decoded."""
 
 
 @dataclass(frozen=True)
