@@ -64,16 +64,16 @@ _SEARCH = [
         _spec(
             asset,
             "similarity_falls_with_rank",
-            "Within a query, similarity falls as rank rises. An error, and it blocks: combining goes "
-            "by rank, and would keep the wrong rows. Remedy: materialize again; if it stays, stage the "
-            "index again.",
+            "Within a query, similarity falls as rank rises. An error that blocks: combining goes by rank "
+            "and would keep the wrong rows. Remedy: materialize again; if it fails again, restage the "
+            "index.",
             blocking=True,
         ),
         _spec(
             asset,
             "similarity_is_in_range",
-            "Similarities are inner products of unit vectors, so at most 1 or a little more. A warning. "
-            "Remedy: build the index from vectors of length 1, or near ones are not those found.",
+            "Similarities are inner products of unit vectors, so at most 1 or slightly more. A warning. "
+            "Remedy: build the index from vectors of length 1; otherwise long vectors outrank near ones.",
         ),
     )
 ]
@@ -84,19 +84,18 @@ _URL_SETS = [
         _spec(
             asset,
             "no_near_duplicates_left",
-            f"Of {audit.ANCHORS} rows, compared anew with the first {ROWS_COMPARED:,}, none is a "
-            "near-duplicate of another"
+            f"None of {audit.ANCHORS} sampled rows is a near-duplicate of one of the first "
+            f"{ROWS_COMPARED:,} rows"
             + (" found for the same query" if asset in SEARCHES else "")
-            + ". An error that blocks nothing: what is there is right, only too much. Remedy: report it; "
+            + ". An error that blocks nothing: the rows are right, but too many. Remedy: report it; "
             "meanwhile a lower dedup_threshold removes more.",
         ),
         _spec(
             asset,
             "yield_stable",
-            f"What is kept of what was requested is within {YIELD_TOLERANCE:.0%} of what past runs of "
-            "the seed set with the same settings kept. A warning. Remedy: look at the funnel for the "
-            "loss that grew; new seeds, a new index or another block list explain it, anything else does "
-            "not.",
+            f"The yield is within {YIELD_TOLERANCE:.0%} of that of the seed set's past runs with the same "
+            "settings. A warning. Remedy: look at the funnel for the loss that grew; new seeds, a new "
+            "index or another block list explain it, nothing else does.",
         ),
     )
 ]
@@ -104,25 +103,25 @@ _ALL = [
     _spec(
         "staged_laion_index",
         "metadata_covers_the_index",
-        "Every row of the index has a metadata row, and the reverse. A warning: rows without metadata "
-        "are left out and counted. Remedy: stage index and metadata of the same release; nothing, if "
-        "you keep only a part of the metadata.",
+        "Index and metadata have the same number of rows. A warning: rows without metadata are left out "
+        "and counted. Remedy: stage index and metadata of the same release, or nothing if you keep only "
+        "a part of the metadata.",
     ),
     _spec(
         "staged_laion_index",
         "metadata_belongs_to_the_index",
-        "Captions of neighbours in the index have more words in common than captions drawn by chance, "
-        "in every quarter of its rows that has captions enough. A warning, as it is a matter of "
-        "statistics. Remedy: see that no metadata file is missing, doubled or of another release, and "
-        "that the names sort in the order of the ids.",
+        "Captions of neighbours in the index share more words than captions drawn at random, in every "
+        "quarter of its rows that has enough captions. A warning, because it is a statistical test. "
+        "Remedy: check that no metadata file is missing, doubled or of another release, and that their "
+        "names sort in the order of the ids.",
     ),
     _spec(
         "staged_laion_index",
         "staged_index_is_intact",
-        "Files of up to 256 MiB, always the same ones and 1 GiB in all, still have the checksum they "
-        "were staged with; rows of the index from many places have numbers in range, and not all are "
-        "without a vector. An error, and it blocks: every search would be in vain. Remedy: delete the "
-        "files named, or all of LAION_CACHE_DIR where none is, and materialize again.",
+        "A fixed sample of files (up to 256 MiB each, 1 GiB in total) has the checksums of staging; rows "
+        "sampled from the whole index have valid ids, and some have a vector. An error that blocks: "
+        "every search would be useless. Remedy: delete the named files, or all of LAION_CACHE_DIR if "
+        "none is named, and materialize again.",
         blocking=True,
     ),
     _spec(
@@ -146,16 +145,16 @@ _ALL = [
     _spec(
         "combined_urls",
         "one_row_per_image",
-        "No id and no URL stands in two rows. An error, and it blocks what you build on the table, which "
-        "would fetch images twice. Remedy: materialize again; if it stays, report it.",
+        "No id and no URL is in two rows. An error that blocks what you build on the table, which would "
+        "fetch images twice. Remedy: materialize again; if it fails again, report it.",
         blocking=True,
     ),
     _spec(
         "combined_urls",
         "urls_well_formed",
-        "Every URL is http or https, names a host and has no spaces. A warning: img2dataset counts "
-        "others as lost. Remedy: name the right column with LAION_METADATA_COLUMNS; nothing, if some "
-        "of the metadata is like that.",
+        "Every URL is http or https, names a host and has no spaces; whether it is alive is not checked. "
+        "A warning: img2dataset counts the others as lost. Remedy: name the right column with "
+        "LAION_METADATA_COLUMNS, or nothing if the metadata has such URLs.",
     ),
 ]
 STAGED, CENTROID, KNN_URLS, CENTROID_URLS, COMBINED = map(
@@ -169,7 +168,7 @@ STAGED, CENTROID, KNN_URLS, CENTROID_URLS, COMBINED = map(
 def of_staged_index(opened: OpenIndex, cache_dir: Any) -> list[dg.AssetCheckResult]:
     """Compare index and metadata, and look for damage.
 
-    Where only a part of it is on the disk no row is looked at: each would have to be fetched.
+    Where only a part of the index is on the disk, rows are not sampled: each would have to be fetched.
     """
     rows, metadata_rows = opened.index.rows, len(opened.metadata)
     whole = [file for file in opened.manifest.files if not file.sparse]
@@ -178,7 +177,7 @@ def of_staged_index(opened: OpenIndex, cache_dir: Any) -> list[dg.AssetCheckResu
     captions = None if partly else audit.agreement(opened.index, opened.metadata)
     sound = None if partly else audit.soundness(opened.index)
     wrong = [*audit.changed(again), *(sound.wrong if sound else [])]
-    read_again = f"{len(again):,} of {len(whole):,} files read again are as they were staged"
+    read_again = f"{len(again):,} of {len(whole):,} files were read again and are unchanged"
     return [
         _result(
             "metadata_covers_the_index",
@@ -191,7 +190,7 @@ def of_staged_index(opened: OpenIndex, cache_dir: Any) -> list[dg.AssetCheckResu
             "metadata_belongs_to_the_index",
             captions is None or captions.is_aligned,
             WARN,
-            _agreement(captions) if captions else f"not asked: {ONLY_A_PART}",
+            _agreement(captions) if captions else f"not checked: {ONLY_A_PART}",
             {"words shared by neighbours": captions.near, "words shared by chance": captions.apart}
             if captions
             else None,
@@ -200,16 +199,16 @@ def of_staged_index(opened: OpenIndex, cache_dir: Any) -> list[dg.AssetCheckResu
             "staged_index_is_intact",
             not wrong,
             ERROR,
-            "; ".join(wrong) or f"{read_again}; {_rows_looked_at(sound)}",
+            "; ".join(wrong) or f"{read_again}; {_sampled(sound)}",
             {"rows without a vector": sound.without_vector} if sound else None,
         ),
     ]
 
 
-def _rows_looked_at(sound: audit.Soundness | None) -> str:
+def _sampled(sound: audit.Soundness | None) -> str:
     if sound is None:
-        return f"no row was looked at: {ONLY_A_PART}"
-    return f"{sound.rows:,} rows are in range, {sound.without_vector:,} of them without a vector"
+        return f"no rows were sampled: {ONLY_A_PART}"
+    return f"{sound.rows:,} sampled rows have valid ids, {sound.without_vector:,} of them no vector"
 
 
 def _coverage(rows: int, metadata_rows: int) -> str:
@@ -228,14 +227,14 @@ def _coverage(rows: int, metadata_rows: int) -> str:
 
 def _agreement(captions: audit.Agreement) -> str:
     if not captions.can_tell:
-        return f"too few captions to tell: {captions.pairs} pairs of neighbours have any"
-    told = (
-        f"neighbours share {captions.near:.1%} of their words, captions drawn by chance "
-        f"{captions.apart:.1%} ({captions.pairs} pairs, where it differs least)"
+        return f"not checked: only {captions.pairs} pairs of neighbours have captions"
+    described = (
+        f"neighbours share {captions.near:.1%} of their words, random captions {captions.apart:.1%} "
+        f"({captions.pairs} pairs, in the quarter of the rows with the smallest difference)"
     )
     if captions.silent:
-        told += f"; {captions.silent} of {audit.PARTS} quarters of the rows have too few captions to tell"
-    return told if captions.is_aligned else f"{told}: metadata and index are out of line"
+        described += f"; {captions.silent} of {audit.PARTS} quarters of the rows have too few captions"
+    return described if captions.is_aligned else f"{described}: metadata and index are misaligned"
 
 
 # --- tables ---------------------------------------------------------------------------------------
@@ -382,9 +381,9 @@ def _result(
     name: str,
     passed: bool,
     severity: dg.AssetCheckSeverity,
-    told: str,
+    description: str,
     metadata: Mapping[str, Any] | None = None,
 ) -> dg.AssetCheckResult:
     return dg.AssetCheckResult(
-        check_name=name, passed=passed, severity=severity, description=told, metadata=metadata
+        check_name=name, passed=passed, severity=severity, description=description, metadata=metadata
     )

@@ -41,7 +41,7 @@ class LocalRunLauncher(DefaultRunLauncher):
 
     @property
     def supports_check_run_worker_health(self) -> bool:
-        """Tell run monitoring that it may ask."""
+        """Report that run monitoring may check workers."""
         return True
 
     def check_run_worker_health(self, run: dg.DagsterRun) -> CheckRunHealthResult:
@@ -52,7 +52,7 @@ class LocalRunLauncher(DefaultRunLauncher):
 
 
 def is_worked_on(tags: Mapping[str, str]) -> bool:
-    """Tell whether the process that a run's tags name is alive."""
+    """Return whether the process named in a run's tags is alive."""
     if LOCK_TAG in tags:
         return _is_locked(Path(tags[LOCK_TAG]))
     if GRPC_INFO_TAG in tags:

@@ -1,4 +1,4 @@
-"""The sources of the graph, and what Dagster is told of their versions, so that it knows what is stale.
+"""The sources of the graph, and their versions as reported to Dagster, which then knows what is stale.
 
 Dagster's concept: https://docs.dagster.io/guides/build/assets/external-assets
 """
@@ -161,7 +161,7 @@ def last_version(
 
 
 def is_known(instance: dg.DagsterInstance, version: Version) -> bool:
-    """Tell whether a version of a source is the one reported last, by both events."""
+    """Return whether a version of a source is the one reported last, by both events."""
     for observed in (True, False):
         record = instance.get_latest_data_version_record(version.source, observed, version.seed_set)
         known = extract_data_version_from_entry(record.event_log_entry) if record else None

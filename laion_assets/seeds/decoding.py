@@ -149,7 +149,7 @@ def _damage(error: Exception) -> str:
 
 
 def _what_it_is(data: bytes) -> str:
-    """Tell what a file is that is no image Pillow knows."""
+    """Name what a file is that Pillow does not recognise as an image."""
     start = data[:1024].lstrip(b"\xef\xbb\xbf \t\r\n").lower()
     brand = data[8:12] if data[4:8] == b"ftyp" else b""
     if brand[:3] in (b"hei", b"hev") or brand in (b"mif1", b"msf1"):

@@ -36,7 +36,7 @@ TYPES: Mapping[str, type[np.generic]] = {
 }
 NO_DIRECTION = "gets a vector without a direction (NaN, infinite or zero) from the model"
 LFS_POINTER = b"version https://git-lfs"
-ONLY_FATAL = 4  # what goes wrong is raised, and told once
+ONLY_FATAL = 4  # errors are raised, so they need not be logged too
 
 
 class Model:
@@ -270,7 +270,7 @@ class Session:
 
 
 def with_direction(answers: Floats) -> tuple[Floats, Mask]:
-    """Scale (n, d) rows to length 1, and tell which have a direction: not zero, all finite."""
+    """Scale (n, d) rows to length 1, and return which have a direction: not zero, all finite."""
     wide = answers.astype(np.float64)
     with np.errstate(over="ignore", invalid="ignore", divide="ignore"):
         lengths = np.linalg.norm(wide, axis=1)

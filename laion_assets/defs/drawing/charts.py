@@ -1,7 +1,6 @@
-"""Small charts as SVG: bars from requested to kept, and how similarities are spread.
+"""Small charts as SVG: bars from requested to kept, and the distribution of similarities.
 
-A chart is a few kilobytes of text, sharp at any size. What must not live here: reading tables, choosing
-what to show.
+A chart is a few kilobytes of text, sharp at any size.
 """
 
 from __future__ import annotations
@@ -25,7 +24,7 @@ _PLOT_HEIGHT = 170
 
 
 class Step(NamedTuple):
-    """What happened to images: so many were there after it, or so many were lost by it."""
+    """A step of a funnel: the number of images it left, or lost."""
 
     name: str
     images: int
@@ -33,7 +32,7 @@ class Step(NamedTuple):
 
 
 def funnel(steps: Sequence[Step]) -> str:
-    """Draw how many images there are after each step, and what was lost on the way."""
+    """Draw the number of images after each step, and the losses between them."""
     most = max((step.images for step in steps), default=0) or 1
     scale = (WIDTH - _LEFT - _RIGHT) / most
     left = 0
@@ -53,10 +52,10 @@ def funnel(steps: Sequence[Step]) -> str:
 
 
 def histogram(similarities: Mapping[str, Floats]) -> str:
-    """Draw how the similarities of each strategy are spread, as shares of its images.
+    """Draw the distribution of each strategy's similarities, as shares of its images.
 
     Args:
-        similarities: of each strategy, shape (n,); one that is empty is left out.
+        similarities: of each strategy, shape (n,); empty ones are left out.
 
     """
     there = {name: values for name, values in similarities.items() if len(values)}
@@ -79,14 +78,14 @@ def histogram(similarities: Mapping[str, Floats]) -> str:
             f"fill-opacity='.28' stroke='{colour}' stroke-width='1.5'/>"
         )
         middle = float(np.median(there[name]))
-        told = f"{name}: {len(there[name]):,} images, median {middle:.2f}"
+        label = f"{name}: {len(there[name]):,} images, median {middle:.2f}"
         parts.append(
             f"<rect x='{50 + 410 * number}' y='6' width='12' height='12' rx='2' fill='{colour}'/>"
         )
-        parts.append(_text(68 + 410 * number, 12, told))
+        parts.append(_text(68 + 410 * number, 12, label))
     for place in range(0, BINS + 1, BINS // 5):
         parts.append(_text(x[place], bottom + 14, f"{edges[place]:.2f}", "middle", _PALE))
-    parts.append(_text(WIDTH / 2, bottom + 34, "similarity to what was looked for", "middle", _PALE))
+    parts.append(_text(WIDTH / 2, bottom + 34, "similarity to the query", "middle", _PALE))
     return _svg(bottom + 46, parts)
 
 

@@ -38,11 +38,15 @@ _SMALLEST_SIDE = 32
 
 @dataclass(frozen=True)
 class Strip:
-    """One heading and its pictures, best first.
+    """A heading and its images, best first.
 
-    `pictures` are encoded images (WebP, PNG, JPEG or GIF); None stands for one that is missing.
-    `captions` go with them by position and may be fewer, or none. So many pictures as `together` says
-    belong to each other and are drawn without a gap.
+    Attributes:
+        title: of the strip.
+        subtitle: behind it.
+        pictures: encoded images (WebP, PNG, JPEG or GIF); None for a missing one.
+        captions: by position; there may be fewer than images.
+        together: how many images in a row are drawn without a gap.
+
     """
 
     title: str
@@ -55,11 +59,20 @@ class Strip:
 def contact_sheet(
     strips: Sequence[Strip], *, columns: int = 12, cell: int = 88, show_captions: bool = False
 ) -> Image.Image:
-    """Draw the strips under each other and return one RGB image.
+    """Draw the strips below each other and return one RGB image.
 
-    Every picture is fitted into a square of `cell` pixels, `columns` to a row, in the order given.
-    One that is missing, broken or of more than 4 megapixels becomes a plain grey square: a sheet
-    never fails because of a picture. Raises ValueError where `columns` or `cell` leave no room.
+    Every image is fitted into a square. One that is missing, broken or larger than 4 megapixels becomes a
+    grey square: a sheet never fails because of an image.
+
+    Args:
+        strips: in order.
+        columns: images in a row.
+        cell: pixels of a square's edge.
+        show_captions: whether captions are drawn.
+
+    Raises:
+        ValueError: `columns` or `cell` leave no room.
+
     """
     if columns < 1 or cell <= 2 * _PADDING:
         raise ValueError(f"no room to draw in: columns={columns}, cell={cell}")

@@ -216,7 +216,7 @@ def _with_claim(asset: str, node: NvmeNode, placement: Mapping[str, Any]) -> dic
 
 
 def is_cluster(environment: Mapping[str, str]) -> bool:
-    """Tell whether this process runs in a pod, where Kubernetes sets this variable."""
+    """Return whether this process runs in a pod, where Kubernetes sets this variable."""
     return "KUBERNETES_SERVICE_HOST" in environment
 
 

@@ -60,23 +60,25 @@ class ImpatientStepHandler(StepHandler):
 
     @property
     def name(self) -> str:
-        """As Dagster's."""
+        """Return the name of Dagster's handler."""
         return self._handler.name
 
     def launch_step(self, step_handler_context: StepHandlerContext) -> Iterator[DagsterEvent]:
-        """As Dagster does."""
+        """Launch a step as Dagster does."""
         return self._handler.launch_step(step_handler_context)
 
     def terminate_step(self, step_handler_context: StepHandlerContext) -> Iterator[DagsterEvent]:
-        """As Dagster does."""
+        """Terminate a step as Dagster does."""
         return self._handler.terminate_step(step_handler_context)
 
     def check_step_health(self, step_handler_context: StepHandlerContext) -> CheckStepHealthResult:
-        """Find out whether the pod of a step is well; fail the step if the pod has waited too long."""
+        """Check the pod of a step; fail the step if the pod has waited too long."""
         pod = self._newest_pod(step_handler_context)
         if pod is not None and self._has_waited_too_long(pod):
             self._give_up(step_handler_context, pod)
-            return CheckStepHealthResult.healthy()  # the failure has been told: no second one, no retry
+            return (
+                CheckStepHealthResult.healthy()
+            )  # the failure is reported already: no second one, no retry
         health = self._handler.check_step_health(step_handler_context)
         if health.is_healthy or pod is None:
             return health
@@ -95,7 +97,7 @@ class ImpatientStepHandler(StepHandler):
         return bool(pod.status.phase == "Pending" and age > int(self._node.pending_seconds))
 
     def _give_up(self, context: StepHandlerContext, pod: Any) -> None:
-        """Take the pod away, or it might start beside a later try, and fail the step for good."""
+        """Delete the pod, which could start beside a later attempt, and fail the step for good."""
         (step,) = context.execute_step_args.step_keys_to_execute or ()
         sentence = why_it_cannot_start(self._core, self._node, step, pod)
         list(self.terminate_step(context))
@@ -109,7 +111,7 @@ class ImpatientStepHandler(StepHandler):
 
 
 def why_it_cannot_start(core: CoreV1Api, node: NvmeNode, step: str, pod: Any) -> str:
-    """Say in a sentence why the pod of a step is still Pending, and what to do."""
+    """Return a sentence on why the pod of a step is still Pending, and what to do."""
     wrong = _wrong_with_the_claim(core, node, pod)
     if wrong:
         remedy = f"Renew the claim (`{RENEW}`), then re-execute from failure"
@@ -127,20 +129,20 @@ def _wrong_with_the_claim(core: CoreV1Api, node: NvmeNode, pod: Any) -> str | No
         return what_is_wrong(core, pod.metadata.namespace, node.claim)
     except ApiException as error:
         remedy = "apply k8s/dagster-may-look.yaml"
-        return f"the claim {node.claim} cannot be looked at ({error.reason}: {remedy})"
+        return f"the claim {node.claim} cannot be read ({error.reason}: {remedy})"
 
 
 def _reason(pod: Any) -> str:
-    """What holds a Pending pod: its container if it has a node, else what the scheduler says."""
+    """Return what a Pending pod waits for: its container if it has a node, else the scheduler."""
     waiting = [status.state.waiting for status in pod.status.container_statuses or ()]
-    told = [f"{state.reason} {state.message or ''}".strip() for state in waiting if state]
-    told += [c.message for c in pod.status.conditions or () if c.status == "False" and c.message]
-    return told[0].rstrip(".") if told else "for no reason that Kubernetes gives"
+    reasons = [f"{state.reason} {state.message or ''}".strip() for state in waiting if state]
+    reasons += [c.message for c in pod.status.conditions or () if c.status == "False" and c.message]
+    return reasons[0].rstrip(".") if reasons else "for no reason that Kubernetes gives"
 
 
 def _how_it_ended(pod: Any) -> str:
-    """How the pod's container ended, such as OOMKilled, where Kubernetes knows."""
+    """Return how the pod's container ended, such as OOMKilled, where Kubernetes knows."""
     ended = [status.state.terminated for status in pod.status.container_statuses or ()]
-    told = [f"{state.reason}, exit code {state.exit_code}" for state in ended if state]
-    told += [pod.status.reason] if pod.status.reason else []
-    return f" ({'; '.join(told)})" if told else ""
+    reasons = [f"{state.reason}, exit code {state.exit_code}" for state in ended if state]
+    reasons += [pod.status.reason] if pod.status.reason else []
+    return f" ({'; '.join(reasons)})" if reasons else ""
