@@ -64,9 +64,9 @@ _SEARCH = [
         _spec(
             asset,
             "similarity_falls_with_rank",
-            "Within a query, similarity falls as rank rises. An error that blocks: combining goes by rank "
-            "and would keep the wrong rows. Remedy: materialize again; if it fails again, restage the "
-            "index.",
+            "Within a query, similarity falls as rank rises. An error that blocks: combining goes by "
+            "rank and would keep the wrong rows. Remedy: materialize again; if it fails again, restage "
+            "the index.",
             blocking=True,
         ),
         _spec(
@@ -93,9 +93,9 @@ _URL_SETS = [
         _spec(
             asset,
             "yield_stable",
-            f"The yield is within {YIELD_TOLERANCE:.0%} of that of the seed set's past runs with the same "
-            "settings. A warning. Remedy: look at the funnel for the loss that grew; new seeds, a new "
-            "index or another block list explain it, nothing else does.",
+            f"The yield is within {YIELD_TOLERANCE:.0%} of that of the seed set's past runs with the "
+            "same settings. A warning. Remedy: look at the funnel for the loss that grew; new seeds, a "
+            "new index or another block list explain it, nothing else does.",
         ),
     )
 ]
