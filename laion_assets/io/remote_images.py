@@ -1,8 +1,8 @@
 """Images from their hosts, under strict bounds: URLs of an index come from the open web.
 
 - Only http and https, at port 80, 443 or one from 1024 up, and without a user name.
-- Only public addresses: the address that a socket is about to connect to is checked. It does not matter how
-  a URL spells it, what a name resolves to, or whether it resolves to something else the next time.
+- Only public addresses: the address that a socket is about to connect to is checked. It does not matter
+  how a URL spells it, what a name resolves to, or whether it resolves to something else the next time.
 - Redirects are not followed; no proxy, cookie or credential is used; nothing is decompressed.
 - Size, time and the number of requests at a time are bounded.
 

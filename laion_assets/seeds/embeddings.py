@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import PurePosixPath
 from typing import Any
@@ -18,6 +18,7 @@ from laion_assets.io.arrays import Floats
 from laion_assets.io.checksums import checksum_text
 from laion_assets.io.errors import InputError
 from laion_assets.io.storage import open_storage, reaching
+from laion_assets.seeds.clip_retrieval import with_thumbnails
 from laion_assets.seeds.folder import SEEDS_URI, SeedSet
 from laion_assets.seeds.images import BadImage, EmbeddedImage, ImageFile, embed_images
 from laion_assets.seeds.model import Model
@@ -120,7 +121,7 @@ def read_seeds(
             "them: name the index's model",
             MODEL,
         )
-    parts = [_read_vectors(uri, seed_set)] if seed_set.vectors else []
+    parts = [_with_thumbnails(uri, seed_set, _read_vectors(uri, seed_set))] if seed_set.vectors else []
     if model is not None and seed_set.images:
         parts.append(
             _embed_images(uri, seed_set, model, known or KnownImages(), max_bad_images, progress)
@@ -179,6 +180,11 @@ def _read_vectors(uri: str, seed_set: SeedSet) -> Seeds:
         np.concatenate([vectors for vectors, _ in parts.values()]),
         pa.concat_tables([columns for _, columns in parts.values()], promote_options="default"),
     )
+
+
+def _with_thumbnails(uri: str, seed_set: SeedSet, seeds: Seeds) -> Seeds:
+    fs, _ = open_storage(uri, SEEDS_URI)
+    return replace(seeds, columns=with_thumbnails(fs, seed_set, seeds.columns))
 
 
 def _embed_images(
