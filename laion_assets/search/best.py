@@ -1,0 +1,86 @@
+"""The best few rows around a few queries: what a look at an index shows."""
+
+from __future__ import annotations
+
+import numpy as np
+import pyarrow as pa
+
+from laion_assets.index.faiss_index import Index
+from laion_assets.index.metadata import THUMBNAIL_COLUMN, Metadata
+from laion_assets.index.vectors import decoded
+from laion_assets.io.arrays import Floats, Ids
+from laion_assets.io.tables import code_bytes
+from laion_assets.search.filters import NO_FILTERS, Filters
+from laion_assets.search.near_duplicates import components
+from laion_assets.search.retrieval import Request, retrieve_table
+
+REQUESTED = 4  # rows for each that is wanted: of LAION some 30 % are no near-duplicates
+LEAST = 16  # rows requested for each query
+ROUNDS = 3  # of requests, each for that many times more rows
+MORE = 4
+
+
+def best_rows(
+    index: Index,
+    metadata: Metadata,
+    queries: Floats,
+    top: int,
+    *,
+    dedup_threshold: float,
+    nprobe: int | None = None,
+    filters: Filters = NO_FILTERS,
+) -> pa.Table:
+    """Find the best rows around some queries, without near-duplicates.
+
+    Similarities to different queries do not compare, ranks do: rows are in the order of their rank in a
+    query's results, then of similarity, then of id.
+
+    Args:
+        index: where to look.
+        metadata: of the rows of the index.
+        queries: (q, dimension) float32 unit rows.
+        top: rows wanted; there are fewer where the index has no more, or only near-duplicates.
+        dedup_threshold: cosine above which two rows are near-duplicates; 1 keeps all.
+        nprobe: inverted lists to probe; chosen from the rows requested when None.
+        filters: what keeps rows out.
+
+    Returns:
+        At most `top` rows of id, url, caption, similarity, rank (from 1), seed (the number of the query)
+        and the other columns of the metadata.
+
+    Raises:
+        InputError: see `retrieve`.
+
+    """
+    k = max(LEAST, -(-REQUESTED * top // len(queries)))
+    for _ in range(ROUNDS):
+        request = Request(min(k, index.rows), dedup_threshold, nprobe, filters)
+        found, _ = retrieve_table(index, metadata, queries, request, per_seed=True)
+        rows = found.take(pa.array(_distinct(index, found, dedup_threshold)[:top]))
+        if len(rows) == top or k >= index.rows:
+            break
+        k *= MORE
+    return _as_shown(rows, metadata)
+
+
+def _distinct(index: Index, found: pa.Table, threshold: float) -> Ids:
+    """Return the places of rows, best first, each image once."""
+    ids, rank, similarity = (found[name].to_numpy() for name in ("id", "rank", "similarity"))
+    best_first = np.lexsort((ids, -similarity, rank))
+    _, first = np.unique(ids[best_first], return_index=True)
+    places = best_first[np.sort(first)]
+    if not len(places):
+        return places
+    codes = code_bytes(found["code"])[places]
+    labels = components(decoded(codes, index.decoder().decode_to_compare), threshold)
+    distinct: Ids = places[labels == np.arange(len(places))]
+    return distinct
+
+
+def _as_shown(rows: pa.Table, metadata: Metadata) -> pa.Table:
+    ranks = pa.array(np.arange(1, len(rows) + 1, dtype=np.int32))
+    rows = rows.drop_columns(["code"]).set_column(rows.column_names.index("rank"), "rank", ranks)
+    if THUMBNAIL_COLUMN not in rows.column_names:
+        return rows
+    thumbnails = metadata.take(rows["id"].to_numpy(), [THUMBNAIL_COLUMN])[THUMBNAIL_COLUMN]
+    return rows.drop_columns([THUMBNAIL_COLUMN]).append_column(THUMBNAIL_COLUMN, thumbnails)
