@@ -20,11 +20,13 @@ from dotenv import load_dotenv
 from laion_assets.definitions import JOB, build_defs
 from laion_assets.defs.failures import sentence
 from laion_assets.defs.launcher import fail_abandoned_runs, process_lock
+from laion_assets.defs.look import SHEETS, TOP, look
 from laion_assets.defs.partitions import SEED_SETS
 from laion_assets.defs.places import DATA, Places
 from laion_assets.defs.request_plan import as_yaml, plan_request, read_history
 from laion_assets.defs.resources import LaionIndex, SeedFolder
 from laion_assets.defs.settings import FIELDS, Defaults, RetrievalConfig, kind_of
+from laion_assets.defs.terminal import one_line
 from laion_assets.demo import build_demo
 from laion_assets.io.errors import InputError
 from laion_assets.seeds import count_seeds
@@ -78,6 +80,16 @@ def _parser() -> argparse.ArgumentParser:
     which.add_argument("--seed-set", metavar="SEED_SET", help="count its seeds, and use its past runs")
     planned.set_defaults(command=_plan)
 
+    looked = commands.add_parser(
+        "look", help="show the best rows around an image, a folder of images, or a prompt, in seconds"
+    )
+    looked.add_argument("what", metavar='IMAGE|FOLDER|"a prompt"', help="what to look for")
+    looked.add_argument("--top", type=int, metavar="N", default=TOP, help=f"rows (default {TOP})")
+    looked.add_argument(
+        "--output", metavar="PNG", help=f"file of the contact sheet (default {SHEETS}/<name>.png)"
+    )
+    looked.set_defaults(command=_look)
+
     demo = commands.add_parser("demo", help="build the demo's index and seeds, and materialize one set")
     demo.add_argument("--data-only", action="store_true", help="only build the index and seeds")
     demo.set_defaults(command=_demo)
@@ -111,6 +123,26 @@ def _plan(parsed: argparse.Namespace, environment: Mapping[str, str]) -> int:
         known = read_history(kept, parsed.seed_set, settings.asked())
     print(*as_yaml(plan_request(parsed.target, seeds, known), parsed.target, seeds), sep="\n")
     return 0
+
+
+def _look(parsed: argparse.Namespace, environment: Mapping[str, str]) -> int:
+    found = look(parsed.what, environment, top=parsed.top, output=parsed.output, log=_to_stderr)
+    for note in found.notes:
+        _to_stderr(note)
+    sheet = ["", f"contact sheet: {_from_here(found.sheet.absolute())}"] if found.sheet else []
+    for line in [found.about, "", *found.lines(), *sheet]:
+        _print_any(line)
+    return 0
+
+
+def _to_stderr(line: str) -> None:
+    print(one_line(line), file=sys.stderr)
+
+
+def _print_any(line: str) -> None:
+    """Print a line with what the terminal's encoding lacks replaced."""
+    encoding = sys.stdout.encoding or "utf-8"
+    print(line.encode(encoding, "replace").decode(encoding))
 
 
 def _demo(parsed: argparse.Namespace, environment: Mapping[str, str]) -> int:

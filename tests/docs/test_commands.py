@@ -19,7 +19,7 @@ def test_every_make_target_exists():
     assert [name for name in targets if not re.search(rf"^{name}:", makefile, re.MULTILINE)] == []
 
 
-@pytest.mark.parametrize("command", ["materialize", "plan"])
+@pytest.mark.parametrize("command", ["materialize", "plan", "look"])
 def test_every_option_of_the_command_line_exists(command, capsys):
     with pytest.raises(SystemExit):
         main([command, "--help"])

@@ -1,0 +1,73 @@
+"""Text of unknown origin, such as captions and URLs off the web, as columns on a terminal."""
+
+from __future__ import annotations
+
+import unicodedata
+from collections.abc import Iterator, Sequence
+
+MAX_TEXT = 500  # characters of a text that are looked at
+MARKS = 2  # combining marks on one letter
+CUT = "…"
+
+
+def one_line(text: str) -> str:
+    """Return a text on one line without anything that a terminal would act on.
+
+    Control characters, escapes, marks of direction and all else that is not printable become spaces.
+    """
+    printable = "".join(letter if letter.isprintable() else " " for letter in text[:MAX_TEXT])
+    return "".join(_with_few_marks(" ".join(printable.split())))
+
+
+def cut(text: str, width: int) -> str:
+    """Return a line of at most that many columns; one that is longer ends in "…"."""
+    if columns(text) <= width:
+        return text
+    room, kept = width - columns(CUT), ""
+    for letter in text:
+        room -= columns(letter)
+        if room < 0:
+            break
+        kept += letter
+    return kept.rstrip() + CUT
+
+
+def columns(text: str) -> int:
+    """Return how many columns a line takes: East Asian letters take two, combining marks none."""
+    return sum(
+        0 if _is_mark(letter) else 2 if unicodedata.east_asian_width(letter) in "WF" else 1
+        for letter in text
+    )
+
+
+def aligned(rows: Sequence[Sequence[str]], right: Sequence[bool], widths: Sequence[int]) -> list[str]:
+    """Return rows as lines of aligned columns.
+
+    Args:
+        rows: of texts, each a cell; any text will do.
+        right: whether a column is aligned to the right.
+        widths: the most columns of the terminal that a column may take.
+
+    """
+    cells = [
+        [cut(one_line(cell), width) for cell, width in zip(row, widths, strict=True)] for row in rows
+    ]
+    used = [max(map(columns, column)) for column in zip(*cells, strict=True)]
+
+    def padded(cell: str, number: int) -> str:
+        room = " " * (used[number] - columns(cell))
+        return room + cell if right[number] else cell + room
+
+    return ["  ".join(padded(cell, number) for number, cell in enumerate(row)).rstrip() for row in cells]
+
+
+def _is_mark(letter: str) -> bool:
+    return unicodedata.category(letter) in ("Mn", "Me")
+
+
+def _with_few_marks(text: str) -> Iterator[str]:
+    marks = 0
+    for letter in text:
+        marks = marks + 1 if _is_mark(letter) else 0
+        if marks <= MARKS:
+            yield letter
