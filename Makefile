@@ -4,9 +4,10 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 IMG2DATASET := tests/handover/.venv
+TRANSFORMERS := tests/embed/.venv
 PORT ?= 3000
 
-.PHONY: help demo dev test test-ui screenshots test-peer test-k8s test-handover golden lint bench bench-quick bench-staging bench-sensor bench-sparse settings-docs docs docs-links lock clean
+.PHONY: help demo dev test test-ui screenshots test-peer test-k8s test-embed test-handover golden lint bench bench-quick bench-embed bench-staging bench-sensor bench-sparse settings-docs docs docs-links lock clean
 
 help: ## List the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -46,6 +47,15 @@ $(IMG2DATASET)/.ready: tests/handover/requirements.txt
 	$(IMG2DATASET)/bin/python -m pip install --quiet --disable-pip-version-check --only-binary :all: -r $<
 	@touch $@
 
+test-embed: $(READY) $(TRANSFORMERS)/.ready ## Compare our vectors with those of transformers and clip-retrieval, in their own environment
+	$(BIN)/python -m pytest tests/embed
+
+$(TRANSFORMERS)/.ready: tests/embed/requirements.txt
+	$(PYTHON) -m venv --clear $(TRANSFORMERS)
+	$(TRANSFORMERS)/bin/python -m pip install --quiet --disable-pip-version-check -r $<
+	$(TRANSFORMERS)/bin/python -m pip install --quiet --disable-pip-version-check --no-deps open-clip-torch==3.3.0 clip-retrieval==2.45.0
+	@touch $@
+
 golden: $(READY) ## Write down what clip-retrieval answers, for a test that runs without it
 	PYTHONPATH=benchmarks:tests $(BIN)/python tests/peer/golden.py
 
@@ -60,6 +70,9 @@ bench: $(READY) ## Measure against the peer, about an hour; writes benchmarks/re
 
 bench-quick: $(READY) ## The same on less data, a few minutes; writes benchmarks/.cache/quick
 	$(BIN)/python benchmarks/bench.py --quick --output benchmarks/.cache/quick
+
+bench-embed: $(READY) ## Images a second that are embedded, against the model alone, a few minutes
+	$(BIN)/python benchmarks/embed.py
 
 bench-staging: $(READY) ## How fast an index comes from a bucket, a few minutes; writes benchmarks/staging.md
 	$(BIN)/python benchmarks/staging.py
@@ -86,4 +99,4 @@ lock: $(READY) ## Pin today's versions of everything into requirements.lock
 		pyproject.toml --output-file requirements.lock
 
 clean: ## Remove the environment and caches; data/ stays
-	rm -rf $(VENV) $(IMG2DATASET) .pytest_cache .mypy_cache .ruff_cache .hypothesis build *.egg-info docs/_build docs/reference/api
+	rm -rf $(VENV) $(IMG2DATASET) $(TRANSFORMERS) .pytest_cache .mypy_cache .ruff_cache .hypothesis build *.egg-info docs/_build docs/reference/api
