@@ -108,8 +108,8 @@ class Places(BaseModel):
     output_uri: str = _place("output", "Where the tables go, a local path or any fsspec URL")
     show_remote_pictures: Literal["false", "true"] = Field(
         "false",
-        description="`true` shows images of an index without thumbnails straight from their hosts, in the "
-        "UI and in `laion-assets look`: LAION holds unsafe images, and each host learns your address",
+        description="`true` shows images of an index without thumbnails straight from their hosts, in "
+        "the UI and in `laion-assets look`: LAION holds unsafe images, and each host learns your address",
     )
 
     @property
