@@ -34,7 +34,10 @@ PEER = Path(__file__).with_name("embed_peer.py")
 CORES = 2
 PHOTOGRAPH = (4000, 3000)
 ROW = "{:12}{:24}{:>8}{:>12.2f}{:>12.2f}{:>8.2f}{:>11.2f}{:>16}"
-HEADER = "model       images                  rounds   raw img/s  ours img/s   ratio  CPU ratio  clip-retrieval"
+HEADER = (
+    "model       images                  rounds   raw img/s  ours img/s   ratio  CPU ratio  "
+    "clip-retrieval"
+)
 
 
 def photographs(count: int) -> list[bytes]:
