@@ -39,7 +39,7 @@ def test_a_seed_set_is_run_once_for_each_content_it_has(ticks):
     assert ticks.tick() == []
     assert "waiting for cats" in ticks.said
     assert ticks.tick_and_work() == ["cats"]
-    assert ticks.said == "running cats; 1 seed set"
+    assert ticks.said == "running cats (1 file of embeddings); 1 seed set"
     assert [ticks.tick() for _ in range(3)] == [[]] * 3
     assert ticks.said == "nothing new; 1 seed set"
     put(ticks, "cats", 2)

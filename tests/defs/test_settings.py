@@ -80,6 +80,7 @@ BOUNDS = {
     "target_images": (0, -1),
     "nprobe": (0, -1),
     "dedup_threshold": (0, -1, 1.5),
+    "max_bad_images": (-0.1, 1.5),
 }
 
 
@@ -280,6 +281,7 @@ def test_what_a_run_says_comes_before_the_set_and_that_before_the_environment(ma
         "nb_images_centroid": f"9 ({RUN})",
         "dedup_threshold": "0.94 (default)",
         "nprobe": "3 (LAION_NPROBE)",
+        "max_bad_images": "0.05 (default)",
     }
     for asset in ("knn_urls", "centroid_urls", "combined_urls"):
         assert reported(result, asset)["settings"] == expected
