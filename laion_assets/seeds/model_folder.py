@@ -23,7 +23,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-from laion_assets.io.checksums import checksum_text, crc32c
+from laion_assets.io.checksums import checksum_text, crc32c, fingerprint
 from laion_assets.io.errors import InputError
 from laion_assets.io.progress import Progress
 from laion_assets.io.storage import (
@@ -80,12 +80,12 @@ class ModelFiles:
     @property
     def fingerprint(self) -> str:
         """Changes with the content of any file that plays a part; 16 hexadecimal digits."""
-        digest = hashlib.sha256(f"embedding version {EMBEDDING_VERSION}".encode())
+        files = [("embedding version", EMBEDDING_VERSION, "")]
         for name in self.names:
             stat = self.path(name).stat()
             content = _content_hash(self.path(name), stat.st_size, stat.st_mtime_ns)
-            digest.update(f"\n{name}\t{content}".encode())
-        return digest.hexdigest()[:16]
+            files.append((name, stat.st_size, content))
+        return fingerprint(files)
 
 
 def find_model(folder: Path) -> ModelFiles:
