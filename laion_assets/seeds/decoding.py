@@ -104,7 +104,7 @@ def thumbnail(image: Image.Image) -> bytes:
     """Return a small copy of an RGB image as WebP."""
     scale = min(1, THUMBNAIL / max(image.size))
     size = (max(1, round(image.width * scale)), max(1, round(image.height * scale)))
-    small = image.resize(size, Image.Resampling.BICUBIC, reducing_gap=2.0)
+    small = image.resize(size, Image.Resampling.BICUBIC, reducing_gap=1.1)
     buffer = io.BytesIO()
     small.save(buffer, "WEBP", quality=THUMBNAIL_QUALITY, method=2)
     return buffer.getvalue()

@@ -451,7 +451,7 @@ from laion_assets.seeds.model import Model
 model = Model(Path(sys.argv[1]))
 data = Path(sys.argv[2]).read_bytes()
 before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-files = [ImageFile(str(n), lambda: data) for n in range(6)]
+files = [ImageFile(str(n), lambda: data) for n in range(2)]
 count = sum(image.vector.shape == (4,) for image in embed_images(model, files))
 print(count, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
 """
@@ -460,9 +460,9 @@ print(count, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
 @pytest.mark.parametrize(("kind", "mebibytes"), [("JPEG", 400), ("PNG", 900)])
 def test_fifty_megapixels_take_little_memory(kind, mebibytes, tmp_path, small):
     picture = Image.new("RGB" if kind == "JPEG" else "RGBA", (8660, 5774), RED)
-    picture.save(tmp_path / "picture", kind)
+    picture.save(tmp_path / "picture", kind, compress_level=1)
     command = [sys.executable, "-c", MEMORY, str(small.files.folder), str(tmp_path / "picture")]
     done = subprocess.run(command, capture_output=True, text=True, check=True, cwd=REPOSITORY)
     count, kibibytes = map(int, done.stdout.split())
-    assert count == 6
+    assert count == 2
     assert kibibytes < mebibytes << 10
