@@ -22,8 +22,8 @@ import pyarrow as pa
 import pyarrow.ipc
 import pyarrow.parquet as pq
 import pytest
+from helpers.host import MANNERS, REFUSED, THERE, Host, hosting, manner_of
 from helpers.project import REPOSITORY, Demo, Project, failures, new_project
-from host import MANNERS, REFUSED, THERE, Host, hosting, manner_of
 from PIL import Image
 
 PROGRAMS = Path(__file__).parent / ".venv" / "bin"
