@@ -22,8 +22,8 @@ import pyarrow as pa
 import pyarrow.ipc
 import pyarrow.parquet as pq
 import pytest
+from helpers.host import MANNERS, REFUSED, THERE, Host, hosting, manner_of
 from helpers.project import REPOSITORY, Demo, Project, failures, new_project
-from host import MANNERS, REFUSED, THERE, Host, hosting, manner_of
 from PIL import Image
 
 PROGRAMS = Path(__file__).parent / ".venv" / "bin"
@@ -184,7 +184,8 @@ def test_the_command_of_the_readme_downloads_all_that_is_there_and_tells_why_the
     project: Project, host: Host
 ) -> None:
     table = materialized(project)
-    assert "thumbnail" in table.column_names
+    assert set(table["seed_set"].to_pylist()) == {SEED_SET}
+    assert "thumbnail" not in table.column_names
     assert set(map(manner_of, table["id"].to_pylist())) == set(MANNERS)
     images = download(project)
     check(project, host, table, images)

@@ -7,7 +7,7 @@ from typing import Any
 import kubernetes
 import pytest
 import yaml
-from cluster import Cluster, running_cluster, wait_until
+from helpers.cluster import Cluster, running_cluster, wait_until
 from helpers.project import REPOSITORY
 from kubernetes.client import ApiException, BatchV1Api, CoreV1Api
 

@@ -8,8 +8,8 @@ from itertools import pairwise
 
 import dagster as dg
 import pytest
-from cluster import wait_until
-from installation import Platform, installed
+from helpers.cluster import wait_until
+from helpers.installation import Platform, installed
 
 from laion_assets.defs.kubernetes.placement import NvmeNode
 from laion_assets.defs.kubernetes.step_pods import RENEW

@@ -4,8 +4,8 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 import numpy as np
-from answers import Question, ask
 from helpers import copies
+from helpers.answers import Question, ask
 
 ROWS = 3_000
 QUERIES = 12

@@ -13,8 +13,8 @@ import numpy as np
 import peer
 import pyarrow.parquet as pq
 import pytest
-from answers import Question, ask
 from helpers import copies, indices
+from helpers.answers import Question, ask
 from helpers.project import failures, new_project, reported
 from helpers.same import Rows, differences
 

@@ -14,8 +14,8 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 import pytest
-from answers import Answer, Question, ask
 from helpers import copies, indices
+from helpers.answers import Answer, Question, ask
 from helpers.same import Rows, brute_force_components, differences
 
 from laion_assets.index.faiss_index import Index

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pyarrow.parquet as pq
 import pytest
-from webserver import (
+from helpers.webserver import (
     BROKEN,
     DROPPED,
     IN_PROGRESS,
@@ -24,8 +24,6 @@ from webserver import (
 )
 
 from laion_assets.demo.build import SEED_SETS
-
-pytest_plugins = ["running"]
 
 
 @pytest.fixture(scope="module")

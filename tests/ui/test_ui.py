@@ -14,16 +14,14 @@ import dagster as dg
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from helpers.webserver import BROKEN, IN_PROGRESS, RAN_BY_THE_DEMO, Project, wait_for
 from PIL import Image
 from playwright.sync_api import Error as BrowserError
 from playwright.sync_api import Locator, Page, ViewportSize, expect, sync_playwright
-from webserver import BROKEN, IN_PROGRESS, RAN_BY_THE_DEMO, Project, wait_for
 
 from laion_assets.defs import checks
 from laion_assets.defs.drawing.markup import links
 from laion_assets.io.tables import StoredTable
-
-pytest_plugins = ["running"]
 
 # In an image of its own a browser is root and has no sandbox; it asks for nothing outside.
 CHROMIUM = (

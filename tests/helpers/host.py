@@ -1,7 +1,4 @@
-"""A web host as LAION's URLs lead to: most pictures are there, the others are lost in many ways.
-
-What must not live here: anything of img2dataset.
-"""
+"""A web host as LAION's URLs lead to: most pictures are there, the others are lost in many ways."""
 
 import threading
 from collections import Counter

@@ -18,8 +18,8 @@ from typing import Any
 import dagster as dg
 import pytest
 import yaml
-from cluster import Cluster, running_cluster, wait_until
 from helpers.chart import DEPLOYMENT, IMAGE, VALUES, container_context, instance_config
+from helpers.cluster import Cluster, running_cluster, wait_until
 from helpers.graphql import ask
 from helpers.project import REPOSITORY
 

@@ -3,7 +3,7 @@
 from collections.abc import Iterator
 
 import pytest
-from webserver import Project
+from helpers.webserver import Project
 
 
 @pytest.fixture(scope="session")
