@@ -18,12 +18,14 @@ from typing import Any, TypeVar
 import numpy as np
 from helpers.graphql import ask
 from helpers.project import REPOSITORY
+from PIL import Image
 
-from laion_assets.demo.build import SEED_SETS
+from laion_assets.demo import DEMO_SETS
 
 REPOSITORY_SELECTOR = {"repositoryName": "__repository__", "repositoryLocationName": "laion_assets"}
-RAN_BY_THE_DEMO, *OTHERS = ("fruit", *sorted({*SEED_SETS} - {"fruit"}))
+RAN_BY_THE_DEMO, *OTHERS = ("fruit", *sorted({*DEMO_SETS} - {"fruit"}))
 DROPPED = "dropped"
+OWN_IMAGES, HALF_COPIED = "own images", "IMG_9999.JPG"
 BROKEN = "broken"
 IN_PROGRESS = {"NOT_STARTED", "QUEUED", "STARTING", "STARTED", "CANCELING"}
 
@@ -260,6 +262,7 @@ class Project:
         self.dev.start()
         (self.ran_by_the_demo,) = self.ui.runs()
         self.drop(DROPPED, seeds=2000)
+        self.drop_images(OWN_IMAGES)
         self.drop(BROKEN, seeds=2)
         (self.folder / "data" / "seeds" / BROKEN / "1.npy").write_bytes(b"no array")
         self.with_numbers = self.ui.launch(RAN_BY_THE_DEMO, nb_images_knn=7, nprobe=5)
@@ -276,6 +279,16 @@ class Project:
         random = np.random.default_rng(0)
         for part in range(2):
             np.save(folder / f"{part}.npy", random.standard_normal((seeds // 2, 256), np.float32))
+
+    def drop_images(self, seed_set: str) -> None:
+        """Put a person's JPEGs into the seeds folder, nested as a camera does, with a half copied one."""
+        folder = self.folder / "data" / "seeds" / seed_set / "2026" / "07"
+        folder.mkdir(parents=True)
+        for number, seed in enumerate(sorted(self.folder.glob(f"data/seeds/{OTHERS[0]}/*.webp")) * 2):
+            with Image.open(seed) as image:
+                turned = image.convert("RGB").rotate(number, fillcolor="white")
+            turned.save(folder / f"IMG_{number:04}.JPG", "JPEG")
+        (folder / HALF_COPIED).write_bytes((folder / "IMG_0000.JPG").read_bytes()[:2000])
 
     def table(self, asset: str, seed_set: str) -> Path:
         return self.folder / "data" / "output" / asset / f"{seed_set}.parquet"

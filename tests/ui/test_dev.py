@@ -16,6 +16,7 @@ from helpers.webserver import (
     DROPPED,
     IN_PROGRESS,
     OTHERS,
+    OWN_IMAGES,
     RAN_BY_THE_DEMO,
     Dev,
     Project,
@@ -23,7 +24,7 @@ from helpers.webserver import (
     wait_for,
 )
 
-from laion_assets.demo.build import SEED_SETS
+from laion_assets.demo import DEMO_SETS
 
 
 @pytest.fixture(scope="module")
@@ -36,7 +37,7 @@ def test_the_history_of_the_command_line_is_there(project: Project) -> None:
     assert (run.seed_set, run.status, run.by_sensor) == (RAN_BY_THE_DEMO, "SUCCESS", False)
 
 
-@pytest.mark.parametrize("seed_set", [*OTHERS, DROPPED])
+@pytest.mark.parametrize("seed_set", [*OTHERS, DROPPED, OWN_IMAGES])
 def test_a_seed_set_that_was_not_run_yet_is_run_untouched(project: Project, seed_set: str) -> None:
     (run,) = wait_for("the sensor", lambda: project.ui.runs_of(seed_set))
     assert run.by_sensor
@@ -119,8 +120,8 @@ def test_history_outlives_a_restart_and_nothing_runs_again(project: Project) -> 
     assert ui.finished(interrupted, 60).status == "FAILURE"
     wait_for("three more ticks", lambda: len(ui.ticks()) >= ticks + 3)
     assert ui.runs()[1:] == runs
-    assert ui.partitions("combined_urls")["all"] == {*SEED_SETS, DROPPED, BROKEN}
-    assert {*SEED_SETS} <= ui.partitions("combined_urls")["materialized"]
+    assert ui.partitions("combined_urls")["all"] == {*DEMO_SETS, OWN_IMAGES, DROPPED, BROKEN}
+    assert {*DEMO_SETS} <= ui.partitions("combined_urls")["materialized"]
 
 
 def test_in_any_folder_the_ui_has_the_history_of_the_command_line(tmp_path: Path) -> None:

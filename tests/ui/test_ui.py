@@ -14,7 +14,15 @@ import dagster as dg
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from helpers.webserver import BROKEN, IN_PROGRESS, RAN_BY_THE_DEMO, Project, wait_for
+from helpers.webserver import (
+    BROKEN,
+    HALF_COPIED,
+    IN_PROGRESS,
+    OWN_IMAGES,
+    RAN_BY_THE_DEMO,
+    Project,
+    wait_for,
+)
 from PIL import Image
 from playwright.sync_api import Error as BrowserError
 from playwright.sync_api import Locator, Page, ViewportSize, expect, sync_playwright
@@ -159,6 +167,25 @@ def test_the_pictures_open_and_fit_into_their_dialog(page: Page, launched: str, 
             assert within["x"] + within["width"] < frame["x"] + frame["width"]
         dialog.get_by_role("button", name="Close", exact=True).click()
         expect(dialog).to_have_count(0)
+
+
+def test_own_images_run_by_themselves_and_stand_on_top_of_what_they_found(
+    project: Project, page: Page
+) -> None:
+    (run,) = wait_for("the sensor", lambda: project.ui.runs_of(OWN_IMAGES))
+    assert project.ui.finished(run.id).status == "SUCCESS"
+    page.goto(f"/assets/seed_embeddings?view=partitions&partition={OWN_IMAGES}")
+    page.get_by_text(run.id[:8]).first.wait_for()
+    expect(told(page, "bad images")).to_contain_text(HALF_COPIED)
+    page.goto(f"/assets/combined_urls?view=partitions&partition={OWN_IMAGES}")
+    page.get_by_text(run.id[:8]).first.wait_for()
+    told(page, "contact sheet").get_by_text("Show Markdown").click()
+    image = page.get_by_role("dialog").get_by_role("img", name="contact sheet")
+    image.wait_for()
+    assert image.evaluate("picture => picture.naturalWidth > 100")
+    keep(page, "own-images")
+    seeds = StoredTable(str(project.table("seed_embeddings", OWN_IMAGES))).read(["thumbnail"])
+    assert seeds["thumbnail"].null_count == 0
 
 
 def test_every_check_has_passed_and_says_what_it_means(
