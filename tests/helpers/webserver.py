@@ -263,10 +263,7 @@ class Project:
         (self.ran_by_the_demo,) = self.ui.runs()
         self.drop(DROPPED, seeds=2000)
         self.drop_images(OWN_IMAGES)
-        self.drop(BROKEN, seeds=2)
-        (self.folder / "data" / "seeds" / BROKEN / "1.npy").write_bytes(b"no array")
         self.with_numbers = self.ui.launch(RAN_BY_THE_DEMO, nb_images_knn=7, nprobe=5)
-        self.without_partition = self.ui.launch(None)
 
     @property
     def ui(self) -> Webserver:
@@ -279,6 +276,11 @@ class Project:
         random = np.random.default_rng(0)
         for part in range(2):
             np.save(folder / f"{part}.npy", random.standard_normal((seeds // 2, 256), np.float32))
+
+    def drop_broken(self) -> None:
+        """Put a folder of seeds there of which one cannot be read."""
+        self.drop(BROKEN, seeds=2)
+        (self.folder / "data" / "seeds" / BROKEN / "1.npy").write_bytes(b"no array")
 
     def drop_images(self, seed_set: str) -> None:
         """Put a person's JPEGs into the seeds folder, nested as a camera does, with a half copied one."""

@@ -49,6 +49,7 @@ def test_a_seed_set_that_was_not_run_yet_is_run_untouched(project: Project, seed
 
 def test_a_seed_set_that_cannot_be_used_is_one_failed_run_with_the_reason(project: Project) -> None:
     ui = project.ui
+    project.drop_broken()
     (run,) = wait_for("the sensor", lambda: ui.runs_of(BROKEN))
     assert ui.finished(run.id).status == "FAILURE"
     (failure,) = ui.step_events(run.id, "seed_embeddings", "STEP_FAILURE")
@@ -78,10 +79,11 @@ def test_numbers_given_in_the_launchpad_are_those_of_the_run(project: Project) -
 
 
 def test_a_run_without_a_partition_fails_in_a_sentence(project: Project) -> None:
-    assert project.ui.finished(project.without_partition).status == "FAILURE"
+    without_partition = project.ui.launch(None)
+    assert project.ui.finished(without_partition).status == "FAILURE"
     failed = {
         event["stepKey"]: (event["failureMetadata"] or {}).get("description")
-        for event in project.ui.events(project.without_partition)
+        for event in project.ui.events(without_partition)
         if event["__typename"] == "ExecutionStepFailureEvent"
     }
     # Dagster itself refuses seed_embeddings where the seed folder has a history.

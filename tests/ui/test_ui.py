@@ -201,14 +201,17 @@ def test_every_check_has_passed_and_says_what_it_means(
     keep(page, "checks", 640)
 
 
-def test_the_graph_shows_where_everything_comes_from(page: Page, launched: str) -> None:
-    assert launched
-    page.set_viewport_size({"width": 2000, "height": 1040})  # each asset in full
+def test_the_graph_shows_where_everything_comes_from(project: Project, page: Page) -> None:
+    wait_for("quiet", lambda: all(run.status not in IN_PROGRESS for run in project.ui.runs()))
+    assert project.ui.finished(project.ui.launch(RAN_BY_THE_DEMO)).status == "SUCCESS"
+    page.set_viewport_size({"width": 2000, "height": 1300})  # each asset in full
     groups = ",".join(f"global@global:{name}" for name in ("sources", "seeds", "index", "urls"))
     page.goto(f"/asset-groups/?expanded={groups}")
     sources = ("seed_folder", "laion_index_source", "retrieval_settings")
     for asset in (*sources, "staged_laion_index", "combined_urls"):
         expect(page.locator("foreignObject", has_text=asset).first).to_be_attached()
+    combined = page.locator("foreignObject", has_text="combined_urls").last
+    expect(combined).to_contain_text("4 / 4 Passed")
     expect(page.locator("foreignObject", has_text="100% filled").first).to_be_visible()
     keep(page, "graph")
     page.set_viewport_size(SIZE)
@@ -218,6 +221,9 @@ def test_the_sensor_says_what_it_saw(project: Project, page: Page) -> None:
     page.goto("/locations/laion_assets/sensors/seed_sets_sensor")
     page.get_by_text("Registers seed sets as partitions").first.wait_for()
     page.get_by_text("View logs").first.wait_for()
+    if not project.ui.runs_of(BROKEN):
+        project.drop_broken()
+    wait_for("the sensor", lambda: project.ui.runs_of(BROKEN))
     (project.folder / "data" / "seeds" / BROKEN).rename(project.folder / "away")
     page.get_by_role("row", name="removed, tables kept: broken").first.wait_for()
     keep(page, "sensor")
