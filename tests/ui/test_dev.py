@@ -74,6 +74,7 @@ def test_numbers_given_in_the_launchpad_are_those_of_the_run(project: Project) -
         ("nb_images_knn", "7", "Launchpad or command line"),
         ("nb_images_centroid", "500", "default"),
         ("dedup_threshold", "0.94", "default"),
+        ("max_bad_images", "0.05", "default"),
         ("nprobe", "5", "Launchpad or command line"),
     }
 
