@@ -185,7 +185,7 @@ def _of_target(kept: int, target: int | None) -> str:
 
 
 def _made_from(provenance: Provenance) -> str:
-    return f"made from seeds {plain(provenance.seeds)} and index {plain(provenance.index or '')}"
+    return f"made from seeds {plain(provenance.seeds_version)} and index {plain(provenance.index or '')}"
 
 
 def _column_schema(schema: pa.Schema) -> dg.TableSchema:

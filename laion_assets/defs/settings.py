@@ -135,13 +135,6 @@ class ResolvedSettings:
             BLOCK_LIST: self.block_list
         }
 
-    def of_seed_set(self) -> dict[str, Any]:
-        """Return what the seed set's own settings file says."""
-        values = self.values.model_dump()
-        return {
-            name: values[name] for name, origin in self.origins.items() if origin.endswith(SETTINGS_FILE)
-        }
-
     def sized(self, seeds: int, yielded: Yield, rows: int) -> ResolvedSettings:
         """Compute the two counts from the target; unchanged where the counts are given.
 

@@ -242,7 +242,7 @@ class _Search:
 
     def _settings(self, origin: Provenance, block_list: BlockList | None) -> ResolvedSettings:
         """Resolve the settings, and report those that a run would use by itself."""
-        own, name = origin.settings.of_seed_set(), origin.seed_set
+        own, name = origin.own, origin.seed_set
         listed = None if block_list is None else str(block_list)
         settings = self.config.resolve(self.defaults, own, name, listed)
         current = current_settings(self.defaults, own, name, listed)
