@@ -232,6 +232,13 @@ MISTAKES: dict[str, tuple[list[str], dict[str, str], int, tuple[str, ...]]] = {
         ["materialize", "flower"], {"LAION_STAGING": "inplace"}, 1,
         ("LAION_STAGING is 'inplace'", "'full', 'sparse' or 'in-place'"),
     ),
+    "a label of nodes that is none": (
+        ["materialize", "flower"], {"LAION_NVME_LABEL": "x"}, 1,
+        ("LAION_NVME_LABEL is 'x'", "key=value"),
+    ),
+    "a label of nodes that is none, in the UI": (
+        ["dev"], {"LAION_NVME_LABEL": "x"}, 1, ("LAION_NVME_LABEL is 'x'", "key=value"),
+    ),
     "a demo that is none": (
         ["demo"], {"LAION_INDEX_URI": "/elsewhere"}, 1, ("LAION_INDEX_URI is set", "unset it"),
     ),

@@ -32,6 +32,7 @@ from laion_assets.defs.kubernetes.placement import NvmeNode, Placement, on_nvme_
 from laion_assets.defs.kubernetes.step_pods import RENEW, why_it_cannot_start
 from laion_assets.defs.places import Places
 from laion_assets.defs.settings import FIELDS, variable_of
+from laion_assets.io.errors import InputError
 from laion_assets.staging import read_bytes
 
 ON_NVME = {"staged_laion_index", "knn_urls", "centroid_urls"}
@@ -172,8 +173,8 @@ def test_every_setting_reaches_the_pod():
     ],
 )
 def test_a_wrong_setting_is_named(variable, value, remedy):
-    with pytest.raises(ValueError, match=f"{variable} is '{value}': .*{remedy}"):
-        NvmeNode.from_environment({variable: value})
+    with pytest.raises(InputError, match=f"{variable} is '{value}': .*{remedy}"):
+        build_defs({variable: value})
 
 
 def test_pods_only_inside_a_cluster():

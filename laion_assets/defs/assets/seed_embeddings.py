@@ -35,6 +35,7 @@ from laion_assets.seeds import (
 )
 
 FILES_LOGGED = 20
+OF_KNOWN_IMAGES = ("content", "thumbnail", "embedding")  # columns; without images there is no content
 
 
 def seed_embeddings_asset(placement: Placement) -> dg.AssetsDefinition:
@@ -101,7 +102,7 @@ def seed_embeddings_asset(placement: Placement) -> dg.AssetsDefinition:
                     table.write(batch)
             return dg.MaterializeResult(
                 data_version=dg.DataVersion(provenance.seeds_version),
-                metadata=report.of_seeds(
+                metadata=report.describe_seeds(
                     tables.written(context), seed_set, found, provenance, table.seconds
                 ),
             )
@@ -131,12 +132,12 @@ def _known_images(
     if model is None or last is None:
         return None
     try:
-        if Provenance.of(last).model != model.fingerprint or "content" not in last.schema.names:
+        if Provenance.of(last).model != model.fingerprint:
             return None
     except InputError as error:
         context.log.info(f"all images are embedded again: {error}")
         return None
-    return KnownImages.of(last.read(["content", "thumbnail", "embedding"]))
+    return KnownImages.of(last.read([name for name in OF_KNOWN_IMAGES if name in last.schema.names]))
 
 
 def _log(context: dg.AssetExecutionContext, seed_set: SeedSet, found: Seeds) -> None:
@@ -193,7 +194,7 @@ def centroid_vector_asset(placement: Placement) -> dg.AssetsDefinition:
                 table.write(row)
             return dg.MaterializeResult(
                 metadata={"norm of mean": length, "seeds": len(embeddings)}
-                | report.of_table(tables.written(context), table.seconds),
+                | report.describe_table(tables.written(context), table.seconds),
                 check_results=checks.logged(
                     context, checks.of_centroid(len(embeddings), length, mean, prompts)
                 ),

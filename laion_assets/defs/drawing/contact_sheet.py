@@ -1,7 +1,6 @@
-"""Rows of thumbnails on one picture: what a seed set found, at a glance.
+"""Rows of thumbnails on one image: what a seed set found, at a glance.
 
-Pillow only, bytes in and a picture out. What must not live here: reading tables, choosing which
-hits to show, anything that knows where a picture came from.
+Pillow only: encoded images in, one image out.
 """
 
 import io
