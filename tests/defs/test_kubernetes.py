@@ -136,6 +136,14 @@ def test_steps_request_what_they_need_and_those_with_the_index_are_not_evicted(s
             assert template["spec"]["securityContext"]["fsGroup"] == int(node.group)
 
 
+def test_the_pod_that_embeds_gets_the_model_and_no_cache_on_a_volume(step_pods):
+    (container,) = step_pods["seed_embeddings"]["spec"]["template"]["spec"]["containers"]
+    told = {variable["name"]: variable["value"] for variable in container["env"]}
+    assert told["LAION_MODEL"].startswith("gs://OUTPUT_BUCKET/")
+    assert "LAION_CACHE_DIR" not in told
+    assert told["LAION_MODEL"].removeprefix("gs://") in (K8S / "README.md").read_text()
+
+
 def test_a_pod_names_its_asset_and_is_never_started_twice_by_kubernetes(step_pods):
     for asset, job in step_pods.items():
         assert job["spec"]["template"]["metadata"]["labels"]["laion-assets/asset"] == asset
@@ -197,9 +205,7 @@ def test_a_step_that_may_not_look_at_the_claim_names_the_file_that_lets_it():
         metadata=SimpleNamespace(namespace="laion"), spec=SimpleNamespace(volumes=[claimed])
     )
     told = why_it_cannot_start(core, NvmeNode(), "knn_urls", pod)
-    assert (
-        "the claim laion-index cannot be looked at (Forbidden: apply k8s/dagster-may-look.yaml)" in told
-    )
+    assert "the claim laion-index cannot be read (Forbidden: apply k8s/dagster-may-look.yaml)" in told
     assert (K8S / "dagster-may-look.yaml").exists()
 
 
@@ -213,7 +219,7 @@ def test_steps_are_tried_again_in_a_cluster_and_only_there():
 
 
 BROKEN = {
-    "seed_embeddings": "laion_assets.defs.resources.read_seeds",
+    "seed_embeddings": "laion_assets.defs.assets.seed_embeddings.read_seeds",
     "centroid_vector": "laion_assets.defs.assets.seed_embeddings.centroid",
     "staged_laion_index": "laion_assets.defs.resources.stage",
     "knn_urls": "laion_assets.defs.assets.url_sets.retrieve",
