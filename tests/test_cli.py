@@ -129,7 +129,7 @@ def test_a_run_ends_well_and_prints_nothing_but_its_story(story: Story) -> None:
         allowed = "|".join([*ASSETS, "run", "demo index", "demo seeds"])
         strange = [line for line in told.splitlines() if not re.match(rf"({allowed})(: | \w)", line)]
         assert strange == []
-        assert len(told.splitlines()) <= 12
+        assert len(told.splitlines()) <= 13  # one of them on the run that had been killed
         assert table.rstrip().splitlines()[-1].startswith("contact sheet: data/output/")
         assert len(table.strip().splitlines()) == 6
 
