@@ -19,6 +19,7 @@ from dotenv import load_dotenv
 
 from laion_assets.definitions import JOB, build_defs
 from laion_assets.defs.failures import sentence
+from laion_assets.defs.kubernetes.placement import NvmeNode
 from laion_assets.defs.launcher import fail_abandoned_runs, process_lock
 from laion_assets.defs.look import SHEETS, TOP, look
 from laion_assets.defs.partitions import SEED_SETS
@@ -170,8 +171,9 @@ def _build_demo() -> None:
 
 
 def _dev(parsed: argparse.Namespace, environment: Mapping[str, str]) -> int:
-    """Replace this process by Dagster's webserver and daemon, on the history of this folder."""
+    """Replace this process with Dagster's webserver and daemon, on the history of this folder."""
     Places.from_environment(environment)  # a wrong setting fails here, in one sentence
+    NvmeNode.from_environment(environment)
     if not environment.get("LAION_INDEX_URI"):
         _build_demo()
     home = _home(environment)

@@ -24,7 +24,7 @@ def build_defs(
     environment: Mapping[str, str] = os.environ,
     loggers: Mapping[str, dg.LoggerDefinition] | None = None,
 ) -> dg.Definitions:
-    """Assemble the code location for an environment; tests and the command line bring their own.
+    """Assemble the code location for an environment.
 
     Raises:
         InputError: a variable that cannot be used, or that is misspelt.

@@ -21,7 +21,7 @@ DECIDE_THE_YIELD = ("dedup_threshold", "filters", BLOCK_LIST)
 
 
 @dataclass(frozen=True)
-class Materialized:
+class PastMaterialization:
     """One materialization of an asset for a seed set.
 
     Attributes:
@@ -44,7 +44,7 @@ class Materialized:
 
 def materializations(
     instance: dg.DagsterInstance, asset: str, seed_set: str | None = None, before: float | None = None
-) -> Iterator[Materialized]:
+) -> Iterator[PastMaterialization]:
     """Yield the last materializations of an asset, the latest first.
 
     Args:
@@ -63,7 +63,7 @@ def materializations(
             made = record.asset_materialization
             if made is not None:
                 figures = {name: value.value for name, value in made.metadata.items()}
-                yield Materialized(record.run_id, figures)
+                yield PastMaterialization(record.run_id, figures)
         if not page.has_more:
             return
         cursor = page.cursor
@@ -92,7 +92,7 @@ def measured_yield(
 
 
 def yield_for(context: dg.AssetExecutionContext, seed_set: str, asked: Mapping[str, Any]) -> Yield:
-    """Return the yield a run counts on: the same in all its steps, whatever ends meanwhile."""
+    """Return the yield a run counts on. Read as of the run's start, so that all its steps agree."""
     record = context.instance.get_run_record_by_id(context.run.run_id)
     began = record.create_timestamp.timestamp() if record else None
     return measured_yield(context.instance, seed_set, asked, began)

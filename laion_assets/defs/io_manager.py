@@ -75,7 +75,8 @@ class ParquetIOManager(dg.IOManager):
     def handle_output(self, context: dg.OutputContext, obj: object) -> None:
         """Refuse: assets write their tables themselves and return no value."""
         raise TypeError(
-            f"{context.asset_key.to_user_string()} returned {type(obj).__name__}, which nobody stores"
+            f"{context.asset_key.to_user_string()} returned {type(obj).__name__}: assets must write "
+            "their table and return no value"
         )
 
     def load_input(self, context: dg.InputContext) -> StoredTable:

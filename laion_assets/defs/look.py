@@ -36,6 +36,7 @@ from laion_assets.search.filters import Filters, conditions_in
 from laion_assets.search.safety import marked_unsafe
 from laion_assets.seeds import Model
 from laion_assets.seeds.decoding import EXTENSIONS
+from laion_assets.seeds.folder import is_hidden, is_image
 from laion_assets.seeds.images import BadImage, EmbeddedImage, embed_images
 from laion_assets.seeds.model_folder import MODEL
 from laion_assets.seeds.prompts import Prompt, embed_prompts
@@ -46,9 +47,9 @@ IMAGES = 24  # of a folder; each is a query
 PROBLEMS_SHOWN = 10
 NAME = 40  # characters of a file's name, each of which may take four bytes
 SHEETS = DATA / "look"
-COLUMNS, CELL = 8, 128  # of the contact sheet: pictures in a row, pixels of each
+COLUMNS, CELL = 8, 128  # of the contact sheet: images in a row, pixels of each
 CAPTION, URL = 48, 60  # columns of a terminal, where it has them
-NO_PICTURES = (
+NO_THUMBNAILS = (
     "no contact sheet: the index has no thumbnails, and LAION_SHOW_REMOTE_PICTURES=true would fetch the "
     "images from their hosts"
 )
@@ -61,7 +62,7 @@ class Look:
     Attributes:
         about: one sentence.
         rows: the best first, see `best_rows`.
-        sheet: where the contact sheet is; None where there are no pictures.
+        sheet: where the contact sheet is; None where there are no thumbnails.
         notes: what a person should know besides.
 
     """
@@ -87,7 +88,7 @@ class Look:
 
 @dataclass(frozen=True)
 class _Query:
-    """What is looked for.
+    """The vectors that a look searches around.
 
     Attributes:
         strip: the first of the contact sheet.
@@ -147,18 +148,18 @@ def look(
             filters=_filters(settings, index),
         )
         about = f"the {len(rows):,} best of {opened.index.rows:,} rows around {query.strip.subtitle}"
-    pictures, notes = _pictures(rows, remote=places.show_remote_pictures == "true")
+    thumbnails, notes = _thumbnails(rows, remote=places.show_remote_pictures)
     notes = query.notes + notes
-    if not any(pictures):
+    if not any(thumbnails):
         return Look(about, rows, None, notes)
     captions = [caption or "" for caption in rows["caption"].to_pylist()]
     order = "nearest first" if len(query.vectors) == 1 else "the nearest of each image first"
-    found = Strip(f"{len(rows):,} best rows", order, pictures, captions)
+    found = Strip(f"{len(rows):,} best rows", order, thumbnails, captions)
     _save([query.strip, found], sheet)
     return Look(about, rows, sheet, notes)
 
 
-# --- what is looked for ---------------------------------------------------------------------------
+# --- queries --------------------------------------------------------------------------------------
 
 
 def images_at(text: str) -> list[Path] | None:
@@ -203,18 +204,16 @@ def _mode(path: Path) -> int | None:
 
 def _images_below(folder: Path) -> Iterable[Path]:
     for root, folders, names in os.walk(folder):
-        folders[:] = [name for name in folders if not name.startswith((".", "_"))]
-        for name in names:
-            path = Path(root, name)
-            if path.suffix.lower() in EXTENSIONS and not name.startswith((".", "_")) and path.is_file():
-                yield path
+        folders[:] = [name for name in folders if not is_hidden(name)]
+        paths = (Path(root, name) for name in names if is_image(name) and not is_hidden(name))
+        yield from (path for path in paths if path.is_file())
 
 
 def _is_meant_as_path(text: str) -> bool:
-    """Tell a path that does not exist from a prompt, which may hold a slash: "a black/white photo"."""
+    """Return whether a text is a path, not a prompt with a slash such as "a black/white photo"."""
     if "://" in text or text.startswith(("/", "./", "../", "~")):
         return True
-    if Path(text).suffix.lower() in EXTENSIONS:
+    if is_image(text):
         return True
     return "/" in text and (not re.search(r"\s", text) or _mode(Path(Path(text).parts[0])) is not None)
 
@@ -264,7 +263,7 @@ def _prompt(model: Model, text: str) -> _Query:
     return _Query(Strip(one_line(text), "a prompt", [], []), found.vectors, cut_short)
 
 
-# --- where it is looked for -----------------------------------------------------------------------
+# --- the index ------------------------------------------------------------------------------------
 
 
 def _model(embedder: Embedder, index: LaionIndex, log: Callable[[str], None]) -> Model:
@@ -273,7 +272,7 @@ def _model(embedder: Embedder, index: LaionIndex, log: Callable[[str], None]) ->
     if model is None:
         index.source_version()  # where there is no index either, that comes first
         raise InputError(
-            "there is no model to embed what is looked for: name the one that the index was made with",
+            "no model is set to embed the query: name the one that the index was made with",
             MODEL,
         )
     return model
@@ -294,24 +293,24 @@ def _filters(settings: Settings, index: LaionIndex) -> Filters:
     return Filters(conditions_in(settings.filters or ""), index.block_list())
 
 
-# --- what it looks like ---------------------------------------------------------------------------
+# --- the contact sheet ----------------------------------------------------------------------------
 
 
-def _pictures(rows: pa.Table, *, remote: bool) -> tuple[list[bytes | None], tuple[str, ...]]:
-    """Return a picture of each row where there is one and it is not marked as unsafe, and notes."""
+def _thumbnails(rows: pa.Table, *, remote: bool) -> tuple[list[bytes | None], tuple[str, ...]]:
+    """Return the thumbnail of each row where there is one and it is not marked as unsafe, and notes."""
     if THUMBNAIL_COLUMN in rows.column_names and rows[THUMBNAIL_COLUMN].null_count < len(rows):
         unsafe = marked_unsafe(rows)
         stored = zip(rows[THUMBNAIL_COLUMN].to_pylist(), unsafe, strict=True)
-        left_out = f"{unsafe.sum()} pictures are not shown: the index marks them as unsafe"
+        left_out = f"{unsafe.sum()} images are not shown: the index marks them as unsafe"
         return [None if hide else image for image, hide in stored], (left_out,) if unsafe.any() else ()
     if not remote:
-        return [None] * len(rows), (NO_PICTURES,) if len(rows) else ()
+        return [None] * len(rows), (NO_THUMBNAILS,) if len(rows) else ()
     fetched = remote_thumbnails(rows.slice(0, FETCHED))
-    pictures = [image if isinstance(image, bytes) else None for image in fetched]
+    thumbnails = [image if isinstance(image, bytes) else None for image in fetched]
     why = reasons(fetched)
-    note = f"{pictures.count(None)} of {len(fetched)} images were not fetched: {why}" if why else ""
-    pictures += [None] * (len(rows) - len(pictures))
-    return pictures, (note,) if note else ()
+    note = f"{thumbnails.count(None)} of {len(fetched)} images were not fetched: {why}" if why else ""
+    thumbnails += [None] * (len(rows) - len(thumbnails))
+    return thumbnails, (note,) if note else ()
 
 
 def _sheet_path(output: str | None, text: str, images: Sequence[Path]) -> Path:
@@ -323,14 +322,14 @@ def _sheet_path(output: str | None, text: str, images: Sequence[Path]) -> Path:
     """
     path = _path(output) if output else SHEETS / f"{_name(text)}.png"
     if path.suffix.lower() != ".png":
-        raise InputError(f"--output is {output}: the contact sheet is a PNG, name it so")
+        raise InputError(f"--output is {output}: --output must end in .png")
     if path.is_dir() or any(path.exists() and path.samefile(image) for image in images):
         raise InputError(f"the contact sheet cannot replace {path}: name another file with --output")
     return path
 
 
 def _name(text: str) -> str:
-    """Return the name of a file for what is looked for."""
+    """Return the name of the contact sheet of a query."""
     path = _path(text)
     mode = _mode(path)
     named = text if mode is None else path.resolve().name if stat.S_ISDIR(mode) else path.stem

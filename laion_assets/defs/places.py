@@ -1,7 +1,8 @@
 """Where things are and how they are staged: `LAION_*` variables that hold for every run.
 
 `Places` declares each variable once, with type, default and help; the tables in the documentation follow
-from it. Settings that can change for one run are in `settings`.
+from it. Settings that can change for one run are in `settings`, requests of pods (`LAION_NVME_*`) in
+`kubernetes.placement`.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
+from laion_assets.defs.kubernetes.placement import NvmeNode
 from laion_assets.defs.settings import FIELDS, variable_of
 from laion_assets.io.errors import InputError
 from laion_assets.io.storage import on_this_machine
@@ -20,7 +22,6 @@ from laion_assets.staging import DEFAULT_BUDGET, read_bytes
 
 DATA = Path("data")  # the project folder; dagster.yaml keeps Dagster's own storage there too
 SIMILAR_NAMES = 0.85  # share of letters that a misspelt variable has in common with the one meant
-NODE_PREFIX = "LAION_NVME_"  # pods' requests, read by `kubernetes.placement`
 
 
 def _columns(text: Any) -> Any:
@@ -42,6 +43,14 @@ def _bytes(text: Any) -> Any:
         raise ValueError("write it as a number of bytes, or like 300GB") from error
 
 
+def _true_or_false(text: Any) -> Any:
+    if not isinstance(text, str):
+        return text
+    if text not in ("true", "false"):
+        raise ValueError("set it to 'false' or 'true'")
+    return text == "true"
+
+
 def _place(default: str, help_text: str) -> Any:
     """Declare a folder that is below `DATA` in the working directory unless it is set."""
     return Field(
@@ -59,8 +68,8 @@ class Places(BaseModel):
     index_uri: str = _place("index", "Folder of the index, a local path or any fsspec URL")
     metadata_uri: str | None = Field(
         None,
-        description="Folder of the metadata, where it lies elsewhere or is only a part",
-        json_schema_extra={"shown": "`metadata` in the folder of the index"},
+        description="Folder of the metadata, if not `metadata` in the index folder",
+        json_schema_extra={"shown": "`metadata` in the index folder"},
     )
     metadata_columns: Annotated[Mapping[str, str], BeforeValidator(_columns)] = Field(
         {},
@@ -76,7 +85,10 @@ class Places(BaseModel):
         None,
         description="`full` copies the index to the cache, `sparse` reads only what requests touch, "
         "`in-place` uses a local index where it is",
-        json_schema_extra={"shown": "`full` from a folder, `sparse` from elsewhere", "example": "full"},
+        json_schema_extra={
+            "shown": "`full` from a folder, `sparse` from elsewhere (on Kubernetes: `full`)",
+            "example": "full",
+        },
     )
     sparse_budget: Annotated[int, BeforeValidator(_bytes)] = Field(
         DEFAULT_BUDGET,
@@ -100,16 +112,19 @@ class Places(BaseModel):
     )
     embed_device: Literal["auto", "cpu", "cuda"] = Field(
         "auto",
-        description="Where the model runs: `cuda` needs onnxruntime-gpu, `auto` uses it where it is",
+        description="Where the model runs: `cuda` needs onnxruntime-gpu, `auto` uses the GPU if "
+        "available",
     )
     seeds_uri: str = _place(
         "seeds", "Folder of the seed sets, a subfolder each: a local path or any fsspec URL"
     )
     output_uri: str = _place("output", "Where the tables go, a local path or any fsspec URL")
-    show_remote_pictures: Literal["false", "true"] = Field(
-        "false",
+    show_remote_pictures: Annotated[bool, BeforeValidator(_true_or_false)] = Field(
+        False,
         description="`true` shows images of an index without thumbnails straight from their hosts, in "
-        "the UI and in `laion-assets look`: LAION holds unsafe images, and each host learns your address",
+        "the UI and in `laion-assets look`: LAION holds unsafe images, and each host sees your IP "
+        "address",
+        json_schema_extra={"shown": "`false`", "example": "false"},
     )
 
     @property
@@ -144,7 +159,8 @@ def _refuse_misspelt(environment: Mapping[str, str]) -> None:
     alike may be somebody else's, such as those that Kubernetes makes of the names of services.
     """
     known = {variable_of(name) for name in (*Places.model_fields, *FIELDS)}
+    known.update(NvmeNode.variables().values())
     for name in environment:
-        if name.startswith("LAION_") and not name.startswith(NODE_PREFIX) and name not in known:
+        if name.startswith("LAION_") and name not in known:
             for meant in difflib.get_close_matches(name, known, n=1, cutoff=SIMILAR_NAMES):
                 raise InputError(f"{name} is set, which is not a setting: did you mean {meant}?")

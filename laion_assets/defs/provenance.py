@@ -13,11 +13,17 @@ from laion_assets.io.errors import InputError
 from laion_assets.io.tables import StoredTable
 
 PROVENANCE_KEY = "laion_assets"
+WITH_MODEL = "+"  # joins the fingerprints of the files and of the model
 
 
 def now() -> str:
     """Return the time, ISO 8601 in UTC."""
     return datetime.now(UTC).isoformat(timespec="seconds")
+
+
+def files_version(seeds_version: str) -> str:
+    """Return the fingerprint of the files in a version of embedded seeds."""
+    return seeds_version.partition(WITH_MODEL)[0]
 
 
 @dataclass(frozen=True)
@@ -29,6 +35,7 @@ class Provenance:
         seeds: fingerprint of the seed files.
         settings: those that were used, and where each came from.
         run: id of the Dagster run.
+        own: what the seed set's settings.yaml says.
         index: fingerprint of the staged index; None for tables made without it.
         model: fingerprint of the model that embedded the seeds; None where they came as vectors.
         counts: of a search, from requested to kept, by name.
@@ -40,10 +47,16 @@ class Provenance:
     seeds: str
     settings: ResolvedSettings
     run: str
+    own: Mapping[str, Any] = field(kw_only=True)
     index: str | None = None
     model: str | None = None
     counts: Mapping[str, int] = field(default_factory=dict)
     written: str = field(default_factory=now)
+
+    @property
+    def seeds_version(self) -> str:
+        """The version of the embedded seeds: of their files, and of the model where one embedded them."""
+        return self.seeds if self.model is None else f"{self.seeds}{WITH_MODEL}{self.model}"
 
     def to_json(self) -> dict[str, Any]:
         """Return a form for JSON."""
@@ -53,6 +66,7 @@ class Provenance:
             "index": self.index,
             "model": self.model,
             "settings": self.settings.to_json(),
+            "own": dict(self.own),
             "counts": dict(self.counts),
             "run": self.run,
             "written": self.written,
@@ -81,7 +95,7 @@ class Provenance:
 
 
 def check_same_origin(knn: StoredTable, centroid: StoredTable, seeds: StoredTable) -> Provenance:
-    """Refuse two sets that were not made from one index, from these seeds, and with the same filters.
+    """Refuse two sets of different seeds, models, indices, filters or block lists.
 
     Returns:
         The provenance of the knn set, with the settings of both.
@@ -91,13 +105,17 @@ def check_same_origin(knn: StoredTable, centroid: StoredTable, seeds: StoredTabl
 
     """
     one, other = Provenance.of(knn), Provenance.of(centroid)
-    current = Provenance.of(seeds).seeds
+    current = Provenance.of(seeds)
     for asset, made in (("knn_urls", one), ("centroid_urls", other)):
-        if made.seeds != current:
-            raise InputError(
-                f"{asset} of {made.seed_set!r} was made from other seeds or another settings.yaml "
-                f"({made.seeds}) than seed_embeddings now holds ({current}): materialize {asset} again"
-            )
+        for what, its, now_held in (
+            ("other seeds or another settings.yaml", made.seeds, current.seeds),
+            ("seeds embedded with another model", made.model, current.model),
+        ):
+            if its != now_held:
+                raise InputError(
+                    f"{asset} of {made.seed_set!r} was made from {what} ({its or 'none'}) than "
+                    f"seed_embeddings now holds ({now_held or 'none'}): materialize {asset} again"
+                )
     older = "knn_urls" if one.written < other.written else "centroid_urls"
     for what, its, theirs in (
         ("indices", one.index, other.index),

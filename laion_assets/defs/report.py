@@ -41,7 +41,7 @@ PREVIEW_ROWS = 10
 PREVIEW_TEXT = 120  # characters; the event log holds every preview for ever
 
 
-def of_seeds(
+def describe_seeds(
     stored: StoredTable, seed_set: SeedSet, found: Seeds, provenance: Provenance, seconds: float
 ) -> dict[str, Any]:
     """Report the seeds of a set."""
@@ -60,12 +60,12 @@ def of_seeds(
         "images embedded before": found.reused,
         **{name: names[:NAMES_SHOWN] for name, names in lists.items() if names},
         "files": [file.name for file in seed_set.files[:NAMES_SHOWN]],
-        **of_table(stored, seconds),
+        **describe_table(stored, seconds),
         PROVENANCE: provenance.to_json(),
     }
 
 
-def of_search(
+def describe_search(
     stored: StoredTable,
     found: Found,
     provenance: Provenance,
@@ -93,12 +93,12 @@ def of_search(
         **_labelled(counts),
         YIELD: found.funnel.yielded,
         "recall of nprobe": _recall(found),
-        **of_table(stored, seconds),
+        **describe_table(stored, seconds),
         PROVENANCE: provenance.to_json(),
     }
 
 
-def of_combined(
+def describe_combined(
     stored: StoredTable,
     funnel: CombinedFunnel,
     provenance: Provenance,
@@ -142,12 +142,12 @@ def of_combined(
         YIELD: yielded,
         **({"target images": target, "target reached": round(funnel.kept / target, 4)} if target else {}),
         **({"picture": dg.MetadataValue.path(_saved(stored, sheet))} if sheet else {}),
-        **of_table(stored, seconds),
+        **describe_table(stored, seconds),
         PROVENANCE: provenance.to_json(),
     }
 
 
-def of_table(stored: StoredTable, seconds: float) -> dict[str, Any]:
+def describe_table(stored: StoredTable, seconds: float) -> dict[str, Any]:
     """Report a table's file: time to make it, size, rows, location, columns, first rows."""
     return {
         "seconds": seconds,
@@ -185,7 +185,7 @@ def _of_target(kept: int, target: int | None) -> str:
 
 
 def _made_from(provenance: Provenance) -> str:
-    return f"made from seeds {plain(provenance.seeds)} and index {plain(provenance.index or '')}"
+    return f"made from seeds {plain(provenance.seeds_version)} and index {plain(provenance.index or '')}"
 
 
 def _column_schema(schema: pa.Schema) -> dg.TableSchema:

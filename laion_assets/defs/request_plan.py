@@ -8,7 +8,7 @@ from typing import Any
 
 import dagster as dg
 
-from laion_assets.defs.history import Materialized, materializations, measured_yield
+from laion_assets.defs.history import PastMaterialization, materializations, measured_yield
 from laion_assets.io.progress import format_duration
 from laion_assets.search.sizing import USUAL, Counts, Yield, counts_for
 
@@ -29,7 +29,7 @@ class History:
     """
 
     yielded: Yield = USUAL
-    last_run: Mapping[str, Materialized] = field(default_factory=dict)
+    last_run: Mapping[str, PastMaterialization] = field(default_factory=dict)
     index_rows: int | None = None
     index_size: int | None = None
 
@@ -137,7 +137,7 @@ def _times(plan: RequestPlan) -> list[str]:
     ]
 
 
-def _last_run(instance: dg.DagsterInstance, seed_set: str) -> dict[str, Materialized]:
+def _last_run(instance: dg.DagsterInstance, seed_set: str) -> dict[str, PastMaterialization]:
     """Return the last run that made all three tables, by table; empty without one."""
     by_run = {
         name: {made.run: made for made in materializations(instance, name, seed_set)} for name in TABLES

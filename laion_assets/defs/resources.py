@@ -198,7 +198,7 @@ class Embedder:
         """Stage and open the model, and compare it with the index; None where none is set.
 
         Args:
-            index: the demo's brings the demo's model; any may record which model it was made with.
+            index: used to choose the demo's model and to check the model.
             dimension: of the staged index; None where it is not known.
             log: takes lines about staging.
 
@@ -240,7 +240,7 @@ def resources_from(environment: Mapping[str, str]) -> dict[str, Any]:
         "laion_index": _shown(LaionIndex.at(places)),
         "seeds": _shown(SeedFolder(places.seeds_uri)),
         "embedder": _shown(Embedder.at(places)),
-        "pictures": _shown(Pictures(remote=places.show_remote_pictures == "true")),
+        "pictures": _shown(Pictures(remote=places.show_remote_pictures)),
         "defaults": _shown(Defaults.from_environment(environment)),
         "tables": _shown(tables),
         "retrieval_config": RetrievalConfig(),

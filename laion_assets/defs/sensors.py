@@ -1,7 +1,6 @@
 """Request runs for changed seed sets; report source versions.
 
-`decide` is a pure function of what was seen before, the current state, and what was already done; the
-sensors around it only look and report.
+`decide` is pure; the sensors list, call it and report.
 
 Dagster's concept: https://docs.dagster.io/guides/automate/sensors
 """
@@ -18,6 +17,7 @@ import dagster as dg
 
 from laion_assets.defs.failures import sentence
 from laion_assets.defs.partitions import SEED_SETS, seed_sets
+from laion_assets.defs.provenance import files_version
 from laion_assets.defs.resources import LaionIndex, SeedFolder
 from laion_assets.defs.settings import Defaults
 from laion_assets.defs.sources import (
@@ -165,9 +165,10 @@ def build_seed_sets_sensor(job: dg.UnresolvedAssetJobDefinition) -> dg.SensorDef
         present = {name: found for name, found in listing.sets.items() if _is_usable(name)}
         versions = {name: found.fingerprint for name, found in present.items()}
         known = last_versions(instance, seed_folder.key, dg.DagsterEventType.ASSET_OBSERVATION)
-        done = last_versions(
+        embedded = last_versions(
             instance, dg.AssetKey("seed_embeddings"), dg.DagsterEventType.ASSET_MATERIALIZATION
         )
+        done = {name: files_version(version) for name, version in embedded.items()}
         restored = [n for n, v in versions.items() if known.get(n) != v and done.get(n) == v]
         decision = decide(
             {name: Pending(*seen) for name, seen in state.items()},
@@ -191,14 +192,14 @@ def build_seed_sets_sensor(job: dg.UnresolvedAssetJobDefinition) -> dg.SensorDef
         news = {
             "running": [_with_contents(present[name]) for name in decision.run],
             "waiting for": [_with_contents(present[name]) for name in decision.waiting],
-            "no table of it yet (running or failed):": [
+            "not materialized yet:": [
                 name for name, version in versions.items() if known.get(name) == version != done.get(name)
             ],
             "settings changed:": [
                 version.seed_set or "" for version in settings if version.metadata[CHANGED] != FIRST
             ],
             "removed, tables kept:": removed,
-            "impossible names, rename:": [repr(name) for name in listing.sets if name not in present],
+            "invalid names:": [repr(name) for name in listing.sets if name not in present],
             "ignored files:": listing.ignored,
         }
         report = _summary(news, len(present))

@@ -2,7 +2,8 @@
 
 `Settings` is the one declaration: type, bounds, default and help of every setting. The Launchpad
 (`RetrievalConfig`), the command line, `settings.yaml`, the environment (`LAION_<NAME>`) and the tables in
-the documentation follow from it.
+the documentation follow from it. That new settings make tables stale comes from the external asset
+`retrieval_settings` in `sources`.
 
 Dagster's concept: https://docs.dagster.io/guides/build/external-resources
 """
@@ -33,7 +34,7 @@ from laion_assets.search.sizing import Yield, counts_for
 
 COUNTS = ("nb_images_knn", "nb_images_centroid")
 TARGET = "target_images"
-BLOCK_LIST = "block_list"  # a place, and so no setting of a request; recorded with them
+BLOCK_LIST = "block_list"  # set per deployment; recorded with the settings
 SETTINGS_FILE = "settings.yaml"
 OF_SEEDS = {"max_bad_images"}  # settings that no search uses
 THIS_RUN = "Launchpad or command line"
@@ -133,13 +134,6 @@ class ResolvedSettings:
         values = self.values.model_dump(exclude=OF_SEEDS)
         return {name: None if name in self.computed else values[name] for name in values} | {
             BLOCK_LIST: self.block_list
-        }
-
-    def of_seed_set(self) -> dict[str, Any]:
-        """Return what the seed set's own settings file says."""
-        values = self.values.model_dump()
-        return {
-            name: values[name] for name, origin in self.origins.items() if origin.endswith(SETTINGS_FILE)
         }
 
     def sized(self, seeds: int, yielded: Yield, rows: int) -> ResolvedSettings:
@@ -248,7 +242,7 @@ _Level = Mapping[str, _Given]
 
 @dataclass(frozen=True)
 class Defaults:
-    """Settings of the environment, for runs and seed sets that do not bring their own.
+    """Settings from the environment, the fallback for runs and seed sets.
 
     Attributes:
         variables: text of each `LAION_<NAME>` that is set, by the name of the setting.

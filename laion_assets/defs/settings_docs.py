@@ -18,7 +18,7 @@ DOCUMENT = Path("docs/settings.md")
 EXAMPLE = Path(".env.example")
 BEGIN, END = "<!-- {}:begin -->", "<!-- {}:end -->"
 EXAMPLE_HEAD = """\
-# Copy to .env. Everything is optional: what is not set is the demo, on the local disk under ./data.
+# Copy to .env. Everything is optional. Unset variables select the demo, on the local disk under ./data.
 # `laion-assets` and `dagster dev` both read .env from the folder they are started in.
 # Credentials are never set here: Google Cloud's clients find them by themselves (docs/buckets.md).
 """

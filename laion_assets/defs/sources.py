@@ -35,7 +35,7 @@ laion_index_source = dg.AssetSpec(
 seed_folder = dg.AssetSpec(
     "seed_folder",
     group_name="sources",
-    kinds={"numpy"},
+    kinds={"image"},
     partitions_def=seed_sets,
     description="A folder of seeds under LAION_SEEDS_URI, one for each seed set. External: a sensor "
     "lists it, and runs what is new.",
@@ -72,8 +72,8 @@ class Version:
     def events(self) -> tuple[dg.AssetObservation, dg.AssetMaterialization]:
         """Return the events that report it.
 
-        Dagster compares the observations of a partitioned source, and the materializations of any other;
-        what its pages call filled is always a materialization. So each version is reported as both.
+        Dagster compares the observations of a partitioned source, and the materializations of any other.
+        The UI counts a partition as filled only if it is materialized, so report both.
         """
         tags = {DATA_VERSION_TAG: self.value}
         metadata = {**self.metadata, "fingerprint": self.value}

@@ -258,7 +258,7 @@ def search(project: Project) -> Callable[..., dg.AssetCheckEvaluation]:
 def report_past(project: Project, asset: str, share: float, **settings: Any) -> None:
     """Write into Dagster's history that a run kept this share of what was requested."""
     asked = RetrievalConfig(**settings).resolve(Defaults({}))
-    made = Provenance("fruit", "seeds", asked, "an earlier run").to_json()
+    made = Provenance("fruit", "seeds", asked, "an earlier run", own={}).to_json()
     project.instance.report_runless_asset_event(
         dg.AssetMaterialization(asset, partition="fruit", metadata={YIELD: share, PROVENANCE: made})
     )

@@ -172,7 +172,7 @@ def test_thumbnails_are_shown_whether_they_have_captions_or_not(stored, captions
     columns = {"row": [0, 1, 2], "thumbnail": [picture(7)] * 3}
     shown = strip(stored("seeds", **columns, **({"caption": captions} if captions else {})), "seeds", "")
     assert shown is not None
-    assert list(shown.pictures) == columns["thumbnail"]
+    assert list(shown.images) == columns["thumbnail"]
     assert shown.captions == (["one", "", "three"] if captions else [])
     assert contact_sheet([shown], show_captions=True).width > 8
 
@@ -185,7 +185,7 @@ def test_the_thumbnails_of_a_combined_table_come_from_the_sets_it_was_made_of_in
     combined = stored("combined", id=[4, 2, 3, 1], caption=["four", "two", None, "one"])
     shown = strip_of_combined(combined, [knn, centroid], "combined", "4 images")
     assert shown is not None
-    assert list(shown.pictures) == [picture(4), picture(3), picture(1)]
+    assert list(shown.images) == [picture(4), picture(3), picture(1)]
     assert shown.captions == ["four", "", "one"]
     plain_table = stored("plain", id=[1, 2])
     assert strip_of_combined(combined, [plain_table], "combined", "") is None

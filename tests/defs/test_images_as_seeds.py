@@ -3,15 +3,19 @@
 import json
 import shutil
 from pathlib import Path
+from typing import Any
 
+import dagster as dg
 import pyarrow.parquet as pq
 import pytest
 from helpers.onnx_models import text_model, write_model
-from helpers.project import Demo, Project, Ticks, failures, new_project, reported
+from helpers.project import Demo, Project, Ticks, failures, new_project, reported, stale
 from PIL import Image
 
+from laion_assets.defs.sources import last_version
 from laion_assets.demo import DEMO_MODEL
 from laion_assets.index import MODEL_RECORD
+from laion_assets.seeds import list_seed_sets
 
 ASSETS = ("seed_embeddings", "centroid_vector", "knn_urls", "centroid_urls", "combined_urls")
 
@@ -64,6 +68,74 @@ def test_adding_images_embeds_only_those(images):
     other = images.with_environment(LAION_MODEL=str(copy_of_the_model(images)))
     told = reported(other.run("mine", "seed_embeddings"), "seed_embeddings")
     assert (told["seeds"], told["images embedded before"]) == (4, 0), "another model, other vectors"
+
+
+def footer(project: Project, asset: str, seed_set: str = "mine") -> dict[str, Any]:
+    """The provenance in a table's footer."""
+    metadata = pq.read_metadata(project.table(asset, seed_set)).metadata
+    found: dict[str, Any] = json.loads(metadata[b"laion_assets"])
+    return found
+
+
+def data_version(project: Project, asset: str, seed_set: str) -> str | None:
+    return last_version(project.instance, dg.AssetKey(asset), seed_set)
+
+
+def test_another_model_makes_what_follows_stale_and_old_and_new_are_not_combined(images):
+    mine(images)
+    ticks = Ticks(images)
+    assert failures(images.run("mine")) == {}
+    assert [ticks.tick(), ticks.tick()][0] == []
+    assert stale(images, "mine") == set()
+    before = data_version(images, "seed_embeddings", "mine")
+    other = ticks.project = images.with_environment(LAION_MODEL=str(copy_of_the_model(images)))
+    assert failures(other.run("mine", "seed_embeddings")) == {}
+    assert data_version(images, "seed_embeddings", "mine") != before
+    assert stale(other, "mine") == {"centroid_vector", "knn_urls", "combined_urls"}
+    assert [ticks.tick() for _ in range(3)] == [[]] * 3, "the files are the same: no run"
+    assert "mine" not in ticks.said
+    assert failures(other.run("mine", "knn_urls")) == {}
+    sentence = failures(other.run("mine", "combined_urls"))["combined_urls"]
+    models = {footer(other, asset)["model"] for asset in ("knn_urls", "centroid_urls")}
+    assert len(models) == 2
+    for fact in ("centroid_urls", "another model", *models):
+        assert fact in sentence
+    assert failures(other.run("mine", "centroid_vector", "centroid_urls", "combined_urls")) == {}
+    assert stale(other, "mine") == set()
+    made_with = {footer(other, asset)["model"] for asset in ASSETS}
+    assert made_with == {footer(other, "seed_embeddings")["model"]}
+
+
+def test_another_model_changes_nothing_for_a_set_of_embeddings(project):
+    other = project.with_environment(LAION_MODEL=str(copy_of_the_model(project)))
+    files = list_seed_sets(str(project.seeds))["fruit"].fingerprint
+    for each in (project, other):
+        assert failures(each.run("fruit", "seed_embeddings")) == {}
+        assert data_version(each, "seed_embeddings", "fruit") == files
+        assert footer(each, "seed_embeddings", "fruit")["model"] is None
+
+
+def test_seeds_and_centroid_record_the_settings_that_were_used(images):
+    folder = mine(images)
+    (folder / "broken.jpg").write_bytes(b"no image")
+    (folder / "settings.yaml").write_text("nb_images_knn: 7\n")
+    cases: list[tuple[Project, dict[str, Any], str]] = [
+        (images.with_environment(LAION_MAX_BAD_IMAGES="0.5"), {}, "LAION_MAX_BAD_IMAGES"),
+        (images, {"max_bad_images": 0.5, "nb_images_knn": 9}, "Launchpad or command line"),
+    ]
+    for project, launchpad, origin in cases:
+        assert failures(project.run("mine", "seed_embeddings", "centroid_vector", **launchpad)) == {}
+        for asset in ("seed_embeddings", "centroid_vector"):
+            recorded = footer(project, asset)
+            assert recorded["settings"]["values"]["max_bad_images"] == 0.5
+            assert recorded["settings"]["origins"]["max_bad_images"] == origin
+            assert recorded["own"] == {"nb_images_knn": 7}
+    assert recorded["settings"]["values"]["nb_images_knn"] == 9
+    # Values of one run hold for that run alone; later ones take the set's own.
+    assert failures(images.run("mine", "staged_laion_index", "knn_urls")) == {}
+    settings = footer(images, "knn_urls")["settings"]
+    assert settings["values"]["nb_images_knn"] == 7
+    assert settings["origins"]["nb_images_knn"] == "mine/settings.yaml"
 
 
 def copy_of_the_model(project: Project) -> Path:

@@ -32,6 +32,7 @@ from laion_assets.defs.kubernetes.placement import NvmeNode, Placement, on_nvme_
 from laion_assets.defs.kubernetes.step_pods import RENEW, why_it_cannot_start
 from laion_assets.defs.places import Places
 from laion_assets.defs.settings import FIELDS, variable_of
+from laion_assets.io.errors import InputError
 from laion_assets.staging import read_bytes
 
 ON_NVME = {"staged_laion_index", "knn_urls", "centroid_urls"}
@@ -135,6 +136,14 @@ def test_steps_request_what_they_need_and_those_with_the_index_are_not_evicted(s
             assert template["spec"]["securityContext"]["fsGroup"] == int(node.group)
 
 
+def test_the_pod_that_embeds_gets_the_model_and_no_cache_on_a_volume(step_pods):
+    (container,) = step_pods["seed_embeddings"]["spec"]["template"]["spec"]["containers"]
+    told = {variable["name"]: variable.get("value") for variable in container["env"]}
+    folder, _, name = told["LAION_MODEL"].rpartition("/")
+    assert "LAION_CACHE_DIR" not in told
+    assert f"gcloud storage cp --recursive {name} {folder}/" in (K8S / "README.md").read_text()
+
+
 def test_a_pod_names_its_asset_and_is_never_started_twice_by_kubernetes(step_pods):
     for asset, job in step_pods.items():
         assert job["spec"]["template"]["metadata"]["labels"]["laion-assets/asset"] == asset
@@ -172,8 +181,8 @@ def test_every_setting_reaches_the_pod():
     ],
 )
 def test_a_wrong_setting_is_named(variable, value, remedy):
-    with pytest.raises(ValueError, match=f"{variable} is '{value}': .*{remedy}"):
-        NvmeNode.from_environment({variable: value})
+    with pytest.raises(InputError, match=f"{variable} is '{value}': .*{remedy}"):
+        build_defs({variable: value})
 
 
 def test_pods_only_inside_a_cluster():

@@ -142,6 +142,14 @@ def test_a_bad_image_is_named_and_the_others_are_looked_for(place, demo):
     found = look("mine", place, top=3)
     assert "around 1 image" in found.about
     assert [note.partition(" is ")[0] for note in found.notes] == ["mine/a.jpg", "mine/c.png"]
+    vector, heic = b"<svg xmlns='http://www.w3.org/2000/svg'/>", b"\0\0\0\x18ftypheic"
+    unread = {"a.SVG": vector, "b.heic": heic, "sub/c.webp": good.read_bytes(), ".d.svg": vector}
+    write(Path("phone"), unread)
+    found = look("phone", place, top=3)
+    assert "around 1 image" in found.about
+    assert [note.partition(" is ")[0] for note in found.notes] == ["phone/a.SVG", "phone/b.heic"]
+    with pytest.raises(InputError, match=r"no image can be embedded: phone/a\.SVG is"):
+        look("phone/a.SVG", place)
     write(Path("bad"), {"a.jpg": b"hello"})
     with pytest.raises(InputError, match=r"no image can be embedded: bad/a\.jpg is text"):
         look("bad", place)
@@ -195,6 +203,7 @@ def test_the_number_of_rows_has_bounds(place, top):
     [
         ("", "nothing to look for"),
         ("gone.jpg", "gone.jpg does not exist"),
+        ("gone.heic", "gone.heic does not exist"),
         ("./gone", "./gone does not exist"),
         ("pictures/gone of mine", "does not exist"),
         ("holiday/2024", "does not exist"),
@@ -234,7 +243,7 @@ def test_the_sheet_never_replaces_an_image(place, demo):
     for output in (None, "data/look/../look/mine.png"):
         with pytest.raises(InputError, match="cannot replace"):
             look("data/look/mine.png", place, output=output)
-    with pytest.raises(InputError, match="PNG"):
+    with pytest.raises(InputError, match=r"\.png"):
         look(str(image), place, output=str(image))
     assert contents(Path("data")) == {"look/mine.png": picture.getvalue()}
     found = look("data/look/mine.png", place, top=3, output="deep/er/mine.PNG")

@@ -7,7 +7,7 @@ from typing import Any
 import pyarrow as pa
 import pytest
 
-from laion_assets.defs.provenance import Provenance, check_same_origin
+from laion_assets.defs.provenance import Provenance, check_same_origin, files_version
 from laion_assets.defs.settings import Defaults, RetrievalConfig
 from laion_assets.io.errors import InputError
 from laion_assets.io.tables import StoredTable, new_table
@@ -22,7 +22,8 @@ def made(**given: Any) -> Provenance:
     block_list = given.pop("block_list", None)
     settings = RetrievalConfig(**config).resolve(Defaults({}), block_list=block_list)
     settings = settings.sized(10, USUAL, 10**6)  # as a search records it
-    about = {"seeds": "s1", "index": "i1", "run": "run", "written": "2026-01-02", "settings": settings}
+    about = {"seeds": "s1", "index": "i1", "model": "m1", "run": "run", "own": {}, "settings": settings}
+    about["written"] = "2026-01-02"
     return Provenance("cats", **(about | given))
 
 
@@ -52,7 +53,8 @@ def checked(stored):
 
 def test_a_table_returns_the_provenance_that_was_written_into_its_footer(stored):
     settings = made(nprobe=9, filters="width > 5", block_list="list.txt, 3 ids").settings
-    provenance = made(settings=settings.with_nprobe(7), counts={"requested": 9, "kept": 3})
+    own = {"nb_images_knn": 7, "filters": "width > 5"}
+    provenance = made(settings=settings.with_nprobe(7), own=own, counts={"requested": 9, "kept": 3})
     assert Provenance.of(stored("knn_urls", provenance)) == provenance
 
 
@@ -62,6 +64,7 @@ def test_a_table_returns_the_provenance_that_was_written_into_its_footer(stored)
         lambda _: None,
         lambda told: {**told, "settings": {"nb_images_knn": 50, "origins": {}}},  # of version 0.1
         lambda told: {name: value for name, value in told.items() if name != "seeds"},
+        lambda told: {name: value for name, value in told.items() if name != "own"},
         lambda told: {**told, "more": 1},
         lambda told: {**told, "settings": {**told["settings"], "values": {"nb_pictures": 5}}},
     ],
@@ -88,6 +91,24 @@ def test_a_set_of_other_seeds_is_named(checked, asset):
     for fact in (f"{asset} of 'cats'", "other seeds", "settings.yaml", "s1", "s2"):
         assert fact in str(refused.value)
     assert str(refused.value).endswith(f"materialize {asset} again")
+
+
+@pytest.mark.parametrize("asset", ["knn_urls", "centroid_urls"])
+@pytest.mark.parametrize("model", ["m2", None])
+def test_a_set_whose_seeds_another_model_embedded_is_named(checked, asset, model):
+    other = made(model=model)
+    with pytest.raises(InputError) as refused:
+        checked(*((other, made()) if asset == "knn_urls" else (made(), other)))
+    for fact in (f"{asset} of 'cats'", "another model", model or "none", "m1"):
+        assert fact in str(refused.value)
+    assert str(refused.value).endswith(f"materialize {asset} again")
+
+
+def test_the_version_of_seeds_covers_the_model_where_there_is_one():
+    versions = [made(model=model).seeds_version for model in (None, "m1", "m2")]
+    assert versions[0] == "s1"
+    assert len(set(versions)) == 3
+    assert {files_version(version) for version in versions} == {"s1"}
 
 
 @pytest.mark.parametrize(

@@ -9,15 +9,15 @@ import pytest
 import yaml
 
 from laion_assets.cli import instance, main
-from laion_assets.defs.history import Materialized, materializations
+from laion_assets.defs.history import PastMaterialization, materializations
 from laion_assets.defs.request_plan import TABLES, History, as_yaml, plan_request
 from laion_assets.search.sizing import USUAL, Yield, counts_for
 
 # --- the plan, a pure function --------------------------------------------------------------------
 
 
-def measured(run: str = "0123456789", requested: int = 300, **figures: Any) -> Materialized:
-    return Materialized(run, {"requested": requested, "seconds": 6.0, "bytes": 3000} | figures)
+def measured(run: str = "0123456789", requested: int = 300, **figures: Any) -> PastMaterialization:
+    return PastMaterialization(run, {"requested": requested, "seconds": 6.0, "bytes": 3000} | figures)
 
 
 def test_time_and_disk_are_those_of_the_last_run_scaled_by_what_is_requested():

@@ -139,7 +139,6 @@ def test_the_nearest_level_decides_each_setting_and_whether_counts_or_a_target(r
         origin = expected[1].replace("environment", variable_of(name))
         assert (getattr(found.values, name), found.origins[name]) == (expected[0], origin)
     assert not found.computed
-    assert found.of_seed_set() == {n: v for n, v in own.items() if found.origins.get(n) == OWN}
 
 
 def test_a_target_and_a_count_from_the_same_place_are_refused_with_both_places():
@@ -221,7 +220,6 @@ def test_a_seed_set_brings_its_settings_along(tmp_path):
     found = resolved(own=own)
     assert (found.values.nb_images_knn, found.origins["nb_images_knn"]) == (200, OWN)
     assert type(found.values.dedup_threshold) is float
-    assert found.of_seed_set() == own
     assert own_settings(tmp_path, "") == own_settings(tmp_path, "# nothing yet\n") == {}
 
 

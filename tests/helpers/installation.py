@@ -24,6 +24,7 @@ from helpers.graphql import ask
 from helpers.project import REPOSITORY
 
 from laion_assets.definitions import JOB
+from laion_assets.demo import DEMO_MODEL
 from laion_assets.demo.build import build_demo
 
 BIN = Path(sys.executable).parent
@@ -217,9 +218,11 @@ def installed(root: Path) -> Iterator[Platform]:
         (root / name).mkdir()
     bucket = root / "bucket"
     build_demo(bucket / "index", root / "seeds")
+    model = shutil.copytree(DEMO_MODEL, bucket / "models" / "demo")
     places = {
         "LAION_INDEX_URI": str(bucket / "index"),
         "LAION_SEEDS_URI": str(bucket / "seeds"),
+        "LAION_MODEL": str(model),
         "LAION_OUTPUT_URI": str(bucket / "tables"),
         "LAION_NVME_PENDING_SECONDS": str(PENDING_SECONDS),
     }

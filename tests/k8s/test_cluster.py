@@ -102,7 +102,7 @@ def test_a_claim_stays_on_its_node_while_the_node_lives(cluster: Cluster, core: 
     assert "1 Insufficient cpu, 1 node(s) had volume node affinity conflict" in (
         why_it_cannot_start(core, NvmeNode(), "second", waiting)
     )
-    assert "laion-index is well" in renew(core, "laion", CLAIM)
+    assert "laion-index is usable" in renew(core, "laion", CLAIM)
 
 
 def test_a_claim_on_a_node_that_is_gone_is_made_anew(cluster: Cluster, core: CoreV1Api):
@@ -117,7 +117,7 @@ def test_a_claim_on_a_node_that_is_gone_is_made_anew(cluster: Cluster, core: Cor
     wait_until(lambda: not cluster.of("persistentvolumes"), "the volume is gone")
     told = what_is_wrong(core, "laion", "laion-index") or ""
     assert "volume local-nvme-1, which is gone" in told
-    assert renew(core, "laion", CLAIM) == f"{told}: the claim laion-index was made anew"
+    assert renew(core, "laion", CLAIM) == f"{told}: the claim laion-index was recreated"
     assert what_is_wrong(core, "laion", "laion-index") is None
 
 
@@ -125,5 +125,5 @@ def test_a_claim_that_was_deleted_is_made_anew(cluster: Cluster, core: CoreV1Api
     cluster.delete("persistentvolumeclaims", "laion-index")
     wait_until(lambda: not cluster.of("persistentvolumeclaims"), "the claim is gone")
     told = renew(core, "laion", CLAIM)
-    for fact in ("laion-index does not exist", "was made anew"):
+    for fact in ("laion-index does not exist", "was recreated"):
         assert fact in told

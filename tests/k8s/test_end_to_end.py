@@ -72,8 +72,8 @@ def test_a_node_that_is_gone_ends_the_run_with_a_sentence_until_the_claim_is_ren
         assert fact in told["knn_urls"]
     assert not platform.events(run, RETRY)
     assert not platform.cluster.pods_of("knn_urls", "Pending"), "it might start beside a later try"
-    assert "was made anew" in platform.renew_claim()
-    assert "is well" in platform.renew_claim()
+    assert "was recreated" in platform.renew_claim()
+    assert "is usable" in platform.renew_claim()
     again = platform.reexecute(run)
     platform.succeed(again)
     assert platform.cluster.pods_of("knn_urls")[-1]["spec"]["nodeName"] == "nvme-2"
@@ -85,7 +85,7 @@ def test_a_step_that_waits_for_a_node_that_is_gone_goes_on_once_the_claim_is_ren
     platform.cluster.add_node("nvme-3", nvme=True)
     run = platform.launch("fruit", "centroid_urls")
     wait_until(lambda: platform.cluster.pods_of("centroid_urls", "Pending"), "centroid_urls waits")
-    assert "was made anew" in platform.renew_claim()
+    assert "was recreated" in platform.renew_claim()
     platform.succeed(run)
     assert platform.cluster.pods_of("centroid_urls")[-1]["spec"]["nodeName"] == "nvme-3"
     assert len(platform.events(run, dg.DagsterEventType.STEP_START)) == 1

@@ -35,6 +35,7 @@ from laion_assets.seeds import (
 )
 
 FILES_LOGGED = 20
+OF_KNOWN_IMAGES = ("content", "thumbnail", "embedding")  # columns; without images there is no content
 
 
 def seed_embeddings_asset(placement: Placement) -> dg.AssetsDefinition:
@@ -46,7 +47,7 @@ def seed_embeddings_asset(placement: Placement) -> dg.AssetsDefinition:
         group_name="seeds",
         kinds={"numpy", "parquet"},
         partitions_def=seed_sets,
-        code_version="3",
+        code_version="4",
         tags=pod.tags,
         op_tags=pod.op_tags,
         retry_policy=pod.retry_policy,
@@ -62,14 +63,16 @@ def seed_embeddings_asset(placement: Placement) -> dg.AssetsDefinition:
     ) -> Materialized:
         """The seeds of one set as unit vectors, a row per seed: read, or embedded with the index's model.
 
-        The data version is the fingerprint of the files, by which the sensor knows what is done.
+        The data version is the fingerprint of the files, and of the model where one embedded them.
         """
         with as_failures():
             require_seed_set(context)
             seed_set = seeds.find(context.partition_key)
             observe(context, seeds_version(seed_set))
             own = seeds.settings(seed_set)
-            # Wrong settings fail here, not after the index is staged.
+            # Wrong settings fail here, not after the index is staged: those of the set even where a value
+            # of this run replaces them.
+            RetrievalConfig().resolve(Defaults({}), own, seed_set.name)
             settings = retrieval_config.resolve(defaults, own, seed_set.name)
             context.log.info(f"{seed_set.name} holds {seed_set.contents()}")
             model = _model_for(context, seed_set, embedder, laion_index)
@@ -83,13 +86,13 @@ def seed_embeddings_asset(placement: Placement) -> dg.AssetsDefinition:
                     progress=progress.advance,
                 )
             _log(context, seed_set, found)
-            # Later assets take the set's own settings from here, so that all are made with the same.
-            of_set = RetrievalConfig().resolve(Defaults({}), own, seed_set.name)
             provenance = Provenance(
                 seed_set.name,
                 seed_set.fingerprint,
-                of_set,
+                settings,
                 context.run.run_id,
+                # Later assets take the set's own settings from here, so that all are made with the same.
+                own=dict(own),
                 model=model.fingerprint if model else None,
             )
             rows = found.to_table()
@@ -98,8 +101,8 @@ def seed_embeddings_asset(placement: Placement) -> dg.AssetsDefinition:
                 for batch in rows.to_batches():
                     table.write(batch)
             return dg.MaterializeResult(
-                data_version=dg.DataVersion(seed_set.fingerprint),
-                metadata=report.of_seeds(
+                data_version=dg.DataVersion(provenance.seeds_version),
+                metadata=report.describe_seeds(
                     tables.written(context), seed_set, found, provenance, table.seconds
                 ),
             )
@@ -129,12 +132,12 @@ def _known_images(
     if model is None or last is None:
         return None
     try:
-        if Provenance.of(last).model != model.fingerprint or "content" not in last.schema.names:
+        if Provenance.of(last).model != model.fingerprint:
             return None
     except InputError as error:
         context.log.info(f"all images are embedded again: {error}")
         return None
-    return KnownImages.of(last.read(["content", "thumbnail", "embedding"]))
+    return KnownImages.of(last.read([name for name in OF_KNOWN_IMAGES if name in last.schema.names]))
 
 
 def _log(context: dg.AssetExecutionContext, seed_set: SeedSet, found: Seeds) -> None:
@@ -159,7 +162,7 @@ def centroid_vector_asset(placement: Placement) -> dg.AssetsDefinition:
         group_name="seeds",
         kinds={"numpy", "parquet"},
         partitions_def=seed_sets,
-        code_version="3",
+        code_version="4",
         check_specs=checks.CENTROID,
         tags=pod.tags,
         op_tags=pod.op_tags,
@@ -191,7 +194,7 @@ def centroid_vector_asset(placement: Placement) -> dg.AssetsDefinition:
                 table.write(row)
             return dg.MaterializeResult(
                 metadata={"norm of mean": length, "seeds": len(embeddings)}
-                | report.of_table(tables.written(context), table.seconds),
+                | report.describe_table(tables.written(context), table.seconds),
                 check_results=checks.logged(
                     context, checks.of_centroid(len(embeddings), length, mean, prompts)
                 ),

@@ -3,6 +3,7 @@
 Dagster's concept: https://docs.dagster.io/guides/build/assets
 """
 
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 
 import dagster as dg
@@ -64,10 +65,17 @@ def knn_urls_asset(placement: Placement) -> dg.AssetsDefinition:
         Near-duplicates are removed within each seed's results; an image found for two seeds has two rows.
         """
         with as_failures():
-            search = _Search(
-                context, seed_embeddings, laion_index, retrieval_config, defaults, tables, pictures
+            step = _SearchStep(
+                context,
+                seed_embeddings,
+                laion_index,
+                retrieval_config,
+                defaults,
+                tables,
+                pictures,
+                per_seed=True,
             )
-            return search.materialize(per_seed=True)
+            return step.materialize()
 
     return knn_urls
 
@@ -99,10 +107,17 @@ def centroid_urls_asset(placement: Placement) -> dg.AssetsDefinition:
     ) -> Materialized:
         """Images found around the centroid: same style, varied content; near-duplicates removed."""
         with as_failures():
-            search = _Search(
-                context, centroid_vector, laion_index, retrieval_config, defaults, tables, pictures
+            step = _SearchStep(
+                context,
+                centroid_vector,
+                laion_index,
+                retrieval_config,
+                defaults,
+                tables,
+                pictures,
+                per_seed=False,
             )
-            return search.materialize(per_seed=False)
+            return step.materialize()
 
     return centroid_urls
 
@@ -149,7 +164,7 @@ def combined_urls_asset(placement: Placement) -> dg.AssetsDefinition:
             stored = tables.written(context)
             context.log.info(f"{len(stored):,} rows, {stored.size:,} bytes in {stored.where}")
             sources = {report.AROUND_SEEDS: knn_urls, report.AROUND_CENTROID: centroid_urls}
-            metadata = report.of_combined(
+            metadata = report.describe_combined(
                 stored,
                 combined.funnel,
                 provenance,
@@ -176,7 +191,16 @@ def _united(funnel: CombinedFunnel) -> str:
 
 
 @dataclass(frozen=True)
-class _Search:
+class _Written:
+    """A table as it was written: what was found, its provenance, and the seconds it took."""
+
+    found: Found
+    provenance: Provenance
+    seconds: float
+
+
+@dataclass(frozen=True)
+class _SearchStep:
     """A step that searches around the vectors of a table: its inputs, and what it makes of them."""
 
     context: dg.AssetExecutionContext
@@ -186,63 +210,90 @@ class _Search:
     defaults: Defaults
     tables: Tables
     pictures: Pictures
+    per_seed: bool
 
-    def materialize(self, *, per_seed: bool) -> Materialized:
+    def materialize(self) -> Materialized:
         """Search, write the table, and report it."""
         origin = Provenance.of(self.vectors)
         block_list = self.laion_index.block_list()
         settings = self._settings(origin, block_list)
         queries = embeddings_of(self.vectors.read(["embedding"]))
-        seeds = len(queries) if per_seed else self.vectors.read(["seeds"])["seeds"][0].as_py()
         with open_index(self.context, self.laion_index) as opened:
-            settings = self._sized(settings, origin.seed_set, seeds, opened.index.rows)
-            values = settings.values
-            k = values.nb_images_knn if per_seed else values.nb_images_centroid
-            filters = Filters(conditions_in(values.filters or ""), block_list)
-            request = Request(k or 0, values.dedup_threshold, values.nprobe, filters)
-            schema = columns_found(opened.index, opened.metadata, per_seed=per_seed)
-            self.context.log.info(_looking(k, queries, opened.index.rows, per_seed=per_seed))
-            with (
-                self.tables.new(self.context, schema) as table,
-                Progress("queries", len(queries), "", self.context.log.info) as progress,
-            ):
-                found = retrieve(
-                    opened.index,
-                    opened.metadata,
-                    queries,
-                    request,
-                    table.write,
-                    per_seed=per_seed,
-                    progress=progress.advance,
-                )
-                provenance = replace(
-                    origin,
-                    settings=settings.with_nprobe(found.nprobe),
-                    index=opened.manifest.fingerprint,
-                    counts=asdict(found.funnel),
-                    run=self.context.run.run_id,
-                    written=now(),
-                )
-                table.attach(DECODER, found.decoder)
-                table.footer = provenance.to_footer()
+            settings = self._sized(settings, origin.seed_set, self._seeds(queries), opened.index.rows)
+            request = self._request(settings, block_list)
+            self.context.log.info(_looking(request.k, queries, opened.index.rows, per_seed=self.per_seed))
+            written = self._write(opened, queries, request, replace(origin, settings=settings))
             fetched = _fetched(opened)
-        self._log(found)
-        title = report.AROUND_SEEDS if per_seed else report.AROUND_CENTROID
+        self._log(written.found)
+        return self._report(written, fetched)
+
+    def _seeds(self, queries: Floats) -> int:
+        """Return how many seeds the queries stand for."""
+        if self.per_seed:
+            return len(queries)
+        seeds: int = self.vectors.read(["seeds"])["seeds"][0].as_py()
+        return seeds
+
+    def _request(self, settings: ResolvedSettings, block_list: BlockList | None) -> Request:
+        values = settings.values
+        k = values.nb_images_knn if self.per_seed else values.nb_images_centroid
+        filters = Filters(conditions_in(values.filters or ""), block_list)
+        return Request(k or 0, values.dedup_threshold, values.nprobe, filters)
+
+    def _write(
+        self, opened: OpenIndex, queries: Floats, request: Request, origin: Provenance
+    ) -> _Written:
+        """Search, and write what is found with its decoder and provenance."""
+        with (
+            self.tables.new(self.context, self._schema(opened)) as table,
+            Progress("queries", len(queries), "", self.context.log.info) as progress,
+        ):
+            found = retrieve(
+                opened.index,
+                opened.metadata,
+                queries,
+                request,
+                table.write,
+                per_seed=self.per_seed,
+                progress=progress.advance,
+            )
+            provenance = replace(
+                origin,
+                settings=origin.settings.with_nprobe(found.nprobe),
+                index=opened.manifest.fingerprint,
+                counts=asdict(found.funnel),
+                run=self.context.run.run_id,
+                written=now(),
+            )
+            table.attach(DECODER, found.decoder)
+            table.footer = provenance.to_footer()
+        return _Written(found, provenance, table.seconds)
+
+    def _schema(self, opened: OpenIndex) -> pa.Schema:
+        return columns_found(opened.index, opened.metadata, per_seed=self.per_seed)
+
+    def _report(self, written: _Written, fetched: Mapping[str, int]) -> Materialized:
+        """Return the metadata of the table, and the results of its checks."""
         stored = self.tables.written(self.context)
-        metadata = report.of_search(
-            stored, found, provenance, title, table.seconds, remote_pictures=self.pictures.remote
+        metadata = report.describe_search(
+            stored,
+            written.found,
+            written.provenance,
+            report.AROUND_SEEDS if self.per_seed else report.AROUND_CENTROID,
+            written.seconds,
+            remote_pictures=self.pictures.remote,
         )
         results = [
-            *checks.of_search(stored, values.dedup_threshold),
+            *checks.of_search(stored, written.provenance.settings.values.dedup_threshold),
             checks.yield_stable(self.context, metadata),
         ]
         return dg.MaterializeResult(
-            metadata=metadata | fetched, check_results=checks.logged(self.context, results)
+            metadata={**metadata, **fetched}, check_results=checks.logged(self.context, results)
         )
 
     def _settings(self, origin: Provenance, block_list: BlockList | None) -> ResolvedSettings:
         """Resolve the settings, and report those that a run would use by itself."""
-        own, name = origin.settings.of_seed_set(), origin.seed_set
+        own, name = origin.own, origin.seed_set
         listed = None if block_list is None else str(block_list)
         settings = self.config.resolve(self.defaults, own, name, listed)
         current = current_settings(self.defaults, own, name, listed)
@@ -275,7 +326,7 @@ class _Search:
             )
 
 
-def _looking(k: int | None, queries: Floats, rows: int, *, per_seed: bool) -> str:
+def _looking(k: int, queries: Floats, rows: int, *, per_seed: bool) -> str:
     around = f"each of {len(queries):,} seeds" if per_seed else "the centroid"
     return f"searching for {k:,} images around {around} among {rows:,} rows"
 

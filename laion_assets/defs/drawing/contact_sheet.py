@@ -1,7 +1,6 @@
-"""Rows of thumbnails on one picture: what a seed set found, at a glance.
+"""Rows of thumbnails on one image: what a seed set found, at a glance.
 
-Pillow only, bytes in and a picture out. What must not live here: reading tables, choosing which
-hits to show, anything that knows where a picture came from.
+Pillow only: encoded images in, one image out.
 """
 
 import io
@@ -43,7 +42,7 @@ class Strip:
     Attributes:
         title: of the strip.
         subtitle: behind it.
-        pictures: encoded images (WebP, PNG, JPEG or GIF); None for a missing one.
+        images: encoded images (WebP, PNG, JPEG or GIF); None for a missing one.
         captions: by position; there may be fewer than images.
         together: how many images in a row are drawn without a gap.
 
@@ -51,7 +50,7 @@ class Strip:
 
     title: str
     subtitle: str
-    pictures: Sequence[bytes | None]
+    images: Sequence[bytes | None]
     captions: Sequence[str]
     together: int = 1
 
@@ -83,60 +82,60 @@ def contact_sheet(
     for strip in strips:
         _draw_heading(sheet, strip, top, width - 2 * _MARGIN)
         top += _HEADING
-        for position, picture in enumerate(strip.pictures):
+        for position, image in enumerate(strip.images):
             row, column = divmod(position, columns)
             closer = column % strip.together * _GAP
             corner = (_MARGIN + column * (cell + _GAP) - closer, top + row * (row_height + _GAP))
-            _draw_picture(sheet, picture, corner, cell)
+            _draw_image(sheet, image, corner, cell)
             if show_captions and position < len(strip.captions):
                 _draw_caption(sheet, strip.captions[position], corner, cell)
-        top += _grid_height(len(strip.pictures), columns, row_height) + _STRIP_GAP
+        top += _grid_height(len(strip.images), columns, row_height) + _STRIP_GAP
     return sheet
 
 
 def encode(image: Image.Image, *, max_bytes: int) -> tuple[bytes, str]:
-    """Encode a picture in at most `max_bytes`: the bytes and their MIME type.
+    """Encode an image in at most `max_bytes`: the bytes and their MIME type.
 
     WebP (PNG where this Pillow has no WebP), at a lower quality first and then at a smaller size.
     Raises ValueError where even a postage stamp is too large.
     """
-    picture = image.convert("RGB")
-    longest = max(picture.size)
+    image = image.convert("RGB")
+    longest = max(image.size)
     if longest > _WEBP_MAX_SIDE:
-        picture = _scaled(picture, _WEBP_MAX_SIDE / longest)
+        image = _scaled(image, _WEBP_MAX_SIDE / longest)
     while True:
         for quality in (86, 72):
-            data, mime = _encoded(picture, quality)
+            data, mime = _encoded(image, quality)
             if len(data) <= max_bytes:
                 return data, mime
-        if max(picture.size) <= _SMALLEST_SIDE:
-            raise ValueError(f"a picture does not fit into {max_bytes} bytes")
-        # Bytes go roughly with the area. Bounded, so that a poor guess neither shrinks the picture
+        if max(image.size) <= _SMALLEST_SIDE:
+            raise ValueError(f"an image does not fit into {max_bytes} bytes")
+        # Bytes go roughly with the area. Bounded, so that a poor guess neither shrinks the image
         # to nothing nor takes many rounds.
-        picture = _scaled(picture, min(0.9, max(0.5, (max_bytes / len(data)) ** 0.5)))
+        image = _scaled(image, min(0.9, max(0.5, (max_bytes / len(data)) ** 0.5)))
 
 
-def _encoded(picture: Image.Image, quality: int) -> tuple[bytes, str]:
+def _encoded(image: Image.Image, quality: int) -> tuple[bytes, str]:
     buffer = io.BytesIO()
     if features.check("webp"):
-        picture.save(buffer, "WEBP", quality=quality, method=4)
+        image.save(buffer, "WEBP", quality=quality, method=4)
         return buffer.getvalue(), "image/webp"
-    picture.save(buffer, "PNG", optimize=True)
+    image.save(buffer, "PNG", optimize=True)
     return buffer.getvalue(), "image/png"
 
 
-def _scaled(picture: Image.Image, factor: float) -> Image.Image:
-    width, height = (max(1, int(side * factor)) for side in picture.size)
-    return picture.resize((width, height), Image.Resampling.LANCZOS)
+def _scaled(image: Image.Image, factor: float) -> Image.Image:
+    width, height = (max(1, int(side * factor)) for side in image.size)
+    return image.resize((width, height), Image.Resampling.LANCZOS)
 
 
-def _grid_height(pictures: int, columns: int, row_height: int) -> int:
-    rows = -(-pictures // columns)
+def _grid_height(images: int, columns: int, row_height: int) -> int:
+    rows = -(-images // columns)
     return max(0, rows * (row_height + _GAP) - _GAP)
 
 
 def _sheet_height(strips: Sequence[Strip], columns: int, row_height: int) -> int:
-    grids = sum(_grid_height(len(strip.pictures), columns, row_height) for strip in strips)
+    grids = sum(_grid_height(len(strip.images), columns, row_height) for strip in strips)
     gaps = _STRIP_GAP * max(0, len(strips) - 1)
     return 2 * _MARGIN + len(strips) * _HEADING + grids + gaps
 
@@ -152,8 +151,8 @@ def _draw_heading(sheet: Image.Image, strip: Strip, top: int, width: int) -> Non
     draw.text((_MARGIN + used, baseline), subtitle, _SUBTITLE, _font(_SUBTITLE_SIZE), anchor="ls")
 
 
-def _draw_picture(sheet: Image.Image, picture: bytes | None, corner: tuple[int, int], cell: int) -> None:
-    thumbnail = _decoded(picture, cell - 2 * _PADDING)
+def _draw_image(sheet: Image.Image, image: bytes | None, corner: tuple[int, int], cell: int) -> None:
+    thumbnail = _decoded(image, cell - 2 * _PADDING)
     left, top = corner
     ImageDraw.Draw(sheet).rounded_rectangle(
         (left, top, left + cell - 1, top + cell - 1),
@@ -178,17 +177,17 @@ def _draw_caption(sheet: Image.Image, caption: str, corner: tuple[int, int], cel
     )
 
 
-def _decoded(picture: bytes | None, side: int) -> Image.Image | None:
-    """Return the picture on white, at most `side` pixels a side; None where it is no picture."""
-    if not picture:
+def _decoded(image: bytes | None, side: int) -> Image.Image | None:
+    """Return the image on white, at most `side` pixels a side; None if it cannot be decoded."""
+    if not image:
         return None
     try:
-        with Image.open(io.BytesIO(picture), formats=_FORMATS) as opened:
+        with Image.open(io.BytesIO(image), formats=_FORMATS) as opened:
             if opened.width * opened.height > _MAX_PIXELS:
                 return None
             rgba = opened.convert("RGBA")
     except Exception:
-        # Bytes off the web: decoders fail in many ways, one bad picture must not cost the sheet.
+        # Bytes off the web: decoders fail in many ways, one bad image must not cost the sheet.
         return None
     rgba.thumbnail((side, side), Image.Resampling.LANCZOS)
     flat = Image.new("RGB", rgba.size, _CARD)

@@ -82,7 +82,7 @@ def _with_thumbnails(table: StoredTable, columns: Sequence[str]) -> pa.Table:
 
 def draw(strips: Sequence[Strip | None]) -> Image.Image | None:
     """Draw the strips that have thumbnails; None where none has."""
-    there = [strip for strip in strips if strip is not None and strip.pictures]
+    there = [strip for strip in strips if strip is not None and strip.images]
     return contact_sheet(there, columns=COLUMNS) if there else None
 
 

@@ -2,9 +2,8 @@
 
 A local volume dies with its node, but the claim stays bound to it, and every pod that mounts the claim
 waits for a node that will not come back. `python -m laion_assets.defs.kubernetes.claim <manifest>`
-deletes such a claim and makes it anew from its manifest: it then binds to a volume of a living node, and
-waiting pods go on.
-What must not live here: what is on the volume.
+deletes such a claim and recreates it from its manifest: it then binds to a volume on an existing node,
+and waiting pods go on.
 """
 
 from __future__ import annotations
@@ -25,7 +24,7 @@ NOT_FOUND = 404
 
 
 def what_is_wrong(core: CoreV1Api, namespace: str, name: str) -> str | None:
-    """Say why no pod can mount a claim; None when it is well, or not bound yet.
+    """Return why no pod can mount a claim; None when it is usable, or not bound yet.
 
     Args:
         core: client of the cluster.
@@ -49,7 +48,7 @@ def what_is_wrong(core: CoreV1Api, namespace: str, name: str) -> str | None:
 def renew(
     core: CoreV1Api, namespace: str, manifest: Mapping[str, Any], *, poll_seconds: float = 2
 ) -> str:
-    """Make a claim anew if no pod can mount it, and say what was done.
+    """Recreate a claim if no pod can mount it, and return what was done.
 
     What the old volume held is lost already: its node is gone. Pods that wait for the claim need not be
     started again, they take the new one.
@@ -57,7 +56,7 @@ def renew(
     name = manifest["metadata"]["name"]
     wrong = what_is_wrong(core, namespace, name)
     if wrong is None:
-        return f"the claim {name} is well"
+        return f"the claim {name} is usable"
     claim = _found(lambda: core.read_namespaced_persistent_volume_claim(name, namespace))
     if claim is not None:
         _delete(
@@ -71,7 +70,7 @@ def renew(
             poll_seconds,
         )
     core.create_namespaced_persistent_volume_claim(namespace, dict(manifest))
-    return f"{wrong}: the claim {name} was made anew"
+    return f"{wrong}: the claim {name} was recreated"
 
 
 def main() -> None:

@@ -1,5 +1,9 @@
 """Where assets run on a cluster: what their pods ask for, and which steps are retried.
 
+`staged_laion_index`, `knn_urls` and `centroid_urls` run on the NVMe node; the others on any node, and
+`seed_embeddings` on one with a GPU if LAION_EMBED_DEVICE is cuda. The assets choose with
+`Placement.with_index`, `any_node` and `embedding`.
+
 Only the executor of `step_pods` reads the op tags; elsewhere they do nothing.
 
 Dagster's concept: https://docs.dagster.io/deployment/oss/deployment-options/kubernetes
@@ -13,7 +17,11 @@ from typing import Any
 
 import dagster as dg
 
+from laion_assets.io.errors import InputError
+
+NODE_PREFIX = "LAION_NVME_"
 VOLUME = "laion-index"
+GPU = "nvidia.com/gpu"  # resource, and key of the taint
 ASSET_LABEL = "laion-assets/asset"
 CLAIM_LABEL = "laion-assets/claim"
 RUNS_ON_TAG = "laion_assets/runs_on"  # for people to search for in the UI; op tags decide
@@ -48,20 +56,29 @@ class NvmeNode:
     pending_seconds: str = "1800"
 
     def __post_init__(self) -> None:
-        """Check the form of values that would fail much later."""
+        """Check the form of values that would fail much later.
+
+        Raises:
+            InputError: names the variable and what is allowed.
+
+        """
         if self.label.count("=") != 1:
-            raise ValueError(f"LAION_NVME_LABEL is {self.label!r}: write it as key=value")
+            raise InputError(f"LAION_NVME_LABEL is {self.label!r}: write it as key=value")
         for name in ("group", "pending_seconds"):
             if not getattr(self, name).isdecimal():
-                raise ValueError(
-                    f"LAION_NVME_{name.upper()} is {getattr(self, name)!r}: give a whole number"
+                raise InputError(
+                    f"{NODE_PREFIX}{name.upper()} is {getattr(self, name)!r}: give a whole number"
                 )
 
     @classmethod
     def from_environment(cls, environment: Mapping[str, str]) -> NvmeNode:
         """Take LAION_NVME_LABEL and so on from the environment, defaults for the rest."""
-        variables = {field.name: f"LAION_NVME_{field.name.upper()}" for field in fields(cls)}
-        return cls(**{n: environment[v] for n, v in variables.items() if environment.get(v)})
+        return cls(**{n: environment[v] for n, v in cls.variables().items() if environment.get(v)})
+
+    @classmethod
+    def variables(cls) -> Mapping[str, str]:
+        """Return the environment variable of each field, by its name."""
+        return {field.name: f"{NODE_PREFIX}{field.name.upper()}" for field in fields(cls)}
 
 
 @dataclass(frozen=True)
@@ -113,16 +130,8 @@ class Placement:
 
     def embedding(self, asset: str) -> Pod:
         """Return the pod of an asset that embeds images: with a GPU if LAION_EMBED_DEVICE is cuda."""
-        tags = on_any_node(asset)
-        if self.embed_device == "cuda":
-            config = tags["dagster-k8s/config"]
-            limits = {**ANY_NODE_RESOURCES["limits"], "nvidia.com/gpu": "1"}
-            config["container_config"] = {"resources": {**ANY_NODE_RESOURCES, "limits": limits}}
-            config["pod_spec_config"] = {
-                "tolerations": [{"key": "nvidia.com/gpu", "operator": "Exists", "effect": "NoSchedule"}]
-            }
-            return self._pod("gpu_node", tags)
-        return self._pod("any_node", tags)
+        gpu = self.embed_device == "cuda"
+        return self._pod("gpu_node" if gpu else "any_node", on_any_node(asset, gpu=gpu))
 
     def with_index(self, asset: str) -> Pod:
         """Return the pod of an asset that reads the index.
@@ -131,28 +140,32 @@ class Placement:
         """
         if self.staging == "sparse":
             return self._pod("node_with_claim", on_node_with_claim(asset, self.node))
-        tags = on_nvme_node(asset, self.node)
-        if not self.staging:  # a bucket would be staged sparse by default, which NVMe nodes are not for
-            tags["dagster-k8s/config"]["container_config"]["env"].append(
-                {"name": "LAION_STAGING", "value": "full"}
-            )
-        return self._pod("nvme_node", tags)
+        # A bucket would be staged sparse by default, which NVMe nodes are not for.
+        unless_set = {} if self.staging else {"LAION_STAGING": "full"}
+        return self._pod("nvme_node", on_nvme_node(asset, self.node, unless_set))
 
     def _pod(self, runs_on: str, op_tags: Mapping[str, Any]) -> Pod:
         return Pod({RUNS_ON_TAG: runs_on}, op_tags, self.retry_policy)
 
 
-def on_any_node(asset: str) -> dict[str, Any]:
+def on_any_node(asset: str, *, gpu: bool = False) -> dict[str, Any]:
     """Return op tags of an asset that needs no index: enough to read, combine and write tables."""
+    requests, limits = ANY_NODE_RESOURCES["requests"], ANY_NODE_RESOURCES["limits"]
+    tolerations = [{"key": GPU, "operator": "Exists", "effect": "NoSchedule"}] if gpu else []
     return {
         "dagster-k8s/config": {
-            "container_config": {"resources": ANY_NODE_RESOURCES},
+            "container_config": {
+                "resources": {"requests": requests, "limits": limits | ({GPU: "1"} if gpu else {})}
+            },
+            "pod_spec_config": {"tolerations": tolerations} if gpu else {},
             "pod_template_spec_metadata": {"labels": {ASSET_LABEL: asset}},
         }
     }
 
 
-def on_nvme_node(asset: str, node: NvmeNode) -> dict[str, Any]:
+def on_nvme_node(
+    asset: str, node: NvmeNode, environment: Mapping[str, str] | None = None
+) -> dict[str, Any]:
     """Return op tags of an asset that reads a full copy of the index.
 
     All such pods mount one claim on a local volume, so the scheduler puts them on the node that holds the
@@ -165,6 +178,7 @@ def on_nvme_node(asset: str, node: NvmeNode) -> dict[str, Any]:
             "node_selector": dict([node.label.split("=")]),
             "tolerations": [{"key": node.taint, "operator": "Exists", "effect": "NoSchedule"}],
         },
+        environment or {},
     )
 
 
@@ -179,10 +193,13 @@ def on_node_with_claim(asset: str, node: NvmeNode) -> dict[str, Any]:
         "topology_key": "kubernetes.io/hostname",
     }
     affinity = {"required_during_scheduling_ignored_during_execution": [together]}
-    return _with_claim(asset, node, {"affinity": {"pod_affinity": affinity}})
+    return _with_claim(asset, node, {"affinity": {"pod_affinity": affinity}}, {})
 
 
-def _with_claim(asset: str, node: NvmeNode, placement: Mapping[str, Any]) -> dict[str, Any]:
+def _with_claim(
+    asset: str, node: NvmeNode, placement: Mapping[str, Any], environment: Mapping[str, str]
+) -> dict[str, Any]:
+    variables = {"LAION_CACHE_DIR": node.mount, **environment}
     return {
         "dagster-k8s/config": {
             "container_config": {
@@ -190,7 +207,7 @@ def _with_claim(asset: str, node: NvmeNode, placement: Mapping[str, Any]) -> dic
                     "requests": {"cpu": node.cpu, "memory": node.memory},
                     "limits": {"memory": node.memory_limit},
                 },
-                "env": [{"name": "LAION_CACHE_DIR", "value": node.mount}],
+                "env": [{"name": name, "value": value} for name, value in variables.items()],
                 "volume_mounts": [{"name": VOLUME, "mount_path": node.mount}],
                 "security_context": {
                     "allow_privilege_escalation": False,

@@ -41,7 +41,7 @@ def step_pods(node: NvmeNode) -> dg.ExecutorDefinition:
         made = make(context) if make else None
         if not isinstance(made, StepDelegatingExecutor):
             raise TypeError(f"k8s_job_executor made {made!r}: dagster-k8s has changed")
-        made._step_handler = ImpatientStepHandler(made._step_handler, CoreV1Api(), node)
+        made._step_handler = PendingTimeoutStepHandler(made._step_handler, CoreV1Api(), node)
         return made
 
     return dg.ExecutorDefinition(
@@ -52,8 +52,8 @@ def step_pods(node: NvmeNode) -> dg.ExecutorDefinition:
     )
 
 
-class ImpatientStepHandler(StepHandler):
-    """Dagster's handler of step pods, with an answer to "why does this one not start?"."""
+class PendingTimeoutStepHandler(StepHandler):
+    """A step handler that fails steps whose pod stays Pending."""
 
     def __init__(self, handler: StepHandler, core: CoreV1Api, node: NvmeNode) -> None:
         self._handler, self._core, self._node = handler, core, node
@@ -75,7 +75,7 @@ class ImpatientStepHandler(StepHandler):
         """Check the pod of a step; fail the step if the pod has waited too long."""
         pod = self._newest_pod(step_handler_context)
         if pod is not None and self._has_waited_too_long(pod):
-            self._give_up(step_handler_context, pod)
+            self._fail_step(step_handler_context, pod)
             return (
                 CheckStepHealthResult.healthy()
             )  # the failure is reported already: no second one, no retry
@@ -96,7 +96,7 @@ class ImpatientStepHandler(StepHandler):
         age = (datetime.now(UTC) - pod.metadata.creation_timestamp).total_seconds()
         return bool(pod.status.phase == "Pending" and age > int(self._node.pending_seconds))
 
-    def _give_up(self, context: StepHandlerContext, pod: Any) -> None:
+    def _fail_step(self, context: StepHandlerContext, pod: Any) -> None:
         """Delete the pod, which could start beside a later attempt, and fail the step for good."""
         (step,) = context.execute_step_args.step_keys_to_execute or ()
         sentence = why_it_cannot_start(self._core, self._node, step, pod)
