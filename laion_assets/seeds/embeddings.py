@@ -167,7 +167,7 @@ def _read_vectors(uri: str, seed_set: SeedSet) -> Seeds:
             where = f"{seed_set.name}/{file.name}"
             try:
                 data = verified(content, file)
-                raw, columns = READERS[PurePosixPath(file.name).suffix](data)
+                raw, columns = READERS[PurePosixPath(file.name).suffix.lower()](data)
                 parts[where] = unit_rows(raw), _with_location(columns, file.name, len(raw))
             except UnusableFileError as error:
                 problems += [f"{where} {problem}" for problem in error.problems]

@@ -115,7 +115,7 @@ def list_folder(uri: str) -> Listing:
     folders: defaultdict[str, _Folder] = defaultdict(_Folder)
     with reaching(uri, SEEDS_URI):
         for listed in list_files(fs, root):
-            if not _is_hidden(listed.name):
+            if not is_hidden(listed.name):
                 set_name, _, name = listed.name.partition("/")
                 folders[set_name].add(fs, name, listed)
         if not folders and not fs.isdir(root):
@@ -149,7 +149,7 @@ def find_seed_set(uri: str, name: str) -> SeedSet:
     with reaching(uri, SEEDS_URI):
         folder = _Folder()
         for listed in list_files(fs, path):
-            if not _is_hidden(listed.name):
+            if not is_hidden(listed.name):
                 folder.add(fs, listed.name, listed)
         found = folder.seed_set(name)
         if found.files:
@@ -166,29 +166,30 @@ def find_seed_set(uri: str, name: str) -> SeedSet:
 
 
 def check_name(name: str) -> None:
-    """Check that a name can neither leave the folder nor fail to name a partition.
+    """Check that a name can neither leave the folder, nor be hidden, nor fail to name a partition.
 
     Raises:
         InputError: it is not a valid name.
 
     """
-    if not re.fullmatch(r"\w[\w .+-]{0,99}", name) or ".." in name:
+    if not re.fullmatch(r"[^\W_][\w .+-]{0,99}", name) or ".." in name:
         raise InputError(
             f"{name!r} cannot name a seed set: use letters, digits, '_', '-', '.', '+' and spaces, no "
-            "'/' and no '..', at most 100 characters"
+            "'/' and no '..', a letter or digit first, at most 100 characters"
         )
 
 
-def _is_hidden(name: str) -> bool:
+def is_hidden(name: str) -> bool:
     """Return whether a file is hidden, temporary, or a bucket's placeholder for a folder."""
     return not name or name.endswith("/") or any(part[:1] in (".", "_") for part in name.split("/"))
 
 
 def _holds_vectors(name: str) -> bool:
-    return PurePosixPath(name).suffix in READERS
+    return PurePosixPath(name).suffix.lower() in READERS
 
 
-def _is_image(name: str) -> bool:
+def is_image(name: str) -> bool:
+    """Return whether a file is meant as an image, by its extension."""
     return PurePosixPath(name).suffix.lower() in (*EXTENSIONS, *UNREADABLE_IMAGES)
 
 
@@ -211,7 +212,7 @@ class _Folder:
         """Add a file, by its name in this folder."""
         if _holds_vectors(name):
             self._vectors.append(_seed_file(fs, name, listed))
-        elif _is_image(name):
+        elif is_image(name):
             self._images.append((fs, name, listed))
         elif name == PROMPTS_FILE:
             self._prompts.append(_seed_file(fs, name, listed))

@@ -7,7 +7,7 @@ import pytest
 from helpers.seed_files import CLIP_RETRIEVAL, FORMS, VECTORS, npy, write
 
 from laion_assets.io.errors import InputError
-from laion_assets.seeds import check_name, find_seed_set, list_folder, list_seed_sets
+from laion_assets.seeds import check_name, find_seed_set, list_folder, list_seed_sets, read_seeds
 
 
 def refusal(root: Path, name: str) -> str:
@@ -75,13 +75,29 @@ def test_a_folder_that_does_not_exist_is_named_with_the_parameter_to_correct(tmp
 
 
 @pytest.mark.parametrize(
-    "name", ["", ".", "..", "a/b", "../a", "a/../b", "/etc", "a..b", ".hidden", "a\nb", "a\\b", "x" * 101]
+    "name", ["", ".", "..", "a/b", "../a", "a/../b", "/etc", "a..b", "a\nb", "a\\b", "x" * 101]
 )
 def test_names_that_could_leave_the_folder_are_refused(tmp_path, name):
     write(tmp_path / "seeds", {"a/b/c.npy": npy(VECTORS)})
     write(tmp_path, {"a/c.npy": npy(VECTORS)})
     with pytest.raises(InputError, match="cannot name a seed set"):
         find_seed_set(str(tmp_path / "seeds"), name)
+
+
+def test_a_hidden_folder_is_no_set_by_any_name(tmp_path):
+    write(tmp_path, {f"{name}/a.npy": npy(VECTORS) for name in ("_x", ".x", "x_", "2x", "Äpfel")})
+    assert sorted(list_folder(str(tmp_path)).sets) == ["2x", "x_", "Äpfel"]
+    for name in ("_x", ".x"):
+        assert "letter or digit first" in refusal(tmp_path, name)
+    for name in ("2x", "x_", "Äpfel"):
+        assert len(find_seed_set(str(tmp_path), name).vectors) == 1
+
+
+def test_extensions_of_embeddings_count_in_any_case(tmp_path):
+    write(tmp_path, {"set/a.NPY": npy(VECTORS), "set/b.npy": npy(VECTORS[:1])})
+    found = find_seed_set(str(tmp_path), "set")
+    assert [file.name for file in found.vectors] == ["a.NPY", "b.npy"]
+    assert len(read_seeds(str(tmp_path), found).embeddings) == len(VECTORS) + 1
 
 
 # --- fingerprints -----------------------------------------------------------------------------------
