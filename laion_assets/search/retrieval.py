@@ -43,12 +43,29 @@ class Request:
         nprobe: inverted lists to probe; chosen from k when None.
         filters: what keeps images out.
 
+    Raises:
+        InputError: `k` or `nprobe` is below 1, or the threshold is not above 0 and at most 1.
+
     """
 
     k: int
     dedup_threshold: float
     nprobe: int | None = None
     filters: Filters = NO_FILTERS
+
+    def __post_init__(self) -> None:
+        """Check the numbers."""
+        if self.k < 1:
+            raise InputError(f"k is {self.k}: request at least 1 image", "k")
+        if self.nprobe is not None and self.nprobe < 1:
+            raise InputError(
+                f"nprobe is {self.nprobe}: probe at least 1 list, or leave it to be chosen", "nprobe"
+            )
+        if not 0 < self.dedup_threshold <= 1:  # NaN neither
+            raise InputError(
+                f"dedup_threshold is {self.dedup_threshold}: use a cosine above 0 and at most 1",
+                "dedup_threshold",
+            )
 
 
 @dataclass

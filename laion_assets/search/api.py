@@ -14,6 +14,7 @@ from laion_assets.index import Index, Metadata, open_folder
 from laion_assets.io.arrays import Floats
 from laion_assets.io.errors import InputError
 from laion_assets.search.filters import Filters, conditions_in
+from laion_assets.search.near_duplicates import DEDUP_THRESHOLD
 from laion_assets.search.retrieval import Request, retrieve_table
 from laion_assets.staging import is_staged, open_staged
 
@@ -25,7 +26,7 @@ def search(
     vectors: ArrayLike,
     k: int,
     *,
-    dedup_threshold: float = 0.94,
+    dedup_threshold: float = DEDUP_THRESHOLD,
     nprobe: int | None = None,
     filters: str = "",
     metadata: str | Path | None = None,
@@ -47,7 +48,7 @@ def search(
 
     Raises:
         InputError: no index there, a vector without a direction or of another dimension, a column that a
-            filter names and the metadata lacks.
+            filter names and the metadata lacks, or a number out of its bounds.
 
     """
     queries = _unit_rows(vectors)
