@@ -31,11 +31,11 @@ from laion_assets.io.errors import InputError
 from laion_assets.search.filters import conditions_in
 from laion_assets.search.near_duplicates import DEDUP_THRESHOLD
 from laion_assets.search.sizing import Yield, counts_for
+from laion_assets.seeds.settings_file import SETTINGS_FILE
 
 COUNTS = ("nb_images_knn", "nb_images_centroid")
 TARGET = "target_images"
 BLOCK_LIST = "block_list"  # a place, and so no setting of a request; recorded with them
-SETTINGS_FILE = "settings.yaml"
 OF_SEEDS = {"max_bad_images"}  # settings that no search uses
 THIS_RUN = "Launchpad or command line"
 KIND_NAMES: Mapping[type, str] = {int: "a whole number", float: "a number", str: "text"}

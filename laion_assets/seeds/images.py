@@ -14,7 +14,7 @@ import numpy as np
 
 from laion_assets.io.arrays import Floats
 from laion_assets.io.storage import first_line
-from laion_assets.seeds.decoding import BadImageError, PixelBudget, decoded, thumbnail
+from laion_assets.seeds.decoding import BadImageError, PixelBudget, open_image, thumbnail
 from laion_assets.seeds.model import NO_DIRECTION, Model, cores, with_direction
 from laion_assets.seeds.preprocessing import Preprocessing
 from laion_assets.seeds.seed_files import UnusableFileError
@@ -116,7 +116,7 @@ def embed_images(
 
     Raises:
         InputError: the model fails.
-        Exception: any other error of a file's `read`, see `ImageFile`.
+        Exception: any error of `read` that is not of one file, see `ImageFile`.
 
     """
     prepare = _Preparation(model.preprocessing, known or {})
@@ -186,7 +186,7 @@ class _Preparation:
         if content in self._known:
             return EmbeddedImage(file.name, content, self._known[content], None)
         try:
-            with decoded(data, self._enough, self._budget) as image:
+            with open_image(data, self._enough, self._budget) as image:
                 return _Prepared(file.name, content, self._preprocessing(image), thumbnail(image))
         except BadImageError as bad:
             return BadImage(file.name, str(bad))

@@ -188,7 +188,7 @@ class Session:
         _check_is_no_pointer(path)
         try:
             self._session = ort.InferenceSession(str(path), options, providers=list(providers))
-        except Exception as error:  # a type of its own for every reason
+        except Exception as error:  # ONNX Runtime has many error types
             raise InputError(
                 f"{path} cannot be opened as an ONNX model ({first_line(error)}): copy it again, with "
                 "the files beside it",

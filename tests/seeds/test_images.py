@@ -18,7 +18,7 @@ from PIL import Image
 
 from laion_assets.io.errors import InputError
 from laion_assets.seeds import decoding
-from laion_assets.seeds.decoding import PixelBudget, decoded
+from laion_assets.seeds.decoding import PixelBudget, open_image
 from laion_assets.seeds.images import BadImage, EmbeddedImage, ImageFile, embed_images
 from laion_assets.seeds.model import Model
 
@@ -55,7 +55,7 @@ def noise(width: int = 40, height: int = 30, seed: int = 0) -> Image.Image:
 
 
 def pixels_of(data: bytes) -> np.ndarray[Any, np.dtype[np.int16]]:
-    with decoded(data, lambda width, height: (width, height), PixelBudget()) as image:
+    with open_image(data, lambda width, height: (width, height), PixelBudget()) as image:
         assert image.mode == "RGB"
         return np.asarray(image).astype(np.int16)
 
