@@ -11,7 +11,7 @@ import pyarrow as pa
 from numpy.typing import ArrayLike
 
 from laion_assets.index import Index, Metadata, open_folder
-from laion_assets.io.arrays import Floats
+from laion_assets.io.arrays import Floats, unit_rows
 from laion_assets.io.errors import InputError
 from laion_assets.search.filters import Filters, conditions_in
 from laion_assets.search.near_duplicates import DEDUP_THRESHOLD
@@ -51,21 +51,18 @@ def search(
             filter names and the metadata lacks, or a number out of its bounds.
 
     """
-    queries = _unit_rows(vectors)
+    queries = _queries(vectors)
     request = Request(k, dedup_threshold, nprobe, Filters(conditions_in(filters)))
     with _opened(Path(index), metadata) as (opened, rows):
         table, _ = retrieve_table(opened, rows, queries, request, per_seed=True)
     return table.drop_columns([name for name in NOT_SHOWN if name in table.column_names])
 
 
-def _unit_rows(vectors: ArrayLike) -> Floats:
-    wide = np.atleast_2d(np.asarray(vectors, np.float64))
-    lengths = np.linalg.norm(wide, axis=1)
-    wrong = np.flatnonzero(~(np.isfinite(lengths) & (lengths > 0)))
-    if len(wrong):
-        raise InputError(f"vector {wrong[0]} is zero or not finite: remove it")
-    unit: Floats = (wide / lengths[:, None]).astype(np.float32)
-    return unit
+def _queries(vectors: ArrayLike) -> Floats:
+    queries, usable = unit_rows(np.atleast_2d(np.asarray(vectors, np.float64)))
+    if not usable.all():
+        raise InputError(f"vector {np.argmin(usable)} is zero or not finite: remove it")
+    return queries
 
 
 @contextmanager

@@ -13,7 +13,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from laion_assets.io.arrays import Floats
+from laion_assets.io.arrays import Floats, unit_rows
 from laion_assets.io.errors import InputError
 from laion_assets.io.storage import first_line, open_storage, reaching
 from laion_assets.seeds.clip_retrieval import with_thumbnails
@@ -166,7 +166,7 @@ def _read_vectors(uri: str, seed_set: SeedSet) -> Seeds:
             try:
                 data = verified(content, file)
                 raw, columns = READERS[PurePosixPath(file.name).suffix.lower()](data)
-                parts[where] = unit_rows(raw), _with_location(columns, file.name, len(raw))
+                parts[where] = checked_unit_rows(raw), _with_location(columns, file.name, len(raw))
             except UnusableFileError as error:
                 problems += [f"{where} {problem}" for problem in error.problems]
     problems += _differing_dimensions({where: vectors for where, (vectors, _) in parts.items()})
@@ -284,7 +284,7 @@ def _first(problems: Sequence[str], shown: int = PROBLEMS_SHOWN) -> str:
     return "; ".join([*problems[:shown], *([f"and {more:,} more"] if more > 0 else [])])
 
 
-def unit_rows(raw: Any) -> Floats:
+def checked_unit_rows(raw: Any) -> Floats:
     """Check the vectors of one file and scale them to unit length.
 
     Args:
@@ -303,17 +303,16 @@ def unit_rows(raw: Any) -> Floats:
         raise UnusableFileError(f"has shape {raw.shape}: one vector (d,) or a matrix (n, d) is needed")
     if raw.size == 0:
         raise UnusableFileError(f"is empty (shape {raw.shape})")
-    wide = raw.astype(np.float64)  # in float32, the squares of very small numbers are zero
-    with np.errstate(over="ignore"):
-        lengths = np.linalg.norm(wide, axis=1)
-    problems = [
-        f"row {row} holds NaN or infinite values" for row in np.flatnonzero(~np.isfinite(lengths))
-    ]
-    problems += [f"row {row} is all zeros" for row in np.flatnonzero(lengths == 0)]
-    if problems:
-        raise UnusableFileError(*problems)
-    vectors: Floats = (wide / lengths[:, None]).astype(np.float32)
+    vectors, usable = unit_rows(raw)
+    if not usable.all():
+        raise UnusableFileError(*(_problem(row, raw[row]) for row in np.flatnonzero(~usable).tolist()))
     return vectors
+
+
+def _problem(number: int, row: Any) -> str:
+    with np.errstate(over="ignore"):
+        is_zero = not np.square(row.astype(np.float64)).any()  # in float64, as in `unit_rows`
+    return f"row {number} is all zeros" if is_zero else f"row {number} holds NaN or infinite values"
 
 
 def centroid(embeddings: Floats) -> tuple[Floats, float]:

@@ -12,10 +12,10 @@ from typing import NamedTuple, TypeAlias
 
 import numpy as np
 
-from laion_assets.io.arrays import Floats
+from laion_assets.io.arrays import Floats, unit_rows
 from laion_assets.io.storage import first_line
 from laion_assets.seeds.decoding import BadImageError, PixelBudget, open_image, thumbnail
-from laion_assets.seeds.model import NO_DIRECTION, Model, cores, with_direction
+from laion_assets.seeds.model import NO_DIRECTION, Model, cores
 from laion_assets.seeds.preprocessing import Preprocessing
 from laion_assets.seeds.seed_files import UnusableFileError
 
@@ -214,5 +214,5 @@ def _embedded(model: Model, waiting: Iterable[_Prepared | Outcome]) -> Iterator[
 def _directions(answers: Floats | None) -> Iterator[Floats | None]:
     """Go through unit vectors; None stands for an answer without a direction."""
     if answers is not None:
-        vectors, usable = with_direction(answers)
+        vectors, usable = unit_rows(answers)
         yield from (vector if known else None for vector, known in zip(vectors, usable, strict=True))

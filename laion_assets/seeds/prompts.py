@@ -13,10 +13,10 @@ from typing import Any
 import numpy as np
 from tokenizers import Encoding, Tokenizer
 
-from laion_assets.io.arrays import Floats, Ids
+from laion_assets.io.arrays import Floats, Ids, unit_rows
 from laion_assets.io.errors import InputError
 from laion_assets.io.storage import first_line
-from laion_assets.seeds.model import NO_DIRECTION, Model, with_direction
+from laion_assets.seeds.model import NO_DIRECTION, Model
 from laion_assets.seeds.model_folder import CONFIG, MODEL, TOKENIZER, TOKENIZER_CONFIG
 
 PROMPTS_FILE = "prompts.txt"
@@ -121,7 +121,7 @@ def embed_prompts(
     for start in range(0, len(prompts), batch):
         some = prompts[start : start + batch]
         ids, mask, lengths = tokens.of([prompt.text for prompt in some])
-        vectors, usable = with_direction(model.text.embed_tokens(ids, mask))
+        vectors, usable = unit_rows(model.text.embed_tokens(ids, mask))
         for prompt, length, is_usable in zip(some, lengths, usable, strict=True):
             if not is_usable:
                 raise InputError(
