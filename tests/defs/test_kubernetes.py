@@ -276,8 +276,8 @@ def test_the_claim_of_sparse_staging_has_the_same_name_and_room_for_the_budget()
     assert claim["spec"]["accessModes"] == ["ReadWriteOnce"]
     readme = (K8S / "README.md").read_text()
     (budget,) = re.findall(r"name: LAION_SPARSE_BUDGET, value: (\w+)", readme)
-    room = parse_size(claim["spec"]["resources"]["requests"]["storage"] + "B", "storage")
-    assert 0.7 * room < parse_size(budget, "LAION_SPARSE_BUDGET") < 0.9 * room
+    room = parse_size(claim["spec"]["resources"]["requests"]["storage"] + "B")
+    assert 0.7 * room < parse_size(budget) < 0.9 * room
 
 
 def test_sparse_pods_go_to_any_node_but_together():
