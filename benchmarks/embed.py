@@ -23,7 +23,7 @@ import numpy as np
 import onnxruntime as ort
 from PIL import Image
 
-from laion_assets.seeds.decoding import PixelBudget, decoded
+from laion_assets.seeds.decoding import PixelBudget, open_image
 from laion_assets.seeds.images import BATCH, EmbeddedImage, ImageFile, embed_images
 from laion_assets.seeds.model import Model
 
@@ -64,7 +64,7 @@ def ready_arrays(model: Model, images: Sequence[bytes]) -> list[np.ndarray]:
     """Batches as the model takes them."""
     budget, pixels = PixelBudget(), []
     for data in images:
-        with decoded(data, lambda width, height: (width, height), budget) as image:
+        with open_image(data, lambda width, height: (width, height), budget) as image:
             pixels.append(model.preprocessing(image))
     return [np.stack(pixels[start : start + BATCH]) for start in range(0, len(pixels), BATCH)]
 

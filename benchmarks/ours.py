@@ -29,7 +29,7 @@ from laion_assets.search.retrieval import Request, retrieve_table
 PHASES = {
     "search": (Index, "search"),
     "recall_check": (Index, "recall"),
-    "decode": (retrieval, "decoded"),
+    "decode": (retrieval, "decoded_codes"),
     "near_duplicates": (retrieval, "components_of_lists"),
     "metadata": (Metadata, "take"),
 }

@@ -40,7 +40,7 @@ from laion_assets.defs.assets.seed_embeddings import seed_folder
 from laion_assets.defs.sources import observation
 from laion_assets.io.checksums import checksum_text
 from laion_assets.io.storage import open_storage
-from laion_assets.seeds import list_seed_sets
+from laion_assets.seeds import list_folder
 
 BUCKET = "many-seeds"
 SEEDS = f"gs://{BUCKET}/seeds"
@@ -181,7 +181,7 @@ class Sensor:
 
 def settle(instance: dg.DagsterInstance) -> None:
     """Let Dagster know all sets, as after they were run."""
-    found = list_seed_sets(SEEDS)
+    found = list_folder(SEEDS).sets
     instance.add_dynamic_partitions("seed_sets", list(found))
     for name, seed_set in found.items():
         instance.report_runless_asset_event(observation(seed_folder.key, seed_set.fingerprint, name))

@@ -3,7 +3,7 @@
 Run `make demo` first, then `python examples/search.py`, or name an index and a Parquet file with a column
 `embedding`:
 
-    python examples/search.py /mnt/index data/seeds/interiors/seeds.parquet
+    python examples/search.py /mnt/index data/output/seed_embeddings/interiors.parquet
 """
 
 import sys
@@ -14,7 +14,7 @@ import pyarrow.parquet as pq
 from laion_assets.search import search
 
 
-def main(index: str = "data/index", seeds: str = "data/seeds/fruit/seeds.parquet") -> None:
+def main(index: str = "data/index", seeds: str = "data/output/seed_embeddings/fruit.parquet") -> None:
     """Print the two nearest images of each vector."""
     vectors = np.array(pq.read_table(seeds, columns=["embedding"])["embedding"].to_pylist())
     found = search(index, vectors, 20)

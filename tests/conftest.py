@@ -9,7 +9,7 @@ from helpers.project import Demo, Project, new_project
 from hypothesis import settings
 
 from laion_assets.demo import DEMO_MODEL, build_demo
-from laion_assets.seeds import Model, list_seed_sets, read_seeds
+from laion_assets.seeds import Model, list_folder, read_seeds
 
 pytest_plugins = ["helpers.gcs"]
 
@@ -34,7 +34,7 @@ def demo(tmp_path_factory: pytest.TempPathFactory) -> Demo:
     index, images, seeds = root / "index", root / "images", root / "seeds"
     report = build_demo(index, images)
     model = Model(DEMO_MODEL, "cpu")
-    for name, seed_set in list_seed_sets(str(images)).items():
+    for name, seed_set in list_folder(str(images)).sets.items():
         (seeds / name).mkdir(parents=True)
         table = read_seeds(str(images), seed_set, model).to_table()
         captions = pa.array([Path(file).stem for file in table["file"].to_pylist()])

@@ -22,7 +22,7 @@ from laion_assets.defs.history import PROVENANCE, YIELD, materializations
 from laion_assets.defs.partitions import seed_sets
 from laion_assets.defs.settings import ResolvedSettings
 from laion_assets.index.decoder import Decoder
-from laion_assets.index.vectors import decoded
+from laion_assets.index.vectors import decoded_codes
 from laion_assets.io.arrays import Floats
 from laion_assets.io.tables import StoredTable, code_bytes
 from laion_assets.search import audit
@@ -226,7 +226,7 @@ def _coverage(rows: int, metadata_rows: int) -> str:
 
 
 def _agreement(captions: audit.Agreement) -> str:
-    if not captions.can_tell:
+    if not captions.is_decidable:
         return f"not checked: only {captions.pairs} pairs of neighbours have captions"
     described = (
         f"neighbours share {captions.near:.1%} of their words, random captions {captions.apart:.1%} "
@@ -329,7 +329,7 @@ def of_combined(table: StoredTable, knn: StoredTable, centroid: StoredTable, thr
 
 def _near_duplicates(codes: Any, groups: Any, decoder: Decoder, threshold: float) -> dg.AssetCheckResult:
     left = (
-        audit.near_duplicates_left(decoded(codes, decoder.decode_to_compare), groups, threshold)
+        audit.near_duplicates_left(decoded_codes(codes, decoder.decode_to_compare), groups, threshold)
         if threshold < 1
         else 0
     )

@@ -31,9 +31,9 @@ from laion_assets.io.arrays import Floats
 from laion_assets.io.errors import InputError
 from laion_assets.io.progress import Progress
 from laion_assets.io.storage import new_file
-from laion_assets.search.best import best_rows
 from laion_assets.search.filters import Filters, conditions_in
 from laion_assets.search.safety import marked_unsafe
+from laion_assets.search.top_rows import best_rows
 from laion_assets.seeds import Model
 from laion_assets.seeds.decoding import EXTENSIONS
 from laion_assets.seeds.folder import is_hidden, is_image

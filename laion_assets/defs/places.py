@@ -18,7 +18,7 @@ from laion_assets.defs.kubernetes.placement import NvmeNode
 from laion_assets.defs.settings import FIELDS, variable_of
 from laion_assets.io.errors import InputError
 from laion_assets.io.storage import on_this_machine
-from laion_assets.staging import DEFAULT_BUDGET, read_bytes
+from laion_assets.staging import DEFAULT_BUDGET, parse_size
 
 DATA = Path("data")  # the project folder; dagster.yaml keeps Dagster's own storage there too
 SIMILAR_NAMES = 0.85  # share of letters that a misspelt variable has in common with the one meant
@@ -38,7 +38,7 @@ def _bytes(text: Any) -> Any:
     if not isinstance(text, str):
         return text
     try:
-        return read_bytes(text)
+        return parse_size(text)
     except InputError as error:
         raise ValueError("write it as a number of bytes, or like 300GB") from error
 

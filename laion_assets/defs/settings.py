@@ -30,12 +30,13 @@ from pydantic.fields import FieldInfo
 
 from laion_assets.io.errors import InputError
 from laion_assets.search.filters import conditions_in
+from laion_assets.search.near_duplicates import DEDUP_THRESHOLD
 from laion_assets.search.sizing import Yield, counts_for
+from laion_assets.seeds.settings_file import SETTINGS_FILE
 
 COUNTS = ("nb_images_knn", "nb_images_centroid")
 TARGET = "target_images"
 BLOCK_LIST = "block_list"  # set per deployment; recorded with the settings
-SETTINGS_FILE = "settings.yaml"
 OF_SEEDS = {"max_bad_images"}  # settings that no search uses
 THIS_RUN = "Launchpad or command line"
 KIND_NAMES: Mapping[type, str] = {int: "a whole number", float: "a number", str: "text"}
@@ -63,7 +64,10 @@ class Settings(BaseModel):
         "each strategy, computed from the yield of the set's last run",
     )
     dedup_threshold: float = Field(
-        0.94, gt=0, le=1, description="Cosine above which two images are near-duplicates; 1 keeps all"
+        DEDUP_THRESHOLD,
+        gt=0,
+        le=1,
+        description="Cosine above which two images are near-duplicates; 1 keeps all",
     )
     nprobe: int | None = Field(
         None, ge=1, description="Inverted lists to probe; chosen from the number of images when unset"

@@ -1,7 +1,6 @@
 """Build the demo: clip art as a small index in LAION's layout, and three seed sets of images.
 
-What it writes looks like a user's own index and seeds, and nothing that reads them knows that they are a
-demo's.
+Its output has the layout of any index and seed set.
 """
 
 import fcntl
@@ -26,6 +25,7 @@ from laion_assets.index import MODEL_RECORD
 from laion_assets.io.arrays import Floats, Ids, Mask
 from laion_assets.io.console import silent_stdout
 from laion_assets.io.errors import InputError
+from laion_assets.search.near_duplicates import DEDUP_THRESHOLD
 
 BUILD_VERSION = 2
 """Part of the recorded input: raise it when the same images should give another index."""
@@ -48,7 +48,6 @@ _METADATA_COLUMNS = ("url", "caption", "category", "thumbnail")
 
 _SEEDS_PER_SET = 12
 _VARIED = 0.8
-_NEAR_DUPLICATE = 0.94
 _ENGLISH_SHARE = 2 / 3
 _RECORD_BATCH_ROWS = 500
 _RECALL_AT = 20
@@ -214,7 +213,7 @@ def _varied(rows: Sequence[int], vectors: Floats) -> Ids:
 def _held_out(vectors: Floats, seeds: Ids) -> Mask:
     """Mark the seeds and their near-duplicates: the library holds copies of many images."""
     alike = (vectors @ vectors[seeds].T).max(axis=1)
-    mask: Mask = alike >= _NEAR_DUPLICATE
+    mask: Mask = alike >= DEDUP_THRESHOLD
     return mask
 
 
@@ -368,7 +367,7 @@ def _recall(index: Any, vectors: Floats, queries: Floats) -> float:
 def _near_duplicates(vectors: Floats) -> Mask:
     """Return an (n, n) mask: true for each pair, named once, with a cosine above 0.94."""
     unit = vectors / np.linalg.norm(vectors, axis=1, keepdims=True)
-    return np.triu(unit @ unit.T > _NEAR_DUPLICATE, k=1)
+    return np.triu(unit @ unit.T > DEDUP_THRESHOLD, k=1)
 
 
 # --- the seed sets --------------------------------------------------------------------------------

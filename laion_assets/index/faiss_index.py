@@ -54,7 +54,7 @@ class Hits:
 class Index:
     """A faiss index by inner product, memory-mapped and read-only.
 
-    An index may be used by one thread at a time: a search changes how far the index's quantizer looks.
+    Not thread-safe: a search sets the quantizer's efSearch.
 
     Args:
         path: the faiss file.
@@ -144,7 +144,7 @@ class Index:
         A location is list << 32 | row of the list. The lists are chosen first, all at once, so that
         exactly the lists that are searched are fetched.
         """
-        parameters = self._parameters(nprobe)
+        parameters = self._set_search_depth(nprobe)
         lists = np.empty((len(transformed), parameters.nprobe), np.int64)
         nearness = np.empty(lists.shape, np.float32)
         similarity = np.empty((len(transformed), k), np.float32)
@@ -219,7 +219,7 @@ class Index:
             return 1.0
         if not self._disk.whole:
             return math.nan
-        parameters = self._parameters(FURTHER * nprobe)
+        parameters = self._set_search_depth(FURTHER * nprobe)
         remained = returned = 0
         sampled = slice(len(queries))
         for query, ids, similarity in zip(
@@ -306,7 +306,8 @@ class Index:
                 queries = faiss.downcast_VectorTransform(self._index.chain.at(i)).apply(queries)
         return queries
 
-    def _parameters(self, nprobe: int | None) -> Any:
+    def _set_search_depth(self, nprobe: int | None) -> Any:
+        """Set how far the quantizer looks, and return the search parameters."""
         nprobe = min(nprobe or self._ivf.nprobe, self.nlist)
         quantizer = faiss.downcast_index(self._ivf.quantizer)
         if isinstance(quantizer, faiss.IndexHNSW):

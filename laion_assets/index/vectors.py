@@ -31,7 +31,7 @@ def unit(vectors: Floats) -> Floats:
     return scaled
 
 
-def decoded(codes: Bytes, decode: Callable[[Bytes], Floats]) -> Vectors:
+def decoded_codes(codes: Bytes, decode: Callable[[Bytes], Floats]) -> Vectors:
     """Return the unit vectors of codes.
 
     Up to `HELD_ROWS` of them are decoded now and held as an array. More are decoded on every access: for

@@ -8,11 +8,13 @@ import base64
 import hashlib
 from collections.abc import Iterable
 from functools import lru_cache
+from pathlib import Path
 
 import google_crc32c
 
 POLYNOMIAL = 0x82F63B78  # Castagnoli's, with x^0 in the highest of 32 bits
 X_TO_THE_0 = 1 << 31
+READ_AT_ONCE = 1 << 20  # bytes of a file
 
 
 def fingerprint(files: Iterable[tuple[str, int, str]]) -> str:
@@ -36,6 +38,15 @@ def checksum_text(checksum: google_crc32c.Checksum | int) -> str:
     """Format a checksum as Google Cloud Storage does: base64 of its big-endian bytes."""
     digest = checksum.to_bytes(4, "big") if isinstance(checksum, int) else checksum.digest()
     return base64.b64encode(digest).decode("ascii")
+
+
+def file_crc32c(path: str | Path) -> str:
+    """Return the checksum of a local file, formatted as `checksum_text` does."""
+    checksum = 0
+    with Path(path).open("rb") as file:
+        while piece := file.read(READ_AT_ONCE):
+            checksum = crc32c(piece, checksum)
+    return checksum_text(checksum)
 
 
 def crc32c_of_parts(parts: Iterable[tuple[int, int]]) -> int:

@@ -99,7 +99,7 @@ def fetch_images(
 
 
 def is_public(address: Address) -> bool:
-    """Tell whether an address is one that everybody on the internet would reach.
+    """Return whether an address is one that everybody on the internet would reach.
 
     Private, loopback, link-local, multicast, reserved and unspecified addresses are not. An IPv6 address
     that stands for an IPv4 address is what that is; tunnels (6to4, Teredo) are not public.

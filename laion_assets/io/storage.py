@@ -225,12 +225,12 @@ def new_file(uri: str, about: str | None = None) -> Iterator[BinaryIO]:
 
 
 def on_this_machine(uri: str) -> bool:
-    """Tell whether a URI is a path on the local disk, without opening it."""
+    """Return whether a URI is a path on the local disk, without opening it."""
     return split_protocol(uri)[0] in (None, "file", "local")
 
 
 def is_local(fs: Any) -> bool:
-    """Tell whether a file system is the local disk."""
+    """Return whether a file system is the local disk."""
     return "file" in _protocols(fs)
 
 

@@ -10,7 +10,6 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from urllib.parse import urlsplit
 
-import google_crc32c
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
@@ -19,7 +18,7 @@ from laion_assets.index.faiss_index import Index
 from laion_assets.index.metadata import Metadata
 from laion_assets.index.vectors import Vectors
 from laion_assets.io.arrays import Bytes, Floats, Ids, Mask
-from laion_assets.io.checksums import checksum_text
+from laion_assets.io.checksums import file_crc32c
 from laion_assets.io.tables import code_bytes
 from laion_assets.search.filters import hashes
 
@@ -61,14 +60,14 @@ class Agreement:
     silent: int = 0
 
     @property
-    def can_tell(self) -> bool:
+    def is_decidable(self) -> bool:
         """Whether there were enough captions."""
         return self.pairs >= FEWEST_PAIRS
 
     @property
     def is_aligned(self) -> bool:
         """Whether captions belong to their rows; True where there are too few to decide."""
-        return not self.can_tell or self.chance <= CHANCE
+        return not self.is_decidable or self.chance <= CHANCE
 
 
 def agreement(index: Index, metadata: Metadata) -> Agreement:
@@ -90,7 +89,7 @@ def agreement(index: Index, metadata: Metadata) -> Agreement:
         _agreement([pair for pair, p in zip(zip(*words, strict=True), part, strict=True) if p == number])
         for number in range(PARTS)
     ]
-    decided = [part for part in parts if part.can_tell]
+    decided = [part for part in parts if part.is_decidable]
     worst = max(decided or parts, key=lambda part: part.chance)
     return replace(worst, silent=PARTS - len(decided)) if decided else worst
 
@@ -186,7 +185,7 @@ def changed(files: Iterable[tuple[str, str, int]]) -> list[str]:
     return [
         f"{path} is no longer what was staged: its checksum differs"
         for path, checksum, _ in files
-        if _checksum(path) != checksum
+        if file_crc32c(path) != checksum
     ]
 
 
@@ -205,14 +204,6 @@ def to_read_again(files: Sequence[tuple[str, str, int]]) -> list[tuple[str, str,
             chosen.append(files[number])
             room -= size
     return chosen
-
-
-def _checksum(path: str) -> str:
-    checksum = google_crc32c.Checksum()
-    with open(path, "rb") as file:  # noqa: PTH123
-        for _ in checksum.consume(file, 1 << 20):
-            pass
-    return checksum_text(checksum)
 
 
 @dataclass(frozen=True)

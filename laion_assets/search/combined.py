@@ -20,7 +20,7 @@ from scipy.sparse import coo_array
 from scipy.sparse.csgraph import connected_components
 
 from laion_assets.index.decoder import Decoder
-from laion_assets.index.vectors import decoded
+from laion_assets.index.vectors import decoded_codes
 from laion_assets.io.arrays import Floats, Ids
 from laion_assets.io.tables import code_bytes
 from laion_assets.search.near_duplicates import components
@@ -73,7 +73,7 @@ class Combined:
 
 
 @dataclass
-class _Rows:
+class _AccumulatedRows:
     """The numbers of all rows of both sets, knn first."""
 
     ids: Ids
@@ -111,7 +111,7 @@ def combine(knn: Stored, centroid: Stored, threshold: float) -> Combined:
     distinct_urls = len(np.unique(labels))
     if threshold < 1:  # at 1 nothing is a near-duplicate
         codes = code_bytes(_taken_in_order(knn, centroid, representative, ["code"])["code"])
-        vectors = decoded(codes, _decoder(knn, centroid).decode_to_compare)
+        vectors = decoded_codes(codes, _decoder(knn, centroid).decode_to_compare)
         labels = _united(labels, components(vectors, threshold))
 
     stays = np.flatnonzero(labels == np.arange(len(labels)))
@@ -133,7 +133,7 @@ def combine(knn: Stored, centroid: Stored, threshold: float) -> Combined:
     return Combined(schema, _batches(knn, centroid, rows, kept, found_by[stays], schema), funnel)
 
 
-def _read_numbers(knn: Stored, centroid: Stored) -> _Rows:
+def _read_numbers(knn: Stored, centroid: Stored) -> _AccumulatedRows:
     parts: list[tuple[NDArray[Any], ...]] = []
     for number, table in enumerate((knn, centroid)):  # ties go to knn
         names = [name for name in table.schema.names if name in ("id", "rank", "seed", "similarity")]
@@ -151,7 +151,7 @@ def _read_numbers(knn: Stored, centroid: Stored) -> _Rows:
     kinds = (np.int64, np.int32, np.int8, np.int32, np.float32)
     parts.append(tuple(np.empty(0, kind) for kind in kinds))
     columns: list[NDArray[Any]] = [np.concatenate(column) for column in zip(*parts, strict=True)]
-    return _Rows(*columns)
+    return _AccumulatedRows(*columns)
 
 
 def _lowest_by(group: Ids, values: Ids, groups: int) -> Ids:
@@ -229,7 +229,7 @@ def _schema(knn: pa.Schema) -> pa.Schema:
 def _batches(
     knn: Stored,
     centroid: Stored,
-    rows: _Rows,
+    rows: _AccumulatedRows,
     kept: Ids,
     found_by: NDArray[np.int8],
     schema: pa.Schema,

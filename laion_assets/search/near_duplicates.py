@@ -73,6 +73,7 @@ from laion_assets.index.vectors import Vectors, unit
 from laion_assets.io.arrays import Bytes, Floats, Ids, Mask
 from laion_assets.io.parallel import in_threads, one_blas_thread
 
+DEDUP_THRESHOLD = 0.94  # the default cosine above which two images are near-duplicates
 SLACK = 1e-4  # relaxes every bound by more than float32's rounding, see above
 
 

@@ -16,7 +16,7 @@ import pyarrow.compute as pc
 
 from laion_assets.index.faiss_index import Hits, Index
 from laion_assets.index.metadata import THUMBNAIL_COLUMN, Metadata
-from laion_assets.index.vectors import decoded, unit
+from laion_assets.index.vectors import decoded_codes, unit
 from laion_assets.io.arrays import Bytes, Floats, Ids, Mask
 from laion_assets.io.errors import InputError
 from laion_assets.io.tables import fixed_size_binary
@@ -43,12 +43,29 @@ class Request:
         nprobe: inverted lists to probe; chosen from k when None.
         filters: what keeps images out.
 
+    Raises:
+        InputError: `k` or `nprobe` is below 1, or the threshold is not above 0 and at most 1.
+
     """
 
     k: int
     dedup_threshold: float
     nprobe: int | None = None
     filters: Filters = NO_FILTERS
+
+    def __post_init__(self) -> None:
+        """Check the numbers."""
+        if self.k < 1:
+            raise InputError(f"k is {self.k}: request at least 1 image", "k")
+        if self.nprobe is not None and self.nprobe < 1:
+            raise InputError(
+                f"nprobe is {self.nprobe}: probe at least 1 list, or leave it to be chosen", "nprobe"
+            )
+        if not 0 < self.dedup_threshold <= 1:  # NaN neither
+            raise InputError(
+                f"dedup_threshold is {self.dedup_threshold}: use a cosine above 0 and at most 1",
+                "dedup_threshold",
+            )
 
 
 @dataclass
@@ -211,7 +228,7 @@ class _Search:
 
     def kept_rows(self, hits: Hits, first: int, queries: int) -> pa.Table:
         """Return the rows that are kept of a batch of queries, the first of which has number `first`."""
-        received = _Rows.of(hits, first)
+        received = _FoundRows.of(hits, first)
         distinct = received[_first_of_each(received.query, received.ids)]
         covered = distinct[self._metadata.covers(distinct.ids)]
         labels = self._labels(covered, hits.codes)
@@ -229,11 +246,12 @@ class _Search:
         self.funnel.kept += len(best)
         return self._as_table(covered[best], columns, hits.codes, queries)
 
-    def _labels(self, rows: _Rows, codes: Bytes) -> Ids:
+    def _labels(self, rows: _FoundRows, codes: Bytes) -> Ids:
         """Label each row with its best-ranked near-duplicate; at a threshold of 1 there are none."""
         threshold = self._request.dedup_threshold
         if threshold < 1:
-            return components_of_lists(decoded(codes, self._decode), rows.code, rows.query, threshold)
+            vectors = decoded_codes(codes, self._decode)
+            return components_of_lists(vectors, rows.code, rows.query, threshold)
         return np.arange(len(rows))
 
     def _best_allowed(self, ids: Ids, labels: Ids) -> tuple[Ids, pa.Table, Ids]:
@@ -261,7 +279,7 @@ class _Search:
         reasons = [~_has_url(columns), filters.blocked(ids, columns), filters.failed(columns)]
         return np.select(reasons, [WITHOUT_URL, BLOCKED, FILTERED], KEPT)
 
-    def _examples(self, rows: _Rows, labels: Ids, best: Ids, codes: Bytes) -> Removed:
+    def _examples(self, rows: _FoundRows, labels: Ids, best: Ids, codes: Bytes) -> Removed:
         """Choose near-duplicates to show: one of each group, of every query in turn, all allowed."""
         representative = np.full(len(labels), -1)
         representative[labels[best]] = best
@@ -284,7 +302,7 @@ class _Search:
             cosine=np.einsum("ij,ij->i", *ends),
         )
 
-    def _as_table(self, kept: _Rows, columns: pa.Table, codes: Bytes, queries: int) -> pa.Table:
+    def _as_table(self, kept: _FoundRows, columns: pa.Table, codes: Bytes, queries: int) -> pa.Table:
         kept_codes = codes[kept.code]
         self.lists = np.union1d(self.lists, self._index.lists_of(kept_codes))
         found = {name: columns[name] for name in columns.column_names} | {
@@ -298,7 +316,7 @@ class _Search:
             found[THUMBNAIL_COLUMN] = self._thumbnails(kept, queries)
         return pa.table({name: found[name] for name in self._schema.names}, schema=self._schema)
 
-    def _thumbnails(self, kept: _Rows, queries: int) -> pa.ChunkedArray:
+    def _thumbnails(self, kept: _FoundRows, queries: int) -> pa.ChunkedArray:
         """Return thumbnails of the first rows of the first queries, null for all others."""
         each = math.ceil(THUMBNAILS / min(queries, THUMBNAILS))
         starts = np.flatnonzero(np.diff(kept.query, prepend=-1))
@@ -311,7 +329,7 @@ class _Search:
 
 
 @dataclass(frozen=True)
-class _Rows:
+class _FoundRows:
     """What queries found: n rows in order of query and rank; `code` is a place in `Hits.codes`."""
 
     ids: Ids
@@ -321,7 +339,7 @@ class _Rows:
     code: Ids
 
     @classmethod
-    def of(cls, hits: Hits, first: int) -> _Rows:
+    def of(cls, hits: Hits, first: int) -> _FoundRows:
         """Return all rows found, where the first query has number `first`."""
         query, place = np.nonzero(hits.ids >= 0)
         return cls(
@@ -335,8 +353,8 @@ class _Rows:
     def __len__(self) -> int:
         return len(self.ids)
 
-    def __getitem__(self, rows: Ids | Mask) -> _Rows:
-        return _Rows(
+    def __getitem__(self, rows: Ids | Mask) -> _FoundRows:
+        return _FoundRows(
             self.ids[rows], self.similarity[rows], self.rank[rows], self.query[rows], self.code[rows]
         )
 

@@ -1,8 +1,8 @@
 """Thumbnails for the vectors of clip-retrieval's output, from the images it was made of.
 
 `img_emb/img_emb_0.npy` has the vectors, `metadata/metadata_0.parquet` the paths of their images in
-`image_path`, row by row. Images that are still there become thumbnails; whatever is wrong with the others
-concerns nobody, since the vectors do not depend on them.
+`image_path`, row by row. Images that are still there become thumbnails. Unreadable images are skipped;
+the vectors do not depend on them.
 """
 
 from __future__ import annotations
@@ -19,14 +19,13 @@ import pyarrow.parquet as pq
 
 from laion_assets.io.parallel import in_threads
 from laion_assets.io.storage import is_local
-from laion_assets.seeds.decoding import THUMBNAIL, BadImageError, PixelBudget, decoded, thumbnail
+from laion_assets.seeds.decoding import BadImageError, PixelBudget, thumbnail_of
 from laion_assets.seeds.folder import SeedSet
 
 PICTURED = 48  # seeds of a set that get thumbnails
 VECTORS = re.compile(r"img_emb/img_emb_(\d+)\.npy")
 PATHS = "image_path"
 MAX_IMAGE = 256 << 20  # bytes
-DETAIL = 2 * THUMBNAIL  # pixels; a JPEG is decoded at no less
 
 
 def with_thumbnails(fs: Any, seed_set: SeedSet, columns: pa.Table) -> pa.Table:
@@ -82,8 +81,7 @@ def _first_paths(metadata: Path, rows: int) -> list[str | None]:
 
 def _thumbnail(path: Path, budget: PixelBudget) -> bytes | None:
     try:
-        with decoded(_content(path), lambda *_: (DETAIL, DETAIL), budget) as image:
-            return thumbnail(image)
+        return thumbnail_of(_content(path), budget)
     except (BadImageError, OSError, ValueError):  # a path may hold what no path can
         return None
 

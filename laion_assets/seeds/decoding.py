@@ -19,6 +19,7 @@ MAX_PIXELS = 128_000_000
 gigabyte."""
 BAND = 4_000_000  # pixels that are converted at a time
 THUMBNAIL = 96  # pixels of its longer edge, at most
+THUMBNAIL_DETAIL = 2 * THUMBNAIL  # pixels; for a thumbnail a JPEG is decoded at no less
 THUMBNAIL_QUALITY = 80
 STARTS = {
     b"\xff\xd8\xff": "JPEG",
@@ -69,7 +70,7 @@ class PixelBudget:
 
 
 @contextmanager
-def decoded(
+def open_image(
     data: bytes, enough: Callable[[int, int], tuple[int, int]], budget: PixelBudget
 ) -> Iterator[Image.Image]:
     """Decode an image file for as long as the block lasts.
@@ -98,6 +99,17 @@ def decoded(
         except Exception as error:  # whatever the decoders raise for damaged files
             raise BadImageError(_damage(error)) from error
         yield made
+
+
+def thumbnail_of(data: bytes, budget: PixelBudget) -> bytes:
+    """Return a thumbnail of an image file, see `thumbnail`.
+
+    Raises:
+        BadImageError: it cannot be decoded.
+
+    """
+    with open_image(data, lambda *_: (THUMBNAIL_DETAIL, THUMBNAIL_DETAIL), budget) as image:
+        return thumbnail(image)
 
 
 def thumbnail(image: Image.Image) -> bytes:

@@ -9,15 +9,13 @@ from functools import partial
 from pathlib import PurePosixPath
 from typing import Any
 
-import google_crc32c
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from laion_assets.io.arrays import Floats
-from laion_assets.io.checksums import checksum_text
+from laion_assets.io.arrays import Floats, unit_rows
 from laion_assets.io.errors import InputError
-from laion_assets.io.storage import open_storage, reaching
+from laion_assets.io.storage import first_line, open_storage, reaching
 from laion_assets.seeds.clip_retrieval import with_thumbnails
 from laion_assets.seeds.folder import SEEDS_URI, SeedSet
 from laion_assets.seeds.images import BadImage, EmbeddedImage, ImageFile, embed_images
@@ -168,7 +166,7 @@ def _read_vectors(uri: str, seed_set: SeedSet) -> Seeds:
             try:
                 data = verified(content, file)
                 raw, columns = READERS[PurePosixPath(file.name).suffix.lower()](data)
-                parts[where] = unit_rows(raw), _with_location(columns, file.name, len(raw))
+                parts[where] = checked_unit_rows(raw), _with_location(columns, file.name, len(raw))
             except UnusableFileError as error:
                 problems += [f"{where} {problem}" for problem in error.problems]
     problems += _differing_dimensions({where: vectors for where, (vectors, _) in parts.items()})
@@ -196,15 +194,17 @@ def _embed_images(
     progress: Callable[[int], object],
 ) -> Seeds:
     fs, _ = open_storage(uri, SEEDS_URI)
-    files = (ImageFile(file.name, partial(_content, fs, file)) for file in seed_set.images)
+    files = (
+        ImageFile(file.name, partial(_content, fs, file, _where(uri, seed_set, file)))
+        for file in seed_set.images
+    )
     good: list[EmbeddedImage] = []
     bad: list[BadImage] = []
-    with reaching(uri, SEEDS_URI):
-        for outcome in embed_images(model, files, known=known.vectors, progress=progress):
-            if isinstance(outcome, BadImage):
-                bad.append(outcome)
-            else:
-                good.append(outcome)
+    for outcome in embed_images(model, files, known=known.vectors, progress=progress):
+        if isinstance(outcome, BadImage):
+            bad.append(outcome)
+        else:
+            good.append(outcome)
     allowed = math.floor(max_bad_images * len(seed_set.images))
     if len(bad) > allowed or not good:
         named = _first([f"{seed_set.name}/{image}" for image in bad], BAD_IMAGES_SHOWN)
@@ -226,11 +226,29 @@ def _embed_images(
     return Seeds(vectors, pa.table(columns), tuple(bad), reused=sum(reused))
 
 
-def _content(fs: Any, file: SeedFile) -> bytes:
-    content: bytes = fs.cat_file(file.path)
-    if checksum_text(google_crc32c.Checksum(content)) != file.checksum:
-        raise OSError("it changed while it was read; run again once it is complete")
-    return content
+def _where(uri: str, seed_set: SeedSet, file: SeedFile) -> str:
+    return f"{uri.rstrip('/')}/{seed_set.name}/{file.name}"
+
+
+def _content(fs: Any, file: SeedFile, where: str) -> bytes:
+    """Read a file as it was listed.
+
+    Raises:
+        UnusableFileError: the file is gone or has changed, or a local file cannot be read.
+        InputError: its storage refuses access or fails.
+
+    """
+    try:
+        with reaching(where, SEEDS_URI):
+            ((_, content),) = read_files(fs, [file])
+    except InputError:
+        raise
+    except Exception as error:  # every kind of storage has its own
+        raise InputError(
+            f"{where} cannot be read ({first_line(error)}): check the access to it, then try again",
+            SEEDS_URI,
+        ) from error
+    return verified(content, file)
 
 
 def _embed_prompts(uri: str, seed_set: SeedSet, model: Model) -> Seeds:
@@ -250,12 +268,15 @@ def _embed_prompts(uri: str, seed_set: SeedSet, model: Model) -> Seeds:
 
 def _prompts_of(uri: str, seed_set: SeedSet) -> Sequence[Prompt]:
     fs, _ = open_storage(uri, SEEDS_URI)
-    with reaching(uri, SEEDS_URI):
-        return [
-            prompt
-            for file in seed_set.prompts
-            for prompt in read_prompts(_content(fs, file), f"{seed_set.name}/{file.name}")
-        ]
+    prompts: list[Prompt] = []
+    for file in seed_set.prompts:
+        name = f"{seed_set.name}/{file.name}"
+        try:
+            content = _content(fs, file, _where(uri, seed_set, file))
+        except UnusableFileError as error:
+            raise InputError(f"{name} {error}") from error
+        prompts += read_prompts(content, name)
+    return prompts
 
 
 def _first(problems: Sequence[str], shown: int = PROBLEMS_SHOWN) -> str:
@@ -263,7 +284,7 @@ def _first(problems: Sequence[str], shown: int = PROBLEMS_SHOWN) -> str:
     return "; ".join([*problems[:shown], *([f"and {more:,} more"] if more > 0 else [])])
 
 
-def unit_rows(raw: Any) -> Floats:
+def checked_unit_rows(raw: Any) -> Floats:
     """Check the vectors of one file and scale them to unit length.
 
     Args:
@@ -282,17 +303,16 @@ def unit_rows(raw: Any) -> Floats:
         raise UnusableFileError(f"has shape {raw.shape}: one vector (d,) or a matrix (n, d) is needed")
     if raw.size == 0:
         raise UnusableFileError(f"is empty (shape {raw.shape})")
-    wide = raw.astype(np.float64)  # in float32, the squares of very small numbers are zero
-    with np.errstate(over="ignore"):
-        lengths = np.linalg.norm(wide, axis=1)
-    problems = [
-        f"row {row} holds NaN or infinite values" for row in np.flatnonzero(~np.isfinite(lengths))
-    ]
-    problems += [f"row {row} is all zeros" for row in np.flatnonzero(lengths == 0)]
-    if problems:
-        raise UnusableFileError(*problems)
-    vectors: Floats = (wide / lengths[:, None]).astype(np.float32)
+    vectors, usable = unit_rows(raw)
+    if not usable.all():
+        raise UnusableFileError(*(_problem(row, raw[row]) for row in np.flatnonzero(~usable).tolist()))
     return vectors
+
+
+def _problem(number: int, row: Any) -> str:
+    with np.errstate(over="ignore"):
+        is_zero = not np.square(row.astype(np.float64)).any()  # in float64, as in `unit_rows`
+    return f"row {number} is all zeros" if is_zero else f"row {number} holds NaN or infinite values"
 
 
 def centroid(embeddings: Floats) -> tuple[Floats, float]:

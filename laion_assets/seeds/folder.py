@@ -127,11 +127,6 @@ def list_folder(uri: str) -> Listing:
     )
 
 
-def list_seed_sets(uri: str) -> dict[str, SeedSet]:
-    """List the seed sets of a folder by name, see `list_folder`."""
-    return list_folder(uri).sets
-
-
 def find_seed_set(uri: str, name: str) -> SeedSet:
     """List the files of one seed set.
 
@@ -159,7 +154,7 @@ def find_seed_set(uri: str, name: str) -> SeedSet:
                 f"seed set {name!r} is empty: put images, {PROMPTS_FILE}, or "
                 f"{' or '.join(READERS)} files into {uri}/{name}"
             )
-    names = sorted(list_seed_sets(uri))
+    names = sorted(list_folder(uri).sets)
     near = difflib.get_close_matches(name, names, n=1)
     hint = f"did you mean {near[0]!r}?" if near else f"found {', '.join(names) or 'none'}"
     raise InputError(f"there is no seed set {name!r} in {uri}: {hint}")

@@ -12,14 +12,18 @@ from typing import NamedTuple, TypeAlias
 
 import numpy as np
 
-from laion_assets.io.arrays import Floats
+from laion_assets.io.arrays import Floats, unit_rows
 from laion_assets.io.storage import first_line
-from laion_assets.seeds.decoding import BadImageError, PixelBudget, decoded, thumbnail
-from laion_assets.seeds.model import NO_DIRECTION, Model, cores, with_direction
+from laion_assets.seeds.decoding import BadImageError, PixelBudget, open_image, thumbnail
+from laion_assets.seeds.model import NO_DIRECTION, Model, cores
 from laion_assets.seeds.preprocessing import Preprocessing
+from laion_assets.seeds.seed_files import UnusableFileError
 
 BATCH = 16
 DETAIL = 6  # times the size to which an image is resized; a JPEG is not decoded at less
+
+
+UNREADABLE = (FileNotFoundError, IsADirectoryError, NotADirectoryError, PermissionError)
 
 
 class ImageFile(NamedTuple):
@@ -27,15 +31,13 @@ class ImageFile(NamedTuple):
 
     Attributes:
         name: of the file, for people.
-        read: returns its bytes.
-        content: changes with the content and only then, such as a checksum; the SHA-256 of what was read
-            by default. Where it is given, a known image is not even read.
+        read: returns its bytes. `UnusableFileError` and the errors in `UNREADABLE` mean that this file
+            cannot be used; every other error ends the work.
 
     """
 
     name: str
     read: Callable[[], bytes]
-    content: str | None = None
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -44,7 +46,7 @@ class EmbeddedImage:
 
     Attributes:
         name: of the file.
-        content: see `ImageFile`; the SHA-256 of the bytes, in hexadecimal digits, where that has none.
+        content: SHA-256 of the file, in hexadecimal digits.
         vector: (d,) float32 of length 1.
         thumbnail: WebP, at most 96 pixels wide and high; None where the vector was known.
 
@@ -106,15 +108,15 @@ def embed_images(
         batch: images that the model takes at a time.
         threads: that decode; one a core by default.
         progress: is called with a number of images once they are done, such as `Progress.advance`.
-        known: (d,) vectors by content, of the same model; these images are not embedded again.
+        known: (d,) vectors by the SHA-256 of the file, of the same model; these images are not embedded
+            again.
 
     Yields:
         A vector or a problem for each file, in their order.
 
     Raises:
         InputError: the model fails.
-        Exception: what a file's `read` raises that is not about this file alone: no `OSError`, or one of
-            the network.
+        Exception: any error of `read` that is not of one file, see `ImageFile`.
 
     """
     prepare = _Preparation(model.preprocessing, known or {})
@@ -126,15 +128,15 @@ def embed_images(
         if prepared == batch:
             waiting, prepared = deque(_embedded(model, waiting)), 0
         if not prepared:
-            yield from _told(waiting, progress)
-    yield from _told(deque(_embedded(model, waiting)), progress)
+            yield from _reported(waiting, progress)
+    yield from _reported(deque(_embedded(model, waiting)), progress)
 
 
 def _image_file(file: ImageFile | tuple[str, Callable[[], bytes]]) -> ImageFile:
     return ImageFile(*file)
 
 
-def _told(
+def _reported(
     outcomes: deque[_Prepared | Outcome], progress: Callable[[int], object] | None
 ) -> Iterator[Outcome]:
     if progress is not None:
@@ -174,19 +176,17 @@ class _Preparation:
         self._budget = PixelBudget()
 
     def __call__(self, file: ImageFile) -> _Prepared | Outcome:
-        if file.content is not None and file.content in self._known:
-            return EmbeddedImage(file.name, file.content, self._known[file.content], None)
         try:
             data = file.read()
-        except (ConnectionError, TimeoutError):  # of the network, not of this file
-            raise
-        except OSError as error:
+        except UnusableFileError as error:
+            return BadImage(file.name, str(error))
+        except UNREADABLE as error:
             return BadImage(file.name, f"cannot be read ({error.strerror or first_line(error)})")
-        content = file.content or hashlib.sha256(data).hexdigest()
+        content = hashlib.sha256(data).hexdigest()
         if content in self._known:
             return EmbeddedImage(file.name, content, self._known[content], None)
         try:
-            with decoded(data, self._enough, self._budget) as image:
+            with open_image(data, self._enough, self._budget) as image:
                 return _Prepared(file.name, content, self._preprocessing(image), thumbnail(image))
         except BadImageError as bad:
             return BadImage(file.name, str(bad))
@@ -214,5 +214,5 @@ def _embedded(model: Model, waiting: Iterable[_Prepared | Outcome]) -> Iterator[
 def _directions(answers: Floats | None) -> Iterator[Floats | None]:
     """Go through unit vectors; None stands for an answer without a direction."""
     if answers is not None:
-        vectors, usable = with_direction(answers)
+        vectors, usable = unit_rows(answers)
         yield from (vector if known else None for vector, known in zip(vectors, usable, strict=True))

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import onnxruntime as ort
 
-from laion_assets.io.arrays import Floats, Ids, Mask
+from laion_assets.io.arrays import Floats, Ids
 from laion_assets.io.errors import InputError
 from laion_assets.io.storage import first_line
 from laion_assets.seeds.model_folder import (
@@ -188,7 +188,7 @@ class Session:
         _check_is_no_pointer(path)
         try:
             self._session = ort.InferenceSession(str(path), options, providers=list(providers))
-        except Exception as error:  # a type of its own for every reason
+        except Exception as error:  # ONNX Runtime has many error types
             raise InputError(
                 f"{path} cannot be opened as an ONNX model ({first_line(error)}): copy it again, with "
                 "the files beside it",
@@ -267,15 +267,6 @@ class Session:
             )
         vectors: Floats = answer[:rows].astype(np.float32, copy=False)
         return vectors
-
-
-def with_direction(answers: Floats) -> tuple[Floats, Mask]:
-    """Scale (n, d) rows to length 1, and return which have a direction: not zero, all finite."""
-    wide = answers.astype(np.float64)
-    with np.errstate(over="ignore", invalid="ignore", divide="ignore"):
-        lengths = np.linalg.norm(wide, axis=1)
-        vectors: Floats = (wide / lengths[:, None]).astype(np.float32)
-    return vectors, np.isfinite(lengths) & (lengths > 0)
 
 
 def cores() -> int:

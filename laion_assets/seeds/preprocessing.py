@@ -1,7 +1,6 @@
 """What a model wants done to an image first, as its preprocessor_config.json says.
 
-The results are those of transformers' own image processors, to the last bit but for images that are very
-long.
+The results are those of transformers' own image processors, bit for bit, except for very long images.
 """
 
 from __future__ import annotations
@@ -84,7 +83,7 @@ class Preprocessing:
         return size
 
     def resized(self, width: int, height: int) -> tuple[int, int]:
-        """Return the (width, height) to which an image of another is resized, before it is cropped."""
+        """Return the (width, height) after resizing, before cropping."""
         if self.resize is None:
             return width, height
         if isinstance(self.resize, tuple):

@@ -13,10 +13,10 @@ from typing import Any
 import numpy as np
 from tokenizers import Encoding, Tokenizer
 
-from laion_assets.io.arrays import Floats, Ids
+from laion_assets.io.arrays import Floats, Ids, unit_rows
 from laion_assets.io.errors import InputError
 from laion_assets.io.storage import first_line
-from laion_assets.seeds.model import NO_DIRECTION, Model, with_direction
+from laion_assets.seeds.model import NO_DIRECTION, Model
 from laion_assets.seeds.model_folder import CONFIG, MODEL, TOKENIZER, TOKENIZER_CONFIG
 
 PROMPTS_FILE = "prompts.txt"
@@ -121,7 +121,7 @@ def embed_prompts(
     for start in range(0, len(prompts), batch):
         some = prompts[start : start + batch]
         ids, mask, lengths = tokens.of([prompt.text for prompt in some])
-        vectors, usable = with_direction(model.text.embed_tokens(ids, mask))
+        vectors, usable = unit_rows(model.text.embed_tokens(ids, mask))
         for prompt, length, is_usable in zip(some, lengths, usable, strict=True):
             if not is_usable:
                 raise InputError(
@@ -164,14 +164,14 @@ class PromptTokens:
             )
         try:
             self._tokenizer = Tokenizer.from_file(str(folder / TOKENIZER))
-        except Exception as error:  # of its own, for all reasons
+        except Exception as error:  # tokenizers raises plain Exception
             raise InputError(
                 f"{folder / TOKENIZER} is damaged ({first_line(error)}): copy it again from where the "
                 "model was published",
                 MODEL,
             ) from error
         config = _json(folder / TOKENIZER_CONFIG)
-        # In full: what is cut is to be told.
+        # Encode without truncation, so that cut prompts can be reported.
         truncation = self._tokenizer.truncation or {}
         self.context_length: int = fixed or _context_length(folder, config, truncation)
         self._padding = _padding(self._tokenizer, config)
@@ -198,15 +198,15 @@ class PromptTokens:
 
 
 def _context_length(folder: Path, config: Mapping[str, Any], truncation: Mapping[str, Any]) -> int:
-    """Return the context length that the files beside the model tell, CLIP's where none does."""
+    """Return the context length that the model's files declare, else CLIP's."""
     text_config = _json(folder / CONFIG).get("text_config") or {}
-    told = (
+    declared = (
         text_config.get("max_position_embeddings"),
         config.get("model_max_length"),
         truncation.get("max_length"),
     )
     lengths = (
-        int(length) for length in told if isinstance(length, int | float) and length <= MAX_CONTEXT
+        int(length) for length in declared if isinstance(length, int | float) and length <= MAX_CONTEXT
     )
     return next((length for length in lengths if length > 0), CLIP_CONTEXT)
 

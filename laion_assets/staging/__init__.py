@@ -11,7 +11,7 @@ The layers, from the top: `stager` and `opening`; `plan` and `verify`; `manifest
 
 from laion_assets.staging.manifest import Manifest, NotStagedError, StagedFile
 from laion_assets.staging.opening import OpenIndex, is_staged, open_staged
-from laion_assets.staging.sparse.budget import DEFAULT_BUDGET, read_bytes
+from laion_assets.staging.sparse.budget import DEFAULT_BUDGET, parse_size
 from laion_assets.staging.stager import Staged, stage
 from laion_assets.staging.transfer.fetch import TransferOptions, TransferStats
 from laion_assets.staging.transfer.files import version_of
@@ -30,7 +30,7 @@ __all__ = [
     "TransferStats",
     "is_staged",
     "open_staged",
-    "read_bytes",
+    "parse_size",
     "stage",
     "verified_manifest",
     "version_of",

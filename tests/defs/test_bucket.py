@@ -31,7 +31,7 @@ from laion_assets.defs.resources import LaionIndex, SeedFolder
 from laion_assets.io.errors import InputError
 from laion_assets.io.storage import new_file, open_storage
 from laion_assets.io.tables import StoredTable, new_table
-from laion_assets.seeds import find_seed_set, list_seed_sets, read_seeds
+from laion_assets.seeds import find_seed_set, list_folder, read_seeds
 
 TABLES = ("seed_embeddings", "centroid_vector", "knn_urls", "centroid_urls", "combined_urls")
 
@@ -228,7 +228,7 @@ def test_markers_of_folders_are_no_seeds(tmp_path: Path, monkeypatch: pytest.Mon
         for marker in ("", "cats/", "cats/deep/", "cats/folder.npy/", "empty/"):
             fs.pipe_file(f"{root}/{marker}", b"")
         fs.pipe_file(f"{root}/cats/deep/a.npy", npy(seeds_of(1)))
-        (seed_set,) = list_seed_sets("gs://marked/seeds").values()
+        (seed_set,) = list_folder("gs://marked/seeds").sets.values()
         assert [file.name for file in seed_set.files] == ["deep/a.npy"]
         assert find_seed_set("gs://marked/seeds", "cats") == seed_set
         with pytest.raises(InputError, match="seed set 'empty' is empty"):

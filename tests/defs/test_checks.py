@@ -346,7 +346,7 @@ def test_metadata_that_is_out_of_line_is_told_of_an_index_without_lists_too(stag
     listless = Index(tmp_path / "plain.index")
     assert listless.nlist == 0
     aligned = audit.agreement(listless, opened.metadata)
-    assert (aligned.can_tell, aligned.is_aligned, aligned.silent) == (True, True, 0)
+    assert (aligned.is_decidable, aligned.is_aligned, aligned.silent) == (True, True, 0)
     assert not audit.agreement(listless, Moved(opened.metadata, 100, 2000)).is_aligned
 
 

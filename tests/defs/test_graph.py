@@ -23,7 +23,7 @@ from laion_assets.defs.provenance import PROVENANCE_KEY
 from laion_assets.defs.settings import FIELDS, THIS_RUN
 from laion_assets.io.checksums import crc32c
 from laion_assets.io.tables import DESCRIPTIONS, StoredTable
-from laion_assets.seeds import list_seed_sets
+from laion_assets.seeds import list_folder
 from laion_assets.staging import Manifest
 
 TABLES = ("seed_embeddings", "centroid_vector", "knn_urls", "centroid_urls", "combined_urls")
@@ -190,13 +190,13 @@ def test_data_versions_are_the_fingerprints_of_index_and_seeds(done):
     manifest = Manifest.read(project.cache)
     assert manifest is not None
     assert data_version(result, "staged_laion_index") == manifest.fingerprint
-    seed_set = list_seed_sets(str(project.seeds))["flower"]
+    seed_set = list_folder(str(project.seeds)).sets["flower"]
     assert data_version(result, "seed_embeddings") == seed_set.fingerprint
 
 
 def test_every_footer_says_what_the_table_was_made_from(done):
     project, result = done
-    seeds = list_seed_sets(str(project.seeds))["flower"].fingerprint
+    seeds = list_folder(str(project.seeds)).sets["flower"].fingerprint
     index = data_version(result, "staged_laion_index")
     for name in TABLES:
         made = provenance(project.table(name, "flower"))

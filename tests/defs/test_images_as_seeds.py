@@ -15,7 +15,7 @@ from PIL import Image
 from laion_assets.defs.sources import last_version
 from laion_assets.demo import DEMO_MODEL
 from laion_assets.index import MODEL_RECORD
-from laion_assets.seeds import list_seed_sets
+from laion_assets.seeds import list_folder
 
 ASSETS = ("seed_embeddings", "centroid_vector", "knn_urls", "centroid_urls", "combined_urls")
 
@@ -108,7 +108,7 @@ def test_another_model_makes_what_follows_stale_and_old_and_new_are_not_combined
 
 def test_another_model_changes_nothing_for_a_set_of_embeddings(project):
     other = project.with_environment(LAION_MODEL=str(copy_of_the_model(project)))
-    files = list_seed_sets(str(project.seeds))["fruit"].fingerprint
+    files = list_folder(str(project.seeds)).sets["fruit"].fingerprint
     for each in (project, other):
         assert failures(each.run("fruit", "seed_embeddings")) == {}
         assert data_version(each, "seed_embeddings", "fruit") == files

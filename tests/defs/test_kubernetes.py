@@ -33,7 +33,7 @@ from laion_assets.defs.kubernetes.step_pods import RENEW, why_it_cannot_start
 from laion_assets.defs.places import Places
 from laion_assets.defs.settings import FIELDS, variable_of
 from laion_assets.io.errors import InputError
-from laion_assets.staging import read_bytes
+from laion_assets.staging import parse_size
 
 ON_NVME = {"staged_laion_index", "knn_urls", "centroid_urls"}
 KUBERNETES = "1.34"
@@ -284,8 +284,8 @@ def test_the_claim_of_sparse_staging_has_the_same_name_and_room_for_the_budget()
     assert claim["spec"]["accessModes"] == ["ReadWriteOnce"]
     readme = (K8S / "README.md").read_text()
     (budget,) = re.findall(r"name: LAION_SPARSE_BUDGET, value: (\w+)", readme)
-    room = read_bytes(claim["spec"]["resources"]["requests"]["storage"] + "B", "storage")
-    assert 0.7 * room < read_bytes(budget, "LAION_SPARSE_BUDGET") < 0.9 * room
+    room = parse_size(claim["spec"]["resources"]["requests"]["storage"] + "B")
+    assert 0.7 * room < parse_size(budget) < 0.9 * room
 
 
 def test_sparse_pods_go_to_any_node_but_together():

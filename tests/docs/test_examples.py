@@ -18,11 +18,12 @@ PAGES = sorted(page for page in (REPOSITORY / "docs").glob("*.md") if BLOCK.sear
 
 @pytest.fixture(scope="module")
 def folder(demo: Demo, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder in which `make demo` ran."""
+    """A folder in which `make demo` ran: its seeds are images."""
     root = tmp_path_factory.mktemp("checkout")
     index = shutil.copytree(demo.index, root / "data" / "index")
-    with new_project(root / "data", index, demo.seeds) as project:
+    with new_project(root / "data", index, demo.images) as project:
         assert project.run("fruit").success
+        assert {path.suffix for path in project.seeds.rglob("*.*")} == {".webp"}
     return root
 
 

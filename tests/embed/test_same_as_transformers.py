@@ -17,7 +17,7 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
-from laion_assets.seeds.decoding import PixelBudget, decoded
+from laion_assets.seeds.decoding import PixelBudget, open_image
 from laion_assets.seeds.images import EmbeddedImage, ImageFile, embed_images
 from laion_assets.seeds.model import Model
 from laion_assets.seeds.prompts import Prompt, PromptTokens, embed_prompts
@@ -147,7 +147,7 @@ def test_an_image_is_prepared_as_transformers_does(number, reference):
     name = reference.names[number]
     preprocessing = Model(reference.folder / "small").preprocessing
     data = (reference.folder / "images" / name).read_bytes()
-    with decoded(data, lambda width, height: (width, height), PixelBudget()) as image:
+    with open_image(data, lambda width, height: (width, height), PixelBudget()) as image:
         pixels = preprocessing(image)
     off = np.abs(pixels - reference.answers["pixels"][number])
     if Path(name).name in NOT_TO_THE_BIT:

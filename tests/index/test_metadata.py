@@ -186,3 +186,10 @@ def test_a_file_of_another_format_is_named(tmp_path, suffix):
     with pytest.raises(InputError, match=f"{path.name} ") as refused:
         Metadata([path])
     assert refused.value.about == "staged_index"
+
+
+def test_a_truncated_metadata_file_is_named(tmp_path) -> None:
+    (path,) = indices.write_metadata(tmp_path, pa.table({"url": ["a"] * 100}))
+    path.write_bytes(path.read_bytes()[:-40])
+    with pytest.raises(InputError, match=path.name):
+        Metadata([path])

@@ -22,6 +22,16 @@ def test_the_checksum_of_a_huge_file_is_put_together_as_that_of_a_small_one():
     assert by_parts == whole
 
 
+def test_the_checksum_of_a_file_is_that_of_its_content(tmp_path, monkeypatch):
+    monkeypatch.setattr(checksums, "READ_AT_ONCE", 1000)
+    for content in (b"", b"123456789", bytes(range(256)) * 40):
+        (tmp_path / "file").write_bytes(content)
+        expected = checksums.checksum_text(checksums.crc32c(content))
+        assert checksums.file_crc32c(tmp_path / "file") == expected
+        assert checksums.file_crc32c(str(tmp_path / "file")) == expected
+    assert checksums.checksum_text(checksums.crc32c(b"123456789")) == "4waSgw=="  # its check value
+
+
 def test_a_fingerprint_is_of_names_sizes_and_checksums_in_any_order():
     files = [("b", 2, "y"), ("a", 1, "x")]
     assert checksums.fingerprint(files) == checksums.fingerprint(files[::-1]) == "99c8dbd300f658c9"

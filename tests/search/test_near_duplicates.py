@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from scipy.sparse.csgraph import connected_components
 
 from laion_assets.index import vectors as vectors_module
-from laion_assets.index.vectors import decoded, unit
+from laion_assets.index.vectors import decoded_codes, unit
 from laion_assets.search.near_duplicates import SIZES, Sizes, components, components_of_lists
 
 ALMOST_ALL = {"small": 0, "sample": 40, "chunk": 6, "tile": (4, 8), "batch": 5}
@@ -122,9 +122,9 @@ def test_rows_decoded_on_every_access_have_the_same_components(monkeypatch) -> N
     rows = 3 * clumps(np.random.default_rng(5), 300)
     monkeypatch.setattr(vectors_module, "ROWS_DECODED_AT_ONCE", 70)
     codes = rows.view(np.uint8)
-    held = decoded(codes, lambda some: np.ascontiguousarray(some).view(np.float32))
+    held = decoded_codes(codes, lambda some: np.ascontiguousarray(some).view(np.float32))
     monkeypatch.setattr(vectors_module, "HELD_ROWS", 0)
-    coded = decoded(codes, lambda some: np.ascontiguousarray(some).view(np.float32))
+    coded = decoded_codes(codes, lambda some: np.ascontiguousarray(some).view(np.float32))
     assert isinstance(held, np.ndarray)
     assert not isinstance(coded, np.ndarray)
     expected = brute_force(unit(rows), 0.94)

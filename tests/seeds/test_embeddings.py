@@ -17,7 +17,7 @@ from hypothesis import given
 from hypothesis.extra.numpy import arrays
 
 from laion_assets.io.errors import InputError
-from laion_assets.seeds import Seeds, centroid, embeddings_of, find_seed_set, list_seed_sets, read_seeds
+from laion_assets.seeds import Seeds, centroid, embeddings_of, find_seed_set, list_folder, read_seeds
 
 
 def read(root: Path, name: str = "set") -> Seeds:
@@ -269,5 +269,5 @@ def test_one_unreadable_file_holds_up_no_other_set(tmp_path):
     write(tmp_path, {"good/a.npy": npy(VECTORS)})
     (tmp_path / "bad").mkdir()
     (tmp_path / "bad" / "a.npy").symlink_to(tmp_path / "gone.npy")
-    assert sorted(list_seed_sets(str(tmp_path))) == ["bad", "good"]
+    assert sorted(list_folder(str(tmp_path)).sets) == ["bad", "good"]
     np.testing.assert_allclose(read(tmp_path, "good").embeddings, unit(VECTORS), atol=1e-6)

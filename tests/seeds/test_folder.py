@@ -7,7 +7,7 @@ import pytest
 from helpers.seed_files import CLIP_RETRIEVAL, FORMS, VECTORS, npy, write
 
 from laion_assets.io.errors import InputError
-from laion_assets.seeds import check_name, find_seed_set, list_folder, list_seed_sets, read_seeds
+from laion_assets.seeds import check_name, find_seed_set, list_folder, read_seeds
 
 
 def refusal(root: Path, name: str) -> str:
@@ -23,7 +23,7 @@ def test_an_empty_set_is_refused_and_says_where_to_put_files(tmp_path):
         message = refusal(tmp_path, name)
         facts = [repr(name), "empty", ".npy", ".parquet", str(tmp_path / name)]
         assert [fact for fact in facts if fact not in message] == []
-    assert list_seed_sets(str(tmp_path)) == {}
+    assert list_folder(str(tmp_path)).sets == {}
 
 
 def test_files_that_nobody_reads_are_named_and_those_that_are_no_mistake_are_not(tmp_path):
@@ -70,7 +70,7 @@ def test_a_set_that_does_not_exist_is_answered_with_the_nearest_or_all_there_are
 
 def test_a_folder_that_does_not_exist_is_named_with_the_parameter_to_correct(tmp_path):
     with pytest.raises(InputError, match=str(tmp_path / "nowhere")) as refused:
-        list_seed_sets(str(tmp_path / "nowhere"))
+        list_folder(str(tmp_path / "nowhere"))
     assert refused.value.about == "seeds_uri"
 
 
@@ -104,7 +104,7 @@ def test_extensions_of_embeddings_count_in_any_case(tmp_path):
 
 
 def fingerprints(root: Path) -> dict[str, str]:
-    return {name: found.fingerprint for name, found in list_seed_sets(str(root)).items()}
+    return {name: found.fingerprint for name, found in list_folder(str(root)).sets.items()}
 
 
 def test_the_fingerprint_follows_names_and_contents_and_nothing_else(tmp_path):
@@ -141,7 +141,7 @@ def test_of_clip_retrievals_folder_only_image_embeddings_change_the_fingerprint(
 def test_a_set_found_by_name_is_the_same_as_in_the_list(tmp_path):
     for number, form in enumerate(FORMS.values()):
         write(tmp_path, {name.replace("set/", f"set {number}/"): data for name, data in form.items()})
-    listed = list_seed_sets(str(tmp_path))
+    listed = list_folder(str(tmp_path)).sets
     assert len(listed) == len(FORMS)
     for name, found in listed.items():
         check_name(name)

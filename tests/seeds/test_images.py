@@ -6,6 +6,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ from PIL import Image
 
 from laion_assets.io.errors import InputError
 from laion_assets.seeds import decoding
-from laion_assets.seeds.decoding import PixelBudget, decoded
+from laion_assets.seeds.decoding import PixelBudget, open_image
 from laion_assets.seeds.images import BadImage, EmbeddedImage, ImageFile, embed_images
 from laion_assets.seeds.model import Model
 
@@ -54,7 +55,7 @@ def noise(width: int = 40, height: int = 30, seed: int = 0) -> Image.Image:
 
 
 def pixels_of(data: bytes) -> np.ndarray[Any, np.dtype[np.int16]]:
-    with decoded(data, lambda width, height: (width, height), PixelBudget()) as image:
+    with open_image(data, lambda width, height: (width, height), PixelBudget()) as image:
         assert image.mode == "RGB"
         return np.asarray(image).astype(np.int16)
 
@@ -357,31 +358,35 @@ def test_bad_images_hold_up_no_other_and_keep_their_place(small):
 
 
 def test_a_file_that_cannot_be_read_is_bad_and_a_network_that_fails_ends_the_work(small, tmp_path):
-    def broken() -> bytes:
-        raise ConnectionResetError
+    def broken(error: Exception) -> bytes:
+        raise error
 
     gone = ImageFile("gone", (tmp_path / "gone.jpg").read_bytes)
     (outcome,) = embed_images(small, [gone])
     assert outcome == BadImage("gone", "cannot be read (No such file or directory)")
+    (outcome,) = embed_images(small, [ImageFile("folder", tmp_path.read_bytes)])
+    assert outcome == BadImage("folder", "cannot be read (Is a directory)")
     with pytest.raises(ConnectionResetError):
-        list(embed_images(small, [file("a", JPEG), ImageFile("b", broken)]))
+        list(
+            embed_images(
+                small, [file("a", JPEG), ImageFile("b", partial(broken, ConnectionResetError()))]
+            )
+        )
+    with pytest.raises(OSError, match="Forbidden"):  # as gcsfs refuses access
+        list(embed_images(small, [ImageFile("b", partial(broken, OSError("Forbidden: x")))]))
 
 
 # --- the stream -----------------------------------------------------------------------------------
 
 
-def test_known_images_are_not_embedded_again_and_where_told_not_even_read(small, monkeypatch):
+def test_known_images_are_not_embedded_again(small, monkeypatch):
     files = [file(f"{n}", saved(noise(seed=n))) for n in range(5)]
     first = embedded(small, *files)
     known = {image.content: image.vector for image in first}
     monkeypatch.setattr(small, "embed_pixels", lambda _: pytest.fail("was embedded again"))
     again = list(embed_images(small, files, known=known))
     assert [image.content for image in again] == [image.content for image in first]  # type: ignore[union-attr]
-    unread = [
-        ImageFile(name, lambda: pytest.fail("was read"), image.content)
-        for (name, *_), image in zip(files, first, strict=True)
-    ]
-    for image, same in zip(first, embed_images(small, unread, known=known), strict=True):
+    for image, same in zip(first, again, strict=True):
         assert isinstance(same, EmbeddedImage)
         np.testing.assert_array_equal(image.vector, same.vector)
         assert same.thumbnail is None

@@ -1,12 +1,17 @@
 """A seed set of images and prompts: what counts as one, and how it becomes vectors."""
 
 import io
+import os
+import re
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
+from helpers.faults import Proxy, proxy_before
 from helpers.onnx_models import text_model, write_model
 from PIL import Image
 
@@ -135,6 +140,63 @@ def test_images_and_prompts_are_read_from_a_bucket(new_bucket, model):
     uri = f"{new_bucket}/seeds"
     seeds = read_seeds(uri, find_seed_set(uri, "set"), model)
     assert seeds.columns["kind"].to_pylist() == ["image", "prompt"]
+
+
+@pytest.fixture
+def failing(new_bucket: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[str, Proxy]]:
+    """A set of images and prompts in a bucket, and the proxy before it; gcsfs retries at once."""
+
+    async def sleep(_: float) -> None:
+        pass
+
+    monkeypatch.setattr("gcsfs.retry.asyncio", SimpleNamespace(sleep=sleep))
+    uri = f"{new_bucket}/seeds"
+    fs, root = open_storage(uri)
+    fs.pipe({f"{root}/set/{n}.png": encoded(size=(10 + n, 9)) for n in range(20)})
+    fs.pipe_file(f"{root}/set/prompts.txt", b"a cat")
+    with proxy_before(os.environ["STORAGE_EMULATOR_HOST"]) as proxy:
+        monkeypatch.setenv("STORAGE_EMULATOR_HOST", proxy.url)
+        yield uri, proxy
+
+
+@pytest.mark.parametrize(
+    ("failure", "remedy"),
+    [(403, "grant it to the account"), (502, "check the network")],
+)
+@pytest.mark.parametrize("name", ["7.png", "prompts.txt"])
+def test_a_bucket_that_refuses_or_fails_is_no_bad_image(failing, model, name, failure, remedy):
+    uri, proxy = failing
+    listed = find_seed_set(uri, "set")
+    proxy.rule = lambda path: failure if re.search(f"(/|%2F){name}", path) else None
+    with pytest.raises(InputError, match=remedy) as refused:
+        read_seeds(uri, listed, model, max_bad_images=1.0)
+    assert f"{uri}/set/{name}" in str(refused.value)
+    assert "replace or remove" not in str(refused.value)
+    assert refused.value.about == "seeds_uri"
+
+
+def test_an_image_that_is_gone_or_changed_since_it_was_listed_is_a_bad_one(new_bucket, model):
+    uri = f"{new_bucket}/seeds"
+    fs, root = open_storage(uri)
+    fs.pipe({f"{root}/set/{n}.png": encoded(size=(10 + n, 9)) for n in range(20)})
+    listed = find_seed_set(uri, "set")
+    fs.rm_file(f"{root}/set/7.png")
+    fs.pipe_file(f"{root}/set/8.png", encoded(colour="blue"))
+    bad = read_seeds(uri, listed, model, max_bad_images=0.1).bad_images
+    assert [image.name for image in bad] == ["7.png", "8.png"]
+    assert "it is gone" in bad[0].reason
+    assert "changed while it was read" in bad[1].reason
+
+
+def test_prompts_that_cannot_be_read_are_named_before_anything_is_embedded(tmp_path):
+    write(tmp_path / "set", {"prompts.txt": b"a cat"})
+    listed = find_seed_set(str(tmp_path), "set")
+    (tmp_path / "set" / "prompts.txt").write_bytes(b"a dog")
+    with pytest.raises(InputError, match=r"^set/prompts\.txt changed while it was read; run again"):
+        count_seeds(str(tmp_path), listed)
+    (tmp_path / "set" / "prompts.txt").unlink()
+    with pytest.raises(InputError, match=r"^set/prompts\.txt cannot be read \(it is gone\)"):
+        count_seeds(str(tmp_path), listed)
 
 
 # --- what cannot be embedded ----------------------------------------------------------------------

@@ -29,7 +29,8 @@ from helpers.project import REPOSITORY
 from laion_assets.io.errors import InputError
 from laion_assets.io.storage import open_storage
 from laion_assets.seeds.model import Model
-from laion_assets.seeds.model_folder import find_model, stage_model
+from laion_assets.seeds.model_folder import find_model
+from laion_assets.seeds.model_staging import stage_model
 
 DEMO_MODEL = REPOSITORY / "laion_assets" / "demo" / "model"
 WORDS = clip_tokenizer().get_vocab_size()

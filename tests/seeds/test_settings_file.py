@@ -9,7 +9,7 @@ from helpers.seed_files import VECTORS, npy, write
 
 from laion_assets.io.errors import InputError
 from laion_assets.io.storage import open_storage
-from laion_assets.seeds import find_seed_set, list_seed_sets, read_settings
+from laion_assets.seeds import find_seed_set, list_folder, read_settings
 
 LAUGHS = [f"{b}: &{b} [{', '.join([f'*{a}'] * 9)}]" for a, b in pairwise("abcdefghi")]
 
@@ -66,7 +66,7 @@ def test_a_file_of_another_name_is_not_overlooked(tmp_path, name):
 
 def test_settings_are_part_of_the_fingerprint_and_no_seeds(tmp_path):
     def fingerprint() -> str:
-        return list_seed_sets(str(tmp_path))["cats"].fingerprint
+        return list_folder(str(tmp_path)).sets["cats"].fingerprint
 
     settings_in(tmp_path, "nprobe: 5")
     with_settings = fingerprint()
@@ -77,7 +77,7 @@ def test_settings_are_part_of_the_fingerprint_and_no_seeds(tmp_path):
     write(tmp_path, {"cats/deeper/notes.yaml": b"not: ours"})
     assert fingerprint() == without != with_settings
     write(tmp_path, {"empty/settings.yaml": b"nprobe: 5"})
-    assert set(list_seed_sets(str(tmp_path))) == {"cats"}
+    assert set(list_folder(str(tmp_path)).sets) == {"cats"}
     with pytest.raises(InputError, match="'empty' is empty"):
         find_seed_set(str(tmp_path), "empty")
 

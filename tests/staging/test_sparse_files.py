@@ -20,7 +20,7 @@ from hypothesis import strategies as st
 
 from laion_assets.io import ranges
 from laion_assets.io.errors import InputError
-from laion_assets.staging import Manifest, TransferStats, read_bytes
+from laion_assets.staging import Manifest, TransferStats, parse_size
 from laion_assets.staging.sparse import leases, pages, reads, store
 from laion_assets.staging.sparse.pages import SparseFile, allocate, map_path
 from laion_assets.staging.sparse.reads import PAGE_SIZE
@@ -204,13 +204,13 @@ def test_what_was_written_and_never_marked_is_freed_when_room_is_needed(files):
     ],
 )
 def test_a_budget_is_written_as_people_do(text, expected):
-    assert read_bytes(text) == expected
+    assert parse_size(text) == expected
 
 
 @pytest.mark.parametrize("text", ["much", "3 XB", "-1GB", "GB"])
 def test_a_budget_that_is_no_number_of_bytes_is_refused(text):
     with pytest.raises(InputError, match=f"'{text}' is not a number of bytes.*300GB"):
-        read_bytes(text)
+        parse_size(text)
 
 
 # --- errors ---------------------------------------------------------------------------------------

@@ -10,10 +10,9 @@ import pyarrow as pa
 from laion_assets.io.parallel import in_threads
 from laion_assets.io.remote_images import BOUNDS, Bounds, NotFetched, fetch_images
 from laion_assets.search.safety import marked_unsafe
-from laion_assets.seeds.decoding import THUMBNAIL, BadImageError, PixelBudget, decoded, thumbnail
+from laion_assets.seeds.decoding import BadImageError, PixelBudget, thumbnail_of
 
 FETCHED = 48  # rows of a table whose images are fetched
-DETAIL = 2 * THUMBNAIL  # pixels; a JPEG is decoded at no less
 UNSAFE = NotFetched("is marked as unsafe by the index")
 
 
@@ -45,7 +44,6 @@ def _thumbnail(image: bytes | NotFetched, budget: PixelBudget) -> bytes | NotFet
     if isinstance(image, NotFetched):
         return image
     try:
-        with decoded(image, lambda *_: (DETAIL, DETAIL), budget) as opened:
-            return thumbnail(opened)
+        return thumbnail_of(image, budget)
     except BadImageError as error:
         return NotFetched(str(error))

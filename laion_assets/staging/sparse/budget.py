@@ -17,12 +17,11 @@ BYTE_UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
 BYTE_UNITS |= {f"{unit[0]}iB": 1 << 10 * power for power, unit in enumerate(BYTE_UNITS) if unit}
 
 
-def read_bytes(text: str, about: str | None = None) -> int:
+def parse_size(text: str) -> int:
     """Parse a number of bytes, such as `300GB`, `250 GiB` or `1000000`.
 
     Args:
-        text: the number.
-        about: see `InputError`.
+        text: the number, with a unit or without.
 
     Raises:
         InputError: it is not a number of bytes.
@@ -31,7 +30,7 @@ def read_bytes(text: str, about: str | None = None) -> int:
     found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]*)\s*", text)
     units = {unit.lower(): size for unit, size in BYTE_UNITS.items()}
     if not found or found[2].lower() not in units:
-        raise InputError(f"{text!r} is not a number of bytes: write it like 300GB or 1000000", about)
+        raise InputError(f"{text!r} is not a number of bytes: write it like 300GB or 1000000")
     return int(float(found[1]) * units[found[2].lower()])
 
 

@@ -49,7 +49,7 @@ class GcsReader:
     def read(self, file: SourceFile, start: int, stop: int) -> Iterator[bytes]:
         """Yield the bytes from `start` to `stop` of the listed generation, see `RangeReader`.
 
-        Errors are told apart by their class alone. obstore has classes for 401, 403, 404, 409 and 412.
+        Errors are classified by type only. obstore has classes for 401, 403, 404, 409 and 412.
         Every other failure is a `GenericError`: a reset connection, silence, an incomplete answer, 408,
         429 and 5xx, which may pass, but also 400 and 416, which do not. All of these count as transient,
         and the retries are bounded.

@@ -11,9 +11,10 @@ import pyarrow as pa
 from numpy.typing import ArrayLike
 
 from laion_assets.index import Index, Metadata, open_folder
-from laion_assets.io.arrays import Floats
+from laion_assets.io.arrays import Floats, unit_rows
 from laion_assets.io.errors import InputError
 from laion_assets.search.filters import Filters, conditions_in
+from laion_assets.search.near_duplicates import DEDUP_THRESHOLD
 from laion_assets.search.retrieval import Request, retrieve_table
 from laion_assets.staging import is_staged, open_staged
 
@@ -25,7 +26,7 @@ def search(
     vectors: ArrayLike,
     k: int,
     *,
-    dedup_threshold: float = 0.94,
+    dedup_threshold: float = DEDUP_THRESHOLD,
     nprobe: int | None = None,
     filters: str = "",
     metadata: str | Path | None = None,
@@ -47,24 +48,21 @@ def search(
 
     Raises:
         InputError: no index there, a vector without a direction or of another dimension, a column that a
-            filter names and the metadata lacks.
+            filter names and the metadata lacks, or a number out of its bounds.
 
     """
-    queries = _unit_rows(vectors)
+    queries = _queries(vectors)
     request = Request(k, dedup_threshold, nprobe, Filters(conditions_in(filters)))
     with _opened(Path(index), metadata) as (opened, rows):
         table, _ = retrieve_table(opened, rows, queries, request, per_seed=True)
     return table.drop_columns([name for name in NOT_SHOWN if name in table.column_names])
 
 
-def _unit_rows(vectors: ArrayLike) -> Floats:
-    wide = np.atleast_2d(np.asarray(vectors, np.float64))
-    lengths = np.linalg.norm(wide, axis=1)
-    wrong = np.flatnonzero(~(np.isfinite(lengths) & (lengths > 0)))
-    if len(wrong):
-        raise InputError(f"vector {wrong[0]} is zero or not finite: remove it")
-    unit: Floats = (wide / lengths[:, None]).astype(np.float32)
-    return unit
+def _queries(vectors: ArrayLike) -> Floats:
+    queries, usable = unit_rows(np.atleast_2d(np.asarray(vectors, np.float64)))
+    if not usable.all():
+        raise InputError(f"vector {np.argmin(usable)} is zero or not finite: remove it")
+    return queries
 
 
 @contextmanager

@@ -7,17 +7,17 @@ import pyarrow as pa
 
 from laion_assets.index.faiss_index import Index
 from laion_assets.index.metadata import THUMBNAIL_COLUMN, Metadata
-from laion_assets.index.vectors import decoded
+from laion_assets.index.vectors import decoded_codes
 from laion_assets.io.arrays import Floats, Ids
 from laion_assets.io.tables import code_bytes
 from laion_assets.search.filters import NO_FILTERS, Filters
 from laion_assets.search.near_duplicates import components
 from laion_assets.search.retrieval import Request, retrieve_table
 
-REQUESTED = 4  # rows for each that is wanted: of LAION some 30 % are no near-duplicates
-LEAST = 16  # rows requested for each query
-ROUNDS = 3  # of requests, each for that many times more rows
-MORE = 4
+OVERSAMPLING = 4  # rows requested for each row wanted: of LAION some 30 % are no near-duplicates
+MIN_PER_QUERY = 16  # rows requested
+MAX_ROUNDS = 3
+GROWTH = 4  # times the rows of the round before
 
 
 def best_rows(
@@ -52,14 +52,14 @@ def best_rows(
         InputError: see `retrieve`.
 
     """
-    k = max(LEAST, -(-REQUESTED * top // len(queries)))
-    for _ in range(ROUNDS):
+    k = max(MIN_PER_QUERY, -(-OVERSAMPLING * top // len(queries)))
+    for _ in range(MAX_ROUNDS):
         request = Request(min(k, index.rows), dedup_threshold, nprobe, filters)
         found, _ = retrieve_table(index, metadata, queries, request, per_seed=True)
         rows = found.take(pa.array(_distinct(index, found, dedup_threshold)[:top]))
         if len(rows) == top or k >= index.rows:
             break
-        k *= MORE
+        k *= GROWTH
     return _as_shown(rows, metadata)
 
 
@@ -72,7 +72,7 @@ def _distinct(index: Index, found: pa.Table, threshold: float) -> Ids:
     if not len(places):
         return places
     codes = code_bytes(found["code"])[places]
-    labels = components(decoded(codes, index.decoder().decode_to_compare), threshold)
+    labels = components(decoded_codes(codes, index.decoder().decode_to_compare), threshold)
     distinct: Ids = places[labels == np.arange(len(places))]
     return distinct
 

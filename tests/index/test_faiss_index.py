@@ -1,0 +1,65 @@
+"""The faiss index: what is opened or refused, how far a search looks, and samples of its rows."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import faiss
+import numpy as np
+import pytest
+from helpers import indices
+
+from laion_assets.index.faiss_index import Index
+from laion_assets.index.in_place import open_folder
+from laion_assets.index.vectors import unit
+from laion_assets.io.errors import InputError
+
+
+@pytest.mark.parametrize(
+    "key", ["IDMap,Flat", "IVF4,PQ8x4fs", "IVF4,Flat,RFlat", "OPQ8,IDMap,IVF4,PQ8x4"]
+)
+def test_a_kind_of_index_that_would_give_other_rows_is_refused(tmp_path, key) -> None:
+    rows = indices.random_rows(np.random.default_rng(8), 400)
+    index = faiss.index_factory(rows.shape[1], key, faiss.METRIC_INNER_PRODUCT)
+    index.train(rows)
+    faiss.write_index(index, str(tmp_path / "image.index"))
+    with pytest.raises(InputError, match=r"image.index is a faiss Index.*build it as"):
+        Index(tmp_path / "image.index")
+
+
+@pytest.mark.parametrize("form", [indices.MERGED, "single file", "Flat"])
+def test_a_truncated_index_is_an_error_and_not_the_end_of_the_process(tmp_path, form) -> None:
+    indices.write_index(tmp_path, indices.random_rows(np.random.default_rng(2), 400), form)
+    path, lists = indices.index_paths(tmp_path)
+    cut = lists or path
+    cut.write_bytes(cut.read_bytes()[: cut.stat().st_size // 2])
+    program = (
+        "import numpy as np, sys; from pathlib import Path\n"
+        "from laion_assets.index.faiss_index import Index\n"
+        "index = Index(*(Path(p) for p in sys.argv[1:]))\n"
+        "index.search(np.ones((1, 16), np.float32), 400, 4)\n"
+    )
+    paths = [str(part) for part in (path, lists) if part]
+    done = subprocess.run([sys.executable, "-c", program, *paths], capture_output=True, text=True)
+    assert done.returncode == 1, done.stderr[-500:]
+    last = done.stderr.strip().splitlines()[-1]
+    assert "InputError" in last
+    assert str(cut) in last
+
+
+def test_opening_an_index_prints_nothing(demo, capfd) -> None:
+    open_folder(demo.index)
+    assert capfd.readouterr() == ("", "")
+
+
+@pytest.mark.parametrize("form", indices.FORMS)
+def test_a_sample_holds_rows_of_the_index_as_it_stores_them(tmp_path: Path, form: str) -> None:
+    indices.write_index(tmp_path, indices.random_rows(np.random.default_rng(7), 50), form)
+    index = Index(*indices.index_paths(tmp_path))
+    ids, vectors = (np.concatenate(part) for part in zip(*index.sample(64, 50), strict=True))
+    assert sorted(ids) == list(range(50))
+    stored = unit(indices.reconstructed(tmp_path))[ids]
+    np.testing.assert_allclose(vectors @ vectors.T, stored @ stored.T, atol=1e-4)
+    few = [part_ids for part_ids, _ in index.sample(2, 3)]
+    assert 0 < len(np.concatenate(few)) <= 6
+    np.testing.assert_array_equal(np.concatenate(few), np.concatenate([i for i, _ in index.sample(2, 3)]))
