@@ -123,6 +123,8 @@ def test_every_variable_that_the_package_names_is_declared():
         ("LAION_BLOCK_LISTS", "LAION_BLOCK_LIST"),
         ("LAION_FILTER", "LAION_FILTERS"),
         ("LAION_NVME_LABLE", "LAION_NVME_LABEL"),
+        ("LAION_INDEX", "LAION_INDEX_.*"),
+        ("LAION_SEEDS", "LAION_SEEDS_URI"),
     ],
 )
 def test_a_misspelt_variable_is_refused_with_the_one_that_is_meant(misspelt, meant):

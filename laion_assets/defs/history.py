@@ -16,6 +16,7 @@ from laion_assets.search.sizing import USUAL, Yield
 
 MATERIALIZATIONS_READ = 20  # the latest first
 YIELD = "yield"
+MOST_OF = 0.9  # of the requested images; searches that receive fewer ran out of rows
 PROVENANCE = "provenance"
 DECIDE_THE_YIELD = ("dedup_threshold", "filters", BLOCK_LIST)
 
@@ -74,7 +75,8 @@ def measured_yield(
 ) -> Yield:
     """Return the combined yield of a set's last run with the same threshold, filters and block list.
 
-    Runs that kept nothing are passed over; without any other the usual yield is returned.
+    Runs that kept nothing are passed over, and so are runs that requested more than the index holds: their
+    yield says nothing about smaller requests. Without any other the usual yield is returned.
 
     Args:
         instance: whose history to read.
@@ -86,9 +88,19 @@ def measured_yield(
     wanted = {name: asked[name] for name in DECIDE_THE_YIELD}
     for past in materializations(instance, "combined_urls", seed_set, before):
         then = past.asked
-        if then and past.figures.get(YIELD) and {name: then.get(name) for name in wanted} == wanted:
+        if (
+            then
+            and past.figures.get(YIELD)
+            and not _exhausted_the_index(past)
+            and {name: then.get(name) for name in wanted} == wanted
+        ):
             return Yield(past.figures[YIELD], f"measured by run {past.run[:8]}")
     return USUAL
+
+
+def _exhausted_the_index(past: PastMaterialization) -> bool:
+    received, requested = (past.figures.get(name) for name in ("received", "requested"))
+    return bool(requested) and received is not None and received < MOST_OF * requested
 
 
 def yield_for(context: dg.AssetExecutionContext, seed_set: str, asked: Mapping[str, Any]) -> Yield:

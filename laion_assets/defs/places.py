@@ -153,7 +153,7 @@ class Places(BaseModel):
 
 
 def _refuse_misspelt(environment: Mapping[str, str]) -> None:
-    """Refuse unknown variables that resemble a known one.
+    """Refuse unknown variables that resemble a known one, or are the beginning of one.
 
     A setting that is silently ignored could be the one that keeps images out. Other names that begin
     alike may be somebody else's, such as those that Kubernetes makes of the names of services.
@@ -162,5 +162,6 @@ def _refuse_misspelt(environment: Mapping[str, str]) -> None:
     known.update(NvmeNode.variables().values())
     for name in environment:
         if name.startswith("LAION_") and name not in known:
-            for meant in difflib.get_close_matches(name, known, n=1, cutoff=SIMILAR_NAMES):
+            longer = [each for each in sorted(known) if each.startswith(f"{name}_")]
+            for meant in longer or difflib.get_close_matches(name, known, n=1, cutoff=SIMILAR_NAMES):
                 raise InputError(f"{name} is set, which is not a setting: did you mean {meant}?")

@@ -205,12 +205,12 @@ def _embed_images(
             bad.append(outcome)
         else:
             good.append(outcome)
-    allowed = math.floor(max_bad_images * len(seed_set.images))
+    allowed = math.ceil(max_bad_images * len(seed_set.images))  # so that a small set can do without one
     if len(bad) > allowed or not good:
-        named = _first([f"{seed_set.name}/{image}" for image in bad], BAD_IMAGES_SHOWN)
+        named = _first([str(image) for image in bad], BAD_IMAGES_SHOWN)
         raise InputError(
             f"{len(bad):,} of {len(seed_set.images):,} images of seed set {seed_set.name!r} cannot be "
-            f"embedded, at most {allowed:,} may be: replace or remove {named}",
+            f"embedded; at most {allowed:,} may fail. Replace or remove them, or raise the bound: {named}",
             "max_bad_images",
         )
     reused = [image.content in known.vectors for image in good]

@@ -315,6 +315,18 @@ def test_a_yield_counts_only_for_the_block_list_it_was_measured_with(made: Ticks
     assert found.share == reported(second, "combined_urls")[YIELD]
 
 
+def test_a_request_beyond_the_index_is_told_so_and_says_nothing_of_smaller_ones(made: Ticks) -> None:
+    project = made.project
+    settings = RetrievalConfig().resolve(Defaults({})).asked()
+    before = measured_yield(project.instance, "fruit", settings)
+    beyond = searched(project, "fruit", nb_images_knn=10**6, nb_images_centroid=10**6)
+    assert reported(beyond, "combined_urls")[YIELD] < 0.01
+    assert measured_yield(project.instance, "fruit", settings) == before
+    told = [entry.user_message for entry in project.instance.all_logs(beyond.run_id)]
+    assert sum("the index has only" in message for message in told) == 2
+    assert not [message for message in told if "set a higher nprobe" in message]
+
+
 def index_of(project: Project) -> LaionIndex:
     with dg.build_resources({"it": (project.defs.resources or {})["laion_index"]}) as given:
         found: LaionIndex = given.it

@@ -222,12 +222,22 @@ def test_bad_images_are_named_with_the_reason_and_the_set_goes_on(tmp_path, mode
 def test_too_many_bad_images_fail_the_set_and_ten_are_named(tmp_path, model):
     write(tmp_path / "set", {f"{n:02}.png": encoded() for n in range(20)})
     write(tmp_path / "set", {f"bad{n:02}.jpg": b"" for n in range(12)})
-    with pytest.raises(InputError, match=r"12 of 32 images .*'set'.* at most 1 ") as refused:
+    with pytest.raises(InputError, match=r"12 of 32 images .*'set'.* at most 2 may fail") as refused:
         read(tmp_path, model)
     assert refused.value.about == "max_bad_images"
-    assert "set/bad09.jpg" in str(refused.value)
+    assert "bad09.jpg" in str(refused.value)
     assert "bad10" not in str(refused.value)
     assert "and 2 more" in str(refused.value)
+
+
+def test_a_small_set_can_do_without_one_image_but_not_without_two(tmp_path, model):
+    write(tmp_path / "set", {f"{n}.png": encoded() for n in range(5)} | {"phone.heic": BAD["phone.heic"]})
+    assert len(read(tmp_path, model).bad_images) == 1
+    with pytest.raises(InputError, match="1 of 6 images .* at most 0 may fail"):
+        read(tmp_path, model, max_bad_images=0)
+    write(tmp_path / "set", {"empty.jpg": b""})
+    with pytest.raises(InputError, match="2 of 7 images .* at most 1 may fail"):
+        read(tmp_path, model)
 
 
 def test_a_set_of_bad_images_alone_fails_whatever_is_allowed(tmp_path, model):

@@ -224,7 +224,7 @@ class _SearchStep:
             self.context.log.info(_looking(request.k, queries, opened.index.rows, per_seed=self.per_seed))
             written = self._write(opened, queries, request, replace(origin, settings=settings))
             fetched = _fetched(opened)
-        self._log(written.found)
+            self._log(written.found, request.k, opened.index.rows)
         return self._report(written, fetched)
 
     def _seeds(self, queries: Floats) -> int:
@@ -310,10 +310,12 @@ class _SearchStep:
         self.context.log.info(f"to keep {target:,} images, from {seeds:,} seeds, at {expected}")
         return settings.sized(seeds, expected, rows)
 
-    def _log(self, found: Found) -> None:
+    def _log(self, found: Found, k: int, rows: int) -> None:
         log, funnel = self.context.log, found.funnel
         log.info(_sentence(funnel))
-        if missing := funnel.requested - funnel.received:
+        if k > rows:
+            log.warning(f"the index has only {rows:,} rows: no request of {k:,} images can be met")
+        elif missing := funnel.requested - funnel.received:
             remedy = "request fewer" if found.nprobe is None else "set a higher nprobe, or request fewer"
             log.warning(
                 f"the index returned {missing:,} fewer images than requested (nprobe {found.nprobe}): "
