@@ -75,8 +75,8 @@ def measured_yield(
 ) -> Yield:
     """Return the combined yield of a set's last run with the same threshold, filters and block list.
 
-    Runs that kept nothing are passed over, and so are runs that requested more than the index holds: their
-    yield says nothing about smaller requests. Without any other the usual yield is returned.
+    Runs that kept nothing are passed over, and so are runs that requested more than the index holds:
+    their yield says nothing about smaller requests. Without any other the usual yield is returned.
 
     Args:
         instance: whose history to read.
@@ -99,8 +99,8 @@ def measured_yield(
 
 
 def _exhausted_the_index(past: PastMaterialization) -> bool:
-    received, requested = (past.figures.get(name) for name in ("received", "requested"))
-    return bool(requested) and received is not None and received < MOST_OF * requested
+    figures = past.figures
+    return "received" in figures and figures["received"] < MOST_OF * figures["requested"]
 
 
 def yield_for(context: dg.AssetExecutionContext, seed_set: str, asked: Mapping[str, Any]) -> Yield:

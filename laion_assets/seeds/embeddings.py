@@ -210,7 +210,7 @@ def _embed_images(
         named = _first([str(image) for image in bad], BAD_IMAGES_SHOWN)
         raise InputError(
             f"{len(bad):,} of {len(seed_set.images):,} images of seed set {seed_set.name!r} cannot be "
-            f"embedded; at most {allowed:,} may fail. Replace or remove them, or raise the bound: {named}",
+            f"embedded, at most {allowed:,} may fail; replace, remove or allow for them: {named}",
             "max_bad_images",
         )
     reused = [image.content in known.vectors for image in good]

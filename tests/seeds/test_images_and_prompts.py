@@ -233,10 +233,10 @@ def test_too_many_bad_images_fail_the_set_and_ten_are_named(tmp_path, model):
 def test_a_small_set_can_do_without_one_image_but_not_without_two(tmp_path, model):
     write(tmp_path / "set", {f"{n}.png": encoded() for n in range(5)} | {"phone.heic": BAD["phone.heic"]})
     assert len(read(tmp_path, model).bad_images) == 1
-    with pytest.raises(InputError, match="1 of 6 images .* at most 0 may fail"):
+    with pytest.raises(InputError, match=r"1 of 6 images .* at most 0 may fail"):
         read(tmp_path, model, max_bad_images=0)
     write(tmp_path / "set", {"empty.jpg": b""})
-    with pytest.raises(InputError, match="2 of 7 images .* at most 1 may fail"):
+    with pytest.raises(InputError, match=r"2 of 7 images .* at most 1 may fail"):
         read(tmp_path, model)
 
 
