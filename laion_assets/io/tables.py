@@ -31,7 +31,7 @@ DESCRIPTIONS = {
     "similarity": "inner product of the unit query and the row as the index stores it; a compressed row "
     "may be slightly longer than 1, and the similarity then slightly above 1",
     "rank": "place among the rows found for the same query, 1 is the nearest",
-    "seed": "row of the seed table this was found for; null where the centroid found it, alone or at a better rank",
+    "seed": "row of the seed table; null where the centroid found it, alone or at a better rank",
     "strategies": "which strategies found the image or a near-duplicate of it",
     "seed_set": "seed set the image was found for",
     "code": "the row as the index stores it; the decoder beside the table turns it into a vector",
