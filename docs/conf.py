@@ -64,8 +64,8 @@ write_reference()
 # --- links ----------------------------------------------------------------------------------------
 
 nitpicky = True
-OTHERS = "PIL collections contextlib ctypes datetime google_crc32c numpy obstore pathlib pyarrow"
-OTHERS += " threading"
+OTHERS = "PIL collections contextlib ctypes datetime google_crc32c ipaddress numpy"
+OTHERS += " obstore pathlib pyarrow threading"
 nitpick_ignore_regex = [
     ("py:.*", rf"({'|'.join(OTHERS.split())})\..*"),  # documented elsewhere
     ("py:class", "|".join(ARRAYS)),

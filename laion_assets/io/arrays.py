@@ -19,8 +19,8 @@ def unit_rows(rows: NDArray[Any]) -> tuple[Floats, Mask]:
             small numbers are zero.
 
     Returns:
-        (n, d) float32, and (n,) which rows are usable: those that are not zero and all finite. The others
-        hold anything.
+        The unit rows (n, d), and a mask (n,) of those that are usable, which are not zero and all finite.
+        The other rows hold anything.
 
     """
     wide = rows.astype(np.float64)
