@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import argparse
+import errno
 import logging
 import os
+import signal
+import socket
 import sys
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
@@ -33,7 +36,7 @@ from laion_assets.io.errors import InputError
 from laion_assets.seeds import count_seeds
 
 DEMO_SET = "fruit"
-PORT = 3000
+HOST, PORT, MAX_PORT = "127.0.0.1", 3000, 65_535
 INSTANCE_FILE = "dagster.yaml"
 METAVARS: Mapping[type, str] = {int: "N", float: "X", str: "CONDITIONS"}
 DATA_VARIABLES = ("LAION_INDEX_URI", "LAION_METADATA_URI", "LAION_SEEDS_URI")
@@ -174,19 +177,46 @@ def _dev(parsed: argparse.Namespace, environment: Mapping[str, str]) -> int:
     """Replace this process with Dagster's webserver and daemon, on the history of this folder."""
     Places.from_environment(environment)  # a wrong setting fails here, in one sentence
     NvmeNode.from_environment(environment)
+    _check_port(parsed.port)
     if not environment.get("LAION_INDEX_URI"):
         _build_demo()
     home = _home(environment)
-    print(f"Dagster's UI: http://127.0.0.1:{parsed.port}", flush=True)
+    print(f"Dagster's UI: http://{HOST}:{parsed.port}", flush=True)
     with resources.as_file(resources.files("laion_assets.defs") / "workspace.yaml") as workspace:
         command = ["-m", "dagster", "dev", "--workspace", str(workspace)]
-        command += ["--host", "127.0.0.1", "--port", str(parsed.port)]
+        command += ["--host", HOST, "--port", str(parsed.port)]
         quiet = "ignore:Function `dev_command`"
+        _stop_when_signalled()
         os.execve(  # noqa: S606  # no shell
             sys.executable,
             [sys.executable, *command],
             {**environment, "DAGSTER_HOME": str(home), "PYTHONWARNINGS": quiet},
         )
+
+
+def _check_port(port: int) -> None:
+    """Check that the webserver can listen: without it, Dagster's daemon would run on unseen.
+
+    Raises:
+        InputError: no such port, one in use, or one that is reserved.
+
+    """
+    if not 1 <= port <= MAX_PORT:
+        raise InputError(f"--port is {port}: give 1 to {MAX_PORT}")
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # as the webserver does
+        try:
+            probe.bind((HOST, port))
+        except OSError as error:
+            why = "is in use" if error.errno == errno.EADDRINUSE else f"cannot be used ({error.strerror})"
+            raise InputError(f"port {port} {why}: choose another with --port") from error
+
+
+def _stop_when_signalled() -> None:
+    """Stop ignoring signals, as background processes of a script do and their programs inherit."""
+    for each in (signal.SIGINT, signal.SIGTERM):
+        if signal.getsignal(each) is signal.SIG_IGN:
+            signal.signal(each, signal.SIG_DFL)
 
 
 def materialize(seed_set: str, given: Mapping[str, Any], environment: Mapping[str, str]) -> int:
