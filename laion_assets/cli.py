@@ -30,7 +30,7 @@ from laion_assets.defs.places import DATA, Places
 from laion_assets.defs.request_plan import as_yaml, plan_request, read_history
 from laion_assets.defs.resources import LaionIndex, SeedFolder
 from laion_assets.defs.settings import FIELDS, Defaults, RetrievalConfig, kind_of
-from laion_assets.defs.terminal import one_line
+from laion_assets.defs.terminal import count, one_line
 from laion_assets.demo import build_demo
 from laion_assets.io.errors import InputError
 from laion_assets.seeds import count_seeds
@@ -85,9 +85,9 @@ def _parser() -> argparse.ArgumentParser:
     planned.set_defaults(command=_plan)
 
     looked = commands.add_parser(
-        "look", help="show the best rows around an image, a folder of images, or a prompt, in seconds"
+        "look", help="show the best rows around an image, a folder, a seed set, or a prompt, in seconds"
     )
-    looked.add_argument("what", metavar='IMAGE|FOLDER|"a prompt"', help="what to look for")
+    looked.add_argument("what", metavar='IMAGE|FOLDER|SEED_SET|"a prompt"', help="what to look for")
     looked.add_argument("--top", type=int, metavar="N", default=TOP, help=f"rows (default {TOP})")
     looked.add_argument(
         "--output", metavar="PNG", help=f"file of the contact sheet (default {SHEETS}/<name>.png)"
@@ -134,7 +134,7 @@ def _look(parsed: argparse.Namespace, environment: Mapping[str, str]) -> int:
     for note in found.notes:
         _to_stderr(note)
     sheet = ["", f"contact sheet: {_from_here(found.sheet.absolute())}"] if found.sheet else []
-    for line in [found.about, "", *found.lines(), *sheet]:
+    for line in [found.about, "", *found.lines(is_terminal=sys.stdout.isatty()), *sheet]:
         _print_any(line)
     return 0
 
@@ -170,7 +170,7 @@ def _build_demo() -> None:
         f"demo index: {report.rows:,} images in {report.index_key}, {built}; it finds "
         f"{report.recall_all_lists:.0%} of the 20 true nearest"
     )
-    print(f"demo seeds: {', '.join(report.seeds)}, {sum(report.seeds.values())} images")
+    print(f"demo seeds: {', '.join(report.seeds)}, {count(sum(report.seeds.values()), 'image')}")
 
 
 def _dev(parsed: argparse.Namespace, environment: Mapping[str, str]) -> int:
