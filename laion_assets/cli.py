@@ -39,6 +39,7 @@ DEMO_SET = "fruit"
 HOST, PORT, MAX_PORT = "127.0.0.1", 3000, 65_535
 INSTANCE_FILE = "dagster.yaml"
 METAVARS: Mapping[type, str] = {int: "N", float: "X", str: "CONDITIONS"}
+DEFAULT_FOLDERS = {"LAION_INDEX_URI": DATA / "index", "LAION_SEEDS_URI": DATA / "seeds"}
 DATA_VARIABLES = ("LAION_INDEX_URI", "LAION_METADATA_URI", "LAION_SEEDS_URI")
 
 
@@ -51,8 +52,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         return int(parsed.command(parsed, os.environ))
     except InputError as error:
-        print(f"error: {sentence(error)}", file=sys.stderr)
+        print(f"error: {sentence(error)}{_demo_remedy(sentence(error), os.environ)}", file=sys.stderr)
         return 1
+
+
+def _demo_remedy(message: str, environment: Mapping[str, str]) -> str:
+    """Return what to add to an error that is about a default folder which does not exist: the demo."""
+    for variable, folder in DEFAULT_FOLDERS.items():
+        is_default = not environment.get(variable) and not folder.exists()
+        if is_default and message.endswith(f"({variable})"):
+            return "; or run `laion-assets demo` for the demo's data"
+    return ""
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -248,7 +258,7 @@ def materialize(seed_set: str, given: Mapping[str, Any], environment: Mapping[st
         )
     if not result.success:
         for failure in _failures(result):
-            print(f"error: {failure}", file=sys.stderr)
+            print(f"error: {failure}{_demo_remedy(failure, environment)}", file=sys.stderr)
         return 1
     _print_report(result)
     return 0
@@ -325,6 +335,8 @@ def _print_report(result: dg.ExecuteInProcessResult) -> None:
         print(f"{name:14}{''.join(counts)}   {shown[name]}")
     combined = reported["combined_urls"]
     print(f"{'combined_urls':34}{combined['kept']:>10,}   {shown['combined_urls']}")
+    if "target images" in combined:
+        print(f"target {combined['target images']:,}: {combined['kept']:,} kept")
     if "picture" in combined:
         print(f"\ncontact sheet: {_from_here(combined['picture'])}")
 

@@ -307,6 +307,29 @@ def test_dev_can_be_stopped_where_signals_were_ignored(sent, tmp_path, monkeypat
     assert inherited == [signal.SIG_DFL]
 
 
+def test_without_data_the_demo_is_offered_unless_a_place_is_set(demo, tmp_path) -> None:
+    image = str(min((demo.images / "fruit").iterdir()))
+    seeds = {"LAION_SEEDS_URI": str(demo.seeds)}
+    commands = {
+        "no seeds": start(tmp_path, "materialize", "mine"),
+        "no index": start(tmp_path, "materialize", "fruit", **seeds),
+        "look": start(tmp_path, "look", image),
+        "set": start(tmp_path, "look", image, LAION_INDEX_URI=str(tmp_path / "none")),
+    }
+    ended = {name: end(process) for name, process in commands.items()}
+    assert {done.status for done in ended.values()} == {1}
+    offered = {name: done.err.count("run `laion-assets demo`") for name, done in ended.items()}
+    assert offered == {"no seeds": 1, "no index": 1, "look": 1, "set": 0}, ended
+
+
+def test_what_is_kept_of_a_target_is_printed(demo, tmp_path) -> None:
+    places = {"LAION_INDEX_URI": str(demo.index), "LAION_SEEDS_URI": str(demo.seeds)}
+    done = end(start(tmp_path, "materialize", "fruit", "--target-images", "300", **places))
+    assert (done.status, done.err) == (0, "")
+    (kept,), _ = table_of(done)["combined_urls"]
+    assert f"\ntarget 300: {kept} kept\n" in done.out
+
+
 def test_make_dev_builds_no_demo_beside_an_index_of_ones_own(tmp_path, monkeypatch, capsys) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("LAION_INDEX_URI", "/an/index")
