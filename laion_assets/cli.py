@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import argparse
+import errno
 import logging
 import os
+import signal
+import socket
 import sys
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
@@ -27,15 +30,16 @@ from laion_assets.defs.places import DATA, Places
 from laion_assets.defs.request_plan import as_yaml, plan_request, read_history
 from laion_assets.defs.resources import LaionIndex, SeedFolder
 from laion_assets.defs.settings import FIELDS, Defaults, RetrievalConfig, kind_of
-from laion_assets.defs.terminal import one_line
+from laion_assets.defs.terminal import count, one_line
 from laion_assets.demo import build_demo
 from laion_assets.io.errors import InputError
 from laion_assets.seeds import count_seeds
 
 DEMO_SET = "fruit"
-PORT = 3000
+HOST, PORT, MAX_PORT = "127.0.0.1", 3000, 65_535
 INSTANCE_FILE = "dagster.yaml"
 METAVARS: Mapping[type, str] = {int: "N", float: "X", str: "CONDITIONS"}
+DEFAULT_FOLDERS = {"LAION_INDEX_URI": DATA / "index", "LAION_SEEDS_URI": DATA / "seeds"}
 DATA_VARIABLES = ("LAION_INDEX_URI", "LAION_METADATA_URI", "LAION_SEEDS_URI")
 
 
@@ -48,8 +52,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         return int(parsed.command(parsed, os.environ))
     except InputError as error:
-        print(f"error: {sentence(error)}", file=sys.stderr)
+        print(f"error: {sentence(error)}{_demo_remedy(sentence(error), os.environ)}", file=sys.stderr)
         return 1
+
+
+def _demo_remedy(message: str, environment: Mapping[str, str]) -> str:
+    """Return what to add to an error that is about a default folder which does not exist: the demo."""
+    for variable, folder in DEFAULT_FOLDERS.items():
+        is_default = not environment.get(variable) and not folder.exists()
+        if is_default and message.endswith(f"({variable})"):
+            return "; or run `laion-assets demo` for the demo's data"
+    return ""
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -82,9 +95,9 @@ def _parser() -> argparse.ArgumentParser:
     planned.set_defaults(command=_plan)
 
     looked = commands.add_parser(
-        "look", help="show the best rows around an image, a folder of images, or a prompt, in seconds"
+        "look", help="show the best rows around an image, a folder, a seed set, or a prompt, in seconds"
     )
-    looked.add_argument("what", metavar='IMAGE|FOLDER|"a prompt"', help="what to look for")
+    looked.add_argument("what", metavar='IMAGE|FOLDER|SEED_SET|"a prompt"', help="what to look for")
     looked.add_argument("--top", type=int, metavar="N", default=TOP, help=f"rows (default {TOP})")
     looked.add_argument(
         "--output", metavar="PNG", help=f"file of the contact sheet (default {SHEETS}/<name>.png)"
@@ -131,7 +144,7 @@ def _look(parsed: argparse.Namespace, environment: Mapping[str, str]) -> int:
     for note in found.notes:
         _to_stderr(note)
     sheet = ["", f"contact sheet: {_from_here(found.sheet.absolute())}"] if found.sheet else []
-    for line in [found.about, "", *found.lines(), *sheet]:
+    for line in [found.about, "", *found.lines(is_terminal=sys.stdout.isatty()), *sheet]:
         _print_any(line)
     return 0
 
@@ -167,26 +180,53 @@ def _build_demo() -> None:
         f"demo index: {report.rows:,} images in {report.index_key}, {built}; it finds "
         f"{report.recall_all_lists:.0%} of the 20 true nearest"
     )
-    print(f"demo seeds: {', '.join(report.seeds)}, {sum(report.seeds.values())} images")
+    print(f"demo seeds: {', '.join(report.seeds)}, {count(sum(report.seeds.values()), 'image')}")
 
 
 def _dev(parsed: argparse.Namespace, environment: Mapping[str, str]) -> int:
     """Replace this process with Dagster's webserver and daemon, on the history of this folder."""
     Places.from_environment(environment)  # a wrong setting fails here, in one sentence
     NvmeNode.from_environment(environment)
+    _check_port(parsed.port)
     if not environment.get("LAION_INDEX_URI"):
         _build_demo()
     home = _home(environment)
-    print(f"Dagster's UI: http://127.0.0.1:{parsed.port}", flush=True)
+    print(f"Dagster's UI: http://{HOST}:{parsed.port}", flush=True)
     with resources.as_file(resources.files("laion_assets.defs") / "workspace.yaml") as workspace:
         command = ["-m", "dagster", "dev", "--workspace", str(workspace)]
-        command += ["--host", "127.0.0.1", "--port", str(parsed.port)]
+        command += ["--host", HOST, "--port", str(parsed.port)]
         quiet = "ignore:Function `dev_command`"
+        _stop_when_signalled()
         os.execve(  # noqa: S606  # no shell
             sys.executable,
             [sys.executable, *command],
             {**environment, "DAGSTER_HOME": str(home), "PYTHONWARNINGS": quiet},
         )
+
+
+def _check_port(port: int) -> None:
+    """Check that the webserver can listen: without it, Dagster's daemon would run on unseen.
+
+    Raises:
+        InputError: no such port, one in use, or one that is reserved.
+
+    """
+    if not 1 <= port <= MAX_PORT:
+        raise InputError(f"--port is {port}: give 1 to {MAX_PORT}")
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # as the webserver does
+        try:
+            probe.bind((HOST, port))
+        except OSError as error:
+            why = "is in use" if error.errno == errno.EADDRINUSE else f"cannot be used ({error.strerror})"
+            raise InputError(f"port {port} {why}: choose another with --port") from error
+
+
+def _stop_when_signalled() -> None:
+    """Stop ignoring signals, as background processes of a script do and their programs inherit."""
+    for each in (signal.SIGINT, signal.SIGTERM):
+        if signal.getsignal(each) is signal.SIG_IGN:
+            signal.signal(each, signal.SIG_DFL)
 
 
 def materialize(seed_set: str, given: Mapping[str, Any], environment: Mapping[str, str]) -> int:
@@ -218,7 +258,7 @@ def materialize(seed_set: str, given: Mapping[str, Any], environment: Mapping[st
         )
     if not result.success:
         for failure in _failures(result):
-            print(f"error: {failure}", file=sys.stderr)
+            print(f"error: {failure}{_demo_remedy(failure, environment)}", file=sys.stderr)
         return 1
     _print_report(result)
     return 0
@@ -295,6 +335,8 @@ def _print_report(result: dg.ExecuteInProcessResult) -> None:
         print(f"{name:14}{''.join(counts)}   {shown[name]}")
     combined = reported["combined_urls"]
     print(f"{'combined_urls':34}{combined['kept']:>10,}   {shown['combined_urls']}")
+    if "target images" in combined:
+        print(f"target {combined['target images']:,}: {combined['kept']:,} kept")
     if "picture" in combined:
         print(f"\ncontact sheet: {_from_here(combined['picture'])}")
 

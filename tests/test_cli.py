@@ -4,6 +4,7 @@ import os
 import re
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -239,6 +240,8 @@ MISTAKES: dict[str, tuple[list[str], dict[str, str], int, tuple[str, ...]]] = {
     "a label of nodes that is none, in the UI": (
         ["dev"], {"LAION_NVME_LABEL": "x"}, 1, ("LAION_NVME_LABEL is 'x'", "key=value"),
     ),
+    "a port that is none": (["dev", "--port", "99999"], {}, 1, ("--port is 99999", "1 to 65535")),
+    "port 0": (["dev", "--port", "0"], {}, 1, ("--port is 0", "1 to 65535")),
     "a demo that is none": (
         ["demo"], {"LAION_INDEX_URI": "/elsewhere"}, 1, ("LAION_INDEX_URI is set", "unset it"),
     ),
@@ -271,6 +274,60 @@ def test_a_mistake_is_an_error_that_names_it_and_the_remedy(mistaken, name: str)
 def test_a_mistake_leaves_nothing_behind(mistaken) -> None:
     folder, _ = mistaken
     assert {path.name for path in (folder / "data").iterdir()} == {"index", "seeds"}
+
+
+def test_dev_refuses_a_port_in_use_and_starts_nothing(tmp_path) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as busy:
+        port = busy.getsockname()[1]
+        done = end(start(tmp_path, "dev", "--port", str(port)))
+    assert (done.status, done.out) == (1, "")
+    assert done.err == f"error: port {port} is in use: choose another with --port\n"
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("sent", [signal.SIGINT, signal.SIGTERM])
+def test_dev_can_be_stopped_where_signals_were_ignored(sent, tmp_path, monkeypatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("LAION_INDEX_URI", "/an/index")
+    inherited: list[object] = []
+
+    def replace_process(*_: object) -> None:
+        inherited.append(signal.getsignal(sent))
+        raise SystemExit
+
+    monkeypatch.setattr(os, "execve", replace_process)
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    before = signal.signal(sent, signal.SIG_IGN)
+    try:
+        with pytest.raises(SystemExit):
+            main(["dev", "--port", str(port)])
+    finally:
+        signal.signal(sent, before)
+    assert inherited == [signal.SIG_DFL]
+
+
+def test_without_data_the_demo_is_offered_unless_a_place_is_set(demo, tmp_path) -> None:
+    image = str(min((demo.images / "fruit").iterdir()))
+    seeds = {"LAION_SEEDS_URI": str(demo.seeds)}
+    commands = {
+        "no seeds": start(tmp_path, "materialize", "mine"),
+        "no index": start(tmp_path, "materialize", "fruit", **seeds),
+        "look": start(tmp_path, "look", image),
+        "set": start(tmp_path, "look", image, LAION_INDEX_URI=str(tmp_path / "none")),
+    }
+    ended = {name: end(process) for name, process in commands.items()}
+    assert {done.status for done in ended.values()} == {1}
+    offered = {name: done.err.count("run `laion-assets demo`") for name, done in ended.items()}
+    assert offered == {"no seeds": 1, "no index": 1, "look": 1, "set": 0}, ended
+
+
+def test_what_is_kept_of_a_target_is_printed(demo, tmp_path) -> None:
+    places = {"LAION_INDEX_URI": str(demo.index), "LAION_SEEDS_URI": str(demo.seeds)}
+    done = end(start(tmp_path, "materialize", "fruit", "--target-images", "300", **places))
+    assert (done.status, done.err) == (0, "")
+    (kept,), _ = table_of(done)["combined_urls"]
+    assert f"\ntarget 300: {kept} kept\n" in done.out
 
 
 def test_make_dev_builds_no_demo_beside_an_index_of_ones_own(tmp_path, monkeypatch, capsys) -> None:

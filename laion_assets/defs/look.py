@@ -12,9 +12,10 @@ import re
 import shutil
 import stat
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
 import pyarrow as pa
@@ -22,26 +23,28 @@ import pyarrow as pa
 from laion_assets.defs.drawing.contact_sheet import Strip, contact_sheet
 from laion_assets.defs.drawing.remote_thumbnails import FETCHED, reasons, remote_thumbnails
 from laion_assets.defs.places import DATA, Places
-from laion_assets.defs.resources import Embedder, LaionIndex
+from laion_assets.defs.resources import Embedder, LaionIndex, SeedFolder
 from laion_assets.defs.settings import Defaults, RetrievalConfig, Settings
-from laion_assets.defs.terminal import aligned, one_line
+from laion_assets.defs.terminal import aligned, count, one_line
 from laion_assets.index import ModelRecord
 from laion_assets.index.metadata import THUMBNAIL_COLUMN
 from laion_assets.io.arrays import Floats
 from laion_assets.io.errors import InputError
 from laion_assets.io.progress import Progress
-from laion_assets.io.storage import new_file
+from laion_assets.io.storage import new_file, on_this_machine, open_storage, reaching
 from laion_assets.search.filters import Filters, conditions_in
 from laion_assets.search.safety import marked_unsafe
 from laion_assets.search.top_rows import best_rows
-from laion_assets.seeds import Model
+from laion_assets.seeds import Model, SeedSet, check_name, read_seeds
 from laion_assets.seeds.decoding import EXTENSIONS
+from laion_assets.seeds.embeddings import IMAGE, PROMPT, VECTOR
 from laion_assets.seeds.folder import is_hidden, is_image
 from laion_assets.seeds.images import BadImage, EmbeddedImage, embed_images
 from laion_assets.seeds.model_folder import MODEL
-from laion_assets.seeds.prompts import Prompt, embed_prompts
+from laion_assets.seeds.prompts import PROMPTS_FILE, Prompt, embed_prompts, read_prompts
 from laion_assets.staging import verified_manifest
 
+T = TypeVar("T")
 TOP, MAX_TOP = 48, 1000
 IMAGES = 24  # of a folder; each is a query
 PROBLEMS_SHOWN = 10
@@ -49,6 +52,7 @@ NAME = 40  # characters of a file's name, each of which may take four bytes
 SHEETS = DATA / "look"
 COLUMNS, CELL = 8, 128  # of the contact sheet: images in a row, pixels of each
 CAPTION, URL = 48, 60  # columns of a terminal, where it has them
+WHOLE = 1 << 16  # columns: more than any URL takes
 NO_THUMBNAILS = (
     "no contact sheet: the index has no thumbnails, and LAION_SHOW_REMOTE_PICTURES=true would fetch the "
     "images from their hosts"
@@ -72,11 +76,13 @@ class Look:
     sheet: Path | None
     notes: tuple[str, ...] = ()
 
-    def lines(self, width: int | None = None) -> list[str]:
-        """Return the rows as an aligned table, for a terminal of that many columns."""
-        width = width or shutil.get_terminal_size((CAPTION + URL + 20, 0)).columns
+    def lines(self, *, is_terminal: bool = True) -> list[str]:
+        """Return the rows as an aligned table: as wide as the terminal, else with whole URLs."""
+        width = shutil.get_terminal_size((CAPTION + URL + 20, 0)).columns
         caption = max(12, min(CAPTION, (width - 20) * CAPTION // (CAPTION + URL)))
         url = max(12, width - 20 - caption)
+        if not is_terminal:
+            caption, url = CAPTION, WHOLE
         shown = self.rows.select(["rank", "similarity", "caption", "url"]).to_pylist()
         cells = [
             [str(row["rank"]), f"{row['similarity']:.3f}", row["caption"] or "", row["url"] or ""]
@@ -93,13 +99,21 @@ class _Query:
     Attributes:
         strip: the first of the contact sheet.
         vectors: (q, d) float32 unit rows.
+        each: what one of several vectors stands for.
         notes: see `Look`.
 
     """
 
     strip: Strip
     vectors: Floats
+    each: str = "image"
     notes: tuple[str, ...] = ()
+
+    def heading(self, found: int, rows: int) -> str:
+        """Return one sentence on how many were found, around what, and in what order."""
+        best = {0: "no row", 1: "the best"}.get(found, f"the {found:,} best")
+        order = f", in order of rank around any {self.each}" if len(self.vectors) > 1 else ""
+        return f"{best} of {count(rows, 'row')} around {self.strip.subtitle}{order}"
 
 
 def look(
@@ -110,13 +124,15 @@ def look(
     output: str | None = None,
     log: Callable[[str], None] = lambda _: None,
 ) -> Look:
-    """Find the best rows around images or a prompt, and draw them.
+    """Find the best rows around images, prompts or a seed set, and draw them.
 
-    Around a folder, each of its images is a query; of more than 24, as many are taken evenly spaced. The
-    environment's threshold, nprobe, filters and block list hold as in any run.
+    Around a folder or a seed set, each of its images and prompts is a query; of more than 24 images, as
+    many are taken evenly spaced, and likewise of prompts and vectors. The settings of the environment and
+    of the seed set (threshold, nprobe, filters and block list) hold as in any run.
 
     Args:
-        text: path of an image or of a folder of images; anything else is a prompt.
+        text: path of an image or of a folder of images, else the name of a seed set; anything else is a
+            prompt.
         environment: of the platform.
         top: rows wanted.
         output: path of the contact sheet; below `data/look` by default.
@@ -130,11 +146,21 @@ def look(
         raise InputError(f"--top is {top:,}: give 1 to {MAX_TOP:,}")
     places = Places.from_environment(environment)
     index, embedder = LaionIndex.at(places), Embedder.at(places)
+    seeds = SeedFolder(places.seeds_uri)
     images = images_at(text)
-    sheet = _sheet_path(output, text, images or [])
-    settings = RetrievalConfig().resolve(Defaults.from_environment(environment)).values
+    seed_set = _seed_set(seeds, text) if images is None else None
+    sheet = _sheet_path(output, text, images or _local_images(seeds, seed_set))
+    own = seeds.settings(seed_set) if seed_set else {}
+    settings = (
+        RetrievalConfig()
+        .resolve(Defaults.from_environment(environment), own, text if seed_set else "")
+        .values
+    )
     model = _model(embedder, index, log)
-    query = _prompt(model, text) if images is None else _images(model, text, images, log)
+    if seed_set:
+        query = _seeds(model, seeds.uri, seed_set, log)
+    else:
+        query = _prompt(model, text) if images is None else _images(model, text, images, log)
     _stage(index, log)
     with index.open(log) as opened:
         ModelRecord(dimension=opened.index.dimension).check(model.name, model.dimension)
@@ -147,14 +173,16 @@ def look(
             nprobe=settings.nprobe,
             filters=_filters(settings, index),
         )
-        about = f"the {len(rows):,} best of {opened.index.rows:,} rows around {query.strip.subtitle}"
+        about = query.heading(len(rows), opened.index.rows)
     thumbnails, notes = _thumbnails(rows, remote=places.show_remote_pictures)
     notes = query.notes + notes
     if not any(thumbnails):
         return Look(about, rows, None, notes)
     captions = [caption or "" for caption in rows["caption"].to_pylist()]
-    order = "nearest first" if len(query.vectors) == 1 else "the nearest of each image first"
-    found = Strip(f"{len(rows):,} best rows", order, thumbnails, captions)
+    order = "nearest first" if len(query.vectors) == 1 else f"the nearest of each {query.each} first"
+    found = Strip(
+        "best row" if len(rows) == 1 else f"{len(rows):,} best rows", order, thumbnails, captions
+    )
     _save([query.strip, found], sheet)
     return Look(about, rows, sheet, notes)
 
@@ -229,8 +257,7 @@ def _hint(path: Path) -> str:
 
 
 def _images(model: Model, text: str, paths: Sequence[Path], log: Callable[[str], None]) -> _Query:
-    taken = np.unique(np.linspace(0, len(paths) - 1, min(len(paths), IMAGES)).astype(np.int64))
-    some = [paths[number] for number in taken]
+    some = _evenly(paths)
     files = ((str(path), partial(_content, path)) for path in some)
     with Progress("images", len(some), "", log) as progress:
         outcomes = list(embed_images(model, files, progress=progress.advance))
@@ -238,29 +265,113 @@ def _images(model: Model, text: str, paths: Sequence[Path], log: Callable[[str],
     good = [outcome for outcome in outcomes if isinstance(outcome, EmbeddedImage)]
     if not good:
         raise InputError(f"no image can be embedded: {'; '.join(bad[:PROBLEMS_SHOWN])}")
-    counted = f"{len(good):,} image{'s' * (len(good) > 1)}"
-    if len(some) < len(paths):
-        counted += f" of {len(paths):,}, evenly spaced"
+    counted = _counted(len(good), "image", len(paths))
+    vectors, each, notes = np.stack([image.vector for image in good]), "image", bad
+    if prompts := _prompts_in(_path(text)):
+        name = str(_path(text) / PROMPTS_FILE)
+        if model.files.text is None:
+            notes += (f"{name} is not used: the model reads images only",)
+        else:
+            read = _evenly(prompts)
+            found = embed_prompts(model, read, name=name)
+            counted += f" and {_counted(len(read), 'prompt', len(prompts))}"
+            vectors, each = np.concatenate([vectors, found.vectors]), "image or prompt"
+            notes += tuple(f"{name} {prompt}" for prompt in found.cut)
     title = one_line(_path(text).resolve().name) or text
     strip = Strip(title, counted, [image.thumbnail for image in good], [])
-    return _Query(strip, np.stack([image.vector for image in good]), bad)
+    return _Query(strip, vectors, each, notes)
+
+
+def _prompts_in(folder: Path) -> Sequence[Prompt]:
+    """Read the prompts of a folder; none where it has no file of them, or is an image."""
+    path = folder / PROMPTS_FILE
+    try:
+        return read_prompts(path.read_bytes(), str(path)) if path.is_file() else ()
+    except OSError as error:
+        raise InputError(f"{path} cannot be read ({error.strerror}): check its permissions") from error
 
 
 def _content(path: Path) -> bytes:
     return path.read_bytes()
 
 
+def _evenly(items: Sequence[T]) -> list[T]:
+    """Return at most as many as are looked at, evenly spaced."""
+    taken = np.linspace(0, len(items) - 1, min(len(items), IMAGES)).astype(np.int64)
+    return [items[number] for number in np.unique(taken)]
+
+
+def _counted(used: int, noun: str, total: int) -> str:
+    return count(used, noun) + (f" of {total:,}, evenly spaced" if total > IMAGES else "")
+
+
+def _seed_set(folder: SeedFolder, text: str) -> SeedSet | None:
+    """Return the seed set of that name; None where there is none, and the text is a prompt."""
+    try:
+        check_name(text)
+        fs, root = open_storage(folder.uri)
+        with reaching(folder.uri):
+            if not fs.isdir(f"{root}/{text}"):
+                return None
+    except InputError:  # a prompt needs no folder of seed sets
+        return None
+    return folder.find(text)
+
+
+def _local_images(folder: SeedFolder, seed_set: SeedSet | None) -> list[Path]:
+    """Return the images of a seed set that a contact sheet could replace."""
+    if seed_set is None or not on_this_machine(folder.uri):
+        return []
+    return [Path(file.path) for file in seed_set.images]
+
+
+def _seeds(model: Model, uri: str, seed_set: SeedSet, log: Callable[[str], None]) -> _Query:
+    """Take the seeds of a set; of many images, only some are read."""
+    images = tuple(_evenly(seed_set.images))
+    with Progress("images", len(images), "", log) as progress:
+        seeds = read_seeds(
+            uri, replace(seed_set, images=images), model, max_bad_images=1, progress=progress.advance
+        )
+    kinds = np.array(seeds.columns["kind"].to_pylist())
+    taken: list[int] = []
+    counted, each = [], []
+    for kind, noun in ((VECTOR, "vector"), (IMAGE, "image"), (PROMPT, "prompt")):
+        places = np.flatnonzero(kinds == kind).tolist()
+        if some := _evenly(places):
+            total = len(seed_set.images) if kind == IMAGE else len(places)
+            counted.append(_counted(len(some), noun, total))
+            each.append(noun)
+            taken += some
+    columns = seeds.columns.take(pa.array(taken))
+    thumbnails = columns["thumbnail"].to_pylist() if "thumbnail" in columns.column_names else []
+    strip = Strip(
+        one_line(seed_set.name),
+        f"seed set {seed_set.name!r} ({' and '.join(counted)})",
+        [thumbnail for thumbnail in thumbnails if thumbnail],
+        [],
+    )
+    notes = [str(bad) for bad in seeds.bad_images]
+    notes += [f"{PROMPTS_FILE} {prompt}" for prompt in seeds.cut_prompts]
+    return _Query(strip, seeds.embeddings[taken], " or ".join(each), tuple(notes))
+
+
 def _prompt(model: Model, text: str) -> _Query:
+    if model.files.text is None:
+        raise InputError(
+            f"the model {model.files.folder} embeds images only, it has no text part: use a model "
+            "that has one; the demo's reads images only",
+            MODEL,
+        )
     try:
         text.encode()
     except UnicodeEncodeError as error:
         raise InputError("the prompt is not UTF-8: write it in the encoding of the terminal") from error
     found = embed_prompts(model, [Prompt(1, text.strip())], name="the prompt")
     cut_short = tuple(
-        f"the prompt has {prompt.tokens:,} tokens, of which the model reads {prompt.read}"
+        f"the prompt has {count(prompt.tokens, 'token')}, of which the model reads {prompt.read}"
         for prompt in found.cut
     )
-    return _Query(Strip(one_line(text), "a prompt", [], []), found.vectors, cut_short)
+    return _Query(Strip(one_line(text), "a prompt", [], []), found.vectors, "prompt", cut_short)
 
 
 # --- the index ------------------------------------------------------------------------------------
@@ -301,14 +412,17 @@ def _thumbnails(rows: pa.Table, *, remote: bool) -> tuple[list[bytes | None], tu
     if THUMBNAIL_COLUMN in rows.column_names and rows[THUMBNAIL_COLUMN].null_count < len(rows):
         unsafe = marked_unsafe(rows)
         stored = zip(rows[THUMBNAIL_COLUMN].to_pylist(), unsafe, strict=True)
-        left_out = f"{unsafe.sum()} images are not shown: the index marks them as unsafe"
+        hidden = int(unsafe.sum())
+        are, them = ("is", "it") if hidden == 1 else ("are", "them")
+        left_out = f"{count(hidden, 'image')} {are} not shown: the index marks {them} as unsafe"
         return [None if hide else image for image, hide in stored], (left_out,) if unsafe.any() else ()
     if not remote:
         return [None] * len(rows), (NO_THUMBNAILS,) if len(rows) else ()
     fetched = remote_thumbnails(rows.slice(0, FETCHED))
     thumbnails = [image if isinstance(image, bytes) else None for image in fetched]
     why = reasons(fetched)
-    note = f"{thumbnails.count(None)} of {len(fetched)} images were not fetched: {why}" if why else ""
+    missing = f"{thumbnails.count(None)} of {count(len(fetched), 'image')}"
+    note = f"not fetched: {missing} ({why})" if why else ""
     thumbnails += [None] * (len(rows) - len(thumbnails))
     return thumbnails, (note,) if note else ()
 

@@ -10,12 +10,17 @@ MARKS = 2  # combining marks on one letter
 CUT = "…"
 
 
-def one_line(text: str) -> str:
+def count(number: int, noun: str) -> str:
+    """Return a number and its noun: "1 image", "2,000 images"."""
+    return f"{number:,} {noun}" if number == 1 else f"{number:,} {noun}s"
+
+
+def one_line(text: str, longest: int = MAX_TEXT) -> str:
     """Return a text on one line without anything that a terminal would act on.
 
     Control characters, escapes, marks of direction and all else that is not printable become spaces.
     """
-    printable = "".join(letter if letter.isprintable() else " " for letter in text[:MAX_TEXT])
+    printable = "".join(letter if letter.isprintable() else " " for letter in text[:longest])
     return "".join(_with_few_marks(" ".join(printable.split())))
 
 
@@ -50,7 +55,11 @@ def aligned(rows: Sequence[Sequence[str]], right: Sequence[bool], widths: Sequen
 
     """
     cells = [
-        [cut(one_line(cell), width) for cell, width in zip(row, widths, strict=True)] for row in rows
+        [
+            cut(one_line(cell, max(MAX_TEXT, width)), width)
+            for cell, width in zip(row, widths, strict=True)
+        ]
+        for row in rows
     ]
     used = [max(map(columns, column)) for column in zip(*cells, strict=True)]
 

@@ -6,6 +6,7 @@ import shutil
 import sys
 import threading
 from collections.abc import Iterator
+from dataclasses import replace
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
@@ -19,7 +20,7 @@ from PIL import Image
 
 from laion_assets.cli import main
 from laion_assets.defs.look import images_at, look
-from laion_assets.defs.terminal import aligned, columns, cut, one_line
+from laion_assets.defs.terminal import aligned, columns, count, cut, one_line
 from laion_assets.demo import DEMO_MODEL
 from laion_assets.io import remote_images
 from laion_assets.io.errors import InputError
@@ -110,7 +111,7 @@ def test_the_settings_of_the_environment_hold(place, demo, tmp_path):
         look(image, place | {"LAION_FILTERS": "punsafe < 0.5"})
 
 
-def test_a_prompt_is_looked_for_with_a_model_of_texts(place, tmp_path):
+def test_a_prompt_is_looked_for_with_a_model_of_texts(place, demo, tmp_path):
     model = shutil.copytree(DEMO_MODEL, tmp_path / "model")
     tokenizer = clip_tokenizer()
     tokenizer.save(str(model / "tokenizer.json"))
@@ -119,10 +120,56 @@ def test_a_prompt_is_looked_for_with_a_model_of_texts(place, tmp_path):
     found = look("a red / green house?", place | {"LAION_MODEL": str(model)}, top=5)
     assert (len(found.rows), found.notes) == (5, ())
     assert found.about.endswith("around a prompt")
+    image = min((demo.images / "fruit").iterdir()).read_bytes()
+    write(Path("both"), {"a.webp": image, "prompts.txt": b"# colours\nred\ngreen\n"})
+    both = look("both", place | {"LAION_MODEL": str(model)}, top=5)
+    order = ", in order of rank around any image or prompt"
+    assert both.about.endswith(f"around 1 image and 2 prompts{order}")
+    of_set = {"LAION_MODEL": str(model), "LAION_SEEDS_URI": str(tmp_path)}
+    named = look("both", place | of_set, top=5)
+    assert named.rows["id"] == both.rows["id"]
     assert found.sheet == Path("data/look/a-red-green-house.png")
     long = look("house " * 100, place | {"LAION_MODEL": str(model)}, top=5, output="long.png")
     assert "of which the model reads" in long.notes[0]
     assert sheet(long.sheet).width > 1000
+
+
+def test_a_seed_set_is_named_as_in_materialize(place, demo):
+    named = look("fruit", place)
+    by_path = look(str(demo.images / "fruit"), place)
+    assert named.rows["id"] == by_path.rows["id"]
+    seeds = len(list((demo.images / "fruit").iterdir()))
+    assert f"around seed set 'fruit' ({seeds} images), in order of rank around any image" in named.about
+    assert named.sheet == Path("data/look/fruit.png")
+
+    image = min((demo.images / "fruit").iterdir()).read_bytes()
+    write(Path("fruit"), {"a.webp": image})
+    assert look("fruit", place, top=1).about.startswith("the best of 3,0")  # the path comes first
+    with pytest.raises(InputError, match=r"house\.jpg does not exist"):
+        look("house.jpg", place)
+    with pytest.raises(InputError, match="embeds images only"):
+        look("no-set", place)
+
+
+def test_a_seed_set_may_hold_vectors_and_settings(place, tmp_path):
+    vectors = np.random.default_rng(0).standard_normal((100, 256), np.float32)
+    (tmp_path / "seeds" / "mine").mkdir(parents=True)
+    np.save(tmp_path / "seeds" / "mine" / "seeds.npy", vectors)
+    (tmp_path / "seeds" / "mine" / "settings.yaml").write_text("filters: width > 1\n")
+    mine = place | {"LAION_SEEDS_URI": str(tmp_path / "seeds")}
+    with pytest.raises(InputError, match="width"):
+        look("mine", mine, top=5)
+    (tmp_path / "seeds" / "mine" / "settings.yaml").unlink()
+    found = look("mine", mine, top=5)
+    assert "around seed set 'mine' (24 vectors of 100, evenly spaced), in order" in found.about
+    assert len(found.rows) == 5
+
+
+def test_prompts_beside_images_are_named_where_no_model_reads_them(place, demo):
+    image = min((demo.images / "fruit").iterdir()).read_bytes()
+    write(Path("both"), {"a.webp": image, "prompts.txt": b"a red apple"})
+    found = look("both", place, top=3)
+    assert [note.partition(" is ")[0] for note in found.notes] == ["both/prompts.txt"]
 
 
 def test_of_many_images_some_are_taken(place, demo):
@@ -156,8 +203,9 @@ def test_a_bad_image_is_named_and_the_others_are_looked_for(place, demo):
 
 
 def test_a_prompt_needs_a_model_of_texts(place, tmp_path):
-    with pytest.raises(InputError, match="embeds images only"):
+    with pytest.raises(InputError, match=r"embeds images only.* use a model that has one") as refused:
         look("a red house", place)
+    assert "remove" not in str(refused.value)
     assert list(tmp_path.iterdir()) == []  # that is known before an index is staged
 
 
@@ -245,6 +293,9 @@ def test_the_sheet_never_replaces_an_image(place, demo):
             look("data/look/mine.png", place, output=output)
     with pytest.raises(InputError, match=r"\.png"):
         look(str(image), place, output=str(image))
+    write(Path("seeds/mine"), {"a.png": picture.getvalue()})
+    with pytest.raises(InputError, match="cannot replace"):
+        look("mine", place | {"LAION_SEEDS_URI": "seeds"}, output="seeds/mine/a.png")
     assert contents(Path("data")) == {"look/mine.png": picture.getvalue()}
     found = look("data/look/mine.png", place, top=3, output="deep/er/mine.PNG")
     assert sheet(found.sheet).height > 100
@@ -312,7 +363,7 @@ def test_hosts_are_asked_for_pictures_only_where_that_is_allowed(bare, demo, hos
         found = look(image, allowed)
     assert len(host[1]) <= 30
     assert set(host[1]) == {"/1", "/2"}  # those of /0 are unsafe
-    assert "30 of 30 images were not fetched" in found.notes[0]
+    assert "not fetched: 30 of 30 images" in found.notes[0]
     for reason in ("marked as unsafe", "status 404", "is text, not an image"):
         assert reason in found.notes[0]
 
@@ -346,6 +397,7 @@ def test_the_command_prints_a_table_and_the_place_of_the_sheet(place, demo, caps
     for name, value in place.items():
         monkeypatch.setenv(name, value)
     monkeypatch.setenv("COLUMNS", "90")
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
     assert main(["look", str(demo.images / "fruit"), "--top", "4"]) == 0
     printed = capsys.readouterr()
     about, _, head, *rows, _, sheet_line = printed.out.splitlines()
@@ -358,6 +410,20 @@ def test_the_command_prints_a_table_and_the_place_of_the_sheet(place, demo, caps
     assert sheet_line == "contact sheet: data/look/fruit.png"
     assert main(["look", "gone.jpg"]) == 1
     assert capsys.readouterr().err.startswith("error: gone.jpg does not exist")
+
+
+def test_urls_are_whole_where_the_output_is_no_terminal(place, demo, capsys, monkeypatch):
+    image = str(min((demo.images / "fruit").iterdir()))
+    found = look(image, place, top=3)
+    long = f"https://example.org/{'x' * 2000}"
+    rows = found.rows.set_column(found.rows.column_names.index("url"), "url", pa.array([long] * 3))
+    lines = replace(found, rows=rows).lines(is_terminal=False)
+    assert all(line.endswith(f"  {long}") for line in lines[1:])
+    for name, value in (place | {"COLUMNS": "40"}).items():
+        monkeypatch.setenv(name, value)
+    assert main(["look", image, "--top", "3"]) == 0
+    printed = [line.split()[-1] for line in capsys.readouterr().out.splitlines()[3:6]]
+    assert printed == found.rows["url"].to_pylist()
 
 
 def test_an_encoding_without_a_letter_costs_that_letter(place, demo, monkeypatch):
@@ -378,6 +444,10 @@ def test_texts_off_the_web_cannot_act_on_a_terminal():
     assert line == "a [31mred next gnp.exe 1m end"
     assert len(one_line("e" + "\u0301" * 400)) == 3
     assert len(one_line("x" * 10_000)) == 500
+
+
+def test_one_is_singular():
+    assert [count(n, "image") for n in (0, 1, 2000)] == ["0 images", "1 image", "2,000 images"]
 
 
 def test_columns_are_aligned_whatever_their_letters():
