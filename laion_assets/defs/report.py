@@ -22,6 +22,7 @@ from laion_assets.defs.drawing.thumbnails import (
 )
 from laion_assets.defs.history import PROVENANCE, YIELD
 from laion_assets.defs.provenance import Provenance
+from laion_assets.defs.terminal import count
 from laion_assets.io.arrays import Floats
 from laion_assets.io.tables import DESCRIPTIONS, SUFFIX, StoredTable
 from laion_assets.search.combined import CombinedFunnel
@@ -45,7 +46,7 @@ def describe_seeds(
     stored: StoredTable, seed_set: SeedSet, found: Seeds, provenance: Provenance, seconds: float
 ) -> dict[str, Any]:
     """Report the seeds of a set."""
-    sheet = draw([strip(stored, provenance.seed_set, f"{len(stored):,} seeds")])
+    sheet = draw([strip(stored, provenance.seed_set, count(len(stored), "seed"))])
     lists = {
         "bad images": [str(image) for image in found.bad_images],
         "cut prompts": [str(prompt) for prompt in found.cut_prompts],
@@ -54,7 +55,7 @@ def describe_seeds(
     }
     return {
         **({"contact sheet": as_markdown(sheet)} if sheet else {}),
-        "about": dg.MetadataValue.md(f"**{len(stored):,} seeds** from {seed_set.contents()}"),
+        "about": dg.MetadataValue.md(f"**{count(len(stored), 'seed')}** from {seed_set.contents()}"),
         "seeds": len(stored),
         "dimension": stored.schema.field("embedding").type.list_size,
         "images embedded before": found.reused,
@@ -115,17 +116,17 @@ def describe_combined(
     target = provenance.settings.values.target_images
     sheet = draw(
         [
-            strip(seeds, provenance.seed_set, f"{len(seeds):,} seeds"),
+            strip(seeds, provenance.seed_set, count(len(seeds), "seed")),
             *(
                 strip(source, title, Funnel(**searches[title]).sentence())
                 for title, source in sources.items()
             ),
-            strip_of_combined(stored, [*sources.values()], "combined", f"{funnel.kept:,} images"),
+            strip_of_combined(stored, [*sources.values()], "combined", count(funnel.kept, "image")),
         ]
     )
     return {
         "about": dg.MetadataValue.md(
-            f"**{funnel.kept:,} images** like the {len(seeds):,} seeds of {plain(provenance.seed_set)}, "
+            f"**{count(funnel.kept, 'image')}** like the {count(len(seeds), 'seed')} of {plain(provenance.seed_set)}, "
             f"a row each{_of_target(funnel.kept, target)}\n\n"
             f"{total['requested']:,} requested, yield {yielded:.0%}\n\n"
             f"{_made_from(provenance)}"

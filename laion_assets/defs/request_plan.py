@@ -9,6 +9,7 @@ from typing import Any
 import dagster as dg
 
 from laion_assets.defs.history import PastMaterialization, materializations, measured_yield
+from laion_assets.defs.terminal import count
 from laion_assets.io.progress import format_duration
 from laion_assets.search.sizing import USUAL, Counts, Yield, counts_for
 
@@ -114,7 +115,7 @@ def as_yaml(plan: RequestPlan, target: int, seeds: int) -> list[str]:
         target > rows or rows in (counts.nb_images_knn, counts.nb_images_centroid)
     )
     return [
-        f"# {target:,} images from {seeds:,} seeds, at {plan.known.yielded}:",
+        f"# {target:,} images from {count(seeds, 'seed')}, at {plan.known.yielded}:",
         f"# {requested['knn_urls']:,} requested around the seeds and {requested['centroid_urls']:,} "
         "around their mean",
         f"nb_images_knn: {counts.nb_images_knn}",

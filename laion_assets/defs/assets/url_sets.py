@@ -21,6 +21,7 @@ from laion_assets.defs.report import Materialized
 from laion_assets.defs.resources import LaionIndex, Pictures
 from laion_assets.defs.settings import Defaults, ResolvedSettings, RetrievalConfig
 from laion_assets.defs.sources import current_settings, observe, retrieval_settings, settings_version
+from laion_assets.defs.terminal import count
 from laion_assets.index.faiss_index import FURTHER
 from laion_assets.io.arrays import Floats
 from laion_assets.io.progress import Progress
@@ -307,7 +308,7 @@ class _SearchStep:
         if target is None:
             return settings
         expected = yield_for(self.context, seed_set, settings.asked())
-        self.context.log.info(f"to keep {target:,} images, from {seeds:,} seeds, at {expected}")
+        self.context.log.info(f"to keep {target:,} images, from {count(seeds, 'seed')}, at {expected}")
         return settings.sized(seeds, expected, rows)
 
     def _log(self, found: Found, k: int, rows: int) -> None:
@@ -329,7 +330,7 @@ class _SearchStep:
 
 
 def _looking(k: int, queries: Floats, rows: int, *, per_seed: bool) -> str:
-    around = f"each of {len(queries):,} seeds" if per_seed else "the centroid"
+    around = f"each of {count(len(queries), 'seed')}" if per_seed else "the centroid"
     return f"searching for {k:,} images around {around} among {rows:,} rows"
 
 
