@@ -126,8 +126,8 @@ def describe_combined(
     )
     return {
         "about": dg.MetadataValue.md(
-            f"**{count(funnel.kept, 'image')}** like the {count(len(seeds), 'seed')} of {plain(provenance.seed_set)}, "
-            f"a row each{_of_target(funnel.kept, target)}\n\n"
+            f"**{count(funnel.kept, 'image')}** like the {count(len(seeds), 'seed')} of "
+            f"{plain(provenance.seed_set)}, a row each{_of_target(funnel.kept, target)}\n\n"
             f"{total['requested']:,} requested, yield {yielded:.0%}\n\n"
             f"{_made_from(provenance)}"
         ),

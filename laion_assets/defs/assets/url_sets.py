@@ -330,7 +330,7 @@ class _SearchStep:
 
 
 def _looking(k: int, queries: Floats, rows: int, *, per_seed: bool) -> str:
-    around = f"each of {count(len(queries), 'seed')}" if per_seed else "the centroid"
+    around = f"each of {len(queries):,} seeds" if per_seed else "the centroid"
     return f"searching for {k:,} images around {around} among {rows:,} rows"
 
 
