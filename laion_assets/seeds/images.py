@@ -20,14 +20,14 @@ from laion_assets.seeds.preprocessing import Preprocessing
 from laion_assets.seeds.seed_files import UnusableFileError
 
 BATCH = 16
-DETAIL = 6  # times the size to which an image is resized; a JPEG is not decoded at less
+DETAIL = 6  # a JPEG is decoded at no less than this many times the size to which it is resized
 
 
 UNREADABLE = (FileNotFoundError, IsADirectoryError, NotADirectoryError, PermissionError)
 
 
 class ImageFile(NamedTuple):
-    """An image file that can be read.
+    """An image file, and how to read it.
 
     Attributes:
         name: of the file, for people.
@@ -64,7 +64,7 @@ class BadImage:
 
     Attributes:
         name: of the file.
-        reason: a phrase that follows the name, with the remedy.
+        reason: a phrase that follows the name, such as "is empty (0 bytes)".
 
     """
 
@@ -99,20 +99,20 @@ def embed_images(
 ) -> Iterator[Outcome]:
     """Embed image files.
 
-    Threads read, decode and resize the next images while the model computes. No more than two batches and
-    one image a thread are held at a time.
+    Threads read, decode and resize the next images while the model computes. No more than three batches
+    and one image a thread are held at a time.
 
     Args:
-        model: that embeds.
-        files: are consumed as they are needed.
+        model: embeds the images.
+        files: are taken as they are needed.
         batch: images that the model takes at a time.
-        threads: that decode; one a core by default.
+        threads: number that decode; by default one a core.
         progress: is called with a number of images once they are done, such as `Progress.advance`.
-        known: (d,) vectors by the SHA-256 of the file, of the same model; these images are not embedded
-            again.
+        known: (d,) vectors that the same model gave before, by the SHA-256 of the file; these images are
+            not embedded again.
 
     Yields:
-        A vector or a problem for each file, in their order.
+        An `EmbeddedImage` or a `BadImage` for each file, in the order of `files`.
 
     Raises:
         InputError: the model fails.
@@ -120,7 +120,7 @@ def embed_images(
 
     """
     prepare = _Preparation(model.preprocessing, known or {})
-    waiting: deque[_Prepared | Outcome] = deque()  # in order; the first is always prepared
+    waiting: deque[_Prepared | Outcome] = deque()  # in order of files; the first waits for the model
     prepared = 0
     for outcome in _ahead(prepare, map(_image_file, files), threads or cores(), 2 * batch):
         waiting.append(outcome)
@@ -153,7 +153,7 @@ def _ahead(
     threads: int,
     images: int,
 ) -> Iterator[_Prepared | Outcome]:
-    """Prepare in threads, in order, only so many images ahead of the one that is taken."""
+    """Prepare files in threads and yield them in order, at most so many ahead of the one taken."""
     pool = ThreadPoolExecutor(threads, "decode")
     pending: deque[Future[_Prepared | Outcome]] = deque()
     try:
@@ -168,7 +168,7 @@ def _ahead(
 
 
 class _Preparation:
-    """What is done to a file in a thread."""
+    """Reads, decodes and preprocesses a file; called in threads."""
 
     def __init__(self, preprocessing: Preprocessing, known: Mapping[str, Floats]) -> None:
         self._preprocessing = preprocessing
@@ -192,13 +192,13 @@ class _Preparation:
             return BadImage(file.name, str(bad))
 
     def _enough(self, width: int, height: int) -> tuple[int, int]:
-        edge = max(self._preprocessing.resized(width, height))  # it may yet be turned
-        least = min(self._preprocessing.resized(width, height))
-        return DETAIL * (edge if width > height else least), DETAIL * (least if width > height else edge)
+        """Return the (width, height) beyond which a JPEG gains nothing, see `open_image`."""
+        wide, high = self._preprocessing.resized(width, height)
+        return DETAIL * wide, DETAIL * high
 
 
 def _embedded(model: Model, waiting: Iterable[_Prepared | Outcome]) -> Iterator[Outcome]:
-    """Put vectors in the place of prepared images."""
+    """Yield the outcomes in order, with prepared images embedded."""
     outcomes = list(waiting)
     pixels = [outcome.pixels for outcome in outcomes if isinstance(outcome, _Prepared)]
     vectors = _directions(model.embed_pixels(np.stack(pixels)) if pixels else None)
@@ -212,7 +212,7 @@ def _embedded(model: Model, waiting: Iterable[_Prepared | Outcome]) -> Iterator[
 
 
 def _directions(answers: Floats | None) -> Iterator[Floats | None]:
-    """Go through unit vectors; None stands for an answer without a direction."""
+    """Yield each answer as a unit vector; None where it is zero or not finite."""
     if answers is not None:
         vectors, usable = unit_rows(answers)
         yield from (vector if known else None for vector, known in zip(vectors, usable, strict=True))

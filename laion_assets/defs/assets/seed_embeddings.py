@@ -39,7 +39,7 @@ OF_KNOWN_IMAGES = ("content", "thumbnail", "embedding")  # columns; without imag
 
 
 def seed_embeddings_asset(placement: Placement) -> dg.AssetsDefinition:
-    """Define the asset for a placement."""
+    """Return the asset, with the pod that a placement gives it."""
     pod = placement.embedding("seed_embeddings")
 
     @dg.asset(
@@ -155,7 +155,7 @@ def _log(context: dg.AssetExecutionContext, seed_set: SeedSet, found: Seeds) -> 
 
 
 def centroid_vector_asset(placement: Placement) -> dg.AssetsDefinition:
-    """Define the asset for a placement."""
+    """Return the asset, with the pod that a placement gives it."""
     pod = placement.any_node("centroid_vector")
 
     @dg.asset(

@@ -25,7 +25,7 @@ RECORD_SECONDS = 10  # Dagster records a materialization a moment after the inde
 
 
 def staged_laion_index_asset(placement: Placement) -> dg.AssetsDefinition:
-    """Define the asset for a placement."""
+    """Return the asset, with the pod that a placement gives it."""
     pod = placement.with_index(NAME)
 
     @dg.asset(

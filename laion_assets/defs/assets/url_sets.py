@@ -33,11 +33,11 @@ from laion_assets.seeds import embeddings_of
 from laion_assets.staging import OpenIndex
 
 LOW_RECALL = 0.9
-SEARCH_VERSION = "3"  # of the code of both searches
+SEARCH_VERSION = "3"  # raise it when a search would find other rows
 
 
 def knn_urls_asset(placement: Placement) -> dg.AssetsDefinition:
-    """Define the asset for a placement."""
+    """Return the asset, with the pod that a placement gives it."""
     pod = placement.with_index("knn_urls")
 
     @dg.asset(
@@ -82,7 +82,7 @@ def knn_urls_asset(placement: Placement) -> dg.AssetsDefinition:
 
 
 def centroid_urls_asset(placement: Placement) -> dg.AssetsDefinition:
-    """Define the asset for a placement."""
+    """Return the asset, with the pod that a placement gives it."""
     pod = placement.with_index("centroid_urls")
 
     @dg.asset(
@@ -124,7 +124,7 @@ def centroid_urls_asset(placement: Placement) -> dg.AssetsDefinition:
 
 
 def combined_urls_asset(placement: Placement) -> dg.AssetsDefinition:
-    """Define the asset for a placement."""
+    """Return the asset, with the pod that a placement gives it."""
     pod = placement.any_node("combined_urls")
 
     @dg.asset(
@@ -148,7 +148,7 @@ def combined_urls_asset(placement: Placement) -> dg.AssetsDefinition:
         """Both URL sets as one table, a row per image, ready for img2dataset.
 
         Rows with the same id, the same URL, or near-duplicate vectors are one image; the row with the
-        lowest rank is kept. In order of rank, then id.
+        lowest rank is kept. The table is in order of rank, then id.
         """
         with as_failures():
             origin = check_same_origin(knn_urls, centroid_urls, seed_embeddings)
@@ -202,7 +202,7 @@ class _Written:
 
 @dataclass(frozen=True)
 class _SearchStep:
-    """A step that searches around the vectors of a table: its inputs, and what it makes of them."""
+    """One step of `knn_urls` or `centroid_urls`: its inputs, and how it searches, writes and reports."""
 
     context: dg.AssetExecutionContext
     vectors: StoredTable
@@ -229,7 +229,7 @@ class _SearchStep:
         return self._report(written, fetched)
 
     def _seeds(self, queries: Floats) -> int:
-        """Return how many seeds the queries stand for."""
+        """Return the number of seeds: one a query, or those whose mean is the query."""
         if self.per_seed:
             return len(queries)
         seeds: int = self.vectors.read(["seeds"])["seeds"][0].as_py()
@@ -293,7 +293,11 @@ class _SearchStep:
         )
 
     def _settings(self, origin: Provenance, block_list: BlockList | None) -> ResolvedSettings:
-        """Resolve the settings, and report those that a run would use by itself."""
+        """Resolve the settings of this run.
+
+        Also report to `retrieval_settings` those of a run without Launchpad values: by them Dagster judges
+        what is stale.
+        """
         own, name = origin.own, origin.seed_set
         listed = None if block_list is None else str(block_list)
         settings = self.config.resolve(self.defaults, own, name, listed)
@@ -315,7 +319,7 @@ class _SearchStep:
         log, funnel = self.context.log, found.funnel
         log.info(_sentence(funnel))
         if k > rows:
-            log.warning(f"the index has only {rows:,} rows: no request of {k:,} images can be met")
+            log.warning(f"{k:,} images were requested a query, but the index has only {rows:,} rows")
         elif missing := funnel.requested - funnel.received:
             remedy = "request fewer" if found.nprobe is None else "set a higher nprobe, or request fewer"
             log.warning(
@@ -324,8 +328,8 @@ class _SearchStep:
             )
         if found.recall < LOW_RECALL:
             log.warning(
-                f"probing {FURTHER} times the lists would replace {1 - found.recall:.0%} of the images "
-                f"found: set nprobe above {found.nprobe}"
+                f"with {FURTHER} times as many lists probed, nearer images would replace "
+                f"{1 - found.recall:.0%} of those found: set nprobe above {found.nprobe}"
             )
 
 
@@ -335,7 +339,7 @@ def _looking(k: int, queries: Floats, rows: int, *, per_seed: bool) -> str:
 
 
 def _fetched(opened: OpenIndex) -> dict[str, int]:
-    """Return what this request read from the source, where the index is staged sparse."""
+    """Return what this request read from the source, where the index is staged sparse; else empty."""
     if not any(file.sparse for file in opened.manifest.files):
         return {}
     return {"bytes fetched": opened.fetched.fetched, "reads of the bucket": opened.fetched.reads}
