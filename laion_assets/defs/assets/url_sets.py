@@ -295,8 +295,8 @@ class _SearchStep:
     def _settings(self, origin: Provenance, block_list: BlockList | None) -> ResolvedSettings:
         """Resolve the settings of this run.
 
-        Also report to `retrieval_settings` those of a run without Launchpad values: by them Dagster judges
-        what is stale.
+        Also report to `retrieval_settings` those of a run without Launchpad values: by them Dagster
+        judges what is stale.
         """
         own, name = origin.own, origin.seed_set
         listed = None if block_list is None else str(block_list)
