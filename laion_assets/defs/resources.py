@@ -20,6 +20,7 @@ from laion_assets.defs.places import Places
 from laion_assets.defs.settings import Defaults, RetrievalConfig
 from laion_assets.demo import DEMO_MODEL, is_demo
 from laion_assets.index import MODEL_RECORD, ModelRecord, read_model_record
+from laion_assets.io.errors import InputError
 from laion_assets.io.storage import open_storage, reaching
 from laion_assets.search.filters import BlockList, block_list_version, read_block_list
 from laion_assets.seeds import (
@@ -119,6 +120,8 @@ class LaionIndex:
         with reaching(where, "index_uri"):
             if not fs.exists(path):
                 return ModelRecord()
+            if not fs.isfile(path):
+                raise InputError(f"{where} is not a file: remove it", "index_uri")
             return read_model_record(fs.cat_file(path), where)
 
     def block_list(self) -> BlockList | None:

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
-from typing import Any
 
 from laion_assets.io.errors import InputError
+from laion_assets.io.text import json_object, printable
 
 MODEL_RECORD = "model.json"
 
@@ -37,7 +36,7 @@ class ModelRecord:
             InputError: another dimension, or another name.
 
         """
-        remedy = f"use {self.url or self.name or 'the model the index was made with'}"
+        remedy = f"use {printable(self.url or self.name or 'the model the index was made with')}"
         if self.dimension not in (None, dimension):
             raise InputError(
                 f"the model{f' {name}' if name else ''} makes vectors of {dimension} dimensions, the "
@@ -46,7 +45,8 @@ class ModelRecord:
             )
         if self.name and name and self.name != name:
             raise InputError(
-                f"the index was made with {self.name}, the model is {name}: {remedy}", "model"
+                f"the index was made with {printable(self.name)}, the model is {printable(name)}: {remedy}",
+                "model",
             )
 
 
@@ -62,14 +62,13 @@ def read_model_record(content: bytes, where: str) -> ModelRecord:
 
     """
     try:
-        stored: Any = json.loads(content)
+        fields = json_object(content)
     except ValueError as error:
-        raise InputError(f"{where} is not JSON ({error}): correct or remove it") from error
-    kinds = {"name": str, "url": str, "dimension": int}
-    fields = stored if isinstance(stored, dict) else {"file": stored}
-    for field, value in fields.items():
-        if field in kinds and not (value is None or type(value) is kinds[field]):
-            raise InputError(f"{where} has {field} {value!r}: give {kinds[field].__name__}, or remove it")
-    if not isinstance(stored, dict):
-        raise InputError(f"{where} is not a JSON object: correct or remove it")
+        raise InputError(f"{where} is not a JSON object ({error}): correct or remove it") from error
+    kinds = {"name": "a text", "url": "a text", "dimension": "a whole number above 0"}
+    for field, kind in kinds.items():
+        value = fields.get(field)
+        whole = type(value) is int and value > 0
+        if value is not None and not (whole if field == "dimension" else isinstance(value, str)):
+            raise InputError(f"{where} has {field} {value!r}: give {kind}, or remove it")
     return ModelRecord(**{field: fields[field] for field in kinds if field in fields})

@@ -12,6 +12,7 @@ import errno
 import logging
 import os
 import re
+import stat
 from collections.abc import Iterator
 from dataclasses import dataclass
 from http import HTTPStatus
@@ -232,6 +233,17 @@ def on_this_machine(uri: str) -> bool:
 def is_local(fs: Any) -> bool:
     """Return whether a file system is the local disk."""
     return "file" in _protocols(fs)
+
+
+def is_regular(fs: Any, path: str) -> bool:
+    """Return whether a path may be read: not a pipe, a device or a socket, which may never end."""
+    if not is_local(fs):
+        return True
+    try:
+        kind = Path(path).stat().st_mode
+    except OSError:
+        return True  # reading it says what is wrong
+    return stat.S_ISREG(kind)
 
 
 def _protocols(fs: Any) -> set[str]:

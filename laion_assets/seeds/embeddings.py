@@ -120,12 +120,13 @@ def read_seeds(
             MODEL,
         )
     parts = [_with_thumbnails(uri, seed_set, _read_vectors(uri, seed_set))] if seed_set.vectors else []
+    # Prompts first, though they stand last: what is wrong with them is said before hours of images.
+    prompts = [_embed_prompts(uri, seed_set, model)] if model and seed_set.prompts else []
     if model is not None and seed_set.images:
         parts.append(
             _embed_images(uri, seed_set, model, known or KnownImages(), max_bad_images, progress)
         )
-    if model is not None and seed_set.prompts:
-        parts.append(_embed_prompts(uri, seed_set, model))
+    parts += prompts
     widths = {part.embeddings.shape[1] for part in parts}
     if len(widths) > 1:
         raise InputError(

@@ -18,11 +18,12 @@ import google_crc32c
 
 from laion_assets.io.checksums import checksum_text, fingerprint
 from laion_assets.io.errors import InputError
-from laion_assets.io.storage import Listed, first_line, list_files, open_storage, reaching
+from laion_assets.io.storage import Listed, first_line, is_regular, list_files, open_storage, reaching
+from laion_assets.io.text import printable
 from laion_assets.seeds.decoding import EXTENSIONS
 from laion_assets.seeds.prompts import PROMPTS_FILE
 from laion_assets.seeds.readers import READERS
-from laion_assets.seeds.seed_files import SeedFile
+from laion_assets.seeds.seed_files import NOT_REGULAR, SeedFile
 
 SEEDS_URI = "seeds_uri"  # the parameter that errors are about
 CLIP_RETRIEVAL_FOLDER = "img_emb/"
@@ -214,7 +215,7 @@ class _Folder:
         elif _may_hold_settings(name):
             self._settings.append(_seed_file(fs, name, listed))
         else:
-            self._others.append(name)
+            self._others.append(printable(name))
 
     def seed_set(self, name: str) -> SeedSet:
         """Return the set: embeddings win over images; of clip-retrieval's output, those of images."""
@@ -232,7 +233,9 @@ class _Folder:
             ignored=tuple(sorted(ignored)),
             images=images,
             prompts=tuple(self._prompts),
-            not_embedded=tuple(sorted(image for _, image, _ in self._images)) if vectors else (),
+            not_embedded=tuple(sorted(printable(image) for _, image, _ in self._images))
+            if vectors
+            else (),
         )
 
 
@@ -241,7 +244,7 @@ def _in_order(files: Sequence[SeedFile]) -> tuple[SeedFile, ...]:
 
 
 def _seed_file(fs: Any, name: str, listed: Listed) -> SeedFile:
-    return SeedFile(name, listed.path, listed.size, _listed_checksum(fs, listed))
+    return SeedFile(printable(name), listed.path, listed.size, _listed_checksum(fs, listed))
 
 
 def _listed_checksum(fs: Any, listed: Listed) -> str:
@@ -256,4 +259,6 @@ def _listed_checksum(fs: Any, listed: Listed) -> str:
 
 @lru_cache(maxsize=1 << 18)
 def _computed_checksum(fs: Any, path: str, size: int, written: str) -> str:  # noqa: ARG001
+    if not is_regular(fs, path):
+        raise OSError(NOT_REGULAR)
     return checksum_text(google_crc32c.Checksum(fs.cat_file(path)))

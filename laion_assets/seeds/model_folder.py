@@ -12,7 +12,6 @@ more than 2 GB lie in a file beside (`vision_model.onnx_data`).
 from __future__ import annotations
 
 import hashlib
-import json
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -21,6 +20,7 @@ from pathlib import Path
 
 from laion_assets.io.checksums import fingerprint
 from laion_assets.io.errors import InputError
+from laion_assets.io.text import json_object
 
 MODEL = "model"  # the parameter that names the folder
 VISION, TEXT = "vision_model", "text_model"
@@ -89,8 +89,8 @@ def published_name(files: ModelFiles) -> str | None:
     if CONFIG not in files.names:
         return None
     try:
-        name = json.loads(files.path(CONFIG).read_bytes()).get("_name_or_path")
-    except (ValueError, AttributeError) as error:
+        name = json_object(files.path(CONFIG).read_bytes()).get("_name_or_path")
+    except ValueError as error:
         raise InputError(
             f"{files.path(CONFIG)} is not a JSON object ({error}): copy it again from where the model "
             "was published",

@@ -5,7 +5,6 @@ The results are those of transformers' own image processors, bit for bit, except
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +15,7 @@ from PIL import Image
 
 from laion_assets.io.arrays import Floats
 from laion_assets.io.errors import InputError
+from laion_assets.io.text import json_object, printable
 from laion_assets.seeds.model_folder import MODEL
 
 CLIP_MEAN, CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
@@ -134,17 +134,19 @@ def read_preprocessing(path: Path) -> Preprocessing:
 
     """
     try:
-        config = json.loads(path.read_bytes())
+        config = json_object(path.read_bytes())
     except (OSError, ValueError) as error:
-        _refuse(path, f"is not JSON ({error}): copy it again from where the model was published", error)
-    if not isinstance(config, dict):
-        _refuse(path, "is not a JSON object: copy it again from where the model was published")
+        _refuse(
+            path,
+            f"is not a JSON object ({error}): copy it again from where the model was published",
+            error,
+        )
     kind = config.get("image_processor_type") or config.get("feature_extractor_type") or "none"
     defaults = DEFAULTS.get(_kind(str(kind)))
     if defaults is None:
         _refuse(
             path,
-            f"is for the image processor {kind}, which is not supported (supported are those of "
+            f"is for the image processor {printable(str(kind))}, which is not supported (supported are those of "
             f"{', '.join(DEFAULTS)}): use another model",
         )
     for step in UNSUPPORTED:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import codecs
-import json
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -16,6 +15,7 @@ from tokenizers import Encoding, Tokenizer
 from laion_assets.io.arrays import Floats, Ids, unit_rows
 from laion_assets.io.errors import InputError
 from laion_assets.io.storage import first_line
+from laion_assets.io.text import json_object
 from laion_assets.seeds.model import NO_DIRECTION, Model
 from laion_assets.seeds.model_folder import CONFIG, MODEL, TOKENIZER, TOKENIZER_CONFIG
 
@@ -199,7 +199,8 @@ class PromptTokens:
 
 def _context_length(folder: Path, config: Mapping[str, Any], truncation: Mapping[str, Any]) -> int:
     """Return the context length that the model's files declare, else CLIP's."""
-    text_config = _json(folder / CONFIG).get("text_config") or {}
+    nested = _json(folder / CONFIG).get("text_config")
+    text_config = nested if isinstance(nested, dict) else {}
     declared = (
         text_config.get("max_position_embeddings"),
         config.get("model_max_length"),
@@ -225,9 +226,9 @@ def _json(path: Path) -> dict[str, Any]:
     if not path.exists():
         return {}
     try:
-        read = json.loads(path.read_bytes())
+        return json_object(path.read_bytes())
     except ValueError as error:
         raise InputError(
-            f"{path} is not JSON ({error}): copy it again from where the model was published", MODEL
+            f"{path} is not a JSON object ({error}): copy it again from where the model was published",
+            MODEL,
         ) from error
-    return read if isinstance(read, dict) else {}

@@ -9,10 +9,11 @@ from typing import Any
 import google_crc32c
 
 from laion_assets.io.checksums import checksum_text
-from laion_assets.io.storage import first_line, is_local
+from laion_assets.io.storage import first_line, is_local, is_regular
 
 SEED_FILES_AT_ONCE = 64
 SEED_BYTES_AT_ONCE = 64 << 20
+NOT_REGULAR = "not a regular file: remove it"
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,8 +57,10 @@ def read_files(fs: Any, files: Sequence[SeedFile]) -> Iterator[tuple[SeedFile, b
     """
     unreadable = OSError if is_local(fs) else FileNotFoundError
     for batch in _batches(files):
-        contents = fs.cat_ranges([file.path for file in batch], None, None)
-        for file, content in zip(batch, contents, strict=True):
+        regular = [file.path for file in batch if is_regular(fs, file.path)]
+        contents = dict(zip(regular, fs.cat_ranges(regular, None, None), strict=True))
+        for file in batch:
+            content = contents.get(file.path, OSError(NOT_REGULAR))
             if isinstance(content, Exception) and not isinstance(content, unreadable):
                 raise content
             yield file, content

@@ -219,6 +219,45 @@ def test_bad_images_are_named_with_the_reason_and_the_set_goes_on(tmp_path, mode
     assert len(set(reasons.values())) == len(BAD), "every kind has a reason of its own"
 
 
+def test_a_pipe_or_a_device_is_named_and_never_opened(tmp_path, model):
+    write(tmp_path / "set", {f"{n}.png": encoded() for n in range(3)})
+    os.mkfifo(tmp_path / "set" / "pipe.jpg")
+    (tmp_path / "set" / "device.jpg").symlink_to("/dev/zero")
+    (tmp_path / "other").mkdir()
+    os.mkfifo(tmp_path / "other" / "prompts.txt")
+    bad = {image.name: image.reason for image in read(tmp_path, model, max_bad_images=0.5).bad_images}
+    assert set(bad) == {"pipe.jpg", "device.jpg"}
+    assert all("not a regular file: remove it" in reason for reason in bad.values())
+    listed = find_seed_set(str(tmp_path), "other")
+    with pytest.raises(InputError, match="not a regular file"):
+        read_seeds(str(tmp_path), listed, model)
+
+
+def test_names_are_escaped_where_a_terminal_or_utf8_would_stumble(tmp_path, model):
+    write(tmp_path / "set", {"a.png": encoded(), "new\nline.jpg": b"", "\x1b[2J.jpg": b""})
+    latin = os.fsencode(tmp_path / "set") + b"/caf\xe9.png"
+    Path(os.fsdecode(latin)).write_bytes(encoded())
+    seeds = read(tmp_path, model, max_bad_images=0.5)
+    assert seeds.columns["file"].to_pylist() == ["a.png", "caf\\udce9.png"]
+    assert [image.name for image in seeds.bad_images] == ["\\x1b[2J.jpg", "new\\nline.jpg"]
+
+
+def test_an_image_that_cannot_be_resized_is_named_and_the_others_go_on(tmp_path, model):
+    wide = io.BytesIO()
+    Image.new("L", (100_000_000, 1)).save(wide, "PNG")
+    write(tmp_path / "set", {"a.png": encoded(), "wide.png": wide.getvalue()})
+    (bad,) = read(tmp_path, model).bad_images
+    assert (bad.name, "crop it" in bad.reason) == ("wide.png", True)
+
+
+def test_what_is_wrong_with_prompts_is_said_before_an_image_is_embedded(tmp_path, model):
+    write(tmp_path / "set", {"a.png": encoded(), "prompts.txt": "a chair".encode("utf-16")})
+    done: list[int] = []
+    with pytest.raises(InputError, match=r"prompts\.txt"):
+        read(tmp_path, model, progress=done.append)
+    assert done == []
+
+
 def test_too_many_bad_images_fail_the_set_and_ten_are_named(tmp_path, model):
     write(tmp_path / "set", {f"{n:02}.png": encoded() for n in range(20)})
     write(tmp_path / "set", {f"bad{n:02}.jpg": b"" for n in range(12)})

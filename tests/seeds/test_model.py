@@ -164,7 +164,7 @@ BROKEN = {
     ),
     "preprocessing that is no JSON": (
         partial(with_content, "preprocessor_config.json", b"{"),
-        "preprocessor_config.json is not JSON",
+        "preprocessor_config.json is not a JSON object",
     ),
 }
 
