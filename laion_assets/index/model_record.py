@@ -45,7 +45,8 @@ class ModelRecord:
             )
         if self.name and name and self.name != name:
             raise InputError(
-                f"the index was made with {printable(self.name)}, the model is {printable(name)}: {remedy}",
+                f"the index was made with {printable(self.name)}, the model is {printable(name)}: "
+                f"{remedy}",
                 "model",
             )
 

@@ -146,8 +146,8 @@ def read_preprocessing(path: Path) -> Preprocessing:
     if defaults is None:
         _refuse(
             path,
-            f"is for the image processor {printable(str(kind))}, which is not supported (supported are those of "
-            f"{', '.join(DEFAULTS)}): use another model",
+            f"is for the image processor {printable(str(kind))}, which is not supported (supported are "
+            f"those of {', '.join(DEFAULTS)}): use another model",
         )
     for step in UNSUPPORTED:
         if config.get(step):
