@@ -91,7 +91,7 @@ MANNERS: dict[str, Callable[[Answer, bytes], None]] = {
     "forbidden": lambda answer, _: answer.send_error(HTTPStatus.FORBIDDEN),
     "out of order": lambda answer, _: answer.send_error(HTTPStatus.SERVICE_UNAVAILABLE),
     "hung up": lambda *_: None,
-    "broken off": lambda answer, picture: answer.send(picture[:100], length=len(picture)),
+    "broken off": lambda answer, picture: answer.send(picture[: len(picture) // 3], length=len(picture)),
     "silent": lambda answer, _: answer.stay_silent(),
     "stalled": _stalled,
     "a page": lambda answer, _: answer.send(PAGE, "text/html"),
