@@ -24,8 +24,8 @@ demo: $(READY) ## Build the demo index, materialize all assets for one seed set,
 dev: $(READY) ## Start the Dagster UI on http://127.0.0.1:3000, on the same data and history; PORT= for another
 	@$(BIN)/laion-assets dev --port $(PORT)
 
-test: $(READY) ## Run the tests, three at a time
-	$(BIN)/python -m pytest --numprocesses 3 --dist loadscope
+test: $(READY) ## Run the tests, on two cores
+	$(BIN)/python -m pytest --numprocesses 2 --dist loadscope
 
 test-k8s: $(READY) ## Run the graph on a stand-in for a Kubernetes cluster; needs PostgreSQL
 	$(BIN)/python -m pytest tests/k8s
