@@ -33,7 +33,7 @@ def with_thumbnails(fs: Any, seed_set: SeedSet, columns: pa.Table) -> pa.Table:
 
     Args:
         fs: the file system of the set; a remote one has no images.
-        seed_set: as it was listed.
+        seed_set: its listing.
         columns: rows of `file` and others, in the order of the set's files of vectors.
 
     Returns:

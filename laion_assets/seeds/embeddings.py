@@ -102,7 +102,7 @@ def read_seeds(
 
     Args:
         uri: the folder of the seed sets.
-        seed_set: as it was listed.
+        seed_set: its listing.
         model: that embeds; only sets with images or prompts need one.
         known: images that need not be embedded again.
         max_bad_images: share of the images that may be unusable.
@@ -147,7 +147,7 @@ def count_seeds(uri: str, seed_set: SeedSet) -> int:
 
     Args:
         uri: the folder of the seed sets.
-        seed_set: as it was listed.
+        seed_set: its listing.
 
     Raises:
         InputError: a file that cannot be read.
@@ -232,7 +232,7 @@ def _where(uri: str, seed_set: SeedSet, file: SeedFile) -> str:
 
 
 def _content(fs: Any, file: SeedFile, where: str) -> bytes:
-    """Read a file as it was listed.
+    """Read a file, and check that it has not changed since it was listed.
 
     Raises:
         UnusableFileError: the file is gone or has changed, or a local file cannot be read.

@@ -102,7 +102,7 @@ class _SourceFile:
 
 
 class _Source:
-    """A model that is somewhere else, as it was when it was listed."""
+    """The listing of a remote model."""
 
     def __init__(self, uri: str) -> None:
         self._uri = uri

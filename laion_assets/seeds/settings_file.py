@@ -20,7 +20,7 @@ def read_settings(uri: str, seed_set: SeedSet) -> dict[str, Any]:
 
     Args:
         uri: the folder of the seed sets.
-        seed_set: as it was listed.
+        seed_set: its listing.
 
     Returns:
         Values by name, neither of which is checked here; empty without such a file.

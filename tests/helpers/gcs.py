@@ -111,13 +111,13 @@ class Bucket:
 
 @pytest.fixture(scope="session")
 def gcs_root(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The folder in which the server of this session stores its objects."""
+    """The folder in which the server of the test run stores its objects."""
     return tmp_path_factory.mktemp("gcs") / "objects"
 
 
 @pytest.fixture(scope="session")
 def gcs(gcs_root: Path) -> Iterator[str]:
-    """The server of this session, set in the environment for gcsfs and google-cloud-storage."""
+    """The one server of the test run, set in the environment for gcsfs and google-cloud-storage."""
     with gcs_server(gcs_root) as url, pytest.MonkeyPatch.context() as patch:
         patch.setenv("STORAGE_EMULATOR_HOST", url)
         yield url

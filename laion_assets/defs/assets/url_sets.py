@@ -193,7 +193,7 @@ def _united(funnel: CombinedFunnel) -> str:
 
 @dataclass(frozen=True)
 class _Written:
-    """A table as it was written: what was found, its provenance, and the seconds it took."""
+    """What writing a table leaves for the report: what was found, its provenance, and the seconds taken."""
 
     found: Found
     provenance: Provenance
