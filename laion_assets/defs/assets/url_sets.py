@@ -193,7 +193,7 @@ def _united(funnel: CombinedFunnel) -> str:
 
 @dataclass(frozen=True)
 class _Written:
-    """What writing a table leaves for the report: what was found, its provenance, and the seconds taken."""
+    """A finished search: what it found, the provenance in the table, and the seconds it took."""
 
     found: Found
     provenance: Provenance
