@@ -3,7 +3,7 @@
 Dagster's concept: https://docs.dagster.io/guides/build/assets
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 
 import dagster as dg
@@ -38,89 +38,79 @@ SEARCH_VERSION = "3"  # raise it when a search would find other rows
 
 def knn_urls_asset(placement: Placement) -> dg.AssetsDefinition:
     """Return the asset, with the pod that a placement gives it."""
-    pod = placement.with_index("knn_urls")
-
-    @dg.asset(
-        deps=["staged_laion_index", retrieval_settings],
-        group_name="urls",
-        kinds={"faiss", "parquet"},
-        partitions_def=seed_sets,
-        pool="retrieval",
-        code_version=SEARCH_VERSION,
-        check_specs=checks.KNN_URLS,
-        tags=pod.tags,
-        op_tags=pod.op_tags,
-        retry_policy=pod.retry_policy,
+    return _search_asset(
+        placement,
+        "knn_urls",
+        "seed_embeddings",
+        checks.KNN_URLS,
+        "Images found around each seed: same context and style.\n\n"
+        "Near-duplicates are removed within each seed's results; an image found for two seeds has two "
+        "rows.",
+        per_seed=True,
     )
-    def knn_urls(
-        context: dg.AssetExecutionContext,
-        seed_embeddings: StoredTable,
-        laion_index: dg.ResourceParam[LaionIndex],
-        retrieval_config: RetrievalConfig,
-        defaults: dg.ResourceParam[Defaults],
-        tables: dg.ResourceParam[Tables],
-        pictures: dg.ResourceParam[Pictures],
-    ) -> Materialized:
-        """Images found around each seed: same context and style.
-
-        Near-duplicates are removed within each seed's results; an image found for two seeds has two rows.
-        """
-        with as_failures():
-            step = _SearchStep(
-                context,
-                seed_embeddings,
-                laion_index,
-                retrieval_config,
-                defaults,
-                tables,
-                pictures,
-                per_seed=True,
-            )
-            return step.materialize()
-
-    return knn_urls
 
 
 def centroid_urls_asset(placement: Placement) -> dg.AssetsDefinition:
     """Return the asset, with the pod that a placement gives it."""
-    pod = placement.with_index("centroid_urls")
+    return _search_asset(
+        placement,
+        "centroid_urls",
+        "centroid_vector",
+        checks.CENTROID_URLS,
+        "Images found around the centroid: same style, varied content; near-duplicates removed.",
+        per_seed=False,
+    )
+
+
+def _search_asset(
+    placement: Placement,
+    name: str,
+    vectors_of: str,
+    check_specs: Sequence[dg.AssetCheckSpec],
+    description: str,
+    *,
+    per_seed: bool,
+) -> dg.AssetsDefinition:
+    pod = placement.with_index(name)
 
     @dg.asset(
+        name=name,
+        ins={"vectors": dg.AssetIn(vectors_of)},
         deps=["staged_laion_index", retrieval_settings],
+        description=description,
         group_name="urls",
         kinds={"faiss", "parquet"},
         partitions_def=seed_sets,
         pool="retrieval",
         code_version=SEARCH_VERSION,
-        check_specs=checks.CENTROID_URLS,
+        check_specs=check_specs,
         tags=pod.tags,
         op_tags=pod.op_tags,
         retry_policy=pod.retry_policy,
     )
-    def centroid_urls(
+    def search_asset(
         context: dg.AssetExecutionContext,
-        centroid_vector: StoredTable,
+        vectors: StoredTable,
         laion_index: dg.ResourceParam[LaionIndex],
         retrieval_config: RetrievalConfig,
         defaults: dg.ResourceParam[Defaults],
         tables: dg.ResourceParam[Tables],
         pictures: dg.ResourceParam[Pictures],
     ) -> Materialized:
-        """Images found around the centroid: same style, varied content; near-duplicates removed."""
         with as_failures():
             step = _SearchStep(
                 context,
-                centroid_vector,
+                vectors,
                 laion_index,
                 retrieval_config,
                 defaults,
                 tables,
                 pictures,
-                per_seed=False,
+                per_seed=per_seed,
             )
             return step.materialize()
 
-    return centroid_urls
+    return search_asset
 
 
 def combined_urls_asset(placement: Placement) -> dg.AssetsDefinition:
