@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import json
 import shutil
@@ -14,6 +13,7 @@ from typing import Any
 
 from laion_assets.io.checksums import checksum_text, crc32c, file_crc32c
 from laion_assets.io.errors import InputError
+from laion_assets.io.locks import lock_exclusively
 from laion_assets.io.progress import Progress
 from laion_assets.io.storage import (
     Listed,
@@ -227,9 +227,7 @@ def _record(folder: Path, uri: str, files: Mapping[str, _StagedFile]) -> None:
 def _alone(folder: Path, log: Callable[[str], None]) -> Iterator[None]:
     """Keep other processes that stage the same model out."""
     with (folder / LOCK).open("ab") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            log(f"waiting for another process that stages the same model to {folder}")
-            fcntl.flock(file, fcntl.LOCK_EX)
+        lock_exclusively(
+            file, lambda: log(f"waiting for another process that stages the same model to {folder}")
+        )
         yield

@@ -16,6 +16,8 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import IO
 
+from laion_assets.io.locks import lock_exclusively
+
 INDEX_LOCK = ".lock"
 STAGER_LOCK = ".stager"
 LEDGER_LOCK = ".ledger"
@@ -34,7 +36,7 @@ def reading(cache: Path) -> Iterator[None]:
 def changing(cache: Path, log: Callable[[str], None]) -> Iterator[None]:
     """Keep readers out; waits for those at work."""
     with (cache / INDEX_LOCK).open("ab") as file:
-        _lock_exclusively(file, lambda: log(f"waiting for the searches that read {cache}"))
+        lock_exclusively(file, lambda: log(f"waiting for the searches that read {cache}"))
         yield
 
 
@@ -42,7 +44,7 @@ def changing(cache: Path, log: Callable[[str], None]) -> Iterator[None]:
 def staging(cache: Path, log: Callable[[str], None]) -> Iterator[None]:
     """Keep other stagers out; waits for the one at work, and logs which one it is."""
     with (cache / STAGER_LOCK).open("a+") as file:
-        _lock_exclusively(file, lambda: log(f"waiting for {_holder(file)}, which is staging to {cache}"))
+        lock_exclusively(file, lambda: log(f"waiting for {_holder(file)}, which is staging to {cache}"))
         now = datetime.now(UTC).isoformat(timespec="seconds")
         file.truncate(0)
         json.dump({"host": socket.gethostname(), "pid": os.getpid(), "since": now}, file)
@@ -62,16 +64,8 @@ def ledger(cache: Path) -> Iterator[None]:
 def fetching(cache: Path, log: Callable[[str], None]) -> Iterator[None]:
     """Be the only process that fetches pages of sparse files."""
     with (cache / FETCH_LOCK).open("ab") as file:
-        _lock_exclusively(file, lambda: log(f"waiting for another request that fetches to {cache}"))
+        lock_exclusively(file, lambda: log(f"waiting for another request that fetches to {cache}"))
         yield
-
-
-def _lock_exclusively(file: IO[str] | IO[bytes], before_waiting: Callable[[], None]) -> None:
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        before_waiting()
-        fcntl.flock(file, fcntl.LOCK_EX)
 
 
 def _holder(file: IO[str]) -> str:
