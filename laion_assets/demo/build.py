@@ -234,7 +234,7 @@ def _build_index(
     (building / "metadata").mkdir()
     _write_metadata(building / "metadata" / "0_en.arrow", clip_art.take(rows[:english]))
     _write_metadata(building / "metadata" / "1_multi.arrow", clip_art.take(rows[english:]))
-    with _one_thread():
+    with one_thread():
         index = _trained(vectors[rows])
         blocks = [_block(index, vectors[rows], 0, english)]
         blocks += [_block(index, vectors[rows], english, len(rows))]
@@ -261,7 +261,7 @@ def _write_metadata(path: Path, rows: pa.Table) -> None:
 
 
 @contextmanager
-def _one_thread() -> Iterator[None]:
+def one_thread() -> Iterator[None]:
     """Run faiss on one thread: sums in another order would give another index."""
     threads = faiss.omp_get_max_threads()
     faiss.omp_set_num_threads(1)

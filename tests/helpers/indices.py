@@ -1,7 +1,6 @@
 """Small indices of every form that a LAION-style index has, and what plain faiss reads from them."""
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -11,6 +10,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from laion_assets.demo.build import one_thread
 from laion_assets.io.console import silent_stdout
 
 DIMENSION = 16
@@ -28,16 +28,6 @@ FORMS = {
 MANY_LISTS = "IVF400_HNSW8,PQ8x8"
 ARROW = ".arrow"
 PARQUET = ".parquet"
-
-
-@contextmanager
-def one_thread() -> Iterator[None]:
-    threads = faiss.omp_get_max_threads()
-    faiss.omp_set_num_threads(1)
-    try:
-        yield
-    finally:
-        faiss.omp_set_num_threads(threads)
 
 
 def random_rows(random: np.random.Generator, n: int, alike: float = 0.15) -> np.ndarray:
