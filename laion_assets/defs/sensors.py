@@ -240,12 +240,19 @@ def _changed_settings(
     defaults: Defaults,
 ) -> Iterator[Version]:
     """Yield the settings that a run would use now, where they differ from those reported last."""
+    if not present:
+        return
     known = last_versions(instance, retrieval_settings.key, dg.DagsterEventType.ASSET_OBSERVATION)
+    listed, unusable = None, None
+    try:
+        listed = laion_index.block_list_description()  # once: it asks the storage
+    except InputError as error:
+        unusable = sentence(error)
     changed = 0
     for name, seed_set in present.items():
         try:
-            listed, own = laion_index.block_list_description(), seeds.settings(seed_set)
-            version = settings_version(name, current_settings(defaults, own, name, listed))
+            settings = unusable or current_settings(defaults, seeds.settings(seed_set), name, listed)
+            version = settings_version(name, settings)
         except InputError as error:
             version = settings_version(name, sentence(error))
         if known.get(name) != version.value:
