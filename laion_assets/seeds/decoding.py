@@ -85,20 +85,18 @@ def open_image(
         An RGB image.
 
     Raises:
-        BadImageError: it cannot be decoded.
+        BadImageError: it cannot be decoded, or memory does not suffice for it, in the block too.
 
     """
     image = _opened(data)
     image.draft(None, enough(*image.size))  # does nothing where the format is another
     with budget.hold(image.width * image.height):
         try:
-            image.load()
-            made = _on_white(_upright(image))
+            yield _decoded(image)
         except MemoryError:
-            raise BadImageError(f"has {_megapixels(image)}, for which memory does not suffice") from None
-        except Exception as error:  # whatever the decoders raise for damaged files
-            raise BadImageError(_damage(error)) from error
-        yield made
+            raise BadImageError(
+                f"has {_megapixels(image)}, for which memory does not suffice: scale it down or crop it"
+            ) from None
 
 
 def thumbnail_of(data: bytes, budget: PixelBudget) -> bytes:
@@ -140,6 +138,16 @@ def _opened(data: bytes) -> Image.Image:
             f"{MAX_PIXELS // 10**6} are read: scale it down"
         )
     return image
+
+
+def _decoded(image: Image.Image) -> Image.Image:
+    try:
+        image.load()
+        return _on_white(_upright(image))
+    except MemoryError:
+        raise
+    except Exception as error:  # whatever the decoders raise for damaged files
+        raise BadImageError(_damage(error)) from error
 
 
 def _megapixels(image: Image.Image) -> str:

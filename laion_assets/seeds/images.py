@@ -21,8 +21,6 @@ from laion_assets.seeds.seed_files import UnusableFileError
 
 BATCH = 16
 DETAIL = 6  # a JPEG is decoded at no less than this many times the size to which it is resized
-
-
 UNREADABLE = (FileNotFoundError, IsADirectoryError, NotADirectoryError, PermissionError)
 
 
@@ -190,8 +188,6 @@ class _Preparation:
                 return _Prepared(file.name, content, self._preprocessing(image), thumbnail(image))
         except BadImageError as bad:
             return BadImage(file.name, str(bad))
-        except MemoryError:
-            return BadImage(file.name, "needs more memory than there is to be resized: crop it")
 
     def _enough(self, width: int, height: int) -> tuple[int, int]:
         """Return the (width, height) beyond which a JPEG gains nothing, see `open_image`."""
