@@ -152,22 +152,32 @@ def _last_settings(instance: dg.DagsterInstance, seed_set: str) -> Mapping[str, 
 
 
 def last_version(
-    instance: dg.DagsterInstance, asset: dg.AssetKey, seed_set: str | None = None
+    instance: dg.DagsterInstance,
+    asset: dg.AssetKey,
+    seed_set: str | None = None,
+    *,
+    observed: bool | None = None,
 ) -> str | None:
-    """Return the data version of an asset that was reported last."""
-    record = instance.get_latest_data_version_record(asset, partition_key=seed_set)
+    """Return the data version of an asset that was reported last.
+
+    Args:
+        instance: whose history to read.
+        asset: its key.
+        seed_set: the partition; None for an asset without partitions.
+        observed: whether observations count, or materializations; None for what Dagster itself compares.
+
+    """
+    record = instance.get_latest_data_version_record(asset, observed, seed_set)
     version = extract_data_version_from_entry(record.event_log_entry) if record else None
     return version.value if version else None
 
 
 def is_known(instance: dg.DagsterInstance, version: Version) -> bool:
     """Return whether a version of a source is the one reported last, by both events."""
-    for observed in (True, False):
-        record = instance.get_latest_data_version_record(version.source, observed, version.seed_set)
-        known = extract_data_version_from_entry(record.event_log_entry) if record else None
-        if known is None or known.value != version.value:
-            return False
-    return True
+    return all(
+        last_version(instance, version.source, version.seed_set, observed=observed) == version.value
+        for observed in (True, False)
+    )
 
 
 def last_versions(

@@ -128,8 +128,10 @@ def _known_images(
     context: dg.AssetExecutionContext, tables: Tables, model: Model | None
 ) -> KnownImages | None:
     """Return the images that the set's last table holds, if the same model embedded them."""
-    last = tables.find(context.asset_key.path[-1], context.partition_key) if model else None
-    if model is None or last is None:
+    if model is None:
+        return None
+    last = tables.find(context.asset_key.path[-1], context.partition_key)
+    if last is None:
         return None
     try:
         if Provenance.of(last).model != model.fingerprint:
