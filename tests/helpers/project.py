@@ -184,9 +184,13 @@ def files_limited_to(size: int) -> Iterator[None]:
 
 @contextmanager
 def new_project(root: Path, index: Path, seeds: Path | None = None, **more: str) -> Iterator[Project]:
-    """A project in a folder, with a copy of some seed sets; `more` is added to its environment."""
+    """A project in a folder, with a copy of some seed sets; `more` is added to its environment.
+
+    Its history is in SQLite in memory: on a disk, a connection an event is half of a test's time.
+    The tests of the command line, the UI and Kubernetes have theirs where users have it.
+    """
     (root / "dagster").mkdir()
-    with dg.DagsterInstance.local_temp(str(root / "dagster")) as instance:
+    with dg.DagsterInstance.ephemeral(str(root / "dagster")) as instance:
         made = Project(root, index, instance, **more)
         if seeds:
             shutil.copytree(seeds, made.seeds, dirs_exist_ok=True)
