@@ -53,6 +53,10 @@ class Tables:
         with new_table(self.uri(*_table_of(context)), schema) as table:
             yield table
 
+    def folder(self, context: dg.AssetExecutionContext, name: str) -> str:
+        """Return the location of a folder beside the table of a step, for what is not the table yet."""
+        return f"{self.uri(*_table_of(context)).removesuffix(SUFFIX)}.{name}"
+
     def written(self, context: dg.AssetExecutionContext) -> StoredTable:
         """Open the table that this step has written."""
         return self.open(*_table_of(context))

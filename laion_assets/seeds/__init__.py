@@ -17,6 +17,7 @@ from laion_assets.seeds.folder import Listing, SeedSet, check_name, find_seed_se
 from laion_assets.seeds.model import Model
 from laion_assets.seeds.model_staging import stage_model
 from laion_assets.seeds.settings_file import read_settings
+from laion_assets.seeds.unfinished import UnfinishedImages
 
 __all__ = [
     "PROMPT",
@@ -25,6 +26,7 @@ __all__ = [
     "Model",
     "SeedSet",
     "Seeds",
+    "UnfinishedImages",
     "centroid",
     "check_name",
     "count_seeds",

@@ -97,6 +97,7 @@ def read_seeds(
     known: KnownImages | None = None,
     max_bad_images: float = 0.05,
     progress: Callable[[int], object] = lambda _: None,
+    keep: Callable[[EmbeddedImage], object] = lambda _: None,
 ) -> Seeds:
     """Read the vectors of a set, or embed its images, and embed its prompts.
 
@@ -107,6 +108,7 @@ def read_seeds(
         known: images that need not be embedded again.
         max_bad_images: share of the images that may be unusable.
         progress: called with the number of images done since the last call.
+        keep: called with every image that was embedded, such as `UnfinishedImages.keep`.
 
     Raises:
         InputError: names every bad file and row (the first 20 of them) and the remedy; no model, or more
@@ -124,7 +126,7 @@ def read_seeds(
     prompts = [_embed_prompts(uri, seed_set, model)] if model and seed_set.prompts else []
     if model is not None and seed_set.images:
         parts.append(
-            _embed_images(uri, seed_set, model, known or KnownImages(), max_bad_images, progress)
+            _embed_images(uri, seed_set, model, known or KnownImages(), max_bad_images, progress, keep)
         )
     parts += prompts
     widths = {part.embeddings.shape[1] for part in parts}
@@ -193,6 +195,7 @@ def _embed_images(
     known: KnownImages,
     max_bad_images: float,
     progress: Callable[[int], object],
+    keep: Callable[[EmbeddedImage], object],
 ) -> Seeds:
     fs, _ = open_storage(uri, SEEDS_URI)
     files = (
@@ -204,8 +207,10 @@ def _embed_images(
     for outcome in embed_images(model, files, known=known.vectors, progress=progress):
         if isinstance(outcome, BadImage):
             bad.append(outcome)
-        else:
-            good.append(outcome)
+            continue
+        good.append(outcome)
+        if outcome.content not in known.vectors:
+            keep(outcome)
     allowed = math.ceil(max_bad_images * len(seed_set.images))  # so that a small set can do without one
     if len(bad) > allowed or not good:
         named = _first([str(image) for image in bad], BAD_IMAGES_SHOWN)

@@ -70,6 +70,20 @@ def test_adding_images_embeds_only_those(images):
     assert (told["seeds"], told["images embedded before"]) == (4, 0), "another model, other vectors"
 
 
+def test_a_run_that_fails_keeps_what_it_embedded(images):
+    folder = mine(images)
+    for name in ("a.png", "b.png", "c.png"):
+        (folder / name).write_bytes(b"")
+    result = images.run("mine", "seed_embeddings")
+    assert "LAION_MAX_BAD_IMAGES" in failures(result)["seed_embeddings"]
+    (folder / "a.png").unlink()
+    (kept,) = (images.output / "seed_embeddings" / "mine.unfinished").iterdir()
+    (kept.parent / "damaged.parquet").write_bytes(b"PAR1")
+    told = reported(images.run("mine", "seed_embeddings", max_bad_images=1.0), "seed_embeddings")
+    assert (told["seeds"], told["images embedded before"]) == (3, 3)
+    assert list(kept.parent.iterdir()) == []
+
+
 def footer(project: Project, asset: str, seed_set: str = "mine") -> dict[str, Any]:
     """The provenance in a table's footer."""
     metadata = pq.read_metadata(project.table(asset, seed_set)).metadata

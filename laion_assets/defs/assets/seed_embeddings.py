@@ -29,6 +29,7 @@ from laion_assets.seeds import (
     Model,
     Seeds,
     SeedSet,
+    UnfinishedImages,
     centroid,
     embeddings_of,
     read_seeds,
@@ -76,14 +77,20 @@ def seed_embeddings_asset(placement: Placement) -> dg.AssetsDefinition:
             settings = retrieval_config.resolve(defaults, own, seed_set.name)
             context.log.info(f"{seed_set.name} holds {seed_set.contents()}")
             model = _model_for(context, seed_set, embedder, laion_index)
-            with Progress("images", len(seed_set.images), "", context.log.info) as progress:
+            unfinished = UnfinishedImages(
+                tables.folder(context, "unfinished"),
+                model.fingerprint if model else "",
+                context.log.warning,
+            )
+            with Progress("images", len(seed_set.images), "", context.log.info) as progress, unfinished:
                 found = read_seeds(
                     seeds.uri,
                     seed_set,
                     model,
-                    known=_known_images(context, tables, model),
+                    known=_known_images(context, tables, model, unfinished) if model else None,
                     max_bad_images=settings.values.max_bad_images,
                     progress=progress.advance,
+                    keep=unfinished.keep,
                 )
             _log(context, seed_set, found)
             provenance = Provenance(
@@ -100,6 +107,7 @@ def seed_embeddings_asset(placement: Placement) -> dg.AssetsDefinition:
                 table.footer = provenance.to_footer()
                 for batch in rows.to_batches():
                     table.write(batch)
+            unfinished.remove()
             return dg.MaterializeResult(
                 data_version=dg.DataVersion(provenance.seeds_version),
                 metadata=report.describe_seeds(
@@ -125,21 +133,17 @@ def _model_for(
 
 
 def _known_images(
-    context: dg.AssetExecutionContext, tables: Tables, model: Model | None
-) -> KnownImages | None:
-    """Return the images that the set's last table holds, if the same model embedded them."""
-    if model is None:
-        return None
+    context: dg.AssetExecutionContext, tables: Tables, model: Model, unfinished: UnfinishedImages
+) -> KnownImages:
+    """Return what the model embedded for the set's last table, or for one that was not finished."""
+    found = unfinished.tables()
     last = tables.find(context.asset_key.path[-1], context.partition_key)
-    if last is None:
-        return None
     try:
-        if Provenance.of(last).model != model.fingerprint:
-            return None
+        if last is not None and Provenance.of(last).model == model.fingerprint:
+            found.append(last.read([name for name in OF_KNOWN_IMAGES if name in last.schema.names]))
     except InputError as error:
-        context.log.info(f"all images are embedded again: {error}")
-        return None
-    return KnownImages.of(last.read([name for name in OF_KNOWN_IMAGES if name in last.schema.names]))
+        context.log.info(f"images of the last table are embedded again: {error}")
+    return KnownImages.of(pa.concat_tables(found, promote_options="default")) if found else KnownImages()
 
 
 def _log(context: dg.AssetExecutionContext, seed_set: SeedSet, found: Seeds) -> None:
