@@ -1,0 +1,103 @@
+"""Codebooks of a product quantizer: encode with them, decode, and move them to their rows' means."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import faiss
+import numpy as np
+
+from laion_assets.io.arrays import Bytes, Floats, Ids
+from laion_assets.io.parallel import in_threads
+
+ROWS_AT_ONCE = 4_096  # the intermediate results of a thread stay small
+SIMD_WIDTHS = (1, 2, 4, 8)  # dimensions of a subspace for which faiss's search of a codebook is fast
+
+
+class WideCodebooks:
+    """Codebooks of PQ, padded to a width for which faiss is several times faster.
+
+    Args:
+        codebooks: (m, 256, d) float32.
+
+    """
+
+    def __init__(self, codebooks: Floats) -> None:
+        self._parts, entries, self._dimensions = codebooks.shape
+        self._padded = next((w for w in SIMD_WIDTHS if w >= self._dimensions), self._dimensions)
+        self._pq: Any = faiss.ProductQuantizer(self._parts * self._padded, self._parts, 8)
+        wide = np.zeros((self._parts, entries, self._padded), np.float32)
+        wide[..., : self._dimensions] = codebooks
+        faiss.copy_array_to_vector(wide.ravel(), self._pq.centroids)
+
+    def codes(self, rows: Floats, centres: Floats | None = None, numbers: Ids | None = None) -> Bytes:
+        """Return (n, m) codes of (n, m * d) rows.
+
+        Args:
+            rows: float32.
+            centres: what is subtracted from rows first, if anything.
+            numbers: (n,) the centre of each row.
+
+        """
+        codes = np.empty((len(rows), self._parts), np.uint8)
+
+        def encode(start: int) -> None:
+            faiss.omp_set_num_threads(1)  # of this thread alone
+            block = slice(start, start + ROWS_AT_ONCE)
+            some = rows[block]
+            wide = np.zeros((len(some), self._parts, self._padded), np.float32)
+            inner = wide[..., : self._dimensions]
+            parts = some.reshape(len(some), self._parts, self._dimensions)
+            if centres is None or numbers is None:
+                inner[:] = parts
+            else:
+                taken = centres[numbers[block]].reshape(parts.shape)
+                np.subtract(parts, taken, out=inner)
+            codes[block] = self._pq.compute_codes(wide.reshape(len(some), -1))
+
+        in_threads(encode, range(0, len(rows), ROWS_AT_ONCE))
+        return codes
+
+
+def codebooks_of(pq: Any) -> Floats:
+    """Return the (m, 256, d) codebooks of a faiss product quantizer."""
+    books: Floats = faiss.vector_to_array(pq.centroids).reshape(pq.M, pq.ksub, pq.dsub)
+    return books
+
+
+def drawn(rows: Floats, parts: int, random: np.random.Generator) -> Floats:
+    """Return (m, 256, d) codebooks of random rows."""
+    chosen = rows[random.permutation(len(rows))[:256]]
+    return np.ascontiguousarray(chosen.reshape(256, parts, -1).transpose(1, 0, 2))
+
+
+def decoded(codebooks: Floats, codes: Bytes) -> Floats:
+    """Return the (n, m * d) rows of (n, m) codes."""
+    parts, _, width = codebooks.shape
+    rows = np.empty((len(codes), parts, width), np.float32)
+
+    def decode(part: int) -> None:
+        rows[:, part] = codebooks[part][codes[:, part]]
+
+    in_threads(decode, range(parts))
+    return rows.reshape(len(codes), -1)
+
+
+def moved(codebooks: Floats, rows: Floats, codes: Bytes, random: np.random.Generator) -> Floats:
+    """Return codebooks whose entries are the means of their rows, or a random row if they have none."""
+    parts, entries, width = codebooks.shape
+    split = rows.reshape(len(rows), parts, width)
+    spare = random.integers(len(rows), size=(parts, entries))
+    means = np.empty_like(codebooks)
+
+    def move(part: int) -> None:
+        numbers = codes[:, part]
+        counts = np.bincount(numbers, minlength=entries)
+        for dimension in range(width):
+            total = np.bincount(numbers, split[:, part, dimension], entries)
+            means[part, :, dimension] = total / np.maximum(counts, 1)
+        empty = counts == 0
+        means[part, empty] = split[spare[part, empty], part]
+
+    in_threads(move, range(parts))
+    return means

@@ -1,0 +1,173 @@
+"""Keys of indices: which ones can be built, and which one suits how many rows."""
+
+from __future__ import annotations
+
+import math
+import re
+from dataclasses import dataclass
+
+from laion_assets.io.errors import InputError
+
+EXAMPLE = "OPQ128_896,IVF131072_HNSW32,PQ128x8"
+ROWS_PER_LIST = 39  # fewer give poor centres; faiss warns then
+CODEBOOK = 256  # entries of a codebook of PQ with 8 bits
+EXACT_ROWS = 10_000
+FLAT_ROWS = 1_000_000
+LISTS_WITH_GRAPH = 1_000
+ID_BYTES = 8
+PQ_BYTES = (256, 128, 64, 48, 32, 24, 16, 8, 4)
+LAION_BYTES_PER_ROW = 136
+SAMPLED_PER_LIST = 48
+SAMPLED_FOR_CODES = 65_536
+_KEY = re.compile(
+    r"(?:OPQ(?P<opq>\d+)(?:_(?P<width>\d+))?,)?IVF(?P<lists>\d+)(?:_HNSW(?P<graph>\d+))?,"
+    r"(?:Flat|PQ(?P<pq>\d+)(?:x8)?)"
+)
+_NO_LISTS = re.compile(r"Flat|HNSW(?P<graph>\d+)(?:,Flat|_Flat)?")
+
+
+@dataclass(frozen=True)
+class IndexKey:
+    """A faiss factory key in parts.
+
+    Attributes:
+        text: the key.
+        lists: inverted lists; 0 for Flat and HNSW.
+        graph: links of HNSW, between lists or between rows; 0 without.
+        opq: subspaces that OPQ's rotation is trained for; 0 without.
+        width: dimension after OPQ; 0 where it stays.
+        pq: bytes of a PQ code; 0 where vectors are stored.
+
+    """
+
+    text: str
+    lists: int = 0
+    graph: int = 0
+    opq: int = 0
+    width: int = 0
+    pq: int = 0
+
+    @classmethod
+    def parse(cls, text: str, dimension: int) -> IndexKey:
+        """Read a key.
+
+        Raises:
+            InputError: not one of the kinds that can be built, or not with this dimension.
+
+        """
+        found = _KEY.fullmatch(text) or _NO_LISTS.fullmatch(text)
+        if found is None:
+            raise _refused(
+                text, "can be built only as Flat, HNSW, IVF + Flat or IVF + PQ (8 bits), also behind OPQ"
+            )
+        numbers = {name: int(number) for name, number in found.groupdict().items() if number}
+        if 0 in numbers.values():
+            raise _refused(text, "has a 0")
+        key = cls(text, **numbers)
+        if key.graph == 1:
+            raise _refused(text, "has HNSW1, but HNSW needs 2 links or more")
+        after = key.width or dimension
+        for name, parts in (("OPQ", key.opq), ("PQ", key.pq)):
+            if parts and after % parts:
+                raise _refused(text, f"has {name}{parts}, which does not divide the dimension {after}")
+        return key
+
+    @property
+    def fewest_rows(self) -> int:
+        """Rows that training needs."""
+        if not self.lists:
+            return 0
+        codes = CODEBOOK if self.pq or self.opq else 0
+        return ROWS_PER_LIST * max(self.lists if self.lists > 1 else 0, codes)
+
+    def check_rows(self, rows: int) -> None:
+        """Raise InputError where training needs more rows."""
+        if rows < self.fewest_rows:
+            raise InputError(
+                f'the index "{self.text}" needs {self.fewest_rows:,} rows to train on, {ROWS_PER_LIST} '
+                f"for each list and each entry of a codebook, and there are {rows:,}: choose fewer "
+                'lists, or for fewer than 10,000 rows "IVF1,Flat"',
+                "index_key",
+            )
+
+
+def _refused(text: str, reason: str) -> InputError:
+    return InputError(f'the index "{text}" {reason}: give a faiss key such as "{EXAMPLE}"', "index_key")
+
+
+def index_key_for(rows: int, dimension: int, bytes_per_row: int | None = None) -> str:
+    """Return the faiss factory key that suits so many rows.
+
+    The rule is that of autofaiss 2.18.0 for indices that can be memory-mapped
+    (`get_optimal_index_keys_v2`), which LAION-5B's index was built with:
+
+    - below 1,000,000 rows, vectors in about `4 sqrt(rows)` lists, a power of two;
+    - from there, or where `bytes_per_row` is too small for vectors, PQ codes of as many bytes as
+      `bytes_per_row` has room for beside an id of 8 bytes, behind OPQ;
+    - 16,384 lists from 1,000,000 rows, 65,536 from 10,000,000 and 131,072 from 300,000,000;
+    - HNSW finds the lists if there are 1,000 or more.
+
+    It differs in three ways. Below 10,000 rows the index has a single list and is exact: autofaiss makes
+    lists from 1,000 rows on. There are at most so many lists that training has 39 rows for each, because
+    faiss warns of poor centres below that. The default of `bytes_per_row` is LAION-5B's 136 instead of a
+    share of the memory.
+
+    Args:
+        rows: of the index.
+        dimension: of the vectors.
+        bytes_per_row: bytes that a row may take in the index; by default vectors below 1,000,000 rows,
+            then 136.
+
+    Raises:
+        InputError: no code is small enough for `bytes_per_row`.
+
+    """
+    if bytes_per_row is not None and bytes_per_row < PQ_BYTES[-1] + ID_BYTES:
+        raise InputError(
+            f"a row of an index takes {PQ_BYTES[-1] + ID_BYTES} bytes or more, {ID_BYTES} of them for its "
+            f"id, and not {bytes_per_row}",
+            "bytes_per_row",
+        )
+    if rows < EXACT_ROWS:
+        return "IVF1,Flat"
+    lists = _lists(rows)
+    vector_bytes = 4 * dimension + ID_BYTES
+    if rows < FLAT_ROWS and (bytes_per_row is None or bytes_per_row >= vector_bytes):
+        return f"IVF{lists},Flat"
+    room = (LAION_BYTES_PER_ROW if bytes_per_row is None else bytes_per_row) - ID_BYTES
+    pq = next((size for size in PQ_BYTES if size <= room and size < dimension), None)
+    if pq is None:
+        return f"IVF{lists},Flat"
+    width = (min(dimension // pq, 6) + 1) * pq
+    graph = "_HNSW32" if lists >= LISTS_WITH_GRAPH else ""
+    return f"OPQ{pq}_{width},IVF{lists}{graph},PQ{pq}x8"
+
+
+def _lists(rows: int) -> int:
+    """Return the number of lists for so many rows: autofaiss's, or as many as can be trained."""
+    for fewest, lists in ((300_000_000, 131_072), (10_000_000, 65_536), (1_000_000, 16_384)):
+        if rows >= fewest:
+            return lists
+    wanted = round(math.log2(4 * math.sqrt(rows)))
+    return 1 << min(wanted, int(math.log2(rows / ROWS_PER_LIST)))
+
+
+def training_rows(key: str, rows: int) -> int:
+    """Return how many rows of a sample are worth reading to train an index.
+
+    Args:
+        key: faiss factory key.
+        rows: of the index.
+
+    Raises:
+        InputError: a key that cannot be built.
+
+    """
+    found = _KEY.fullmatch(key) or _NO_LISTS.fullmatch(key)
+    if found is None:
+        IndexKey.parse(key, 1)
+        return 0
+    numbers = found.groupdict()
+    lists = int(numbers.get("lists") or 0)
+    codes = SAMPLED_FOR_CODES if numbers.get("pq") or numbers.get("opq") else 0
+    return min(rows, max(SAMPLED_PER_LIST * lists if lists > 1 else 0, codes))

@@ -1,0 +1,118 @@
+"""Train an index: centres of the lists, then a rotation and codebooks for what the centres leave.
+
+faiss trains the rotation first, on whole vectors. What is encoded is the difference between a vector and
+the centre of its list, so the rotation is fitted to that: fewer rounds then lose less.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import faiss
+import numpy as np
+
+from laion_assets.build import codebooks as books
+from laion_assets.build.centres import centres_of
+from laion_assets.build.index_key import SAMPLED_FOR_CODES, IndexKey
+from laion_assets.build.nearest import Centres, unit_or_zero
+from laion_assets.build.rotation import main_directions, rotation_of
+from laion_assets.io.arrays import Floats
+from laion_assets.io.errors import InputError
+
+ROTATION_ROUNDS = 12
+CODEBOOK_ROUNDS = 8
+GRAPH_BREADTH = 100  # faiss's efConstruction
+SEARCH_BREADTH = 64  # faiss's efSearch, until a search sets it
+GRAPH_IN_ONE_THREAD = 32_768  # lists up to which the graph is the same each time
+
+
+def train(
+    key: str,
+    dimension: int,
+    sample: Floats,
+    *,
+    random_seed: int = 0,
+    log: Callable[[str], object] = print,
+) -> Any:
+    """Return an empty index by inner product, trained on a sample.
+
+    The same sample, seed and number of threads give the same index, up to 32,768 lists. With more,
+    threads build the graph of lists together: its links, and nothing else, may differ.
+
+    Args:
+        key: faiss factory key; see `IndexKey`.
+        dimension: of the vectors.
+        sample: (n, dimension) float32 rows of length 1, in random order.
+        random_seed: of the draws.
+        log: is told what is done.
+
+    Raises:
+        InputError: a key that cannot be built, or too few rows for it.
+
+    """
+    parsed = IndexKey.parse(key, dimension)
+    if sample.ndim != 2 or sample.shape[1] != dimension:
+        raise InputError(f"rows to train on have {sample.shape[-1]} dimensions instead of {dimension}")
+    index = faiss.index_factory(dimension, key, faiss.METRIC_INNER_PRODUCT)
+    if not parsed.lists:
+        return index
+    parsed.check_rows(len(sample))
+    random = np.random.default_rng(random_seed)
+    base, rows = None, sample
+    coded = np.sort(random.permutation(len(sample))[:SAMPLED_FOR_CODES])
+    if parsed.width and parsed.width < dimension:
+        base = main_directions(sample[coded], parsed.width)
+        rows = sample @ base.T
+    log(f"placing the centres of {parsed.lists:,} lists among {len(rows):,} rows")
+    centres = centres_of(rows, parsed.lists, random)
+    ivf = faiss.downcast_index(faiss.extract_index_ivf(index))
+    if parsed.opq or parsed.pq:
+        remaining = rows[coded]
+        remaining -= centres[Centres(centres).nearest(remaining)]
+        codebooks: Floats | None = None
+        if parsed.opq:
+            log(f"fitting the rotation to {len(coded):,} rows")
+            width = parsed.width or dimension
+            rotation, codebooks = rotation_of(remaining, parsed.opq, width, ROTATION_ROUNDS, random)
+            _set_rotation(index, rotation if base is None else rotation @ base)
+            remaining, centres = remaining @ rotation.T, centres @ rotation.T
+        if parsed.pq:
+            log(f"fitting {parsed.pq} codebooks")
+            _set_codebooks(ivf, _codebooks(remaining, parsed, codebooks, random))
+    _set_centres(ivf, centres)
+    index.is_trained = ivf.is_trained = True
+    return index
+
+
+def _codebooks(
+    rows: Floats, key: IndexKey, started: Floats | None, random: np.random.Generator
+) -> Floats:
+    if started is None or key.opq != key.pq:
+        started = books.drawn(rows, key.pq, random)
+    for _ in range(CODEBOOK_ROUNDS):
+        started = books.moved(started, rows, books.WideCodebooks(started).codes(rows), random)
+    return started
+
+
+def _set_rotation(index: Any, matrix: Floats) -> None:
+    transform = faiss.downcast_VectorTransform(index.chain.at(0))
+    faiss.copy_array_to_vector(np.ascontiguousarray(matrix, np.float32).ravel(), transform.A)
+    transform.is_trained = transform.is_orthonormal = True
+
+
+def _set_codebooks(ivf: Any, codebooks: Floats) -> None:
+    faiss.copy_array_to_vector(np.ascontiguousarray(codebooks, np.float32).ravel(), ivf.pq.centroids)
+
+
+def _set_centres(ivf: Any, centres: Floats) -> None:
+    quantizer = faiss.downcast_index(ivf.quantizer)
+    threads = faiss.omp_get_max_threads()
+    if isinstance(quantizer, faiss.IndexHNSW):
+        quantizer.hnsw.efConstruction, quantizer.hnsw.efSearch = GRAPH_BREADTH, SEARCH_BREADTH
+        if len(centres) <= GRAPH_IN_ONE_THREAD:
+            faiss.omp_set_num_threads(1)
+    try:
+        quantizer.add(np.ascontiguousarray(unit_or_zero(centres), np.float32))
+    finally:
+        faiss.omp_set_num_threads(threads)
