@@ -58,7 +58,7 @@ def _orthonormal(matrix: Floats) -> Floats:
 
 
 def _balanced_directions(rows: Floats, parts: int, width: int) -> Floats:
-    """Return (width, d) main directions of rows; in all parts their variances have about the same product.
+    """Return (width, d) main directions of rows, whose variances have a similar product in each part.
 
     Rows of the matrix that no direction takes are zero.
     """
