@@ -1,7 +1,7 @@
 """`make bench-build`: autofaiss and we build the same index from the same .npy files.
 
-Each side runs in turn in a process of its own, the peer in its environment. Wall time is from the files to
-an index on disk. Memory is the peak of the process and its children together.
+Each side runs in turn in a process of its own, the peer in its environment. Wall time is from the files
+to an index on disk. Memory is the peak of the process and its children together.
 What must not live here: how either side does its work, but for the loop in `our_build`.
 """
 

@@ -43,7 +43,7 @@ def train(
     Args:
         key: faiss factory key; see `IndexKey`.
         dimension: of the vectors.
-        sample: (n, dimension) float32 rows of length 1, in random order.
+        sample: (n, dimension) float32 rows of length 1, drawn from the whole.
         random_seed: of the draws.
         log: is told what is done.
 
