@@ -69,19 +69,23 @@ def our_build(source: Path, target: Path, key: str) -> dict[str, float]:
     from laion_assets.build.quantizer import encode, train, training_rows
 
     started, cpu = time.perf_counter(), time.process_time()
-    files = [np.load(path, mmap_mode="r") for path in sorted(source.glob("*.npy"))]
-    rows = sum(map(len, files))
+    files = sorted(source.glob("*.npy"))
+    shapes = [np.load(path, mmap_mode="r").shape for path in files]
+    rows = sum(shape[0] for shape in shapes)
     share, random = training_rows(key, rows) / rows, np.random.default_rng(0)
-    counts = [int(np.ceil(len(file) * share)) for file in files]
-    sample = np.empty((sum(counts), files[0].shape[1]), np.float32)
-    for stop, count, file in zip(np.cumsum(counts), counts, files, strict=True):
-        sample[stop - count : stop] = file[np.sort(random.permutation(len(file))[:count])]
+    counts = [int(np.ceil(shape[0] * share)) for shape in shapes]
+    sample = np.empty((sum(counts), shapes[0][1]), np.float32)
+    for stop, count, path in zip(np.cumsum(counts), counts, files, strict=True):
+        # Read and not mapped: pages of a mapped file would count as memory.
+        vectors = np.load(path)
+        sample[stop - count : stop] = vectors[np.sort(random.permutation(len(vectors))[:count])]
+    del vectors
     index = train(key, sample.shape[1], sample, log=say)
     del sample
     trained, trained_cpu = time.perf_counter(), time.process_time()
     parts = []
-    for file in files:
-        parts.append(encode(index, np.array(file)))
+    for path in files:
+        parts.append(encode(index, np.load(path)))
     encoded, encoded_cpu = time.perf_counter(), time.process_time()
     lists = np.concatenate([part[0] for part in parts])
     codes = np.concatenate([part[1] for part in parts])
