@@ -15,7 +15,8 @@ def rotation_of(
 
     The rotation starts with the main directions of the rows, divided so that subspaces extend about
     equally far: for rows from a normal distribution that is the best one (Ge et al., Optimized Product
-    Quantization, 2014). faiss starts with a random one, and is not there after 50 rounds.
+    Quantization, 2014). faiss starts with a random one, and on the
+    benchmark's data loses more after 50 rounds.
 
     Args:
         rows: (n, d) float32, d at most `width`.
