@@ -10,8 +10,8 @@ import signal
 import socket
 import sys
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from importlib import resources
 from importlib.metadata import version
 from pathlib import Path
@@ -21,6 +21,7 @@ import dagster as dg
 from dotenv import load_dotenv
 
 from laion_assets.definitions import JOB, build_defs
+from laion_assets.defs.dagster_internals import RunFailureReason
 from laion_assets.defs.failures import sentence
 from laion_assets.defs.kubernetes.placement import NvmeNode
 from laion_assets.defs.launcher import fail_abandoned_runs, process_lock
@@ -33,6 +34,7 @@ from laion_assets.defs.settings import FIELDS, Defaults, RetrievalConfig, kind_o
 from laion_assets.defs.terminal import count, one_line
 from laion_assets.demo import build_demo
 from laion_assets.io.errors import InputError
+from laion_assets.io.text import printable
 from laion_assets.seeds import count_seeds
 
 DEMO_SET = "fruit"
@@ -49,11 +51,48 @@ def main(arguments: Sequence[str] | None = None) -> int:
     warnings.filterwarnings("ignore", module="dagster")
     load_dotenv(Path(".env"))
     parsed = _parser().parse_args(arguments)
-    try:
-        return int(parsed.command(parsed, os.environ))
-    except InputError as error:
-        print(f"error: {sentence(error)}{_demo_remedy(sentence(error), os.environ)}", file=sys.stderr)
-        return 1
+    with _interruptible() as received:
+        try:
+            return int(parsed.command(parsed, os.environ))
+        except InputError as error:
+            _print_error(sentence(error), os.environ)
+            return 1
+        except KeyboardInterrupt:
+            print("interrupted: run it again, what is done is kept", file=sys.stderr)
+            return 128 + received()
+
+
+@contextmanager
+def _interruptible() -> Iterator[Callable[[], int]]:
+    """Raise KeyboardInterrupt for SIGTERM too; yield what returns the first signal received.
+
+    Dagster replaces both handlers with one that does not keep the signal's number.
+    """
+    received, notify = socket.socketpair()
+
+    def first() -> int:
+        with suppress(BlockingIOError):
+            return received.recv(1)[0]
+        return signal.SIGINT  # raised by hand
+
+    with received, notify:
+        for end in (received, notify):
+            end.setblocking(False)
+        before = signal.set_wakeup_fd(notify.fileno(), warn_on_full_buffer=False)
+        handler = signal.getsignal(signal.SIGTERM)
+        if handler is signal.SIG_DFL:
+            signal.signal(signal.SIGTERM, signal.default_int_handler)
+        try:
+            yield first
+        finally:
+            signal.signal(signal.SIGTERM, handler)
+            signal.set_wakeup_fd(before)
+
+
+def _print_error(message: str, environment: Mapping[str, str]) -> None:
+    """Print an error, line by line without anything that a terminal would act on."""
+    lines = "\n".join(map(printable, message.splitlines()))
+    print(f"error: {lines}{_demo_remedy(message, environment)}", file=sys.stderr)
 
 
 def _demo_remedy(message: str, environment: Mapping[str, str]) -> str:
@@ -156,7 +195,7 @@ def _to_stderr(line: str) -> None:
 def _print_any(line: str) -> None:
     """Print a line with what the terminal's encoding lacks replaced."""
     encoding = sys.stdout.encoding or "utf-8"
-    print(line.encode(encoding, "replace").decode(encoding))
+    print(printable(line).encode(encoding, "replace").decode(encoding))
 
 
 def _demo(parsed: argparse.Namespace, environment: Mapping[str, str]) -> int:
@@ -257,8 +296,10 @@ def materialize(seed_set: str, given: Mapping[str, Any], environment: Mapping[st
             },
         )
     if not result.success:
+        if _was_interrupted(result):
+            raise KeyboardInterrupt
         for failure in _failures(result):
-            print(f"error: {failure}{_demo_remedy(failure, environment)}", file=sys.stderr)
+            _print_error(failure, environment)
         return 1
     _print_report(result)
     return 0
@@ -312,6 +353,14 @@ class _ShortLine(logging.Formatter):
         meta = getattr(record, "dagster_meta", {})
         step = meta.get("step_key") or "run"
         return f"{step}: {meta.get('orig_message', record.getMessage())}"
+
+
+def _was_interrupted(result: dg.ExecuteInProcessResult) -> bool:
+    """Return whether a signal ended a run, in a step or between two of them."""
+    return any(
+        event.job_failure_data.failure_reason is RunFailureReason.UNEXPECTED_TERMINATION
+        for event in result.filter_events(lambda event: event.is_run_failure)
+    )
 
 
 def _failures(result: dg.ExecuteInProcessResult) -> Iterator[str]:
