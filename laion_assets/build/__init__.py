@@ -1,0 +1,1 @@
+"""Indices built from published embeddings."""
