@@ -270,7 +270,7 @@ def _column_names(schema: pa.Schema, given: Mapping[str, str], path: Path) -> di
     if caption is not None:
         found["caption"] = caption
     found |= {name: name for name in CARRIED_METADATA if name in names}
-    if THUMBNAIL_COLUMN in names and _plain(schema.field(THUMBNAIL_COLUMN).type) in THUMBNAIL_TYPES:
+    if THUMBNAIL_COLUMN in names and plain_type(schema.field(THUMBNAIL_COLUMN).type) in THUMBNAIL_TYPES:
         found[THUMBNAIL_COLUMN] = THUMBNAIL_COLUMN
     return found
 
@@ -279,7 +279,7 @@ def _common_schema(files: Sequence[MetadataFile], names: Mapping[str, str]) -> p
     """Unify the types of all files: they differ where one has wider values, or none at all."""
     common = pa.schema({"url": pa.string(), "caption": pa.string()})
     for file in files:
-        types = {ours: _plain(file.schema.field(theirs).type) for ours, theirs in names.items()}
+        types = {ours: plain_type(file.schema.field(theirs).type) for ours, theirs in names.items()}
         for ours in ("url", "caption"):
             if types.get(ours, pa.string()) not in TEXT_TYPES:
                 raise InputError(
@@ -300,14 +300,14 @@ def _common_schema(files: Sequence[MetadataFile], names: Mapping[str, str]) -> p
 def _without_views(column: pa.ChunkedArray) -> pa.ChunkedArray:
     """Cast text and binary views, of which Arrow cannot take rows, to plain columns."""
     if pa.types.is_string_view(column.type) or pa.types.is_binary_view(column.type):
-        return column.cast(_plain(column.type))
+        return column.cast(plain_type(column.type))
     return column
 
 
-def _plain(kind: pa.DataType) -> pa.DataType:
+def plain_type(kind: pa.DataType) -> pa.DataType:
     """Return text as string and binary as binary, whichever encoding a file uses."""
     if pa.types.is_dictionary(kind):
-        return _plain(kind.value_type)
+        return plain_type(kind.value_type)
     if pa.types.is_large_string(kind) or pa.types.is_string_view(kind):
         return pa.string()
     if pa.types.is_large_binary(kind) or pa.types.is_binary_view(kind):
