@@ -21,15 +21,16 @@ import dagster as dg
 from dotenv import load_dotenv
 
 from laion_assets.definitions import JOB, build_defs
+from laion_assets.defs.build_sensor import ENCODE_JOB, PUBLISH_JOB, TRAIN_JOB
 from laion_assets.defs.dagster_internals import RunFailureReason
 from laion_assets.defs.failures import sentence
 from laion_assets.defs.kubernetes.placement import NvmeNode
 from laion_assets.defs.launcher import fail_abandoned_runs, process_lock
 from laion_assets.defs.look import SHEETS, TOP, look
-from laion_assets.defs.partitions import SEED_SETS
+from laion_assets.defs.partitions import SEED_SETS, SHARDS
 from laion_assets.defs.places import DATA, Places
 from laion_assets.defs.request_plan import as_yaml, plan_request, read_history
-from laion_assets.defs.resources import LaionIndex, SeedFolder
+from laion_assets.defs.resources import IndexBuilder, LaionIndex, SeedFolder
 from laion_assets.defs.settings import FIELDS, Defaults, RetrievalConfig, kind_of
 from laion_assets.defs.terminal import count, one_line
 from laion_assets.demo import build_demo
@@ -42,6 +43,7 @@ HOST, PORT, MAX_PORT = "127.0.0.1", 3000, 65_535
 INSTANCE_FILE = "dagster.yaml"
 METAVARS: Mapping[type, str] = {int: "N", float: "X", str: "CONDITIONS"}
 DEFAULT_FOLDERS = {"LAION_INDEX_URI": DATA / "index", "LAION_SEEDS_URI": DATA / "seeds"}
+CONSOLE: Mapping[str, Any] = {"loggers": {"console": {"config": {}}}}
 DATA_VARIABLES = ("LAION_INDEX_URI", "LAION_METADATA_URI", "LAION_SEEDS_URI")
 
 
@@ -143,6 +145,11 @@ def _parser() -> argparse.ArgumentParser:
     )
     looked.set_defaults(command=_look)
 
+    built = commands.add_parser(
+        "build", help="build the index at LAION_INDEX_URI from the embeddings at LAION_EMBEDDINGS_URI"
+    )
+    built.set_defaults(command=_build)
+
     demo = commands.add_parser("demo", help="build the demo's index and seeds, and materialize one set")
     demo.add_argument("--data-only", action="store_true", help="only build the index and seeds")
     demo.set_defaults(command=_demo)
@@ -185,6 +192,41 @@ def _look(parsed: argparse.Namespace, environment: Mapping[str, str]) -> int:
     sheet = ["", f"contact sheet: {_from_here(found.sheet.absolute())}"] if found.sheet else []
     for line in [found.about, "", *found.lines(is_terminal=sys.stdout.isatty()), *sheet]:
         _print_any(line)
+    return 0
+
+
+def _build(_: argparse.Namespace, environment: Mapping[str, str]) -> int:
+    """Run the steps of a build that are not done, each as a run of its own; a shard holds up no other."""
+    build = IndexBuilder.at(Places.from_environment(environment)).open(print)
+    plan = build.plan()
+    print(f"{plan.rows:,} rows in {count(len(plan.shards), 'shard')}, work in {build.workspace.uri}")
+    jobs = build_defs(environment, {"console": console})
+    names = [shard.name for shard in plan.shards]
+    with _kept_instance(environment) as (kept, tags):
+        kept.add_dynamic_partitions(SHARDS, names)
+
+        def run(job: str, shard: str | None = None) -> bool:
+            result = jobs.resolve_job_def(job).execute_in_process(
+                partition_key=shard,
+                instance=kept,
+                tags=tags,
+                raise_on_error=False,
+                run_config=dict(CONSOLE),
+            )
+            for failure in _failures(result):
+                print(f"error: {shard or job}: {failure}", file=sys.stderr)
+            return bool(result.success)
+
+        if not run(TRAIN_JOB):
+            return 1
+        failed = [name for name in build.missing(plan) if not run(ENCODE_JOB, name)]
+        if failed:
+            print(f"{count(len(failed), 'shard')} failed; the others are done", file=sys.stderr)
+            return 1
+        if not run(PUBLISH_JOB):
+            return 1
+    built = build.finish()
+    print(f"{built.stored:,} of {built.rows:,} rows in {built.index_key}, at {build.request.index_uri}")
     return 0
 
 
@@ -279,9 +321,7 @@ def materialize(seed_set: str, given: Mapping[str, Any], environment: Mapping[st
     own = seeds.settings(seeds.find(seed_set))
     RetrievalConfig(**given).resolve(Defaults.from_environment(environment), own, seed_set)
     job = build_defs(environment, {"console": console}).resolve_job_def(JOB)
-    with instance(environment) as kept, process_lock() as tags:
-        for run_id in fail_abandoned_runs(kept):
-            print(f"run {run_id} had been killed; it is now marked as failed")
+    with _kept_instance(environment) as (kept, tags):
         kept.add_dynamic_partitions(SEED_SETS, [seed_set])
         result = job.execute_in_process(
             partition_key=seed_set,
@@ -292,7 +332,7 @@ def materialize(seed_set: str, given: Mapping[str, Any], environment: Mapping[st
                 "resources": {
                     "retrieval_config": {"config": {k: v for k, v in given.items() if v is not None}}
                 },
-                "loggers": {"console": {"config": {}}},
+                **CONSOLE,
             },
         )
     if not result.success:
@@ -303,6 +343,17 @@ def materialize(seed_set: str, given: Mapping[str, Any], environment: Mapping[st
         return 1
     _print_report(result)
     return 0
+
+
+@contextmanager
+def _kept_instance(
+    environment: Mapping[str, str],
+) -> Iterator[tuple[dg.DagsterInstance, Mapping[str, str]]]:
+    """Open the instance to run something; the tags say which process does."""
+    with instance(environment) as kept, process_lock() as tags:
+        for run_id in fail_abandoned_runs(kept):
+            print(f"run {run_id} had been killed; it is now marked as failed")
+        yield kept, tags
 
 
 @contextmanager

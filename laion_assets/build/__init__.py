@@ -1,1 +1,11 @@
-"""Indices built from published embeddings."""
+"""An index from published embeddings: plan, train, encode shard by shard, merge, publish.
+
+Every step leaves its result in a workspace, a folder on a disk or in a bucket, and does nothing where
+that is there already. So a killed build goes on where it was, shards can be encoded by many machines, and
+new input files cost only their own shards and a merge.
+"""
+
+from laion_assets.build.builder import BUILT, Build, Built, Request, Wanted
+from laion_assets.build.plan import SHARD_ROWS, Plan, Shard
+
+__all__ = ["BUILT", "SHARD_ROWS", "Build", "Built", "Plan", "Request", "Shard", "Wanted"]

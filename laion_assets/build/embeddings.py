@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cached_property
@@ -105,6 +105,7 @@ def list_embeddings(
     layout: str | None = None,
     key: str | None = None,
     log: Callable[[str], None] | None = None,
+    only: Collection[str] | None = None,
 ) -> Embeddings:
     """List the embeddings in a folder, pair them with their metadata, and check both.
 
@@ -118,6 +119,7 @@ def list_embeddings(
             of .npz files ("l14_img"), or the column of Parquet files (`embedding`, or else the only
             column of lists of floats).
         log: takes a line about each retry, in any thread; by default Python's logging.
+        only: names of the files of vectors that are wanted; nothing of the others is read.
 
     Raises:
         InputError: no folder or no embeddings in it; files of several layouts; a file without its
@@ -130,6 +132,8 @@ def list_embeddings(
     found = files.names()
     layout = layout or detect_layout(found, uri, key)
     pairs = pair_files(layout, found, uri, key)
+    if only is not None:
+        pairs = [pair for pair in pairs if pair.vectors in only]
     key = key or DEFAULT_KEYS[layout]
     if layout == PARQUET:
         first = files.file(pairs[0].vectors)

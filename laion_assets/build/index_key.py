@@ -124,8 +124,8 @@ def index_key_for(rows: int, dimension: int, bytes_per_row: int | None = None) -
     """
     if bytes_per_row is not None and bytes_per_row < PQ_BYTES[-1] + ID_BYTES:
         raise InputError(
-            f"a row of an index takes {PQ_BYTES[-1] + ID_BYTES} bytes or more, {ID_BYTES} of them for its "
-            f"id, and not {bytes_per_row}",
+            f"a row of an index takes {PQ_BYTES[-1] + ID_BYTES} bytes or more, {ID_BYTES} of them for "
+            f"its id, and not {bytes_per_row}",
             "bytes_per_row",
         )
     if rows < EXACT_ROWS:

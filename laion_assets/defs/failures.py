@@ -8,7 +8,11 @@ import dagster as dg
 from laion_assets.io.errors import InputError
 from laion_assets.io.text import printable
 
-STAGE_AGAIN = "materialize staged_laion_index again"
+REMEDIES = {
+    "staged_index": "materialize staged_laion_index again",
+    "trained_index": "materialize trained_index",
+    "index_shards": "materialize these partitions of index_shards",
+}
 
 
 def sentence(error: InputError) -> str:
@@ -19,8 +23,7 @@ def sentence(error: InputError) -> str:
     message = printable(str(error))
     if error.about is None:
         return message
-    name = STAGE_AGAIN if error.about == "staged_index" else f"LAION_{error.about.upper()}"
-    return f"{message} ({name})"
+    return f"{message} ({REMEDIES.get(error.about, f'LAION_{error.about.upper()}')})"
 
 
 @contextmanager

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from laion_assets.index.layout import METADATA_FOLDER, index_files, metadata_files
+from laion_assets.index.layout import METADATA_FOLDER, PUBLISHING, index_files, metadata_files
 from laion_assets.io.errors import InputError
 from laion_assets.io.storage import BUCKETS, is_local, open_storage, reaching
 from laion_assets.staging.transfer.files import SourceFile, file_version
@@ -52,6 +52,12 @@ class Source:
 
         """
         found = self._find(self._root, self.index_uri, INDEX_URI)
+        if PUBLISHING in found:
+            raise InputError(
+                f"{self.index_uri} is being replaced by a newer index: try again when its build has "
+                "ended, or start the build again if it was killed",
+                INDEX_URI,
+            )
         index, lists = index_files(found, self.index_uri)
         files = [source_file(self._fs, name, *found[name]) for name in (index, lists) if name]
         below = f"{self._metadata_root}/"  # usually inside that folder, and listed with it

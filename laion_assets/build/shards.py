@@ -1,0 +1,219 @@
+"""A shard is encoded: its rows become codes in the order of the lists, and its metadata an Arrow file."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any, BinaryIO
+
+import faiss
+import numpy as np
+import pyarrow as pa
+
+from laion_assets.build.answers import Answers, merged, write_answers
+from laion_assets.build.embeddings import EmbeddingFile, EmbeddingReader
+from laion_assets.build.plan import Shard
+from laion_assets.build.quantizer import encode
+from laion_assets.build.trained import KEPT, Trained
+from laion_assets.build.workspace import Workspace
+from laion_assets.io.arrays import Bytes, Floats, Ids, unit_rows
+from laion_assets.io.checksums import checksum_text, crc32c
+
+BLOCK_ROWS = 65_536  # that are encoded at a time
+BATCH_ROWS = 65_536  # of a record batch of metadata
+CODES, IDS, SIZES = "codes.bin", "ids.bin", "sizes.npy"
+ANSWERS_FILE, METADATA, RECORD = "answers.npz", "metadata.arrow", "shard.json"
+EXACT = "exact"  # answers from the raw vectors, beside those at each nprobe
+WRITTEN_AT_ONCE = 64 << 20  # bytes
+
+
+@dataclass(frozen=True)
+class ShardRecord:
+    """What is known of an encoded shard.
+
+    Attributes:
+        made_from: of what it was made; another value means that it must be made again.
+        first_id: of its first row.
+        rows: ids that it has.
+        stored: rows with a code.
+        unusable: rows whose vector is missing, zero or not finite: they have an id, and no code.
+        checksums: crc32c of its files, by name.
+        bytes: of its files.
+        seconds: that it took.
+        encoding_seconds: of them, those in which vectors were encoded.
+
+    """
+
+    made_from: str
+    first_id: int
+    rows: int
+    stored: int
+    unusable: int
+    checksums: dict[str, str]
+    bytes: int
+    seconds: float
+    encoding_seconds: float
+
+
+def folder_of(workspace: Workspace, shard: Shard) -> Workspace:
+    """Return where a shard is stored."""
+    return workspace / f"shards/{shard.name}"
+
+
+def read_record(workspace: Workspace, shard: Shard, made_from: str) -> ShardRecord | None:
+    """Read the record of a shard; None where it is not encoded, or was made from something else."""
+    stored = folder_of(workspace, shard).read_json(RECORD)
+    record = None if stored is None else ShardRecord(**stored)
+    return record if record and record.made_from == made_from else None
+
+
+def encode_shard(
+    workspace: Workspace,
+    shard: Shard,
+    made_from: str,
+    trained: Trained,
+    reader: EmbeddingReader,
+    files: Sequence[EmbeddingFile],
+    schema: pa.Schema,
+    progress: Callable[[int], object] = lambda _: None,
+) -> ShardRecord:
+    """Encode a shard and store it.
+
+    Memory is bounded by the codes of the shard and a few blocks of its vectors.
+
+    Args:
+        workspace: of the build.
+        shard: the rows.
+        made_from: identifies all that the result depends on.
+        trained: encodes the rows.
+        reader: of the input.
+        files: its files, in the order of the shard's parts.
+        schema: of the metadata.
+        progress: is called with numbers of rows that are done.
+
+    """
+    started = time.perf_counter()
+    folder = folder_of(workspace, shard)
+    rows, seconds = _encoded(shard, trained, reader, files, progress)
+    checksums = {
+        CODES: _write(folder, CODES, rows.codes),
+        IDS: _write(folder, IDS, rows.ids.view(np.uint8)),
+    }
+    folder.write_array(SIZES, rows.sizes)
+    answers = {EXACT: rows.exact} | {
+        str(nprobe): trained.search(rows.codes, rows.ids, rows.sizes, nprobe)
+        for nprobe in trained.record.nprobes
+    }
+    with folder.new(ANSWERS_FILE) as sink:
+        write_answers(sink, answers)
+    with folder.new(METADATA) as sink:
+        write_metadata(sink, (batch for file in files for batch in reader.metadata(file)), schema)
+    record = ShardRecord(
+        made_from,
+        shard.first_id,
+        shard.rows,
+        len(rows.ids),
+        shard.rows - len(rows.ids),
+        checksums,
+        sum(folder.size(name) for name in (CODES, IDS, METADATA)),
+        round(time.perf_counter() - started, 2),
+        round(seconds, 2),
+    )
+    folder.write_json(RECORD, asdict(record))
+    return record
+
+
+@dataclass(frozen=True)
+class _Encoded:
+    """The rows of a shard in the order of the lists, by id in each.
+
+    Attributes:
+        codes: (n, code size) uint8.
+        ids: (n,) int64.
+        sizes: (lists,) int64.
+        exact: the best rows for the queries, by the raw vectors.
+
+    """
+
+    codes: Bytes
+    ids: Ids
+    sizes: Ids
+    exact: Answers
+
+
+def _encoded(
+    shard: Shard,
+    trained: Trained,
+    reader: EmbeddingReader,
+    files: Sequence[EmbeddingFile],
+    progress: Callable[[int], object],
+) -> tuple[_Encoded, float]:
+    """Encode all rows; also return the seconds that encoding took."""
+    codes = np.empty((shard.rows, trained.code_size), np.uint8)
+    lists = np.empty(shard.rows, np.int32)
+    ids = np.empty(shard.rows, np.int64)
+    exact = Answers.none(len(trained.queries))
+    stored, next_id, seconds = 0, shard.first_id, 0.0
+    for file in files:
+        for raw in reader.blocks(file, BLOCK_ROWS):
+            begun = time.perf_counter()
+            vectors, usable = unit_rows(raw)
+            vectors = np.ascontiguousarray(vectors[usable])
+            these = slice(stored, stored + len(vectors))
+            ids[these] = next_id + np.flatnonzero(usable)
+            if len(vectors):
+                lists[these], codes[these] = encode(trained.index, vectors)
+                exact = merged([exact, _exact(trained.queries, vectors, ids[these])], KEPT)
+            stored, next_id = these.stop, next_id + len(raw)
+            seconds += time.perf_counter() - begun
+            progress(len(raw))
+    order = np.argsort(lists[:stored], kind="stable")
+    sizes = np.bincount(lists[:stored], minlength=trained.lists).astype(np.int64)
+    return _Encoded(codes[order], ids[order], sizes, exact), seconds
+
+
+def _exact(queries: Floats, vectors: Floats, ids: Ids) -> Answers:
+    scores, rows = faiss.knn(queries, vectors, min(KEPT, len(vectors)), metric=faiss.METRIC_INNER_PRODUCT)
+    return Answers(ids[rows], scores)
+
+
+def _write(folder: Workspace, name: str, content: Bytes) -> str:
+    """Write bytes and return their crc32c."""
+    flat = content.reshape(-1)
+    checksum = 0
+    with folder.new(name) as sink:
+        for start in range(0, len(flat), WRITTEN_AT_ONCE):
+            piece = flat[start : start + WRITTEN_AT_ONCE].tobytes()
+            sink.write(piece)
+            checksum = crc32c(piece, checksum)
+    return checksum_text(checksum)
+
+
+def write_metadata(sink: BinaryIO, batches: Iterator[pa.RecordBatch], schema: pa.Schema) -> None:
+    """Write an Arrow IPC file with batches of `BATCH_ROWS`, except for the last."""
+    with pa.ipc.new_file(sink, schema) as writer:
+        waiting: list[pa.RecordBatch] = []
+        rows = 0
+        for batch in batches:
+            waiting.append(_as(batch, schema))
+            rows += len(batch)
+            if rows >= BATCH_ROWS:
+                table = pa.Table.from_batches(waiting, schema).combine_chunks()
+                whole = rows - rows % BATCH_ROWS
+                writer.write_table(table.slice(0, whole), max_chunksize=BATCH_ROWS)
+                waiting = table.slice(whole).to_batches()
+                rows -= whole
+        if rows:
+            writer.write_table(pa.Table.from_batches(waiting, schema).combine_chunks())
+
+
+def _as(batch: pa.RecordBatch, schema: pa.Schema) -> pa.RecordBatch:
+    """Return a batch with all columns of a schema; those it lacks are null."""
+
+    def column(field: pa.Field) -> Any:
+        if field.name not in batch.schema.names:
+            return pa.nulls(len(batch), field.type)
+        return batch[field.name].cast(field.type)
+
+    return pa.record_batch([column(field) for field in schema], schema=schema)
