@@ -6,6 +6,7 @@ new input files cost only their own shards and a merge.
 """
 
 from laion_assets.build.builder import BUILT, Build, Built, Request, Wanted
+from laion_assets.build.own_images import embed_folder
 from laion_assets.build.plan import SHARD_ROWS, Plan, Shard
 
-__all__ = ["BUILT", "SHARD_ROWS", "Build", "Built", "Plan", "Request", "Shard", "Wanted"]
+__all__ = ["BUILT", "SHARD_ROWS", "Build", "Built", "Plan", "Request", "Shard", "Wanted", "embed_folder"]

@@ -52,7 +52,7 @@ from laion_assets.index import (
 from laion_assets.io.arrays import Ids
 from laion_assets.io.checksums import checksum_text, crc32c
 from laion_assets.io.errors import InputError
-from laion_assets.io.progress import Progress
+from laion_assets.io.progress import Progress, format_duration
 from laion_assets.staging.transfer.files import version_of
 
 PLAN, INPUT, BUILT = "plan.json", "input.json", "build.json"
@@ -274,12 +274,13 @@ class Build:
         """Do all steps, one after the other."""
         started = time.perf_counter()
         plan = self.plan()
-        self._log(f"{plan.rows:,} rows in {len(plan.shards):,} shards")
+        shards = f"{len(plan.shards):,} shard{'' if len(plan.shards) == 1 else 's'}"
+        self._log(f"{plan.rows:,} rows in {shards}")
         self.train()
         for shard in plan.shards:
             self.encode(shard.number)
         built = self.finish()
-        self._log(f"{built.rows:,} rows in {time.perf_counter() - started:,.0f} s")
+        self._log(f"done in {format_duration(time.perf_counter() - started)}")
         return built
 
     def _listed(self, shard: Shard) -> Embeddings:
@@ -354,7 +355,7 @@ class Build:
     ) -> None:
         """Write all files of the index, and its record last."""
         folders = [folder_of(self.workspace, shard) for shard in plan.shards]
-        self._log(f"merging {len(folders):,} shards")
+        self._log(f"merging the shards ({len(folders):,})")
         if trained.ivf is None:
             size = _write_one_file(new, trained, folders, records)
         else:
