@@ -21,7 +21,7 @@ from typing import Any
 import dagster as dg
 from dotenv import load_dotenv
 
-from laion_assets.build import Build, Request, embed_folder
+from laion_assets.build import Build, Request, cost_of, embed_folder, index_key_for, measured
 from laion_assets.definitions import JOB, build_defs
 from laion_assets.defs.build_sensor import ENCODE_JOB, PUBLISH_JOB, TRAIN_JOB
 from laion_assets.defs.dagster_internals import RunFailureReason
@@ -157,6 +157,16 @@ def _parser() -> argparse.ArgumentParser:
     )
     built.set_defaults(command=_build)
 
+    costs = commands.add_parser(
+        "plan-build", help="print what a build takes: shards, core-hours, bytes; measured here"
+    )
+    costs.add_argument("--rows", type=int, metavar="N", help="instead of those at LAION_EMBEDDINGS_URI")
+    costs.add_argument(
+        "--dimension", type=int, metavar="N", default=768, help="with --rows (default 768)"
+    )
+    costs.add_argument("--core-price", type=float, metavar="X", help="of a core for an hour")
+    costs.set_defaults(command=_plan_build)
+
     own = commands.add_parser(
         "index-images", help="embed a folder of images, build an index of them, and look into it"
     )
@@ -245,6 +255,21 @@ def _build(_: argparse.Namespace, environment: Mapping[str, str]) -> int:
             return 1
     built = build.finish()
     print(f"{built.stored:,} of {built.rows:,} rows in {built.index_key}, at {build.request.index_uri}")
+    return 0
+
+
+def _plan_build(parsed: argparse.Namespace, environment: Mapping[str, str]) -> int:
+    places = Places.from_environment(environment)
+    for name in ("rows", "dimension"):
+        if (value := getattr(parsed, name)) is not None and value < 1:
+            raise InputError(f"--{name} is {value}: give 1 or more")
+    if parsed.rows is None:
+        cost = IndexBuilder.at(places).open(_to_stderr).cost()
+    else:
+        key = places.index_key or index_key_for(parsed.rows, parsed.dimension, places.bytes_per_row)
+        rates = measured(key, parsed.dimension)
+        cost = cost_of(parsed.rows, parsed.dimension, key, rates, shard_rows=places.shard_rows)
+    print(*cost.lines(parsed.core_price), sep="\n")
     return 0
 
 

@@ -17,6 +17,7 @@ import pyarrow as pa
 
 from laion_assets.build import shards as shard_files
 from laion_assets.build.answers import Answers, merged, read_answers, recall
+from laion_assets.build.cost import Cost, cost_of, measured
 from laion_assets.build.embeddings import (
     EmbeddingFile,
     EmbeddingReader,
@@ -171,6 +172,25 @@ class Build:
             self.workspace.write_json(PLAN, plan.to_json())
         return plan
 
+    def cost(self) -> Cost:
+        """Return what the whole build takes; measures this machine, which takes seconds."""
+        files = self.embeddings.files
+        key = self.index_key()
+        one_file = all(file.vectors == file.metadata for file in files)
+        return cost_of(
+            self.embeddings.rows,
+            self.embeddings.dimension,
+            key,
+            measured(key, self.embeddings.dimension),
+            shard_rows=self.request.shard_rows,
+            metadata_bytes=None if one_file else sum(file.metadata.size for file in files),
+        )
+
+    def index_key(self) -> str:
+        """Return the faiss key: that of the request, or the one that suits the rows."""
+        asked, found = self.request.index_key, self.embeddings
+        return asked or index_key_for(found.rows, found.dimension, self.request.bytes_per_row)
+
     def missing(self, plan: Plan) -> list[str]:
         """Return the names of the shards that are not encoded."""
         wanted = self.wanted(plan)
@@ -212,7 +232,7 @@ class Build:
         if found and self.request.index_key is None and found.record.dimension == dimension:
             return found  # which key is best may change with the rows: that is no reason to start over
         rows = self.plan().rows
-        key = self.request.index_key or index_key_for(rows, dimension, self.request.bytes_per_row)
+        key = self.index_key()
         reader = EmbeddingReader(self.embeddings)
 
         def sample(wanted: int) -> tuple[Any, Any]:
