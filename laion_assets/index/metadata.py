@@ -1,8 +1,8 @@
 """URL, caption and other columns of index rows, taken by id from Arrow or Parquet files.
 
 Arrow files are memory-mapped. Each record batch is visited once per request, and only the requested rows
-are copied. The kernel is told that reads are random, and threads wait for them: a cold read takes only the
-pages that hold the rows.
+are copied. The kernel is told that reads are random, and threads wait for them: a cold read takes only
+the pages that hold the rows.
 """
 
 from __future__ import annotations
