@@ -24,6 +24,7 @@ from laion_assets.build.embeddings import (
     list_embeddings,
     metadata_schema,
 )
+from laion_assets.build.index_key import ROWS_PER_LIST
 from laion_assets.build.input_files import InputFiles
 from laion_assets.build.merge import merge_lists, with_lists_on_disk
 from laion_assets.build.plan import SHARD_ROWS, Part, Plan, Shard, extended
@@ -73,6 +74,8 @@ class Request:
         key: which vectors of a file with several; None for the layout's own.
         index_key: faiss factory key; None to choose it by `index_key_for`.
         bytes_per_row: for that choice.
+        rows_per_centre: rows to train on that each list and each entry of a codebook needs; fewer give a
+            worse index.
         shard_rows: rows of a shard, about.
         columns: of the metadata that the index keeps; None for all.
         model: which model the vectors are of, where the layout does not say.
@@ -86,6 +89,7 @@ class Request:
     key: str | None = None
     index_key: str | None = None
     bytes_per_row: int | None = None
+    rows_per_centre: int = ROWS_PER_LIST
     shard_rows: int = SHARD_ROWS
     columns: tuple[str, ...] | None = None
     model: ModelRecord = field(default_factory=ModelRecord)
@@ -218,7 +222,9 @@ class Build:
         def sample(wanted: int) -> tuple[Any, Any]:
             return reader.sample(wanted, np.random.default_rng(0))
 
-        return train_index(self.workspace, key, dimension, rows, sample, self._log)
+        return train_index(
+            self.workspace, key, dimension, rows, sample, self._log, self.request.rows_per_centre
+        )
 
     def encode(self, number: int) -> ShardRecord:
         """Encode one shard.
