@@ -26,7 +26,7 @@ from laion_assets.build.embeddings import (
 )
 from laion_assets.build.index_key import ROWS_PER_LIST
 from laion_assets.build.input_files import InputFiles
-from laion_assets.build.merge import merge_lists, with_lists_on_disk
+from laion_assets.build.merge import write_index
 from laion_assets.build.plan import SHARD_ROWS, Part, Plan, Shard, extended
 from laion_assets.build.publish import new_index_uri, publish, put
 from laion_assets.build.quantizer import index_key_for
@@ -45,7 +45,6 @@ from laion_assets.index import (
     INVERTED_LISTS,
     METADATA_FOLDER,
     MODEL_RECORD,
-    POPULATED_INDEX,
     SINGLE_INDEX,
     ModelRecord,
     nprobe_rule,
@@ -397,18 +396,11 @@ def _fingerprint(*content: Any) -> str:
 def _write_lists(
     new: Workspace, trained: Trained, folders: Sequence[Workspace], records: Sequence[ShardRecord]
 ) -> int:
-    """Write an index in two files, as `merge_lists` does; return the bytes of its lists."""
+    """Write an index in two files, check it, and return the bytes of its lists."""
     checksums = [record.checksums for record in records]
-    pairs = list(zip(folders, checksums, strict=True))
-    with new.new(INVERTED_LISTS) as sink:
-        sizes = merge_lists(pairs, trained.code_size, trained.lists, sink)
-    lists_name = INVERTED_LISTS.rpartition("/")[2]
-    index = with_lists_on_disk(trained.index, sizes, trained.code_size, lists_name)
-    with new.new(POPULATED_INDEX) as sink:
-        sink.write(faiss.serialize_index(index).tobytes())
-    size = new.size(INVERTED_LISTS)
+    sizes = write_index(new, trained.index, list(zip(folders, checksums, strict=True)))
     _check(new, folders, trained.code_size, sizes)
-    return size
+    return new.size(INVERTED_LISTS)
 
 
 def _write_one_file(

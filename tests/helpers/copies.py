@@ -2,7 +2,6 @@
 
 from pathlib import Path
 
-import faiss
 import numpy as np
 import pyarrow as pa
 from helpers import indices
@@ -31,18 +30,12 @@ def scaled(rows: np.ndarray) -> np.ndarray:
 
 def write_two_files(folder: Path, rows: np.ndarray, key: str = LAION_FORM) -> None:
     """Write the index as LAION publishes it: its lists in a file of their own."""
-    index = faiss.index_factory(DIMENSION, key, faiss.METRIC_INNER_PRODUCT)
-    indices.train(index, rows[:8000])
-    indices.write_merged(folder, index, rows)
+    indices.write_merged(folder, indices.train(key, rows[:8000]), rows)
 
 
 def write_one_file(folder: Path, rows: np.ndarray, key: str) -> None:
     """Write the index as one plain file."""
-    folder.mkdir(parents=True, exist_ok=True)
-    index = faiss.index_factory(DIMENSION, key, faiss.METRIC_INNER_PRODUCT)
-    indices.train(index, rows[:8000])
-    index.add(rows)
-    faiss.write_index(index, str(folder / "image.index"))
+    indices.write_one_file(folder, indices.train(key, rows[:8000]), rows)
 
 
 def write_metadata(folder: Path, rows: int) -> None:
