@@ -4,7 +4,10 @@ from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.parquet as pq
 from helpers import indices
+
+from laion_assets.build import Build, Request
 
 DIMENSION = 32
 LAION_FORM = "OPQ8_40,IVF64_HNSW32,PQ8x8"  # as with LAION, OPQ widens
@@ -46,6 +49,19 @@ def write_metadata(folder: Path, rows: int) -> None:
         "NSFW": ["UNLIKELY"] * rows,
     }
     indices.write_metadata(folder, pa.table(table), files=3, batch=997)
+
+
+def build(folder: Path, rows: np.ndarray, key: str) -> None:
+    """Build the index and its metadata from embeddings as clip-retrieval's inference leaves them."""
+    embeddings = folder.with_name(f"{folder.name}-embeddings")
+    for part in ("img_emb", "metadata"):
+        (embeddings / part).mkdir(parents=True)
+    for number, ids in enumerate(np.array_split(np.arange(len(rows)), 3)):
+        np.save(embeddings / "img_emb" / f"img_emb_{number}.npy", rows[ids])
+        texts = {"url": [url_of(row) for row in ids], "caption": [caption_of(row) for row in ids]}
+        pq.write_table(pa.table(texts), embeddings / "metadata" / f"metadata_{number}.parquet")
+    built = Build(Request(str(embeddings), str(folder), index_key=key, shard_rows=len(rows) // 2)).run()
+    assert built.stored == len(rows)
 
 
 def url_of(row: int) -> str:
