@@ -338,7 +338,7 @@ def _build_demo() -> None:
     built = f"built in {report.seconds:.0f} s" if report.seconds else "already built"
     print(
         f"demo index: {report.rows:,} images in {report.index_key}, {built}; it finds "
-        f"{report.recall_all_lists:.0%} of the 20 true nearest"
+        f"{report.recall_all_lists:.0%} of the 10 true nearest"
     )
     print(f"demo seeds: {', '.join(report.seeds)}, {count(sum(report.seeds.values()), 'image')}")
 

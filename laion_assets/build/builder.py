@@ -25,8 +25,9 @@ from laion_assets.build.embeddings import (
     list_embeddings,
     metadata_schema,
 )
+from laion_assets.build.index_key import ROWS_PER_LIST
 from laion_assets.build.input_files import InputFiles
-from laion_assets.build.merge import merge_lists, with_lists_on_disk
+from laion_assets.build.merge import write_index
 from laion_assets.build.plan import SHARD_ROWS, Part, Plan, Shard, extended
 from laion_assets.build.publish import new_index_uri, publish, put
 from laion_assets.build.quantizer import index_key_for
@@ -45,7 +46,6 @@ from laion_assets.index import (
     INVERTED_LISTS,
     METADATA_FOLDER,
     MODEL_RECORD,
-    POPULATED_INDEX,
     SINGLE_INDEX,
     ModelRecord,
     nprobe_rule,
@@ -74,6 +74,8 @@ class Request:
         key: which vectors of a file with several; None for the layout's own.
         index_key: faiss factory key; None to choose it by `index_key_for`.
         bytes_per_row: for that choice.
+        rows_per_centre: rows to train on that each list and each entry of a codebook needs; fewer give a
+            worse index.
         shard_rows: rows of a shard, about.
         columns: of the metadata that the index keeps; None for all.
         model: which model the vectors are of, where the layout does not say.
@@ -87,6 +89,7 @@ class Request:
     key: str | None = None
     index_key: str | None = None
     bytes_per_row: int | None = None
+    rows_per_centre: int = ROWS_PER_LIST
     shard_rows: int = SHARD_ROWS
     columns: tuple[str, ...] | None = None
     model: ModelRecord = field(default_factory=ModelRecord)
@@ -238,7 +241,9 @@ class Build:
         def sample(wanted: int) -> tuple[Any, Any]:
             return reader.sample(wanted, np.random.default_rng(0))
 
-        return train_index(self.workspace, key, dimension, rows, sample, self._log)
+        return train_index(
+            self.workspace, key, dimension, rows, sample, self._log, self.request.rows_per_centre
+        )
 
     def encode(self, number: int) -> ShardRecord:
         """Encode one shard.
@@ -412,18 +417,11 @@ def _fingerprint(*content: Any) -> str:
 def _write_lists(
     new: Workspace, trained: Trained, folders: Sequence[Workspace], records: Sequence[ShardRecord]
 ) -> int:
-    """Write an index in two files, as `merge_lists` does; return the bytes of its lists."""
+    """Write an index in two files, check it, and return the bytes of its lists."""
     checksums = [record.checksums for record in records]
-    pairs = list(zip(folders, checksums, strict=True))
-    with new.new(INVERTED_LISTS) as sink:
-        sizes = merge_lists(pairs, trained.code_size, trained.lists, sink)
-    lists_name = INVERTED_LISTS.rpartition("/")[2]
-    index = with_lists_on_disk(trained.index, sizes, trained.code_size, lists_name)
-    with new.new(POPULATED_INDEX) as sink:
-        sink.write(faiss.serialize_index(index).tobytes())
-    size = new.size(INVERTED_LISTS)
+    sizes = write_index(new, trained.index, list(zip(folders, checksums, strict=True)))
     _check(new, folders, trained.code_size, sizes)
-    return size
+    return new.size(INVERTED_LISTS)
 
 
 def _write_one_file(

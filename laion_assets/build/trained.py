@@ -11,6 +11,7 @@ import faiss
 import numpy as np
 
 from laion_assets.build.answers import Answers
+from laion_assets.build.index_key import ROWS_PER_LIST
 from laion_assets.build.quantizer import train, training_rows
 from laion_assets.build.workspace import Workspace
 from laion_assets.index import nprobe_rule
@@ -131,6 +132,7 @@ def train_index(
     rows: int,
     sample: Callable[[int], tuple[Floats, Ids]],
     log: Callable[[str], object],
+    rows_per_centre: int = ROWS_PER_LIST,
 ) -> Trained:
     """Train an index and store it, unless the workspace has one of the same key and dimension.
 
@@ -141,6 +143,7 @@ def train_index(
         rows: that the index will have.
         sample: returns about so many of the rows, and their ids.
         log: is told what is done.
+        rows_per_centre: rows needed for each list and each entry of a codebook.
 
     Raises:
         InputError: a key that is not supported, or too few usable rows for it.
@@ -167,7 +170,7 @@ def train_index(
     rest = np.setdiff1d(np.arange(len(vectors)), chosen)
     training = vectors[rest if len(rest) >= len(vectors) // 2 else slice(None)]
     log(f"training {index_key} on {len(training):,} rows")
-    index = train(index_key, dimension, training, log=log)
+    index = train(index_key, dimension, training, rows_per_centre=rows_per_centre, log=log)
     content = faiss.serialize_index(index)
     lists = faiss.try_extract_index_ivf(index)
     record = Record(
