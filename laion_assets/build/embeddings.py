@@ -106,6 +106,7 @@ def list_embeddings(
     key: str | None = None,
     log: Callable[[str], None] | None = None,
     only: Collection[str] | None = None,
+    dimension: int | None = None,
 ) -> Embeddings:
     """List the embeddings in a folder, pair them with their metadata, and check both.
 
@@ -120,6 +121,7 @@ def list_embeddings(
             column of lists of floats).
         log: takes a line about each retry, in any thread; by default Python's logging.
         only: names of the files of vectors that are wanted; nothing of the others is read.
+        dimension: of the vectors, where it is known: then the files may hold none.
 
     Raises:
         InputError: no folder or no embeddings in it; files of several layouts; a file without its
@@ -135,7 +137,7 @@ def list_embeddings(
     if only is not None:
         pairs = [pair for pair in pairs if pair.vectors in only]
     key = key or DEFAULT_KEYS[layout]
-    if layout == PARQUET:
+    if layout == PARQUET and pairs:
         first = files.file(pairs[0].vectors)
         key = parquet.choose_column(parquet.read_footer(files, first)[0], first.url, key)
     schemas: dict[bytes, pa.Schema] = {}  # most files have the same columns, which are kept once
@@ -150,12 +152,12 @@ def list_embeddings(
     _raise_all(uri, [file for file in read_files if isinstance(file, BadFileError)])
     listed = tuple(file for file in read_files if isinstance(file, EmbeddingFile))
     rows = sum(file.rows for file in listed)
-    if not rows:
+    if not rows and dimension is None:
         raise InputError(
             f"{uri} holds no rows: all of its {len(listed):,} files are empty, so name another folder",
             URI,
         )
-    dimension = _common_dimension(listed, uri)
+    dimension = _common_dimension(listed, uri, dimension)
     return Embeddings(uri, layout, str(key), dimension, listed, rows, _model(layout, str(key), dimension))
 
 
@@ -270,23 +272,23 @@ class EmbeddingReader:
             raise ValueError(f"blocks of {rows} rows")
         return read_ahead(self._in_blocks(file, 0, file.rows, rows))
 
-    def metadata(
-        self, file: EmbeddingFile, columns: Sequence[str] | None = None
-    ) -> Iterator[pa.RecordBatch]:
+    def metadata(self, file: EmbeddingFile, schema: pa.Schema | None = None) -> Iterator[pa.RecordBatch]:
         """Yield the metadata of a file in order; a thread reads the next batch meanwhile.
 
         Args:
             file: one of the listed files.
-            columns: see `metadata_schema`.
+            schema: columns and types of the batches; by default those of `metadata_schema`.
 
         Returns:
-            Batches with the columns and types of `metadata_schema`.
+            Batches with that schema. A column that the file lacks is null.
 
         Raises:
-            InputError: the file is damaged, changed, or cannot be read; a column that no file has.
+            InputError: the file is damaged, changed, or cannot be read, or does not fit the schema.
 
         """
-        return read_ahead(self._metadata(file, metadata_schema(self.embeddings, columns)))
+        if schema is None:
+            schema = metadata_schema(self.embeddings)
+        return read_ahead(self._metadata(file, schema))
 
     def sample(self, rows: int, random: np.random.Generator) -> tuple[Floats, Ids]:
         """Draw rows evenly from all files.
@@ -449,9 +451,11 @@ def _check_end(file: EmbeddingFile, at: int, stop: int) -> None:
         )
 
 
-def _common_dimension(files: Sequence[EmbeddingFile], uri: str) -> int:
+def _common_dimension(files: Sequence[EmbeddingFile], uri: str, dimension: int | None) -> int:
     known = [file for file in files if file.rows and file.stored.dimension is not None]
     if not known:
+        if dimension is not None:
+            return dimension
         raise InputError(f"{uri} holds no vectors: every row is null, so name another folder", URI)
     first = known[0]
     odd = [
