@@ -5,11 +5,12 @@ that is there already. So a killed build goes on where it was, shards can be enc
 new input files cost only their own shards and a merge.
 """
 
-from laion_assets.build.builder import BUILT, Build, Built, Request, Wanted
+from laion_assets.build.builder import Build, Built, Request, Wanted
 from laion_assets.build.cost import Cost, cost_of, measured
 from laion_assets.build.index_key import index_key_for
 from laion_assets.build.own_images import embed_folder
 from laion_assets.build.plan import SHARD_ROWS, Plan, Shard
+from laion_assets.build.publish import BUILT
 
 __all__ = [
     "BUILT",

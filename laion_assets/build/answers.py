@@ -6,10 +6,11 @@ import io
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import reduce
-from typing import Any, BinaryIO
+from typing import Any
 
 import numpy as np
 
+from laion_assets.build.workspace import Sink
 from laion_assets.io.arrays import Floats, Ids
 
 NO_ROW = -1
@@ -47,19 +48,26 @@ class Answers:
 
 
 def merged(parts: Iterable[Answers], count: int) -> Answers:
-    """Return the best rows of all parts."""
+    """Return the best rows of all parts, of which there is at least one."""
 
     def better(one: Answers, other: Answers) -> Answers:
         both = Answers(np.hstack([one.ids, other.ids]), np.hstack([one.scores, other.scores]))
         return both.best(count)
 
-    return reduce(better, parts)
+    return reduce(better, parts).best(count)
 
 
 def recall(found: Answers, exact: Answers, at: Iterable[int]) -> Mapping[int, float]:
-    """Return which share of the exact best R rows is among the best R found, for each R.
+    """Return which share of the exact best R rows is among the best R found.
 
-    An R beyond the rows that there are is left out.
+    Args:
+        found: by a search.
+        exact: by all raw vectors.
+        at: numbers R.
+
+    Returns:
+        The share, 0 to 1, by R. An R beyond the rows that there are is left out.
+
     """
     shares = {}
     for count in at:
@@ -71,7 +79,7 @@ def recall(found: Answers, exact: Answers, at: Iterable[int]) -> Mapping[int, fl
     return shares
 
 
-def write_answers(sink: BinaryIO, answers: Mapping[str, Answers]) -> None:
+def write_answers(sink: Sink, answers: Mapping[str, Answers]) -> None:
     """Write the answers of several searches, by name, as .npz."""
     arrays: dict[str, Any] = {f"{name} ids": each.ids for name, each in answers.items()}
     arrays |= {f"{name} scores": each.scores for name, each in answers.items()}

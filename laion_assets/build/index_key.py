@@ -72,16 +72,25 @@ class IndexKey:
                 raise _refused(text, f"has {name}{parts}, which does not divide the dimension {after}")
         return key
 
+    def fewest_rows(self, per_centre: int = ROWS_PER_LIST) -> int:
+        """Return how many rows training needs.
+
+        Args:
+            per_centre: rows needed for each list and each entry of a codebook.
+
+        """
+        codes = CODEBOOK if self.pq or self.opq else 0
+        return per_centre * max(self.lists if self.lists > 1 else 0, codes)
+
     def check_rows(self, rows: int, per_centre: int = ROWS_PER_LIST) -> None:
         """Raise InputError where there are fewer rows than training needs.
 
         Args:
             rows: to train on.
-            per_centre: rows needed for each list and each entry of a codebook.
+            per_centre: see `fewest_rows`.
 
         """
-        codes = CODEBOOK if self.pq or self.opq else 0
-        needed = per_centre * max(self.lists if self.lists > 1 else 0, codes)
+        needed = self.fewest_rows(per_centre)
         if rows < needed:
             raise InputError(
                 f'the index "{self.text}" needs {needed:,} rows to train on, {per_centre} '

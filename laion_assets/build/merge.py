@@ -1,6 +1,7 @@
 """The shards become one file of inverted lists: a k-way merge by list number.
 
-Reads and writes are sequential. Memory is bounded by the lists that are merged at a time, not the rows.
+Reads and writes are sequential. Memory is about seven times the lists that are merged at a time, and the
+sizes of the lists of each shard; it does not grow with the rows.
 """
 
 from __future__ import annotations
@@ -8,19 +9,19 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Any, BinaryIO
+from typing import Any
 
 import faiss
 import numpy as np
 
 from laion_assets.build.shards import CODES, IDS, SIZES
-from laion_assets.build.workspace import Workspace
+from laion_assets.build.workspace import Sink, Workspace
 from laion_assets.index import ID_SIZE, INVERTED_LISTS, POPULATED_INDEX
 from laion_assets.io.arrays import Bytes, Ids
 from laion_assets.io.checksums import checksum_text, crc32c
 
 MERGED_AT_ONCE = 128 << 20  # bytes of lists; one long list may have more
-READERS = 8  # threads
+READERS = 32  # threads: of many shards only little is read at a time, and a bucket takes its time
 
 
 @dataclass(frozen=True)
@@ -46,7 +47,7 @@ class _ShardFiles:
         self._folder, self._code_size, self._checksums = folder, code_size, checksums
         self._read = {CODES: 0, IDS: 0}  # crc32c
         self._row = 0
-        self.sizes: Ids = folder.read_array(SIZES)
+        self.sizes: Ids = folder.read_array(SIZES, checksums[SIZES])
 
     def lists(self, first: int, stop: int) -> _Piece:
         """Read the next lists; they must follow those read before."""
@@ -100,12 +101,12 @@ def write_index(folder: Workspace, index: Any, shards: Sequence[tuple[Workspace,
     lists_name = INVERTED_LISTS.rpartition("/")[2]
     made = with_lists_on_disk(index, sizes, ivf.code_size, lists_name)
     with folder.new(POPULATED_INDEX) as sink:
-        sink.write(faiss.serialize_index(made).tobytes())
+        sink.write(faiss.serialize_index(made))
     return sizes
 
 
 def merge_lists(
-    shards: Sequence[tuple[Workspace, dict[str, str]]], code_size: int, lists: int, sink: BinaryIO
+    shards: Sequence[tuple[Workspace, dict[str, str]]], code_size: int, lists: int, sink: Sink
 ) -> Ids:
     """Write all lists one after the other: the codes of a list, then its ids, ascending.
 
@@ -123,7 +124,9 @@ def merge_lists(
 
     """
     files = [_ShardFiles(folder, code_size, checksums) for folder, checksums in shards]
-    sizes: Ids = np.sum([each.sizes for each in files], axis=0, dtype=np.int64)
+    sizes = np.zeros(lists, np.int64)
+    for each in files:
+        sizes += each.sizes
     for first, stop, pieces in _read_ahead(files, _groups(sizes, code_size + ID_SIZE, lists)):
         _write_lists(pieces, sizes[first:stop], code_size, sink)
     for each in files:
@@ -159,7 +162,7 @@ def _read_ahead(
             yield pending[0], pending[1], [read.result() for read in pending[2]]
 
 
-def _write_lists(pieces: Sequence[_Piece], sizes: Ids, code_size: int, sink: BinaryIO) -> None:
+def _write_lists(pieces: Sequence[_Piece], sizes: Ids, code_size: int, sink: Sink) -> None:
     order = np.argsort(np.concatenate([piece.lists for piece in pieces]), kind="stable")
     codes = np.concatenate([piece.codes for piece in pieces])[order].reshape(-1)
     ids = np.concatenate([piece.ids for piece in pieces])[order].view(np.uint8)

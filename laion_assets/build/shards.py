@@ -5,7 +5,6 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
-from typing import Any, BinaryIO
 
 import faiss
 import numpy as np
@@ -17,9 +16,9 @@ from laion_assets.build.embeddings import EmbeddingFile, EmbeddingReader
 from laion_assets.build.plan import Shard
 from laion_assets.build.quantizer import encode
 from laion_assets.build.trained import KEPT, Trained
-from laion_assets.build.workspace import Workspace
+from laion_assets.build.workspace import Sink, Workspace
+from laion_assets.index import ID_SIZE
 from laion_assets.io.arrays import Bytes, Floats, Ids, unit_rows
-from laion_assets.io.checksums import checksum_text, crc32c
 
 BLOCK_ROWS = 65_536  # that are encoded at a time
 BATCH_ROWS = 65_536  # of a record batch of metadata
@@ -40,7 +39,8 @@ class ShardRecord:
         stored: rows with a code.
         unusable: rows whose vector is missing, zero or not finite: they have an id, and no code.
         checksums: crc32c of its files, by name.
-        bytes: of its files.
+        bytes: of its codes, ids and metadata.
+        metadata_bytes: of its metadata alone.
         seconds: that it took.
         encoding_seconds: of them, those in which vectors were encoded.
 
@@ -53,6 +53,7 @@ class ShardRecord:
     unusable: int
     checksums: dict[str, str]
     bytes: int
+    metadata_bytes: int
     seconds: float
     encoding_seconds: float
 
@@ -63,9 +64,13 @@ def folder_of(workspace: Workspace, shard: Shard) -> Workspace:
 
 
 def read_record(workspace: Workspace, shard: Shard, made_from: str) -> ShardRecord | None:
-    """Read the record of a shard; None where it is not encoded, or was made from something else."""
-    stored = folder_of(workspace, shard).read_json(RECORD)
-    record = None if stored is None else ShardRecord(**stored)
+    """Read the record of a shard; None where it is not encoded, or was made from something else.
+
+    Raises:
+        InputError: the record is damaged.
+
+    """
+    record = folder_of(workspace, shard).read_record(RECORD, ShardRecord)
     return record if record and record.made_from == made_from else None
 
 
@@ -81,7 +86,7 @@ def encode_shard(
 ) -> ShardRecord:
     """Encode a shard and store it.
 
-    Memory is bounded by the codes of the shard and a few blocks of its vectors.
+    Memory is bounded by three times the codes of the shard, and a few blocks of its vectors.
 
     Args:
         workspace: of the build.
@@ -93,10 +98,15 @@ def encode_shard(
         schema: of the metadata.
         progress: is called with numbers of rows that are done.
 
+    Raises:
+        InputError: too little space, or the input cannot be used.
+
     """
     started = time.perf_counter()
     folder = folder_of(workspace, shard)
+    folder.check_space(_bytes_needed(shard, trained, files), f"shard {shard.name}")
     rows, seconds = _encoded(shard, trained, reader, files, progress)
+    folder.discard(RECORD)  # or it would describe files of two encodings if this is killed
     checksums = write_rows(folder, rows.codes, rows.ids, rows.sizes)
     answers = {EXACT: rows.exact} | {
         str(nprobe): trained.search(rows.codes, rows.ids, rows.sizes, nprobe)
@@ -104,8 +114,11 @@ def encode_shard(
     }
     with folder.new(ANSWERS_FILE) as sink:
         write_answers(sink, answers)
+    checksums[ANSWERS_FILE] = sink.checksum
     with folder.new(METADATA) as sink:
-        write_metadata(sink, (batch for file in files for batch in reader.metadata(file)), schema)
+        write_metadata(sink, (batch for file in files for batch in reader.metadata(file, schema)), schema)
+    checksums[METADATA] = sink.checksum
+    metadata_bytes = folder.size(METADATA)
     record = ShardRecord(
         made_from,
         shard.first_id,
@@ -113,12 +126,19 @@ def encode_shard(
         len(rows.ids),
         shard.rows - len(rows.ids),
         checksums,
-        sum(folder.size(name) for name in (CODES, IDS, METADATA)),
+        rows.codes.nbytes + rows.ids.nbytes + metadata_bytes,
+        metadata_bytes,
         round(time.perf_counter() - started, 2),
         round(seconds, 2),
     )
     folder.write_json(RECORD, asdict(record))
     return record
+
+
+def _bytes_needed(shard: Shard, trained: Trained, files: Sequence[EmbeddingFile]) -> int:
+    """Return the bytes of the codes, the ids and, as far as they are known, of the metadata."""
+    metadata = sum(file.metadata.size for file in files if file.metadata != file.vectors)
+    return shard.rows * (trained.code_size + ID_SIZE) + metadata
 
 
 @dataclass(frozen=True)
@@ -175,7 +195,7 @@ def _exact(queries: Floats, vectors: Floats, ids: Ids) -> Answers:
 
 
 def write_rows(folder: Workspace, codes: Bytes, ids: Ids, sizes: Ids) -> dict[str, str]:
-    """Write the rows of a shard for `merge_lists`, and return the crc32c of each file that it checks.
+    """Write the rows of a shard for `merge_lists`, and return the crc32c of each file.
 
     Args:
         folder: of the shard.
@@ -184,8 +204,11 @@ def write_rows(folder: Workspace, codes: Bytes, ids: Ids, sizes: Ids) -> dict[st
         sizes: (lists,) rows of each list.
 
     """
-    folder.write_array(SIZES, sizes)
-    return {CODES: _write(folder, CODES, codes), IDS: _write(folder, IDS, ids.view(np.uint8))}
+    return {
+        CODES: _write(folder, CODES, codes),
+        IDS: _write(folder, IDS, ids.view(np.uint8)),
+        SIZES: folder.write_array(SIZES, sizes),
+    }
 
 
 def in_lists(codes: Bytes, ids: Ids, numbers: NDArray[np.integer], lists: int) -> tuple[Bytes, Ids, Ids]:
@@ -205,22 +228,26 @@ def in_lists(codes: Bytes, ids: Ids, numbers: NDArray[np.integer], lists: int) -
 def _write(folder: Workspace, name: str, content: Bytes) -> str:
     """Write bytes and return their crc32c."""
     flat = content.reshape(-1)
-    checksum = 0
     with folder.new(name) as sink:
         for start in range(0, len(flat), WRITTEN_AT_ONCE):
-            piece = flat[start : start + WRITTEN_AT_ONCE].tobytes()
-            sink.write(piece)
-            checksum = crc32c(piece, checksum)
-    return checksum_text(checksum)
+            sink.write(flat[start : start + WRITTEN_AT_ONCE])
+    return sink.checksum
 
 
-def write_metadata(sink: BinaryIO, batches: Iterator[pa.RecordBatch], schema: pa.Schema) -> None:
-    """Write an Arrow IPC file with batches of `BATCH_ROWS`, except for the last."""
+def write_metadata(sink: Sink, batches: Iterator[pa.RecordBatch], schema: pa.Schema) -> None:
+    """Write an Arrow IPC file with batches of `BATCH_ROWS`, except for the last.
+
+    Args:
+        sink: takes the bytes.
+        batches: of any length, with this schema.
+        schema: of the file.
+
+    """
     with pa.ipc.new_file(sink, schema) as writer:
         waiting: list[pa.RecordBatch] = []
         rows = 0
         for batch in batches:
-            waiting.append(_as(batch, schema))
+            waiting.append(batch)
             rows += len(batch)
             if rows >= BATCH_ROWS:
                 table = pa.Table.from_batches(waiting, schema).combine_chunks()
@@ -230,14 +257,3 @@ def write_metadata(sink: BinaryIO, batches: Iterator[pa.RecordBatch], schema: pa
                 rows -= whole
         if rows:
             writer.write_table(pa.Table.from_batches(waiting, schema).combine_chunks())
-
-
-def _as(batch: pa.RecordBatch, schema: pa.Schema) -> pa.RecordBatch:
-    """Return a batch with all columns of a schema; those it lacks are null."""
-
-    def column(field: pa.Field) -> Any:
-        if field.name not in batch.schema.names:
-            return pa.nulls(len(batch), field.type)
-        return batch[field.name].cast(field.type)
-
-    return pa.record_batch([column(field) for field in schema], schema=schema)

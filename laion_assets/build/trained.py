@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -12,17 +12,18 @@ import numpy as np
 
 from laion_assets.build.answers import Answers
 from laion_assets.build.index_key import ROWS_PER_LIST
-from laion_assets.build.quantizer import train, training_rows
+from laion_assets.build.quantizer import IndexKey, train, training_rows
 from laion_assets.build.workspace import Workspace
 from laion_assets.index import nprobe_rule
-from laion_assets.io.arrays import Bytes, Floats, Ids, unit_rows
-from laion_assets.io.checksums import checksum_text, crc32c
+from laion_assets.io.arrays import Bytes, Floats, Ids, Mask, unit_rows
 from laion_assets.io.errors import InputError
 
 QUERIES = 200
+SCALED_AT_ONCE = 65_536  # rows
 ANSWERS = 1000  # rows that are compared for each query
 KEPT = ANSWERS + 1  # a query finds itself too
 NPROBES = (1, 4, 16, 64, 256, 1024)
+FOLDER = "trained"
 INDEX, QUERY_VECTORS, QUERY_IDS, RECORD = "trained.index", "queries.npy", "query_ids.npy", "trained.json"
 
 
@@ -32,22 +33,29 @@ class Record:
 
     Attributes:
         index_key: faiss factory key.
+        vectors: which vectors of the input it was trained on, the key of `Embeddings`.
         dimension: of the vectors.
         rows: that were planned when it was trained.
         sample: rows that it was trained on.
         nprobes: numbers of probed lists at which recall is measured; none without lists.
         seconds: that training took, reading included.
-        checksum: crc32c of the file.
+        checksums: crc32c of the files, by name.
 
     """
 
     index_key: str
+    vectors: str
     dimension: int
     rows: int
     sample: int
-    nprobes: tuple[int, ...]
+    nprobes: Sequence[int]
     seconds: float
-    checksum: str
+    checksums: dict[str, str]
+
+    @property
+    def checksum(self) -> str:
+        """The crc32c of the index."""
+        return self.checksums[INDEX]
 
 
 @dataclass(frozen=True)
@@ -56,7 +64,7 @@ class Trained:
 
     Attributes:
         index: faiss index without rows.
-        queries: (q, d) unit vectors of rows that it was not trained on.
+        queries: (q, d) float32 unit vectors of rows, which it was trained on only if there are few rows.
         query_ids: (q,) their ids.
         record: what is known of it.
 
@@ -91,6 +99,9 @@ class Trained:
             ids: (n,) likewise.
             sizes: (lists,) rows of each list.
             nprobe: lists to probe.
+
+        Returns:
+            The best `KEPT` rows in these lists for each query.
 
         """
         index = faiss.clone_index(self.index)
@@ -127,18 +138,20 @@ def _transformed(index: Any, rows: Floats) -> Floats:
 
 def train_index(
     workspace: Workspace,
-    index_key: str,
+    key_for: Callable[[int], str],
+    vectors_key: str,
     dimension: int,
     rows: int,
     sample: Callable[[int], tuple[Floats, Ids]],
     log: Callable[[str], object],
     rows_per_centre: int = ROWS_PER_LIST,
 ) -> Trained:
-    """Train an index and store it, unless the workspace has one of the same key and dimension.
+    """Train an index and store it.
 
     Args:
         workspace: of the build.
-        index_key: faiss factory key.
+        key_for: returns the faiss factory key for so many usable rows.
+        vectors_key: which vectors of the input these are, see `Record`.
         dimension: of the vectors.
         rows: that the index will have.
         sample: returns about so many of the rows, and their ids.
@@ -149,45 +162,56 @@ def train_index(
         InputError: a key that is not supported, or too few usable rows for it.
 
     """
-    if (found := read_trained(workspace)) and (found.record.index_key, found.record.dimension) == (
-        index_key,
-        dimension,
-    ):
-        return found
     started = time.perf_counter()
-    wanted = training_rows(index_key, rows)
-    raw, ids = sample(wanted + QUERIES)
-    vectors, usable = unit_rows(raw)
-    vectors, ids = vectors[usable], ids[usable]
-    if not len(vectors):
+    raw, ids = sample(training_rows(key_for(rows), rows) + QUERIES)
+    usable = _scale(raw)
+    if not usable.any():
         raise InputError(
             f"none of the {len(raw):,} rows read for training has a vector that is finite and not zero: "
             "check the embeddings",
             "embeddings_uri",
         )
-    # Queries come from everywhere too. A small pool is used whole for training.
-    chosen = np.random.default_rng(0).permutation(len(vectors))[:QUERIES]
-    rest = np.setdiff1d(np.arange(len(vectors)), chosen)
-    training = vectors[rest if len(rest) >= len(vectors) // 2 else slice(None)]
+    index_key = key_for(int(rows * usable.mean()))
+    order = np.random.default_rng(0).permutation(np.flatnonzero(usable))  # as training expects
+    chosen, rest = order[:QUERIES], order[QUERIES:]
+    needed = IndexKey.parse(index_key, dimension).fewest_rows(rows_per_centre)
+    if len(rest) < max(len(order) // 2, needed):
+        rest = order  # there are few rows: all are needed
+    queries, query_ids, training = raw[chosen], ids[chosen], raw[rest]
+    del raw
     log(f"training {index_key} on {len(training):,} rows")
     index = train(index_key, dimension, training, rows_per_centre=rows_per_centre, log=log)
-    content = faiss.serialize_index(index)
     lists = faiss.try_extract_index_ivf(index)
+    folder = workspace / FOLDER
+    folder.discard(RECORD)  # or it would describe files of two indices if this is killed
+    with folder.new(INDEX) as sink:
+        sink.write(faiss.serialize_index(index))
+    checksums = {
+        INDEX: sink.checksum,
+        QUERY_VECTORS: folder.write_array(QUERY_VECTORS, queries),
+        QUERY_IDS: folder.write_array(QUERY_IDS, query_ids),
+    }
     record = Record(
         index_key,
+        vectors_key,
         dimension,
         rows,
         len(training),
         () if lists is None else _nprobes(rows, int(lists.nlist)),
         round(time.perf_counter() - started, 1),
-        checksum_text(crc32c(content.tobytes())),
+        checksums,
     )
-    with workspace.new(INDEX) as sink:
-        sink.write(content.tobytes())
-    workspace.write_array(QUERY_VECTORS, vectors[chosen])
-    workspace.write_array(QUERY_IDS, ids[chosen])
-    workspace.write_json(RECORD, asdict(record))
-    return Trained(index, vectors[chosen], ids[chosen], record)
+    folder.write_json(RECORD, asdict(record))
+    return Trained(index, queries, query_ids, record)
+
+
+def _scale(rows: Floats) -> Mask:
+    """Scale rows to length 1 in place, and return which are usable; the others hold anything."""
+    usable = np.empty(len(rows), bool)
+    for start in range(0, len(rows), SCALED_AT_ONCE):  # in float64
+        block = slice(start, start + SCALED_AT_ONCE)
+        rows[block], usable[block] = unit_rows(rows[block])
+    return usable
 
 
 def read_trained(workspace: Workspace) -> Trained | None:
@@ -197,15 +221,23 @@ def read_trained(workspace: Workspace) -> Trained | None:
         InputError: it is damaged.
 
     """
-    stored = workspace.read_json(RECORD)
-    if stored is None:
+    record = read_record(workspace)
+    if record is None:
         return None
-    record = Record(**{**stored, "nprobes": tuple(stored["nprobes"])})
-    content = workspace.read(INDEX)
-    if checksum_text(crc32c(content)) != record.checksum:
-        raise workspace.damaged(INDEX, "is not what was written")
-    index = faiss.deserialize_index(np.frombuffer(content, np.uint8))
-    return Trained(index, workspace.read_array(QUERY_VECTORS), workspace.read_array(QUERY_IDS), record)
+    folder = workspace / FOLDER
+    content = folder.read(INDEX, checksum=record.checksum)
+    vectors, ids = (folder.read_array(n, record.checksums[n]) for n in (QUERY_VECTORS, QUERY_IDS))
+    return Trained(faiss.deserialize_index(np.frombuffer(content, np.uint8)), vectors, ids, record)
+
+
+def read_record(workspace: Workspace) -> Record | None:
+    """Read what is known of the trained index of a workspace; None where there is none.
+
+    Raises:
+        InputError: it is damaged.
+
+    """
+    return (workspace / FOLDER).read_record(RECORD, Record)
 
 
 def _nprobes(rows: int, lists: int) -> tuple[int, ...]:
