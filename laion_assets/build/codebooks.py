@@ -101,3 +101,10 @@ def moved(codebooks: Floats, rows: Floats, codes: Bytes, random: np.random.Gener
 
     in_threads(move, range(parts))
     return means
+
+
+def moved_rounds(codebooks: Floats, rows: Floats, rounds: int, random: np.random.Generator) -> Floats:
+    """Return codebooks after rounds of k-means with (n, m * d) rows."""
+    for _ in range(rounds):
+        codebooks = moved(codebooks, rows, WideCodebooks(codebooks).codes(rows), random)
+    return codebooks

@@ -11,14 +11,14 @@ from laion_assets.io.errors import InputError
 EXAMPLE = "OPQ128_896,IVF131072_HNSW32,PQ128x8"
 ROWS_PER_LIST = 39  # fewer give poor centres; faiss warns then
 CODEBOOK = 256  # entries of a codebook of PQ with 8 bits
-EXACT_ROWS = 10_000
+EXACT_ROWS = 20_000
 FLAT_ROWS = 1_000_000
 LISTS_WITH_GRAPH = 1_000
 ID_BYTES = 8
 PQ_BYTES = (256, 128, 64, 48, 32, 24, 16, 8, 4)
 LAION_BYTES_PER_ROW = 136
-SAMPLED_PER_LIST = 48
-SAMPLED_FOR_CODES = 65_536
+SAMPLED_PER_LIST = 40
+SAMPLED_ROWS = 65_536
 _KEY = re.compile(
     r"(?:OPQ(?P<opq>\d+)(?:_(?P<width>\d+))?,)?IVF(?P<lists>\d+)(?:_HNSW(?P<graph>\d+))?,"
     r"(?:Flat|PQ(?P<pq>\d+)(?:x8)?)"
@@ -95,7 +95,7 @@ class IndexKey:
             raise InputError(
                 f'the index "{self.text}" needs {needed:,} rows to train on, {per_centre} '
                 f"for each list and each entry of a codebook, and there are {rows:,}: choose fewer "
-                'lists, or for fewer than 10,000 rows "IVF1,Flat"',
+                'lists, or "IVF1,Flat" for a few thousand rows',
                 "index_key",
             )
 
@@ -116,10 +116,10 @@ def index_key_for(rows: int, dimension: int, bytes_per_row: int | None = None) -
     - 16,384 lists from 1,000,000 rows, 65,536 from 10,000,000 and 131,072 from 300,000,000;
     - HNSW finds the lists if there are 1,000 or more.
 
-    It differs in three ways. Below 10,000 rows the index has a single list and is exact: autofaiss makes
-    lists from 1,000 rows on. There are at most so many lists that training has 39 rows for each, because
-    faiss warns of poor centres below that. The default of `bytes_per_row` is LAION-5B's 136 instead of a
-    share of the memory.
+    It differs in three ways. Below 20,000 rows the index has a single list and is exact: autofaiss makes
+    lists from 1,000 rows on, and codes from 10,000. There are at most so many lists that training has 40
+    rows for each: below 39 faiss warns of poor centres. The default of `bytes_per_row` is LAION-5B's 136
+    instead of a share of the memory.
 
     Args:
         rows: of the index.
@@ -133,8 +133,8 @@ def index_key_for(rows: int, dimension: int, bytes_per_row: int | None = None) -
     """
     if bytes_per_row is not None and bytes_per_row < PQ_BYTES[-1] + ID_BYTES:
         raise InputError(
-            f"a row of an index takes {PQ_BYTES[-1] + ID_BYTES} bytes or more, {ID_BYTES} of them for "
-            f"its id, and not {bytes_per_row}",
+            f"a row of an index takes {PQ_BYTES[-1] + ID_BYTES} bytes or more, {ID_BYTES} of them "
+            f"for its id, and not {bytes_per_row}",
             "bytes_per_row",
         )
     if rows < EXACT_ROWS:
@@ -158,7 +158,7 @@ def _lists(rows: int) -> int:
         if rows >= fewest:
             return lists
     wanted = round(math.log2(4 * math.sqrt(rows)))
-    return 1 << min(wanted, int(math.log2(rows / ROWS_PER_LIST)))
+    return 1 << min(wanted, int(math.log2(rows / SAMPLED_PER_LIST)))
 
 
 def training_rows(key: str, rows: int) -> int:
@@ -178,5 +178,4 @@ def training_rows(key: str, rows: int) -> int:
         return 0
     numbers = found.groupdict()
     lists = int(numbers.get("lists") or 0)
-    codes = SAMPLED_FOR_CODES if numbers.get("pq") or numbers.get("opq") else 0
-    return min(rows, max(SAMPLED_PER_LIST * lists if lists > 1 else 0, codes))
+    return min(rows, max(SAMPLED_PER_LIST * lists, SAMPLED_ROWS)) if lists else 0

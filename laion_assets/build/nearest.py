@@ -7,7 +7,7 @@ import numpy as np
 from laion_assets.io.arrays import Floats, Ids
 from laion_assets.io.parallel import in_threads
 
-EXACT_CENTRES = 4_096  # up to here all centres are compared
+EXACT_CENTRES = 2_048  # up to here all centres are compared
 SCORES_AT_ONCE = 1 << 20  # scores that a thread holds, in float32
 GROUP_CENTRES = 32  # centres a group has on average
 CANDIDATES = 2_048  # centres that are compared with the rows of a group

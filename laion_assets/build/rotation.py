@@ -4,41 +4,76 @@ from __future__ import annotations
 
 import numpy as np
 
-from laion_assets.build.codebooks import WideCodebooks, decoded, drawn, moved
+from laion_assets.build.codebooks import WideCodebooks, decoded, drawn, moved, moved_rounds
 from laion_assets.io.arrays import Floats
 
 
 def rotation_of(
     rows: Floats, parts: int, width: int, rounds: int, random: np.random.Generator
 ) -> tuple[Floats, Floats]:
-    """Fit a rotation and codebooks in turn, one step of each a round.
+    """Fit a rotation, and codebooks with it.
+
+    The rotation starts with the main directions of the rows, divided so that subspaces extend about
+    equally far: for rows from a normal distribution that is the best one (Ge et al., Optimized Product
+    Quantization, 2014). faiss starts with a random one, and is not there after 50 rounds.
 
     Args:
         rows: (n, d) float32, d at most `width`.
         parts: subspaces.
         width: dimension after the rotation.
-        rounds: steps of each.
+        rounds: steps of the codebooks alone, and then of rotation and codebooks in turn.
         random: draws the first codebooks.
 
     Returns:
         The rotation, (width, d) with orthonormal columns, and codebooks (parts, 256, width / parts).
 
     """
-    rotation = _random_rotation(rows.shape[1], width, random)
-    codebooks = drawn(rows @ rotation.T, parts, random)
+    rotation = _balanced_directions(rows, parts, width)
+    rotated = rows @ rotation.T
+    codebooks = moved_rounds(drawn(rotated, parts, random), rotated, rounds, random)
     for _ in range(rounds):
-        rotated = rows @ rotation.T
         codes = WideCodebooks(codebooks).codes(rotated)
         codebooks = moved(codebooks, rotated, codes, random)
-        left, _, right = np.linalg.svd(decoded(codebooks, codes).T @ rows, full_matrices=False)
-        rotation = np.ascontiguousarray(left @ right, np.float32)
-    return rotation, codebooks
+        rotation = _nearest_rotation(decoded(codebooks, codes).T @ rows)
+        rotated = rows @ rotation.T
+    return _orthonormal(rotation), codebooks
 
 
-def _random_rotation(dimension: int, width: int, random: np.random.Generator) -> Floats:
-    """Return a (width, dimension) matrix with orthonormal columns."""
-    square = np.linalg.qr(random.standard_normal((width, width)))[0]
-    return np.ascontiguousarray(square[:, :dimension], np.float32)
+def _nearest_rotation(matrix: Floats) -> Floats:
+    """Return the matrix with orthonormal columns that is nearest to an (m, d) matrix, m at least d.
+
+    By the eigenvectors of a (d, d) matrix, which takes a third of the time of a singular value
+    decomposition. Columns in which no row extends come out short.
+    """
+    wide = matrix.astype(np.float64)
+    squares, directions = np.linalg.eigh(wide.T @ wide)
+    inverse = 1 / np.sqrt(np.maximum(squares, squares[-1] * 1e-12))
+    return np.ascontiguousarray(wide @ ((directions * inverse) @ directions.T), np.float32)
+
+
+def _orthonormal(matrix: Floats) -> Floats:
+    """Return the same, exactly, by singular values."""
+    left, _, right = np.linalg.svd(matrix.astype(np.float64), full_matrices=False)
+    return np.ascontiguousarray(left @ right, np.float32)
+
+
+def _balanced_directions(rows: Floats, parts: int, width: int) -> Floats:
+    """Return (width, d) main directions of rows, whose variances have a similar product in each part.
+
+    Rows of the matrix that no direction takes are zero.
+    """
+    size = width // parts
+    matrix = np.zeros((width, rows.shape[1]), np.float32)
+    taken, logarithms = np.zeros(parts, np.int64), np.zeros(parts)
+    directions = main_directions(rows, rows.shape[1])
+    variances = np.maximum(((rows @ directions.T) ** 2).mean(axis=0, dtype=np.float64), 1e-12)
+    for direction, variance in zip(directions, variances, strict=True):
+        part = np.argmin(np.where(taken < size, logarithms, np.inf))
+        matrix[part * size + taken[part]] = direction
+        taken[part] += 1
+        # Above the smallest, so that a part grows with each direction.
+        logarithms[part] += np.log(variance / variances.min())
+    return matrix
 
 
 def main_directions(rows: Floats, count: int) -> Floats:

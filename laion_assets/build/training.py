@@ -1,7 +1,7 @@
 """Train an index: centres of the lists, then a rotation and codebooks for what the centres leave.
 
 faiss trains the rotation first, on whole vectors. What is encoded is the difference between a vector and
-the centre of its list, so the rotation is fitted to that: fewer rounds then lose less.
+the centre of its list, so the rotation is fitted to that here.
 """
 
 from __future__ import annotations
@@ -14,13 +14,13 @@ import numpy as np
 
 from laion_assets.build import codebooks as books
 from laion_assets.build.centres import centres_of
-from laion_assets.build.index_key import ROWS_PER_LIST, SAMPLED_FOR_CODES, IndexKey
+from laion_assets.build.index_key import ROWS_PER_LIST, SAMPLED_ROWS, IndexKey
 from laion_assets.build.nearest import Centres, unit_or_zero
 from laion_assets.build.rotation import main_directions, rotation_of
 from laion_assets.io.arrays import Floats
 from laion_assets.io.errors import InputError
 
-ROTATION_ROUNDS = 12
+ROTATION_ROUNDS, ROTATION_ROWS = 4, 32_768
 CODEBOOK_ROUNDS = 8
 GRAPH_BREADTH = 100  # faiss's efConstruction
 SEARCH_BREADTH = 64  # faiss's efSearch, until a search sets it
@@ -44,7 +44,7 @@ def train(
     Args:
         key: faiss factory key; see `IndexKey`.
         dimension: of the vectors.
-        sample: (n, dimension) float32 rows of length 1, in random order.
+        sample: (n, dimension) float32 rows of length 1, drawn from the whole.
         random_seed: of the draws.
         rows_per_centre: rows needed for each list and each entry of a codebook.
         log: is told what is done.
@@ -62,7 +62,7 @@ def train(
     parsed.check_rows(len(sample), rows_per_centre)
     random = np.random.default_rng(random_seed)
     base, rows = None, sample
-    coded = np.sort(random.permutation(len(sample))[:SAMPLED_FOR_CODES])
+    coded = random.permutation(len(sample))[:SAMPLED_ROWS]
     if parsed.width and parsed.width < dimension:
         base = main_directions(sample[coded], parsed.width)
         rows = sample @ base.T
@@ -74,9 +74,11 @@ def train(
         remaining -= centres[Centres(centres).nearest(remaining)]
         codebooks: Floats | None = None
         if parsed.opq:
-            log(f"fitting the rotation to {len(coded):,} rows")
+            log(f"fitting the rotation to {min(len(coded), ROTATION_ROWS):,} rows")
             width = parsed.width or dimension
-            rotation, codebooks = rotation_of(remaining, parsed.opq, width, ROTATION_ROUNDS, random)
+            rotation, codebooks = rotation_of(
+                remaining[:ROTATION_ROWS], parsed.opq, width, ROTATION_ROUNDS, random
+            )
             _set_rotation(index, rotation if base is None else rotation @ base)
             remaining, centres = remaining @ rotation.T, centres @ rotation.T
         if parsed.pq:
@@ -92,9 +94,7 @@ def _codebooks(
 ) -> Floats:
     if started is None or key.opq != key.pq:
         started = books.drawn(rows, key.pq, random)
-    for _ in range(CODEBOOK_ROUNDS):
-        started = books.moved(started, rows, books.WideCodebooks(started).codes(rows), random)
-    return started
+    return books.moved_rounds(started, rows, CODEBOOK_ROUNDS, random)
 
 
 def _set_rotation(index: Any, matrix: Floats) -> None:

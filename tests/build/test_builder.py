@@ -38,6 +38,7 @@ from hypothesis import strategies as st
 
 from laion_assets.build import Build, Built, Request, builder, publish
 from laion_assets.build import trained as trained_index
+from laion_assets.build.index_key import EXACT_ROWS
 from laion_assets.index import ModelRecord, open_folder
 from laion_assets.io.errors import InputError
 from laion_assets.io.storage import open_storage
@@ -237,7 +238,7 @@ def test_queries_are_known_by_their_ids_where_files_were_added_before_training(r
 
 @pytest.mark.parametrize("unusable", [0, 600])
 def test_the_key_that_is_chosen_can_be_trained_whatever_rows_are_usable(root, unusable):
-    rows = vectors_of(9984 - sum(SIZES))  # together as many as 256 lists need
+    rows = vectors_of(EXACT_ROWS - sum(SIZES))
     rows[:unusable] = np.nan
     write_part(root / "embeddings", 3, np.concatenate([rows, vectors_of(50)]))
     found = built(request(root, index_key=None))
