@@ -6,12 +6,13 @@ import argparse
 import errno
 import logging
 import os
+import shlex
 import signal
 import socket
 import sys
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from importlib import resources
 from importlib.metadata import version
 from pathlib import Path
@@ -20,26 +21,36 @@ from typing import Any
 import dagster as dg
 from dotenv import load_dotenv
 
+from laion_assets.build import Build, Request, cost_of, embed_folder, index_key_for, measured
 from laion_assets.definitions import JOB, build_defs
+from laion_assets.defs.build_sensor import ENCODE_JOB, PUBLISH_JOB, TRAIN_JOB
+from laion_assets.defs.dagster_internals import RunFailureReason
 from laion_assets.defs.failures import sentence
 from laion_assets.defs.kubernetes.placement import NvmeNode
 from laion_assets.defs.launcher import fail_abandoned_runs, process_lock
 from laion_assets.defs.look import SHEETS, TOP, look
-from laion_assets.defs.partitions import SEED_SETS
+from laion_assets.defs.partitions import SEED_SETS, SHARDS
 from laion_assets.defs.places import DATA, Places
 from laion_assets.defs.request_plan import as_yaml, plan_request, read_history
-from laion_assets.defs.resources import LaionIndex, SeedFolder
+from laion_assets.defs.resources import IndexBuilder, LaionIndex, SeedFolder
 from laion_assets.defs.settings import FIELDS, Defaults, RetrievalConfig, kind_of
 from laion_assets.defs.terminal import count, one_line
-from laion_assets.demo import build_demo
+from laion_assets.demo import DEMO_MODEL, build_demo
+from laion_assets.index import ModelRecord
 from laion_assets.io.errors import InputError
-from laion_assets.seeds import count_seeds
+from laion_assets.io.storage import on_this_machine
+from laion_assets.io.text import printable
+from laion_assets.seeds import Model, count_seeds, stage_model
+from laion_assets.seeds.folder import is_image
 
 DEMO_SET = "fruit"
+EXAMPLES = 8  # rows that `index-images` shows
+IMAGES_SHOWN = 10  # of those that it leaves out
 HOST, PORT, MAX_PORT = "127.0.0.1", 3000, 65_535
 INSTANCE_FILE = "dagster.yaml"
 METAVARS: Mapping[type, str] = {int: "N", float: "X", str: "CONDITIONS"}
 DEFAULT_FOLDERS = {"LAION_INDEX_URI": DATA / "index", "LAION_SEEDS_URI": DATA / "seeds"}
+CONSOLE: Mapping[str, Any] = {"loggers": {"console": {"config": {}}}}
 DATA_VARIABLES = ("LAION_INDEX_URI", "LAION_METADATA_URI", "LAION_SEEDS_URI")
 
 
@@ -49,11 +60,48 @@ def main(arguments: Sequence[str] | None = None) -> int:
     warnings.filterwarnings("ignore", module="dagster")
     load_dotenv(Path(".env"))
     parsed = _parser().parse_args(arguments)
-    try:
-        return int(parsed.command(parsed, os.environ))
-    except InputError as error:
-        print(f"error: {sentence(error)}{_demo_remedy(sentence(error), os.environ)}", file=sys.stderr)
-        return 1
+    with _interruptible() as received:
+        try:
+            return int(parsed.command(parsed, os.environ))
+        except InputError as error:
+            _print_error(sentence(error), os.environ)
+            return 1
+        except KeyboardInterrupt:
+            print("interrupted: run it again, what is done is kept", file=sys.stderr)
+            return 128 + received()
+
+
+@contextmanager
+def _interruptible() -> Iterator[Callable[[], int]]:
+    """Raise KeyboardInterrupt for SIGTERM too; yield what returns the first signal received.
+
+    Dagster replaces both handlers with one that does not keep the signal's number.
+    """
+    received, notify = socket.socketpair()
+
+    def first() -> int:
+        with suppress(BlockingIOError):
+            return received.recv(1)[0]
+        return signal.SIGINT  # raised by hand
+
+    with received, notify:
+        for end in (received, notify):
+            end.setblocking(False)
+        before = signal.set_wakeup_fd(notify.fileno(), warn_on_full_buffer=False)
+        handler = signal.getsignal(signal.SIGTERM)
+        if handler is signal.SIG_DFL:
+            signal.signal(signal.SIGTERM, signal.default_int_handler)
+        try:
+            yield first
+        finally:
+            signal.signal(signal.SIGTERM, handler)
+            signal.set_wakeup_fd(before)
+
+
+def _print_error(message: str, environment: Mapping[str, str]) -> None:
+    """Print an error, line by line without anything that a terminal would act on."""
+    lines = "\n".join(map(printable, message.splitlines()))
+    print(f"error: {lines}{_demo_remedy(message, environment)}", file=sys.stderr)
 
 
 def _demo_remedy(message: str, environment: Mapping[str, str]) -> str:
@@ -104,6 +152,32 @@ def _parser() -> argparse.ArgumentParser:
     )
     looked.set_defaults(command=_look)
 
+    built = commands.add_parser(
+        "build", help="build the index at LAION_INDEX_URI from the embeddings at LAION_EMBEDDINGS_URI"
+    )
+    built.set_defaults(command=_build)
+
+    costs = commands.add_parser(
+        "plan-build", help="print what a build takes: shards, core-hours, bytes; measured here"
+    )
+    costs.add_argument("--rows", type=int, metavar="N", help="instead of those at LAION_EMBEDDINGS_URI")
+    costs.add_argument(
+        "--dimension", type=int, metavar="N", default=768, help="with --rows (default 768)"
+    )
+    costs.add_argument("--core-price", type=float, metavar="X", help="of a core for an hour")
+    costs.set_defaults(command=_plan_build)
+
+    own = commands.add_parser(
+        "index-images", help="embed a folder of images, build an index of them, and look into it"
+    )
+    own.add_argument(
+        "folder", metavar="FOLDER", help="images, in subfolders too; a path or any fsspec URL"
+    )
+    own.add_argument(
+        "--into", metavar="DIR", help=f"where to (default {DATA}/indices/<name of the folder>)"
+    )
+    own.set_defaults(command=_index_images)
+
     demo = commands.add_parser("demo", help="build the demo's index and seeds, and materialize one set")
     demo.add_argument("--data-only", action="store_true", help="only build the index and seeds")
     demo.set_defaults(command=_demo)
@@ -149,6 +223,92 @@ def _look(parsed: argparse.Namespace, environment: Mapping[str, str]) -> int:
     return 0
 
 
+def _build(_: argparse.Namespace, environment: Mapping[str, str]) -> int:
+    """Run the steps of a build that are not done, each as a run of its own; a shard holds up no other."""
+    build = IndexBuilder.at(Places.from_environment(environment)).open(print)
+    plan = build.plan()
+    print(f"{plan.rows:,} rows in {count(len(plan.shards), 'shard')}, work in {build.workspace.uri}")
+    jobs = build_defs(environment, {"console": console})
+    names = [shard.name for shard in plan.shards]
+    with _kept_instance(environment) as (kept, tags):
+        kept.add_dynamic_partitions(SHARDS, names)
+
+        def run(job: str, shard: str | None = None) -> bool:
+            result = jobs.resolve_job_def(job).execute_in_process(
+                partition_key=shard,
+                instance=kept,
+                tags=tags,
+                raise_on_error=False,
+                run_config=dict(CONSOLE),
+            )
+            for failure in _failures(result):
+                print(f"error: {shard or job}: {failure}", file=sys.stderr)
+            return bool(result.success)
+
+        if not run(TRAIN_JOB):
+            return 1
+        failed = [name for name in build.missing(plan) if not run(ENCODE_JOB, name)]
+        if failed:
+            print(f"{count(len(failed), 'shard')} failed; the others are done", file=sys.stderr)
+            return 1
+        if not run(PUBLISH_JOB):
+            return 1
+    built = build.finish()
+    print(f"{built.stored:,} of {built.rows:,} rows in {built.index_key}, at {build.request.index_uri}")
+    return 0
+
+
+def _plan_build(parsed: argparse.Namespace, environment: Mapping[str, str]) -> int:
+    places = Places.from_environment(environment)
+    for name in ("rows", "dimension"):
+        if (value := getattr(parsed, name)) is not None and value < 1:
+            raise InputError(f"--{name} is {value}: give 1 or more")
+    if parsed.rows is None:
+        cost = IndexBuilder.at(places).open(_to_stderr).cost()
+    else:
+        key = places.index_key or index_key_for(parsed.rows, parsed.dimension, places.bytes_per_row)
+        rates = measured(key, parsed.dimension)
+        cost = cost_of(parsed.rows, parsed.dimension, key, rates, shard_rows=places.shard_rows)
+    print(*cost.lines(parsed.core_price), sep="\n")
+    return 0
+
+
+def _index_images(parsed: argparse.Namespace, environment: Mapping[str, str]) -> int:
+    """Embed, build and look; again with more images, only those are embedded and encoded."""
+    places = Places.from_environment(environment)
+    folder = parsed.folder.rstrip("/")
+    into = Path(parsed.into or DATA / "indices" / (folder.rpartition("/")[2] or "images")).absolute()
+    model_uri = places.model or str(DEMO_MODEL)
+    model = Model(stage_model(model_uri, Path(places.cache_dir) / "models", print), places.embed_device)
+    found = embed_folder(folder, str(into / "embeddings"), model, print)
+    print(f"{count(found.images, 'image')} embedded, {found.new:,} of them now")
+    for image in found.bad[:IMAGES_SHOWN]:
+        _to_stderr(f"left out: {image}")
+    if len(found.bad) > IMAGES_SHOWN:
+        _to_stderr(f"left out: {len(found.bad) - IMAGES_SHOWN:,} more")
+    request = Request(
+        str(into / "embeddings"),
+        str(into / "index"),
+        index_key=places.index_key,
+        bytes_per_row=places.bytes_per_row,
+        model=ModelRecord(model.name, model_uri),
+    )
+    built = Build(request, print).run()
+    print(f"{built.stored:,} of {built.rows:,} rows in {built.index_key}, at {request.index_uri}")
+    variables = {"LAION_INDEX_URI": request.index_uri, "LAION_MODEL": model_uri}
+    if on_this_machine(folder):
+        example = next(path for path in sorted(Path(folder).rglob("*")) if is_image(path.name))
+        print(f"what is most like {example}:\n")
+        in_place = {"LAION_STAGING": "in-place", "LAION_CACHE_DIR": str(into / "cache")}
+        _look(
+            argparse.Namespace(what=str(example), top=EXAMPLES, output=None),
+            {**environment, **variables, **in_place},
+        )
+    print("\nnow `laion-assets look IMAGE`, and all other commands, with these variables:\n")
+    print("\n".join(f"export {name}={shlex.quote(value)}" for name, value in variables.items()))
+    return 0
+
+
 def _to_stderr(line: str) -> None:
     print(one_line(line), file=sys.stderr)
 
@@ -156,7 +316,7 @@ def _to_stderr(line: str) -> None:
 def _print_any(line: str) -> None:
     """Print a line with what the terminal's encoding lacks replaced."""
     encoding = sys.stdout.encoding or "utf-8"
-    print(line.encode(encoding, "replace").decode(encoding))
+    print(printable(line).encode(encoding, "replace").decode(encoding))
 
 
 def _demo(parsed: argparse.Namespace, environment: Mapping[str, str]) -> int:
@@ -178,7 +338,7 @@ def _build_demo() -> None:
     built = f"built in {report.seconds:.0f} s" if report.seconds else "already built"
     print(
         f"demo index: {report.rows:,} images in {report.index_key}, {built}; it finds "
-        f"{report.recall_all_lists:.0%} of the 20 true nearest"
+        f"{report.recall_all_lists:.0%} of the 10 true nearest"
     )
     print(f"demo seeds: {', '.join(report.seeds)}, {count(sum(report.seeds.values()), 'image')}")
 
@@ -240,9 +400,7 @@ def materialize(seed_set: str, given: Mapping[str, Any], environment: Mapping[st
     own = seeds.settings(seeds.find(seed_set))
     RetrievalConfig(**given).resolve(Defaults.from_environment(environment), own, seed_set)
     job = build_defs(environment, {"console": console}).resolve_job_def(JOB)
-    with instance(environment) as kept, process_lock() as tags:
-        for run_id in fail_abandoned_runs(kept):
-            print(f"run {run_id} had been killed; it is now marked as failed")
+    with _kept_instance(environment) as (kept, tags):
         kept.add_dynamic_partitions(SEED_SETS, [seed_set])
         result = job.execute_in_process(
             partition_key=seed_set,
@@ -253,15 +411,28 @@ def materialize(seed_set: str, given: Mapping[str, Any], environment: Mapping[st
                 "resources": {
                     "retrieval_config": {"config": {k: v for k, v in given.items() if v is not None}}
                 },
-                "loggers": {"console": {"config": {}}},
+                **CONSOLE,
             },
         )
     if not result.success:
+        if _was_interrupted(result):
+            raise KeyboardInterrupt
         for failure in _failures(result):
-            print(f"error: {failure}{_demo_remedy(failure, environment)}", file=sys.stderr)
+            _print_error(failure, environment)
         return 1
     _print_report(result)
     return 0
+
+
+@contextmanager
+def _kept_instance(
+    environment: Mapping[str, str],
+) -> Iterator[tuple[dg.DagsterInstance, Mapping[str, str]]]:
+    """Open the instance to run something; the tags say which process does."""
+    with instance(environment) as kept, process_lock() as tags:
+        for run_id in fail_abandoned_runs(kept):
+            print(f"run {run_id} had been killed; it is now marked as failed")
+        yield kept, tags
 
 
 @contextmanager
@@ -312,6 +483,14 @@ class _ShortLine(logging.Formatter):
         meta = getattr(record, "dagster_meta", {})
         step = meta.get("step_key") or "run"
         return f"{step}: {meta.get('orig_message', record.getMessage())}"
+
+
+def _was_interrupted(result: dg.ExecuteInProcessResult) -> bool:
+    """Return whether a signal ended a run, in a step or between two of them."""
+    return any(
+        event.job_failure_data.failure_reason is RunFailureReason.UNEXPECTED_TERMINATION
+        for event in result.filter_events(lambda event: event.is_run_failure)
+    )
 
 
 def _failures(result: dg.ExecuteInProcessResult) -> Iterator[str]:

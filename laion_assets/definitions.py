@@ -8,13 +8,14 @@ from collections.abc import Mapping
 
 import dagster as dg
 
-from laion_assets.defs.assets import build_assets
+from laion_assets.defs.assets import build_assets, index_assets
+from laion_assets.defs.build_sensor import build_embeddings_sensor, build_jobs
 from laion_assets.defs.kubernetes.placement import NvmeNode, Placement, is_cluster
 from laion_assets.defs.launcher import end_with_parent
 from laion_assets.defs.places import Places
 from laion_assets.defs.resources import resources_from, storage_kind
 from laion_assets.defs.sensors import build_laion_index_sensor, build_seed_sets_sensor
-from laion_assets.defs.sources import SOURCES, laion_index_source, seed_folder
+from laion_assets.defs.sources import SOURCES, embedding_files, laion_index_source, seed_folder
 
 JOB = "seed_set_job"
 OWNER = "team:image_data"  # the owner of every asset in the UI
@@ -31,14 +32,21 @@ def build_defs(
 
     """
     places = Places.from_environment(environment)
-    assets = build_assets(Placement.from_environment(environment))
+    placement = Placement.from_environment(environment)
+    building = index_assets(placement) if places.embeddings_uri else []
+    index = building[-1].key if building else laion_index_source.key
+    assets = build_assets(placement, index)
+    build = build_jobs(building) if building else []
     job = dg.define_asset_job(
         JOB,
         selection=dg.AssetSelection.assets(*assets),
         description="Everything for one seed set, from the seeds to combined_urls; the staged index is "
         "verified, and restaged if need be.",
     )
-    uris = {laion_index_source.key: places.index_uri, seed_folder.key: places.seeds_uri}
+    uris = {index: places.index_uri, seed_folder.key: places.seeds_uri}
+    if places.embeddings_uri:
+        uris[embedding_files.key] = places.embeddings_uri
+    sources = [embedding_files if building else laion_index_source, *SOURCES]
 
     def as_shown(spec: dg.AssetSpec) -> dg.AssetSpec:
         owned = spec.merge_attributes(owners=[OWNER])
@@ -48,9 +56,12 @@ def build_defs(
         return owned.merge_attributes(kinds={storage_kind(uri)}, metadata={"dagster/uri": uri})
 
     return dg.Definitions(
-        assets=dg.map_asset_specs(as_shown, [*SOURCES, *assets]),
-        jobs=[job],
-        sensors=[build_seed_sets_sensor(job), build_laion_index_sensor()],
+        assets=dg.map_asset_specs(as_shown, [*sources, *building, *assets]),
+        jobs=[job, *build],
+        sensors=[
+            build_seed_sets_sensor(job),
+            build_embeddings_sensor(build) if build else build_laion_index_sensor(),
+        ],
         resources=resources_from(environment),
         executor=_executor(environment),
         loggers=loggers,

@@ -23,7 +23,7 @@ from laion_assets.io.errors import InputError
 
 PACKAGE = REPOSITORY / "laion_assets"
 MODULES = sorted(PACKAGE.rglob("*.py"))
-LIBRARY = {"index", "io", "search", "seeds", "staging"}
+LIBRARY = {"build", "index", "io", "search", "seeds", "staging"}
 IN_LIBRARY = [path for path in MODULES if path.relative_to(PACKAGE).parts[0] in LIBRARY]
 # Where the environment of the process comes in, and where Google's clients look for their own variables.
 ENVIRONMENT = {"laion_assets.definitions", "laion_assets.cli", "laion_assets.io.storage"}

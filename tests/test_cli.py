@@ -1,5 +1,6 @@
 """The command line as people use it: what it prints, refuses and keeps, and how it recovers."""
 
+import io
 import os
 import re
 import shutil
@@ -8,7 +9,7 @@ import socket
 import subprocess
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from importlib import resources
 from importlib.metadata import version
@@ -19,6 +20,7 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 from helpers.project import REPOSITORY, Demo, contents
+from PIL import Image
 
 from laion_assets.cli import main
 from laion_assets.defs.launcher import LocalRunLauncher
@@ -353,6 +355,42 @@ def test_an_output_that_cannot_be_written_to_fails_the_run_in_a_sentence(demo, t
     with history(folder) as instance:
         (run,) = instance.get_runs()
         assert run.status == dg.DagsterRunStatus.FAILURE
+
+
+@pytest.mark.parametrize("sent", [signal.SIGINT, signal.SIGTERM])
+def test_a_run_that_is_interrupted_while_it_embeds_ends_in_a_sentence(sent, demo, tmp_path) -> None:
+    folder = checkout(tmp_path, demo)
+    picture = io.BytesIO()
+    Image.new("RGB", (4000, 4000)).save(picture, "PNG")
+    (folder / "data" / "seeds" / "many").mkdir()
+    for number in range(500):  # a minute of work
+        image = folder / "data" / "seeds" / "many" / f"{number}.png"
+        image.write_bytes(picture.getvalue() + number.to_bytes(2))
+    process = start(folder, "materialize", "many")
+    assert process.stdout is not None
+    for line in process.stdout:
+        if line.startswith("seed_embeddings: many holds"):
+            break
+    while process.poll() is None:  # again, where it comes while Python collects garbage, and is lost
+        process.send_signal(sent)
+        with suppress(subprocess.TimeoutExpired):
+            process.wait(10)
+    done = end(process)
+    assert done.status == 128 + sent
+    assert done.err.splitlines()[-1] == "interrupted: run it again, what is done is kept"
+    assert "Stack Trace" not in done.err
+    with history(folder) as instance:
+        (run,) = instance.get_runs()
+        assert run.status == dg.DagsterRunStatus.FAILURE
+
+
+def test_an_error_cannot_act_on_a_terminal(tmp_path, monkeypatch, capsys) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("LAION_SEEDS_URI", "\x1b[2J\x9b1m\udcff\nerror: none")
+    assert main(["materialize", "cats"]) == 1
+    (told,) = capsys.readouterr().err.splitlines()
+    assert told.isprintable()
+    assert "\\x1b[2J\\x9b1m\\udcff\\nerror: none" in told
 
 
 # --- without a checkout ---------------------------------------------------------------------------

@@ -1,1 +1,29 @@
-"""Build an index from published embeddings: train on a sample, encode shard by shard, merge by list."""
+"""An index from published embeddings: plan, train, encode shard by shard, merge, publish.
+
+Every step leaves its result in a workspace, a folder on a disk or in a bucket, and does nothing where
+that is there already. So a killed build goes on where it was, shards can be encoded by many machines, and
+new input files cost only their own shards and a merge.
+"""
+
+from laion_assets.build.builder import Build, Built, Request, Wanted
+from laion_assets.build.cost import Cost, cost_of, measured
+from laion_assets.build.index_key import index_key_for
+from laion_assets.build.own_images import embed_folder
+from laion_assets.build.plan import SHARD_ROWS, Plan, Shard
+from laion_assets.build.publish import BUILT
+
+__all__ = [
+    "BUILT",
+    "SHARD_ROWS",
+    "Build",
+    "Built",
+    "Cost",
+    "Plan",
+    "Request",
+    "Shard",
+    "Wanted",
+    "cost_of",
+    "embed_folder",
+    "index_key_for",
+    "measured",
+]

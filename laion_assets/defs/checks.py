@@ -18,6 +18,7 @@ import dagster as dg
 import numpy as np
 import pyarrow as pa
 
+from laion_assets.build import Built
 from laion_assets.defs.history import PROVENANCE, YIELD, materializations
 from laion_assets.defs.partitions import seed_sets
 from laion_assets.defs.settings import ResolvedSettings
@@ -35,6 +36,9 @@ ROWS_COMPARED = 1 << 16  # first rows of a table in which near-duplicates are lo
 YIELD_TOLERANCE = 0.1  # of the past yield
 ONLY_A_PART = "only a part of the index is on the disk"
 SEARCHES = ("knn_urls", "centroid_urls")
+WITHOUT_SEED_SETS = ("laion_index", "staged_laion_index")
+FOUND_BY_PROBING_MORE = 0.05  # of the best rows, at most, where a search chooses its nprobe itself
+USABLE = 0.99  # share of the rows of a built index
 
 Results = Iterator[dg.AssetCheckResult]
 
@@ -49,7 +53,7 @@ def _spec(asset: str, name: str, description: str, *, blocking: bool = False) ->
             asset=asset,
             description=description,
             blocking=blocking,
-            partitions_def=None if asset == "staged_laion_index" else seed_sets,
+            partitions_def=None if asset in WITHOUT_SEED_SETS else seed_sets,
         )
 
 
@@ -100,6 +104,27 @@ _URL_SETS = [
     )
 ]
 _ALL = [
+    _spec(
+        "laion_index",
+        "recall_is_sufficient",
+        "Of the 100 best rows by the raw vectors, a search finds at least the share that "
+        "LAION_MIN_RECALL names; queries are rows that the index was not trained on. A warning. Remedy: "
+        "more bytes a row (LAION_BYTES_PER_ROW) or another LAION_INDEX_KEY, which builds anew.",
+    ),
+    _spec(
+        "laion_index",
+        "nprobe_is_sufficient",
+        f"Where a search for 1,000 rows chooses how many lists to probe, probing more finds less than "
+        f"{FOUND_BY_PROBING_MORE:.0%} of the best rows in addition. A warning. Remedy: set nprobe to the "
+        "number that the chart shows to suffice.",
+    ),
+    _spec(
+        "laion_index",
+        "rows_have_vectors",
+        f"At least {USABLE:.0%} of the rows have a vector that is finite and not zero. A warning: the "
+        "others keep their id and cannot be found. Remedy: look at the embeddings of the shards that "
+        "report such rows.",
+    ),
     _spec(
         "staged_laion_index",
         "metadata_covers_the_index",
@@ -157,9 +182,56 @@ _ALL = [
         "LAION_METADATA_COLUMNS, or nothing if the metadata has such URLs.",
     ),
 ]
-STAGED, CENTROID, KNN_URLS, CENTROID_URLS, COMBINED = map(
-    _specs, ("staged_laion_index", "centroid_vector", *SEARCHES, "combined_urls")
+BUILT, STAGED, CENTROID, KNN_URLS, CENTROID_URLS, COMBINED = map(
+    _specs, ("laion_index", "staged_laion_index", "centroid_vector", *SEARCHES, "combined_urls")
 )
+
+
+# --- the built index -----------------------------------------------------------------------------
+
+
+def of_built_index(built: Built, min_recall: float) -> Results:
+    """Judge the recall that was measured, and how many rows can be found.
+
+    Args:
+        built: the index.
+        min_recall: the lowest recall@100 that is accepted.
+
+    """
+    by_nprobe = {int(nprobe): shares for nprobe, shares in built.recall.items()}
+    chosen = max((n for n in by_nprobe if n <= built.nprobe_of_a_search), default=0)
+    most = max(by_nprobe, default=0)
+    found = by_nprobe.get(chosen, {}).get("100", 1.0)
+    yield _result(
+        "recall_is_sufficient",
+        found >= min_recall,
+        WARN,
+        f"{found:.1%} of the 100 best rows are found at nprobe {chosen}; at least {min_recall:.0%} are "
+        "wanted"
+        if by_nprobe
+        else "every search compares all rows",
+        {"recall@100": found},
+    )
+    count = next((n for n in ("1000", "100", "10", "1") if n in by_nprobe.get(most, {})), "")
+    further = by_nprobe[most][count] - by_nprobe[chosen][count] if count else 0.0
+    yield _result(
+        "nprobe_is_sufficient",
+        further <= FOUND_BY_PROBING_MORE,
+        WARN,
+        f"of the {int(count):,} best rows, probing {most} lists instead of {chosen} finds {further:.1%} "
+        "more"
+        if count
+        else "every search compares all rows",
+        {"more": further},
+    )
+    usable = built.stored / built.rows
+    yield _result(
+        "rows_have_vectors",
+        usable >= USABLE,
+        WARN,
+        f"{built.unusable:,} of {built.rows:,} rows have no usable vector",
+        {"usable": usable},
+    )
 
 
 # --- the staged index -----------------------------------------------------------------------------

@@ -7,7 +7,7 @@ names each part; where one is missing after an upgrade, this module is the only 
 from dagster._core.definitions.data_version import DATA_VERSION_TAG, extract_data_version_from_entry
 from dagster._core.definitions.executor_definition import multiple_process_executor_requirements
 from dagster._core.errors import DagsterUserCodeUnreachableError
-from dagster._core.events import DagsterEvent
+from dagster._core.events import DagsterEvent, RunFailureReason
 from dagster._core.execution.plan.objects import StepFailureData, UserFailureData
 from dagster._core.executor.step_delegating import (
     CheckStepHealthResult,
@@ -31,6 +31,7 @@ __all__ = [
     "DagsterGrpcClient",
     "DagsterUserCodeUnreachableError",
     "DefaultRunLauncher",
+    "RunFailureReason",
     "SerializableErrorInfo",
     "StepDelegatingExecutor",
     "StepFailureData",

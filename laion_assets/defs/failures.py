@@ -6,16 +6,24 @@ from contextlib import contextmanager
 import dagster as dg
 
 from laion_assets.io.errors import InputError
+from laion_assets.io.text import printable
 
-STAGE_AGAIN = "materialize staged_laion_index again"
+REMEDIES = {
+    "staged_index": "materialize staged_laion_index again",
+    "trained_index": "materialize trained_index",
+    "index_shards": "materialize these partitions of index_shards",
+}
 
 
 def sentence(error: InputError) -> str:
-    """Return an error's message with the name by which a user of the platform knows its remedy."""
+    """Return an error's message with the name by which a user of the platform knows its remedy.
+
+    What is not printable in it, such as in names of files, is escaped.
+    """
+    message = printable(str(error))
     if error.about is None:
-        return str(error)
-    name = STAGE_AGAIN if error.about == "staged_index" else f"LAION_{error.about.upper()}"
-    return f"{error} ({name})"
+        return message
+    return f"{message} ({REMEDIES.get(error.about, f'LAION_{error.about.upper()}')})"
 
 
 @contextmanager

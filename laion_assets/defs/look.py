@@ -6,16 +6,18 @@ It searches the staged index with the platform's model, in seconds. Nothing ente
 from __future__ import annotations
 
 import difflib
+import errno
 import io
 import os
 import re
 import shutil
 import stat
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import partial
-from pathlib import Path
-from typing import TypeVar
+from pathlib import Path, PurePosixPath
+from typing import NoReturn, TypeVar
 
 import numpy as np
 import pyarrow as pa
@@ -42,10 +44,13 @@ from laion_assets.seeds.folder import is_hidden, is_image
 from laion_assets.seeds.images import BadImage, EmbeddedImage, embed_images
 from laion_assets.seeds.model_folder import MODEL
 from laion_assets.seeds.prompts import PROMPTS_FILE, Prompt, embed_prompts, read_prompts
+from laion_assets.seeds.seed_files import UnusableFileError
 from laion_assets.staging import verified_manifest
 
 T = TypeVar("T")
 TOP, MAX_TOP = 48, 1000
+NOTHING = (errno.ENOENT, errno.ENOTDIR, errno.ENAMETOOLONG)
+ALIKE = 0.8  # difflib's ratio from which a prompt may be meant as a name
 IMAGES = 24  # of a folder; each is a query
 PROBLEMS_SHOWN = 10
 NAME = 40  # characters of a file's name, each of which may take four bytes
@@ -131,8 +136,8 @@ def look(
     of the seed set (threshold, nprobe, filters and block list) hold as in any run.
 
     Args:
-        text: path of an image or of a folder of images, else the name of a seed set; anything else is a
-            prompt.
+        text: path of an image or of a folder of images and prompts, else the name of a seed set; anything
+            else is a prompt.
         environment: of the platform.
         top: rows wanted.
         output: path of the contact sheet; below `data/look` by default.
@@ -160,7 +165,7 @@ def look(
     if seed_set:
         query = _seeds(model, seeds.uri, seed_set, log)
     else:
-        query = _prompt(model, text) if images is None else _images(model, text, images, log)
+        query = _prompt(model, text, seeds) if images is None else _images(model, text, images, log)
     _stage(index, log)
     with index.open(log) as opened:
         ModelRecord(dimension=opened.index.dimension).check(model.name, model.dimension)
@@ -193,26 +198,31 @@ def look(
 def images_at(text: str) -> list[Path] | None:
     """Return the images that a text names: one, or those of a folder; None where it is a prompt.
 
+    Of a folder, those that are no files are among them; none if it holds only prompts.
+
     Raises:
-        InputError: no such path, a folder without images, or no file that can be read.
+        InputError: no such path, a folder without images and prompts, or no file that can be read.
 
     """
     if not text.strip():
         raise InputError("there is nothing to look for: give an image, a folder of images, or a prompt")
     path = _path(text)
     mode = _mode(path)
-    if mode is None and _is_meant_as_path(text):
-        raise InputError(f"{text} does not exist: {_hint(path)}")
-    if mode is None:
-        return None
-    if stat.S_ISDIR(mode):
+    if mode is not None and stat.S_ISDIR(mode):
         found = sorted(_images_below(path))
-        if not found:
-            raise InputError(f"{text} holds no images ({' '.join(EXTENSIONS)}): name a folder that does")
+        if not found and _mode(path / PROMPTS_FILE) is None:
+            raise InputError(
+                f"{text} holds no images ({' '.join(EXTENSIONS)}) and no {PROMPTS_FILE}: name a folder "
+                "that does"
+            )
         return found
-    if not stat.S_ISREG(mode):
-        raise InputError(f"{text} is neither a file nor a folder: name an image or a folder of images")
-    return [path]
+    if mode is not None and stat.S_ISREG(mode):
+        return [path]
+    if problem := _why_no_file(path):
+        raise InputError(f"{text} {problem}: name an image or a folder of images")
+    if _is_meant_as_path(text):
+        raise InputError(f"{text} does not exist: {_hint(path)}")
+    return None
 
 
 def _path(text: str) -> Path:
@@ -231,10 +241,30 @@ def _mode(path: Path) -> int | None:
 
 
 def _images_below(folder: Path) -> Iterable[Path]:
-    for root, folders, names in os.walk(folder):
+    """Yield what is meant as an image, and links to folders, which are not followed."""
+    for root, folders, names in os.walk(folder, onerror=_refuse_folder):
         folders[:] = [name for name in folders if not is_hidden(name)]
-        paths = (Path(root, name) for name in names if is_image(name) and not is_hidden(name))
-        yield from (path for path in paths if path.is_file())
+        yield from (path for name in folders if (path := Path(root, name)).is_symlink())
+        yield from (Path(root, name) for name in names if is_image(name) and not is_hidden(name))
+
+
+def _refuse_folder(error: OSError) -> NoReturn:
+    raise InputError(f"{error.filename} cannot be listed ({error.strerror}): check its permissions")
+
+
+def _why_no_file(path: Path) -> str | None:
+    """Return what is at a path in place of a file; None for a file, and where there is nothing."""
+    try:
+        mode = path.stat().st_mode
+    except ValueError:
+        return None
+    except OSError as error:
+        with suppress(OSError):  # where it is no link
+            return f"is a link to {path.readlink()}, which cannot be followed ({error.strerror})"
+        return None if error.errno in NOTHING else f"cannot be read ({error.strerror})"
+    if stat.S_ISDIR(mode):
+        return "is a link to a folder, which is not followed"
+    return None if stat.S_ISREG(mode) else "is neither a file nor a folder"
 
 
 def _is_meant_as_path(text: str) -> bool:
@@ -257,29 +287,42 @@ def _hint(path: Path) -> str:
 
 
 def _images(model: Model, text: str, paths: Sequence[Path], log: Callable[[str], None]) -> _Query:
-    some = _evenly(paths)
-    files = ((str(path), partial(_content, path)) for path in some)
+    left_out = [f"{path} {problem}" for path in paths if (problem := _why_no_file(path))]
+    files = [path for path in paths if not _why_no_file(path)]
+    some = _evenly(files)
     with Progress("images", len(some), "", log) as progress:
-        outcomes = list(embed_images(model, files, progress=progress.advance))
-    bad = tuple(str(outcome) for outcome in outcomes if isinstance(outcome, BadImage))
+        named = ((str(path), partial(_content, path)) for path in some)
+        outcomes = list(embed_images(model, named, progress=progress.advance))
+    bad = [str(outcome) for outcome in outcomes if isinstance(outcome, BadImage)]
     good = [outcome for outcome in outcomes if isinstance(outcome, EmbeddedImage)]
-    if not good:
-        raise InputError(f"no image can be embedded: {'; '.join(bad[:PROBLEMS_SHOWN])}")
-    counted = _counted(len(good), "image", len(paths))
-    vectors, each, notes = np.stack([image.vector for image in good]), "image", bad
-    if prompts := _prompts_in(_path(text)):
-        name = str(_path(text) / PROMPTS_FILE)
-        if model.files.text is None:
-            notes += (f"{name} is not used: the model reads images only",)
-        else:
-            read = _evenly(prompts)
-            found = embed_prompts(model, read, name=name)
-            counted += f" and {_counted(len(read), 'prompt', len(prompts))}"
-            vectors, each = np.concatenate([vectors, found.vectors]), "image or prompt"
-            notes += tuple(f"{name} {prompt}" for prompt in found.cut)
+    notes = [*_first(left_out), *bad]
+    if paths and not good:
+        raise InputError(f"no image can be embedded: {'; '.join(_first([*left_out, *bad]))}")
+    vectors = [image.vector[None] for image in good]
+    counted = [_counted(len(good), "image", len(files))] if good else []
+    prompts = _prompts_in(_path(text))
+    name = str(_path(text) / PROMPTS_FILE)
+    if not paths and not prompts:
+        raise InputError(f"{name} has no prompt: write one a line, or put images beside it")
+    if not paths:
+        _check_reads_texts(model)
+    if prompts and model.files.text is None:
+        notes.append(f"{name} is not used: the model reads images only")
+    elif prompts:
+        read = _evenly(prompts)
+        found = embed_prompts(model, read, name=name)
+        vectors.append(found.vectors)
+        counted.append(_counted(len(read), "prompt", len(prompts)))
+        notes += [f"{name} {prompt}" for prompt in found.cut]
+    each = "image or prompt" if len(counted) > 1 else "image" if good else "prompt"
     title = one_line(_path(text).resolve().name) or text
-    strip = Strip(title, counted, [image.thumbnail for image in good], [])
-    return _Query(strip, vectors, each, notes)
+    strip = Strip(title, " and ".join(counted), [image.thumbnail for image in good], [])
+    return _Query(strip, np.concatenate(vectors), each, tuple(notes))
+
+
+def _first(problems: Sequence[str]) -> list[str]:
+    more = len(problems) - PROBLEMS_SHOWN
+    return [*problems[:PROBLEMS_SHOWN], *([f"{more:,} more are left out"] if more > 0 else [])]
 
 
 def _prompts_in(folder: Path) -> Sequence[Prompt]:
@@ -292,7 +335,10 @@ def _prompts_in(folder: Path) -> Sequence[Prompt]:
 
 
 def _content(path: Path) -> bytes:
-    return path.read_bytes()
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        raise UnusableFileError(f"cannot be read ({error.strerror or error})") from error
 
 
 def _evenly(items: Sequence[T]) -> list[T]:
@@ -355,13 +401,19 @@ def _seeds(model: Model, uri: str, seed_set: SeedSet, log: Callable[[str], None]
     return _Query(strip, seeds.embeddings[taken], " or ".join(each), tuple(notes))
 
 
-def _prompt(model: Model, text: str) -> _Query:
+def _check_reads_texts(model: Model, hint: str = "") -> None:
     if model.files.text is None:
         raise InputError(
-            f"the model {model.files.folder} embeds images only, it has no text part: use a model "
+            f"{hint}the model {model.files.folder} embeds images only, it has no text part: use a model "
             "that has one; the demo's reads images only",
             MODEL,
         )
+
+
+def _prompt(model: Model, text: str, seeds: SeedFolder) -> _Query:
+    near = _near_names(seeds, text)
+    hint = f"{text!r} is taken for a prompt, not for {near[0]!r}" if near else ""
+    _check_reads_texts(model, hint and f"{hint}; ")
     try:
         text.encode()
     except UnicodeEncodeError as error:
@@ -371,7 +423,21 @@ def _prompt(model: Model, text: str) -> _Query:
         f"the prompt has {count(prompt.tokens, 'token')}, of which the model reads {prompt.read}"
         for prompt in found.cut
     )
-    return _Query(Strip(one_line(text), "a prompt", [], []), found.vectors, "prompt", cut_short)
+    notes = (hint, *cut_short) if hint else cut_short
+    return _Query(Strip(one_line(text), "a prompt", [], []), found.vectors, "prompt", notes)
+
+
+def _near_names(folder: SeedFolder, text: str) -> list[str]:
+    """Return the name of a seed set, or of a file here, that a prompt nearly is; at most one."""
+    names: list[str] = []
+    with suppress(InputError, OSError):
+        check_name(text)
+        names += [path.name for path in Path().iterdir()]
+        fs, root = open_storage(folder.uri)
+        with reaching(folder.uri):
+            found = [entry["name"] for entry in fs.ls(root, detail=True) if entry["type"] == "directory"]
+        names += [PurePosixPath(path).name for path in found]
+    return difflib.get_close_matches(text, names, 1, ALIKE)
 
 
 # --- the index ------------------------------------------------------------------------------------
@@ -431,15 +497,24 @@ def _sheet_path(output: str | None, text: str, images: Sequence[Path]) -> Path:
     """Return where the contact sheet goes: never over one of the images.
 
     Raises:
-        InputError: no PNG, or one of the images.
+        InputError: no PNG, one of the images, or in a folder that does not exist.
 
     """
     path = _path(output) if output else SHEETS / f"{_name(text)}.png"
     if path.suffix.lower() != ".png":
         raise InputError(f"--output is {output}: --output must end in .png")
-    if path.is_dir() or any(path.exists() and path.samefile(image) for image in images):
+    if path.is_dir() or any(_is_same(path, image) for image in images):
         raise InputError(f"the contact sheet cannot replace {path}: name another file with --output")
+    if output and not path.parent.is_dir():
+        raise InputError(f"--output is {output}: there is no folder {path.parent}; create it first")
     return path
+
+
+def _is_same(one: Path, other: Path) -> bool:
+    try:
+        return one.samefile(other)
+    except OSError:
+        return False
 
 
 def _name(text: str) -> str:

@@ -1,4 +1,4 @@
-"""The one partition dimension: a seed set is a data set with a history of its own.
+"""The partitions: a seed set is a data set with a history of its own, a shard a part of a built index.
 
 Dagster's concept: https://docs.dagster.io/guides/build/partitions-and-backfills
 """
@@ -9,6 +9,8 @@ from laion_assets.io.errors import InputError
 
 SEED_SETS = "seed_sets"
 seed_sets = dg.DynamicPartitionsDefinition(name=SEED_SETS)
+SHARDS = "index_shards"
+index_shards = dg.DynamicPartitionsDefinition(name=SHARDS)
 
 
 def require_seed_set(context: dg.AssetExecutionContext) -> None:

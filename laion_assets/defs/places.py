@@ -14,6 +14,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
+from laion_assets.build import SHARD_ROWS
 from laion_assets.defs.kubernetes.placement import NvmeNode
 from laion_assets.defs.settings import FIELDS, variable_of
 from laion_assets.io.errors import InputError
@@ -32,6 +33,10 @@ def _columns(text: Any) -> Any:
     if any(len(pair) != 2 or pair[0].strip() not in ("url", "caption") for pair in pairs):
         raise ValueError("write it as url=<column>,caption=<column>")
     return {ours.strip(): theirs.strip() for ours, theirs in pairs}
+
+
+def _names(text: Any) -> Any:
+    return tuple(name.strip() for name in text.split(",")) if isinstance(text, str) else text
 
 
 def _bytes(text: Any) -> Any:
@@ -114,6 +119,54 @@ class Places(BaseModel):
         "auto",
         description="Where the model runs: `cuda` needs onnxruntime-gpu, `auto` uses the GPU if "
         "available",
+    )
+    embeddings_uri: str | None = Field(
+        None,
+        description="Folder of published embeddings, a local path or any fsspec URL: the index at "
+        "LAION_INDEX_URI is then built from them",
+    )
+    embeddings_layout: Literal["clip-retrieval", "laion", "datacomp", "parquet"] | None = Field(
+        None,
+        description="How the embeddings are laid out",
+        json_schema_extra={"shown": "detected", "example": "datacomp"},
+    )
+    embeddings_key: str | None = Field(
+        None,
+        description="Which vectors of files that hold several: a name in DataComp's `.npz`, or a column",
+        json_schema_extra={"shown": "`l14_img`, or the only column of vectors", "example": "l14_img"},
+    )
+    embeddings_columns: Annotated[tuple[str, ...] | None, BeforeValidator(_names)] = Field(
+        None,
+        description="Columns of the metadata that the index keeps, with commas",
+        json_schema_extra={"shown": "all", "example": "url,text,original_width"},
+    )
+    embeddings_model: str | None = Field(
+        None,
+        description="Name of the model that made the embeddings, written to `model.json`",
+        json_schema_extra={"shown": "known for DataComp", "example": "openai/clip-vit-large-patch14"},
+    )
+    build_uri: str | None = Field(
+        None,
+        description="Folder for what a build leaves between its steps: a local path or any fsspec URL",
+        json_schema_extra={"shown": "`<LAION_INDEX_URI>.build`"},
+    )
+    index_key: str | None = Field(
+        None,
+        description="faiss factory key of the index",
+        json_schema_extra={
+            "shown": "chosen by the number of rows",
+            "example": "OPQ128_896,IVF16384_HNSW32,PQ128x8",
+        },
+    )
+    bytes_per_row: int | None = Field(
+        None,
+        gt=8,
+        description="Bytes of the index a row, for the choice of the key",
+        json_schema_extra={"shown": "136 where codes are compressed", "example": "136"},
+    )
+    shard_rows: int = Field(SHARD_ROWS, gt=0, description="Rows of a shard, about: whole input files")
+    min_recall: float = Field(
+        0.5, ge=0, le=1, description="The check of a built index warns below this recall@100"
     )
     seeds_uri: str = _place(
         "seeds", "Folder of the seed sets, a subfolder each: a local path or any fsspec URL"

@@ -15,6 +15,7 @@ from typing import Any
 
 import dagster as dg
 
+from laion_assets.build import Build, Request
 from laion_assets.defs.io_manager import ParquetIOManager, Tables
 from laion_assets.defs.places import Places
 from laion_assets.defs.settings import Defaults, RetrievalConfig
@@ -42,6 +43,8 @@ from laion_assets.staging import (
     verified_manifest,
     version_of,
 )
+
+EMBEDDINGS = "embeddings_uri"
 
 
 @dataclass(frozen=True)
@@ -219,6 +222,52 @@ class Embedder:
 
 
 @dataclass(frozen=True)
+class IndexBuilder:
+    """Builds the index from published embeddings.
+
+    Attributes:
+        request: what is built; None where LAION_EMBEDDINGS_URI is not set.
+        min_recall: recall@100 below which a check warns.
+
+    """
+
+    request: Request | None
+    min_recall: float
+
+    @classmethod
+    def at(cls, places: Places) -> IndexBuilder:
+        """Take the places of the embeddings and of the index."""
+        if places.embeddings_uri is None:
+            return cls(None, places.min_recall)
+        request = Request(
+            embeddings_uri=places.embeddings_uri,
+            index_uri=places.index_uri,
+            work_uri=places.build_uri or "",
+            layout=places.embeddings_layout,
+            key=places.embeddings_key,
+            index_key=places.index_key,
+            bytes_per_row=places.bytes_per_row,
+            shard_rows=places.shard_rows,
+            columns=places.embeddings_columns,
+            model=ModelRecord(places.embeddings_model),
+        )
+        return cls(request, places.min_recall)
+
+    def open(self, log: Callable[[str], None]) -> Build:
+        """Return the build and its steps.
+
+        Raises:
+            InputError: LAION_EMBEDDINGS_URI is not set.
+
+        """
+        if self.request is None:
+            raise InputError(
+                "no embeddings are set to build an index from: name their folder", EMBEDDINGS
+            )
+        return Build(self.request, log)
+
+
+@dataclass(frozen=True)
 class Pictures:
     """What the UI shows where the metadata has no thumbnails.
 
@@ -243,6 +292,7 @@ def resources_from(environment: Mapping[str, str]) -> dict[str, Any]:
         "laion_index": _shown(LaionIndex.at(places)),
         "seeds": _shown(SeedFolder(places.seeds_uri)),
         "embedder": _shown(Embedder.at(places)),
+        "index_builder": _shown(IndexBuilder.at(places)),
         "pictures": _shown(Pictures(remote=places.show_remote_pictures)),
         "defaults": _shown(Defaults.from_environment(environment)),
         "tables": _shown(tables),

@@ -180,6 +180,11 @@ def build_seed_sets_sensor(job: dg.UnresolvedAssetJobDefinition) -> dg.SensorDef
         )
         registered = instance.get_dynamic_partitions(SEED_SETS)
         removed = [name for name in registered if name in known and name not in listing.sets]
+        unmade = [
+            name for name, version in versions.items() if known.get(name) == version != done.get(name)
+        ]
+        # Of as many as are shown: each takes a query.
+        failed = [name for name in unmade[:NAMES_SHOWN] if _last_run_failed(instance, name)]
         settings = list(
             _changed_settings(
                 instance,
@@ -192,13 +197,13 @@ def build_seed_sets_sensor(job: dg.UnresolvedAssetJobDefinition) -> dg.SensorDef
         news = {
             "running": [_with_contents(present[name]) for name in decision.run],
             "waiting for": [_with_contents(present[name]) for name in decision.waiting],
-            "not materialized yet:": [
-                name for name, version in versions.items() if known.get(name) == version != done.get(name)
-            ],
+            "failed, runs again once changed:": failed,
+            "not materialized yet:": [name for name in unmade if name not in failed],
             "settings changed:": [
                 version.seed_set or "" for version in settings if version.metadata[CHANGED] != FIRST
             ],
-            "removed, tables kept:": removed,
+            "removed, tables kept until you delete them:": [name for name in removed if name in done],
+            "removed:": [name for name in removed if name not in done],
             "invalid names:": [repr(name) for name in listing.sets if name not in present],
             "ignored files:": listing.ignored,
         }

@@ -49,7 +49,14 @@ retrieval_settings = dg.AssetSpec(
     "environment, the block list. External: when they change, the URL tables are stale, and the "
     "observation says what changed. Values from the Launchpad hold for one run and are not part of it.",
 )
-SOURCES = (laion_index_source, seed_folder, retrieval_settings)
+embedding_files = dg.AssetSpec(
+    "embedding_files",
+    group_name="build",
+    kinds={"numpy", "parquet"},
+    description="The published embeddings and their metadata at LAION_EMBEDDINGS_URI. External: a sensor "
+    "lists them, and builds what is new into the index.",
+)
+SOURCES = (seed_folder, retrieval_settings)
 
 
 @dataclass(frozen=True)

@@ -4,18 +4,33 @@
 """
 
 from laion_assets.index.decoder import Decoder
-from laion_assets.index.faiss_index import Index
+from laion_assets.index.faiss_index import Index, nprobe_rule
 from laion_assets.index.in_place import open_folder
+from laion_assets.index.inverted_lists import ID_SIZE
+from laion_assets.index.layout import (
+    INVERTED_LISTS,
+    METADATA_FOLDER,
+    POPULATED_INDEX,
+    PUBLISHING,
+    SINGLE_INDEX,
+)
 from laion_assets.index.metadata import Metadata
 from laion_assets.index.model_record import MODEL_RECORD, ModelRecord, read_model_record
 from laion_assets.index.vectors import unit
 
 __all__ = [
+    "ID_SIZE",
+    "INVERTED_LISTS",
+    "METADATA_FOLDER",
     "MODEL_RECORD",
+    "POPULATED_INDEX",
+    "PUBLISHING",
+    "SINGLE_INDEX",
     "Decoder",
     "Index",
     "Metadata",
     "ModelRecord",
+    "nprobe_rule",
     "open_folder",
     "read_model_record",
     "unit",

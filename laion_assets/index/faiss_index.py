@@ -96,10 +96,7 @@ class Index:
         return 0 if self._ivf is None else int(self._ivf.nlist)
 
     def nprobe_for(self, k: int, wanted: int | None = None) -> int | None:
-        """Return how many lists to probe to find k rows; None where there are no lists.
-
-        A stored nprobe is often 1, and a search returns only rows of the probed lists. At the average
-        length of a list, k rows need k / length lists, and good ones need several times that.
+        """Return how many lists to probe to find k rows, see `nprobe_rule`; None without lists.
 
         Args:
             k: rows requested.
@@ -108,8 +105,7 @@ class Index:
         """
         if self._ivf is None:
             return None
-        enough = -(-CANDIDATES_PER_RESULT * k * self.nlist // max(self.rows, 1))
-        return min(wanted or max(MIN_NPROBE, enough), self.nlist)
+        return min(wanted, self.nlist) if wanted else nprobe_rule(k, self.nlist, self.rows)
 
     def search(self, queries: Floats, k: int, nprobe: int | None) -> Hits:
         """Find the k rows with the largest inner product with each query.
@@ -314,6 +310,22 @@ class Index:
             # The graph must visit more lists than nprobe to find the nearest ones.
             quantizer.hnsw.efSearch = 2 * nprobe
         return faiss.SearchParametersIVF(nprobe=nprobe)
+
+
+def nprobe_rule(k: int, lists: int, rows: int) -> int:
+    """Return how many lists to probe to find k rows.
+
+    A stored nprobe is often 1, and a search returns only rows of the probed lists. At the average length
+    of a list, k rows need k / length lists, and good ones need several times that.
+
+    Args:
+        k: rows requested.
+        lists: that the index has.
+        rows: that it has.
+
+    """
+    enough = -(-CANDIDATES_PER_RESULT * k * lists // max(rows, 1))
+    return min(max(MIN_NPROBE, enough), lists)
 
 
 def _read_index(path: Path, *, on_disk_lists: bool) -> Any:

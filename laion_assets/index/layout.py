@@ -9,6 +9,7 @@ SINGLE_INDEX = "image.index"
 POPULATED_INDEX = "image.index/populated.index"
 INVERTED_LISTS = "image.index/merged_index.ivfdata"
 METADATA_FOLDER = "metadata"
+PUBLISHING = ".publishing"  # marks an index in a bucket whose objects are being replaced
 METADATA_SUFFIXES = (".arrow", ".parquet")  # Arrow first: it is read without unpacking
 
 

@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import fcntl
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
 from typing import IO, Any
+
+from laion_assets.io.storage import writing
 
 
 def lock_exclusively(file: IO[Any], before_waiting: Callable[[], object]) -> None:
@@ -20,3 +24,23 @@ def lock_exclusively(file: IO[Any], before_waiting: Callable[[], object]) -> Non
     except BlockingIOError:
         before_waiting()
         fcntl.flock(file, fcntl.LOCK_EX)
+
+
+@contextmanager
+def locked(path: Path, before_waiting: Callable[[], object]) -> Iterator[None]:
+    """Hold the lock on a file, which is created if needed and stays.
+
+    Args:
+        path: of the file.
+        before_waiting: see `lock_exclusively`.
+
+    Raises:
+        InputError: the file cannot be created.
+
+    """
+    with writing(str(path)):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        file = path.open("ab")
+    with file:
+        lock_exclusively(file, before_waiting)
+        yield

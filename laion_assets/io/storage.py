@@ -209,12 +209,21 @@ def new_file(uri: str, about: str | None = None) -> Iterator[BinaryIO]:
 
     """
     fs, path = open_storage(uri, about)
+    with writing(uri, about), _local_file(Path(path)) if is_local(fs) else _object(fs, path) as sink:
+        yield sink
+
+
+@contextlib.contextmanager
+def writing(uri: str, about: str | None = None) -> Iterator[None]:
+    """Convert errors of writes in this block to one sentence with the remedy, as `reaching` does.
+
+    Raises:
+        InputError: no space, no write access, or an error of the bucket.
+
+    """
     try:
-        with (
-            reaching(uri, about),
-            _local_file(Path(path)) if is_local(fs) else _object(fs, path) as sink,
-        ):
-            yield sink
+        with reaching(uri, about):
+            yield
     except OSError as error:
         if not isinstance(error, PermissionError) and error.errno not in WRITE_ERRORS:
             raise

@@ -164,7 +164,7 @@ def _too_large(error: Exception) -> str:
 def _damage(error: Exception) -> str:
     said = (str(error).strip().splitlines() or [type(error).__name__])[0]
     if "truncated" in said.lower():
-        return f"is truncated ({said}): copy it again"
+        return "is truncated: copy it again"
     return f"is damaged ({said}): save it again as JPEG or PNG"
 
 

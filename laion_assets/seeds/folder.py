@@ -18,7 +18,15 @@ import google_crc32c
 
 from laion_assets.io.checksums import checksum_text, fingerprint
 from laion_assets.io.errors import InputError
-from laion_assets.io.storage import Listed, first_line, is_regular, list_files, open_storage, reaching
+from laion_assets.io.storage import (
+    Listed,
+    first_line,
+    is_local,
+    is_regular,
+    list_files,
+    open_storage,
+    reaching,
+)
 from laion_assets.io.text import printable
 from laion_assets.seeds.decoding import EXTENSIONS
 from laion_assets.seeds.prompts import PROMPTS_FILE
@@ -28,6 +36,7 @@ from laion_assets.seeds.seed_files import NOT_REGULAR, SeedFile
 SEEDS_URI = "seeds_uri"  # the parameter that errors are about
 CLIP_RETRIEVAL_FOLDER = "img_emb/"
 UNREADABLE_IMAGES = (".svg", ".heic", ".heif")  # meant as seeds, and reported when they are embedded
+LINKED = "(a linked folder, which is not followed)"
 CLIP_RETRIEVAL_OTHERS = ("text_emb/", "metadata/", "stats/")  # in the same output folder
 
 
@@ -215,7 +224,8 @@ class _Folder:
         elif _may_hold_settings(name):
             self._settings.append(_seed_file(fs, name, listed))
         else:
-            self._others.append(printable(name))
+            is_linked_folder = is_local(fs) and fs.isdir(listed.path)
+            self._others.append(str(PurePosixPath(printable(name), LINKED if is_linked_folder else "")))
 
     def seed_set(self, name: str) -> SeedSet:
         """Return the set: embeddings win over images; of clip-retrieval's output, those of images."""

@@ -6,7 +6,7 @@ import hashlib
 import json
 import shutil
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -110,6 +110,9 @@ class _Source:
         try:
             with reaching(uri, MODEL):
                 listed = {file.name: file for file in list_files(self._fs, root)}
+                if not listed:  # listing all files below ignores errors
+                    with suppress(FileNotFoundError):
+                        self._fs.ls(root)
                 chosen = choose_files(Path(), listed, uri).names
                 self._files = {name: self._source_file(listed[name]) for name in chosen}
         except InputError:

@@ -23,6 +23,8 @@ HALF = (0.5, 0.5, 0.5)
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 LONGEST_RESIZED = 16_000_000  # pixels; of an image that resizes to more, only what is kept is resized
 MAX_EDGE = 4096  # of what a model takes
+# Beyond these, images become constant or infinite. Means and deviations may be of values up to 255.
+FACTORS, MEANS, DEVIATIONS = (1e-6, 1), (-1000, 1000), (1e-3, 1000)
 
 _CLIP = {
     "size": {"shortest_edge": 224},
@@ -56,6 +58,7 @@ DEFAULTS: Mapping[str, Mapping[str, Any]] = {
 edge where the default names one, and a square otherwise."""
 SUFFIXES = ("ImageProcessorFast", "ImageProcessorPil", "ImageProcessor", "FeatureExtractor")
 UNSUPPORTED = ("do_pad", "rescale_offset", "do_color_quantize", "do_flip_channel_order")
+SWITCHES = ("do_resize", "do_center_crop", "do_rescale", "do_normalize", *UNSUPPORTED)
 
 
 @dataclass(frozen=True, eq=False)
@@ -149,6 +152,9 @@ def read_preprocessing(path: Path) -> Preprocessing:
             f"is for the image processor {printable(str(kind))}, which is not supported (supported are "
             f"those of {', '.join(DEFAULTS)}): use another model",
         )
+    for switch in SWITCHES:
+        if not isinstance(config.get(switch), bool | None):
+            _refuse(path, f"has {switch} {config[switch]!r}: it has to be true or false")
     for step in UNSUPPORTED:
         if config.get(step):
             _refuse(path, f"asks for {step}, which is not supported: use another model")
@@ -172,15 +178,11 @@ def _parsed(path: Path, config: Mapping[str, Any], defaults: Mapping[str, Any]) 
             "leaves images of different sizes, which cannot be embedded together: it has to name a "
             "crop_size, or the height and width of size",
         )
-    try:
-        resample = Image.Resampling(config["resample"])
-    except ValueError as error:
-        _refuse(
-            path,
-            f"has resample {config['resample']!r}, which is no filter of Pillow's: correct it",
-            error,
-        )
-    return Preprocessing(resize, resample, crop, _values(path, config))
+    filters: list[Any] = [each.value for each in Image.Resampling]
+    resample = config["resample"]
+    if isinstance(resample, bool) or resample not in filters:
+        _refuse(path, f"has resample {resample!r}, which is no filter of Pillow's: correct it")
+    return Preprocessing(resize, Image.Resampling(resample), crop, _values(path, config))
 
 
 def _size(path: Path, name: str, value: Any, square: bool) -> int | tuple[int, int]:
@@ -211,25 +213,32 @@ def _values(path: Path, config: Mapping[str, Any]) -> Floats:
     """Rescale and normalise every value that a channel can have, as transformers does."""
     values = np.tile(np.arange(256, dtype=np.float64), (3, 1))
     if config.get("do_rescale", True):
-        values *= _numbers(path, "rescale_factor", config.get("rescale_factor", 1 / 255))[:, None]
+        values *= _numbers(path, "rescale_factor", config.get("rescale_factor", 1 / 255), FACTORS)
     made: Floats = values.astype(np.float32)
     if config.get("do_normalize", True):
-        mean, std = (_numbers(path, name, config[name]) for name in ("image_mean", "image_std"))
-        if not std.all():
-            _refuse(path, "has image_std 0, by which nothing can be divided: correct it")
-        made = (made - mean.astype(np.float32)[:, None]) / std.astype(np.float32)[:, None]
+        mean = _numbers(path, "image_mean", config["image_mean"], MEANS)
+        std = _numbers(path, "image_std", config["image_std"], DEVIATIONS)
+        made = (made - mean.astype(np.float32)) / std.astype(np.float32)
     return made
 
 
-def _numbers(path: Path, name: str, value: Any) -> np.ndarray[Any, np.dtype[np.float64]]:
-    """Read one number for all channels, or one for each."""
-    try:
-        numbers = np.broadcast_to(np.asarray(value, np.float64), (3,))
-    except (ValueError, TypeError):
-        numbers = np.full(3, np.nan)
-    if not np.isfinite(numbers).all():
-        _refuse(path, f"has {name} {value!r}: it has to be a number, or one for each of 3 channels")
-    return numbers
+def _numbers(
+    path: Path, name: str, value: Any, bounds: tuple[float, float]
+) -> np.ndarray[Any, np.dtype[np.float64]]:
+    """Read one number for all channels, or one for each, as a column of one or three."""
+    each = value if isinstance(value, list | tuple) else (value,)
+    low, high = bounds
+    if len(each) not in (1, 3) or not all(_is_number(n) and low <= n <= high for n in each):
+        _refuse(
+            path,
+            f"has {name} {value!r}: it has to be a number from {low:g} to {high:g}, or one for each of 3 "
+            "channels",
+        )
+    return np.array(each, np.float64)[:, None]
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
 
 
 def _refuse(path: Path, problem: str, cause: Exception | None = None) -> NoReturn:

@@ -21,6 +21,7 @@ from laion_assets.seeds.model_folder import CONFIG, MODEL, TOKENIZER, TOKENIZER_
 
 PROMPTS_FILE = "prompts.txt"
 COMMENT = "#"
+CONTROL = re.compile(r"[\0-\x08\x0a-\x1f\x7f-\x9f]")
 BATCH = 32
 CLIP_CONTEXT = 77  # tokens
 CLIP_PADDING = "<|endoftext|>"
@@ -82,7 +83,7 @@ def read_prompts(data: bytes, name: str = PROMPTS_FILE) -> tuple[Prompt, ...]:
         name: of the file, for people.
 
     Raises:
-        InputError: it is not UTF-8.
+        InputError: it is not UTF-8, or a prompt holds a control character other than a tab.
 
     """
     if data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
@@ -96,8 +97,15 @@ def read_prompts(data: bytes, name: str = PROMPTS_FILE) -> tuple[Prompt, ...]:
             f"{name} line {line} is not UTF-8 (byte {data[error.start]:#04x}): save the file as UTF-8"
         ) from error
     lines = enumerate(re.split(r"\r\n|\r|\n", text), 1)
-    prompts = (Prompt(line, text.strip()) for line, text in lines)
-    return tuple(prompt for prompt in prompts if prompt.text and not prompt.text.startswith(COMMENT))
+    stripped = (Prompt(line, text.strip()) for line, text in lines)
+    prompts = tuple(p for p in stripped if p.text and not p.text.startswith(COMMENT))
+    for prompt in prompts:
+        if control := CONTROL.search(prompt.text):
+            raise InputError(
+                f"{name} line {prompt.line} holds the control character U+{ord(control[0]):04X}: remove "
+                "it, or save the file as UTF-8 if it is UTF-16"
+            )
+    return prompts
 
 
 def embed_prompts(

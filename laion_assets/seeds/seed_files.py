@@ -13,7 +13,7 @@ from laion_assets.io.storage import first_line, is_local, is_regular
 
 SEED_FILES_AT_ONCE = 64
 SEED_BYTES_AT_ONCE = 64 << 20
-NOT_REGULAR = "not a regular file: remove it"
+NOT_REGULAR = "neither a file nor a link to one: remove it"
 
 
 @dataclass(frozen=True, slots=True)

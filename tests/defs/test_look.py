@@ -1,7 +1,9 @@
 """A quick look around images: the real demo, its index and its model."""
 
+import errno
 import io
 import json
+import os
 import shutil
 import sys
 import threading
@@ -123,6 +125,11 @@ def test_a_prompt_is_looked_for_with_a_model_of_texts(place, demo, tmp_path):
     image = min((demo.images / "fruit").iterdir()).read_bytes()
     write(Path("both"), {"a.webp": image, "prompts.txt": b"# colours\nred\ngreen\n"})
     both = look("both", place | {"LAION_MODEL": str(model)}, top=5)
+    write(Path("texts"), {"prompts.txt": b"red\ngreen\n"})
+    texts = look("texts", place | {"LAION_MODEL": str(model)}, top=5)
+    assert texts.about.endswith("around 2 prompts, in order of rank around any prompt")
+    fruits = look("fruits", place | {"LAION_MODEL": str(model)}, top=5)
+    assert fruits.notes == ("'fruits' is taken for a prompt, not for 'fruit'",)
     order = ", in order of rank around any image or prompt"
     assert both.about.endswith(f"around 1 image and 2 prompts{order}")
     of_set = {"LAION_MODEL": str(model), "LAION_SEEDS_URI": str(tmp_path)}
@@ -147,8 +154,10 @@ def test_a_seed_set_is_named_as_in_materialize(place, demo):
     assert look("fruit", place, top=1).about.startswith("the best of 3,0")  # the path comes first
     with pytest.raises(InputError, match=r"house\.jpg does not exist"):
         look("house.jpg", place)
-    with pytest.raises(InputError, match="embeds images only"):
+    with pytest.raises(InputError, match=r"^the model .* embeds images only"):
         look("no-set", place)
+    with pytest.raises(InputError, match=r"'fruti' is taken for a prompt, not for 'fruit'.* images only"):
+        look("fruti", place)
 
 
 def test_a_seed_set_may_hold_vectors_and_settings(place, tmp_path):
@@ -200,6 +209,36 @@ def test_a_bad_image_is_named_and_the_others_are_looked_for(place, demo):
     write(Path("bad"), {"a.jpg": b"hello"})
     with pytest.raises(InputError, match=r"no image can be embedded: bad/a\.jpg is text"):
         look("bad", place)
+
+
+def test_what_is_no_file_is_named_and_the_others_are_looked_for(place, demo, monkeypatch):
+    good = min((demo.images / "fruit").iterdir()).read_bytes()
+    write(Path("mine"), {"a.webp": good, "failing.webp": good})
+    for name, target in (("gone.png", "nothing"), ("loop.png", "loop.png"), ("linked", demo.images)):
+        Path("mine", name).symlink_to(target)
+    os.mkfifo("mine/pipe.png")
+
+    read_bytes = Path.read_bytes
+
+    def read(path: Path) -> bytes:
+        if path.name == "failing.webp":
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+        return read_bytes(path)
+
+    monkeypatch.setattr(Path, "read_bytes", read)
+    found = look("mine", place, top=3)
+    assert "around 1 image" in found.about
+    unfollowed = "which cannot be followed"
+    assert found.notes == (
+        f"mine/gone.png is a link to nothing, {unfollowed} (No such file or directory)",
+        "mine/linked is a link to a folder, which is not followed",
+        f"mine/loop.png is a link to loop.png, {unfollowed} (Too many levels of symbolic links)",
+        "mine/pipe.png is neither a file nor a folder",
+        "mine/failing.webp cannot be read (Input/output error)",
+    )
+    for number in range(12):
+        os.mkfifo(f"mine/{number}.png")
+    assert look("mine", place, top=3).notes[10] == "6 more are left out"
 
 
 def test_a_prompt_needs_a_model_of_texts(place, tmp_path):
@@ -260,14 +299,19 @@ def test_the_number_of_rows_has_bounds(place, top):
         ("picturse/", "did you mean pictures"),
         ("empty", "holds no images"),
         ("/dev/null", "neither a file nor a folder"),
+        ("loop.png", r"loop\.png is a link to loop\.png, .* \(Too many levels of symbolic links\)"),
+        ("a dangling link", "a dangling link is a link to nowhere, which cannot be followed"),
     ],
 )
 @pytest.mark.usefixtures("place")
 def test_a_path_that_cannot_be_used_is_no_prompt(text, said):
     write(Path("pictures"), {"a.png": b""})
     write(Path("empty"), {"notes.txt": b"", ".hidden.png": b"", "_tmp/a.png": b""})
-    with pytest.raises(InputError, match=said):
+    for name, target in (("loop.png", "loop.png"), ("a dangling link", "nowhere")):
+        Path(name).symlink_to(target)
+    with pytest.raises(InputError, match=said) as refused:
         images_at(text)
+    assert f"did you mean {text}" not in str(refused.value)
 
 
 @pytest.mark.parametrize(
@@ -297,7 +341,10 @@ def test_the_sheet_never_replaces_an_image(place, demo):
     with pytest.raises(InputError, match="cannot replace"):
         look("mine", place | {"LAION_SEEDS_URI": "seeds"}, output="seeds/mine/a.png")
     assert contents(Path("data")) == {"look/mine.png": picture.getvalue()}
-    found = look("data/look/mine.png", place, top=3, output="deep/er/mine.PNG")
+    with pytest.raises(InputError, match=r"--output is deep/er/mine\.PNG: there is no folder deep/er"):
+        look("data/look/mine.png", place, top=3, output="deep/er/mine.PNG")
+    Path("deep").mkdir()
+    found = look("data/look/mine.png", place, top=3, output="deep/mine.PNG")
     assert sheet(found.sheet).height > 100
 
 

@@ -85,7 +85,7 @@ def test_a_broken_set_holds_up_no_other_and_runs_when_it_was_mended(ticks):
     assert "broken/a.npy" in failures(ticks.project.run("broken", "seed_embeddings"))["seed_embeddings"]
     assert ticks.project.run("good", "seed_embeddings").success
     assert [ticks.tick() for _ in range(3)] == [[]] * 3  # a failure is not tried again by itself
-    assert ticks.said == "not materialized yet: broken; 2 seed sets"
+    assert ticks.said == "failed, runs again once changed: broken; 2 seed sets"
     put(ticks, "broken", 5)
     assert [ticks.tick_and_work() for _ in range(3)] == [[], ["broken"], []]
 
@@ -105,7 +105,7 @@ def test_a_state_that_is_restored_runs_again_only_if_the_last_run_failed(ticks):
     told = failures(ticks.project.run("cats", "seed_embeddings"))["seed_embeddings"]
     assert "did you mean nprobe?" in told
     assert ticks.tick() == []
-    assert ticks.said == "not materialized yet: cats; 1 seed set"
+    assert ticks.said == "failed, runs again once changed: cats; 1 seed set"
     settings.unlink()
     assert [ticks.tick_and_work() for _ in range(4)] == [[], ["cats"], [], []]
     assert ticks.said == "nothing new; 1 seed set"
@@ -167,7 +167,7 @@ def test_a_set_that_is_removed_is_reported_once_and_keeps_what_was_made_of_it(ti
     away = (ticks.project.seeds / "cats").rename(ticks.project.seeds.with_name("away"))
     ticks.reported.clear()
     assert [ticks.tick() for _ in range(3)] == [[]] * 3
-    assert ticks.said == "removed, tables kept: cats; 1 seed set"
+    assert ticks.said == "removed, tables kept until you delete them: cats; 1 seed set"
     assert ticks.reported == [("seed_folder", "cats")]
     assert version_of_cats(ticks) == "removed"
     assert ticks.project.instance.get_dynamic_partitions("seed_sets") == ["cats", "dogs"]
@@ -178,13 +178,22 @@ def test_a_set_that_is_removed_is_reported_once_and_keeps_what_was_made_of_it(ti
     assert version_of_cats(ticks) == SeedFolder(str(ticks.project.seeds)).find("cats").fingerprint
 
 
+def test_a_set_that_is_removed_before_anything_was_made_of_it_has_no_tables(ticks):
+    put(ticks, "cats")
+    assert [ticks.tick() for _ in range(4)] == [[], ["cats"], [], []]
+    assert ticks.said == "not materialized yet: cats; 1 seed set"
+    shutil.rmtree(ticks.project.seeds / "cats")
+    assert ticks.tick() == []
+    assert ticks.said == "removed: cats; 0 seed sets"
+
+
 def test_a_folder_that_was_emptied_is_as_one_that_is_gone(ticks):
     put(ticks, "cats")
     assert [ticks.tick_and_work() for _ in range(3)] == [[], ["cats"], []]
     (ticks.project.seeds / "cats" / "a.npy").unlink()
     (ticks.project.seeds / "cats" / "settings.yaml").write_text("nprobe: 5")
     assert ticks.tick() == []
-    assert ticks.said == "removed, tables kept: cats; 0 seed sets"
+    assert ticks.said == "removed, tables kept until you delete them: cats; 0 seed sets"
     assert version_of_cats(ticks) == "removed"
 
 

@@ -324,7 +324,7 @@ def with_size(width: int, height: int) -> bytes:
 
 BAD = {
     "nothing": (b"", "is empty (0 bytes)"),
-    "a truncated JPEG": (JPEG[: len(JPEG) // 2], "is truncated"),
+    "a truncated JPEG": (JPEG[: len(JPEG) // 2], "is truncated: copy it again"),
     "a truncated PNG": (saved(noise(300, 200))[:3000], "is truncated"),
     "a truncated WebP": (saved(noise(300, 200), "WEBP")[:300], "damaged"),
     "a truncated AVIF": (saved(noise(300, 200), "AVIF")[:300], "damaged"),

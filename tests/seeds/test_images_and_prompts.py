@@ -227,10 +227,21 @@ def test_a_pipe_or_a_device_is_named_and_never_opened(tmp_path, model):
     os.mkfifo(tmp_path / "other" / "prompts.txt")
     bad = {image.name: image.reason for image in read(tmp_path, model, max_bad_images=0.5).bad_images}
     assert set(bad) == {"pipe.jpg", "device.jpg"}
-    assert all("not a regular file: remove it" in reason for reason in bad.values())
+    assert all("neither a file nor a link to one: remove it" in reason for reason in bad.values())
     listed = find_seed_set(str(tmp_path), "other")
-    with pytest.raises(InputError, match="not a regular file"):
+    with pytest.raises(InputError, match="neither a file nor a link to one"):
         read_seeds(str(tmp_path), listed, model)
+
+
+def test_linked_folders_are_named_and_not_followed(tmp_path):
+    write(tmp_path / "elsewhere", {"a.png": encoded()})
+    write(tmp_path / "seeds" / "set", {"b.png": encoded()})
+    for link in ("set/more", "cats"):
+        (tmp_path / "seeds" / link).symlink_to(tmp_path / "elsewhere")
+    listing = list_folder(str(tmp_path / "seeds"))
+    assert [image.name for image in listing.sets["set"].images] == ["b.png"]
+    why = "(a linked folder, which is not followed)"
+    assert listing.ignored == (f"cats/{why}", f"set/more/{why}")
 
 
 def test_names_are_escaped_where_a_terminal_or_utf8_would_stumble(tmp_path, model):

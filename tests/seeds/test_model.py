@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import socket
 import threading
 from collections.abc import Iterator
 from functools import partial
@@ -197,7 +198,20 @@ def test_a_folder_that_is_not_there_is_named(tmp_path):
         ({"do_center_crop": True, "crop_size": "big"}, "has crop_size 'big'"),
         ({"resample": 17}, "has resample 17"),
         ({"image_mean": [0, 0]}, "has image_mean [0, 0]"),
-        ({"image_std": [1, 0, 1]}, "has image_std 0"),
+        ({"image_std": [1, 0, 1]}, "has image_std [1, 0, 1]"),
+        ({"image_std": -0.5}, "has image_std -0.5"),
+        ({"image_std": [1e-30] * 3}, "has image_std [1e-30, 1e-30, 1e-30]"),
+        ({"image_mean": float("nan")}, "has image_mean nan"),
+        ({"image_mean": ["0.5"] * 3}, "has image_mean ['0.5', '0.5', '0.5']"),
+        ({"rescale_factor": 0}, "has rescale_factor 0"),
+        ({"rescale_factor": -1}, "has rescale_factor -1"),
+        ({"rescale_factor": 255}, "has rescale_factor 255: it has to be a number from 1e-06 to 1"),
+        ({"rescale_factor": True}, "has rescale_factor True"),
+        ({"resample": True}, "has resample True"),
+        ({"do_resize": "false"}, "has do_resize 'false': it has to be true or false"),
+        ({"do_center_crop": 0}, "has do_center_crop 0"),
+        ({"do_normalize": []}, "has do_normalize []"),
+        ({"do_pad": "no"}, "has do_pad 'no'"),
         ({"rescale_factor": "1/255"}, "has rescale_factor '1/255'"),
         ({"do_pad": True}, "asks for do_pad"),
     ],
@@ -293,6 +307,17 @@ def test_a_source_that_is_gone_leaves_the_copy_in_use(remote):
 def test_a_source_without_a_model_is_named(tmp_path):
     with pytest.raises(InputError, match=r"memory://nothing has no onnx/vision_model\.onnx"):
         stage_model("memory://nothing", tmp_path, print)
+
+
+def test_a_source_that_cannot_be_reached_is_not_taken_for_an_empty_one(tmp_path):
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+    with pytest.raises(
+        InputError, match=rf"127\.0\.0\.1:{port}/ cannot be .*check the network"
+    ) as refused:
+        stage_model(f"http://127.0.0.1:{port}/", tmp_path, print)
+    assert "onnx" not in str(refused.value)
+    assert refused.value.about == "model"
 
 
 def test_no_byte_is_copied_to_a_disk_without_room(remote, monkeypatch):

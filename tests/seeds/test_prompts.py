@@ -34,7 +34,7 @@ def test_a_prompt_is_a_line_that_is_neither_empty_nor_a_comment():
     assert read_prompts(b"") == ()
 
 
-@given(st.lists(st.text(st.characters(exclude_characters="\r\n", exclude_categories=["Cs"]))))
+@given(st.lists(st.text(st.characters(exclude_characters="\r\n", exclude_categories=["Cc", "Cs"]))))
 def test_every_line_keeps_its_number(lines):
     prompts = read_prompts("\n".join(lines).encode())
     assert all(lines[prompt.line - 1].removeprefix("\ufeff").strip() == prompt.text for prompt in prompts)
@@ -47,9 +47,12 @@ def test_every_line_keeps_its_number(lines):
     [
         (b"a cat\r\ncaf\xe9\nmore", r"prompts.txt line 2 is not UTF-8 \(byte 0xe9\)"),
         ("a cat".encode("utf-16"), "prompts.txt is UTF-16: save it as UTF-8"),
+        ("# x\na cat".encode("utf-16-le"), r"prompts.txt line 2 .*U\+0000.* save the file as UTF-8"),
+        ("a cat".encode("utf-16-be"), r"prompts.txt line 1 .*U\+0000"),
+        (b"a cat\n\ta\tdog \n\x1b[31mred", r"prompts.txt line 3 .*U\+001B: remove it"),
     ],
 )
-def test_what_is_not_utf_8_is_named_with_its_line(data, told):
+def test_what_is_no_plain_utf_8_is_named_with_its_line(data, told):
     with pytest.raises(InputError, match=told):
         read_prompts(data)
 

@@ -4,19 +4,32 @@ from collections.abc import Sequence
 
 import dagster as dg
 
+from laion_assets.defs.assets.built_index import (
+    index_shards_asset,
+    laion_index_asset,
+    trained_index_asset,
+)
 from laion_assets.defs.assets.seed_embeddings import centroid_vector_asset, seed_embeddings_asset
 from laion_assets.defs.assets.staged_laion_index import staged_laion_index_asset
 from laion_assets.defs.assets.url_sets import centroid_urls_asset, combined_urls_asset, knn_urls_asset
 from laion_assets.defs.kubernetes.placement import Placement
+from laion_assets.defs.sources import laion_index_source
 
 
-def build_assets(placement: Placement) -> Sequence[dg.AssetsDefinition]:
-    """Define all assets, for where they run."""
+def build_assets(
+    placement: Placement, index: dg.AssetKey = laion_index_source.key
+) -> Sequence[dg.AssetsDefinition]:
+    """Define the assets of a seed set, for where they run and the index that they search."""
     return [
-        staged_laion_index_asset(placement),
+        staged_laion_index_asset(placement, index),
         seed_embeddings_asset(placement),
         centroid_vector_asset(placement),
         knn_urls_asset(placement),
         centroid_urls_asset(placement),
         combined_urls_asset(placement),
     ]
+
+
+def index_assets(placement: Placement) -> Sequence[dg.AssetsDefinition]:
+    """Define the assets that build an index, in order."""
+    return [trained_index_asset(placement), index_shards_asset(placement), laion_index_asset(placement)]

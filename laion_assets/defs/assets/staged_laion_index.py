@@ -24,12 +24,18 @@ NAME = "staged_laion_index"
 RECORD_SECONDS = 10  # Dagster records a materialization a moment after the index can be opened
 
 
-def staged_laion_index_asset(placement: Placement) -> dg.AssetsDefinition:
-    """Return the asset, with the pod that a placement gives it."""
+def staged_laion_index_asset(placement: Placement, source: dg.AssetKey) -> dg.AssetsDefinition:
+    """Return the asset, with the pod that a placement gives it.
+
+    Args:
+        placement: where it runs.
+        source: the index that is staged: an external asset, or one that is built.
+
+    """
     pod = placement.with_index(NAME)
 
     @dg.asset(
-        deps=[laion_index_source],
+        deps=[source],
         group_name="index",
         kinds={"faiss", "arrow"},
         pool="staging",
@@ -50,7 +56,8 @@ def staged_laion_index_asset(placement: Placement) -> dg.AssetsDefinition:
         with as_failures():
             require_seed_set(context)
             staged = laion_index.stage(context.log.info)
-            observe(context, Version(laion_index_source.key, staged.source_version))
+            if source == laion_index_source.key:
+                observe(context, Version(source, staged.source_version))
             with laion_index.open(context.log.info) as opened:
                 metadata = _figures(staged, laion_index) | _shape(opened)
                 results = checks.of_staged_index(opened, laion_index.cache_dir)

@@ -15,7 +15,7 @@ from laion_assets.io.arrays import Floats
 
 WIDTH = 900
 BINS = 40
-COLOURS = ("#4f6bed", "#e08a3c", "#3a9d6e")
+COLOURS = ("#4f6bed", "#e08a3c", "#3a9d6e", "#a04fb5")
 _MINUS = "\N{MINUS SIGN}"
 _FONT = "font-family='system-ui,sans-serif' font-size='13'"
 _INK, _PALE, _LOST, _AXIS = "#1f1d1a", "#7d7972", "#d9d5cc", "#c9c5bc"
@@ -87,6 +87,39 @@ def histogram(similarities: Mapping[str, Floats]) -> str:
         parts.append(_text(x[place], bottom + 14, f"{edges[place]:.2f}", "middle", _PALE))
     parts.append(_text(WIDTH / 2, bottom + 34, "similarity to the query", "middle", _PALE))
     return _svg(bottom + 46, parts)
+
+
+def recall_curves(shares: Mapping[str, Mapping[str, float]]) -> str:
+    """Draw recall against the number of probed lists, a curve for each number of results.
+
+    Args:
+        shares: recall by nprobe and then by number of results.
+
+    """
+    if not shares:
+        return _svg(40, [_text(WIDTH / 2, 20, "every search compares all rows", "middle", _PALE)])
+    nprobes = sorted(shares, key=int)
+    x = np.linspace(70, WIDTH - 160, max(len(nprobes), 2))[: len(nprobes)]
+    top, bottom = 20, _PLOT_HEIGHT + 20
+    parts = []
+    for share in (0, 0.25, 0.5, 0.75, 1):
+        y = bottom - (bottom - top) * share
+        parts.append(f"<path d='M60 {y:.0f}H{WIDTH - 150}' stroke='{_AXIS}'/>")
+        parts.append(_text(52, y, f"{share:.0%}", "end", _PALE))
+    parts += [_text(place, bottom + 16, n, "middle", _PALE) for place, n in zip(x, nprobes, strict=True)]
+    parts.append(_text(WIDTH / 2 - 45, bottom + 36, "inverted lists probed", "middle", _PALE))
+    for number, count in enumerate(shares[nprobes[-1]]):
+        colour = COLOURS[number % len(COLOURS)]
+        heights = [bottom - (bottom - top) * shares[n].get(count, 0) for n in nprobes]
+        points = " ".join(f"{a:.0f},{b:.1f}" for a, b in zip(x, heights, strict=True))
+        parts.append(f"<polyline points='{points}' fill='none' stroke='{colour}' stroke-width='2'/>")
+        label = f"recall@{int(count):,}: {shares[nprobes[-1]][count]:.0%}"
+        parts.append(
+            f"<rect x='{WIDTH - 140}' y='{14 + 22 * number}' width='12' height='12' rx='2' "
+            f"fill='{colour}'/>"
+        )
+        parts.append(_text(WIDTH - 122, 20 + 22 * number, label))
+    return _svg(bottom + 48, parts)
 
 
 def _text(x: float, y: float, text: str, anchor: str = "start", colour: str = _INK) -> str:

@@ -25,6 +25,7 @@ GPU = "nvidia.com/gpu"  # resource, and key of the taint
 ASSET_LABEL = "laion-assets/asset"
 CLAIM_LABEL = "laion-assets/claim"
 RUNS_ON_TAG = "laion_assets/runs_on"  # for people to search for in the UI; op tags decide
+BUILDING_RESOURCES = {"requests": {"cpu": "6", "memory": "16Gi"}, "limits": {"memory": "32Gi"}}
 ANY_NODE_RESOURCES = {"requests": {"cpu": "1", "memory": "4Gi"}, "limits": {"memory": "16Gi"}}
 
 
@@ -128,6 +129,10 @@ class Placement:
         """Return the pod of an asset that needs no index."""
         return self._pod("any_node", on_any_node(asset))
 
+    def building(self, asset: str) -> Pod:
+        """Return the pod of an asset that builds the index: many cores, on any node."""
+        return self._pod("any_node", on_any_node(asset, BUILDING_RESOURCES))
+
     def embedding(self, asset: str) -> Pod:
         """Return the pod of an asset that embeds images: with a GPU if LAION_EMBED_DEVICE is cuda."""
         gpu = self.embed_device == "cuda"
@@ -148,9 +153,11 @@ class Placement:
         return Pod({RUNS_ON_TAG: runs_on}, op_tags, self.retry_policy)
 
 
-def on_any_node(asset: str, *, gpu: bool = False) -> dict[str, Any]:
+def on_any_node(
+    asset: str, resources: Mapping[str, Any] = ANY_NODE_RESOURCES, *, gpu: bool = False
+) -> dict[str, Any]:
     """Return op tags of an asset that needs no index: enough to read, combine and write tables."""
-    requests, limits = ANY_NODE_RESOURCES["requests"], ANY_NODE_RESOURCES["limits"]
+    requests, limits = resources["requests"], resources["limits"]
     tolerations = [{"key": GPU, "operator": "Exists", "effect": "NoSchedule"}] if gpu else []
     return {
         "dagster-k8s/config": {

@@ -20,7 +20,7 @@ FetchJob = TypeVar("FetchJob")
 
 
 class StoppedError(Exception):
-    """Another job has failed, and this one ends."""
+    """The read was told to end, since another job has failed."""
 
 
 @dataclass(frozen=True)
@@ -128,40 +128,67 @@ class Fetcher:
             self._log(self._lines.get())
 
     def read(self, file: SourceFile, start: int, stop: int) -> Iterator[tuple[bytes, int]]:
-        """Yield the bytes from `start` to `stop` in pieces, each with its offset; for use in a job.
-
-        A transient error is retried from the last byte that was read.
+        """Yield the bytes from `start` to `stop` in pieces, see `read_range`; for use in a job.
 
         Raises:
-            ChangedError: the file is no longer as it was listed.
-            InputError: access is denied, or every retry failed.
             StoppedError: another job has failed.
 
         """
-        backoff = Backoff(file.url, self._stop, self.log)
-        at = start
-        while at < stop:
-            self._stats.add(reads=1)
-            try:
-                for data in self._reader.read(file, at, stop):
-                    if at + len(data) > stop:
-                        raise InputError(
-                            f"{file.url} cannot be read in parts, since its server returns more than is "
-                            "requested: copy the index to a local folder or a bucket"
-                        )
-                    yield data, at
-                    at += len(data)
-                    self._stats.add(fetched=len(data))
-                    backoff.reset()
-                    if self._stop.is_set():
-                        raise StoppedError
-                if at < stop:
-                    raise ChangedError(file, f"it ends after {at:,} of {file.size:,} bytes")
-            except TransientError as error:
-                self._stats.add(retries=1)
-                backoff.wait(error)
-                if self._stop.is_set():
-                    raise StoppedError from error
+        return read_range(self._reader, file, start, stop, self._stop, self.log, self._stats)
+
+
+def read_range(
+    reader: RangeReader,
+    file: SourceFile,
+    start: int,
+    stop: int,
+    halt: threading.Event,
+    log: Callable[[str], None],
+    stats: TransferStats,
+) -> Iterator[tuple[bytes, int]]:
+    """Yield the bytes from `start` to `stop` in pieces, each with its offset.
+
+    A transient error is retried from the last byte that was read.
+
+    Args:
+        reader: reads the source.
+        file: as it was listed.
+        start: offset of the first byte.
+        stop: offset after the last byte.
+        halt: ends the read when set.
+        log: takes a line about each retry, in this thread.
+        stats: counts what is read.
+
+    Raises:
+        ChangedError: the file is no longer as it was listed.
+        InputError: access is denied, or every retry failed.
+        StoppedError: `halt` was set.
+
+    """
+    backoff = Backoff(file.url, halt, log)
+    at = start
+    while at < stop:
+        stats.add(reads=1)
+        try:
+            for data in reader.read(file, at, stop):
+                if at + len(data) > stop:
+                    raise InputError(
+                        f"{file.url} cannot be read in parts, since its server returns more than is "
+                        "requested: copy it to a local folder or a bucket"
+                    )
+                yield data, at
+                at += len(data)
+                stats.add(fetched=len(data))
+                backoff.reset()
+                if halt.is_set():
+                    raise StoppedError
+            if at < stop:
+                raise ChangedError(file, f"it ends after {at:,} of {file.size:,} bytes")
+        except TransientError as error:
+            stats.add(retries=1)
+            backoff.wait(error)
+            if halt.is_set():
+                raise StoppedError from error
 
 
 def _wait_for_all(workers: Sequence[Future[None]]) -> None:

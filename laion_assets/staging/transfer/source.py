@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from laion_assets.index.layout import METADATA_FOLDER, index_files, metadata_files
+from laion_assets.index.layout import METADATA_FOLDER, PUBLISHING, index_files, metadata_files
 from laion_assets.io.errors import InputError
 from laion_assets.io.storage import BUCKETS, is_local, open_storage, reaching
 from laion_assets.staging.transfer.files import SourceFile, file_version
@@ -42,7 +42,7 @@ class Source:
                 METADATA_URI,
             )
         self.is_local = is_local(self._fs)
-        self.reader = _reader(self._fs, index_uri)
+        self.reader = range_reader(self._fs, index_uri)
 
     def list(self) -> tuple[SourceFile, ...]:
         """List the files of the index as they are now.
@@ -52,8 +52,14 @@ class Source:
 
         """
         found = self._find(self._root, self.index_uri, INDEX_URI)
+        if PUBLISHING in found:
+            raise InputError(
+                f"{self.index_uri} is being replaced by a newer index: try again when its build has "
+                "ended, or start the build again if it was killed",
+                INDEX_URI,
+            )
         index, lists = index_files(found, self.index_uri)
-        files = [self._file(name, *found[name]) for name in (index, lists) if name]
+        files = [source_file(self._fs, name, *found[name]) for name in (index, lists) if name]
         below = f"{self._metadata_root}/"  # usually inside that folder, and listed with it
         inside = {
             path.removeprefix(below): (path, info)
@@ -62,7 +68,7 @@ class Source:
         }
         metadata = inside or self._find(self._metadata_root, self._metadata_uri, METADATA_URI)
         names = metadata_files((name for name in metadata if "/" not in name), self._metadata_uri)
-        files += [self._file(f"{METADATA_FOLDER}/{name}", *metadata[name]) for name in names]
+        files += [source_file(self._fs, f"{METADATA_FOLDER}/{name}", *metadata[name]) for name in names]
         return tuple(files)
 
     def _find(self, root: str, uri: str, about: str) -> dict[str, tuple[str, Mapping[str, Any]]]:
@@ -73,16 +79,33 @@ class Source:
                 raise InputError(f"there is no folder {uri}: create it, or correct the address", about)
         return {path.removeprefix(root).lstrip("/"): (path, info) for path, info in found.items()}
 
-    def _file(self, name: str, path: str, info: Mapping[str, Any]) -> SourceFile:
-        url = self._fs.unstrip_protocol(path)
-        return SourceFile(name, url, path, info["size"], file_version(info), info.get("crc32c"))
+
+def source_file(fs: Any, name: str, path: str, info: Mapping[str, Any]) -> SourceFile:
+    """Return a file as its file system lists it.
+
+    Args:
+        fs: the file system.
+        name: of the file, relative to the folder that is listed.
+        path: in the file system.
+        info: the listing's details of the file.
+
+    """
+    url = fs.unstrip_protocol(path)
+    return SourceFile(name, url, path, info["size"], file_version(info), info.get("crc32c"))
 
 
 def open_files(urls: Sequence[str]) -> tuple[RangeReader, list[str]]:
     """Return a reader for files on one kind of storage, and the path of each file there."""
     opened = [open_storage(url, INDEX_URI) for url in urls]
-    return _reader(opened[0][0], urls[0]), [path for _, path in opened]
+    return range_reader(opened[0][0], urls[0]), [path for _, path in opened]
 
 
-def _reader(fs: Any, uri: str) -> RangeReader:
+def range_reader(fs: Any, uri: str) -> RangeReader:
+    """Return the reader for the files of a location.
+
+    Args:
+        fs: its file system.
+        uri: of a folder or file there.
+
+    """
     return GcsReader(fs) if uri.startswith(BUCKETS) else FsspecReader(fs)

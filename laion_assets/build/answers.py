@@ -1,0 +1,98 @@
+"""The best rows for some queries, found a part of the rows at a time, and the recall that follows."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from functools import reduce
+from typing import Any
+
+import numpy as np
+
+from laion_assets.build.workspace import Sink
+from laion_assets.io.arrays import Floats, Ids
+
+NO_ROW = -1
+
+
+@dataclass(frozen=True)
+class Answers:
+    """The best rows for each query, best first, ties by id.
+
+    Attributes:
+        ids: (q, k) int64; `NO_ROW` where there are fewer.
+        scores: (q, k) float32; minus infinity likewise.
+
+    """
+
+    ids: Ids
+    scores: Floats
+
+    @classmethod
+    def none(cls, queries: int) -> Answers:
+        """Return the answers from no rows at all."""
+        return cls(np.empty((queries, 0), np.int64), np.empty((queries, 0), np.float32))
+
+    def best(self, count: int) -> Answers:
+        """Return only the best of them."""
+        scores = np.where(self.ids == NO_ROW, -np.inf, self.scores).astype(np.float32)
+        order = np.lexsort((self.ids, -scores), axis=1)[:, :count]
+        return Answers(np.take_along_axis(self.ids, order, 1), np.take_along_axis(scores, order, 1))
+
+    def without(self, ids: Ids) -> Answers:
+        """Return the answers without one row a query, (q,): the query itself."""
+        return Answers(np.where(self.ids == ids[:, None], NO_ROW, self.ids), self.scores).best(
+            self.ids.shape[1]
+        )
+
+
+def merged(parts: Iterable[Answers], count: int) -> Answers:
+    """Return the best rows of all parts, of which there is at least one."""
+
+    def better(one: Answers, other: Answers) -> Answers:
+        both = Answers(np.hstack([one.ids, other.ids]), np.hstack([one.scores, other.scores]))
+        return both.best(count)
+
+    return reduce(better, parts).best(count)
+
+
+def recall(found: Answers, exact: Answers, at: Iterable[int]) -> Mapping[int, float]:
+    """Return which share of the exact best R rows is among the best R found.
+
+    Args:
+        found: by a search.
+        exact: by all raw vectors.
+        at: numbers R.
+
+    Returns:
+        The share, 0 to 1, by R. An R beyond the rows that there are is left out.
+
+    """
+    shares = {}
+    for count in at:
+        wanted = exact.ids[:, :count]
+        if wanted.shape[1] < count or (wanted == NO_ROW).any():
+            continue
+        hit = [np.isin(a, b).mean() for a, b in zip(wanted, found.ids[:, :count], strict=True)]
+        shares[count] = float(np.mean(hit))
+    return shares
+
+
+def write_answers(sink: Sink, answers: Mapping[str, Answers]) -> None:
+    """Write the answers of several searches, by name, as .npz."""
+    arrays: dict[str, Any] = {f"{name} ids": each.ids for name, each in answers.items()}
+    arrays |= {f"{name} scores": each.scores for name, each in answers.items()}
+    np.savez(sink, allow_pickle=False, **arrays)
+
+
+def read_answers(content: bytes) -> Mapping[str, Answers]:
+    """Read what `write_answers` wrote.
+
+    Raises:
+        ValueError: it is damaged.
+
+    """
+    with np.load(io.BytesIO(content), allow_pickle=False) as arrays:
+        names = [name.removesuffix(" ids") for name in arrays.files if name.endswith(" ids")]
+        return {name: Answers(arrays[f"{name} ids"], arrays[f"{name} scores"]) for name in names}

@@ -1,0 +1,577 @@
+"""The steps of a build, each of which does nothing where its result is there already."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from functools import cached_property
+from typing import Any
+
+import faiss
+import numpy as np
+import pyarrow as pa
+
+from laion_assets.build import shards as shard_files
+from laion_assets.build.answers import Answers, merged, read_answers, recall
+from laion_assets.build.cost import Cost, cost_of, measured
+from laion_assets.build.embeddings import (
+    EmbeddingFile,
+    EmbeddingReader,
+    Embeddings,
+    list_embeddings,
+    metadata_schema,
+)
+from laion_assets.build.index_key import ROWS_PER_LIST
+from laion_assets.build.input_files import InputFiles
+from laion_assets.build.merge import write_index
+from laion_assets.build.plan import SHARD_ROWS, Part, Plan, Shard, extended
+from laion_assets.build.publish import BUILT, Place
+from laion_assets.build.quantizer import index_key_for
+from laion_assets.build.shards import EXACT, ShardRecord, encode_shard, folder_of, read_record
+from laion_assets.build.trained import ANSWERS, KEPT, Record, Trained, read_trained, train_index
+from laion_assets.build.trained import FOLDER as TRAINED
+from laion_assets.build.trained import read_record as read_trained_record
+from laion_assets.build.workspace import WORK_URI, Workspace
+from laion_assets.index import (
+    ID_SIZE,
+    INVERTED_LISTS,
+    METADATA_FOLDER,
+    MODEL_RECORD,
+    SINGLE_INDEX,
+    ModelRecord,
+    nprobe_rule,
+)
+from laion_assets.io.arrays import Ids
+from laion_assets.io.errors import InputError
+from laion_assets.io.progress import Progress, format_duration
+from laion_assets.staging.transfer.files import version_of
+
+PLAN, INPUT = "plan.json", "input.json"
+RECALL_AT = (1, 10, 100, 1000)
+LISTS_CHECKED = 64
+Log = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class Request:
+    """What is to be built, and from what.
+
+    Attributes:
+        embeddings_uri: folder of the embeddings, a local path or any fsspec URL.
+        index_uri: folder of the index.
+        work_uri: folder for what the steps leave; `<index_uri>.build` by default.
+        layout: of the embeddings; None to detect it.
+        key: which vectors of a file with several; None for the layout's own.
+        index_key: faiss factory key; None to choose it by `index_key_for`.
+        bytes_per_row: for that choice.
+        rows_per_centre: rows to train on that each list and each entry of a codebook needs; fewer give a
+            worse index.
+        shard_rows: rows of a shard, about.
+        columns: of the metadata that the index keeps; None for all.
+        model: which model the vectors are of, where the layout does not say.
+
+    """
+
+    embeddings_uri: str
+    index_uri: str
+    work_uri: str = ""
+    layout: str | None = None
+    key: str | None = None
+    index_key: str | None = None
+    bytes_per_row: int | None = None
+    rows_per_centre: int = ROWS_PER_LIST
+    shard_rows: int = SHARD_ROWS
+    columns: tuple[str, ...] | None = None
+    model: ModelRecord = field(default_factory=ModelRecord)
+
+
+@dataclass(frozen=True)
+class Built:
+    """An index that was built.
+
+    Attributes:
+        fingerprint: changes with anything that the index depends on.
+        index_key: faiss factory key.
+        dimension: of the vectors.
+        rows: ids that it has.
+        stored: rows that a search can find.
+        unusable: rows without a usable vector, which have an id and metadata.
+        lists: inverted lists; 0 without any.
+        bytes: of the lists, or of the whole index where it is one file.
+        recall: share of the best R rows by the raw vectors that is found, by nprobe and R.
+        nprobe_of_a_search: lists that a search for 1,000 rows probes.
+
+    """
+
+    fingerprint: str
+    index_key: str
+    dimension: int
+    rows: int
+    stored: int
+    unusable: int
+    lists: int
+    bytes: int
+    recall: Mapping[str, Mapping[str, float]]
+    nprobe_of_a_search: int
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """What the steps are to be made from, as fingerprints: a step that was made from another is not done.
+
+    Attributes:
+        shards: by name.
+        index: of all shards.
+
+    """
+
+    shards: Mapping[str, str]
+    index: str
+
+
+@dataclass(frozen=True)
+class _Input:
+    """What the plan was made from, so that no step has to detect it again.
+
+    Attributes:
+        layout: of the embeddings.
+        key: which vectors of the files.
+        dimension: of the vectors.
+        model: fields of a `ModelRecord`.
+
+    """
+
+    layout: str
+    key: str
+    dimension: int
+    model: Mapping[str, Any]
+
+
+class Build:
+    """A build and its steps.
+
+    Args:
+        request: what is to be built.
+        log: is told what is done.
+
+    Attributes:
+        request: as given.
+        workspace: what the steps leave.
+
+    Raises:
+        InputError: a storage that cannot be used, or a workspace in the folder of the index.
+
+    """
+
+    def __init__(self, request: Request, log: Log = lambda _: None) -> None:
+        self.request = request
+        self._log = log
+        self._place = Place(request.index_uri)
+        self.workspace = Workspace(request.work_uri or f"{request.index_uri.rstrip('/')}.build")
+        if f"{self.workspace.local or self.workspace.uri}/".startswith(f"{self._place.uri}/"):
+            raise InputError(
+                f"{self.workspace.uri} is in {self._place.uri}, which is replaced as a whole: name "
+                "a folder beside it",
+                WORK_URI,
+            )
+
+    @cached_property
+    def embeddings(self) -> Embeddings:
+        """The input as it is now; only headers are read."""
+        return list_embeddings(self.request.embeddings_uri, self.request.layout, self.request.key)
+
+    def plan(self) -> Plan:
+        """Give every row its id: files that are new follow those that were planned before.
+
+        Raises:
+            InputError: the input cannot be used, files that were planned before are gone or changed, or
+                the place of the index holds something else.
+
+        """
+        self._place.check()
+        parts = [_part(file) for file in self.embeddings.files]
+        with self.workspace.locked(self._log):
+            planned = self.stored_plan()
+            plan = extended(planned, parts, self.request.shard_rows)
+            found = _Input(
+                self.embeddings.layout,
+                self.embeddings.key,
+                self.embeddings.dimension,
+                asdict(self.embeddings.model),
+            )
+            if found != self.workspace.read_record(INPUT, _Input):
+                self.workspace.write_json(INPUT, asdict(found))
+            if not planned.shards or not self.workspace.exists(self._schema_file()):
+                self._write_schema()
+            if plan != planned:
+                self.workspace.write_json(PLAN, plan.to_json())
+        return plan
+
+    def cost(self) -> Cost:
+        """Return what the whole build takes; measures this machine, which takes seconds."""
+        files = self.embeddings.files
+        key = self.index_key()
+        one_file = all(file.vectors == file.metadata for file in files)
+        return cost_of(
+            self.embeddings.rows,
+            self.embeddings.dimension,
+            key,
+            measured(key, self.embeddings.dimension),
+            shard_rows=self.request.shard_rows,
+            metadata_bytes=None if one_file else sum(file.metadata.size for file in files),
+        )
+
+    def index_key(self) -> str:
+        """Return the faiss key: that of the request, or the one that suits the rows."""
+        return self._key_for(self.embeddings.rows)
+
+    def _key_for(self, rows: int) -> str:
+        asked = self.request
+        return asked.index_key or index_key_for(rows, self.embeddings.dimension, asked.bytes_per_row)
+
+    def missing(self, plan: Plan) -> list[str]:
+        """Return the names of the shards that are not encoded."""
+        wanted = self.wanted(plan)
+        return [
+            shard.name
+            for shard in plan.shards
+            if wanted is None or read_record(self.workspace, shard, wanted.shards[shard.name]) is None
+        ]
+
+    def stored_plan(self) -> Plan:
+        """Return the plan as it was made last, which is empty at first; nothing of the input is read.
+
+        Raises:
+            InputError: it is damaged.
+
+        """
+        return self.workspace.read_record(PLAN, lambda **stored: Plan.from_json(stored)) or Plan()
+
+    def source_version(self) -> str:
+        """Return the version of the input; only lists its files.
+
+        Raises:
+            InputError: no such folder.
+
+        """
+        files = InputFiles(self.request.embeddings_uri)
+        return version_of(map(files.file, files.names()))
+
+    def wanted(self, plan: Plan) -> Wanted | None:
+        """Return what the steps are to be made from; None where the index is not trained."""
+        record = read_trained_record(self.workspace)
+        return None if record is None or not self._is_wanted(record) else self._wanted(plan, record)
+
+    def train(self) -> Trained:
+        """Train the index on a sample of the rows.
+
+        Raises:
+            InputError: a key that is not supported, or too few rows for it.
+
+        """
+        plan = self.plan()
+        by_name = {file.name: file for file in self.embeddings.files}
+        # Files that were added later have higher ids than their names suggest.
+        files = tuple(by_name[part.name] for part in plan.parts())
+        reader = EmbeddingReader(replace(self.embeddings, files=files))
+
+        def sample(wanted: int) -> tuple[Any, Any]:
+            return reader.sample(wanted, np.random.default_rng(0))
+
+        vectors, dimension = self.embeddings.key, self.embeddings.dimension
+        with (self.workspace / TRAINED).locked(self._log):
+            found = read_trained_record(self.workspace)
+            # Which index key is best may change with the rows: that is no reason to start over.
+            if (
+                found
+                and (found.vectors, found.dimension) == (vectors, dimension)
+                and self._is_wanted(found)
+            ):
+                return self._trained()
+            return train_index(
+                self.workspace,
+                self._key_for,
+                vectors,
+                dimension,
+                plan.rows,
+                sample,
+                self._log,
+                self.request.rows_per_centre,
+            )
+
+    def encode(self, number: int) -> ShardRecord:
+        """Encode one shard.
+
+        Raises:
+            InputError: there is no such shard, the index is not trained, the input cannot be used or has
+                changed since it was planned, or too little space.
+
+        """
+        plan, trained = self.stored_plan(), self._trained()
+        if not 0 <= number < len(plan.shards):
+            raise InputError(
+                f"there is no shard {number}: {self.request.embeddings_uri} makes {len(plan.shards)}"
+            )
+        shard = plan.shards[number]
+        made_from = self._wanted(plan, trained.record).shards[shard.name]
+        with (
+            folder_of(self.workspace, shard).locked(self._log),
+            Progress("rows", shard.rows, "", self._log) as progress,
+        ):
+            if record := read_record(self.workspace, shard, made_from):
+                return record
+            embeddings = self._listed(shard)
+            return encode_shard(
+                self.workspace,
+                shard,
+                made_from,
+                trained,
+                EmbeddingReader(embeddings),
+                embeddings.files,
+                self._schema(),
+                progress.advance,
+            )
+
+    def finish(self) -> Built:
+        """Merge all shards, check what was written, and put the index in its place.
+
+        Raises:
+            InputError: shards are missing or damaged, too little space, or the place holds other files.
+
+        """
+        place, plan, trained = self._place, self.stored_plan(), self._trained()
+        if not plan.shards:
+            raise InputError(f"{self.workspace.uri} holds no plan: plan the build first", WORK_URI)
+        wanted = self._wanted(plan, trained.record)
+        records = self._records(plan, wanted)
+        with place.locked(self._log):
+            place.check()
+            built = place.here.read_record(BUILT, Built) if place.is_complete() else None
+            if built and built.fingerprint == wanted.index:
+                place.discard_new()  # a build that was killed may have left it
+                return built
+            built = place.new.read_record(BUILT, Built)
+            if not built or built.fingerprint != wanted.index:
+                place.discard_new()
+                built = self._write(plan, trained, records, wanted.index)
+            place.publish()
+            return built
+
+    def run(self) -> Built:
+        """Do all steps, one after the other."""
+        started = time.perf_counter()
+        plan = self.plan()
+        shards = f"{len(plan.shards):,} shard{'' if len(plan.shards) == 1 else 's'}"
+        self._log(f"{plan.rows:,} rows in {shards}")
+        self.train()
+        for shard in plan.shards:
+            self.encode(shard.number)
+        built = self.finish()
+        self._log(f"done in {format_duration(time.perf_counter() - started)}")
+        return built
+
+    def _listed(self, shard: Shard) -> Embeddings:
+        """List the files of a shard; of the others, no header is read."""
+        names, known = [part.name for part in shard.parts], self._input()
+        listed = list_embeddings(
+            self.request.embeddings_uri, known.layout, known.key, only=names, dimension=known.dimension
+        )
+        extended(Plan((shard,)), [_part(file) for file in listed.files])  # raises if a file has changed
+        return listed
+
+    def _schema_file(self) -> str:
+        return f"schema-{_fingerprint(self.request.columns)}.arrow"
+
+    def _write_schema(self) -> None:
+        """Decide which columns the metadata has, for all shards and those of later files."""
+        schema = metadata_schema(self.embeddings, self.request.columns)
+        if not schema.names:
+            raise InputError(
+                f"the metadata in {self.request.embeddings_uri} has no column that an index can keep: "
+                "add one with the URLs of the images",
+                "columns",
+            )
+        with self.workspace.new(self._schema_file()) as sink:
+            sink.write(schema.serialize().to_pybytes())
+
+    def _schema(self) -> pa.Schema:
+        if not self.workspace.exists(self._schema_file()):  # other columns were chosen meanwhile
+            self._write_schema()
+        name = self._schema_file()
+        try:
+            return pa.ipc.read_schema(pa.py_buffer(self.workspace.read(name)))
+        except (pa.ArrowException, OSError) as error:
+            raise self.workspace.damaged(name, f"is no Arrow schema ({error})") from error
+
+    def _trained(self) -> Trained:
+        found = read_trained(self.workspace)
+        if found is None:
+            raise InputError(
+                f"{self.workspace.uri} holds no trained index: train it first", "trained_index"
+            )
+        if not self._is_wanted(found.record):
+            raise InputError(
+                f"{self.workspace.uri} holds a trained index {found.record.index_key} of "
+                f"{found.record.vectors}, and another is asked for: train that first",
+                "trained_index",
+            )
+        return found
+
+    def _is_wanted(self, trained: Record) -> bool:
+        """Return whether a trained index is the one that the request asks for."""
+        asked = self.request
+        return asked.index_key in (None, trained.index_key) and asked.key in (None, trained.vectors)
+
+    def _input(self) -> _Input:
+        found = self.workspace.read_record(INPUT, _Input)
+        if found is None:
+            raise self.workspace.damaged(INPUT, "is missing")
+        return found
+
+    def _wanted(self, plan: Plan, trained: Record) -> Wanted:
+        settings = trained.checksums, self.request.columns, trained.vectors
+        shards = {shard.name: _fingerprint(shard.fingerprint, *settings) for shard in plan.shards}
+        model = self.request.model
+        return Wanted(shards, _fingerprint(shards, model.name, model.url))
+
+    def _records(self, plan: Plan, wanted: Wanted) -> list[ShardRecord]:
+        found = {
+            shard.name: read_record(self.workspace, shard, wanted.shards[shard.name])
+            for shard in plan.shards
+        }
+        if missing := [name for name, record in found.items() if record is None]:
+            raise InputError(
+                f"{len(missing):,} of {len(plan.shards):,} shards are not encoded, such as "
+                f"{', '.join(missing[:5])}: encode them first",
+                "index_shards",
+            )
+        return [record for record in found.values() if record]
+
+    def _model(self) -> ModelRecord:
+        known, asked = self._input(), self.request.model
+        layout = ModelRecord(**known.model)
+        return ModelRecord(asked.name or layout.name, asked.url or layout.url, known.dimension)
+
+    def _write(
+        self, plan: Plan, trained: Trained, records: Sequence[ShardRecord], fingerprint: str
+    ) -> Built:
+        """Write all files of the index, and its record last."""
+        new = self._place.new
+        stored = sum(record.stored for record in records)
+        needed = stored * (trained.code_size + ID_SIZE)
+        if not self._place.links(self.workspace):
+            needed += sum(record.metadata_bytes for record in records)
+        new.check_space(needed, "the index")
+        folders = [folder_of(self.workspace, shard) for shard in plan.shards]
+        self._log(f"merging the shards ({len(folders):,})")
+        if trained.ivf is None:
+            size = _write_one_file(new, trained, folders, records)
+        else:
+            size = _write_lists(new, trained, folders, records)
+        for shard, folder, record in zip(plan.shards, folders, records, strict=True):
+            if folder.size(shard_files.METADATA) != record.metadata_bytes:
+                raise folder.damaged(shard_files.METADATA, "is not what was written")
+            name = f"{METADATA_FOLDER}/{shard.name}.arrow"
+            self._place.put(folder, shard_files.METADATA, name, record.checksums[shard_files.METADATA])
+        new.write_json(MODEL_RECORD, {k: v for k, v in asdict(self._model()).items() if v is not None})
+        lists = 0 if trained.ivf is None else trained.lists
+        built = Built(
+            fingerprint,
+            trained.record.index_key,
+            trained.record.dimension,
+            plan.rows,
+            stored,
+            sum(record.unusable for record in records),
+            lists,
+            size,
+            _recall(trained, folders, records),
+            nprobe_rule(ANSWERS, lists, stored) if lists else 0,
+        )
+        new.write_json(BUILT, asdict(built))
+        return built
+
+
+def _part(file: EmbeddingFile) -> Part:
+    return Part(file.name, file.rows, version_of([file.vectors, file.metadata]))
+
+
+def _fingerprint(*content: Any) -> str:
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def _write_lists(
+    new: Workspace, trained: Trained, folders: Sequence[Workspace], records: Sequence[ShardRecord]
+) -> int:
+    """Write an index in two files, check it, and return the bytes of its lists."""
+    shards = [(folder, record.checksums) for folder, record in zip(folders, records, strict=True)]
+    sizes = write_index(new, trained.index, shards)
+    _check(new, shards, trained.code_size, sizes)
+    return new.size(INVERTED_LISTS)
+
+
+def _write_one_file(
+    new: Workspace, trained: Trained, folders: Sequence[Workspace], records: Sequence[ShardRecord]
+) -> int:
+    """Write an index without lists (Flat, HNSW), whose ids are the places of its rows."""
+    if unusable := sum(record.unusable for record in records):
+        raise InputError(
+            f"{unusable:,} rows have no usable vector, and {trained.record.index_key} has a place for "
+            "each row: leave the rows out, or choose a kind with lists, such as IVF1,Flat",
+            "index_key",
+        )
+    index = faiss.clone_index(trained.index)
+    for folder, record in zip(folders, records, strict=True):
+        content = folder.read(shard_files.CODES, checksum=record.checksums[shard_files.CODES])
+        index.add(np.frombuffer(content, np.float32).reshape(-1, trained.record.dimension))
+    with new.new(SINGLE_INDEX) as sink:
+        return sink.write(faiss.serialize_index(index))
+
+
+def _check(
+    new: Workspace, shards: Sequence[tuple[Workspace, Mapping[str, str]]], code_size: int, sizes: Ids
+) -> None:
+    """Read some lists of the merged file back, and compare them with what the shards hold.
+
+    Raises:
+        InputError: they differ.
+
+    """
+    ends = np.cumsum(sizes)
+    offsets = (ends - sizes) * (code_size + ID_SIZE)
+    numbers = np.random.default_rng(0).permutation(np.flatnonzero(sizes))[:LISTS_CHECKED]
+    parts = []  # (first row, row after the last one) of each list in each shard
+    for folder, checksums in shards:
+        of_shard = folder.read_array(shard_files.SIZES, checksums[shard_files.SIZES])
+        stops = np.cumsum(of_shard)[numbers]
+        parts.append(np.stack([stops - of_shard[numbers], stops], axis=1).tolist())
+    for at, number in enumerate(numbers.tolist()):
+        expected = b"".join(
+            folder.read(name, part[at][0] * width, part[at][1] * width)
+            for name, width in ((shard_files.CODES, code_size), (shard_files.IDS, ID_SIZE))
+            for (folder, _), part in zip(shards, parts, strict=True)
+            if part[at][0] < part[at][1]
+        )
+        start = int(offsets[number])
+        if new.read(INVERTED_LISTS, start, start + len(expected)) != expected:
+            raise new.damaged(INVERTED_LISTS, f"does not hold list {number} as the shards do")
+
+
+def _recall(
+    trained: Trained, folders: Sequence[Workspace], records: Sequence[ShardRecord]
+) -> dict[str, dict[str, float]]:
+    """Compare what the index finds with the best rows by the raw vectors, for each nprobe."""
+    name = shard_files.ANSWERS_FILE
+    of_shards = [
+        read_answers(folder.read(name, checksum=record.checksums[name]))
+        for folder, record in zip(folders, records, strict=True)
+    ]
+
+    def best(search: str) -> Answers:
+        return merged((answers[search] for answers in of_shards), KEPT).without(trained.query_ids)
+
+    exact = best(EXACT)
+    shares = {str(n): recall(best(str(n)), exact, RECALL_AT) for n in trained.record.nprobes}
+    return {n: {str(at): round(share, 4) for at, share in each.items()} for n, each in shares.items()}

@@ -1,0 +1,146 @@
+"""Which rows a shard holds: pure functions over the names and sizes of the input files."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from laion_assets.io.errors import InputError
+
+SHARD_ROWS = 2_000_000
+"""Rows of a shard, about: at 136 bytes a row its codes are 272 MB, which are sorted in memory."""
+
+NAMED = 5  # files in an error message
+
+
+@dataclass(frozen=True)
+class Part:
+    """An input file as it was when it was planned.
+
+    Attributes:
+        name: of the file.
+        rows: in it.
+        version: of its vectors and its metadata.
+
+    """
+
+    name: str
+    rows: int
+    version: str
+
+
+@dataclass(frozen=True)
+class Shard:
+    """Some whole input files, which are encoded together.
+
+    Attributes:
+        number: from 0.
+        first_id: of its first row; ids go on from shard to shard.
+        parts: its files, in the order of their rows.
+
+    """
+
+    number: int
+    first_id: int
+    parts: tuple[Part, ...]
+
+    @property
+    def name(self) -> str:
+        """A name that sorts as the number does."""
+        return f"{self.number:06}"
+
+    @property
+    def rows(self) -> int:
+        """How many rows it has."""
+        return sum(part.rows for part in self.parts)
+
+    @property
+    def fingerprint(self) -> str:
+        """16 hex digits that change with its files."""
+        return hashlib.sha256(repr(self).encode()).hexdigest()[:16]
+
+
+@dataclass(frozen=True)
+class Plan:
+    """All shards, in the order of their ids."""
+
+    shards: tuple[Shard, ...] = ()
+
+    @property
+    def rows(self) -> int:
+        """How many ids there are."""
+        return sum(shard.rows for shard in self.shards)
+
+    def parts(self) -> Iterator[Part]:
+        """Yield all files in the order of their ids."""
+        for shard in self.shards:
+            yield from shard.parts
+
+    def to_json(self) -> dict[str, Any]:
+        """Return what `from_json` reads."""
+        return {"shards": [[asdict(part) for part in shard.parts] for shard in self.shards]}
+
+    @classmethod
+    def from_json(cls, stored: Mapping[str, Any]) -> Plan:
+        """Read a plan that was stored."""
+        return cls(_numbered([tuple(Part(**part) for part in parts) for parts in stored["shards"]]))
+
+
+def extended(plan: Plan, files: Sequence[Part], shard_rows: int = SHARD_ROWS) -> Plan:
+    """Add new files to a plan, as new shards. What is planned stays, so that every row keeps its id.
+
+    Args:
+        plan: what was planned before.
+        files: all files that there are now, in order.
+        shard_rows: a shard takes files until it has that many rows.
+
+    Raises:
+        InputError: a file that was planned is gone or has changed.
+
+    """
+    now = {file.name: file for file in files}
+    planned = {part.name: part for part in plan.parts()}
+    if lost := [name for name in planned if name not in now]:
+        raise InputError(
+            f"{_named(lost)} {'is' if len(lost) == 1 else 'are'} gone, and the rows have ids in the "
+            "index: put the files back, or build a new index elsewhere",
+            "embeddings_uri",
+        )
+    if changed := [name for name, part in planned.items() if now[name] != part]:
+        raise InputError(
+            f"{_named(changed)} changed after the rows got ids: put the old files back and add new ones "
+            "under new names, or build a new index elsewhere",
+            "embeddings_uri",
+        )
+    groups = [shard.parts for shard in plan.shards]
+    groups += _grouped([file for file in files if file.name not in planned], shard_rows)
+    return Plan(_numbered(groups))
+
+
+def _grouped(files: Sequence[Part], shard_rows: int) -> Iterator[tuple[Part, ...]]:
+    group: list[Part] = []
+    rows = 0
+    for file in files:
+        if group and rows + file.rows > shard_rows:
+            yield tuple(group)
+            group, rows = [], 0
+        group.append(file)
+        rows += file.rows
+    if group:
+        yield tuple(group)
+
+
+def _numbered(groups: Sequence[tuple[Part, ...]]) -> tuple[Shard, ...]:
+    shards = []
+    first_id = 0
+    for number, parts in enumerate(groups):
+        shards.append(Shard(number, first_id, parts))
+        first_id += shards[-1].rows
+    return tuple(shards)
+
+
+def _named(names: Sequence[str]) -> str:
+    more = len(names) - NAMED
+    return ", ".join(names[:NAMED]) + (f" and {more:,} more" if more > 0 else "")

@@ -1,0 +1,211 @@
+"""A finished index takes its place, whole: readers see the old one until then, and never half of one.
+
+Folders on a disk are exchanged in one step. In a bucket, where nothing can be renamed, the index holds a
+marker while its objects are replaced: `Source.list` refuses to read an index that has one.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import errno
+import os
+import re
+import shutil
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from laion_assets.build.workspace import Workspace, existing
+from laion_assets.index import (
+    INVERTED_LISTS,
+    METADATA_FOLDER,
+    MODEL_RECORD,
+    POPULATED_INDEX,
+    PUBLISHING,
+    SINGLE_INDEX,
+)
+from laion_assets.io.errors import InputError
+from laion_assets.io.locks import locked
+from laion_assets.io.storage import is_local, list_files, open_storage, reaching, writing
+
+INDEX_URI = "index_uri"
+BUILT = "build.json"  # the record of an index that was built here, written last
+COPIED_AT_ONCE = 16 << 20  # bytes
+AT_WORKING_FOLDER, EXCHANGE = -100, 2  # arguments of Linux' renameat2
+_WRITTEN = {BUILT, MODEL_RECORD, SINGLE_INDEX, POPULATED_INDEX, INVERTED_LISTS, PUBLISHING}
+_METADATA = re.compile(rf"{METADATA_FOLDER}/\d+\.arrow")
+
+
+class Place:
+    """Where an index is published, and the folder beside it in which its files are put together.
+
+    Args:
+        uri: folder of the index, a local path or any fsspec URL.
+
+    Attributes:
+        uri: as given; of a local folder the absolute path, links resolved.
+        here: the folder of the index.
+        new: the folder beside it.
+
+    Raises:
+        InputError: a whole bucket or disk.
+
+    """
+
+    def __init__(self, uri: str) -> None:
+        self._fs, path = open_storage(uri, INDEX_URI)
+        if is_local(self._fs):
+            uri = path = str(Path(path).resolve())
+        self.uri, self._path = uri.rstrip("/"), path
+        parent, slash, name = self.uri.rpartition("/")
+        if ("/" not in path.strip("/") and not is_local(self._fs)) or not name:
+            raise InputError(f"{uri} is not a folder in a bucket or on a disk: name one", INDEX_URI)
+        self._beside = f"{parent}{slash}.{name}"
+        self.here, self.new = Workspace(self.uri), Workspace(f"{self._beside}.new")
+
+    def locked(self, log: Callable[[str], None]) -> AbstractContextManager[None]:
+        """Keep other builds on this machine out, and wait for the one at work. Buckets have no locks.
+
+        Args:
+            log: is told of the wait.
+
+        """
+        if not is_local(self._fs):
+            return nullcontext()
+        path = Path(f"{self._beside}.lock")
+        return locked(path, lambda: log(f"waiting for another build that publishes {self.uri}"))
+
+    def check(self) -> None:
+        """Check that an index may be published here.
+
+        Raises:
+            InputError: there are files that no build wrote, or the folder cannot be exchanged.
+
+        """
+        if is_local(self._fs) and os.path.ismount(self._path):
+            raise InputError(f"{self.uri} is a mounted disk: name a folder on it", INDEX_URI)
+        with reaching(self.uri, INDEX_URI):
+            names = sorted(listed.name for listed in list_files(self._fs, self._path))
+        foreign = [name for name in names if name not in _WRITTEN and not _METADATA.fullmatch(name)]
+        if names and not {BUILT, PUBLISHING} & set(names):
+            foreign = names
+        if foreign:
+            raise InputError(
+                f"{self.uri} holds files that no build wrote, such as {foreign[0] or 'itself'}: move "
+                "them, or build to another place",
+                INDEX_URI,
+            )
+
+    def is_complete(self) -> bool:
+        """Return whether an index is there, and not being replaced."""
+        return self.here.exists(BUILT) and not self.here.exists(PUBLISHING)
+
+    def discard_new(self) -> None:
+        """Remove the files of an index that were put together; its record first, so that none is half."""
+        self.new.discard(BUILT)
+        self.new.remove()
+
+    def publish(self) -> None:
+        """Put the new index in the place of the old one. If this is killed, calling it again finishes.
+
+        Raises:
+            InputError: no write access, or the bucket cannot be reached.
+
+        """
+        with writing(self.uri, INDEX_URI):
+            if is_local(self._fs):
+                self._exchange()
+            else:
+                self._copy_objects()
+        self.discard_new()
+
+    def _exchange(self) -> None:
+        place, new, old = (Path(f) for f in (self._path, self.new.uri, f"{self._beside}.old"))
+        shutil.rmtree(old, ignore_errors=True)
+        if not place.exists():
+            new.rename(place)
+        elif not _exchanged(place, new):
+            place.rename(old)
+            new.rename(place)
+            shutil.rmtree(old)
+
+    def _copy_objects(self) -> None:
+        fs, place, (_, source) = self._fs, self._path, open_storage(self.new.uri, INDEX_URI)
+        names = sorted(listed.name for listed in list_files(fs, source))
+        before = [listed.name for listed in list_files(fs, place)]
+        with self.here.new(PUBLISHING) as sink:
+            sink.write(b"the objects of this index are being replaced\n")
+        for name in names:  # inside the bucket: no bytes pass through this machine
+            fs.copy(f"{source}/{name}", f"{place}/{name}")
+        for name in before:
+            if name not in names and name != PUBLISHING:
+                fs.rm_file(f"{place}/{name}")
+        fs.rm_file(f"{place}/{PUBLISHING}")
+
+    def put(self, source: Workspace, name: str, target: str, checksum: str) -> None:
+        """Put a file into the new index, without copying bytes where that is possible.
+
+        Args:
+            source: holds the file.
+            name: of the file there.
+            target: name of the file in the index.
+            checksum: crc32c of the file. Where it is linked, nothing is read and compared.
+
+        Raises:
+            InputError: the file is missing or damaged, or too little space.
+
+        """
+        if self._linked(source, name, target):
+            return
+        _, path = open_storage(self.new.where(target), INDEX_URI)
+        source_fs, source_path = open_storage(source.where(name), INDEX_URI)
+        if not source.local and type(source_fs) is type(self._fs):
+            if source.stored_checksum(name) not in (None, checksum):
+                raise source.damaged(name, "is not what was written")
+            with reaching(self.uri, INDEX_URI):
+                self._fs.copy(source_path, path)
+            return
+        with source.open(name) as file, self.new.new(target) as sink:
+            shutil.copyfileobj(file, sink, COPIED_AT_ONCE)
+            if sink.checksum != checksum:
+                raise source.damaged(name, "is not what was written")
+
+    def links(self, source: Workspace) -> bool:
+        """Return whether files of a folder are probably linked: both are on one local disk."""
+        if source.local is None or self.new.local is None:
+            return False
+        one, other = existing(source.local).stat(), existing(self.new.local).stat()
+        return one.st_dev == other.st_dev
+
+    def _linked(self, source: Workspace, name: str, target: str) -> bool:
+        if source.local is None or self.new.local is None:
+            return False
+        path = self.new.local / target
+        with writing(self.uri, INDEX_URI):
+            path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            os.link(source.local / name, path)
+        except OSError:  # another disk, or one without links
+            return False
+        return True
+
+
+def _exchanged(one: Path, other: Path) -> bool:
+    """Exchange two folders in one step; False where the file system cannot do that."""
+    arguments = AT_WORKING_FOLDER, os.fsencode(one), AT_WORKING_FOLDER, os.fsencode(other), EXCHANGE
+    if not _renameat2()(*arguments):
+        return True
+    number = ctypes.get_errno()
+    if number in (errno.EINVAL, errno.ENOSYS, errno.EXDEV, errno.ENOTSUP):
+        return False
+    raise OSError(number, os.strerror(number), str(one))
+
+
+@cache
+def _renameat2() -> Any:
+    """Linux' renameat2, which Python does not offer."""
+    call = ctypes.CDLL(None, use_errno=True).renameat2
+    call.argtypes = [ctypes.c_int, ctypes.c_char_p, ctypes.c_int, ctypes.c_char_p, ctypes.c_uint]
+    return call

@@ -1,0 +1,245 @@
+"""The trained index, which every shard is encoded with, and the queries that measure its recall."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import faiss
+import numpy as np
+
+from laion_assets.build.answers import Answers
+from laion_assets.build.index_key import ROWS_PER_LIST
+from laion_assets.build.quantizer import IndexKey, train, training_rows
+from laion_assets.build.workspace import Workspace
+from laion_assets.index import nprobe_rule
+from laion_assets.io.arrays import Bytes, Floats, Ids, Mask, unit_rows
+from laion_assets.io.errors import InputError
+
+QUERIES = 200
+SCALED_AT_ONCE = 65_536  # rows
+ANSWERS = 1000  # rows that are compared for each query
+KEPT = ANSWERS + 1  # a query finds itself too
+NPROBES = (1, 4, 16, 64, 256, 1024)
+FOLDER = "trained"
+INDEX, QUERY_VECTORS, QUERY_IDS, RECORD = "trained.index", "queries.npy", "query_ids.npy", "trained.json"
+
+
+@dataclass(frozen=True)
+class Record:
+    """What is known of a trained index.
+
+    Attributes:
+        index_key: faiss factory key.
+        vectors: which vectors of the input it was trained on, the key of `Embeddings`.
+        dimension: of the vectors.
+        rows: that were planned when it was trained.
+        sample: rows that it was trained on.
+        nprobes: numbers of probed lists at which recall is measured; none without lists.
+        seconds: that training took, reading included.
+        checksums: crc32c of the files, by name.
+
+    """
+
+    index_key: str
+    vectors: str
+    dimension: int
+    rows: int
+    sample: int
+    nprobes: Sequence[int]
+    seconds: float
+    checksums: dict[str, str]
+
+    @property
+    def checksum(self) -> str:
+        """The crc32c of the index."""
+        return self.checksums[INDEX]
+
+
+@dataclass(frozen=True)
+class Trained:
+    """An empty index and what goes with it.
+
+    Attributes:
+        index: faiss index without rows.
+        queries: (q, d) float32 unit vectors of rows, which it was trained on only if there are few rows.
+        query_ids: (q,) their ids.
+        record: what is known of it.
+
+    """
+
+    index: Any
+    queries: Floats
+    query_ids: Ids
+    record: Record
+
+    @property
+    def ivf(self) -> Any | None:
+        """Its inverted file; None where it has none (Flat, HNSW)."""
+        found = faiss.try_extract_index_ivf(self.index)
+        return None if found is None else faiss.downcast_index(found)
+
+    @property
+    def lists(self) -> int:
+        """Inverted lists; 1 where it has none."""
+        return 1 if self.ivf is None else int(self.ivf.nlist)
+
+    @property
+    def code_size(self) -> int:
+        """Bytes of a code; of a float32 vector where there are no lists."""
+        return 4 * self.record.dimension if self.ivf is None else int(self.ivf.code_size)
+
+    def search(self, codes: Bytes, ids: Ids, sizes: Ids, nprobe: int) -> Answers:
+        """Search rows that were encoded with this index.
+
+        Args:
+            codes: (n, code size) in the order of the lists.
+            ids: (n,) likewise.
+            sizes: (lists,) rows of each list.
+            nprobe: lists to probe.
+
+        Returns:
+            The best `KEPT` rows in these lists for each query.
+
+        """
+        index = faiss.clone_index(self.index)
+        ivf = faiss.downcast_index(faiss.extract_index_ivf(index))
+        queries = _transformed(index, self.queries)
+        quantizer = faiss.downcast_index(ivf.quantizer)
+        if isinstance(quantizer, faiss.IndexHNSW):
+            quantizer.hnsw.efSearch = 2 * nprobe
+        nearness, probed = quantizer.search(queries, nprobe)
+        stored = faiss.ArrayInvertedLists(ivf.nlist, ivf.code_size)
+        stops = np.cumsum(sizes)
+        for number in np.unique(probed[probed >= 0]).tolist():
+            rows = slice(stops[number] - sizes[number], stops[number])
+            if sizes[number]:
+                stored.add_entries(
+                    number,
+                    int(sizes[number]),
+                    faiss.swig_ptr(np.ascontiguousarray(ids[rows])),
+                    faiss.swig_ptr(np.ascontiguousarray(codes[rows])),
+                )
+        ivf.replace_invlists(stored, False)
+        index.ntotal = ivf.ntotal = len(ids)
+        ivf.nprobe = nprobe
+        scores, found = ivf.search_preassigned(queries, KEPT, probed, nearness)
+        return Answers(found, scores).best(KEPT)
+
+
+def _transformed(index: Any, rows: Floats) -> Floats:
+    if isinstance(index, faiss.IndexPreTransform):
+        for number in range(index.chain.size()):
+            rows = faiss.downcast_VectorTransform(index.chain.at(number)).apply(rows)
+    return rows
+
+
+def train_index(
+    workspace: Workspace,
+    key_for: Callable[[int], str],
+    vectors_key: str,
+    dimension: int,
+    rows: int,
+    sample: Callable[[int], tuple[Floats, Ids]],
+    log: Callable[[str], object],
+    rows_per_centre: int = ROWS_PER_LIST,
+) -> Trained:
+    """Train an index and store it.
+
+    Args:
+        workspace: of the build.
+        key_for: returns the faiss factory key for so many usable rows.
+        vectors_key: which vectors of the input these are, see `Record`.
+        dimension: of the vectors.
+        rows: that the index will have.
+        sample: returns about so many of the rows, and their ids.
+        log: is told what is done.
+        rows_per_centre: rows needed for each list and each entry of a codebook.
+
+    Raises:
+        InputError: a key that is not supported, or too few usable rows for it.
+
+    """
+    started = time.perf_counter()
+    raw, ids = sample(training_rows(key_for(rows), rows) + QUERIES)
+    usable = _scale(raw)
+    if not usable.any():
+        raise InputError(
+            f"none of the {len(raw):,} rows read for training has a vector that is finite and not zero: "
+            "check the embeddings",
+            "embeddings_uri",
+        )
+    index_key = key_for(int(rows * usable.mean()))
+    order = np.random.default_rng(0).permutation(np.flatnonzero(usable))  # as training expects
+    chosen, rest = order[:QUERIES], order[QUERIES:]
+    needed = IndexKey.parse(index_key, dimension).fewest_rows(rows_per_centre)
+    if len(rest) < max(len(order) // 2, needed):
+        rest = order  # there are few rows: all are needed
+    queries, query_ids, training = raw[chosen], ids[chosen], raw[rest]
+    del raw
+    log(f"training {index_key} on {len(training):,} rows")
+    index = train(index_key, dimension, training, rows_per_centre=rows_per_centre, log=log)
+    lists = faiss.try_extract_index_ivf(index)
+    folder = workspace / FOLDER
+    folder.discard(RECORD)  # or it would describe files of two indices if this is killed
+    with folder.new(INDEX) as sink:
+        sink.write(faiss.serialize_index(index))
+    checksums = {
+        INDEX: sink.checksum,
+        QUERY_VECTORS: folder.write_array(QUERY_VECTORS, queries),
+        QUERY_IDS: folder.write_array(QUERY_IDS, query_ids),
+    }
+    record = Record(
+        index_key,
+        vectors_key,
+        dimension,
+        rows,
+        len(training),
+        () if lists is None else _nprobes(rows, int(lists.nlist)),
+        round(time.perf_counter() - started, 1),
+        checksums,
+    )
+    folder.write_json(RECORD, asdict(record))
+    return Trained(index, queries, query_ids, record)
+
+
+def _scale(rows: Floats) -> Mask:
+    """Scale rows to length 1 in place, and return which are usable; the others hold anything."""
+    usable = np.empty(len(rows), bool)
+    for start in range(0, len(rows), SCALED_AT_ONCE):  # in float64
+        block = slice(start, start + SCALED_AT_ONCE)
+        rows[block], usable[block] = unit_rows(rows[block])
+    return usable
+
+
+def read_trained(workspace: Workspace) -> Trained | None:
+    """Read the trained index of a workspace; None where there is none.
+
+    Raises:
+        InputError: it is damaged.
+
+    """
+    record = read_record(workspace)
+    if record is None:
+        return None
+    folder = workspace / FOLDER
+    content = folder.read(INDEX, checksum=record.checksum)
+    vectors, ids = (folder.read_array(n, record.checksums[n]) for n in (QUERY_VECTORS, QUERY_IDS))
+    return Trained(faiss.deserialize_index(np.frombuffer(content, np.uint8)), vectors, ids, record)
+
+
+def read_record(workspace: Workspace) -> Record | None:
+    """Read what is known of the trained index of a workspace; None where there is none.
+
+    Raises:
+        InputError: it is damaged.
+
+    """
+    return (workspace / FOLDER).read_record(RECORD, Record)
+
+
+def _nprobes(rows: int, lists: int) -> tuple[int, ...]:
+    """Return the numbers of lists at which recall is measured: some, and those that a search chooses."""
+    return tuple(sorted({min(n, lists) for n in (*NPROBES, nprobe_rule(ANSWERS, lists, rows))}))

@@ -1,0 +1,258 @@
+"""The folder in which a build keeps what it has done: on a disk or in a bucket."""
+
+from __future__ import annotations
+
+import io
+import json
+import shutil
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from pathlib import Path
+from typing import Any, BinaryIO, TypeVar
+
+import numpy as np
+
+from laion_assets.io.checksums import checksum_text, crc32c
+from laion_assets.io.errors import InputError
+from laion_assets.io.locks import locked
+from laion_assets.io.storage import is_local, new_file, open_storage, reaching
+from laion_assets.io.text import json_object
+
+WORK_URI = "build_uri"  # what errors are about, see `InputError`
+LOCK = ".lock"
+
+Record = TypeVar("Record")
+
+
+class Sink(io.RawIOBase):
+    """Takes the bytes of a file and computes their crc32c.
+
+    Args:
+        file: takes the bytes.
+
+    """
+
+    def __init__(self, file: BinaryIO) -> None:
+        super().__init__()
+        self._file = file
+        self._checksum = 0
+
+    @property
+    def checksum(self) -> str:
+        """The crc32c of what was written, as `checksum_text` formats it."""
+        return checksum_text(self._checksum)
+
+    def writable(self) -> bool:
+        """Return True."""
+        return True
+
+    def write(self, data: Any) -> int:
+        """Write any bytes-like object and return how many bytes that were."""
+        content = bytes(data)
+        self._checksum = crc32c(content, self._checksum)
+        self._file.write(content)
+        return len(content)
+
+
+class Workspace:
+    """A folder whose files appear when they are complete, or not at all.
+
+    Args:
+        uri: a local path or any fsspec URL; the folder need not exist.
+
+    """
+
+    def __init__(self, uri: str) -> None:
+        self.uri = uri.rstrip("/")
+        self._fs, self._root = open_storage(self.uri, WORK_URI)
+
+    def __truediv__(self, name: str) -> Workspace:
+        """Return a folder inside."""
+        return Workspace(f"{self.uri}/{name}")
+
+    def where(self, name: str) -> str:
+        """Return the location of a file."""
+        return f"{self.uri}/{name}"
+
+    @property
+    def local(self) -> Path | None:
+        """The folder, where it is on this machine."""
+        return Path(self._root) if is_local(self._fs) else None
+
+    def locked(self, log: Callable[[str], None]) -> AbstractContextManager[None]:
+        """Keep other builds on this machine out, and wait for the one at work. Buckets have no locks.
+
+        Args:
+            log: is told of the wait.
+
+        """
+        if self.local is None:
+            return nullcontext()
+        return locked(self.local / LOCK, lambda: log(f"waiting for another build in {self.uri}"))
+
+    def check_space(self, needed: int, what: str) -> None:
+        """Compare the free space with what is about to be written; does nothing for a bucket.
+
+        Args:
+            needed: bytes.
+            what: needs them, for the message.
+
+        Raises:
+            InputError: there is less.
+
+        """
+        if self.local is None:
+            return
+        free = shutil.disk_usage(existing(self.local)).free
+        if needed > free:
+            raise InputError(
+                f"{self.uri} has {free:,} bytes free, {what} needs {needed:,}: free some space or use a "
+                "larger disk",
+                WORK_URI,
+            )
+
+    @contextmanager
+    def new(self, name: str) -> Iterator[Sink]:
+        """Write a file.
+
+        Raises:
+            InputError: no space, or no write access.
+
+        """
+        with new_file(self.where(name), WORK_URI) as file:
+            yield Sink(file)
+
+    def exists(self, name: str) -> bool:
+        """Return whether a file is there."""
+        with reaching(self.uri, WORK_URI):
+            return bool(self._fs.exists(f"{self._root}/{name}"))
+
+    def size(self, name: str) -> int:
+        """Return the bytes of a file.
+
+        Raises:
+            InputError: it is missing.
+
+        """
+        return int(self._info(name)["size"])
+
+    def stored_checksum(self, name: str) -> str | None:
+        """Return the crc32c that the storage keeps of a file; None where it keeps none."""
+        return self._info(name).get("crc32c")
+
+    def _info(self, name: str) -> dict[str, Any]:
+        with reaching(self.uri, WORK_URI):
+            try:
+                info: dict[str, Any] = self._fs.info(f"{self._root}/{name}")
+            except FileNotFoundError as error:
+                raise self.damaged(name, "is missing") from error
+        return info
+
+    def read(
+        self, name: str, start: int | None = None, stop: int | None = None, *, checksum: str | None = None
+    ) -> bytes:
+        """Read a file, or some bytes of it.
+
+        Args:
+            name: of the file.
+            start: first byte; by default that of the file.
+            stop: byte after the last one; by default the end of the file.
+            checksum: crc32c of what is read, as `checksum_text` formats it; None to compare nothing.
+
+        Raises:
+            InputError: the file is missing, shorter, or differs from the checksum.
+
+        """
+        with reaching(self.uri, WORK_URI):
+            try:
+                data: bytes = self._fs.cat_file(f"{self._root}/{name}", start=start, end=stop)
+            except FileNotFoundError as error:
+                raise self.damaged(name, "is missing") from error
+        if stop is not None and len(data) != stop - (start or 0):
+            raise self.damaged(name, "is truncated")
+        if checksum is not None and checksum_text(crc32c(data)) != checksum:
+            raise self.damaged(name, "is not what was written")
+        return data
+
+    def open(self, name: str) -> BinaryIO:
+        """Open a file to read it in parts."""
+        with reaching(self.uri, WORK_URI):
+            file: BinaryIO = self._fs.open(f"{self._root}/{name}", "rb")
+        return file
+
+    def discard(self, name: str) -> None:
+        """Remove a file, if it is there."""
+        with reaching(self.uri, WORK_URI):
+            if self._fs.exists(f"{self._root}/{name}"):
+                self._fs.rm_file(f"{self._root}/{name}")
+
+    def remove(self) -> None:
+        """Remove the folder and all in it."""
+        with reaching(self.uri, WORK_URI):
+            if self._fs.exists(self._root):
+                self._fs.rm(self._root, recursive=True)
+
+    def damaged(self, name: str, problem: str) -> InputError:
+        """Return the error for a file that is not what was written."""
+        return InputError(
+            f"{self.where(name)} {problem}: remove {self.uri}, and what was in it is made again", WORK_URI
+        )
+
+    def write_json(self, name: str, content: Any) -> None:
+        """Write a small record."""
+        with self.new(name) as sink:
+            sink.write(json.dumps(content, indent=1).encode())
+
+    def read_json(self, name: str) -> dict[str, Any] | None:
+        """Read a small record; None where there is none.
+
+        Raises:
+            InputError: it is damaged.
+
+        """
+        if not self.exists(name):
+            return None
+        content = self.read(name)
+        try:
+            return json_object(content)
+        except ValueError as error:
+            raise self.damaged(name, f"is not JSON ({error})") from error
+
+    def read_record(self, name: str, kind: Callable[..., Record]) -> Record | None:
+        """Read a small record as a dataclass; None where there is none.
+
+        Args:
+            name: of the file.
+            kind: takes the fields by name.
+
+        Raises:
+            InputError: it is damaged, or has other fields.
+
+        """
+        stored = self.read_json(name)
+        try:
+            return None if stored is None else kind(**stored)
+        except (TypeError, ValueError, KeyError, AttributeError) as error:
+            raise self.damaged(name, f"has other fields than expected ({error})") from error
+
+    def write_array(self, name: str, array: np.ndarray[Any, Any]) -> str:
+        """Write an array as .npy and return its crc32c."""
+        with self.new(name) as sink:
+            np.save(sink, array, allow_pickle=False)
+            return sink.checksum
+
+    def read_array(self, name: str, checksum: str) -> np.ndarray[Any, Any]:
+        """Read an array.
+
+        Raises:
+            InputError: it is missing or damaged.
+
+        """
+        content = io.BytesIO(self.read(name, checksum=checksum))
+        array: np.ndarray[Any, Any] = np.load(content, allow_pickle=False)
+        return array
+
+
+def existing(path: Path) -> Path:
+    """Return the folder itself, or the nearest one above it that exists."""
+    return next(folder for folder in (path, *path.parents) if folder.exists())

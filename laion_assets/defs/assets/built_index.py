@@ -1,0 +1,157 @@
+"""An index from published embeddings: trained once, encoded shard by shard, merged.
+
+Dagster's concept: https://docs.dagster.io/guides/build/assets
+"""
+
+import dagster as dg
+
+from laion_assets.defs import checks
+from laion_assets.defs.drawing.charts import recall_curves
+from laion_assets.defs.drawing.markup import embedded
+from laion_assets.defs.failures import as_failures
+from laion_assets.defs.kubernetes.placement import Placement
+from laion_assets.defs.partitions import index_shards as shard_partitions
+from laion_assets.defs.report import Materialized
+from laion_assets.defs.resources import IndexBuilder
+from laion_assets.defs.sources import embedding_files
+from laion_assets.io.errors import InputError
+
+GROUP = "build"
+POOL = "building"
+
+
+def trained_index_asset(placement: Placement) -> dg.AssetsDefinition:
+    """Return the asset, with the pod that a placement gives it."""
+    pod = placement.building("trained_index")
+
+    @dg.asset(
+        deps=[embedding_files],
+        group_name=GROUP,
+        kinds={"faiss"},
+        pool=POOL,
+        code_version="1",
+        tags=pod.tags,
+        op_tags=pod.op_tags,
+        retry_policy=pod.retry_policy,
+    )
+    def trained_index(
+        context: dg.AssetExecutionContext, index_builder: dg.ResourceParam[IndexBuilder]
+    ) -> Materialized:
+        """The index without rows: its rotation, lists and codes, learned from a sample of the embeddings.
+
+        Trained once. New embeddings are encoded with it too, so that old ones need not be again.
+        """
+        with as_failures():
+            build = index_builder.open(context.log.info)
+            trained = build.train()
+            record = trained.record
+            return dg.MaterializeResult(
+                data_version=dg.DataVersion(record.checksum),
+                metadata={
+                    "index key": record.index_key,
+                    "dimension": record.dimension,
+                    "rows planned": record.rows,
+                    "rows sampled": record.sample,
+                    "queries held out": len(trained.queries),
+                    "inverted lists": trained.lists,
+                    "seconds": record.seconds,
+                    "dagster/uri": build.workspace.uri,
+                },
+            )
+
+    return trained_index
+
+
+def index_shards_asset(placement: Placement) -> dg.AssetsDefinition:
+    """Return the asset, with the pod that a placement gives it."""
+    pod = placement.building("index_shards")
+
+    @dg.asset(
+        deps=[embedding_files, "trained_index"],
+        group_name=GROUP,
+        kinds={"faiss", "arrow"},
+        partitions_def=shard_partitions,
+        pool=POOL,
+        code_version="1",
+        tags=pod.tags,
+        op_tags=pod.op_tags,
+        retry_policy=pod.retry_policy,
+    )
+    def index_shards(
+        context: dg.AssetExecutionContext, index_builder: dg.ResourceParam[IndexBuilder]
+    ) -> Materialized:
+        """A shard: some millions of rows, encoded and sorted by inverted list, and their metadata.
+
+        Shards are encoded in any order, by as many pods as there are. One that was killed is done again
+        from its start, the others are not.
+        """
+        with as_failures():
+            if not context.has_partition_key:
+                raise InputError("no shard was chosen: launch the run for a partition; each is a shard")
+            build = index_builder.open(context.log.info)
+            record = build.encode(_number_of(context.partition_key))
+            return dg.MaterializeResult(
+                data_version=dg.DataVersion(record.made_from),
+                metadata={
+                    "dagster/row_count": record.stored,
+                    "rows without a usable vector": record.unusable,
+                    "first id": record.first_id,
+                    "bytes": record.bytes,
+                    "seconds": record.seconds,
+                    "vectors a second": round(record.rows / max(record.encoding_seconds, 1e-3)),
+                    "dagster/uri": f"{build.workspace.uri}/shards/{context.partition_key}",
+                },
+            )
+
+    return index_shards
+
+
+def _number_of(partition: str) -> int:
+    if not partition.isdecimal():
+        raise InputError(f"{partition!r} is no shard: their names are numbers, such as 000000")
+    return int(partition)
+
+
+def laion_index_asset(placement: Placement) -> dg.AssetsDefinition:
+    """Return the asset, with the pod that a placement gives it."""
+    pod = placement.building("laion_index")
+
+    @dg.asset(
+        deps=["index_shards"],
+        group_name=GROUP,
+        kinds={"faiss", "arrow"},
+        pool=POOL,
+        code_version="1",
+        check_specs=checks.BUILT,
+        tags=pod.tags,
+        op_tags=pod.op_tags,
+        retry_policy=pod.retry_policy,
+    )
+    def laion_index(
+        context: dg.AssetExecutionContext, index_builder: dg.ResourceParam[IndexBuilder]
+    ) -> Materialized:
+        """The index at LAION_INDEX_URI: all shards, merged by inverted list, and its measured recall.
+
+        Readers see the old index until the new one is whole.
+        """
+        with as_failures():
+            built = index_builder.open(context.log.info).finish()
+            chart = recall_curves(built.recall)
+            return dg.MaterializeResult(
+                data_version=dg.DataVersion(built.fingerprint),
+                metadata={
+                    "dagster/row_count": built.stored,
+                    "index key": built.index_key,
+                    "dimension": built.dimension,
+                    "rows without a usable vector": built.unusable,
+                    "bytes of lists": built.bytes,
+                    "recall": dg.MetadataValue.md(embedded("recall", chart.encode(), "image/svg+xml")),
+                    "recall by nprobe": dg.MetadataValue.json(built.recall),
+                    "dagster/uri": index_builder.request.index_uri if index_builder.request else "",
+                },
+                check_results=checks.logged(
+                    context, checks.of_built_index(built, index_builder.min_recall)
+                ),
+            )
+
+    return laion_index
