@@ -1,8 +1,8 @@
 """`make bench-build`: autofaiss and we build the same index from the same .npy files.
 
 Each side runs in turn in a process of its own, the peer in its environment. Wall time is from the files
-to an index on disk. Memory is the peak of the process and its children together.
-What must not live here: how either side does its work, but for the loop in `our_build`.
+to an index on disk; ours includes the metadata, and measuring the recall. Memory is the peak of the
+process and its children together. What must not live here: how either side does its work.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import shutil
 import subprocess
 import sys
 import threading
@@ -32,14 +33,17 @@ WANTED = {"wall": 0.8, "memory": 0.5, "recall": 0.005}
 def data(rows: int) -> Path:
     """Return a folder with `embeddings/*.npy`, `queries.npy` and their exact `nearest.npy`."""
     import faiss
+    import pyarrow as pa
+    import pyarrow.parquet as pq
     from generate import BLOCK, Recipe, World, blocks
 
     recipe = Recipe(rows=rows)
-    folder = recipe.folder.with_name(f"build-{rows}")
+    folder = recipe.folder.with_name(f"clip-retrieval-{rows}")
     if folder.exists():
         return folder
     unfinished = folder.with_name(f"unfinished-{folder.name}")
-    (unfinished / "embeddings").mkdir(parents=True, exist_ok=True)
+    for name in ("img_emb", "metadata"):
+        (unfinished / "embeddings" / name).mkdir(parents=True, exist_ok=True)
     world = World(recipe)
     random, topics = world.rng(7), world.topics_in_style(slice(None))
     queries = world.images_of(topics[random.integers(len(topics), size=QUERIES)], random)
@@ -47,7 +51,10 @@ def data(rows: int) -> Path:
     ids = np.empty((QUERIES, 0), np.int64)
     for number, block in enumerate(blocks(rows)):
         vectors = world.vectors(number)[: block.stop - block.start]
-        np.save(unfinished / "embeddings" / f"img_emb_{number:04}.npy", vectors)
+        np.save(unfinished / "embeddings" / "img_emb" / f"img_emb_{number}.npy", vectors)
+        texts = [f"https://example.org/{number}/{row}.jpg" for row in range(len(vectors))]
+        path = unfinished / "embeddings" / "metadata" / f"metadata_{number}.parquet"
+        pq.write_table(pa.table({"url": texts, "caption": texts}), path)
         exact = faiss.IndexFlatIP(vectors.shape[1])
         exact.add(vectors)
         scores, found = exact.search(queries, min(RECALL_AT[-1], len(vectors)))
@@ -63,51 +70,19 @@ def data(rows: int) -> Path:
 
 
 def our_build(source: Path, target: Path, key: str) -> dict[str, float]:
-    """Build an index: a plain loop over the files, everything in memory."""
-    import faiss
+    """Build an index with its metadata, measure its recall, and publish it: all that a user gets."""
+    from laion_assets.build import Build, Request
 
-    from laion_assets.build.quantizer import encode, train, training_rows
-
-    started, cpu = time.perf_counter(), time.process_time()
-    files = sorted(source.glob("*.npy"))
-    shapes = [np.load(path, mmap_mode="r").shape for path in files]
-    rows = sum(shape[0] for shape in shapes)
-    share, random = training_rows(key, rows) / rows, np.random.default_rng(0)
-    counts = [int(np.ceil(shape[0] * share)) for shape in shapes]
-    sample = np.empty((sum(counts), shapes[0][1]), np.float32)
-    for stop, count, path in zip(np.cumsum(counts), counts, files, strict=True):
-        # Read and not mapped: pages of a mapped file would count as memory.
-        vectors = np.load(path)
-        sample[stop - count : stop] = vectors[np.sort(random.permutation(len(vectors))[:count])]
-    del vectors
-    index = train(key, sample.shape[1], sample, log=say)
-    del sample
-    trained, trained_cpu = time.perf_counter(), time.process_time()
-    parts = []
-    for path in files:
-        parts.append(encode(index, np.load(path)))
-    encoded, encoded_cpu = time.perf_counter(), time.process_time()
-    lists = np.concatenate([part[0] for part in parts])
-    codes = np.concatenate([part[1] for part in parts])
-    ids = np.argsort(lists, kind="stable")
-    codes = codes[ids]
-    ivf = faiss.downcast_index(faiss.extract_index_ivf(index))
-    stops = np.cumsum(np.bincount(lists, minlength=ivf.nlist))
-    for number, (start, stop) in enumerate(zip([0, *stops[:-1]], stops, strict=True)):
-        if start < stop:
-            ivf.invlists.add_entries(
-                number,
-                int(stop - start),
-                faiss.swig_ptr(ids[start:stop]),
-                faiss.swig_ptr(codes[start:stop]),
-            )
-    index.ntotal = ivf.ntotal = rows
-    faiss.write_index(index, str(target))
+    build = Build(Request(str(source), str(target), work_uri=str(target) + ".work", index_key=key), say)
+    build.run()
+    trained = build.train().record
+    shards = [build.encode(shard.number) for shard in build.stored_plan().shards]
+    encoding = sum(shard.encoding_seconds for shard in shards)
+    rows = sum(shard.rows for shard in shards)
     return {
-        "training": trained - started,
-        "training cpu": trained_cpu - cpu,
-        "encoding": encoded - trained,
-        "rows a second a core": rows / (encoded_cpu - trained_cpu),
+        "training": trained.seconds,
+        "encoding": encoding,
+        "rows a second a core": rows / encoding / len(os.sched_getaffinity(0)),
     }
 
 
@@ -116,7 +91,7 @@ def their_build(source: Path, target: Path, key: str) -> dict[str, float]:
     from autofaiss import build_index
 
     build_index(
-        str(source),
+        str(source / "img_emb"),
         index_path=str(target),
         index_infos_path=str(target.with_suffix(".json")),
         index_key=key,
@@ -177,8 +152,12 @@ def recalls(path: Path, folder: Path) -> dict[int, dict[int, float]]:
     """Return recall at each of `RECALL_AT`, by nprobe; efSearch is twice nprobe."""
     import faiss
 
+    on_disk = faiss.IO_FLAG_ONDISK_SAME_DIR | faiss.IO_FLAG_READ_ONLY
     queries, nearest = np.load(folder / "queries.npy"), np.load(folder / "nearest.npy")
-    index = faiss.read_index(str(path))
+    if path.is_dir():
+        index = faiss.read_index(str(path / "image.index" / "populated.index"), on_disk)
+    else:
+        index = faiss.read_index(str(path))
     ivf = faiss.downcast_index(faiss.extract_index_ivf(index))
     quantizer = faiss.downcast_index(ivf.quantizer)
     answers = {}
@@ -253,6 +232,8 @@ def main() -> None:
     for _ in range(arguments.repeats):
         for side in arguments.sides:
             target = folder / f"{side}.index"
+            for old in folder.glob(f"{side}.index*"):
+                shutil.rmtree(old) if old.is_dir() else old.unlink()
             runs[side].append(measured(side, folder / "embeddings", target, key))
             found[side] = recalls(target, folder)
             say(f"{side}: {runs[side][-1]}, {found[side]}")
