@@ -21,12 +21,14 @@ from laion_assets.build.embeddings import (
     EmbeddingFile,
     EmbeddingReader,
     Embeddings,
+    Listing,
     list_embeddings,
+    list_files,
     metadata_schema,
+    pair_version,
 )
-from laion_assets.build.input_files import InputFiles
 from laion_assets.build.merge import merge_lists, with_lists_on_disk
-from laion_assets.build.plan import SHARD_ROWS, Part, Plan, Shard, extended
+from laion_assets.build.plan import SHARD_ROWS, Part, Plan, Shard, check_planned, extended
 from laion_assets.build.publish import new_index_uri, publish, put
 from laion_assets.build.quantizer import index_key_for
 from laion_assets.build.shards import (
@@ -37,7 +39,15 @@ from laion_assets.build.shards import (
     folder_of,
     read_record,
 )
-from laion_assets.build.trained import ANSWERS, KEPT, Trained, read_trained, train_index
+from laion_assets.build.trained import (
+    ANSWERS,
+    KEPT,
+    Record,
+    Trained,
+    read_trained,
+    read_trained_record,
+    train_index,
+)
 from laion_assets.build.workspace import Workspace
 from laion_assets.index import (
     ID_SIZE,
@@ -53,9 +63,8 @@ from laion_assets.io.arrays import Ids
 from laion_assets.io.checksums import checksum_text, crc32c
 from laion_assets.io.errors import InputError
 from laion_assets.io.progress import Progress
-from laion_assets.staging.transfer.files import version_of
 
-PLAN, INPUT, BUILT = "plan.json", "input.json", "build.json"
+PLAN, INPUT, PREPARED, BUILT = "plan.json", "input.json", "prepared.json", "build.json"
 RECALL_AT = (1, 10, 100, 1000)
 LISTS_CHECKED = 64
 Log = Callable[[str], None]
@@ -135,6 +144,22 @@ class Wanted:
     index: str
 
 
+@dataclass(frozen=True)
+class Prepared:
+    """For what the plan and the trained index are.
+
+    Attributes:
+        files: version of their listing.
+        settings: see `Build.settings`.
+        times: that settings other than before were prepared; it tells settings apart that come back.
+
+    """
+
+    files: str
+    settings: str
+    times: int
+
+
 class Build:
     """A build and its steps.
 
@@ -154,6 +179,43 @@ class Build:
         """The input as it is now; only headers are read."""
         return list_embeddings(self.request.embeddings_uri, self.request.layout, self.request.key)
 
+    def listing(self) -> Listing:
+        """List the input; no file is read.
+
+        Raises:
+            InputError: no embeddings there, or files without their partner.
+
+        """
+        return list_files(self.request.embeddings_uri, self.request.layout, self.request.key)
+
+    def prepared(self) -> Prepared | None:
+        """Return for what `train` ran last; None where it has not."""
+        stored = self.workspace.read_json(PREPARED)
+        return Prepared(**stored) if stored else None
+
+    def is_prepared(self, prepared: Prepared | None, listing: Listing) -> bool:
+        """Return whether `train` ran for some files, by the settings of the request."""
+        return prepared is not None and (prepared.files, prepared.settings) == (
+            listing.version,
+            self.settings,
+        )
+
+    @property
+    def settings(self) -> str:
+        """Changes with what is asked of the files."""
+        asked = self.request
+        known = asked.layout, asked.key, asked.index_key, asked.bytes_per_row, asked.columns
+        return _fingerprint(known, asdict(asked.model))
+
+    def check_planned(self, plan: Plan, listing: Listing) -> None:
+        """Check that planned files are there, and those of encoded shards unchanged; no file is read.
+
+        Raises:
+            InputError: names the files.
+
+        """
+        check_planned(plan, listing.versions, self._is_encoded)
+
     def plan(self) -> Plan:
         """Give every row its id: files that are new follow those that were planned before.
 
@@ -163,10 +225,15 @@ class Build:
         """
         parts = [_part(file) for file in self.embeddings.files]
         planned = self.stored_plan()
-        plan = extended(planned, parts, self.request.shard_rows)
+        plan = extended(planned, parts, self.request.shard_rows, self._is_encoded)
+        known = {
+            "key": self.embeddings.key,
+            "dimension": self.embeddings.dimension,
+            "model": asdict(self.embeddings.model),
+        }
+        if known != self.workspace.read_json(INPUT):
+            self.workspace.write_json(INPUT, known)
         if plan != planned:
-            known = {"key": self.embeddings.key, "dimension": self.embeddings.dimension}
-            self.workspace.write_json(INPUT, known | {"model": asdict(self.embeddings.model)})
             self._write_schema()
             self.workspace.write_json(PLAN, plan.to_json())
         return plan
@@ -185,34 +252,37 @@ class Build:
         stored = self.workspace.read_json(PLAN)
         return Plan.from_json(stored) if stored else Plan()
 
-    def source_version(self) -> str:
-        """Return the version of the input; only lists its files.
-
-        Raises:
-            InputError: no such folder.
-
-        """
-        files = InputFiles(self.request.embeddings_uri)
-        return version_of(map(files.file, files.names()))
-
     def wanted(self, plan: Plan) -> Wanted | None:
         """Return what the steps are to be made from; None where the index is not trained."""
-        trained = read_trained(self.workspace)
+        trained = read_trained_record(self.workspace)
         return None if trained is None else self._wanted(plan, trained)
 
     def train(self) -> Trained:
-        """Train the index on a sample of the rows.
+        """Plan all rows, and train the index on a sample of them where it is not trained.
 
         Raises:
-            InputError: a key that is not supported, or too few rows for it.
+            InputError: see `plan`; a key that is not supported, or too few rows for it.
 
         """
+        listing = self.listing()  # before the headers are read: what comes meanwhile is planned next time
+        plan = self.plan()
+        trained = self._train(plan.rows)
+        before = self.prepared()
+        if not self.is_prepared(before, listing):
+            times = before.times if before else 0
+            times += before is None or before.settings != self.settings
+            self.workspace.write_json(PREPARED, asdict(Prepared(listing.version, self.settings, times)))
+        return trained
+
+    def _train(self, rows: int) -> Trained:
         found = read_trained(self.workspace)
-        dimension = self.embeddings.dimension
-        if found and self.request.index_key is None and found.record.dimension == dimension:
-            return found  # which key is best may change with the rows: that is no reason to start over
-        rows = self.plan().rows
-        key = self.request.index_key or index_key_for(rows, dimension, self.request.bytes_per_row)
+        dimension, key = self.embeddings.dimension, self.request.index_key
+        if key is None and found and found.record.dimension == dimension:
+            # Which key is best may change with the rows: that is no reason to start over.
+            if self.request.bytes_per_row is None:
+                return found
+            rows = found.record.rows
+        key = key or index_key_for(rows, dimension, self.request.bytes_per_row)
         reader = EmbeddingReader(self.embeddings)
 
         def sample(wanted: int) -> tuple[Any, Any]:
@@ -233,7 +303,7 @@ class Build:
                 f"there is no shard {number}: {self.request.embeddings_uri} makes {len(plan.shards)}"
             )
         shard = plan.shards[number]
-        made_from = self._wanted(plan, trained).shards[shard.name]
+        made_from = self._wanted(plan, trained.record).shards[shard.name]
         if record := read_record(self.workspace, shard, made_from):
             return record
         embeddings = self._listed(shard)
@@ -257,7 +327,7 @@ class Build:
 
         """
         plan, trained = self.stored_plan(), self._trained()
-        wanted = self._wanted(plan, trained)
+        wanted = self._wanted(plan, trained.record)
         records = self._records(plan, wanted)
         if (done := self._published()) and done.fingerprint == wanted.index:
             return done
@@ -281,6 +351,9 @@ class Build:
         built = self.finish()
         self._log(f"{built.rows:,} rows in {time.perf_counter() - started:,.0f} s")
         return built
+
+    def _is_encoded(self, shard: Shard) -> bool:
+        return folder_of(self.workspace, shard).exists(shard_files.RECORD)
 
     def _listed(self, shard: Shard) -> Embeddings:
         """List the files of a shard; of the others, no header is read."""
@@ -316,8 +389,8 @@ class Build:
             )
         return found
 
-    def _wanted(self, plan: Plan, trained: Trained) -> Wanted:
-        settings = trained.record.checksum, self.request.columns, self.request.key
+    def _wanted(self, plan: Plan, trained: Record) -> Wanted:
+        settings = trained.checksum, self.request.columns, self.request.key
         shards = {shard.name: _fingerprint(shard.fingerprint, *settings) for shard in plan.shards}
         model = self.request.model
         return Wanted(shards, _fingerprint(shards, model.name, model.url))
@@ -381,7 +454,7 @@ class Build:
 
 
 def _part(file: EmbeddingFile) -> Part:
-    return Part(file.name, file.rows, version_of([file.vectors, file.metadata]))
+    return Part(file.name, file.rows, pair_version(file.vectors, file.metadata))
 
 
 def _fingerprint(*content: Any) -> str:

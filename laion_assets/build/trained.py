@@ -11,7 +11,7 @@ import faiss
 import numpy as np
 
 from laion_assets.build.answers import Answers
-from laion_assets.build.quantizer import train, training_rows
+from laion_assets.build.quantizer import IndexKey, train, training_rows
 from laion_assets.build.workspace import Workspace
 from laion_assets.index import nprobe_rule
 from laion_assets.io.arrays import Bytes, Floats, Ids, unit_rows
@@ -152,6 +152,7 @@ def train_index(
     ):
         return found
     started = time.perf_counter()
+    IndexKey.parse(index_key, dimension).check_rows(rows)  # before reading, which may take long
     wanted = training_rows(index_key, rows)
     raw, ids = sample(wanted + QUERIES)
     vectors, usable = unit_rows(raw)
@@ -194,15 +195,20 @@ def read_trained(workspace: Workspace) -> Trained | None:
         InputError: it is damaged.
 
     """
-    stored = workspace.read_json(RECORD)
-    if stored is None:
+    record = read_trained_record(workspace)
+    if record is None:
         return None
-    record = Record(**{**stored, "nprobes": tuple(stored["nprobes"])})
     content = workspace.read(INDEX)
     if checksum_text(crc32c(content)) != record.checksum:
         raise workspace.damaged(INDEX, "is not what was written")
     index = faiss.deserialize_index(np.frombuffer(content, np.uint8))
     return Trained(index, workspace.read_array(QUERY_VECTORS), workspace.read_array(QUERY_IDS), record)
+
+
+def read_trained_record(workspace: Workspace) -> Record | None:
+    """Read what is known of the trained index of a workspace, and nothing of the index itself."""
+    stored = workspace.read_json(RECORD)
+    return None if stored is None else Record(**{**stored, "nprobes": tuple(stored["nprobes"])})
 
 
 def _nprobes(rows: int, lists: int) -> tuple[int, ...]:

@@ -45,6 +45,12 @@ from laion_assets.staging import (
 )
 
 EMBEDDINGS = "embeddings_uri"
+NAMES = {  # of what errors of a build are about: the library's parameters, as `Places` calls them
+    "uri": EMBEDDINGS,
+    "layout": "embeddings_layout",
+    "key": "embeddings_key",
+    "columns": "embeddings_columns",
+}
 
 
 @dataclass(frozen=True)
@@ -253,8 +259,9 @@ class IndexBuilder:
         )
         return cls(request, places.min_recall)
 
-    def open(self, log: Callable[[str], None]) -> Build:
-        """Return the build and its steps.
+    @contextmanager
+    def open(self, log: Callable[[str], None]) -> Iterator[Build]:
+        """Open the build and its steps; errors in the block name our settings.
 
         Raises:
             InputError: LAION_EMBEDDINGS_URI is not set.
@@ -264,7 +271,10 @@ class IndexBuilder:
             raise InputError(
                 "no embeddings are set to build an index from: name their folder", EMBEDDINGS
             )
-        return Build(self.request, log)
+        try:
+            yield Build(self.request, log)
+        except InputError as error:
+            raise InputError(str(error), NAMES.get(error.about or "", error.about)) from error
 
 
 @dataclass(frozen=True)
