@@ -203,35 +203,36 @@ def _build(_: argparse.Namespace, environment: Mapping[str, str]) -> int:
     """Run the steps of a build that are not done, each as a run of its own; a shard holds up no other."""
     builder = IndexBuilder.at(Places.from_environment(environment))
     jobs = build_defs(environment, {"console": console})
-    with builder.open(print) as build, _kept_instance(environment) as (kept, tags):
+    with builder.open(print) as build:
         build.listing()  # wrong places fail here, before a run
+        with _kept_instance(environment) as (kept, tags):
 
-        def run(job: str, shard: str | None = None) -> bool:
-            result = jobs.resolve_job_def(job).execute_in_process(
-                partition_key=shard,
-                instance=kept,
-                tags=tags,
-                raise_on_error=False,
-                run_config=dict(CONSOLE),
-            )
-            if _was_interrupted(result):
-                raise KeyboardInterrupt
-            for failure in _failures(result):
-                _print_error(f"shard {shard}: {failure}" if shard else failure, environment)
-            return bool(result.success)
+            def run(job: str, shard: str | None = None) -> bool:
+                result = jobs.resolve_job_def(job).execute_in_process(
+                    partition_key=shard,
+                    instance=kept,
+                    tags=tags,
+                    raise_on_error=False,
+                    run_config=dict(CONSOLE),
+                )
+                if _was_interrupted(result):
+                    raise KeyboardInterrupt
+                for failure in _failures(result):
+                    _print_error(f"shard {shard}: {failure}" if shard else failure, environment)
+                return bool(result.success)
 
-        if not run(TRAIN_JOB):
-            return 1
-        plan = build.stored_plan()
-        kept.add_dynamic_partitions(SHARDS, [shard.name for shard in plan.shards])
-        failed = [name for name in build.missing(plan) if not run(ENCODE_JOB, name)]
-        if failed:
-            print(f"{count(len(failed), 'shard')} failed; the others are done", file=sys.stderr)
-            return 1
-        if not run(PUBLISH_JOB):
-            return 1
-        built = build.finish()
-    print(f"{built.stored:,} of {built.rows:,} rows in {built.index_key}, at {build.request.index_uri}")
+            if not run(TRAIN_JOB):
+                return 1
+            plan = build.stored_plan()
+            kept.add_dynamic_partitions(SHARDS, [shard.name for shard in plan.shards])
+            if failed := [name for name in build.missing(plan) if not run(ENCODE_JOB, name)]:
+                print(f"{count(len(failed), 'shard')} failed; the others are done", file=sys.stderr)
+                return 1
+            if not run(PUBLISH_JOB):
+                return 1
+        if built := build.published():
+            rows = f"{built.stored:,} of {built.rows:,} rows"
+            print(f"{rows} in {built.index_key}, at {build.request.index_uri}")
     return 0
 
 

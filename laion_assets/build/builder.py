@@ -329,14 +329,14 @@ class Build:
         plan, trained = self.stored_plan(), self._trained()
         wanted = self._wanted(plan, trained.record)
         records = self._records(plan, wanted)
-        if (done := self._published()) and done.fingerprint == wanted.index:
+        if (done := self.published()) and done.fingerprint == wanted.index:
             return done
         new = Workspace(new_index_uri(self.request.index_uri))
         if (new.read_json(BUILT) or {}).get("fingerprint") != wanted.index:
             new.remove()
             self._write(new, plan, trained, records, wanted.index)
         publish(self.request.index_uri, BUILT)
-        found = self._published()
+        found = self.published()
         assert found is not None  # noqa: S101 - it was written
         return found
 
@@ -408,7 +408,8 @@ class Build:
             )
         return [record for record in found.values() if record]
 
-    def _published(self) -> Built | None:
+    def published(self) -> Built | None:
+        """Read what is known of the index that is in its place; None where no build wrote it."""
         stored = Workspace(self.request.index_uri).read_json(BUILT)
         return Built(**stored) if stored else None
 

@@ -150,6 +150,8 @@ def laion_index_asset(placement: Placement) -> dg.AssetsDefinition:
         with as_failures():
             with index_builder.open(context.log.info) as build:
                 built = build.finish()
+            results = list(checks.of_built_index(built, index_builder.min_recall))
+            context.log.info(f"{built.stored:,} rows merged; {results[0].description}")
             chart = recall_curves(built.recall)
             return dg.MaterializeResult(
                 data_version=dg.DataVersion(built.fingerprint),
@@ -163,9 +165,7 @@ def laion_index_asset(placement: Placement) -> dg.AssetsDefinition:
                     "recall by nprobe": dg.MetadataValue.json(built.recall),
                     "dagster/uri": build.request.index_uri,
                 },
-                check_results=checks.logged(
-                    context, checks.of_built_index(built, index_builder.min_recall)
-                ),
+                check_results=checks.logged(context, results),
             )
 
     return laion_index
