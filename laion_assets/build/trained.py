@@ -21,6 +21,8 @@ from laion_assets.io.errors import InputError
 QUERIES = 200
 ANSWERS = 1000  # rows that are compared for each query
 KEPT = ANSWERS + 1  # a query finds itself too
+SCALED_AT_ONCE = 16_384  # rows
+COLUMNS_AT_ONCE = 32  # that are moved at a time
 NPROBES = (1, 4, 16, 64, 256, 1024)
 INDEX, QUERY_VECTORS, QUERY_IDS, RECORD = "trained.index", "queries.npy", "query_ids.npy", "trained.json"
 
@@ -139,7 +141,7 @@ def train_index(
         index_key: faiss factory key.
         dimension: of the vectors.
         rows: that the index will have.
-        sample: returns about so many of the rows, and their ids.
+        sample: returns about so many of the rows, and their ids; the rows are changed.
         log: is told what is done.
 
     Raises:
@@ -154,19 +156,18 @@ def train_index(
     started = time.perf_counter()
     IndexKey.parse(index_key, dimension).check_rows(rows)  # before reading, which may take long
     wanted = training_rows(index_key, rows)
-    raw, ids = sample(wanted + QUERIES)
-    vectors, usable = unit_rows(raw)
-    vectors, ids = vectors[usable], ids[usable]
+    sampled, ids = sample(wanted + QUERIES)
+    vectors, order = _shuffled_unit_rows(sampled)
     if not len(vectors):
         raise InputError(
-            f"none of the {len(raw):,} rows read for training has a vector that is finite and not zero: "
-            "check the embeddings",
+            f"none of the {len(sampled):,} rows read for training has a vector that is finite and not "
+            "zero: check the embeddings",
             "embeddings_uri",
         )
     # Queries come from everywhere too. A small pool is used whole for training.
-    chosen = np.random.default_rng(0).permutation(len(vectors))[:QUERIES]
-    rest = np.setdiff1d(np.arange(len(vectors)), chosen)
-    training = vectors[rest if len(rest) >= len(vectors) // 2 else slice(None)]
+    queries, query_ids = vectors[:QUERIES].copy(), ids[order[:QUERIES]]
+    rest = vectors[len(queries) :]
+    training = rest if len(rest) >= len(vectors) // 2 else vectors
     log(f"training {index_key} on {len(training):,} rows")
     index = train(index_key, dimension, training, log=log)
     content = faiss.serialize_index(index)
@@ -182,10 +183,31 @@ def train_index(
     )
     with workspace.new(INDEX) as sink:
         sink.write(content.tobytes())
-    workspace.write_array(QUERY_VECTORS, vectors[chosen])
-    workspace.write_array(QUERY_IDS, ids[chosen])
+    workspace.write_array(QUERY_VECTORS, queries)
+    workspace.write_array(QUERY_IDS, query_ids)
     workspace.write_json(RECORD, asdict(record))
-    return Trained(index, vectors[chosen], ids[chosen], record)
+    return Trained(index, queries, query_ids, record)
+
+
+def _shuffled_unit_rows(rows: Floats) -> tuple[Floats, Ids]:
+    """Scale rows to length 1 and shuffle the usable ones, in place: a sample can be 20 GB.
+
+    Args:
+        rows: (n, d) as stored.
+
+    Returns:
+        The first (m, d) of the rows, now the usable ones in random order, and where each was before.
+
+    """
+    usable = np.empty(len(rows), bool)
+    for start in range(0, len(rows), SCALED_AT_ONCE):
+        these = slice(start, start + SCALED_AT_ONCE)
+        rows[these], usable[these] = unit_rows(rows[these])
+    order = np.random.default_rng(0).permutation(np.flatnonzero(usable))
+    for start in range(0, rows.shape[1], COLUMNS_AT_ONCE):
+        columns = slice(start, start + COLUMNS_AT_ONCE)
+        rows[: len(order), columns] = rows[order, columns]
+    return rows[: len(order)], order
 
 
 def read_trained(workspace: Workspace) -> Trained | None:
