@@ -84,7 +84,8 @@ def build_embeddings_sensor(jobs: Sequence[dg.UnresolvedAssetJobDefinition]) -> 
         registered = set(instance.get_dynamic_partitions(SHARDS))
         new = [name for name in names if name not in registered]
         version = Version(embedding_files.key, listing.version)
-        report = f"{step.report}; {plan.rows:,} rows in {count(len(names), 'shard')}"
+        planned = f"; {plan.rows:,} rows in {count(len(names), 'shard')}" if names else ""
+        report = f"{step.report}{planned}"
         context.log.info(report)
         return dg.SensorResult(
             run_requests=step.requests,
@@ -142,7 +143,7 @@ def _shards_or_merge(instance: dg.DagsterInstance, wanted: Wanted, times: int) -
         if len(requests) + len(running) >= SHARDS_AT_ONCE:
             break
     news = {
-        f"encoding, with {count(len(missing), 'shard')} to go:": [
+        f"{len(missing):,} of {count(len(wanted.shards), 'shard')} to encode:": [
             *running,
             *(request.partition_key or "" for request in requests),
         ],

@@ -8,7 +8,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, fields, is_dataclass, replace
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -321,8 +321,17 @@ def _shown(value: Any) -> dg.ResourceDefinition:
 
     provide.__name__ = type(value).__name__  # the UI's name for it
     about = inspect.cleandoc(type(value).__doc__ or "").partition("\n\nAttributes")[0]
-    fields = "\n".join(f"- {name}: `{shown}`" for name, shown in asdict(value).items())
-    return dg.ResourceDefinition(provide, description=f"{about}\n\n{fields}")
+    shown = "\n".join(f"- {name}: `{text}`" for name, text in _fields(value))
+    return dg.ResourceDefinition(provide, description=f"{about}\n\n{shown}")
+
+
+def _fields(value: Any) -> Iterator[tuple[str, Any]]:
+    for field in fields(value):
+        found = getattr(value, field.name)
+        if is_dataclass(found):
+            yield from _fields(found)
+        else:
+            yield field.name, found
 
 
 def storage_kind(uri: str) -> str:

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import dagster as dg
+import gcsfs
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
@@ -28,6 +29,7 @@ from laion_assets.defs import checks
 from laion_assets.defs.build_sensor import SHARDS_AT_ONCE
 from laion_assets.defs.resources import IndexBuilder
 from laion_assets.io.errors import InputError
+from laion_assets.io.storage import open_storage
 
 KEY = "IVF16,Flat"
 SHARDS = ["000000", "000001", "000002", "000003"]
@@ -83,8 +85,10 @@ def test_published_embeddings_become_an_index_that_a_seed_set_is_searched_in(lay
         assert (shard["dagster/row_count"], shard["first id"]) == (600, 1200)
         index = reported(build.results["publish"], "laion_index")
         assert (index["dagster/row_count"], index["index key"]) == (2400, KEY)
-        assert "image/svg+xml" in index["recall"]
-        assert index["recall by nprobe"]["16"]["100"] == 1.0  # all lists, and vectors as they are
+        assert "image/svg+xml" in index["recall chart"]
+        last = index["recall"].records[-1].data  # all lists, and vectors as they are
+        assert (last["lists probed"], last["recall@100"]) == ("16 (of a search)", "100.0%")
+        assert index["recall@100"] == 1.0
         assert set(checks_of(build.results["publish"]).values()) == {True}
 
         write_seeds(build.project.seeds / "mine")
@@ -143,6 +147,34 @@ def test_settings_that_come_back_are_built_again(build):
     again = restarted(other, LAION_INDEX_KEY=KEY)
     assert again.settle() == ["train", *SHARDS, "publish"]
     assert reported(again.results["publish"], "laion_index")["index key"] == KEY
+
+
+def test_embeddings_workspace_and_index_may_all_be_in_a_bucket(new_bucket, tmp_path, monkeypatch):
+    folders = publish_all(tmp_path / "embeddings", "clip-retrieval")[0].parents[1]
+    bucket, name = open_storage(new_bucket, "")
+    bucket.put(f"{folders}/", f"{name}/embeddings/", recursive=True)
+    listings: list[str] = []
+    call = gcsfs.GCSFileSystem._call
+
+    async def counted(self: Any, method: str, path: str, *arguments: Any, **more: Any) -> Any:
+        # Listings of the embeddings alone: the workspace is asked for single files.
+        if path.endswith("/o") and "embeddings" in str(more.get("prefix")):
+            listings.append(path)
+        return await call(self, method, path, *arguments, **more)
+
+    places = {
+        "LAION_EMBEDDINGS_URI": f"{new_bucket}/embeddings",
+        "LAION_INDEX_URI": f"{new_bucket}/index",
+    }
+    with new_building(tmp_path, **places) as build:
+        assert build.settle() == ["train", *SHARDS, "publish"]
+        monkeypatch.setattr(gcsfs.GCSFileSystem, "_call", counted)
+        assert build.tick_build() == []
+        assert len(listings) == 1
+        assert bucket.exists(f"{name}/index.build/shards/000003/shard.json")
+        write_seeds(build.project.seeds / "mine")
+        assert not failures(build.project.run("mine", nb_images_knn=10, nb_images_centroid=10))
+        assert stale(build.project, "mine") == set()
 
 
 # --- failures -------------------------------------------------------------------------------------
@@ -207,7 +239,7 @@ def test_failed_and_running_shards_leave_room_for_no_more_than_a_number_at_once(
         assert [each.partition_key for each in build.tick_build()] == [
             f"{SHARDS_AT_ONCE + n:06}" for n in range(8)
         ]
-        assert "70 shards to go" in build.said
+        assert "70 of 70 shards to encode" in build.said
 
 
 @pytest.mark.parametrize(

@@ -3,11 +3,13 @@
 Dagster's concept: https://docs.dagster.io/guides/build/assets
 """
 
+from collections.abc import Mapping
+
 import dagster as dg
 
 from laion_assets.defs import checks
 from laion_assets.defs.drawing.charts import recall_curves
-from laion_assets.defs.drawing.markup import embedded
+from laion_assets.defs.drawing.markup import embedded, table
 from laion_assets.defs.failures import as_failures
 from laion_assets.defs.kubernetes.placement import Placement
 from laion_assets.defs.partitions import index_shards as shard_partitions
@@ -153,19 +155,37 @@ def laion_index_asset(placement: Placement) -> dg.AssetsDefinition:
             results = list(checks.of_built_index(built, index_builder.min_recall))
             context.log.info(f"{built.stored:,} rows merged; {results[0].description}")
             chart = recall_curves(built.recall)
+            searched = checks.nprobe_of_a_search(built)
             return dg.MaterializeResult(
                 data_version=dg.DataVersion(built.fingerprint),
                 metadata={
+                    "about": dg.MetadataValue.md(
+                        f"**{built.stored:,} rows** of {built.rows:,} in {built.index_key}\n\n"
+                        f"{results[0].description}"
+                    ),
+                    "recall": table(_by_nprobe(built.recall, searched)),
+                    "recall chart": dg.MetadataValue.md(
+                        embedded("recall", chart.encode(), "image/svg+xml")
+                    ),
+                    "recall@100": built.recall.get(str(searched), {}).get("100", 1.0),
                     "dagster/row_count": built.stored,
+                    "rows without a usable vector": built.unusable,
                     "index key": built.index_key,
                     "dimension": built.dimension,
-                    "rows without a usable vector": built.unusable,
+                    "inverted lists": built.lists,
                     "bytes of lists": built.bytes,
-                    "recall": dg.MetadataValue.md(embedded("recall", chart.encode(), "image/svg+xml")),
-                    "recall by nprobe": dg.MetadataValue.json(built.recall),
                     "dagster/uri": build.request.index_uri,
                 },
                 check_results=checks.logged(context, results),
             )
 
     return laion_index
+
+
+def _by_nprobe(shares: Mapping[str, Mapping[str, float]], searched: int) -> list[dict[str, str]]:
+    """Return a row for each number of probed lists, with the recall of each number of results."""
+    return [
+        {"lists probed": f"{int(nprobe):,}{' (of a search)' if int(nprobe) == searched else ''}"}
+        | {f"recall@{int(count):,}": f"{share:.1%}" for count, share in shares[nprobe].items()}
+        for nprobe in sorted(shares, key=int)
+    ]
