@@ -7,7 +7,7 @@ IMG2DATASET := tests/handover/.venv
 TRANSFORMERS := tests/embed/.venv
 PORT ?= 3000
 
-.PHONY: help demo dev test test-ui screenshots test-peer test-k8s test-embed test-handover golden lint bench bench-quick bench-embed bench-staging bench-sensor bench-sparse settings-docs docs docs-links lock clean
+.PHONY: help demo dev test test-ui screenshots test-peer test-k8s test-embed test-handover golden lint bench bench-quick bench-cold bench-embed bench-staging bench-sensor bench-sparse settings-docs docs docs-links lock clean
 
 help: ## List the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -70,6 +70,9 @@ bench: $(READY) ## Measure against the peer, about an hour; writes benchmarks/re
 
 bench-quick: $(READY) ## The same on less data, a few minutes; writes benchmarks/.cache/quick
 	$(BIN)/python benchmarks/bench.py --quick --output benchmarks/.cache/quick
+
+bench-cold: $(READY) ## Bytes that cold reads of the metadata take, a minute
+	$(BIN)/python benchmarks/cold.py
 
 bench-embed: $(READY) ## Images a second that are embedded, against the model alone, a few minutes
 	$(BIN)/python benchmarks/embed.py

@@ -1,4 +1,4 @@
-"""LAION-like data of any size: vectors, their index on disk, its metadata, seeds; seeded and cached.
+"""LAION-like data of any size: an index of vectors with metadata, and seeds; seeded and cached.
 
 Images belong to topics, topics to styles, and most images have near-copies, a few have thousands.
 What must not live here: anything that searches or measures.
@@ -11,19 +11,21 @@ import json
 import os
 import shutil
 import time
-from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
-import faiss
 import numpy as np
 import pyarrow as pa
+import pyarrow.parquet as pq
 from numpy.typing import NDArray
+
+from laion_assets.build import Build, Request
 
 DIMENSION = 768
 BLOCK = 65_536
-TRAINING_ROWS = 131_072
+SHARD_ROWS = 500_000
 TOPICS_PER_STYLE = 50
 ROWS_PER_TOPIC = 250
 # How alike two images are: what every image, every style and every topic shares (squares of shares
@@ -154,61 +156,16 @@ def blocks(rows: int) -> list[slice]:
     return [slice(start, min(start + BLOCK, rows)) for start in range(0, rows, BLOCK)]
 
 
-def train(world: World) -> faiss.Index:
-    """An empty index that knows the data: few rounds, for a benchmark needs no perfect index."""
-    index = faiss.index_factory(DIMENSION, world.recipe.index_key, faiss.METRIC_INNER_PRODUCT)
-    opq = faiss.downcast_VectorTransform(index.chain.at(0))
-    opq.niter, opq.niter_pq_0, opq.niter_pq, opq.max_train_points = 3, 4, 2, 256 * 64
-    ivf = faiss.downcast_index(faiss.extract_index_ivf(index))
-    ivf.cp.niter, ivf.pq.cp.niter, ivf.pq.cp.max_points_per_centroid = 8, 6, 64
-    count = min(world.recipe.rows, TRAINING_ROWS)
-    index.train(np.concatenate([world.vectors(b) for b in range(-(-count // BLOCK))])[:count])
-    return index
-
-
-def write_index(world: World, folder: Path) -> None:
-    """The index in two files, as LAION publishes it: the index, and its lists to be mapped."""
-    folder.mkdir(parents=True)
-    index = train(world)
+def write_embeddings(world: World, folder: Path) -> None:
+    """Write the vectors and their metadata as clip-retrieval does: a pair of files for each block."""
+    for part in ("img_emb", "metadata"):
+        (folder / part).mkdir(parents=True)
     for number, rows in enumerate(blocks(world.recipe.rows)):
-        index.add(world.vectors(number))
-        print(f"added {rows.stop:,} rows", flush=True)
-    ivf = faiss.downcast_index(faiss.extract_index_ivf(index))
-    path = str(folder / "merged_index.ivfdata")
-    on_disk = faiss.OnDiskInvertedLists(ivf.nlist, ivf.code_size, path)
-    parts = faiss.InvertedListsPtrVector()
-    parts.push_back(ivf.invlists)
-    on_disk.merge_from_multiple(parts.data(), parts.size())
-    ivf.replace_invlists(on_disk)
-    on_disk.filename = Path(path).name  # the reader looks for it beside the index
-    faiss.write_index(index, str(folder / "populated.index"))
+        np.save(folder / "img_emb" / f"img_emb_{number}.npy", world.vectors(number))
+        pq.write_table(metadata(world, number, rows), folder / "metadata" / f"metadata_{number}.parquet")
 
 
-def write_metadata(world: World, folder: Path) -> None:
-    """Two Arrow files whose rows, in order of name, are the index's ids."""
-    folder.mkdir(parents=True)
-    all_blocks = list(enumerate(blocks(world.recipe.rows)))
-    english = max(1, len(all_blocks) * 2 // 5)
-    for name, part in (("0_en", all_blocks[:english]), ("1_multi", all_blocks[english:])):
-        with pa.OSFile(str(folder / f"{name}.arrow"), "wb") as sink:
-            batches = (metadata(world, number, rows) for number, rows in part)
-            write_batches(sink, batches)
-
-
-def write_batches(sink: pa.NativeFile, batches: Iterator[pa.RecordBatch]) -> None:
-    """Write an Arrow IPC file, one batch at a time."""
-    first = next(batches, None)
-    if first is None:
-        empty = {"url": pa.string(), "caption": pa.string(), "NSFW": pa.string()}
-        pa.ipc.new_file(sink, pa.schema(empty)).close()
-        return
-    with pa.ipc.new_file(sink, first.schema) as writer:
-        writer.write_batch(first)
-        for batch in batches:
-            writer.write_batch(batch)
-
-
-def metadata(world: World, block: int, rows: slice) -> pa.RecordBatch:
+def metadata(world: World, block: int, rows: slice) -> pa.Table:
     """Url, caption and safety tag of one block of rows."""
     rng = world.rng(6, block)
     ids, originals = range(rows.start, rows.stop), world.original_of[rows]
@@ -219,7 +176,7 @@ def metadata(world: World, block: int, rows: slice) -> pa.RecordBatch:
     ]
     captions = [f"Picture {original} " + "of a thing " * (original % 9) for original in originals]
     nsfw = np.where(rng.random(len(ids)) < 0.97, "UNLIKELY", "UNSURE")
-    return pa.record_batch({"url": urls, "caption": captions, "NSFW": pa.array(nsfw, pa.string())})
+    return pa.table({"url": urls, "caption": captions, "NSFW": pa.array(nsfw, pa.string())})
 
 
 def write_seeds(world: World, folder: Path) -> None:
@@ -234,12 +191,22 @@ def generate(recipe: Recipe) -> Path:
     folder = recipe.folder
     if folder.exists():
         return folder
+    folder.parent.mkdir(parents=True, exist_ok=True)
     started = time.perf_counter()
     unfinished = folder.with_name(f"unfinished-{folder.name}")
     shutil.rmtree(unfinished, ignore_errors=True)
     world = World(recipe)
-    write_index(world, unfinished / "image.index")
-    write_metadata(world, unfinished / "metadata")
+    with TemporaryDirectory(dir=unfinished.parent) as work:
+        write_embeddings(world, Path(work) / "embeddings")
+        request = Request(
+            f"{work}/embeddings",
+            str(unfinished),
+            f"{work}/build",
+            index_key=recipe.index_key,
+            rows_per_centre=1,  # any recipe: a benchmark needs no perfect index
+            shard_rows=SHARD_ROWS,
+        )
+        Build(request, print).run()
     write_seeds(world, unfinished)
     about = {**asdict(recipe), "seconds": time.perf_counter() - started}
     (unfinished / "recipe.json").write_text(json.dumps(about, indent=1))

@@ -6,6 +6,7 @@ import argparse
 import errno
 import logging
 import os
+import shlex
 import signal
 import socket
 import sys
@@ -20,6 +21,7 @@ from typing import Any
 import dagster as dg
 from dotenv import load_dotenv
 
+from laion_assets.build import Build, Request, cost_of, embed_folder, index_key_for, measured
 from laion_assets.definitions import JOB, build_defs
 from laion_assets.defs.build_sensor import ENCODE_JOB, PUBLISH_JOB, TRAIN_JOB
 from laion_assets.defs.dagster_internals import RunFailureReason
@@ -33,12 +35,17 @@ from laion_assets.defs.request_plan import as_yaml, plan_request, read_history
 from laion_assets.defs.resources import IndexBuilder, LaionIndex, SeedFolder
 from laion_assets.defs.settings import FIELDS, Defaults, RetrievalConfig, kind_of
 from laion_assets.defs.terminal import count, one_line
-from laion_assets.demo import build_demo
+from laion_assets.demo import DEMO_MODEL, build_demo
+from laion_assets.index import ModelRecord
 from laion_assets.io.errors import InputError
+from laion_assets.io.storage import on_this_machine
 from laion_assets.io.text import printable
-from laion_assets.seeds import count_seeds
+from laion_assets.seeds import Model, count_seeds, stage_model
+from laion_assets.seeds.folder import is_image
 
 DEMO_SET = "fruit"
+EXAMPLES = 8  # rows that `index-images` shows
+IMAGES_SHOWN = 10  # of those that it leaves out
 HOST, PORT, MAX_PORT = "127.0.0.1", 3000, 65_535
 INSTANCE_FILE = "dagster.yaml"
 METAVARS: Mapping[type, str] = {int: "N", float: "X", str: "CONDITIONS"}
@@ -154,6 +161,27 @@ def _parser() -> argparse.ArgumentParser:
     )
     built.set_defaults(command=_build)
 
+    costs = commands.add_parser(
+        "plan-build", help="print what a build takes: shards, core-hours, bytes; measured here"
+    )
+    costs.add_argument("--rows", type=int, metavar="N", help="instead of those at LAION_EMBEDDINGS_URI")
+    costs.add_argument(
+        "--dimension", type=int, metavar="N", default=768, help="with --rows (default 768)"
+    )
+    costs.add_argument("--core-price", type=float, metavar="X", help="of a core for an hour")
+    costs.set_defaults(command=_plan_build)
+
+    own = commands.add_parser(
+        "index-images", help="embed a folder of images, build an index of them, and look into it"
+    )
+    own.add_argument(
+        "folder", metavar="FOLDER", help="images, in subfolders too; a path or any fsspec URL"
+    )
+    own.add_argument(
+        "--into", metavar="DIR", help=f"where to (default {DATA}/indices/<name of the folder>)"
+    )
+    own.set_defaults(command=_index_images)
+
     demo = commands.add_parser("demo", help="build the demo's index and seeds, and materialize one set")
     demo.add_argument("--data-only", action="store_true", help="only build the index and seeds")
     demo.set_defaults(command=_demo)
@@ -236,6 +264,58 @@ def _build(_: argparse.Namespace, environment: Mapping[str, str]) -> int:
     return 0
 
 
+def _plan_build(parsed: argparse.Namespace, environment: Mapping[str, str]) -> int:
+    places = Places.from_environment(environment)
+    for name in ("rows", "dimension"):
+        if (value := getattr(parsed, name)) is not None and value < 1:
+            raise InputError(f"--{name} is {value}: give 1 or more")
+    if parsed.rows is None:
+        with IndexBuilder.at(places).open(_to_stderr) as build:
+            cost = build.cost()
+    else:
+        key = places.index_key or index_key_for(parsed.rows, parsed.dimension, places.bytes_per_row)
+        rates = measured(key, parsed.dimension)
+        cost = cost_of(parsed.rows, parsed.dimension, key, rates, shard_rows=places.shard_rows)
+    print(*cost.lines(parsed.core_price), sep="\n")
+    return 0
+
+
+def _index_images(parsed: argparse.Namespace, environment: Mapping[str, str]) -> int:
+    """Embed, build and look; again with more images, only those are embedded and encoded."""
+    places = Places.from_environment(environment)
+    folder = parsed.folder.rstrip("/")
+    into = Path(parsed.into or DATA / "indices" / (folder.rpartition("/")[2] or "images")).absolute()
+    model_uri = places.model or str(DEMO_MODEL)
+    model = Model(stage_model(model_uri, Path(places.cache_dir) / "models", print), places.embed_device)
+    found = embed_folder(folder, str(into / "embeddings"), model, print)
+    print(f"{count(found.images, 'image')} embedded, {found.new:,} of them now")
+    for image in found.bad[:IMAGES_SHOWN]:
+        _to_stderr(f"left out: {image}")
+    if len(found.bad) > IMAGES_SHOWN:
+        _to_stderr(f"left out: {len(found.bad) - IMAGES_SHOWN:,} more")
+    request = Request(
+        str(into / "embeddings"),
+        str(into / "index"),
+        index_key=places.index_key,
+        bytes_per_row=places.bytes_per_row,
+        model=ModelRecord(model.name, model_uri),
+    )
+    built = Build(request, print).run()
+    print(f"{built.stored:,} of {built.rows:,} rows in {built.index_key}, at {request.index_uri}")
+    variables = {"LAION_INDEX_URI": request.index_uri, "LAION_MODEL": model_uri}
+    if on_this_machine(folder):
+        example = next(path for path in sorted(Path(folder).rglob("*")) if is_image(path.name))
+        print(f"what is most like {example}:\n")
+        in_place = {"LAION_STAGING": "in-place", "LAION_CACHE_DIR": str(into / "cache")}
+        _look(
+            argparse.Namespace(what=str(example), top=EXAMPLES, output=None),
+            {**environment, **variables, **in_place},
+        )
+    print("\nnow `laion-assets look IMAGE`, and all other commands, with these variables:\n")
+    print("\n".join(f"export {name}={shlex.quote(value)}" for name, value in variables.items()))
+    return 0
+
+
 def _to_stderr(line: str) -> None:
     print(one_line(line), file=sys.stderr)
 
@@ -266,7 +346,7 @@ def _build_demo() -> None:
     built = f"built in {report.seconds:.0f} s" if report.seconds else "already built"
     print(
         f"demo index: {report.rows:,} images in {report.index_key}, {built}; it finds "
-        f"{report.recall_all_lists:.0%} of the 20 true nearest"
+        f"{report.recall_all_lists:.0%} of the 10 true nearest"
     )
     print(f"demo seeds: {', '.join(report.seeds)}, {count(sum(report.seeds.values()), 'image')}")
 

@@ -6,6 +6,23 @@ new input files cost only their own shards and a merge.
 """
 
 from laion_assets.build.builder import BUILT, Build, Built, Request, Wanted
+from laion_assets.build.cost import Cost, cost_of, measured
+from laion_assets.build.index_key import index_key_for
+from laion_assets.build.own_images import embed_folder
 from laion_assets.build.plan import SHARD_ROWS, Plan, Shard
 
-__all__ = ["BUILT", "SHARD_ROWS", "Build", "Built", "Plan", "Request", "Shard", "Wanted"]
+__all__ = [
+    "BUILT",
+    "SHARD_ROWS",
+    "Build",
+    "Built",
+    "Cost",
+    "Plan",
+    "Request",
+    "Shard",
+    "Wanted",
+    "cost_of",
+    "embed_folder",
+    "index_key_for",
+    "measured",
+]

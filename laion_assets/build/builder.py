@@ -17,6 +17,7 @@ import pyarrow as pa
 
 from laion_assets.build import shards as shard_files
 from laion_assets.build.answers import Answers, merged, read_answers, recall
+from laion_assets.build.cost import Cost, cost_of, measured
 from laion_assets.build.embeddings import (
     EmbeddingFile,
     EmbeddingReader,
@@ -27,7 +28,8 @@ from laion_assets.build.embeddings import (
     metadata_schema,
     pair_version,
 )
-from laion_assets.build.merge import merge_lists, with_lists_on_disk
+from laion_assets.build.index_key import ROWS_PER_LIST
+from laion_assets.build.merge import write_index
 from laion_assets.build.plan import SHARD_ROWS, Part, Plan, Shard, check_planned, extended
 from laion_assets.build.publish import new_index_uri, publish, put
 from laion_assets.build.quantizer import index_key_for
@@ -54,7 +56,6 @@ from laion_assets.index import (
     INVERTED_LISTS,
     METADATA_FOLDER,
     MODEL_RECORD,
-    POPULATED_INDEX,
     SINGLE_INDEX,
     ModelRecord,
     nprobe_rule,
@@ -62,7 +63,7 @@ from laion_assets.index import (
 from laion_assets.io.arrays import Ids
 from laion_assets.io.checksums import checksum_text, crc32c
 from laion_assets.io.errors import InputError
-from laion_assets.io.progress import Progress
+from laion_assets.io.progress import Progress, format_duration
 
 PLAN, INPUT, PREPARED, BUILT = "plan.json", "input.json", "prepared.json", "build.json"
 RECALL_AT = (1, 10, 100, 1000)
@@ -82,6 +83,8 @@ class Request:
         key: which vectors of a file with several; None for the layout's own.
         index_key: faiss factory key; None to choose it by `index_key_for`.
         bytes_per_row: for that choice.
+        rows_per_centre: rows to train on that each list and each entry of a codebook needs; fewer give a
+            worse index.
         shard_rows: rows of a shard, about.
         columns: of the metadata that the index keeps; None for all.
         model: which model the vectors are of, where the layout does not say.
@@ -95,6 +98,7 @@ class Request:
     key: str | None = None
     index_key: str | None = None
     bytes_per_row: int | None = None
+    rows_per_centre: int = ROWS_PER_LIST
     shard_rows: int = SHARD_ROWS
     columns: tuple[str, ...] | None = None
     model: ModelRecord = field(default_factory=ModelRecord)
@@ -238,6 +242,25 @@ class Build:
             self.workspace.write_json(PLAN, plan.to_json())
         return plan
 
+    def cost(self) -> Cost:
+        """Return what the whole build takes; measures this machine, which takes seconds."""
+        files = self.embeddings.files
+        key = self.index_key()
+        one_file = all(file.vectors == file.metadata for file in files)
+        return cost_of(
+            self.embeddings.rows,
+            self.embeddings.dimension,
+            key,
+            measured(key, self.embeddings.dimension),
+            shard_rows=self.request.shard_rows,
+            metadata_bytes=None if one_file else sum(file.metadata.size for file in files),
+        )
+
+    def index_key(self) -> str:
+        """Return the faiss key: that of the request, or the one that suits the rows."""
+        asked, found = self.request.index_key, self.embeddings
+        return asked or index_key_for(found.rows, found.dimension, self.request.bytes_per_row)
+
     def missing(self, plan: Plan) -> list[str]:
         """Return the names of the shards that are not encoded."""
         wanted = self.wanted(plan)
@@ -276,19 +299,21 @@ class Build:
 
     def _train(self, rows: int) -> Trained:
         found = read_trained(self.workspace)
-        dimension, key = self.embeddings.dimension, self.request.index_key
-        if key is None and found and found.record.dimension == dimension:
+        dimension, asked = self.embeddings.dimension, self.request
+        key = self.index_key()
+        if asked.index_key is None and found and found.record.dimension == dimension:
             # Which key is best may change with the rows: that is no reason to start over.
-            if self.request.bytes_per_row is None:
+            if asked.bytes_per_row is None:
                 return found
-            rows = found.record.rows
-        key = key or index_key_for(rows, dimension, self.request.bytes_per_row)
+            key = index_key_for(found.record.rows, dimension, asked.bytes_per_row)
         reader = EmbeddingReader(self.embeddings)
 
         def sample(wanted: int) -> tuple[Any, Any]:
             return reader.sample(wanted, np.random.default_rng(0))
 
-        return train_index(self.workspace, key, dimension, rows, sample, self._log)
+        return train_index(
+            self.workspace, key, dimension, rows, sample, self._log, self.request.rows_per_centre
+        )
 
     def encode(self, number: int) -> ShardRecord:
         """Encode one shard.
@@ -344,12 +369,13 @@ class Build:
         """Do all steps, one after the other."""
         started = time.perf_counter()
         plan = self.plan()
-        self._log(f"{plan.rows:,} rows in {len(plan.shards):,} shards")
+        shards = f"{len(plan.shards):,} shard{'' if len(plan.shards) == 1 else 's'}"
+        self._log(f"{plan.rows:,} rows in {shards}")
         self.train()
         for shard in plan.shards:
             self.encode(shard.number)
         built = self.finish()
-        self._log(f"{built.rows:,} rows in {time.perf_counter() - started:,.0f} s")
+        self._log(f"done in {format_duration(time.perf_counter() - started)}")
         return built
 
     def _is_encoded(self, shard: Shard) -> bool:
@@ -428,7 +454,7 @@ class Build:
     ) -> None:
         """Write all files of the index, and its record last."""
         folders = [folder_of(self.workspace, shard) for shard in plan.shards]
-        self._log(f"merging {len(folders):,} shards")
+        self._log(f"merging the shards ({len(folders):,})")
         if trained.ivf is None:
             size = _write_one_file(new, trained, folders, records)
         else:
@@ -465,18 +491,11 @@ def _fingerprint(*content: Any) -> str:
 def _write_lists(
     new: Workspace, trained: Trained, folders: Sequence[Workspace], records: Sequence[ShardRecord]
 ) -> int:
-    """Write an index in two files, as `merge_lists` does; return the bytes of its lists."""
+    """Write an index in two files, check it, and return the bytes of its lists."""
     checksums = [record.checksums for record in records]
-    pairs = list(zip(folders, checksums, strict=True))
-    with new.new(INVERTED_LISTS) as sink:
-        sizes = merge_lists(pairs, trained.code_size, trained.lists, sink)
-    lists_name = INVERTED_LISTS.rpartition("/")[2]
-    index = with_lists_on_disk(trained.index, sizes, trained.code_size, lists_name)
-    with new.new(POPULATED_INDEX) as sink:
-        sink.write(faiss.serialize_index(index).tobytes())
-    size = new.size(INVERTED_LISTS)
+    sizes = write_index(new, trained.index, list(zip(folders, checksums, strict=True)))
     _check(new, folders, trained.code_size, sizes)
-    return size
+    return new.size(INVERTED_LISTS)
 
 
 def _write_one_file(

@@ -72,19 +72,19 @@ class IndexKey:
                 raise _refused(text, f"has {name}{parts}, which does not divide the dimension {after}")
         return key
 
-    @property
-    def fewest_rows(self) -> int:
-        """Rows that training needs."""
-        if not self.lists:
-            return 0
-        codes = CODEBOOK if self.pq or self.opq else 0
-        return ROWS_PER_LIST * max(self.lists if self.lists > 1 else 0, codes)
+    def check_rows(self, rows: int, per_centre: int = ROWS_PER_LIST) -> None:
+        """Raise InputError where there are fewer rows than training needs.
 
-    def check_rows(self, rows: int) -> None:
-        """Raise InputError where training needs more rows."""
-        if rows < self.fewest_rows:
+        Args:
+            rows: to train on.
+            per_centre: rows needed for each list and each entry of a codebook.
+
+        """
+        codes = CODEBOOK if self.pq or self.opq else 0
+        needed = per_centre * max(self.lists if self.lists > 1 else 0, codes)
+        if rows < needed:
             raise InputError(
-                f'the index "{self.text}" needs {self.fewest_rows:,} rows to train on, {ROWS_PER_LIST} '
+                f'the index "{self.text}" needs {needed:,} rows to train on, {per_centre} '
                 f"for each list and each entry of a codebook, and there are {rows:,}: choose fewer "
                 'lists, or for fewer than 10,000 rows "IVF1,Flat"',
                 "index_key",

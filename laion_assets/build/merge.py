@@ -15,7 +15,7 @@ import numpy as np
 
 from laion_assets.build.shards import CODES, IDS, SIZES
 from laion_assets.build.workspace import Workspace
-from laion_assets.index import ID_SIZE
+from laion_assets.index import ID_SIZE, INVERTED_LISTS, POPULATED_INDEX
 from laion_assets.io.arrays import Bytes, Ids
 from laion_assets.io.checksums import checksum_text, crc32c
 
@@ -77,6 +77,31 @@ class _ShardFiles:
         for name, checksum in self._read.items():
             if checksum_text(checksum) != self._checksums[name]:
                 raise self._folder.damaged(name, "is not what was written")
+
+
+def write_index(folder: Workspace, index: Any, shards: Sequence[tuple[Workspace, dict[str, str]]]) -> Ids:
+    """Write an index in two files: the faiss file, and the merged lists beside it.
+
+    Args:
+        folder: of the index.
+        index: trained IVF index without rows.
+        shards: see `merge_lists`.
+
+    Returns:
+        (lists,) rows of each list.
+
+    Raises:
+        InputError: a shard is missing or damaged.
+
+    """
+    ivf = faiss.extract_index_ivf(index)
+    with folder.new(INVERTED_LISTS) as sink:
+        sizes = merge_lists(shards, ivf.code_size, ivf.nlist, sink)
+    lists_name = INVERTED_LISTS.rpartition("/")[2]
+    made = with_lists_on_disk(index, sizes, ivf.code_size, lists_name)
+    with folder.new(POPULATED_INDEX) as sink:
+        sink.write(faiss.serialize_index(made).tobytes())
+    return sizes
 
 
 def merge_lists(

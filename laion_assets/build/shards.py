@@ -10,6 +10,7 @@ from typing import Any, BinaryIO
 import faiss
 import numpy as np
 import pyarrow as pa
+from numpy.typing import NDArray
 
 from laion_assets.build.answers import Answers, merged, write_answers
 from laion_assets.build.embeddings import EmbeddingFile, EmbeddingReader
@@ -96,11 +97,7 @@ def encode_shard(
     started = time.perf_counter()
     folder = folder_of(workspace, shard)
     rows, seconds = _encoded(shard, trained, reader, files, progress)
-    checksums = {
-        CODES: _write(folder, CODES, rows.codes),
-        IDS: _write(folder, IDS, rows.ids.view(np.uint8)),
-    }
-    folder.write_array(SIZES, rows.sizes)
+    checksums = write_rows(folder, rows.codes, rows.ids, rows.sizes)
     answers = {EXACT: rows.exact} | {
         str(nprobe): trained.search(rows.codes, rows.ids, rows.sizes, nprobe)
         for nprobe in trained.record.nprobes
@@ -168,14 +165,41 @@ def _encoded(
             stored, next_id = these.stop, next_id + len(raw)
             seconds += time.perf_counter() - begun
             progress(len(raw))
-    order = np.argsort(lists[:stored], kind="stable")
-    sizes = np.bincount(lists[:stored], minlength=trained.lists).astype(np.int64)
-    return _Encoded(codes[order], ids[order], sizes, exact), seconds
+    rows = in_lists(codes[:stored], ids[:stored], lists[:stored], trained.lists)
+    return _Encoded(*rows, exact), seconds
 
 
 def _exact(queries: Floats, vectors: Floats, ids: Ids) -> Answers:
     scores, rows = faiss.knn(queries, vectors, min(KEPT, len(vectors)), metric=faiss.METRIC_INNER_PRODUCT)
     return Answers(ids[rows], scores)
+
+
+def write_rows(folder: Workspace, codes: Bytes, ids: Ids, sizes: Ids) -> dict[str, str]:
+    """Write the rows of a shard for `merge_lists`, and return the crc32c of each file that it checks.
+
+    Args:
+        folder: of the shard.
+        codes: (n, code size) in the order of the lists.
+        ids: (n,) likewise, ascending in each list.
+        sizes: (lists,) rows of each list.
+
+    """
+    folder.write_array(SIZES, sizes)
+    return {CODES: _write(folder, CODES, codes), IDS: _write(folder, IDS, ids.view(np.uint8))}
+
+
+def in_lists(codes: Bytes, ids: Ids, numbers: NDArray[np.integer], lists: int) -> tuple[Bytes, Ids, Ids]:
+    """Bring rows into the order of their lists, and count the rows of each list.
+
+    Args:
+        codes: (n, code size).
+        ids: (n,).
+        numbers: (n,) the list of each row.
+        lists: how many there are.
+
+    """
+    order = np.argsort(numbers, kind="stable")
+    return codes[order], ids[order], np.bincount(numbers, minlength=lists).astype(np.int64)
 
 
 def _write(folder: Workspace, name: str, content: Bytes) -> str:

@@ -11,6 +11,7 @@ import faiss
 import numpy as np
 
 from laion_assets.build.answers import Answers
+from laion_assets.build.index_key import ROWS_PER_LIST
 from laion_assets.build.quantizer import IndexKey, train, training_rows
 from laion_assets.build.workspace import Workspace
 from laion_assets.index import nprobe_rule
@@ -133,6 +134,7 @@ def train_index(
     rows: int,
     sample: Callable[[int], tuple[Floats, Ids]],
     log: Callable[[str], object],
+    rows_per_centre: int = ROWS_PER_LIST,
 ) -> Trained:
     """Train an index and store it, unless the workspace has one of the same key and dimension.
 
@@ -143,6 +145,7 @@ def train_index(
         rows: that the index will have.
         sample: returns about so many of the rows, and their ids; the rows are changed.
         log: is told what is done.
+        rows_per_centre: rows needed for each list and each entry of a codebook.
 
     Raises:
         InputError: a key that is not supported, or too few usable rows for it.
@@ -154,7 +157,7 @@ def train_index(
     ):
         return found
     started = time.perf_counter()
-    IndexKey.parse(index_key, dimension).check_rows(rows)  # before reading, which may take long
+    IndexKey.parse(index_key, dimension).check_rows(rows, rows_per_centre)  # reading may take long
     wanted = training_rows(index_key, rows)
     sampled, ids = sample(wanted + QUERIES)
     vectors, order = _shuffled_unit_rows(sampled)
@@ -169,7 +172,7 @@ def train_index(
     rest = vectors[len(queries) :]
     training = rest if len(rest) >= len(vectors) // 2 else vectors
     log(f"training {index_key} on {len(training):,} rows")
-    index = train(index_key, dimension, training, log=log)
+    index = train(index_key, dimension, training, rows_per_centre=rows_per_centre, log=log)
     content = faiss.serialize_index(index)
     lists = faiss.try_extract_index_ivf(index)
     record = Record(

@@ -14,7 +14,7 @@ import numpy as np
 
 from laion_assets.build import codebooks as books
 from laion_assets.build.centres import centres_of
-from laion_assets.build.index_key import SAMPLED_FOR_CODES, IndexKey
+from laion_assets.build.index_key import ROWS_PER_LIST, SAMPLED_FOR_CODES, IndexKey
 from laion_assets.build.nearest import Centres, unit_or_zero
 from laion_assets.build.rotation import main_directions, rotation_of
 from laion_assets.io.arrays import Floats
@@ -33,6 +33,7 @@ def train(
     sample: Floats,
     *,
     random_seed: int = 0,
+    rows_per_centre: int = ROWS_PER_LIST,
     log: Callable[[str], object] = print,
 ) -> Any:
     """Return an empty index by inner product, trained on a sample.
@@ -45,6 +46,7 @@ def train(
         dimension: of the vectors.
         sample: (n, dimension) float32 rows of length 1, in random order.
         random_seed: of the draws.
+        rows_per_centre: rows needed for each list and each entry of a codebook.
         log: is told what is done.
 
     Raises:
@@ -57,7 +59,7 @@ def train(
     index = faiss.index_factory(dimension, key, faiss.METRIC_INNER_PRODUCT)
     if not parsed.lists:
         return index
-    parsed.check_rows(len(sample))
+    parsed.check_rows(len(sample), rows_per_centre)
     random = np.random.default_rng(random_seed)
     base, rows = None, sample
     coded = np.sort(random.permutation(len(sample))[:SAMPLED_FOR_CODES])

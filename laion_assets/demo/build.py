@@ -13,21 +13,21 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path, PurePosixPath
-from typing import Any
 
 import faiss
 import numpy as np
 import pyarrow as pa
-import pyarrow.ipc
-import pyarrow.parquet
+import pyarrow.parquet as pq
 
-from laion_assets.index import MODEL_RECORD
+from laion_assets.build import Build, Built, Request
+from laion_assets.index import POPULATED_INDEX, ModelRecord
 from laion_assets.io.arrays import Floats, Ids, Mask
 from laion_assets.io.console import silent_stdout
 from laion_assets.io.errors import InputError
+from laion_assets.io.parallel import one_thread
 from laion_assets.search.near_duplicates import DEDUP_THRESHOLD
 
-BUILD_VERSION = 2
+BUILD_VERSION = 3
 """Part of the recorded input: raise it when the same images should give another index."""
 
 DEMO_SETS = ("flower", "fruit", "house")
@@ -39,28 +39,29 @@ DEMO_MODEL = Path(__file__).with_name("model")
 INDEX_KEY = "OPQ128_256,IVF64_HNSW32,PQ128x8"
 """faiss factory key: LAION-5B's form, with as many lists as 3,000 rows can fill."""
 
+ROWS_PER_CENTRE = 10
+"""Rows to train on for each of a codebook's 256 entries: 3,000 rows have no more."""
+
 _CLIP_ART = Path(__file__).with_name("openclipart.parquet")
 _IMAGES = Path(__file__).with_name("pictures")  # originals of some rows, in folders by what they show
 _MODEL_NAME = "efficientnet-lite0-openclipart"
 _RECORD = "demo.json"
-_LISTS_FILE = "merged_index.ivfdata"
 _METADATA_COLUMNS = ("url", "caption", "category", "thumbnail")
 
 _SEEDS_PER_SET = 12
 _VARIED = 0.8
-_ENGLISH_SHARE = 2 / 3
-_RECORD_BATCH_ROWS = 500
-_RECALL_AT = 20
-_SMALL_REQUEST_NPROBE = 8
+_FILES = 2  # of embeddings: each becomes a shard, and a file of metadata
+_RECALL_AT = "10"
+_SMALL_REQUEST_NPROBE = 4
 
 
 @dataclass(frozen=True)
 class DemoReport:
     """What the demo holds, and what its compression costs.
 
-    Recall@20 is measured with the seeds as queries, against an exact search of the raw vectors; pairs are
-    index rows with a cosine above 0.94. `seconds` is the time this call spent on building the index, 0
-    where it existed.
+    Recall@10 is the build's: with 200 of the rows as queries, against an exact search of the raw vectors.
+    Pairs are index rows with a cosine above 0.94. `seconds` is the time this call spent on building the
+    index, 0 where it existed.
     """
 
     rows: int
@@ -97,7 +98,7 @@ def build_demo(index_dir: Path, seeds_dir: Path) -> DemoReport:
         return report
     index_dir.parent.mkdir(parents=True, exist_ok=True)
     with _only_builder(index_dir):
-        clip_art = pyarrow.parquet.read_table(_CLIP_ART)
+        clip_art = pq.read_table(_CLIP_ART)
         vectors = _unit_vectors(clip_art)
         seeds = _choose_seeds(clip_art, vectors)
         report = _stored_report(index_dir, source)
@@ -225,98 +226,53 @@ def _build_index(
 ) -> DemoReport:
     started = time.perf_counter()
     _check_replaceable(index_dir)
-    queries = np.concatenate(list(seeds.values()))
-    rows = np.flatnonzero(~_held_out(vectors, queries))
-    english = int(len(rows) * _ENGLISH_SHARE)
+    rows = np.flatnonzero(~_held_out(vectors, np.concatenate(list(seeds.values()))))
     building = index_dir.with_name(f".{index_dir.name}.building")
     shutil.rmtree(building, ignore_errors=True)
-    (building / "image.index").mkdir(parents=True)
-    (building / "metadata").mkdir()
-    _write_metadata(building / "metadata" / "0_en.arrow", clip_art.take(rows[:english]))
-    _write_metadata(building / "metadata" / "1_multi.arrow", clip_art.take(rows[english:]))
-    with one_thread():
-        index = _trained(vectors[rows])
-        blocks = [_block(index, vectors[rows], 0, english)]
-        blocks += [_block(index, vectors[rows], english, len(rows))]
-        lists = _merge(index, blocks, building / "image.index" / _LISTS_FILE)
-        report = _measured(index, vectors[rows], vectors[queries])
-    # A bare name, so that the folder can be moved: the reader looks for the lists beside the index.
-    lists.filename = _LISTS_FILE
-    faiss.write_index(index, str(building / "image.index" / "populated.index"))
-    report = replace(report, seeds={name: len(chosen) for name, chosen in seeds.items()})
-    model = {"name": _MODEL_NAME, "dimension": vectors.shape[1]}
-    (building / MODEL_RECORD).write_text(json.dumps(model) + "\n")
+    built = _built(building, clip_art.take(rows))
+    raw = _near_duplicates(vectors[rows])
+    reconstructed = _near_duplicates(_reconstructed(building / "index"))
+    report = DemoReport(
+        rows=built.rows,
+        seeds={name: len(chosen) for name, chosen in seeds.items()},
+        index_key=built.index_key,
+        recall_all_lists=built.recall[str(built.lists)][_RECALL_AT],
+        recall_small_request=built.recall[str(_SMALL_REQUEST_NPROBE)][_RECALL_AT],
+        small_request_nprobe=_SMALL_REQUEST_NPROBE,
+        duplicate_pairs_raw=int(raw.sum()),
+        duplicate_pairs_reconstructed=int(reconstructed.sum()),
+        duplicate_pairs_both=int((raw & reconstructed).sum()),
+    )
     # Without the seconds, so that two builds are equal in every byte.
     stored = {name: value for name, value in asdict(report).items() if name != "seconds"}
-    record = {"input": source, "report": stored, "files": _file_sizes(building)}
-    (building / _RECORD).write_text(json.dumps(record, indent=2) + "\n")
-    _put_in_place(building, index_dir)
+    record = {"input": source, "report": stored, "files": _file_sizes(building / "index")}
+    (building / "index" / _RECORD).write_text(json.dumps(record, indent=2) + "\n")
+    _put_in_place(building / "index", index_dir)
+    shutil.rmtree(building)
     return replace(report, seconds=time.perf_counter() - started)
 
 
-def _write_metadata(path: Path, rows: pa.Table) -> None:
-    table = rows.select(_METADATA_COLUMNS).combine_chunks()
-    with pa.OSFile(str(path), "wb") as file, pa.ipc.new_file(file, table.schema) as writer:
-        writer.write_table(table, max_chunksize=_RECORD_BATCH_ROWS)
-
-
-@contextmanager
-def one_thread() -> Iterator[None]:
-    """Run faiss on one thread: sums in another order would give another index."""
-    threads = faiss.omp_get_max_threads()
-    faiss.omp_set_num_threads(1)
-    try:
-        yield
-    finally:
-        faiss.omp_set_num_threads(threads)
-
-
-def _trained(vectors: Floats) -> Any:
-    """Return an empty index, trained on (n, 256) float32.
-
-    faiss's defaults suit millions of rows: here they would take minutes and print a warning for every
-    quantizer.
-    """
-    index: Any = faiss.index_factory(vectors.shape[1], INDEX_KEY, faiss.METRIC_INNER_PRODUCT)
-    ivf: Any = faiss.downcast_index(faiss.extract_index_ivf(index))
-    rotation: Any = faiss.downcast_VectorTransform(index.chain.at(0))
-    rotation_codes = faiss.ProductQuantizer(vectors.shape[1], ivf.pq.M, ivf.pq.nbits)
-    for clustering in (ivf.cp, ivf.pq.cp, rotation_codes.cp):
-        clustering.min_points_per_centroid = 1
-    ivf.pq.cp.niter = 4
-    ivf.do_polysemous_training = False
-    rotation.niter, rotation.niter_pq, rotation.niter_pq_0 = 1, 2, 2
-    rotation.pq = rotation_codes
-    rotation.train(vectors)
-    # faiss does not own it, and must not use it after this function.
-    rotation.pq = None
-    index.train(vectors)
-    return index
-
-
-def _block(trained: Any, vectors: Floats, start: int, stop: int) -> Any:
-    """Return one of the parts in which a large index is built: rows start..stop, with their ids."""
-    block = faiss.clone_index(trained)
-    block.add_with_ids(vectors[start:stop], np.arange(start, stop))
-    return block
-
-
-def _merge(index: Any, blocks: Sequence[Any], lists_path: Path) -> Any:
-    """Merge the blocks' inverted lists into one file, and let the empty index use it.
-
-    This is faiss.contrib.ondisk.merge_ondisk for blocks that are still in memory.
-    """
-    ivf = faiss.extract_index_ivf(index)
-    lists: Any = faiss.OnDiskInvertedLists(ivf.nlist, ivf.code_size, str(lists_path))
-    parts = faiss.InvertedListsPtrVector()
-    for block in blocks:
-        parts.push_back(faiss.extract_index_ivf(block).invlists)
-    with silent_stdout():
-        total = lists.merge_from_multiple(parts.data(), parts.size(), False)
-    index.ntotal = ivf.ntotal = total
-    ivf.replace_invlists(lists, True)
-    lists.this.disown()
-    return lists
+def _built(building: Path, images: pa.Table) -> Built:
+    """Build `<building>/index` from embeddings beside it."""
+    embeddings = building / "embeddings"
+    embeddings.mkdir(parents=True)
+    rows = -(-len(images) // _FILES)
+    for number in range(_FILES):
+        path = embeddings / f"{number}.parquet"
+        pq.write_table(images.slice(number * rows, rows), path)
+        os.utime(path, (1, 1))  # the index records which version of the files it is made from
+    request = Request(
+        str(embeddings),
+        str(building / "index"),
+        str(building / "work"),
+        index_key=INDEX_KEY,
+        rows_per_centre=ROWS_PER_CENTRE,
+        shard_rows=rows,
+        columns=_METADATA_COLUMNS,
+        model=ModelRecord(_MODEL_NAME),
+    )
+    with one_thread():
+        return Build(request).run()
 
 
 def _put_in_place(building: Path, index_dir: Path) -> None:
@@ -332,36 +288,13 @@ def _put_in_place(building: Path, index_dir: Path) -> None:
 # --- what compression costs -----------------------------------------------------------------------
 
 
-def _measured(index: Any, vectors: Floats, queries: Floats) -> DemoReport:
-    ivf = faiss.extract_index_ivf(index)
-    stored_nprobe = ivf.nprobe
-    recall = {}
-    for nprobe in (_SMALL_REQUEST_NPROBE, ivf.nlist):
-        ivf.nprobe = nprobe
-        recall[nprobe] = _recall(index, vectors, queries)
-    ivf.nprobe = stored_nprobe
-    raw = _near_duplicates(vectors)
-    reconstructed = _near_duplicates(index.reconstruct_n(0, index.ntotal))
-    return DemoReport(
-        rows=int(index.ntotal),
-        seeds={},
-        index_key=INDEX_KEY,
-        recall_all_lists=recall[ivf.nlist],
-        recall_small_request=recall[_SMALL_REQUEST_NPROBE],
-        small_request_nprobe=_SMALL_REQUEST_NPROBE,
-        duplicate_pairs_raw=int(raw.sum()),
-        duplicate_pairs_reconstructed=int(reconstructed.sum()),
-        duplicate_pairs_both=int((raw & reconstructed).sum()),
-    )
-
-
-def _recall(index: Any, vectors: Floats, queries: Floats) -> float:
-    """Return the share of the best 20 that the index finds; a copy of an image counts as the image."""
-    exact = queries @ vectors.T
-    worst = np.sort(exact, axis=1)[:, -_RECALL_AT, None]
-    _, ids = index.search(queries, _RECALL_AT)
-    found = np.take_along_axis(exact, np.maximum(ids, 0), axis=1)
-    return round(float(((ids >= 0) & (found >= worst - 1e-6)).mean()), 4)
+def _reconstructed(index_dir: Path) -> Floats:
+    """Return the (n, 256) rows as the index stores them, in order of id."""
+    flags = faiss.IO_FLAG_ONDISK_SAME_DIR | faiss.IO_FLAG_READ_ONLY
+    with silent_stdout():
+        index = faiss.read_index(str(index_dir / POPULATED_INDEX), flags)
+    rows: Floats = index.reconstruct_n(0, index.ntotal)
+    return rows
 
 
 def _near_duplicates(vectors: Floats) -> Mask:

@@ -1,16 +1,22 @@
 """URL, caption and other columns of index rows, taken by id from Arrow or Parquet files.
 
-Arrow files are memory-mapped. Each record batch is visited once per request, in order of id, and only
-the requested rows are copied.
+Arrow files are memory-mapped. Each record batch is visited once per request, and only the requested rows
+are copied. The kernel is told that reads are random, and threads wait for them: a cold read takes only
+the pages that hold the rows.
 """
 
 from __future__ import annotations
 
+import mmap
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import AbstractContextManager, nullcontext
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
-from typing import Protocol
+from threading import Lock
+from typing import Any, Protocol
 
 import numpy as np
 import pyarrow as pa
@@ -24,6 +30,7 @@ from laion_assets.io.ranges import Disk, Hold, Ranges, WholeFiles, ranges_of, un
 URL_COLUMNS = ("url", "URL", "image_url", "image_path")
 CAPTION_COLUMNS = ("caption", "TEXT", "text", "alt")
 THUMBNAIL_COLUMN = "thumbnail"
+READS = 32  # that wait for the disk at a time: many more than cores
 TEXT_TYPES = (pa.string(), pa.null())
 THUMBNAIL_TYPES = (pa.binary(), pa.null())
 # Columns that people filter on; every table carries those that the metadata has.
@@ -58,28 +65,38 @@ class MetadataFile(Protocol):
 
 
 class ArrowFile:
-    """An Arrow IPC file, memory-mapped."""
+    """An Arrow IPC file, memory-mapped for random reads.
+
+    Not with Arrow's own mapping: it asks the kernel for all of a record batch, of which a request needs a
+    few rows.
+    """
 
     def __init__(self, path: Path, disk: Disk) -> None:
         self.path = path
         try:
             with disk.hold() as held:
                 self._open(held)
-        except (pa.ArrowInvalid, OSError) as error:
+        except (pa.ArrowInvalid, OSError, ValueError) as error:  # an empty file cannot be mapped
             raise _incomplete(path, "Arrow IPC", error) from error
 
     def _open(self, held: Hold) -> None:
         size = self.path.stat().st_size
         held.need({self.path: arrow_layout.ends(size)})
-        mapped = pa.memory_map(str(self.path))
-        self._all = mapped.read_buffer()
+        with self.path.open("rb") as file:
+            mapped = mmap.mmap(file.fileno(), 0, prot=mmap.PROT_READ)
+        mapped.madvise(mmap.MADV_RANDOM)
+        self._all = pa.py_buffer(mapped)
         footer = arrow_layout.footer(size, self._all[max(size - arrow_layout.TAIL, 0) :])
         held.need({self.path: footer})
-        self._reader = pa.ipc.open_file(mapped)
+        self._reader = pa.ipc.open_file(pa.BufferReader(self._all))
         self.schema: pa.Schema = self._reader.schema
         self._blocks = arrow_layout.blocks(self._all[int(footer[0, 0]) :])
         # The reader keeps neither in memory and reads both again for every batch.
         self._always = union(footer, self._blocks.dictionaries)
+        # It reads dictionaries with the first batch, and is not safe for threads then.
+        self._one_at_a_time: AbstractContextManager[Any] = (
+            Lock() if len(self._blocks.dictionaries) else nullcontext()
+        )
         held.need({self.path: union(self._always, ranges_of(*self._blocks.headers.T))})
         headers = (self._all[start:stop] for start, stop in self._blocks.headers)
         batches = [arrow_layout.rows_and_compression(header) for header in headers]
@@ -99,7 +116,8 @@ class ArrowFile:
 
     def batch(self, number: int, columns: Sequence[str]) -> pa.Table:
         """Return one record batch without copying it."""
-        batch = self._reader.get_batch(number).select(list(columns))
+        with self._one_at_a_time:
+            batch = self._reader.get_batch(number).select(list(columns))
         return pa.Table.from_batches([batch])
 
 
@@ -194,7 +212,9 @@ class Metadata:
         }
         with self._disk.hold() as held:
             self._fetch(held, rows_by_batch, wanted)
-            parts = [self._take_from_batch(*batch, wanted) for batch in rows_by_batch.items()]
+            with ThreadPoolExecutor(READS) as pool:
+                take = partial(self._take_from_batch, wanted=wanted)
+                parts = list(pool.map(take, rows_by_batch.keys(), rows_by_batch.values()))
         schema = pa.schema([self.schema.field(name) for name in wanted])
         table = pa.concat_tables(parts) if parts else schema.empty_table()
         return table.take(pa.array(back))

@@ -1,8 +1,8 @@
 """Run jobs in threads, as many as faiss uses."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, contextmanager
 from functools import cache
 from typing import TypeVar
 
@@ -21,6 +21,18 @@ def one_blas_thread() -> AbstractContextManager[None]:
     """
     limited: AbstractContextManager[None] = _libraries().limit(limits=1, user_api="blas")
     return limited
+
+
+@contextmanager
+def one_thread() -> Iterator[None]:
+    """Run faiss, BLAS and `in_threads` in one thread: sums then have the same order each time."""
+    threads = faiss.omp_get_max_threads()
+    faiss.omp_set_num_threads(1)
+    try:
+        with one_blas_thread():
+            yield
+    finally:
+        faiss.omp_set_num_threads(threads)
 
 
 @cache

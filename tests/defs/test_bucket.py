@@ -130,7 +130,7 @@ def test_the_ui_knows_what_is_stale(on_bucket: Project, bucket: str) -> None:
     assert [ticks.tick() for _ in range(3)] == [[]] * 3  # by hand before the sensor saw it
     assert stale(on_bucket, "fruit") == set()
 
-    captions = f"{bucket}/index/metadata/1_multi.arrow"
+    captions = f"{bucket}/index/metadata/000001.arrow"
     index, path = open_storage(captions)
     table = pa.ipc.open_file(index.cat_file(path)).read_all()
     sink = pa.BufferOutputStream()

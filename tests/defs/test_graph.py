@@ -328,8 +328,8 @@ def test_url_sets_of_other_seeds_are_not_combined_until_they_are_made_again(fini
 
 def test_url_sets_of_different_indices_are_not_combined(finished, demo, tmp_path):
     other = shutil.copytree(demo.index, tmp_path / "other")
-    table = pa.ipc.open_file(other / "metadata" / "1_multi.arrow").read_all()
-    with pa.ipc.new_file(str(other / "metadata" / "1_multi.arrow"), table.schema) as writer:
+    table = pa.ipc.open_file(other / "metadata" / "000001.arrow").read_all()
+    with pa.ipc.new_file(str(other / "metadata" / "000001.arrow"), table.schema) as writer:
         writer.write_table(table.slice(0, len(table) - 1))
     moved = Project(tmp_path, other, finished.instance)
     assert moved.run("flower", "staged_laion_index", "knn_urls").success

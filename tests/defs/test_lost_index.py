@@ -11,7 +11,7 @@ import pytest
 from helpers.project import Demo, failures, new_project
 
 from laion_assets.defs.assets import staged_laion_index as index
-from laion_assets.defs.failures import STAGE_AGAIN
+from laion_assets.defs.failures import REMEDIES
 from laion_assets.staging import Manifest, stage
 
 
@@ -99,7 +99,7 @@ def test_or_the_step_fails_and_names_both_if_so_set(demo: Demo, other: Path, tmp
         held = stage(str(other), None, project.cache).manifest.fingerprint
         told = failures(project.run("fruit", "knn_urls"))
         assert set(told) == {"knn_urls"}
-        for fact in (str(project.cache), held, version(first), STAGE_AGAIN):
+        for fact in (str(project.cache), held, version(first), REMEDIES["staged_index"]):
             assert fact in told["knn_urls"]
         # Another run has staged it, and its record comes while this step looks again.
         record = dg.AssetMaterialization("staged_laion_index", tags={"dagster/data_version": held})
@@ -114,6 +114,6 @@ def test_or_the_step_fails_with_the_remedy_if_so_set(demo: Demo, tmp_path):
         shutil.rmtree(project.cache)
         told = failures(project.run("fruit", "knn_urls"))
         assert set(told) == {"knn_urls"}
-        for fact in (f"nothing is staged in {project.cache}", STAGE_AGAIN):
+        for fact in (f"nothing is staged in {project.cache}", REMEDIES["staged_index"]):
             assert fact in told["knn_urls"]
         assert len(materializations(project.instance)) == 1

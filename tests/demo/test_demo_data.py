@@ -73,13 +73,12 @@ def test_an_id_names_the_same_picture_in_the_index_and_in_the_metadata(demo):
     assert right.mean() > 0.98
 
 
-def test_metadata_is_in_several_files_of_several_record_batches(demo):
+def test_metadata_is_in_several_files(demo):
     files = sorted(path.name for path in (demo.index / "metadata").iterdir())
-    assert files == ["0_en.arrow", "1_multi.arrow"]
+    assert files == ["000000.arrow", "000001.arrow"]
     for name in files:
         reader = pa.ipc.open_file(str(demo.index / "metadata" / name))
-        assert reader.num_record_batches > 1
-        assert {"url", "caption", "thumbnail"} <= set(reader.schema.names)
+        assert reader.schema.names == ["url", "caption", "category", "thumbnail"]
 
 
 def test_compression_keeps_neighbours_and_near_duplicates(demo):
@@ -153,7 +152,7 @@ def test_an_index_of_the_users_own_is_refused_and_not_deleted(demo, tmp_path):
 def test_an_index_of_an_earlier_version_is_replaced_whole(demo, tmp_path, monkeypatch):
     index, seeds = shutil.copytree(demo.index, tmp_path / "index"), tmp_path / "seeds"
     monkeypatch.setattr(build, "BUILD_VERSION", build.BUILD_VERSION + 1)
-    monkeypatch.setattr(build, "INDEX_KEY", "OPQ2_256,IVF4_HNSW4,PQ2x4")
+    monkeypatch.setattr(build, "INDEX_KEY", "OPQ2_256,IVF4_HNSW4,PQ2x8")
     (seeds / "fruit").mkdir(parents=True)
     (seeds / "fruit" / "seeds.parquet").write_bytes(b"vectors of an earlier model")
     (seeds / "house").mkdir()
@@ -169,8 +168,8 @@ def test_an_index_of_an_earlier_version_is_replaced_whole(demo, tmp_path, monkey
 
 def test_an_index_that_lost_a_file_is_built_again(demo, tmp_path, monkeypatch):
     index, seeds = shutil.copytree(demo.index, tmp_path / "index"), tmp_path / "seeds"
-    (index / "metadata" / "1_multi.arrow").unlink()
-    monkeypatch.setattr(build, "INDEX_KEY", "OPQ2_256,IVF4_HNSW4,PQ2x4")
+    (index / "metadata" / "000001.arrow").unlink()
+    monkeypatch.setattr(build, "INDEX_KEY", "OPQ2_256,IVF4_HNSW4,PQ2x8")
     assert build_demo(index, seeds).seconds > 0
     assert len(metadata(index)) == demo.report.rows
 

@@ -2,10 +2,12 @@
 
 from pathlib import Path
 
-import faiss
 import numpy as np
 import pyarrow as pa
+import pyarrow.parquet as pq
 from helpers import indices
+
+from laion_assets.build import Build, Request
 
 DIMENSION = 32
 LAION_FORM = "OPQ8_40,IVF64_HNSW32,PQ8x8"  # as with LAION, OPQ widens
@@ -31,18 +33,12 @@ def scaled(rows: np.ndarray) -> np.ndarray:
 
 def write_two_files(folder: Path, rows: np.ndarray, key: str = LAION_FORM) -> None:
     """Write the index as LAION publishes it: its lists in a file of their own."""
-    index = faiss.index_factory(DIMENSION, key, faiss.METRIC_INNER_PRODUCT)
-    indices.train(index, rows[:8000])
-    indices.write_merged(folder, index, rows)
+    indices.write_merged(folder, indices.train(key, rows[:8000]), rows)
 
 
 def write_one_file(folder: Path, rows: np.ndarray, key: str) -> None:
     """Write the index as one plain file."""
-    folder.mkdir(parents=True, exist_ok=True)
-    index = faiss.index_factory(DIMENSION, key, faiss.METRIC_INNER_PRODUCT)
-    indices.train(index, rows[:8000])
-    index.add(rows)
-    faiss.write_index(index, str(folder / "image.index"))
+    indices.write_one_file(folder, indices.train(key, rows[:8000]), rows)
 
 
 def write_metadata(folder: Path, rows: int) -> None:
@@ -53,6 +49,19 @@ def write_metadata(folder: Path, rows: int) -> None:
         "NSFW": ["UNLIKELY"] * rows,
     }
     indices.write_metadata(folder, pa.table(table), files=3, batch=997)
+
+
+def build(folder: Path, rows: np.ndarray, key: str) -> None:
+    """Build the index and its metadata from embeddings as clip-retrieval's inference leaves them."""
+    embeddings = folder.with_name(f"{folder.name}-embeddings")
+    for part in ("img_emb", "metadata"):
+        (embeddings / part).mkdir(parents=True)
+    for number, ids in enumerate(np.array_split(np.arange(len(rows)), 3)):
+        np.save(embeddings / "img_emb" / f"img_emb_{number}.npy", rows[ids])
+        texts = {"url": [url_of(row) for row in ids], "caption": [caption_of(row) for row in ids]}
+        pq.write_table(pa.table(texts), embeddings / "metadata" / f"metadata_{number}.parquet")
+    built = Build(Request(str(embeddings), str(folder), index_key=key, shard_rows=len(rows) // 2)).run()
+    assert built.stored == len(rows)
 
 
 def url_of(row: int) -> str:

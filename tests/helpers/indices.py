@@ -3,6 +3,7 @@
 from collections.abc import Callable, Sequence
 from functools import cache
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import faiss
@@ -10,7 +11,10 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from laion_assets.demo.build import one_thread
+from laion_assets.build import quantizer
+from laion_assets.build.merge import write_index as write_two_files
+from laion_assets.build.shards import in_lists, write_rows
+from laion_assets.build.workspace import Workspace
 from laion_assets.io.console import silent_stdout
 
 DIMENSION = 16
@@ -38,66 +42,44 @@ def random_rows(random: np.random.Generator, n: int, alike: float = 0.15) -> np.
     return (rows / np.linalg.norm(rows, axis=1, keepdims=True)).astype(np.float32)
 
 
+def train(key: str, rows: np.ndarray) -> Any:
+    """An empty index, trained on so few rows that it is a poor one: a test needs no better."""
+    return quantizer.train(key, rows.shape[1], rows, rows_per_centre=1, log=lambda _: None)
+
+
 @cache
-def trained(key: str, metric: int = faiss.METRIC_INNER_PRODUCT) -> Any:
+def trained(key: str) -> Any:
     """An empty index, trained on a few rows of its own."""
-    index: Any = faiss.index_factory(DIMENSION, key, metric)
-    train(index, random_rows(np.random.default_rng(0), 800))
-    return index
-
-
-def train(index: Any, rows: np.ndarray) -> None:
-    """Train quickly: a test needs no perfect index."""
-    ivf = faiss.try_extract_index_ivf(index)
-    if ivf is not None:
-        ivf = faiss.downcast_index(ivf)
-        ivf.cp.min_points_per_centroid = 1
-        if isinstance(ivf, faiss.IndexIVFPQ):
-            ivf.pq.cp.min_points_per_centroid = 1
-            ivf.pq.cp.niter = 4
-            ivf.do_polysemous_training = False
-    with one_thread():
-        if isinstance(index, faiss.IndexPreTransform):
-            rotation = faiss.downcast_VectorTransform(index.chain.at(0))
-            rotation.niter, rotation.niter_pq, rotation.niter_pq_0 = 1, 2, 2
-            codes = faiss.ProductQuantizer(rotation.d_out, rotation.M, 8)
-            codes.cp.min_points_per_centroid = 1
-            rotation.pq = codes
-            rotation.train(rows)
-            rotation.pq = None  # faiss does not own it
-        index.train(rows)
+    return train(key, random_rows(np.random.default_rng(0), 800))
 
 
 def write_index(folder: Path, rows: np.ndarray, form: str) -> None:
     """Write `rows` as an index of this form to `<folder>/image.index`."""
-    index = faiss.clone_index(trained(FORMS.get(form, form)))
-    if form != MERGED:
-        folder.mkdir(parents=True, exist_ok=True)
-        index.add(rows)
-        faiss.write_index(index, str(folder / "image.index"))
+    index = trained(FORMS.get(form, form))
+    if form == MERGED:
+        write_merged(folder, index, rows)
         return
-    write_merged(folder, index, rows)
+    write_one_file(folder, index, rows)
+
+
+def write_one_file(folder: Path, index: Any, rows: np.ndarray) -> None:
+    """Write `rows` to `<folder>/image.index` as one plain faiss file."""
+    folder.mkdir(parents=True, exist_ok=True)
+    index = faiss.clone_index(index)
+    index.add(rows)
+    faiss.write_index(index, str(folder / "image.index"))
 
 
 def write_merged(folder: Path, index: Any, rows: np.ndarray) -> None:
-    """Write `rows` to `<folder>/image.index` as two files, with lists merged on disk."""
-    target = folder / "image.index"
-    target.mkdir(parents=True)
-    half = len(rows) // 2
-    blocks = [faiss.clone_index(index) for _ in range(2)]
-    for block, start, stop in zip(blocks, (0, half), (half, len(rows)), strict=True):
-        block.add_with_ids(rows[start:stop], np.arange(start, stop))
-    ivf = faiss.extract_index_ivf(index)
-    lists = faiss.OnDiskInvertedLists(ivf.nlist, ivf.code_size, str(target / "merged_index.ivfdata"))
-    parts = faiss.InvertedListsPtrVector()
-    for block in blocks:
-        parts.push_back(faiss.extract_index_ivf(block).invlists)
-    with silent_stdout():
-        index.ntotal = ivf.ntotal = lists.merge_from_multiple(parts.data(), parts.size(), False)
-    ivf.replace_invlists(lists, True)
-    lists.this.disown()
-    lists.filename = "merged_index.ivfdata"
-    faiss.write_index(index, str(target / "populated.index"))
+    """Write `rows` to `<folder>/image.index` as two files, with the lists of two shards merged."""
+    with TemporaryDirectory() as work:
+        shards = []
+        for number, ids in enumerate(np.array_split(np.arange(len(rows)), 2)):
+            lists, codes = quantizer.encode(index, rows[ids])
+            shard = Workspace(f"{work}/{number}")
+            nlist = faiss.extract_index_ivf(index).nlist
+            shards.append((shard, write_rows(shard, *in_lists(codes, ids, lists, nlist))))
+        write_two_files(Workspace(str(folder)), index, shards)
 
 
 def index_paths(folder: Path) -> tuple[Path, Path | None]:

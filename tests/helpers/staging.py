@@ -78,7 +78,7 @@ def crc32c_text(content: bytes) -> str:
 def write_many_lists(folder: Path, rows: int, seed: int = 0) -> None:
     """Write an index with 400 lists, some of them empty."""
     made = indices.random_rows(np.random.default_rng(seed), rows)
-    indices.write_merged(folder, indices.faiss.clone_index(indices.trained(indices.MANY_LISTS)), made)
+    indices.write_merged(folder, indices.trained(indices.MANY_LISTS), made)
 
 
 def write_many_chunks(bucket: Bucket, source: Path, mib: int = 8, seed: int = 0) -> bytes:

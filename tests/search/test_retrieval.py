@@ -146,7 +146,7 @@ def test_nprobe_follows_from_the_images_wanted_and_not_from_what_is_stored(tmp_p
     chosen = {k: index.nprobe_for(k) for k in (1, 60, 3000, 10**9)}
     assert chosen[1] == 64 < chosen[60] == 96 < chosen[3000] == chosen[10**9] == index.nlist
     assert (index.nprobe_for(1, 3), index.nprobe_for(1, 10**9)) == (3, index.nlist)
-    # The graph over the lists returns as many as are asked for, not its own efSearch of 16.
+    # The graph over the lists returns as many as are asked for, not its own efSearch of 64.
     for k in (1, 60, 3000):
         _, found = retrieve_table(index, metadata, unit(rows[:3]), Request(k, 1.0), per_seed=True)
         assert found.nprobe == chosen[k]

@@ -1,0 +1,152 @@
+"""A folder of images becomes embeddings of the layout "parquet", from which an index is built."""
+
+from __future__ import annotations
+
+import itertools
+import re
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+
+from laion_assets.io.errors import InputError
+from laion_assets.io.progress import Progress
+from laion_assets.io.storage import is_local, is_regular, list_files, open_storage, reaching
+from laion_assets.io.tables import SUFFIX, StoredTable, new_table
+from laion_assets.seeds import KnownImages, Model, UnfinishedImages
+from laion_assets.seeds.decoding import EXTENSIONS
+from laion_assets.seeds.folder import is_hidden, is_image
+from laion_assets.seeds.images import BadImage, EmbeddedImage, ImageFile, embed_images
+
+IMAGES_PER_FILE = 10_000
+MODEL_KEY = "laion_assets.model"
+
+
+@dataclass(frozen=True)
+class EmbeddedFolder:
+    """What became of the images of a folder.
+
+    Attributes:
+        images: that have embeddings now, those of earlier calls included.
+        new: of them, those that this call embedded.
+        bad: images that cannot be embedded.
+
+    """
+
+    images: int
+    new: int
+    bad: tuple[BadImage, ...]
+
+
+def embed_folder(uri: str, into: str, model: Model, log: Callable[[str], None]) -> EmbeddedFolder:
+    """Embed the images in a folder and its subfolders, as Parquet files of 10,000 rows.
+
+    Images that have an embedding already are left alone, so that more can be added: they get files, and
+    later ids, of their own. A call that is killed loses two minutes.
+
+    Args:
+        uri: of the images, a local path or any fsspec URL.
+        into: folder of the embeddings, likewise.
+        model: embeds them.
+        log: takes lines about progress.
+
+    Raises:
+        InputError: no such folder, no usable image in it, or embeddings of another model.
+
+    """
+    fs, root = open_storage(uri)
+    with reaching(uri):
+        if not fs.isdir(root):
+            raise InputError(f"there is no folder {uri}: name the folder of the images")
+        paths = sorted(
+            listed.path
+            for listed in list_files(fs, root)
+            if is_image(listed.name) and not is_hidden(listed.name) and is_regular(fs, listed.path)
+        )
+    if not paths:
+        raise InputError(f"{uri} holds no image (looked for {', '.join(EXTENSIONS)})")
+    files, known = _embedded_before(into, model)
+    waiting = [path for path in paths if _url(fs, path) not in known]
+    unfinished = UnfinishedImages(f"{into.rstrip('/')}.unfinished", model.fingerprint, log)
+    bad: list[BadImage] = []
+    new = 0
+    before = unfinished.tables()
+    again = KnownImages.of(pa.concat_tables(before)) if before else KnownImages()
+    with Progress("images", len(waiting), "", log) as progress, unfinished:
+        images = (ImageFile(path, partial(fs.cat_file, path)) for path in waiting)
+        outcomes = embed_images(model, images, known=again.vectors, progress=progress.advance)
+        for number in itertools.count(files):
+            good = list(itertools.islice(_good(outcomes, bad, unfinished, again), IMAGES_PER_FILE))
+            if not good:
+                break
+            new += len(good)
+            _write(f"{into.rstrip('/')}/images-{number:06}{SUFFIX}", fs, good, again, model)
+    unfinished.remove()
+    if not new + len(known):
+        named = "; ".join(map(str, bad[:5]))
+        raise InputError(f"none of the {len(paths):,} images in {uri} can be embedded: {named}")
+    return EmbeddedFolder(new + len(known), new, tuple(bad))
+
+
+def _good(
+    outcomes: Iterator[EmbeddedImage | BadImage],
+    bad: list[BadImage],
+    unfinished: UnfinishedImages,
+    again: KnownImages,
+) -> Iterator[EmbeddedImage]:
+    for outcome in outcomes:
+        if isinstance(outcome, BadImage):
+            bad.append(outcome)
+            continue
+        if outcome.content not in again.vectors:
+            unfinished.keep(outcome)
+        yield outcome
+
+
+def _embedded_before(into: str, model: Model) -> tuple[int, set[str]]:
+    """Return the number of files that are there, and the URLs of their images."""
+    fs, root = open_storage(into)
+    with reaching(into):
+        names = [listed.name for listed in list_files(fs, root)] if fs.exists(root) else []
+    known: set[str] = set()
+    tables = sorted(name for name in names if name.endswith(SUFFIX))
+    for name in tables:
+        table = StoredTable(f"{into.rstrip('/')}/{name}", "remove the folder and start again")
+        if table.footer.get(MODEL_KEY) != model.fingerprint:
+            raise InputError(
+                f"{table.where} holds embeddings of another model: use that one, or remove {into} and "
+                "the index",
+                "model",
+            )
+        known.update(table.read(["url"])["url"].to_pylist())
+    return len(tables), known
+
+
+def _write(uri: str, fs: Any, images: list[EmbeddedImage], again: KnownImages, model: Model) -> None:
+    vectors = np.stack([image.vector for image in images])
+    rows = pa.record_batch(
+        {
+            "url": pa.array([_url(fs, image.name) for image in images]),
+            "caption": pa.array([_caption(image.name) for image in images]),
+            "thumbnail": pa.array(
+                [image.thumbnail or again.thumbnails.get(image.content) for image in images], pa.binary()
+            ),
+            "embedding": pa.FixedSizeListArray.from_arrays(vectors.ravel(), vectors.shape[1]),
+        }
+    )
+    with new_table(uri, rows.schema) as table:
+        table.footer = {MODEL_KEY: model.fingerprint}
+        table.write(rows)
+
+
+def _url(fs: Any, path: str) -> str:
+    return Path(path).as_uri() if is_local(fs) else str(fs.unstrip_protocol(path))
+
+
+def _caption(path: str) -> str:
+    """Return the words of a file's name."""
+    return " ".join(re.split(r"[\W_]+", PurePosixPath(path).stem)).strip()
