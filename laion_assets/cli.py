@@ -51,7 +51,8 @@ INSTANCE_FILE = "dagster.yaml"
 METAVARS: Mapping[type, str] = {int: "N", float: "X", str: "CONDITIONS"}
 DEFAULT_FOLDERS = {"LAION_INDEX_URI": DATA / "index", "LAION_SEEDS_URI": DATA / "seeds"}
 CONSOLE: Mapping[str, Any] = {"loggers": {"console": {"config": {}}}}
-DATA_VARIABLES = ("LAION_INDEX_URI", "LAION_METADATA_URI", "LAION_SEEDS_URI")
+INDEX_VARIABLES = ("LAION_INDEX_URI", "LAION_EMBEDDINGS_URI")  # with either there is no demo
+DATA_VARIABLES = ("LAION_INDEX_URI", "LAION_METADATA_URI", "LAION_SEEDS_URI", "LAION_EMBEDDINGS_URI")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -101,11 +102,14 @@ def _interruptible() -> Iterator[Callable[[], int]]:
 def _print_error(message: str, environment: Mapping[str, str]) -> None:
     """Print an error, line by line without anything that a terminal would act on."""
     lines = "\n".join(map(printable, message.splitlines()))
-    print(f"error: {lines}{_demo_remedy(message, environment)}", file=sys.stderr)
+    print(f"error: {lines}{_remedy(message, environment)}", file=sys.stderr)
 
 
-def _demo_remedy(message: str, environment: Mapping[str, str]) -> str:
-    """Return what to add to an error that is about a default folder which does not exist: the demo."""
+def _remedy(message: str, environment: Mapping[str, str]) -> str:
+    """Return what to add to an error that is about a folder which does not exist and can be made."""
+    if environment.get("LAION_EMBEDDINGS_URI"):
+        is_missing = "there is no folder" in message and message.endswith("(LAION_INDEX_URI)")
+        return "; or run `laion-assets build` to build it" if is_missing else ""
     for variable, folder in DEFAULT_FOLDERS.items():
         is_default = not environment.get(variable) and not folder.exists()
         if is_default and message.endswith(f"({variable})"):
@@ -225,36 +229,38 @@ def _look(parsed: argparse.Namespace, environment: Mapping[str, str]) -> int:
 
 def _build(_: argparse.Namespace, environment: Mapping[str, str]) -> int:
     """Run the steps of a build that are not done, each as a run of its own; a shard holds up no other."""
-    build = IndexBuilder.at(Places.from_environment(environment)).open(print)
-    plan = build.plan()
-    print(f"{plan.rows:,} rows in {count(len(plan.shards), 'shard')}, work in {build.workspace.uri}")
+    builder = IndexBuilder.at(Places.from_environment(environment))
     jobs = build_defs(environment, {"console": console})
-    names = [shard.name for shard in plan.shards]
-    with _kept_instance(environment) as (kept, tags):
-        kept.add_dynamic_partitions(SHARDS, names)
+    with builder.open(print) as build:
+        build.listing()  # wrong places fail here, before a run
+        with _kept_instance(environment) as (kept, tags):
 
-        def run(job: str, shard: str | None = None) -> bool:
-            result = jobs.resolve_job_def(job).execute_in_process(
-                partition_key=shard,
-                instance=kept,
-                tags=tags,
-                raise_on_error=False,
-                run_config=dict(CONSOLE),
-            )
-            for failure in _failures(result):
-                print(f"error: {shard or job}: {failure}", file=sys.stderr)
-            return bool(result.success)
+            def run(job: str, shard: str | None = None) -> bool:
+                result = jobs.resolve_job_def(job).execute_in_process(
+                    partition_key=shard,
+                    instance=kept,
+                    tags=tags,
+                    raise_on_error=False,
+                    run_config=dict(CONSOLE),
+                )
+                if _was_interrupted(result):
+                    raise KeyboardInterrupt
+                for failure in _failures(result):
+                    _print_error(f"shard {shard}: {failure}" if shard else failure, environment)
+                return bool(result.success)
 
-        if not run(TRAIN_JOB):
-            return 1
-        failed = [name for name in build.missing(plan) if not run(ENCODE_JOB, name)]
-        if failed:
-            print(f"{count(len(failed), 'shard')} failed; the others are done", file=sys.stderr)
-            return 1
-        if not run(PUBLISH_JOB):
-            return 1
-    built = build.finish()
-    print(f"{built.stored:,} of {built.rows:,} rows in {built.index_key}, at {build.request.index_uri}")
+            if not run(TRAIN_JOB):
+                return 1
+            plan = build.stored_plan()
+            kept.add_dynamic_partitions(SHARDS, [shard.name for shard in plan.shards])
+            if failed := [name for name in build.missing(plan) if not run(ENCODE_JOB, name)]:
+                print(f"{count(len(failed), 'shard')} failed; the others are done", file=sys.stderr)
+                return 1
+            if not run(PUBLISH_JOB):
+                return 1
+        if built := build.published():
+            rows = f"{built.stored:,} of {built.rows:,} rows"
+            print(f"{rows} in {built.index_key}, at {build.request.index_uri}")
     return 0
 
 
@@ -264,7 +270,8 @@ def _plan_build(parsed: argparse.Namespace, environment: Mapping[str, str]) -> i
         if (value := getattr(parsed, name)) is not None and value < 1:
             raise InputError(f"--{name} is {value}: give 1 or more")
     if parsed.rows is None:
-        cost = IndexBuilder.at(places).open(_to_stderr).cost()
+        with IndexBuilder.at(places).open(_to_stderr) as build:
+            cost = build.cost()
     else:
         key = places.index_key or index_key_for(parsed.rows, parsed.dimension, places.bytes_per_row)
         rates = measured(key, parsed.dimension)
@@ -321,9 +328,10 @@ def _print_any(line: str) -> None:
 
 def _demo(parsed: argparse.Namespace, environment: Mapping[str, str]) -> int:
     set_elsewhere = [name for name in DATA_VARIABLES if environment.get(name)]
-    if parsed.data_only and environment.get("LAION_INDEX_URI"):
-        print("LAION_INDEX_URI is set: no demo is needed")
-        return 0
+    for variable in INDEX_VARIABLES:
+        if parsed.data_only and environment.get(variable):
+            print(f"{variable} is set: no demo is needed")
+            return 0
     if set_elsewhere and not parsed.data_only:
         raise InputError(
             f"{', '.join(set_elsewhere)} is set, so this would not be the demo: unset it, or use "
@@ -348,7 +356,7 @@ def _dev(parsed: argparse.Namespace, environment: Mapping[str, str]) -> int:
     Places.from_environment(environment)  # a wrong setting fails here, in one sentence
     NvmeNode.from_environment(environment)
     _check_port(parsed.port)
-    if not environment.get("LAION_INDEX_URI"):
+    if not any(environment.get(variable) for variable in INDEX_VARIABLES):
         _build_demo()
     home = _home(environment)
     print(f"Dagster's UI: http://{HOST}:{parsed.port}", flush=True)

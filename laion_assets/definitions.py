@@ -59,7 +59,7 @@ def build_defs(
         assets=dg.map_asset_specs(as_shown, [*sources, *building, *assets]),
         jobs=[job, *build],
         sensors=[
-            build_seed_sets_sensor(job),
+            build_seed_sets_sensor(job, index if building else None),
             build_embeddings_sensor(build) if build else build_laion_index_sensor(),
         ],
         resources=resources_from(environment),

@@ -8,6 +8,7 @@ import signal
 import socket
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -20,8 +21,10 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 from helpers.project import REPOSITORY, Demo, contents
+from helpers.published import publish, publish_all
 from PIL import Image
 
+from laion_assets.build import builder
 from laion_assets.cli import main
 from laion_assets.defs.launcher import LocalRunLauncher
 
@@ -247,6 +250,17 @@ MISTAKES: dict[str, tuple[list[str], dict[str, str], int, tuple[str, ...]]] = {
     "a demo that is none": (
         ["demo"], {"LAION_INDEX_URI": "/elsewhere"}, 1, ("LAION_INDEX_URI is set", "unset it"),
     ),
+    "nothing to build from": (["build"], {}, 1, ("no embeddings", "(LAION_EMBEDDINGS_URI)")),
+    "embeddings that are not there": (
+        ["build"], {"LAION_EMBEDDINGS_URI": "none"}, 1, ("no folder none", "(LAION_EMBEDDINGS_URI)"),
+    ),
+    "a layout that is none": (
+        ["build"], {"LAION_EMBEDDINGS_URI": "none", "LAION_EMBEDDINGS_LAYOUT": "zip"}, 1,
+        ("LAION_EMBEDDINGS_LAYOUT is 'zip'", "'parquet'"),
+    ),
+    "a demo beside embeddings of one's own": (
+        ["demo"], {"LAION_EMBEDDINGS_URI": "/e"}, 1, ("LAION_EMBEDDINGS_URI is set", "unset it"),
+    ),
     "a wrong setting of the UI": (
         ["dev"], {"LAION_SPARSE_BUDGET": "much"}, 1, ("LAION_SPARSE_BUDGET is 'much'", "300GB"),
     ),
@@ -311,17 +325,21 @@ def test_dev_can_be_stopped_where_signals_were_ignored(sent, tmp_path, monkeypat
 
 def test_without_data_the_demo_is_offered_unless_a_place_is_set(demo, tmp_path) -> None:
     image = str(min((demo.images / "fruit").iterdir()))
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
     seeds = {"LAION_SEEDS_URI": str(demo.seeds)}
     commands = {
         "no seeds": start(tmp_path, "materialize", "mine"),
         "no index": start(tmp_path, "materialize", "fruit", **seeds),
         "look": start(tmp_path, "look", image),
         "set": start(tmp_path, "look", image, LAION_INDEX_URI=str(tmp_path / "none")),
+        "to build": start(elsewhere, "materialize", "fruit", LAION_EMBEDDINGS_URI="e", **seeds),
     }
     ended = {name: end(process) for name, process in commands.items()}
     assert {done.status for done in ended.values()} == {1}
     offered = {name: done.err.count("run `laion-assets demo`") for name, done in ended.items()}
-    assert offered == {"no seeds": 1, "no index": 1, "look": 1, "set": 0}, ended
+    assert offered == {"no seeds": 1, "no index": 1, "look": 1, "set": 0, "to build": 0}, ended
+    assert "run `laion-assets build`" in ended["to build"].err
 
 
 def test_what_is_kept_of_a_target_is_printed(demo, tmp_path) -> None:
@@ -355,6 +373,126 @@ def test_an_output_that_cannot_be_written_to_fails_the_run_in_a_sentence(demo, t
     with history(folder) as instance:
         (run,) = instance.get_runs()
         assert run.status == dg.DagsterRunStatus.FAILURE
+
+
+# --- building an index ----------------------------------------------------------------------------
+
+
+@pytest.fixture
+def to_build(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder with embeddings of 2,400 rows that make 4 shards, and nothing else."""
+    publish_all(tmp_path / "embeddings", "clip-retrieval")
+    monkeypatch.chdir(tmp_path)
+    for name, value in {
+        "EMBEDDINGS_URI": "embeddings", "SHARD_ROWS": "600", "INDEX_KEY": "IVF16,Flat",
+    }.items():  # fmt: skip
+        monkeypatch.setenv(f"LAION_{name}", value)
+    return tmp_path
+
+
+def written(folder: Path) -> dict[Path, int]:
+    files = (path for path in folder.glob("data/index*/**/*") if path.is_file())
+    return {path: path.stat().st_mtime_ns for path in files}
+
+
+def test_an_index_is_built_shard_by_shard_and_once(to_build, monkeypatch, capsys) -> None:
+    monkeypatch.setattr("laion_assets.io.progress.SECONDS_BETWEEN_LINES", 0)
+    assert main(["build"]) == 0
+    told = capsys.readouterr()
+    assert told.err == ""
+    lines = told.out.splitlines()
+    story = (
+        r"trained_index: training IVF16,Flat on [\d,]+ rows",
+        r"trained_index: IVF16,Flat trained on [\d,]+ rows; 2,400 rows planned in 4 shards",
+        r"index_shards: rows: 600 of 600, [\d,.e+]+/s, 0 s left",
+        *(rf"index_shards: 00000{n}: 600 rows in [\d.]+ s, .* vectors a second" for n in range(4)),
+        r"laion_index: merging the shards \(4\)",
+        r"laion_index: 2,400 rows merged; 100\.0% of the 100 best rows are found .*",
+        rf"2,400 of 2,400 rows in IVF16,Flat, at {to_build}/data/index",
+    )
+    for expected in story:
+        assert any(re.fullmatch(expected, line) for line in lines), (expected, lines)
+    assert re.fullmatch(story[-1], lines[-1])
+    assert len(lines) < 20
+    before = written(to_build)
+    assert main(["build"]) == 0
+    assert written(to_build) == before
+    assert "index_shards" not in capsys.readouterr().out
+    with history(to_build, "data/dagster") as instance:
+        assert instance.get_materialized_partitions(dg.AssetKey("index_shards")) == {
+            f"00000{n}" for n in range(4)
+        }
+
+
+def test_a_shard_that_fails_is_named_and_the_others_are_built(to_build, capsys) -> None:
+    file = to_build / "embeddings" / "metadata" / "metadata_1.parquet"  # training does not read it
+    content = file.read_bytes()
+    file.write_bytes(content[:200] + b"\xff" * 4000 + content[4200:])
+    assert main(["build"]) == 1
+    told = capsys.readouterr()
+    failed, last = told.err.splitlines()
+    assert failed.startswith("error: shard 000001: index_shards: ")
+    assert "metadata_1.parquet" in failed
+    assert last == "1 shard failed; the others are done"
+    assert [line[14:20] for line in told.out.splitlines() if re.match(r"index_shards: \d", line)] == [
+        "000000", "000002", "000003",
+    ]  # fmt: skip
+    assert not (to_build / "data" / "index").exists()
+    file.write_bytes(content)
+    assert main(["build"]) == 0
+    told = capsys.readouterr()
+    assert [line[14:20] for line in told.out.splitlines() if re.match(r"index_shards: \d", line)] == [
+        "000001"
+    ]
+
+
+@pytest.mark.usefixtures("to_build")
+def test_a_wrong_key_ends_a_build_in_a_sentence(monkeypatch, capsys) -> None:
+    monkeypatch.setenv("LAION_INDEX_KEY", "nonsense")
+    assert main(["build"]) == 1
+    (told,) = capsys.readouterr().err.splitlines()
+    assert told.startswith('error: trained_index: the index "nonsense" ')
+    assert told.endswith("(LAION_INDEX_KEY)")
+
+
+@pytest.mark.parametrize("sent", [signal.SIGINT, signal.SIGTERM])
+def test_a_build_that_is_interrupted_goes_on_where_it_was(sent, to_build, monkeypatch, capsys) -> None:
+    encode = builder.encode_shard
+
+    def interrupted(workspace, shard, *more):
+        if shard.number == 2:
+            os.kill(os.getpid(), sent)
+            time.sleep(5)
+        return encode(workspace, shard, *more)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(builder, "encode_shard", interrupted)
+        assert main(["build"]) == 128 + sent
+    assert capsys.readouterr().err.splitlines()[-1] == ("interrupted: run it again, what is done is kept")
+    before = written(to_build)
+    assert main(["build"]) == 0
+    assert before.items() <= written(to_build).items()
+    assert re.findall(r"^index_shards: (\d+)", capsys.readouterr().out, re.M) == ["000002", "000003"]
+
+
+def test_a_build_that_is_killed_goes_on_where_it_was(to_build, capsys) -> None:
+    for number in range(4, 30):
+        publish(to_build / "embeddings", "clip-retrieval", number, 600, 600 * number)
+    process = start(to_build, "build")
+    assert process.stdout is not None
+    for line in process.stdout:
+        if line.startswith("index_shards: 000001"):
+            process.send_signal(signal.SIGKILL)
+    assert end(process).status == -signal.SIGKILL
+    before = written(to_build)
+    assert main(["build"]) == 0
+    told = capsys.readouterr().out
+    assert "had been killed; it is now marked as failed" in told
+    again = re.findall(r"^index_shards: (\d+)", told, re.M)
+    assert set(again) <= {f"{n:06}" for n in range(2, 30)}
+    kept = {path for path in before if path.parent.name in ("000000", "000001")}
+    assert len(kept) > 8
+    assert {path: written(to_build)[path] for path in kept} == {path: before[path] for path in kept}
 
 
 @pytest.mark.parametrize("sent", [signal.SIGINT, signal.SIGTERM])

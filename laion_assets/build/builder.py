@@ -21,13 +21,15 @@ from laion_assets.build.embeddings import (
     EmbeddingFile,
     EmbeddingReader,
     Embeddings,
+    Listing,
     list_embeddings,
+    list_files,
     metadata_schema,
+    pair_version,
 )
 from laion_assets.build.index_key import ROWS_PER_LIST
-from laion_assets.build.input_files import InputFiles
 from laion_assets.build.merge import write_index
-from laion_assets.build.plan import SHARD_ROWS, Part, Plan, Shard, extended
+from laion_assets.build.plan import SHARD_ROWS, Part, Plan, Shard, check_planned, extended
 from laion_assets.build.publish import BUILT, Place
 from laion_assets.build.quantizer import index_key_for
 from laion_assets.build.shards import EXACT, ShardRecord, encode_shard, folder_of, read_record
@@ -47,9 +49,8 @@ from laion_assets.index import (
 from laion_assets.io.arrays import Ids
 from laion_assets.io.errors import InputError
 from laion_assets.io.progress import Progress, format_duration
-from laion_assets.staging.transfer.files import version_of
 
-PLAN, INPUT = "plan.json", "input.json"
+PLAN, INPUT, PREPARED = "plan.json", "input.json", "prepared.json"
 RECALL_AT = (1, 10, 100, 1000)
 LISTS_CHECKED = 64
 Log = Callable[[str], None]
@@ -150,6 +151,22 @@ class _Input:
     model: Mapping[str, Any]
 
 
+@dataclass(frozen=True)
+class Prepared:
+    """For what the plan and the trained index are.
+
+    Attributes:
+        files: version of their listing.
+        settings: see `Build.settings`.
+        times: that settings other than before were prepared; it tells settings apart that come back.
+
+    """
+
+    files: str
+    settings: str
+    times: int
+
+
 class Build:
     """A build and its steps.
 
@@ -183,6 +200,42 @@ class Build:
         """The input as it is now; only headers are read."""
         return list_embeddings(self.request.embeddings_uri, self.request.layout, self.request.key)
 
+    def listing(self) -> Listing:
+        """List the input; no file is read.
+
+        Raises:
+            InputError: no embeddings there, or files without their partner.
+
+        """
+        return list_files(self.request.embeddings_uri, self.request.layout, self.request.key)
+
+    def prepared(self) -> Prepared | None:
+        """Return for what `train` ran last; None where it has not."""
+        return self.workspace.read_record(PREPARED, Prepared)
+
+    def is_prepared(self, prepared: Prepared | None, listing: Listing) -> bool:
+        """Return whether `train` ran for some files, by the settings of the request."""
+        return prepared is not None and (prepared.files, prepared.settings) == (
+            listing.version,
+            self.settings,
+        )
+
+    @property
+    def settings(self) -> str:
+        """Changes with what is asked of the files."""
+        asked = self.request
+        known = asked.layout, asked.key, asked.index_key, asked.bytes_per_row, asked.columns
+        return _fingerprint(known, asdict(asked.model))
+
+    def check_planned(self, plan: Plan, listing: Listing) -> None:
+        """Check that planned files are there, and those of encoded shards unchanged; no file is read.
+
+        Raises:
+            InputError: names the files.
+
+        """
+        check_planned(plan, listing.versions, self._is_encoded)
+
     def plan(self) -> Plan:
         """Give every row its id: files that are new follow those that were planned before.
 
@@ -195,7 +248,7 @@ class Build:
         parts = [_part(file) for file in self.embeddings.files]
         with self.workspace.locked(self._log):
             planned = self.stored_plan()
-            plan = extended(planned, parts, self.request.shard_rows)
+            plan = extended(planned, parts, self.request.shard_rows, self._is_encoded)
             found = _Input(
                 self.embeddings.layout,
                 self.embeddings.key,
@@ -250,29 +303,28 @@ class Build:
         """
         return self.workspace.read_record(PLAN, lambda **stored: Plan.from_json(stored)) or Plan()
 
-    def source_version(self) -> str:
-        """Return the version of the input; only lists its files.
-
-        Raises:
-            InputError: no such folder.
-
-        """
-        files = InputFiles(self.request.embeddings_uri)
-        return version_of(map(files.file, files.names()))
-
     def wanted(self, plan: Plan) -> Wanted | None:
         """Return what the steps are to be made from; None where the index is not trained."""
         record = read_trained_record(self.workspace)
         return None if record is None or not self._is_wanted(record) else self._wanted(plan, record)
 
     def train(self) -> Trained:
-        """Train the index on a sample of the rows.
+        """Plan all rows, and train the index on a sample of them where it is not trained.
 
         Raises:
-            InputError: a key that is not supported, or too few rows for it.
+            InputError: see `plan`; a key that is not supported, or too few rows for it.
 
         """
-        plan = self.plan()
+        listing = self.listing()  # before the headers are read: what comes meanwhile is planned next time
+        trained = self._train(self.plan())
+        before = self.prepared()
+        if not self.is_prepared(before, listing):
+            times = before.times if before else 0
+            times += before is None or before.settings != self.settings
+            self.workspace.write_json(PREPARED, asdict(Prepared(listing.version, self.settings, times)))
+        return trained
+
+    def _train(self, plan: Plan) -> Trained:
         by_name = {file.name: file for file in self.embeddings.files}
         # Files that were added later have higher ids than their names suggest.
         files = tuple(by_name[part.name] for part in plan.parts())
@@ -300,6 +352,7 @@ class Build:
                 sample,
                 self._log,
                 self.request.rows_per_centre,
+                self.request.bytes_per_row,
             )
 
     def encode(self, number: int) -> ShardRecord:
@@ -373,6 +426,9 @@ class Build:
         self._log(f"done in {format_duration(time.perf_counter() - started)}")
         return built
 
+    def _is_encoded(self, shard: Shard) -> bool:
+        return folder_of(self.workspace, shard).exists(shard_files.RECORD)
+
     def _listed(self, shard: Shard) -> Embeddings:
         """List the files of a shard; of the others, no header is read."""
         names, known = [part.name for part in shard.parts], self._input()
@@ -423,7 +479,11 @@ class Build:
     def _is_wanted(self, trained: Record) -> bool:
         """Return whether a trained index is the one that the request asks for."""
         asked = self.request
-        return asked.index_key in (None, trained.index_key) and asked.key in (None, trained.vectors)
+        if asked.key not in (None, trained.vectors):
+            return False
+        if asked.index_key is not None:
+            return asked.index_key == trained.index_key
+        return asked.bytes_per_row in (None, trained.bytes_per_row)
 
     def _input(self) -> _Input:
         found = self.workspace.read_record(INPUT, _Input)
@@ -449,6 +509,10 @@ class Build:
                 "index_shards",
             )
         return [record for record in found.values() if record]
+
+    def published(self) -> Built | None:
+        """Read what is known of the index that is in its place; None where no build wrote it."""
+        return self._place.here.read_record(BUILT, Built)
 
     def _model(self) -> ModelRecord:
         known, asked = self._input(), self.request.model
@@ -495,7 +559,7 @@ class Build:
 
 
 def _part(file: EmbeddingFile) -> Part:
-    return Part(file.name, file.rows, version_of([file.vectors, file.metadata]))
+    return Part(file.name, file.rows, pair_version(file.vectors, file.metadata))
 
 
 def _fingerprint(*content: Any) -> str:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cached_property
@@ -28,6 +28,7 @@ from laion_assets.build.sampling import draw_runs, draw_units, shares
 from laion_assets.index.metadata import plain_type
 from laion_assets.index.model_record import ModelRecord
 from laion_assets.io.arrays import Floats, Ids
+from laion_assets.io.checksums import fingerprint
 from laion_assets.io.errors import InputError
 from laion_assets.staging.transfer.files import SourceFile, version_of
 
@@ -66,6 +67,26 @@ class EmbeddingFile:
 
 
 @dataclass(frozen=True)
+class Listing:
+    """The embeddings in a folder as its listing alone describes them.
+
+    Attributes:
+        layout: one of `laion_assets.build.layouts.LAYOUTS`.
+        versions: of each file of vectors with its metadata, by name and in order; a version changes with
+            the name, size or content of either.
+
+    """
+
+    layout: str
+    versions: Mapping[str, str]
+
+    @property
+    def version(self) -> str:
+        """Changes with any of the files."""
+        return fingerprint((name, 0, version) for name, version in self.versions.items())
+
+
+@dataclass(frozen=True)
 class Embeddings:
     """The embeddings in a folder, as `list_embeddings` found them.
 
@@ -98,6 +119,35 @@ class Embeddings:
         """Changes with the name, size or content of any file."""
         read = {source.name: source for file in self.files for source in (file.vectors, file.metadata)}
         return version_of(read.values())
+
+
+def list_files(uri: str, layout: str | None = None, key: str | None = None) -> Listing:
+    """List the embeddings in a folder and pair them with their metadata; no file is read.
+
+    Args:
+        uri: see `list_embeddings`, as for the others.
+        layout: by default detected.
+        key: which vectors.
+
+    Raises:
+        InputError: no folder or no embeddings in it; files of several layouts; a file without its
+            partner.
+
+    """
+    files = InputFiles(uri)
+    found = files.names()
+    layout = layout or detect_layout(found, uri, key)
+    pairs = pair_files(layout, found, uri, key)
+    source = files.file
+    return Listing(
+        layout,
+        {pair.vectors: pair_version(source(pair.vectors), source(pair.metadata)) for pair in pairs},
+    )
+
+
+def pair_version(vectors: SourceFile, metadata: SourceFile) -> str:
+    """Return a version that changes with a file of vectors and with its metadata."""
+    return version_of([vectors, metadata])
 
 
 def list_embeddings(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -88,35 +88,72 @@ class Plan:
         return cls(_numbered([tuple(Part(**part) for part in parts) for parts in stored["shards"]]))
 
 
-def extended(plan: Plan, files: Sequence[Part], shard_rows: int = SHARD_ROWS) -> Plan:
+def extended(
+    plan: Plan,
+    files: Sequence[Part],
+    shard_rows: int = SHARD_ROWS,
+    is_encoded: Callable[[Shard], bool] = lambda _: True,
+) -> Plan:
     """Add new files to a plan, as new shards. What is planned stays, so that every row keeps its id.
+
+    A file of a shard that is not encoded may be replaced by one with as many rows: one that was damaged.
 
     Args:
         plan: what was planned before.
         files: all files that there are now, in order.
         shard_rows: a shard takes files until it has that many rows.
+        is_encoded: whether a shard is; asked only of those with changed files.
 
     Raises:
         InputError: a file that was planned is gone or has changed.
 
     """
     now = {file.name: file for file in files}
-    planned = {part.name: part for part in plan.parts()}
-    if lost := [name for name in planned if name not in now]:
+    check_planned(plan, {file.name: file.version for file in files}, is_encoded)
+    resized = [part.name for part in plan.parts() if now[part.name].rows != part.rows]
+    if resized:
+        raise _changed(resized)
+    planned = {part.name for part in plan.parts()}
+    groups = [tuple(now[part.name] for part in shard.parts) for shard in plan.shards]
+    groups += _grouped([file for file in files if file.name not in planned], shard_rows)
+    return Plan(_numbered(groups))
+
+
+def check_planned(
+    plan: Plan, versions: Mapping[str, str], is_encoded: Callable[[Shard], bool] = lambda _: True
+) -> None:
+    """Check that the files of a plan are there, and that those of encoded shards are unchanged.
+
+    Args:
+        plan: what was planned.
+        versions: of all files that there are now, by name.
+        is_encoded: whether a shard is; asked only of those with changed files.
+
+    Raises:
+        InputError: names the files.
+
+    """
+    if lost := [part.name for part in plan.parts() if part.name not in versions]:
         raise InputError(
             f"{_named(lost)} {'is' if len(lost) == 1 else 'are'} gone, and the rows have ids in the "
             "index: put the files back, or build a new index elsewhere",
             "embeddings_uri",
         )
-    if changed := [name for name, part in planned.items() if now[name] != part]:
-        raise InputError(
-            f"{_named(changed)} changed after the rows got ids: put the old files back and add new ones "
-            "under new names, or build a new index elsewhere",
-            "embeddings_uri",
-        )
-    groups = [shard.parts for shard in plan.shards]
-    groups += _grouped([file for file in files if file.name not in planned], shard_rows)
-    return Plan(_numbered(groups))
+    changed = [
+        (shard, names)
+        for shard in plan.shards
+        if (names := [part.name for part in shard.parts if versions[part.name] != part.version])
+    ]
+    if names := [name for shard, names in changed if is_encoded(shard) for name in names]:
+        raise _changed(names)
+
+
+def _changed(names: Sequence[str]) -> InputError:
+    return InputError(
+        f"{_named(names)} changed after the rows got ids: put the old files back and add new ones "
+        "under new names, or build a new index elsewhere",
+        "embeddings_uri",
+    )
 
 
 def _grouped(files: Sequence[Part], shard_rows: int) -> Iterator[tuple[Part, ...]]:

@@ -15,11 +15,12 @@ from laion_assets.build.index_key import ROWS_PER_LIST
 from laion_assets.build.quantizer import IndexKey, train, training_rows
 from laion_assets.build.workspace import Workspace
 from laion_assets.index import nprobe_rule
-from laion_assets.io.arrays import Bytes, Floats, Ids, Mask, unit_rows
+from laion_assets.io.arrays import Bytes, Floats, Ids, unit_rows
 from laion_assets.io.errors import InputError
 
 QUERIES = 200
-SCALED_AT_ONCE = 65_536  # rows
+SCALED_AT_ONCE = 16_384  # rows
+COLUMNS_AT_ONCE = 32  # that are moved at a time
 ANSWERS = 1000  # rows that are compared for each query
 KEPT = ANSWERS + 1  # a query finds itself too
 NPROBES = (1, 4, 16, 64, 256, 1024)
@@ -40,6 +41,7 @@ class Record:
         nprobes: numbers of probed lists at which recall is measured; none without lists.
         seconds: that training took, reading included.
         checksums: crc32c of the files, by name.
+        bytes_per_row: of the request that the key was chosen for.
 
     """
 
@@ -51,6 +53,7 @@ class Record:
     nprobes: Sequence[int]
     seconds: float
     checksums: dict[str, str]
+    bytes_per_row: int | None = None
 
     @property
     def checksum(self) -> str:
@@ -145,6 +148,7 @@ def train_index(
     sample: Callable[[int], tuple[Floats, Ids]],
     log: Callable[[str], object],
     rows_per_centre: int = ROWS_PER_LIST,
+    bytes_per_row: int | None = None,
 ) -> Trained:
     """Train an index and store it.
 
@@ -154,31 +158,32 @@ def train_index(
         vectors_key: which vectors of the input these are, see `Record`.
         dimension: of the vectors.
         rows: that the index will have.
-        sample: returns about so many of the rows, and their ids.
+        sample: returns about so many of the rows, and their ids; the rows are changed.
         log: is told what is done.
         rows_per_centre: rows needed for each list and each entry of a codebook.
+        bytes_per_row: that the key was chosen for, see `Record`.
 
     Raises:
         InputError: a key that is not supported, or too few usable rows for it.
 
     """
     started = time.perf_counter()
-    raw, ids = sample(training_rows(key_for(rows), rows) + QUERIES)
-    usable = _scale(raw)
-    if not usable.any():
+    expected = key_for(rows)
+    IndexKey.parse(expected, dimension).check_rows(rows, rows_per_centre)  # reading may take long
+    sampled, ids = sample(training_rows(expected, rows) + QUERIES)
+    vectors, order = _shuffled_unit_rows(sampled)
+    if not len(vectors):
         raise InputError(
-            f"none of the {len(raw):,} rows read for training has a vector that is finite and not zero: "
-            "check the embeddings",
+            f"none of the {len(sampled):,} rows read for training has a vector that is finite and not "
+            "zero: check the embeddings",
             "embeddings_uri",
         )
-    index_key = key_for(int(rows * usable.mean()))
-    order = np.random.default_rng(0).permutation(np.flatnonzero(usable))  # as training expects
-    chosen, rest = order[:QUERIES], order[QUERIES:]
+    index_key = key_for(int(rows * len(vectors) / len(sampled)))
     needed = IndexKey.parse(index_key, dimension).fewest_rows(rows_per_centre)
-    if len(rest) < max(len(order) // 2, needed):
-        rest = order  # there are few rows: all are needed
-    queries, query_ids, training = raw[chosen], ids[chosen], raw[rest]
-    del raw
+    queries, query_ids = vectors[:QUERIES].copy(), ids[order[:QUERIES]]
+    training = vectors[QUERIES:]
+    if len(training) < max(len(vectors) // 2, needed):
+        training = vectors  # there are few rows: all are needed
     log(f"training {index_key} on {len(training):,} rows")
     index = train(index_key, dimension, training, rows_per_centre=rows_per_centre, log=log)
     lists = faiss.try_extract_index_ivf(index)
@@ -200,18 +205,31 @@ def train_index(
         () if lists is None else _nprobes(rows, int(lists.nlist)),
         round(time.perf_counter() - started, 1),
         checksums,
+        bytes_per_row,
     )
     folder.write_json(RECORD, asdict(record))
     return Trained(index, queries, query_ids, record)
 
 
-def _scale(rows: Floats) -> Mask:
-    """Scale rows to length 1 in place, and return which are usable; the others hold anything."""
+def _shuffled_unit_rows(rows: Floats) -> tuple[Floats, Ids]:
+    """Scale rows to length 1 and shuffle the usable ones, in place: a sample can be 20 GB.
+
+    Args:
+        rows: (n, d) as stored.
+
+    Returns:
+        The first (m, d) of the rows, now the usable ones in random order, and where each was before.
+
+    """
     usable = np.empty(len(rows), bool)
     for start in range(0, len(rows), SCALED_AT_ONCE):  # in float64
-        block = slice(start, start + SCALED_AT_ONCE)
-        rows[block], usable[block] = unit_rows(rows[block])
-    return usable
+        these = slice(start, start + SCALED_AT_ONCE)
+        rows[these], usable[these] = unit_rows(rows[these])
+    order = np.random.default_rng(0).permutation(np.flatnonzero(usable))
+    for start in range(0, rows.shape[1], COLUMNS_AT_ONCE):
+        columns = slice(start, start + COLUMNS_AT_ONCE)
+        rows[: len(order), columns] = rows[order, columns]
+    return rows[: len(order)], order
 
 
 def read_trained(workspace: Workspace) -> Trained | None:

@@ -5,20 +5,26 @@ Dagster's concept: https://docs.dagster.io/guides/automate/sensors
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from itertools import islice
 
 import dagster as dg
 
-from laion_assets.build import Plan, Wanted
+from laion_assets.build import Wanted
+from laion_assets.defs.dagster_internals import RUN_KEY_TAG
 from laion_assets.defs.failures import sentence
 from laion_assets.defs.partitions import SHARDS, index_shards
 from laion_assets.defs.resources import IndexBuilder
-from laion_assets.defs.sensors import as_cursor, state_in
+from laion_assets.defs.sensors import as_cursor, some, state_in
 from laion_assets.defs.sources import Version, embedding_files, is_known, last_version, last_versions
+from laion_assets.defs.terminal import count
 from laion_assets.io.errors import InputError
 
 INTERVAL = 60  # seconds between ticks
-SHARDS_PER_TICK = 50
+SHARDS_AT_ONCE = 50  # that run or are queued
+KEYS_PER_QUERY = 200
+TRAINED, ENCODED, MERGED = "trained_index", "index_shards", "laion_index"
 TRAIN_JOB, ENCODE_JOB, PUBLISH_JOB = "train_index_job", "encode_shard_job", "publish_index_job"
 
 
@@ -56,56 +62,114 @@ def build_embeddings_sensor(jobs: Sequence[dg.UnresolvedAssetJobDefinition]) -> 
     ) -> dg.SensorResult:
         instance, state = context.instance, state_in(context.cursor)
         try:
-            build = index_builder.open(context.log.info)
-            listed = build.source_version()
-            if state.get("listed") != listed:  # uploads take time: wait until two ticks see the same
-                return _tick("embeddings are new or still change", {"listed": listed})
-            plan = build.plan() if state.get("planned") != listed else build.stored_plan()
-            wanted = build.wanted(plan)
+            with index_builder.open(context.log.info) as build:
+                listing = build.listing()
+                if state.get("listed") != listing.version:  # uploads take time
+                    return _tick("the embeddings are new or still change", {"listed": listing.version})
+                plan = build.stored_plan()
+                build.check_planned(plan, listing)
+                prepared = build.prepared()
+                is_prepared = build.is_prepared(prepared, listing)
+                wanted = build.wanted(plan)
+                settings, times = build.settings, prepared.times if prepared else 0
         except InputError as error:
             return _tick(sentence(error), state)
-        version = Version(embedding_files.key, listed)
-        events = () if is_known(instance, version) else version.events()
+        if wanted and is_prepared:
+            step = _shards_or_merge(instance, wanted, times)
+        else:  # also for new files alone, whose rows get their ids then
+            key = f"train:{listing.version}:{settings}:{times}"
+            request = dg.RunRequest(run_key=key, job_name=TRAIN_JOB)
+            step = _once(instance, TRAINED, request, "the embeddings or the settings change")
         names = [shard.name for shard in plan.shards]
         registered = set(instance.get_dynamic_partitions(SHARDS))
         new = [name for name in names if name not in registered]
-        requests = list(_requests(instance, plan, wanted))
-        report = f"{plan.rows:,} rows in {len(names):,} shards; " + (
-            f"{len(requests):,} runs wanted" if requests else "nothing to do"
-        )
+        version = Version(embedding_files.key, listing.version)
+        planned = f"; {plan.rows:,} rows in {count(len(names), 'shard')}" if names else ""
+        report = f"{step.report}{planned}"
+        context.log.info(report)
         return dg.SensorResult(
-            run_requests=requests,
+            run_requests=step.requests,
             dynamic_partitions_requests=[index_shards.build_add_request(new)] if new else [],
-            asset_events=events,
-            cursor=as_cursor(report, {"listed": listed, "planned": listed}),
-            skip_reason=None if requests else report,
+            asset_events=() if is_known(instance, version) else version.events(),
+            cursor=as_cursor(report, {"listed": listing.version}),
+            skip_reason=None if step.requests else report,
         )
 
     return embedding_files_sensor
 
 
-def _requests(instance: dg.DagsterInstance, plan: Plan, wanted: Wanted | None) -> Iterator[dg.RunRequest]:
-    """Yield the runs of the next step. Dagster launches none twice for one key: what failed waits.
+@dataclass(frozen=True)
+class _Step:
+    """What a tick requests, and what it says."""
+
+    report: str
+    requests: Sequence[dg.RunRequest] = ()
+
+
+def _shards_or_merge(instance: dg.DagsterInstance, wanted: Wanted, times: int) -> _Step:
+    """Return the runs of shards that are not encoded; or of the merge, once all are.
+
+    Dagster launches no run key twice, so a shard that failed does not run again by itself, and holds up
+    none that follows.
 
     Args:
         instance: its history says what is done.
-        plan: all shards.
-        wanted: what the steps are to be made from; None where the index is not trained.
+        wanted: what shards and index are to be made from.
+        times: keeps the run keys of settings apart that come back.
 
     """
-    if wanted is None:
-        first = plan.shards[0].fingerprint if plan.shards else ""
-        yield dg.RunRequest(run_key=f"train:{first}", job_name=TRAIN_JOB)
-        return
-    done = last_versions(instance, dg.AssetKey("index_shards"), dg.DagsterEventType.ASSET_MATERIALIZATION)
+    done = last_versions(instance, dg.AssetKey(ENCODED), dg.DagsterEventType.ASSET_MATERIALIZATION)
     missing = {
-        name: made_from for name, made_from in wanted.shards.items() if done.get(name) != made_from
+        f"{n}:{version}:{times}": n for n, version in wanted.shards.items() if done.get(n) != version
     }
-    for name, made_from in list(missing.items())[:SHARDS_PER_TICK]:
-        yield dg.RunRequest(run_key=f"{name}:{made_from}", job_name=ENCODE_JOB, partition_key=name)
-    if not missing and last_version(instance, dg.AssetKey("laion_index")) != wanted.index:
-        yield dg.RunRequest(run_key=f"publish:{wanted.index}", job_name=PUBLISH_JOB)
+    if not missing:
+        if last_version(instance, dg.AssetKey(MERGED)) == wanted.index:
+            return _Step("nothing new: the index holds all rows")
+        request = dg.RunRequest(run_key=f"publish:{wanted.index}:{times}", job_name=PUBLISH_JOB)
+        return _once(instance, MERGED, request, "the embeddings change")
+    requests: list[dg.RunRequest] = []
+    running: list[str] = []
+    failed: list[str] = []
+    for start in range(0, len(missing), KEYS_PER_QUERY):
+        keys = list(islice(missing, start, start + KEYS_PER_QUERY))
+        launched = _launched(instance, keys)
+        for key in keys:
+            if key in launched:
+                (failed if launched[key].is_finished else running).append(missing[key])
+            elif len(requests) + len(running) < SHARDS_AT_ONCE:
+                requests.append(
+                    dg.RunRequest(run_key=key, job_name=ENCODE_JOB, partition_key=missing[key])
+                )
+        if len(requests) + len(running) >= SHARDS_AT_ONCE:
+            break
+    news = {
+        f"{len(missing):,} of {count(len(wanted.shards), 'shard')} to encode:": [
+            *running,
+            *(request.partition_key or "" for request in requests),
+        ],
+        "failed: see what the run says; a shard runs again once its files are mended, or when you "
+        "materialize it:": failed,
+    }
+    return _Step("; ".join(f"{what} {some(names)}" for what, names in news.items() if names), requests)
 
 
-def _tick(report: str, state: dict[str, str]) -> dg.SensorResult:
+def _once(instance: dg.DagsterInstance, asset: str, request: dg.RunRequest, until: str) -> _Step:
+    """Return a run that is launched once for its key."""
+    before = _launched(instance, [request.run_key or ""]).get(request.run_key or "")
+    if before is None:
+        return _Step(f"making {asset}", [request])
+    if not before.is_finished:
+        return _Step(f"making {asset}")
+    return _Step(
+        f"{asset} failed: see what the run says; it runs again once {until}, or when you materialize it"
+    )
+
+
+def _launched(instance: dg.DagsterInstance, keys: Sequence[str]) -> Mapping[str, dg.DagsterRun]:
+    """Return the last run of each run key that was launched."""
+    runs = instance.get_runs(dg.RunsFilter(tags={RUN_KEY_TAG: list(keys)}))
+    return {run.tags[RUN_KEY_TAG]: run for run in reversed(runs)}
+
+
+def _tick(report: str, state: Mapping[str, str]) -> dg.SensorResult:
     return dg.SensorResult(cursor=as_cursor(report, state), skip_reason=report)

@@ -190,6 +190,11 @@ BUILT, STAGED, CENTROID, KNN_URLS, CENTROID_URLS, COMBINED = map(
 # --- the built index -----------------------------------------------------------------------------
 
 
+def nprobe_of_a_search(built: Built) -> int:
+    """Return how many lists a search for 1,000 rows probes, as far as recall was measured; 0 without."""
+    return max((n for n in map(int, built.recall) if n <= built.nprobe_of_a_search), default=0)
+
+
 def of_built_index(built: Built, min_recall: float) -> Results:
     """Judge the recall that was measured, and how many rows can be found.
 
@@ -199,7 +204,7 @@ def of_built_index(built: Built, min_recall: float) -> Results:
 
     """
     by_nprobe = {int(nprobe): shares for nprobe, shares in built.recall.items()}
-    chosen = max((n for n in by_nprobe if n <= built.nprobe_of_a_search), default=0)
+    chosen = nprobe_of_a_search(built)
     most = max(by_nprobe, default=0)
     found = by_nprobe.get(chosen, {}).get("100", 1.0)
     yield _result(
@@ -222,7 +227,7 @@ def of_built_index(built: Built, min_recall: float) -> Results:
         "more"
         if count
         else "every search compares all rows",
-        {"more": further},
+        {"more": round(further, 4)},
     )
     usable = built.stored / built.rows
     yield _result(

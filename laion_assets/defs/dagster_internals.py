@@ -17,7 +17,7 @@ from dagster._core.executor.step_delegating import (
 )
 from dagster._core.launcher.base import CheckRunHealthResult, WorkerStatus
 from dagster._core.launcher.default_run_launcher import DefaultRunLauncher
-from dagster._core.storage.tags import GRPC_INFO_TAG, HIDDEN_TAG_PREFIX
+from dagster._core.storage.tags import GRPC_INFO_TAG, HIDDEN_TAG_PREFIX, RUN_KEY_TAG
 from dagster._grpc.client import DagsterGrpcClient
 from dagster_shared.error import SerializableErrorInfo
 
@@ -25,6 +25,7 @@ __all__ = [
     "DATA_VERSION_TAG",
     "GRPC_INFO_TAG",
     "HIDDEN_TAG_PREFIX",
+    "RUN_KEY_TAG",
     "CheckRunHealthResult",
     "CheckStepHealthResult",
     "DagsterEvent",

@@ -8,7 +8,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, fields, is_dataclass, replace
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -45,6 +45,12 @@ from laion_assets.staging import (
 )
 
 EMBEDDINGS = "embeddings_uri"
+NAMES = {  # of what errors of a build are about: the library's parameters, as `Places` calls them
+    "uri": EMBEDDINGS,
+    "layout": "embeddings_layout",
+    "key": "embeddings_key",
+    "columns": "embeddings_columns",
+}
 
 
 @dataclass(frozen=True)
@@ -253,8 +259,9 @@ class IndexBuilder:
         )
         return cls(request, places.min_recall)
 
-    def open(self, log: Callable[[str], None]) -> Build:
-        """Return the build and its steps.
+    @contextmanager
+    def open(self, log: Callable[[str], None]) -> Iterator[Build]:
+        """Open the build and its steps; errors in the block name our settings.
 
         Raises:
             InputError: LAION_EMBEDDINGS_URI is not set.
@@ -264,7 +271,10 @@ class IndexBuilder:
             raise InputError(
                 "no embeddings are set to build an index from: name their folder", EMBEDDINGS
             )
-        return Build(self.request, log)
+        try:
+            yield Build(self.request, log)
+        except InputError as error:
+            raise InputError(str(error), NAMES.get(error.about or "", error.about)) from error
 
 
 @dataclass(frozen=True)
@@ -311,8 +321,17 @@ def _shown(value: Any) -> dg.ResourceDefinition:
 
     provide.__name__ = type(value).__name__  # the UI's name for it
     about = inspect.cleandoc(type(value).__doc__ or "").partition("\n\nAttributes")[0]
-    fields = "\n".join(f"- {name}: `{shown}`" for name, shown in asdict(value).items())
-    return dg.ResourceDefinition(provide, description=f"{about}\n\n{fields}")
+    shown = "\n".join(f"- {name}: `{text}`" for name, text in _fields(value))
+    return dg.ResourceDefinition(provide, description=f"{about}\n\n{shown}")
+
+
+def _fields(value: Any) -> Iterator[tuple[str, Any]]:
+    for field in fields(value):
+        found = getattr(value, field.name)
+        if is_dataclass(found):
+            yield from _fields(found)
+        else:
+            yield field.name, found
 
 
 def storage_kind(uri: str) -> str:

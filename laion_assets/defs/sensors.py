@@ -27,6 +27,7 @@ from laion_assets.defs.sources import (
     current_settings,
     is_known,
     laion_index_source,
+    last_version,
     last_versions,
     retrieval_settings,
     seed_folder,
@@ -139,8 +140,16 @@ def state_in(cursor: str | None) -> dict[str, Any]:
     return state
 
 
-def build_seed_sets_sensor(job: dg.UnresolvedAssetJobDefinition) -> dg.SensorDefinition:
-    """Return the sensor that runs the job for every new or changed seed set."""
+def build_seed_sets_sensor(
+    job: dg.UnresolvedAssetJobDefinition, built_index: dg.AssetKey | None = None
+) -> dg.SensorDefinition:
+    """Return the sensor that runs the job for every new or changed seed set.
+
+    Args:
+        job: to run.
+        built_index: the index, where it is built here: seed sets wait for the first one.
+
+    """
 
     @dg.sensor(
         name="seed_sets_sensor",
@@ -170,12 +179,14 @@ def build_seed_sets_sensor(job: dg.UnresolvedAssetJobDefinition) -> dg.SensorDef
         )
         done = {name: files_version(version) for name, version in embedded.items()}
         restored = [n for n, v in versions.items() if known.get(n) != v and done.get(n) == v]
+        is_index_there = built_index is None or last_version(instance, built_index) is not None
         decision = decide(
             {name: Pending(*seen) for name, seen in state.items()},
             versions,
             known,
             done,
             time.time_ns() // 1_000_000,
+            at_most=RUNS_PER_TICK if is_index_there else 0,
             failed=[name for name in restored if _last_run_failed(instance, name)],
         )
         registered = instance.get_dynamic_partitions(SEED_SETS)
@@ -196,7 +207,9 @@ def build_seed_sets_sensor(job: dg.UnresolvedAssetJobDefinition) -> dg.SensorDef
         )
         news = {
             "running": [_with_contents(present[name]) for name in decision.run],
-            "waiting for": [_with_contents(present[name]) for name in decision.waiting],
+            "waiting for" if is_index_there else "waiting until the index is built:": [
+                _with_contents(present[name]) for name in decision.waiting
+            ],
             "failed, runs again once changed:": failed,
             "not materialized yet:": [name for name in unmade if name not in failed],
             "settings changed:": [
@@ -312,10 +325,11 @@ def _is_usable(name: str) -> bool:
 
 def _summary(news: Mapping[str, Sequence[str]], sets: int) -> str:
     """Return what a tick found in one line, the news first."""
-    parts = [f"{what} {_some(names)}" for what, names in news.items() if names]
+    parts = [f"{what} {some(names)}" for what, names in news.items() if names]
     return "; ".join([*(parts or ["nothing new"]), f"{sets} seed set{'' if sets == 1 else 's'}"])
 
 
-def _some(names: Sequence[str]) -> str:
+def some(names: Sequence[str]) -> str:
+    """List the first names, and how many more there are."""
     more = len(names) - NAMES_SHOWN
     return ", ".join(names[:NAMES_SHOWN]) + (f" and {more} more" if more > 0 else "")

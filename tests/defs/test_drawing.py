@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 from markdown_it import MarkdownIt
 from PIL import Image
 
-from laion_assets.defs.drawing.charts import Step
+from laion_assets.defs.drawing.charts import Step, recall_curves
 from laion_assets.defs.drawing.contact_sheet import contact_sheet
 from laion_assets.defs.drawing.funnel import chart, funnel_table, steps, summed
 from laion_assets.defs.drawing.markup import SHOWN_TEXT, link, links, plain
@@ -216,6 +216,27 @@ def test_charts_are_well_formed_pictures_of_a_few_kilobytes(
         assert root.tag.endswith("svg")
         names = {element.tag.rpartition("}")[2] for element in root.iter()}
         assert names <= {"svg", "rect", "text", "path"}
+
+
+@pytest.mark.parametrize(
+    ("shares", "points"),
+    [
+        ({"1": {"1": 0.5, "10": 0.4}, "16": {"1": 1.0, "10": 0.9}, "4": {"1": 0.7, "10": 0.6}}, 6),
+        ({"1": {"1": 1.0}}, 1),  # a line of one point would not be seen
+        ({}, 0),
+    ],
+)
+def test_recall_is_a_curve_over_the_lists_that_are_probed_in_order(shares, points) -> None:
+    picture = ElementTree.fromstring(recall_curves(shares))
+    namespace = {"svg": "http://www.w3.org/2000/svg"}
+    assert len(picture.findall(".//svg:circle", namespace)) == points
+    texts = [text.text for text in picture.findall(".//svg:text", namespace)]
+    assert [text for text in texts if text in shares] == sorted(shares, key=int)
+    if points == 6:
+        assert texts[-2:] == ["recall@1: 100%", "recall@10: 90%"]
+        (first, _) = picture.findall(".//svg:polyline", namespace)
+        heights = [float(point.split(",")[1]) for point in first.get("points", "").split()]
+        assert heights == sorted(heights, reverse=True)
 
 
 def test_nothing_found_is_a_chart_too() -> None:

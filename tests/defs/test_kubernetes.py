@@ -26,7 +26,7 @@ from helpers.project import REPOSITORY, Demo, failures, new_project
 from kubernetes.client import ApiException
 
 from laion_assets.definitions import build_defs
-from laion_assets.defs.assets import build_assets
+from laion_assets.defs.assets import build_assets, index_assets
 from laion_assets.defs.kubernetes import claim, placement
 from laion_assets.defs.kubernetes.placement import NvmeNode, Placement, on_nvme_node
 from laion_assets.defs.kubernetes.step_pods import RENEW, why_it_cannot_start
@@ -36,6 +36,7 @@ from laion_assets.io.errors import InputError
 from laion_assets.staging import parse_size
 
 ON_NVME = {"staged_laion_index", "knn_urls", "centroid_urls"}
+BUILDING = {"trained_index", "index_shards", "laion_index"}
 KUBERNETES = "1.34"
 INSIDE = {"KUBERNETES_SERVICE_HOST": "10.0.0.1"}
 
@@ -46,8 +47,9 @@ def validate(manifest: dict[str, Any]) -> None:
 
 def assets_for(**environment: str) -> dict[str, dg.AssetsDefinition]:
     """The assets by name, as they are defined on a cluster."""
-    built = build_assets(Placement.from_environment(INSIDE | environment))
-    return {asset.key.path[-1]: asset for asset in built}
+    placed = Placement.from_environment(INSIDE | environment)
+    made = [*build_assets(placed), *index_assets(placed)]
+    return {asset.key.path[-1]: asset for asset in made}
 
 
 def step_pod(asset: dg.AssetsDefinition) -> dict[str, Any]:
@@ -93,7 +95,7 @@ def step_pods() -> dict[str, dict[str, Any]]:
 
 
 def test_every_step_is_a_job_that_kubernetes_accepts(step_pods):
-    assert len(step_pods) == 6
+    assert len(step_pods) == 9
     for job in step_pods.values():
         validate(job)
 
@@ -124,6 +126,8 @@ def test_steps_request_what_they_need_and_those_with_the_index_are_not_evicted(s
                 "limits": {"memory": node.memory_limit},
             }
             if asset in ON_NVME
+            else placement.BUILDING_RESOURCES
+            if asset in BUILDING
             else placement.ANY_NODE_RESOURCES
         )
         assert container["resources"] == expected
@@ -215,7 +219,8 @@ def test_a_step_that_may_not_look_at_the_claim_names_the_file_that_lets_it():
 
 def test_steps_are_tried_again_in_a_cluster_and_only_there():
     for environment, tried_again in (({}, False), (INSIDE, True)):
-        assets = build_assets(Placement.from_environment(environment))
+        placed = Placement.from_environment(environment)
+        assets = [*build_assets(placed), *index_assets(placed)]
         assert {bool(asset.op.retry_policy) for asset in assets} == {tried_again}
 
 
@@ -314,13 +319,22 @@ def test_pods_on_nvme_stage_fully_unless_it_is_said_otherwise(said, read_by_pods
 
 @pytest.mark.parametrize(("staging", "where"), [("full", "nvme_node"), ("sparse", "node_with_claim")])
 def test_where_an_asset_runs_can_be_searched_for_in_the_ui(staging, where):
-    defs = build_defs(INSIDE | {"LAION_STAGING": staging})
+    defs = build_defs(
+        INSIDE | {"LAION_STAGING": staging, "LAION_EMBEDDINGS_URI": "gs://bucket/embeddings"}
+    )
     graph = defs.resolve_asset_graph()
     told = {
         key.to_user_string(): graph.get(key).tags[placement.RUNS_ON_TAG]
         for key in graph.materializable_asset_keys
     }
     assert told == {name: where if name in ON_NVME else "any_node" for name in assets_for()}
+
+
+def test_the_steps_of_a_build_share_a_pool_of_their_own_and_wait_for_no_search():
+    pools = {name: asset.op.pool for name, asset in assets_for().items()}
+    assert {name for name, pool in pools.items() if pool == "building"} == BUILDING
+    for folder in (REPOSITORY / "k8s" / "values.yaml", REPOSITORY / "dagster.yaml"):
+        assert '"building"' in folder.read_text()
 
 
 def test_claim_class_label_and_taint_are_the_same_everywhere():

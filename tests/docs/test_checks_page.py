@@ -9,6 +9,7 @@ from laion_assets.defs import checks
 PAGE = REPOSITORY / "docs" / "ui.md"
 URL_TABLES = ("knn_urls", "centroid_urls", "combined_urls")
 SPECS = (
+    *checks.BUILT,
     *checks.STAGED,
     *checks.CENTROID,
     *checks.KNN_URLS,

@@ -100,6 +100,11 @@ class Platform:
     def launch(self, seed_set: str, *assets: str) -> str:
         """Launch the job for a seed set, or only some of its assets; return the run's id."""
         self.instance.add_dynamic_partitions("seed_sets", [seed_set])
+        return self.launch_job(JOB, seed_set, *assets)
+
+    def launch_job(self, job: str, partition: str | None = None, *assets: str) -> str:
+        """Launch a job, for a partition where it has them; return the run's id."""
+        tags = [{"key": "dagster/partition", "value": partition}] if partition else []
         chosen = [{"path": [asset]} for asset in assets] or None
         told = self.ask(
             "mutation($p: ExecutionParams!) { launchRun(executionParams: $p) "
@@ -108,10 +113,10 @@ class Platform:
                 "selector": {
                     "repositoryLocationName": LOCATION,
                     "repositoryName": "__repository__",
-                    "jobName": JOB,
+                    "jobName": job,
                     "assetSelection": chosen,
                 },
-                "executionMetadata": {"tags": [{"key": "dagster/partition", "value": seed_set}]},
+                "executionMetadata": {"tags": tags},
             },
         )["launchRun"]
         return str(told["run"]["runId"])
@@ -125,11 +130,11 @@ class Platform:
         )["launchRunReexecution"]
         return str(told["run"]["runId"])
 
-    def stop_sensor(self) -> None:
+    def stop_sensor(self, name: str = "seed_sets_sensor") -> None:
         sensor = {
             "repositoryLocationName": LOCATION,
             "repositoryName": "__repository__",
-            "sensorName": "seed_sets_sensor",
+            "sensorName": name,
         }
         found = self.ask(
             "query($s: SensorSelector!) { sensorOrError(sensorSelector: $s) "
@@ -212,8 +217,8 @@ class Platform:
 
 
 @contextmanager
-def installed(root: Path) -> Iterator[Platform]:
-    """The demo's data in a bucket, an empty cluster, and Dagster installed on it."""
+def installed(root: Path, **more: str) -> Iterator[Platform]:
+    """The demo's data in a bucket, an empty cluster, and Dagster installed on it; and other variables."""
     for name in ("bucket", "cluster", "home", "logs"):
         (root / name).mkdir()
     bucket = root / "bucket"
@@ -225,7 +230,7 @@ def installed(root: Path) -> Iterator[Platform]:
         "LAION_MODEL": str(model),
         "LAION_OUTPUT_URI": str(bucket / "tables"),
         "LAION_NVME_PENDING_SECONDS": str(PENDING_SECONDS),
-    }
+    } | more
     with ExitStack() as stack:
         database = stack.enter_context(postgres())
         cluster = stack.enter_context(

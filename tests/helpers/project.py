@@ -83,7 +83,7 @@ class Ticks:
         self.run_keys: list[str] = []
         self.said = ""
 
-    def _evaluate(self, sensor: str, cursor: str | None) -> dg.SensorResult:
+    def evaluate(self, sensor: str, cursor: str | None) -> dg.SensorResult:
         repository = self.project.defs.get_repository_def()
         context = dg.build_sensor_context(
             self.project.instance,
@@ -104,11 +104,11 @@ class Ticks:
 
     def look_at_index(self) -> str:
         """Evaluate the sensor of the index once; return what it says."""
-        return self._evaluate("laion_index_sensor", None).cursor or ""
+        return self.evaluate("laion_index_sensor", None).cursor or ""
 
     def tick(self) -> list[str]:
         """Evaluate the sensor once; return the seed sets for which a run is launched."""
-        seen = self._evaluate("seed_sets_sensor", self.cursor)
+        seen = self.evaluate("seed_sets_sensor", self.cursor)
         self.cursor = seen.cursor or ""
         self.said = self.cursor.split("\n")[0]
         assert not seen.skip_reason or seen.skip_reason.skip_message == self.said
@@ -150,19 +150,21 @@ def failures(result: dg.ExecuteInProcessResult) -> dict[str, str]:
 
 
 def stale(project: Project, seed_set: str) -> set[str]:
-    """The assets that the UI would show as stale for a seed set; none may be missing."""
+    """The assets that the UI would show as stale for a seed set or any shard; none may be missing."""
     graph = project.defs.resolve_asset_graph()
     resolver = CachingStaleStatusResolver(
         project.instance, graph, LoadingContextForTest(project.instance)
     )
-    found = {
-        key.to_user_string(): resolver.get_status(
-            key, seed_set if graph.get(key).partitions_def else None
-        )
-        for key in graph.materializable_asset_keys
-    }
-    assert StaleStatus.MISSING not in found.values()
-    return {name for name, status in found.items() if status is StaleStatus.STALE}
+    found = []
+    for key in graph.materializable_asset_keys:
+        by = graph.get(key).partitions_def
+        partitions: list[str | None] = [None]
+        if isinstance(by, dg.DynamicPartitionsDefinition):
+            of_seeds = by.name == "seed_sets"
+            partitions = [seed_set] if of_seeds else [*project.instance.get_dynamic_partitions(by.name)]
+        found += [(key.to_user_string(), resolver.get_status(key, each)) for each in partitions]
+    assert StaleStatus.MISSING not in dict(found).values()
+    return {name for name, status in found if status is StaleStatus.STALE}
 
 
 def contents(folder: Path) -> dict[str, bytes]:

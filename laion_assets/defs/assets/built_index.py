@@ -3,17 +3,20 @@
 Dagster's concept: https://docs.dagster.io/guides/build/assets
 """
 
+from collections.abc import Mapping
+
 import dagster as dg
 
 from laion_assets.defs import checks
 from laion_assets.defs.drawing.charts import recall_curves
-from laion_assets.defs.drawing.markup import embedded
+from laion_assets.defs.drawing.markup import embedded, table
 from laion_assets.defs.failures import as_failures
 from laion_assets.defs.kubernetes.placement import Placement
 from laion_assets.defs.partitions import index_shards as shard_partitions
 from laion_assets.defs.report import Materialized
 from laion_assets.defs.resources import IndexBuilder
-from laion_assets.defs.sources import embedding_files
+from laion_assets.defs.sources import Version, embedding_files, observe
+from laion_assets.defs.terminal import count
 from laion_assets.io.errors import InputError
 
 GROUP = "build"
@@ -39,18 +42,25 @@ def trained_index_asset(placement: Placement) -> dg.AssetsDefinition:
     ) -> Materialized:
         """The index without rows: its rotation, lists and codes, learned from a sample of the embeddings.
 
-        Trained once. New embeddings are encoded with it too, so that old ones need not be again.
+        It also gives every row its id. Trained once: new embeddings get ids and are encoded with it too,
+        so that old ones need not be again.
         """
         with as_failures():
-            build = index_builder.open(context.log.info)
-            trained = build.train()
+            with index_builder.open(context.log.info) as build:
+                observe(context, Version(embedding_files.key, build.listing().version))
+                trained, plan = build.train(), build.stored_plan()
             record = trained.record
+            context.log.info(
+                f"{record.index_key} trained on {record.sample:,} rows; {plan.rows:,} rows planned in "
+                f"{count(len(plan.shards), 'shard')}"
+            )
             return dg.MaterializeResult(
                 data_version=dg.DataVersion(record.checksum),
                 metadata={
                     "index key": record.index_key,
                     "dimension": record.dimension,
-                    "rows planned": record.rows,
+                    "rows planned": plan.rows,
+                    "shards planned": len(plan.shards),
                     "rows sampled": record.sample,
                     "queries held out": len(trained.queries),
                     "inverted lists": trained.lists,
@@ -67,7 +77,7 @@ def index_shards_asset(placement: Placement) -> dg.AssetsDefinition:
     pod = placement.building("index_shards")
 
     @dg.asset(
-        deps=[embedding_files, "trained_index"],
+        deps=["trained_index"],  # of the embeddings, new files alone would make every shard stale
         group_name=GROUP,
         kinds={"faiss", "arrow"},
         partitions_def=shard_partitions,
@@ -88,8 +98,13 @@ def index_shards_asset(placement: Placement) -> dg.AssetsDefinition:
         with as_failures():
             if not context.has_partition_key:
                 raise InputError("no shard was chosen: launch the run for a partition; each is a shard")
-            build = index_builder.open(context.log.info)
-            record = build.encode(_number_of(context.partition_key))
+            with index_builder.open(context.log.info) as build:
+                record = build.encode(_number_of(context.partition_key))
+            speed = round(record.rows / max(record.encoding_seconds, 1e-3))
+            context.log.info(
+                f"{context.partition_key}: {record.rows:,} rows in {record.seconds:,.1f} s, of which "
+                f"{record.encoding_seconds:,.1f} s encoding, {speed:,} vectors a second"
+            )
             return dg.MaterializeResult(
                 data_version=dg.DataVersion(record.made_from),
                 metadata={
@@ -98,7 +113,7 @@ def index_shards_asset(placement: Placement) -> dg.AssetsDefinition:
                     "first id": record.first_id,
                     "bytes": record.bytes,
                     "seconds": record.seconds,
-                    "vectors a second": round(record.rows / max(record.encoding_seconds, 1e-3)),
+                    "vectors a second": speed,
                     "dagster/uri": f"{build.workspace.uri}/shards/{context.partition_key}",
                 },
             )
@@ -135,23 +150,42 @@ def laion_index_asset(placement: Placement) -> dg.AssetsDefinition:
         Readers see the old index until the new one is whole.
         """
         with as_failures():
-            built = index_builder.open(context.log.info).finish()
+            with index_builder.open(context.log.info) as build:
+                built = build.finish()
+            results = list(checks.of_built_index(built, index_builder.min_recall))
+            context.log.info(f"{built.stored:,} rows merged; {results[0].description}")
             chart = recall_curves(built.recall)
+            searched = checks.nprobe_of_a_search(built)
             return dg.MaterializeResult(
                 data_version=dg.DataVersion(built.fingerprint),
                 metadata={
+                    "about": dg.MetadataValue.md(
+                        f"**{built.stored:,} rows** of {built.rows:,} in {built.index_key}\n\n"
+                        f"{results[0].description}"
+                    ),
+                    "recall": table(_by_nprobe(built.recall, searched)),
+                    "recall chart": dg.MetadataValue.md(
+                        embedded("recall", chart.encode(), "image/svg+xml")
+                    ),
+                    "recall@100": built.recall.get(str(searched), {}).get("100", 1.0),
                     "dagster/row_count": built.stored,
+                    "rows without a usable vector": built.unusable,
                     "index key": built.index_key,
                     "dimension": built.dimension,
-                    "rows without a usable vector": built.unusable,
+                    "inverted lists": built.lists,
                     "bytes of lists": built.bytes,
-                    "recall": dg.MetadataValue.md(embedded("recall", chart.encode(), "image/svg+xml")),
-                    "recall by nprobe": dg.MetadataValue.json(built.recall),
-                    "dagster/uri": index_builder.request.index_uri if index_builder.request else "",
+                    "dagster/uri": build.request.index_uri,
                 },
-                check_results=checks.logged(
-                    context, checks.of_built_index(built, index_builder.min_recall)
-                ),
+                check_results=checks.logged(context, results),
             )
 
     return laion_index
+
+
+def _by_nprobe(shares: Mapping[str, Mapping[str, float]], searched: int) -> list[dict[str, str]]:
+    """Return a row for each number of probed lists, with the recall of each number of results."""
+    return [
+        {"lists probed": f"{int(nprobe):,}{' (of a search)' if int(nprobe) == searched else ''}"}
+        | {f"recall@{int(count):,}": f"{share:.1%}" for count, share in shares[nprobe].items()}
+        for nprobe in sorted(shares, key=int)
+    ]

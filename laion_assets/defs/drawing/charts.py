@@ -113,6 +113,10 @@ def recall_curves(shares: Mapping[str, Mapping[str, float]]) -> str:
         heights = [bottom - (bottom - top) * shares[n].get(count, 0) for n in nprobes]
         points = " ".join(f"{a:.0f},{b:.1f}" for a, b in zip(x, heights, strict=True))
         parts.append(f"<polyline points='{points}' fill='none' stroke='{colour}' stroke-width='2'/>")
+        parts += [
+            f"<circle cx='{a:.0f}' cy='{b:.1f}' r='3' fill='{colour}'/>"
+            for a, b in zip(x, heights, strict=True)
+        ]
         label = f"recall@{int(count):,}: {shares[nprobes[-1]][count]:.0%}"
         parts.append(
             f"<rect x='{WIDTH - 140}' y='{14 + 22 * number}' width='12' height='12' rx='2' "
