@@ -107,7 +107,7 @@ def test_new_files_cost_their_own_shards_and_a_merge_and_make_the_staged_index_s
     write_seeds(build.project.seeds / "mine")
     assert build.settle() == ["train", *SHARDS, "publish"]
     assert build.project.run("mine", nb_images_knn=10, nb_images_centroid=10).success
-    trained = build.project.root / "index.build" / "trained.index"
+    trained = build.project.root / "index.build" / "trained" / "trained.index"
     before = trained.stat().st_mtime_ns
     publish(build.project.root / "embeddings", "clip-retrieval", 4, 500, 2400)
     assert build.settle() == ["train", "000004", "publish"]
@@ -278,10 +278,11 @@ def test_a_replaced_file_with_other_rows_is_refused_by_name(build):
 def test_an_index_that_no_build_wrote_is_not_replaced(build):
     build.project.index.mkdir()
     (build.project.index / "mine.txt").write_text("mine")
-    assert build.settle() == ["train", *SHARDS, "publish failed"]
-    (told,) = failures(build.results["publish"]).values()
+    assert build.settle() == ["train failed"]
+    (told,) = failures(build.results["train"]).values()
     assert told.endswith("(LAION_INDEX_URI)")
-    assert "laion_index failed" in build.said
+    assert "trained_index failed" in build.said
+    assert (build.project.index / "mine.txt").read_text() == "mine"
 
 
 # What is set, whether a run says it or the tick, and what must be named.
