@@ -11,12 +11,11 @@ import mmap
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from itertools import pairwise
 from pathlib import Path
 from threading import Lock
-from typing import Any, Protocol
+from typing import Protocol
 
 import numpy as np
 import pyarrow as pa
@@ -93,10 +92,7 @@ class ArrowFile:
         self._blocks = arrow_layout.blocks(self._all[int(footer[0, 0]) :])
         # The reader keeps neither in memory and reads both again for every batch.
         self._always = union(footer, self._blocks.dictionaries)
-        # It reads dictionaries with the first batch, and is not safe for threads then.
-        self._one_at_a_time: AbstractContextManager[Any] = (
-            Lock() if len(self._blocks.dictionaries) else nullcontext()
-        )
+        self._one_at_a_time = Lock()  # no reader of Arrow's may be used by two threads
         held.need({self.path: union(self._always, ranges_of(*self._blocks.headers.T))})
         headers = (self._all[start:stop] for start, stop in self._blocks.headers)
         batches = [arrow_layout.rows_and_compression(header) for header in headers]
@@ -128,6 +124,7 @@ class ParquetFile:
         self.path = path
         try:
             self._file = pq.ParquetFile(path)
+            self._one_at_a_time = Lock()
         except (pa.ArrowInvalid, OSError) as error:
             raise _incomplete(path, "Parquet", error) from error
         self.schema: pa.Schema = self._file.schema_arrow
@@ -140,7 +137,9 @@ class ParquetFile:
 
     def batch(self, number: int, columns: Sequence[str]) -> pa.Table:
         """Return one row group, unpacked."""
-        return self._file.read_row_group(number, columns=list(columns)).select(list(columns))
+        with self._one_at_a_time:
+            table = self._file.read_row_group(number, columns=list(columns))
+        return table.select(list(columns))
 
 
 class Metadata:
