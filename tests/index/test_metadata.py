@@ -193,3 +193,12 @@ def test_a_truncated_metadata_file_is_named(tmp_path) -> None:
     path.write_bytes(path.read_bytes()[:-40])
     with pytest.raises(InputError, match=path.name):
         Metadata([path])
+
+
+def test_rows_of_many_row_groups_are_taken_side_by_side(tmp_path):
+    rows = pa.table({"url": [f"https://example.org/{n}" for n in range(4000)]})
+    pq.write_table(rows, tmp_path / "0.parquet", row_group_size=10)
+    ids = np.random.default_rng(0).permutation(4000)
+    for _ in range(5):
+        taken = Metadata([tmp_path / "0.parquet"]).take(ids)
+        assert taken["url"].to_pylist() == rows.take(ids)["url"].to_pylist()
