@@ -51,7 +51,8 @@ def few_rounds(index: faiss.Index) -> None:
     """Let faiss train in seconds."""
     rotation = faiss.downcast_VectorTransform(index.chain.at(0))
     rotation.niter, rotation.niter_pq_0, rotation.niter_pq = 5, 4, 2
-    faiss.downcast_index(faiss.extract_index_ivf(index)).pq.cp.niter = 10
+    ivf = faiss.downcast_index(faiss.extract_index_ivf(index))
+    ivf.pq.cp.niter, ivf.do_polysemous_training = 10, False
 
 
 def stored(index: faiss.Index) -> dict[int, tuple[int, bytes]]:
