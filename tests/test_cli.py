@@ -268,28 +268,29 @@ MISTAKES: dict[str, tuple[list[str], dict[str, str], int, tuple[str, ...]]] = {
 
 
 @pytest.fixture(scope="module")
-def mistaken(demo: Demo, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Done]]:
-    """All mistakes, made at the same time: most of each is Python starting up."""
-    folder = checkout(tmp_path_factory.mktemp("mistakes"), demo)
-    started = {
-        name: start(folder, *arguments, **environment)
-        for name, (arguments, environment, _, _) in MISTAKES.items()
-    }
-    return folder, {name: end(process) for name, process in started.items()}
+def to_mistake(demo: Demo, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A checkout in which nothing was run."""
+    return checkout(tmp_path_factory.mktemp("mistakes"), demo)
 
 
 @pytest.mark.parametrize("name", MISTAKES)
-def test_a_mistake_is_an_error_that_names_it_and_the_remedy(mistaken, name: str) -> None:
-    *_, status, facts = MISTAKES[name]
-    done = mistaken[1][name]
-    assert (done.status, done.out) == (status, "")
-    assert [fact for fact in ("error: ", *facts) if fact not in done.err] == [], done.err
-    assert status == 2 or len(done.err.splitlines()) == 1
-
-
-def test_a_mistake_leaves_nothing_behind(mistaken) -> None:
-    folder, _ = mistaken
-    assert {path.name for path in (folder / "data").iterdir()} == {"index", "seeds"}
+def test_a_mistake_is_an_error_that_names_it_and_the_remedy_and_leaves_nothing_behind(
+    name, to_mistake, monkeypatch, capsys
+) -> None:
+    arguments, environment, status, facts = MISTAKES[name]
+    monkeypatch.chdir(to_mistake)
+    for variable, value in environment.items():
+        monkeypatch.setenv(variable, value)
+    try:
+        ended = main(list(arguments))
+    except SystemExit as wrong_usage:  # argparse ends so
+        ended = wrong_usage.code
+    assert ended == status
+    told = capsys.readouterr()
+    assert told.out == ""
+    assert [fact for fact in ("error: ", *facts) if fact not in told.err] == [], told.err
+    assert status == 2 or len(told.err.splitlines()) == 1
+    assert {path.name for path in (to_mistake / "data").iterdir()} == {"index", "seeds"}
 
 
 def test_dev_refuses_a_port_in_use_and_starts_nothing(tmp_path) -> None:
