@@ -1,8 +1,8 @@
 """An index from published embeddings: plan, train, encode shard by shard, merge, publish.
 
-Every step leaves its result in a workspace, a folder on a disk or in a bucket, and does nothing where
-that is there already. So a killed build goes on where it was, shards can be encoded by many machines, and
-new input files cost only their own shards and a merge.
+Every step leaves its result in a workspace, a folder on a disk or in a bucket, and is skipped if the
+result exists. So a killed build resumes, many machines can encode shards, and new input files cost only
+their own shards and a merge.
 """
 
 from laion_assets.build.builder import Build, Built, Request, Wanted

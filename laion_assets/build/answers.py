@@ -1,4 +1,4 @@
-"""The best rows for some queries, found a part of the rows at a time, and the recall that follows."""
+"""Find the best rows for some queries, part by part, and measure recall against them."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The steps of a build, each of which does nothing where its result is there already."""
+"""The steps of a build, each skipped if its result exists."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a build takes: rows, bytes and core-hours. Rates are measured on the machine at hand."""
+"""Estimate a build: rows, bytes and core-hours. Rates are measured on the machine at hand."""
 
 from __future__ import annotations
 

@@ -58,7 +58,9 @@ class IndexKey:
         found = _KEY.fullmatch(text) or _NO_LISTS.fullmatch(text)
         if found is None:
             raise _refused(
-                text, "can be built only as Flat, HNSW, IVF + Flat or IVF + PQ (8 bits), also behind OPQ"
+                text,
+                "is of a type that cannot be built; possible are Flat, HNSW, IVF + Flat and IVF + PQ "
+                "(8 bits), optionally with OPQ",
             )
         numbers = {name: int(number) for name, number in found.groupdict().items() if number}
         if 0 in numbers.values():

@@ -1,4 +1,4 @@
-"""The shards become one file of inverted lists: a k-way merge by list number.
+"""Merge the shards into one file of inverted lists, k-way by list number.
 
 Reads and writes are sequential. Memory is about seven times the lists that are merged at a time, and the
 sizes of the lists of each shard; it does not grow with the rows.

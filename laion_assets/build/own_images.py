@@ -1,4 +1,4 @@
-"""A folder of images becomes embeddings of the layout "parquet", from which an index is built."""
+"""Embed a folder of images in the layout "parquet", from which an index is built."""
 
 from __future__ import annotations
 
@@ -68,7 +68,9 @@ def embed_folder(uri: str, into: str, model: Model, log: Callable[[str], None]) 
             if is_image(listed.name) and not is_hidden(listed.name) and is_regular(fs, listed.path)
         )
     if not paths:
-        raise InputError(f"{uri} holds no image (looked for {', '.join(EXTENSIONS)})")
+        raise InputError(
+            f"{uri} holds no image (looked for {', '.join(EXTENSIONS)}): name a folder with images"
+        )
     files, known = _embedded_before(into, model)
     waiting = [path for path in paths if _url(fs, path) not in known]
     unfinished = UnfinishedImages(f"{into.rstrip('/')}.unfinished", model.fingerprint, log)
@@ -118,7 +120,7 @@ def _embedded_before(into: str, model: Model) -> tuple[int, set[str]]:
         table = StoredTable(f"{into.rstrip('/')}/{name}", "remove the folder and start again")
         if table.footer.get(MODEL_KEY) != model.fingerprint:
             raise InputError(
-                f"{table.where} holds embeddings of another model: use that one, or remove {into} and "
+                f"{table.where} holds embeddings of another model: use that model, or remove {into} and "
                 "the index",
                 "model",
             )

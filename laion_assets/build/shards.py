@@ -1,4 +1,4 @@
-"""A shard is encoded: its rows become codes in the order of the lists, and its metadata an Arrow file."""
+"""Encode a shard: its rows as codes in the order of the lists, its metadata as an Arrow file."""
 
 from __future__ import annotations
 

@@ -59,8 +59,8 @@ COLUMNS, CELL = 8, 128  # of the contact sheet: images in a row, pixels of each
 CAPTION, URL = 48, 60  # columns of a terminal, where it has them
 WHOLE = 1 << 16  # columns: more than any URL takes
 NO_THUMBNAILS = (
-    "no contact sheet: the index has no thumbnails, and LAION_SHOW_REMOTE_PICTURES=true would fetch the "
-    "images from their hosts"
+    "no contact sheet: the index has no thumbnails. LAION_SHOW_REMOTE_PICTURES=true fetches images from "
+    "their hosts"
 )
 
 

@@ -107,7 +107,7 @@ class Places(BaseModel):
         "`fail`",
     )
     block_list: str | None = Field(
-        None, description="File of ids and URLs that must not get into any table: one a line, or Parquet"
+        None, description="File of ids and URLs to exclude from every table: one per line, or Parquet"
     )
     model: str | None = Field(
         None,
@@ -132,12 +132,13 @@ class Places(BaseModel):
     )
     embeddings_key: str | None = Field(
         None,
-        description="Which vectors of files that hold several: a name in DataComp's `.npz`, or a column",
+        description="Which vectors to use if a file holds several: an array in DataComp's `.npz`, or "
+        "a column",
         json_schema_extra={"shown": "`l14_img`, or the only column of vectors", "example": "l14_img"},
     )
     embeddings_columns: Annotated[tuple[str, ...] | None, BeforeValidator(_names)] = Field(
         None,
-        description="Columns of the metadata that the index keeps, with commas",
+        description="Columns of the metadata that the index keeps, comma-separated",
         json_schema_extra={"shown": "all", "example": "url,text,original_width"},
     )
     embeddings_model: str | None = Field(
@@ -147,7 +148,7 @@ class Places(BaseModel):
     )
     build_uri: str | None = Field(
         None,
-        description="Folder for what a build leaves between its steps: a local path or any fsspec URL",
+        description="Workspace of a build, for intermediate results: a local path or any fsspec URL",
         json_schema_extra={"shown": "`<LAION_INDEX_URI>.build`"},
     )
     index_key: str | None = Field(
@@ -161,10 +162,12 @@ class Places(BaseModel):
     bytes_per_row: int | None = Field(
         None,
         gt=8,
-        description="Bytes of the index a row, for the choice of the key",
+        description="Bytes per row of the index, from which the key is chosen",
         json_schema_extra={"shown": "136 where codes are compressed", "example": "136"},
     )
-    shard_rows: int = Field(SHARD_ROWS, gt=0, description="Rows of a shard, about: whole input files")
+    shard_rows: int = Field(
+        SHARD_ROWS, gt=0, description="Approximate rows per shard; a shard holds whole input files"
+    )
     min_recall: float = Field(
         0.5, ge=0, le=1, description="The check of a built index warns below this recall@100"
     )

@@ -1,4 +1,4 @@
-"""What a model wants done to an image first, as its preprocessor_config.json says.
+"""RGB images become the pixel array that a model takes, as its preprocessor_config.json says.
 
 The results are those of transformers' own image processors, bit for bit, except for very long images.
 """

@@ -1,4 +1,4 @@
-"""Seed files, and their contents as they were listed."""
+"""Seed files, and reads that refuse a file changed since it was listed."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Vectors that outlive a run that does not: written every few minutes, for the next run to take."""
+"""Checkpoint vectors every few minutes, so that the next run can reuse them."""
 
 from __future__ import annotations
 
