@@ -25,7 +25,7 @@ dev: $(READY) ## Start the Dagster UI on http://127.0.0.1:3000, on the same data
 	@$(BIN)/laion-assets dev --port $(PORT)
 
 test: $(READY) ## Run the tests, on two cores
-	$(BIN)/python -m pytest --numprocesses 2 --dist loadscope
+	$(BIN)/python -m pytest --numprocesses 2 --dist loadscope --no-loadscope-reorder
 
 test-k8s: $(READY) ## Run the graph on a stand-in for a Kubernetes cluster; needs PostgreSQL
 	$(BIN)/python -m pytest tests/k8s

@@ -128,7 +128,7 @@ def test_every_layout_is_recognised_and_read_in_natural_order(tmp_path, layout):
 
 
 @given(data=st.data())
-@settings(max_examples=30)
+@settings(max_examples=15)
 def test_any_split_into_files_row_groups_and_dtypes_gives_the_same_rows(data):
     layout = data.draw(st.sampled_from(LAYOUTS))
     sizes = data.draw(st.lists(st.integers(0, 40), min_size=1, max_size=4).filter(any))
