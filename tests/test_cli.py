@@ -9,7 +9,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from importlib import resources
@@ -324,28 +324,43 @@ def test_dev_can_be_stopped_where_signals_were_ignored(sent, tmp_path, monkeypat
     assert inherited == [signal.SIG_DFL]
 
 
-def test_without_data_the_demo_is_offered_unless_a_place_is_set(demo, tmp_path) -> None:
+@pytest.fixture
+def run_here(monkeypatch, capsys) -> Callable[..., Done]:
+    """Run a command in this process: most of a process of its own is Python starting up."""
+
+    def run(folder: Path, *arguments: str, **environment: str) -> Done:
+        with monkeypatch.context() as patch:
+            patch.chdir(folder)
+            for name, value in environment.items():
+                patch.setenv(name, value)
+            status = main(list(arguments))
+        told = capsys.readouterr()
+        return Done(status, told.out, told.err)
+
+    return run
+
+
+def test_without_data_the_demo_is_offered_unless_a_place_is_set(demo, tmp_path, run_here) -> None:
     image = str(min((demo.images / "fruit").iterdir()))
     elsewhere = tmp_path / "elsewhere"
     elsewhere.mkdir()
     seeds = {"LAION_SEEDS_URI": str(demo.seeds)}
-    commands = {
-        "no seeds": start(tmp_path, "materialize", "mine"),
-        "no index": start(tmp_path, "materialize", "fruit", **seeds),
-        "look": start(tmp_path, "look", image),
-        "set": start(tmp_path, "look", image, LAION_INDEX_URI=str(tmp_path / "none")),
-        "to build": start(elsewhere, "materialize", "fruit", LAION_EMBEDDINGS_URI="e", **seeds),
+    ended = {
+        "no seeds": run_here(tmp_path, "materialize", "mine"),
+        "no index": run_here(tmp_path, "materialize", "fruit", **seeds),
+        "look": run_here(tmp_path, "look", image),
+        "set": run_here(tmp_path, "look", image, LAION_INDEX_URI=str(tmp_path / "none")),
+        "to build": run_here(elsewhere, "materialize", "fruit", LAION_EMBEDDINGS_URI="e", **seeds),
     }
-    ended = {name: end(process) for name, process in commands.items()}
     assert {done.status for done in ended.values()} == {1}
     offered = {name: done.err.count("run `laion-assets demo`") for name, done in ended.items()}
     assert offered == {"no seeds": 1, "no index": 1, "look": 1, "set": 0, "to build": 0}, ended
     assert "run `laion-assets build`" in ended["to build"].err
 
 
-def test_what_is_kept_of_a_target_is_printed(demo, tmp_path) -> None:
+def test_what_is_kept_of_a_target_is_printed(demo, tmp_path, run_here) -> None:
     places = {"LAION_INDEX_URI": str(demo.index), "LAION_SEEDS_URI": str(demo.seeds)}
-    done = end(start(tmp_path, "materialize", "fruit", "--target-images", "300", **places))
+    done = run_here(tmp_path, "materialize", "fruit", "--target-images", "300", **places)
     assert (done.status, done.err) == (0, "")
     (kept,), _ = table_of(done)["combined_urls"]
     assert f"\ntarget 300: {kept} kept\n" in done.out
@@ -540,7 +555,7 @@ def test_the_version_is_that_of_the_package(tmp_path) -> None:
     assert (done.status, done.out) == (0, f"laion-assets {version('laion_assets')}\n")
 
 
-def test_in_any_folder_the_history_is_kept_below_its_data(demo, tmp_path) -> None:
+def test_in_any_folder_the_history_is_kept_below_its_data(demo, tmp_path, run_here) -> None:
     places = {"LAION_INDEX_URI": str(demo.index), "LAION_SEEDS_URI": str(demo.seeds)}
     done = end(start(tmp_path, "materialize", "fruit", "--nb-images-knn", "3", **places))
     assert (done.status, done.err) == (0, "")
@@ -554,23 +569,23 @@ def test_in_any_folder_the_history_is_kept_below_its_data(demo, tmp_path) -> Non
         assert isinstance(instance.run_launcher, LocalRunLauncher)
         assert instance.get_concurrency_config().pool_config.default_pool_limit == 1
 
-    planned = end(start(tmp_path, "plan", "--target", "50", "--seed-set", "fruit", **places))
+    planned = run_here(tmp_path, "plan", "--target", "50", "--seed-set", "fruit", **places)
     assert (planned.status, planned.err) == (0, "")
     assert f"measured by run {run.run_id[:8]}" in planned.out
 
     (home / "dagster.yaml").write_text(packaged.read_text() + "# mine\n")  # what is there is not replaced
-    assert end(start(tmp_path, "plan", "--target", "50", "--seed-set", "fruit", **places)).status == 0
+    assert run_here(tmp_path, "plan", "--target", "50", "--seed-set", "fruit", **places).status == 0
     assert (home / "dagster.yaml").read_text().endswith("# mine\n")
 
 
-def test_dagster_home_decides_where_the_history_is(demo, tmp_path) -> None:
+def test_dagster_home_decides_where_the_history_is(demo, tmp_path, run_here) -> None:
     home = tmp_path / "home"
     home.mkdir()
     (home / "dagster.yaml").write_text("telemetry: {enabled: false}\n")
     places = {"LAION_INDEX_URI": str(demo.index), "LAION_SEEDS_URI": str(demo.seeds)}
     folder = tmp_path / "folder"
     folder.mkdir()
-    done = end(start(folder, "materialize", "fruit", DAGSTER_HOME=str(home), **places))
+    done = run_here(folder, "materialize", "fruit", DAGSTER_HOME=str(home), **places)
     assert (done.status, done.err) == (0, "")
     with history(home) as instance:
         assert len(instance.get_runs()) == 1
