@@ -190,7 +190,7 @@ def build_seed_sets_sensor(
             failed=[name for name in restored if _last_run_failed(instance, name)],
         )
         registered = instance.get_dynamic_partitions(SEED_SETS)
-        removed = [name for name in registered if name in known and name not in listing.sets]
+        removed = [name for name in registered if name not in listing.sets]
         unmade = [
             name for name, version in versions.items() if known.get(name) == version != done.get(name)
         ]
@@ -225,7 +225,7 @@ def build_seed_sets_sensor(
         new = [name for name in present if name not in registered and name not in decision.waiting]
         seen = [
             *(seeds_version(present[name]) for name in decision.report),
-            *(Version(seed_folder.key, REMOVED, name) for name in removed if known[name] != REMOVED),
+            *(Version(seed_folder.key, REMOVED, name) for name in removed if known.get(name) != REMOVED),
             *settings,
         ]
         return dg.SensorResult(
