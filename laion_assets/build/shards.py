@@ -108,10 +108,8 @@ def encode_shard(
     rows, seconds = _encoded(shard, trained, reader, files, progress)
     folder.discard(RECORD)  # or it would describe files of two encodings if this is killed
     checksums = write_rows(folder, rows.codes, rows.ids, rows.sizes)
-    answers = {EXACT: rows.exact} | {
-        str(nprobe): trained.search(rows.codes, rows.ids, rows.sizes, nprobe)
-        for nprobe in trained.record.nprobes
-    }
+    found = trained.search(rows.codes, rows.ids, rows.sizes)
+    answers = {EXACT: rows.exact} | {str(nprobe): each for nprobe, each in found.items()}
     with folder.new(ANSWERS_FILE) as sink:
         write_answers(sink, answers)
     checksums[ANSWERS_FILE] = sink.checksum

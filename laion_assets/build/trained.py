@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -14,7 +14,7 @@ from laion_assets.build.answers import Answers
 from laion_assets.build.index_key import ROWS_PER_LIST
 from laion_assets.build.quantizer import IndexKey, train, training_rows
 from laion_assets.build.workspace import Workspace
-from laion_assets.index import nprobe_rule
+from laion_assets.index import nprobe_rule, set_search_depth, transformed
 from laion_assets.io.arrays import Bytes, Floats, Ids, unit_rows
 from laion_assets.io.errors import InputError
 
@@ -94,29 +94,31 @@ class Trained:
         """Bytes of a code; of a float32 vector where there are no lists."""
         return 4 * self.record.dimension if self.ivf is None else int(self.ivf.code_size)
 
-    def search(self, codes: Bytes, ids: Ids, sizes: Ids, nprobe: int) -> Answers:
-        """Search rows that were encoded with this index.
+    def search(self, codes: Bytes, ids: Ids, sizes: Ids) -> Mapping[int, Answers]:
+        """Search rows that were encoded with this index, at each nprobe of the record.
 
         Args:
             codes: (n, code size) in the order of the lists.
             ids: (n,) likewise.
             sizes: (lists,) rows of each list.
-            nprobe: lists to probe.
 
         Returns:
-            The best `KEPT` rows in these lists for each query.
+            The best `KEPT` rows in the probed lists for each query, by nprobe.
 
         """
+        if not self.record.nprobes:
+            return {}
         index = faiss.clone_index(self.index)
         ivf = faiss.downcast_index(faiss.extract_index_ivf(index))
-        queries = _transformed(index, self.queries)
-        quantizer = faiss.downcast_index(ivf.quantizer)
-        if isinstance(quantizer, faiss.IndexHNSW):
-            quantizer.hnsw.efSearch = 2 * nprobe
-        nearness, probed = quantizer.search(queries, nprobe)
+        queries = transformed(index, self.queries)
+        probed = {}
+        for nprobe in self.record.nprobes:
+            set_search_depth(ivf, nprobe)
+            probed[nprobe] = ivf.quantizer.search(queries, nprobe)
+        needed = np.unique(np.concatenate([lists.ravel() for _, lists in probed.values()]))
         stored = faiss.ArrayInvertedLists(ivf.nlist, ivf.code_size)
         stops = np.cumsum(sizes)
-        for number in np.unique(probed[probed >= 0]).tolist():
+        for number in needed[needed >= 0].tolist():
             rows = slice(stops[number] - sizes[number], stops[number])
             if sizes[number]:
                 stored.add_entries(
@@ -127,16 +129,12 @@ class Trained:
                 )
         ivf.replace_invlists(stored, False)
         index.ntotal = ivf.ntotal = len(ids)
-        ivf.nprobe = nprobe
-        scores, found = ivf.search_preassigned(queries, KEPT, probed, nearness)
-        return Answers(found, scores).best(KEPT)
-
-
-def _transformed(index: Any, rows: Floats) -> Floats:
-    if isinstance(index, faiss.IndexPreTransform):
-        for number in range(index.chain.size()):
-            rows = faiss.downcast_VectorTransform(index.chain.at(number)).apply(rows)
-    return rows
+        answers = {}
+        for nprobe, (nearness, lists) in probed.items():
+            ivf.nprobe = nprobe
+            scores, found = ivf.search_preassigned(queries, KEPT, lists, nearness)
+            answers[nprobe] = Answers(found, scores).best(KEPT)
+        return answers
 
 
 def train_index(

@@ -4,7 +4,7 @@
 """
 
 from laion_assets.index.decoder import Decoder
-from laion_assets.index.faiss_index import Index, nprobe_rule
+from laion_assets.index.faiss_index import Index, nprobe_rule, set_search_depth, transformed
 from laion_assets.index.in_place import open_folder
 from laion_assets.index.inverted_lists import ID_SIZE
 from laion_assets.index.layout import (
@@ -33,5 +33,7 @@ __all__ = [
     "nprobe_rule",
     "open_folder",
     "read_model_record",
+    "set_search_depth",
+    "transformed",
     "unit",
 ]

@@ -122,7 +122,9 @@ class Index:
             if self._ivf is None:
                 similarity, locations = self._index.search(queries, k)
             else:
-                similarity, locations = self._search_lists(held, self._transformed(queries), k, nprobe)
+                similarity, locations = self._search_lists(
+                    held, transformed(self._index, queries), k, nprobe
+                )
             found = locations >= 0
             distinct, number = np.unique(locations[found], return_inverse=True)
             row_ids, codes = self._rows_at(held, distinct)
@@ -225,9 +227,9 @@ class Index:
             if not len(found):
                 continue
             rounding = SCORE_ROUNDING * max(1, abs(float(found[0])))
-            transformed = self._transformed(query[None].astype(np.float32))
+            rotated = transformed(self._index, query[None].astype(np.float32))
             worst = float(found[-1]) - rounding
-            _, further, further_ids = self._ivf.range_search(transformed, worst, params=parameters)
+            _, further, further_ids = self._ivf.range_search(rotated, worst, params=parameters)
             # `further` may lack some of `found`: the graph that chooses the lists is approximate.
             _, distinct = np.unique(np.concatenate([found_ids, further_ids]), return_index=True)
             best_first = -np.sort(-np.concatenate([found, further])[distinct])
@@ -295,21 +297,33 @@ class Index:
         """Whether codes are a list number and a PQ code; else they are vectors."""
         return isinstance(self._ivf, faiss.IndexIVFPQ)
 
-    def _transformed(self, queries: Floats) -> Floats:
-        """Apply the transforms that come before the inverted lists, such as OPQ."""
-        if isinstance(self._index, faiss.IndexPreTransform):
-            for i in range(self._index.chain.size()):
-                queries = faiss.downcast_VectorTransform(self._index.chain.at(i)).apply(queries)
-        return queries
-
     def _set_search_depth(self, nprobe: int | None) -> Any:
         """Set how far the quantizer looks, and return the search parameters."""
         nprobe = min(nprobe or self._ivf.nprobe, self.nlist)
-        quantizer = faiss.downcast_index(self._ivf.quantizer)
-        if isinstance(quantizer, faiss.IndexHNSW):
-            # The graph must visit more lists than nprobe to find the nearest ones.
-            quantizer.hnsw.efSearch = 2 * nprobe
+        set_search_depth(self._ivf, nprobe)
         return faiss.SearchParametersIVF(nprobe=nprobe)
+
+
+def transformed(index: Any, rows: Floats) -> Floats:
+    """Apply the transforms that come before the inverted lists, such as OPQ.
+
+    Args:
+        index: faiss index.
+        rows: (n, d) float32.
+
+    """
+    if isinstance(index, faiss.IndexPreTransform):
+        for number in range(index.chain.size()):
+            rows = faiss.downcast_VectorTransform(index.chain.at(number)).apply(rows)
+    return rows
+
+
+def set_search_depth(ivf: Any, nprobe: int) -> None:
+    """Set how far the quantizer of an IVF index looks for the lists to probe."""
+    quantizer = faiss.downcast_index(ivf.quantizer)
+    if isinstance(quantizer, faiss.IndexHNSW):
+        # The graph must visit more lists than nprobe to find the nearest ones.
+        quantizer.hnsw.efSearch = 2 * nprobe
 
 
 def nprobe_rule(k: int, lists: int, rows: int) -> int:
