@@ -295,7 +295,7 @@ class Build:
         ]
 
     def stored_plan(self) -> Plan:
-        """Return the plan as it was made last, which is empty at first; nothing of the input is read.
+        """Return the stored plan, which is empty before the first build; the input is not read.
 
         Raises:
             InputError: it is damaged.

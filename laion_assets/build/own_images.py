@@ -16,14 +16,14 @@ import pyarrow as pa
 from laion_assets.io.errors import InputError
 from laion_assets.io.progress import Progress
 from laion_assets.io.storage import is_local, is_regular, list_files, open_storage, reaching
-from laion_assets.io.tables import SUFFIX, StoredTable, new_table
+from laion_assets.io.tables import SUFFIX, StoredTable, new_table, vector_column
 from laion_assets.seeds import KnownImages, Model, UnfinishedImages
 from laion_assets.seeds.decoding import EXTENSIONS
 from laion_assets.seeds.folder import is_hidden, is_image
 from laion_assets.seeds.images import BadImage, EmbeddedImage, ImageFile, embed_images
+from laion_assets.seeds.unfinished import MODEL_KEY
 
 IMAGES_PER_FILE = 10_000
-MODEL_KEY = "laion_assets.model"
 
 
 @dataclass(frozen=True)
@@ -76,8 +76,7 @@ def embed_folder(uri: str, into: str, model: Model, log: Callable[[str], None]) 
     unfinished = UnfinishedImages(f"{into.rstrip('/')}.unfinished", model.fingerprint, log)
     bad: list[BadImage] = []
     new = 0
-    before = unfinished.tables()
-    again = KnownImages.of(pa.concat_tables(before)) if before else KnownImages()
+    again = KnownImages.of(*unfinished.tables())
     with Progress("images", len(waiting), "", log) as progress, unfinished:
         images = (ImageFile(path, partial(fs.cat_file, path)) for path in waiting)
         outcomes = embed_images(model, images, known=again.vectors, progress=progress.advance)
@@ -129,7 +128,6 @@ def _embedded_before(into: str, model: Model) -> tuple[int, set[str]]:
 
 
 def _write(uri: str, fs: Any, images: list[EmbeddedImage], again: KnownImages, model: Model) -> None:
-    vectors = np.stack([image.vector for image in images])
     rows = pa.record_batch(
         {
             "url": pa.array([_url(fs, image.name) for image in images]),
@@ -137,7 +135,7 @@ def _write(uri: str, fs: Any, images: list[EmbeddedImage], again: KnownImages, m
             "thumbnail": pa.array(
                 [image.thumbnail or again.thumbnails.get(image.content) for image in images], pa.binary()
             ),
-            "embedding": pa.FixedSizeListArray.from_arrays(vectors.ravel(), vectors.shape[1]),
+            "embedding": vector_column(np.stack([image.vector for image in images])),
         }
     )
     with new_table(uri, rows.schema) as table:

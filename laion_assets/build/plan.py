@@ -17,7 +17,7 @@ NAMED = 5  # files in an error message
 
 @dataclass(frozen=True)
 class Part:
-    """An input file as it was when it was planned.
+    """An input file in the state in which it was planned.
 
     Attributes:
         name: of the file.

@@ -69,7 +69,7 @@ class Place:
         """Keep other builds on this machine out, and wait for the one at work. Buckets have no locks.
 
         Args:
-            log: is told of the wait.
+            log: takes a line if this has to wait.
 
         """
         if not is_local(self._fs):

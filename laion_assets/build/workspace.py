@@ -83,7 +83,7 @@ class Workspace:
         """Keep other builds on this machine out, and wait for the one at work. Buckets have no locks.
 
         Args:
-            log: is told of the wait.
+            log: takes a line if this has to wait.
 
         """
         if self.local is None:

@@ -16,7 +16,7 @@ from laion_assets.defs.dagster_internals import RUN_KEY_TAG
 from laion_assets.defs.failures import sentence
 from laion_assets.defs.partitions import SHARDS, index_shards
 from laion_assets.defs.resources import IndexBuilder
-from laion_assets.defs.sensors import as_cursor, some, state_in
+from laion_assets.defs.sensors import as_cursor, nothing_to_do, some, state_in
 from laion_assets.defs.sources import Version, embedding_files, is_known, last_version, last_versions
 from laion_assets.defs.terminal import count
 from laion_assets.io.errors import InputError
@@ -65,7 +65,9 @@ def build_embeddings_sensor(jobs: Sequence[dg.UnresolvedAssetJobDefinition]) -> 
             with index_builder.open(context.log.info) as build:
                 listing = build.listing()
                 if state.get("listed") != listing.version:  # uploads take time
-                    return _tick("the embeddings are new or still change", {"listed": listing.version})
+                    return nothing_to_do(
+                        "the embeddings are new or still change", {"listed": listing.version}
+                    )
                 plan = build.stored_plan()
                 build.check_planned(plan, listing)
                 prepared = build.prepared()
@@ -73,7 +75,7 @@ def build_embeddings_sensor(jobs: Sequence[dg.UnresolvedAssetJobDefinition]) -> 
                 wanted = build.wanted(plan)
                 settings, times = build.settings, prepared.times if prepared else 0
         except InputError as error:
-            return _tick(sentence(error), state)
+            return nothing_to_do(sentence(error), state)
         if wanted and is_prepared:
             step = _shards_or_merge(instance, wanted, times)
         else:  # also for new files alone, whose rows get their ids then
@@ -169,7 +171,3 @@ def _launched(instance: dg.DagsterInstance, keys: Sequence[str]) -> Mapping[str,
     """Return the last run of each run key that was launched."""
     runs = instance.get_runs(dg.RunsFilter(tags={RUN_KEY_TAG: list(keys)}))
     return {run.tags[RUN_KEY_TAG]: run for run in reversed(runs)}
-
-
-def _tick(report: str, state: Mapping[str, str]) -> dg.SensorResult:
-    return dg.SensorResult(cursor=as_cursor(report, state), skip_reason=report)

@@ -170,7 +170,7 @@ def build_seed_sets_sensor(
         try:
             listing = seeds.listing()
         except InputError as error:
-            return _nothing_to_do(sentence(error), state)
+            return nothing_to_do(sentence(error), state)
         present = {name: found for name, found in listing.sets.items() if _is_usable(name)}
         versions = {name: found.fingerprint for name, found in present.items()}
         known = last_versions(instance, seed_folder.key, dg.DagsterEventType.ASSET_OBSERVATION)
@@ -296,9 +296,9 @@ def build_laion_index_sensor() -> dg.SensorDefinition:
         try:
             version = Version(laion_index_source.key, laion_index.source_version())
         except InputError as error:
-            return _nothing_to_do(sentence(error))
+            return nothing_to_do(sentence(error))
         if is_known(context.instance, version):
-            return _nothing_to_do(f"{laion_index.index_uri} is unchanged, version {version.value}")
+            return nothing_to_do(f"{laion_index.index_uri} is unchanged, version {version.value}")
         report = f"{laion_index.index_uri} is new or has changed, version {version.value}"
         return dg.SensorResult(
             asset_events=version.events(), cursor=as_cursor(report), skip_reason=report
@@ -307,7 +307,8 @@ def build_laion_index_sensor() -> dg.SensorDefinition:
     return laion_index_sensor
 
 
-def _nothing_to_do(report: str, state: Mapping[str, Any] | None = None) -> dg.SensorResult:
+def nothing_to_do(report: str, state: Mapping[str, Any] | None = None) -> dg.SensorResult:
+    """Return the result of a tick that launches nothing and says why."""
     return dg.SensorResult(cursor=as_cursor(report, state), skip_reason=report)
 
 

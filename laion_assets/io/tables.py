@@ -14,7 +14,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from laion_assets.io.arrays import Bytes
+from laion_assets.io.arrays import Bytes, Floats
 from laion_assets.io.checksums import checksum_text, crc32c
 from laion_assets.io.errors import InputError
 from laion_assets.io.storage import new_file, open_storage, reaching
@@ -245,6 +245,11 @@ class StoredTable:
                     raise InputError(f"{where} is missing: {self.remedy}") from error
         except (pa.ArrowInvalid, OSError) as error:
             raise InputError(f"{where} cannot be read ({error}): {self.remedy}") from error
+
+
+def vector_column(vectors: Floats) -> pa.Array:
+    """Return (n, d) float32 vectors as a column."""
+    return pa.FixedSizeListArray.from_arrays(vectors.ravel(), vectors.shape[1])
 
 
 def code_bytes(column: pa.ChunkedArray) -> Bytes:

@@ -16,6 +16,7 @@ import pyarrow.compute as pc
 from laion_assets.io.arrays import Floats, unit_rows
 from laion_assets.io.errors import InputError
 from laion_assets.io.storage import first_line, open_storage, reaching
+from laion_assets.io.tables import vector_column
 from laion_assets.seeds.clip_retrieval import with_thumbnails
 from laion_assets.seeds.folder import SEEDS_URI, SeedSet
 from laion_assets.seeds.images import BadImage, EmbeddedImage, ImageFile, embed_images
@@ -52,9 +53,7 @@ class Seeds:
 
     def to_table(self) -> pa.Table:
         """Return one table with a row for each seed and its vector in `embedding`."""
-        flat = pa.array(self.embeddings.ravel())
-        vectors = pa.FixedSizeListArray.from_arrays(flat, self.embeddings.shape[1])
-        return self.columns.append_column("embedding", vectors)
+        return self.columns.append_column("embedding", vector_column(self.embeddings))
 
 
 @dataclass(frozen=True)
@@ -71,11 +70,13 @@ class KnownImages:
     thumbnails: Mapping[str, bytes | None] = field(default_factory=dict)
 
     @classmethod
-    def of(cls, table: pa.Table) -> KnownImages:
-        """Take the images of a table of seeds."""
-        if "content" not in table.column_names:
+    def of(cls, *tables: pa.Table) -> KnownImages:
+        """Take the images of tables of seeds."""
+        with_images = [table for table in tables if "content" in table.column_names]
+        if not with_images:
             return cls()
-        images = table.filter(pc.is_valid(table["content"]))
+        rows = pa.concat_tables(with_images, promote_options="default")
+        images = rows.filter(pc.is_valid(rows["content"]))
         contents = images["content"].to_pylist()
         return cls(
             dict(zip(contents, embeddings_of(images), strict=True)),

@@ -12,7 +12,7 @@ import pyarrow as pa
 
 from laion_assets.io.errors import InputError
 from laion_assets.io.storage import list_files, open_storage, reaching
-from laion_assets.io.tables import OUTPUT, SUFFIX, StoredTable, new_table
+from laion_assets.io.tables import OUTPUT, SUFFIX, StoredTable, new_table, vector_column
 from laion_assets.seeds.images import EmbeddedImage
 
 SECONDS = 120.0
@@ -27,7 +27,7 @@ class UnfinishedImages:
     Args:
         uri: of the folder, a local path or any fsspec URL; it need not exist.
         model: fingerprint of the model.
-        say: is told of files that cannot be read.
+        say: takes a line about each file that cannot be read.
         seconds: that may be lost if the process is killed.
 
     """
@@ -85,12 +85,11 @@ class UnfinishedImages:
         return [f"{self._uri}/{name}" for name in sorted(names) if name.endswith(SUFFIX)]
 
     def _write(self) -> None:
-        vectors = np.stack([image.vector for image in self._waiting])
         rows = pa.record_batch(
             {
                 "content": pa.array([image.content for image in self._waiting]),
                 "thumbnail": pa.array([image.thumbnail for image in self._waiting], pa.binary()),
-                "embedding": pa.FixedSizeListArray.from_arrays(vectors.ravel(), vectors.shape[1]),
+                "embedding": vector_column(np.stack([image.vector for image in self._waiting])),
             }
         )
         with new_table(f"{self._uri}/{uuid.uuid4()}{SUFFIX}", rows.schema) as table:

@@ -22,7 +22,7 @@ from laion_assets.defs.settings import Defaults, RetrievalConfig
 from laion_assets.defs.sources import observe, seed_folder, seeds_version
 from laion_assets.io.errors import InputError
 from laion_assets.io.progress import Progress
-from laion_assets.io.tables import StoredTable
+from laion_assets.io.tables import StoredTable, vector_column
 from laion_assets.seeds import (
     PROMPT,
     KnownImages,
@@ -143,7 +143,7 @@ def _known_images(
             found.append(last.read([name for name in OF_KNOWN_IMAGES if name in last.schema.names]))
     except InputError as error:
         context.log.info(f"images of the last table are embedded again: {error}")
-    return KnownImages.of(pa.concat_tables(found, promote_options="default")) if found else KnownImages()
+    return KnownImages.of(*found)
 
 
 def _log(context: dg.AssetExecutionContext, seed_set: SeedSet, found: Seeds) -> None:
@@ -191,7 +191,7 @@ def centroid_vector_asset(placement: Placement) -> dg.AssetsDefinition:
                 embeddings, prompts = prompts, embeddings
             mean, length = centroid(embeddings)
             context.log.info(f"the mean of {len(embeddings):,} seeds has length {length:.3f}")
-            vector = pa.FixedSizeListArray.from_arrays(pa.array(mean), len(mean))
+            vector = vector_column(mean[None])
             row = pa.record_batch(
                 {"embedding": vector, "norm_of_mean": [length], "seeds": [len(embeddings)]}
             )

@@ -152,7 +152,7 @@ def read_range(
 
     Args:
         reader: reads the source.
-        file: as it was listed.
+        file: a file from the listing.
         start: offset of the first byte.
         stop: offset after the last byte.
         halt: ends the read when set.
