@@ -32,7 +32,7 @@ from laion_assets.defs.look import SHEETS, TOP, look
 from laion_assets.defs.partitions import SEED_SETS, SHARDS
 from laion_assets.defs.places import DATA, Places
 from laion_assets.defs.request_plan import as_yaml, plan_request, read_history
-from laion_assets.defs.resources import IndexBuilder, LaionIndex, SeedFolder
+from laion_assets.defs.resources import Embedder, IndexBuilder, LaionIndex, SeedFolder
 from laion_assets.defs.settings import FIELDS, Defaults, RetrievalConfig, kind_of
 from laion_assets.defs.terminal import count, one_line
 from laion_assets.demo import DEMO_MODEL, build_demo
@@ -41,7 +41,6 @@ from laion_assets.io.errors import InputError
 from laion_assets.io.storage import on_this_machine
 from laion_assets.io.text import printable
 from laion_assets.seeds import Model, count_seeds, stage_model
-from laion_assets.seeds.folder import is_image
 
 DEMO_SET = "fruit"
 EXAMPLES = 8  # rows that `index-images` shows
@@ -285,8 +284,8 @@ def _index_images(parsed: argparse.Namespace, environment: Mapping[str, str]) ->
     places = Places.from_environment(environment)
     folder = parsed.folder.rstrip("/")
     into = Path(parsed.into or DATA / "indices" / (folder.rpartition("/")[2] or "images")).absolute()
-    model_uri = places.model or str(DEMO_MODEL)
-    model = Model(stage_model(model_uri, Path(places.cache_dir) / "models", print), places.embed_device)
+    embedder, model_uri = Embedder.at(places), places.model or str(DEMO_MODEL)
+    model = Model(stage_model(model_uri, embedder.cache_dir, print), embedder.device)
     found = embed_folder(folder, str(into / "embeddings"), model, print)
     print(f"{count(found.images, 'image')} embedded, {found.new:,} of them now")
     for image in found.bad[:IMAGES_SHOWN]:
@@ -303,12 +302,11 @@ def _index_images(parsed: argparse.Namespace, environment: Mapping[str, str]) ->
     built = Build(request, print).run()
     print(f"{built.stored:,} of {built.rows:,} rows in {built.index_key}, at {request.index_uri}")
     variables = {"LAION_INDEX_URI": request.index_uri, "LAION_MODEL": model_uri}
-    if on_this_machine(folder):
-        example = next(path for path in sorted(Path(folder).rglob("*")) if is_image(path.name))
-        print(f"what is most like {example}:\n")
+    if found.example and on_this_machine(folder):
+        print(f"what is most like {found.example}:\n")
         in_place = {"LAION_STAGING": "in-place", "LAION_CACHE_DIR": str(into / "cache")}
         _look(
-            argparse.Namespace(what=str(example), top=EXAMPLES, output=None),
+            argparse.Namespace(what=found.example, top=EXAMPLES, output=None),
             {**environment, **variables, **in_place},
         )
     print("\nnow `laion-assets look IMAGE`, and all other commands, with these variables:\n")

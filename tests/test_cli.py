@@ -366,6 +366,22 @@ def test_what_is_kept_of_a_target_is_printed(demo, tmp_path, run_here) -> None:
     assert f"\ntarget 300: {kept} kept\n" in done.out
 
 
+def test_images_are_indexed_and_looked_into_though_the_first_is_broken(demo, tmp_path, run_here) -> None:
+    mine = tmp_path / "mine"
+    shutil.copytree(demo.images / "fruit", mine)
+    (mine / "0.jpg").write_bytes(b"")
+    done = run_here(tmp_path, "index-images", "mine")
+    images = len(list(mine.iterdir())) - 1
+    assert done.status == 0
+    assert done.err.splitlines()[0] == f"left out: {mine / '0.jpg'} is empty (0 bytes)"
+    assert f"{images} of {images} rows in IVF1,Flat" in done.out
+    assert f"what is most like {sorted(mine.iterdir())[1]}" in done.out
+    variables = dict(re.findall(r"^export (\w+)=(\S+)$", done.out, re.M))
+    (tmp_path / "other").mkdir()
+    looked = run_here(tmp_path / "other", "look", str(sorted(mine.iterdir())[1]), **variables)
+    assert (looked.status, looked.out.count(mine.as_uri())) == (0, images)
+
+
 def test_make_dev_builds_no_demo_beside_an_index_of_ones_own(tmp_path, monkeypatch, capsys) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("LAION_INDEX_URI", "/an/index")

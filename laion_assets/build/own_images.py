@@ -34,12 +34,14 @@ class EmbeddedFolder:
         images: that have embeddings now, those of earlier calls included.
         new: of them, those that this call embedded.
         bad: images that cannot be embedded.
+        example: path of the first image in the folder that has an embedding; None where none has.
 
     """
 
     images: int
     new: int
     bad: tuple[BadImage, ...]
+    example: str | None
 
 
 def embed_folder(uri: str, into: str, model: Model, log: Callable[[str], None]) -> EmbeddedFolder:
@@ -78,7 +80,7 @@ def embed_folder(uri: str, into: str, model: Model, log: Callable[[str], None]) 
     new = 0
     again = KnownImages.of(*unfinished.tables())
     with Progress("images", len(waiting), "", log) as progress, unfinished:
-        images = (ImageFile(path, partial(fs.cat_file, path)) for path in waiting)
+        images = (ImageFile(path, partial(_read, fs, path)) for path in waiting)
         outcomes = embed_images(model, images, known=again.vectors, progress=progress.advance)
         for number in itertools.count(files):
             good = list(itertools.islice(_good(outcomes, bad, unfinished, again), IMAGES_PER_FILE))
@@ -90,7 +92,15 @@ def embed_folder(uri: str, into: str, model: Model, log: Callable[[str], None]) 
     if not new + len(known):
         named = "; ".join(map(str, bad[:5]))
         raise InputError(f"none of the {len(paths):,} images in {uri} can be embedded: {named}")
-    return EmbeddedFolder(new + len(known), new, tuple(bad))
+    unusable = {image.name for image in bad}
+    example = next((path for path in paths if path not in unusable), None)
+    return EmbeddedFolder(new + len(known), new, tuple(bad), example)
+
+
+def _read(fs: Any, path: str) -> bytes:
+    with reaching(str(fs.unstrip_protocol(path))):
+        content: bytes = fs.cat_file(path)
+    return content
 
 
 def _good(
