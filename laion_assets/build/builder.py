@@ -274,6 +274,7 @@ class Build:
             key,
             measured(key, self.embeddings.dimension),
             shard_rows=self.request.shard_rows,
+            vector_bytes=sum(file.vector_bytes for file in files),
             metadata_bytes=None if one_file else sum(file.metadata.size for file in files),
         )
 

@@ -17,7 +17,11 @@ from laion_assets.build.nearest import CANDIDATES, EXACT_CENTRES, GROUP_CENTRES,
 
 ROWS_MEASURED = 16_384
 LISTS_MEASURED = 16_384  # at most; more are scaled by the centres that a row is compared with
-TRAINING_ROUNDS = 7  # times that training assigns its sample, about: what `make bench-build` measured
+TRAINING_ROUNDS = (
+    3  # times that training, which has large batches, takes for its sample what encoding does
+)
+CODEBOOK_SECONDS = 36  # of a core, for rotation and codebooks, whatever the rows. Both fit training of
+# 65,536, 163,840 and 327,680 rows of 768 dimensions with 1,024, 4,096 and 8,192 lists, to within a tenth.
 METADATA_BYTES = 154  # a row of LAION-5B's: 900 GB for 5.85e9 rows
 
 
@@ -129,7 +133,7 @@ def cost_of(
         vectors=vector_bytes or 2 * rows * dimension,
         metadata=metadata_bytes or METADATA_BYTES * rows,
         lists=rows * (code + ID_BYTES),
-        training=TRAINING_ROUNDS * sample * rates.assigning / 3600,
+        training=(TRAINING_ROUNDS * sample * rates.assigning + CODEBOOK_SECONDS * bool(key.pq)) / 3600,
         encoding=rows * (rates.assigning + rates.coding) / 3600,
     )
 

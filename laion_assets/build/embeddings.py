@@ -65,6 +65,13 @@ class EmbeddingFile:
     stored: Matrix | VectorColumn
     columns: pa.Schema
 
+    @property
+    def vector_bytes(self) -> int:
+        """Bytes of its vectors, unpacked; of a Parquet file as float32."""
+        if isinstance(self.stored, VectorColumn):
+            return 4 * self.rows * (self.stored.dimension or 0)
+        return self.rows * self.stored.row_bytes
+
 
 @dataclass(frozen=True)
 class Listing:
