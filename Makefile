@@ -24,8 +24,8 @@ demo: $(READY) ## Build the demo index, materialize all assets for one seed set,
 dev: $(READY) ## Start the Dagster UI on http://127.0.0.1:3000, on the same data and history; PORT= for another
 	@$(BIN)/laion-assets dev --port $(PORT)
 
-test: $(READY) ## Run the tests, on two cores
-	$(BIN)/python -m pytest --numprocesses 2 --dist loadscope --no-loadscope-reorder
+test: $(READY) ## Run the tests; three workers fill two cores, for some wait for processes
+	$(BIN)/python -m pytest --numprocesses 3 --dist loadscope --no-loadscope-reorder
 
 test-k8s: $(READY) ## Run the graph on a stand-in for a Kubernetes cluster; needs PostgreSQL
 	$(BIN)/python -m pytest tests/k8s

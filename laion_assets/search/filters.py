@@ -269,8 +269,8 @@ def hashes(texts: pa.Array | pa.ChunkedArray) -> Ids:
 
 def _digests(texts: pa.Array | pa.ChunkedArray) -> Iterator[bytes]:
     for start in range(0, len(texts), ENTRIES_AT_ONCE):
-        for text in texts.slice(start, ENTRIES_AT_ONCE).to_pylist():
-            yield hashlib.blake2b((text or "").encode(), digest_size=8).digest()
+        for text in texts.slice(start, ENTRIES_AT_ONCE).cast(pa.large_binary()).to_pylist():
+            yield hashlib.blake2b(text or b"", digest_size=8).digest()
 
 
 def _among(values: Ids, ascending: Ids) -> Mask:
