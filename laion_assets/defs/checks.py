@@ -249,12 +249,17 @@ def of_staged_index(opened: OpenIndex, cache_dir: Any) -> list[dg.AssetCheckResu
     """
     rows, metadata_rows = opened.index.rows, len(opened.metadata)
     whole = [file for file in opened.manifest.files if not file.sparse]
-    again = audit.to_read_again([(str(cache_dir / f.path), f.checksum, f.size) for f in whole])
+    checksummed = [file for file in whole if file.has_checksum]
+    again = audit.to_read_again([(str(cache_dir / f.path), f.checksum, f.size) for f in checksummed])
     partly = len(whole) < len(opened.manifest.files)
     captions = None if partly else audit.agreement(opened.index, opened.metadata)
     sound = None if partly else audit.soundness(opened.index)
     wrong = [*audit.changed(again), *(sound.wrong if sound else [])]
-    read_again = f"{len(again):,} of {len(whole):,} files were read again and are unchanged"
+    read_again = (
+        f"{len(again):,} of {len(checksummed):,} files were read again and are unchanged"
+        if checksummed
+        else "no file was read again: files that are used in place have no checksum"
+    )
     return [
         _result(
             "metadata_covers_the_index",

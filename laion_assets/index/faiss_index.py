@@ -17,19 +17,20 @@ import faiss
 import numpy as np
 
 from laion_assets.index.decoder import Decoder, list_bytes, list_numbers
-from laion_assets.index.inverted_lists import InvertedLists
+from laion_assets.index.faiss_file import read_with_lists_beside
+from laion_assets.index.inverted_lists import QUERIES_AT_ONCE, InvertedLists
 from laion_assets.index.vectors import unit
 from laion_assets.io.arrays import Bytes, Floats, Ids
 from laion_assets.io.console import silent_stdout
 from laion_assets.io.errors import InputError
-from laion_assets.io.parallel import in_threads
-from laion_assets.io.ranges import Disk, Hold, WholeFiles
+from laion_assets.io.parallel import in_threads, slices
+from laion_assets.io.ranges import Disk, Hold, WholeFiles, ranges_of, read_ahead
 
 MIN_NPROBE = 64
 CANDIDATES_PER_RESULT = 16  # rows in the probed lists for each row requested, as with clip-retrieval
-QUERIES_AT_ONCE = 16
 SCORE_ROUNDING = 1e-6  # scores of the same row in two scans differ by less
 FURTHER = 4  # a check of the recall probes this many times as many lists
+MIN_SAMPLED_LISTS = 32  # of them, for each query
 UNSUPPORTED = (faiss.IndexIDMap, faiss.IndexRefine, faiss.IndexFastScan, faiss.IndexIVFFastScan)
 
 
@@ -72,6 +73,7 @@ class Index:
     """
 
     def __init__(self, path: Path, lists: Path | None = None, disk: Disk | None = None) -> None:
+        self._path = path
         self._index = _read_index(path, on_disk_lists=lists is not None)
         if self._index.metric_type != faiss.METRIC_INNER_PRODUCT:
             raise InputError(
@@ -140,21 +142,16 @@ class Index:
         """Return similarity and location of the rows nearest to each query.
 
         A location is list << 32 | row of the list. The lists are chosen first, all at once, so that
-        exactly the lists that are searched are fetched.
+        exactly the lists that are searched are fetched. Queries with the same nearest list, which share
+        most of their lists, are searched together.
         """
         parameters = self._set_search_depth(nprobe)
-        lists = np.empty((len(transformed), parameters.nprobe), np.int64)
-        nearness = np.empty(lists.shape, np.float32)
-        similarity = np.empty((len(transformed), k), np.float32)
-        locations = np.empty((len(transformed), k), np.int64)
-        batches = [
-            slice(first, first + QUERIES_AT_ONCE) for first in range(0, len(transformed), QUERIES_AT_ONCE)
-        ]
-
-        def choose_lists(batch: slice) -> None:
-            nearness[batch], lists[batch] = self._ivf.quantizer.search(
-                transformed[batch], parameters.nprobe
-            )
+        nearness, lists = self._nearest_lists(transformed, parameters.nprobe)
+        self._fetch(held, np.unique(lists[lists >= 0]))
+        order = np.argsort(lists[:, 0], kind="stable")
+        transformed, lists, nearness = transformed[order], lists[order], nearness[order]
+        similarity = np.empty((len(order), k), np.float32)
+        locations = np.empty((len(order), k), np.int64)
 
         def search(batch: slice) -> None:
             # The only call of faiss that returns locations; it runs in the calling thread alone.
@@ -164,10 +161,28 @@ class Index:
                 faiss.swig_ptr(locations[batch]), True, parameters,
             )  # fmt: skip
 
-        in_threads(choose_lists, batches)
-        self._fetch(held, np.unique(lists[lists >= 0]))
-        in_threads(search, batches)
-        return similarity, locations
+        if self._lists is None:
+            in_threads(search, slices(len(order), QUERIES_AT_ONCE))
+        else:
+            self._lists.visit(search, lists)
+        back = np.argsort(order)
+        return similarity[back], locations[back]
+
+    def _nearest_lists(self, transformed: Floats, nprobe: int) -> tuple[Floats, Ids]:
+        """Return nearness and number of the lists to probe, each (q, nprobe); -1 for none.
+
+        The centres are mapped: few queries read those that they visit, many read all.
+        """
+        if self._lists is not None and len(transformed) >= QUERIES_AT_ONCE:
+            read_ahead(self._path, ranges_of(np.array([0]), np.array([self._path.stat().st_size])))
+        nearness = np.empty((len(transformed), nprobe), np.float32)
+        lists = np.empty((len(transformed), nprobe), np.int64)
+
+        def choose(batch: slice) -> None:
+            nearness[batch], lists[batch] = self._ivf.quantizer.search(transformed[batch], nprobe)
+
+        in_threads(choose, slices(len(transformed), QUERIES_AT_ONCE))
+        return nearness, lists
 
     def _fetch(self, held: Hold, lists: Ids, rows: Ids | int | None = None) -> None:
         """Fetch lists, or that many rows of each, unless the file is complete."""
@@ -201,11 +216,12 @@ class Index:
         return ids, self._index.sa_decode(codes).view(np.uint8)
 
     def recall(self, queries: Floats, hits: Hits, nprobe: int | None) -> float:
-        """Measure which share of the results remains when `FURTHER` times as many lists are probed.
+        """Estimate which share of the results remains when `FURTHER` times as many lists are probed.
 
-        A result remains unless a better row pushes it out. The measurement is cheap, because only rows
-        better than the worst result are collected. NaN where the lists are not all on the disk: the check
-        would fetch lists that no request needs.
+        A result remains unless better rows push it out. They are looked for in half as many further lists
+        as were probed: in the nearest of them, and in a sample of the rest, each of which stands for the
+        lists between it and the next. NaN where the lists are not all on the disk: the check would fetch
+        lists that no request needs.
 
         Args:
             queries: (q, dimension) float32.
@@ -217,25 +233,45 @@ class Index:
             return 1.0
         if not self._disk.whole:
             return math.nan
+        rotated = transformed(self._index, np.ascontiguousarray(queries, np.float32))
+        self._set_search_depth(nprobe)
+        _, probed = self._nearest_lists(rotated, nprobe)
         parameters = self._set_search_depth(FURTHER * nprobe)
-        remained = returned = 0
-        sampled = slice(len(queries))
-        for query, ids, similarity in zip(
-            queries, hits.ids[sampled], hits.similarity[sampled], strict=True
-        ):
-            found, found_ids = similarity[ids >= 0], ids[ids >= 0]
+        nearness, lists = self._nearest_lists(rotated, parameters.nprobe)
+
+        def counts(number: int) -> tuple[int, int]:
+            found = hits.similarity[number][hits.ids[number] >= 0]
             if not len(found):
-                continue
+                return 0, 0
             rounding = SCORE_ROUNDING * max(1, abs(float(found[0])))
-            rotated = transformed(self._index, query[None].astype(np.float32))
-            worst = float(found[-1]) - rounding
-            _, further, further_ids = self._ivf.range_search(rotated, worst, params=parameters)
-            # `further` may lack some of `found`: the graph that chooses the lists is approximate.
-            _, distinct = np.unique(np.concatenate([found_ids, further_ids]), return_index=True)
-            best_first = -np.sort(-np.concatenate([found, further])[distinct])
-            remained += int((found >= best_first[: len(found)][-1] - rounding).sum())
-            returned += len(found)
-        return remained / returned
+            further = np.flatnonzero((lists[number] >= 0) & ~np.isin(lists[number], probed[number]))
+            better, weight = np.empty(0, np.float32), np.empty(0)
+            for sampled, each in _sample(further, max(nprobe // 2, MIN_SAMPLED_LISTS)):
+                rows = self._rows_above(
+                    rotated[number],
+                    lists[number][sampled],
+                    nearness[number][sampled],
+                    found[-1] + rounding,
+                )
+                better, weight = np.append(better, rows), np.append(weight, np.full(len(rows), each))
+            order = np.argsort(-better)
+            ahead = np.append(0, np.cumsum(weight[order]))
+            place = ahead[np.searchsorted(-better[order], -(found + rounding))] + np.arange(len(found))
+            return int((place < len(found)).sum()), len(found)
+
+        remained, returned = np.array(in_threads(counts, range(len(queries)))).sum(axis=0)
+        return float(remained / returned)
+
+    def _rows_above(self, query: Floats, lists: Ids, nearness: Floats, score: float) -> Floats:
+        """Return the similarity of all rows of some lists that is above a score."""
+        found = faiss.RangeSearchResult(1)
+        self._ivf.range_search_preassigned_c(
+            1, faiss.swig_ptr(query), float(score), faiss.swig_ptr(lists), faiss.swig_ptr(nearness),
+            found, False, faiss.SearchParametersIVF(nprobe=len(lists)),
+        )  # fmt: skip
+        count = int(faiss.rev_swig_ptr(found.lims, 2)[1])
+        similarity: Floats = faiss.rev_swig_ptr(found.distances, count).copy()
+        return similarity
 
     def sample(self, lists: int, rows: int) -> Iterator[tuple[Ids, Floats]]:
         """Yield ids and unit vectors of rows drawn at random with a fixed seed.
@@ -256,13 +292,18 @@ class Index:
                 ids, codes = self._rows_at(held, drawn)
                 yield ids, unit(decode(codes))
                 return
-            lengths = np.array([self._ivf.invlists.list_size(number) for number in range(self.nlist)])
+            lengths = self._list_sizes()
             filled = np.flatnonzero(lengths)
             for number in np.sort(random.permutation(filled)[:lists]):
                 start = random.integers(max(lengths[number] - rows, 0) + 1)
                 stop = min(start + rows, lengths[number])
                 ids, codes = self._rows_at(held, (number << 32) + np.arange(start, stop))
                 yield ids, unit(decode(codes))
+
+    def _list_sizes(self) -> Ids:
+        if self._lists is not None:
+            return self._lists.size
+        return np.array([self._ivf.invlists.list_size(number) for number in range(self.nlist)])
 
     @property
     def code_size(self) -> int:
@@ -304,6 +345,22 @@ class Index:
         return faiss.SearchParametersIVF(nprobe=nprobe)
 
 
+def _sample(lists: Ids, most: int) -> list[tuple[Ids, float]]:
+    """Choose at most so many lists, and say for how many each stands.
+
+    Args:
+        lists: ascending by distance. Half of the sample is the nearest; the other half lies evenly among
+            the rest, so that its lists stand for more than themselves.
+        most: size of the sample.
+
+    """
+    if len(lists) <= most:
+        return [(lists, 1.0)] if len(lists) else []
+    near, rest = lists[: most // 2], lists[most // 2 :]
+    middles = (np.arange(most // 2) + 0.5) * len(rest) / (most // 2)
+    return [(near, 1.0), (rest[middles.astype(np.int64)], len(rest) / (most // 2))]
+
+
 def transformed(index: Any, rows: Floats) -> Floats:
     """Apply the transforms that come before the inverted lists, such as OPQ.
 
@@ -343,11 +400,12 @@ def nprobe_rule(k: int, lists: int, rows: int) -> int:
 
 
 def _read_index(path: Path, *, on_disk_lists: bool) -> Any:
-    location = faiss.IO_FLAG_ONDISK_SAME_DIR if on_disk_lists else faiss.IO_FLAG_MMAP
     try:
         with silent_stdout():
+            if on_disk_lists:
+                return read_with_lists_beside(path)
             # READ_ONLY: lists would be mapped writable otherwise.
-            return faiss.read_index(str(path), location | faiss.IO_FLAG_READ_ONLY)
+            return faiss.read_index(str(path), faiss.IO_FLAG_MMAP | faiss.IO_FLAG_READ_ONLY)
     except RuntimeError as error:
         reason = str(error).splitlines()[0].rpartition(": ")[2]
         raise InputError(

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import ctypes
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,10 +14,17 @@ import numpy as np
 
 from laion_assets.io.arrays import Ids
 from laion_assets.io.errors import InputError
-from laion_assets.io.ranges import Ranges, ranges_of, union
+from laion_assets.io.parallel import in_threads, slices
+from laion_assets.io.ranges import Ranges, ranges_of, read_ahead, union
 
 ID_SIZE = 8  # bytes of an id in a list
 SIZE_T_OF_A_LIST = 3  # faiss's OnDiskOneList: size, capacity, offset
+QUERIES_AT_ONCE = 16
+BYTES_AT_ONCE = 64 << 20  # of lists, unless one query alone probes more
+WORTH_READING_AHEAD = (
+    8 << 20
+)  # bytes of lists for each query; the kernel's own readahead is enough for less
+MOST_AHEAD = 2 << 30  # bytes of lists that are read before they are searched
 
 
 @dataclass(frozen=True)
@@ -81,6 +90,44 @@ class InvertedLists:
         return union(
             ranges_of(codes, codes + wanted * self.code_size), ranges_of(ids, ids + wanted * ID_SIZE)
         )
+
+    def visit(self, search: Callable[[slice], None], lists: Ids) -> None:
+        """Search lists in threads, a few queries at a time, while those that follow are read ahead.
+
+        Args:
+            search: searches the lists of a slice of the queries.
+            lists: (q, nprobe) the lists of each query, the nearest first; -1 for none.
+
+        """
+        a_query = int(self._bytes_of(lists).sum()) // max(len(lists), 1)
+        at_once = max(1, min(QUERIES_AT_ONCE, BYTES_AT_ONCE // max(a_query, 1)))
+        batches = slices(len(lists), at_once)
+        if a_query < WORTH_READING_AHEAD:
+            in_threads(search, batches)
+            return
+        threads = faiss.omp_get_max_threads()
+        with ThreadPoolExecutor(1, "read-ahead") as reader:
+            reads = [reader.submit(self._read_ahead, lists[batch]) for batch in batches[:threads]]
+
+            def read_and_search(number: int) -> None:
+                for batch in batches[number + threads : number + threads + 1]:
+                    reads.append(reader.submit(self._read_ahead, lists[batch]))
+                search(batches[number])
+
+            in_threads(read_and_search, range(len(batches)))
+        for read in reads:
+            read.result()
+
+    def _read_ahead(self, lists: Ids) -> None:
+        """Let the kernel begin to read the lists of some queries; the farthest wait if they are many."""
+        nearest_first = lists.T.ravel()
+        _, first = np.unique(nearest_first, return_index=True)
+        numbers = nearest_first[np.sort(first)]
+        numbers = numbers[numbers >= 0]
+        read_ahead(self.path, self.ranges(numbers[np.cumsum(self._bytes_of(numbers)) <= MOST_AHEAD]))
+
+    def _bytes_of(self, lists: Ids) -> Ids:
+        return np.where(lists >= 0, self.size[lists], 0) * (self.code_size + ID_SIZE)
 
 
 def _table(stored: Any, lists: int) -> Ids:

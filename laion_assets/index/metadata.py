@@ -22,9 +22,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from laion_assets.index import arrow_layout
+from laion_assets.index.batch_tables import BatchTable, BatchTables
 from laion_assets.io.arrays import Ids, Mask
 from laion_assets.io.errors import InputError
-from laion_assets.io.ranges import Disk, Hold, Ranges, WholeFiles, ranges_of, union
+from laion_assets.io.ranges import NO_RANGES, Disk, Hold, Ranges, WholeFiles, ranges_of, union
 
 URL_COLUMNS = ("url", "URL", "image_url", "image_path")
 CAPTION_COLUMNS = ("caption", "TEXT", "text", "alt")
@@ -44,13 +45,16 @@ class MetadataFile(Protocol):
 
     path: Path
     schema: pa.Schema
-    batch_lengths: list[int]
+    batch_lengths: Ids
+
+    def describing(self, numbers: Ids) -> Ranges:
+        """Return the byte ranges that describe some batches, by number: needed before anything else."""
 
     def needs(self, number: int, rows: Ids, columns: Sequence[str]) -> Iterator[Ranges]:
         """Yield the byte ranges that reading some rows of a batch needs.
 
-        Each yielded range must be on the disk before the next is requested, because it holds the
-        location of the next.
+        What describes the batch, and each yielded range, must be on the disk before the next is
+        requested, because it holds the location of the next.
 
         Args:
             number: the batch.
@@ -70,15 +74,15 @@ class ArrowFile:
     few rows.
     """
 
-    def __init__(self, path: Path, disk: Disk) -> None:
+    def __init__(self, path: Path, disk: Disk, tables: BatchTables | None) -> None:
         self.path = path
         try:
             with disk.hold() as held:
-                self._open(held)
+                self._open(held, tables)
         except (pa.ArrowInvalid, OSError, ValueError) as error:  # an empty file cannot be mapped
             raise _incomplete(path, "Arrow IPC", error) from error
 
-    def _open(self, held: Hold) -> None:
+    def _open(self, held: Hold, tables: BatchTables | None) -> None:
         size = self.path.stat().st_size
         held.need({self.path: arrow_layout.ends(size)})
         with self.path.open("rb") as file:
@@ -93,15 +97,30 @@ class ArrowFile:
         # The reader keeps neither in memory and reads both again for every batch.
         self._always = union(footer, self._blocks.dictionaries)
         self._one_at_a_time = Lock()  # no reader of Arrow's may be used by two threads
-        held.need({self.path: union(self._always, ranges_of(*self._blocks.headers.T))})
+        kept = tables and tables.read(self.path, len(self._blocks.headers))
+        if not kept:
+            kept = self._read_headers(held)
+            if tables:
+                tables.write(self.path, kept)
+        self.batch_lengths = kept.rows
+        self._compressed = kept.compressed
+
+    def _read_headers(self, held: Hold) -> BatchTable:
+        held.need({self.path: self.describing(np.arange(len(self._blocks.headers)))})
         headers = (self._all[start:stop] for start, stop in self._blocks.headers)
-        batches = [arrow_layout.rows_and_compression(header) for header in headers]
-        self.batch_lengths = [rows for rows, _ in batches]
-        self._compressed = [compressed for _, compressed in batches]
+        rows, compressed = (
+            np.array([arrow_layout.rows_and_compression(header) for header in headers], np.int64)
+            .reshape(-1, 2)
+            .T
+        )
+        return BatchTable(rows, compressed.astype(np.bool_))
+
+    def describing(self, numbers: Ids) -> Ranges:
+        """Return the ranges of the batches' headers, and what the reader reads again for every batch."""
+        return union(self._always, ranges_of(*self._blocks.headers[numbers].T))
 
     def needs(self, number: int, rows: Ids, columns: Sequence[str]) -> Iterator[Ranges]:
-        """Yield what describes the batch, then what describes the rows, then their values."""
-        yield union(self._always, self._blocks.headers[number : number + 1])
+        """Yield what describes the rows, then their values."""
         if self._compressed[number]:
             yield self._blocks.bodies[number : number + 1]
             return
@@ -129,7 +148,13 @@ class ParquetFile:
             raise _incomplete(path, "Parquet", error) from error
         self.schema: pa.Schema = self._file.schema_arrow
         groups = self._file.metadata
-        self.batch_lengths = [groups.row_group(i).num_rows for i in range(groups.num_row_groups)]
+        self.batch_lengths = np.array(
+            [groups.row_group(i).num_rows for i in range(groups.num_row_groups)], np.int64
+        )
+
+    def describing(self, numbers: Ids) -> Ranges:  # noqa: ARG002
+        """Return nothing: the footer, which is in memory, describes all row groups."""
+        return NO_RANGES
 
     def needs(self, number: int, rows: Ids, columns: Sequence[str]) -> Iterator[Ranges]:  # noqa: ARG002
         """Yield nothing: Parquet files are only read where they are complete."""
@@ -150,6 +175,7 @@ class Metadata:
         columns: the file's names of `url` and `caption` where they are not among the usual ones, for
             example `{"url": "image_link"}`.
         disk: fetches the parts of the files that are about to be read, where they are not complete.
+        tables: keeps the row counts of the batches of Arrow files, which are then read once.
 
     Attributes:
         schema: the columns that `take` returns: `url`, `caption`, and those carried along.
@@ -161,10 +187,14 @@ class Metadata:
     """
 
     def __init__(
-        self, paths: Sequence[Path], columns: Mapping[str, str] | None = None, disk: Disk | None = None
+        self,
+        paths: Sequence[Path],
+        columns: Mapping[str, str] | None = None,
+        disk: Disk | None = None,
+        tables: BatchTables | None = None,
     ) -> None:
         self._disk = disk or WholeFiles()
-        self._files: list[MetadataFile] = [_open(path, self._disk) for path in paths]
+        self._files: list[MetadataFile] = [_open(path, self._disk, tables) for path in paths]
         self._names = _column_names(self._files[0].schema, columns or {}, paths[0])
         for file in self._files:
             missing = [name for name in self._names.values() if name not in file.schema.names]
@@ -174,11 +204,9 @@ class Metadata:
                     f"{', '.join(file.schema.names)}): all metadata files must have the same columns"
                 )
         self.schema = _common_schema(self._files, self._names)
-        lengths = [length for file in self._files for length in file.batch_lengths]
-        self._batches = [
-            (file, number) for file in self._files for number in range(len(file.batch_lengths))
-        ]
-        self._starts = np.concatenate([[0], np.cumsum(lengths, dtype=np.int64)])
+        lengths = [file.batch_lengths for file in self._files]
+        self._starts = np.concatenate([[0], np.cumsum(np.concatenate(lengths))])
+        self._first_batch = np.concatenate([[0], np.cumsum([len(some) for some in lengths])])
 
     def __len__(self) -> int:
         """Rows; the highest id with metadata is one less."""
@@ -224,13 +252,21 @@ class Metadata:
         return list(columns)
 
     def _fetch(self, held: Hold, rows_by_batch: Mapping[int, Ids], wanted: list[str]) -> None:
-        """Fetch the bytes that the rows need, in rounds: one range of every batch at a time."""
+        """Fetch the bytes that the rows need, in rounds: one range of every batch at a time.
+
+        Of whole files only what describes the batches is read ahead: readers take turns to read it.
+        """
+        numbers = defaultdict(list)
+        for number in rows_by_batch:
+            file, number_in_file = self._batch(number)
+            numbers[file].append(number_in_file)
+        held.need({file.path: file.describing(np.array(some)) for file, some in numbers.items()})
         if self._disk.whole:
             return
         columns = [self._names[name] for name in wanted if name in self._names]
         remaining = []
         for number, rows in rows_by_batch.items():
-            file, number_in_file = self._batches[number]
+            file, number_in_file = self._batch(number)
             remaining.append((file.path, file.needs(number_in_file, rows, columns)))
         while remaining:
             needed = defaultdict(list)
@@ -241,8 +277,13 @@ class Metadata:
             held.need({path: union(*ranges) for path, ranges in needed.items()})
             remaining = [(path, needs) for path, needs, ranges in following if ranges is not None]
 
+    def _batch(self, number: int) -> tuple[MetadataFile, int]:
+        """Return the file of a batch, and its number there."""
+        file = int(np.searchsorted(self._first_batch, number, side="right")) - 1
+        return self._files[file], number - int(self._first_batch[file])
+
     def _take_from_batch(self, number: int, rows: Ids, wanted: list[str]) -> pa.Table:
-        file, number_in_file = self._batches[number]
+        file, number_in_file = self._batch(number)
         present = [name for name in wanted if name in self._names]
         batch = file.batch(number_in_file, [self._names[name] for name in present])
         batch = batch.rename_columns(present)
@@ -255,8 +296,8 @@ class Metadata:
         return pa.table(columns, names=wanted)
 
 
-def _open(path: Path, disk: Disk) -> MetadataFile:
-    return ArrowFile(path, disk) if path.suffix == ".arrow" else ParquetFile(path)
+def _open(path: Path, disk: Disk, tables: BatchTables | None) -> MetadataFile:
+    return ArrowFile(path, disk, tables) if path.suffix == ".arrow" else ParquetFile(path)
 
 
 def _incomplete(path: Path, kind: str, error: Exception) -> InputError:

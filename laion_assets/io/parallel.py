@@ -46,3 +46,8 @@ def in_threads(work: Callable[[Argument], Result], arguments: Iterable[Argument]
     threads = faiss.omp_get_max_threads()  # read before the limit on BLAS, which lowers it too
     with one_blas_thread(), ThreadPoolExecutor(threads) as pool:
         return list(pool.map(work, arguments))
+
+
+def slices(count: int, size: int) -> list[slice]:
+    """Cut `count` items into slices of `size`, of which the last may be shorter."""
+    return [slice(first, min(first + size, count)) for first in range(0, count, size)]

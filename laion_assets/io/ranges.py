@@ -20,6 +20,7 @@ from laion_assets.io.arrays import Ids
 
 Ranges = Ids  # (n, 2)
 NO_RANGES: Ranges = np.empty((0, 2), np.int64)
+ADVISED_AT_ONCE = 128 << 10  # bytes; of a longer range Linux reads only the beginning
 
 
 class Hold(Protocol):
@@ -61,14 +62,19 @@ class WholeFiles:
         return nullcontext(self)
 
     def need(self, ranges: Mapping[Path, Ranges]) -> None:
-        """Let the kernel begin to read, all ranges at a time; this does not wait for it."""
+        """Let the kernel begin to read; this does not wait for it."""
         for path, some in ranges.items():
-            descriptor = os.open(path, os.O_RDONLY)
-            try:
-                for start, stop in some.tolist():
-                    os.posix_fadvise(descriptor, start, stop - start, os.POSIX_FADV_WILLNEED)
-            finally:
-                os.close(descriptor)
+            read_ahead(path, some)
+
+
+def read_ahead(path: Path, ranges: Ranges) -> None:
+    """Let the kernel begin to read ranges of a file, all at a time."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        for start, stop in split(ranges, ADVISED_AT_ONCE).tolist():
+            os.posix_fadvise(descriptor, start, stop - start, os.POSIX_FADV_WILLNEED)
+    finally:
+        os.close(descriptor)
 
 
 def ranges_of(starts: Ids, stops: Ids, gap: int = 0) -> Ranges:

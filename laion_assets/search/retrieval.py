@@ -264,15 +264,20 @@ class _Search:
         columns = self._metadata.take(ids[best])
         outcome = self._outcomes(ids[best], columns)
         allowed = outcome == KEPT
+        counts = np.bincount(outcome, minlength=OUTCOMES)
         if allowed.all():
-            return best, columns, np.bincount(outcome, minlength=OUTCOMES)
-        members = np.flatnonzero(np.isin(labels, best[~allowed]))
-        looked_at = self._metadata.take(ids[members], self._request.filters.columns)
-        outcome = self._outcomes(ids[members], looked_at)
-        candidates = members[outcome == KEPT]
+            return best, columns, counts
+        others = np.setdiff1d(np.flatnonzero(np.isin(labels, best[~allowed])), best)
+        looked_at = self._metadata.take(ids[others], self._request.filters.columns)
+        outcome = self._outcomes(ids[others], looked_at)
+        counts += np.bincount(outcome, minlength=OUTCOMES)
+        candidates = others[outcome == KEPT]
         _, first = np.unique(labels[candidates], return_index=True)
-        best = np.sort(np.concatenate([best[allowed], candidates[first]]))
-        return best, self._metadata.take(ids[best]), np.bincount(outcome, minlength=OUTCOMES)
+        instead = candidates[first]
+        columns = pa.concat_tables([columns.filter(pa.array(allowed)), self._metadata.take(ids[instead])])
+        best = np.concatenate([best[allowed], instead])
+        order = np.argsort(best)
+        return best[order], columns.take(pa.array(order)), counts
 
     def _outcomes(self, ids: Ids, columns: pa.Table) -> Ids:
         filters = self._request.filters

@@ -13,6 +13,7 @@ from laion_assets.io.errors import InputError
 from laion_assets.staging.transfer.disk import allocated_bytes, sync_folder
 
 MANIFEST = "manifest.json"
+VERSION = "version "  # in place of a checksum, before the version of a file that was not read whole
 
 
 class NotStagedError(InputError):
@@ -32,8 +33,8 @@ class StagedFile:
         source: URL of the source file.
         size: bytes.
         version: of the source file.
-        checksum: crc32c of its bytes, in base64; for a sparse file whose source keeps none, a text that
-            names its version.
+        checksum: crc32c of its bytes, in base64; for a sparse file or one used in place, whose source
+            keeps none, a text that names its version.
         sparse: whether only parts of it are on the disk.
 
     """
@@ -45,6 +46,11 @@ class StagedFile:
     version: str
     checksum: str
     sparse: bool = False
+
+    @property
+    def has_checksum(self) -> bool:
+        """Whether the checksum is one of bytes, and not a version."""
+        return not self.checksum.startswith(VERSION)
 
 
 @dataclass(frozen=True)

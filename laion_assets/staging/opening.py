@@ -8,6 +8,7 @@ from contextlib import closing, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from laion_assets.index.batch_tables import BatchTables
 from laion_assets.index.faiss_index import Index
 from laion_assets.index.layout import METADATA_FOLDER, index_files
 from laion_assets.index.metadata import Metadata
@@ -20,6 +21,8 @@ from laion_assets.staging.transfer.fetch import TransferStats
 from laion_assets.staging.transfer.files import SourceFile
 from laion_assets.staging.transfer.source import open_files
 from laion_assets.staging.verify import verified_manifest
+
+BATCHES = ".batches"  # folder in the cache directory, see `BatchTables`
 
 
 @dataclass(frozen=True)
@@ -79,10 +82,16 @@ def open_staged(
         with _open_disk(cache, manifest, budget, log) as (disk, stats):
             yield OpenIndex(
                 Index(paths[index], paths[lists] if lists else None, disk),
-                Metadata(metadata, columns, disk),
+                Metadata(metadata, columns, disk, _batch_tables(cache, manifest)),
                 manifest,
                 stats,
             )
+
+
+def _batch_tables(cache: Path, manifest: Manifest) -> BatchTables:
+    """Keep the row counts of record batches beside the manifest."""
+    contents = {cache / file.path: f"{file.name} {file.size} {file.checksum}" for file in manifest.files}
+    return BatchTables(cache / BATCHES, contents)
 
 
 @contextmanager

@@ -15,7 +15,7 @@ class Plan:
     """What staging has to do.
 
     Attributes:
-        fetch: files to copy, or to read through where they are used in place.
+        fetch: files to copy, or to use in place.
         allocate: files to allocate sparse, of which parts are fetched when requests need them.
         keep: files that are current, as of the source's listing.
         remove: files that the index no longer needs, or not as they are.

@@ -13,8 +13,8 @@ from laion_assets.index.layout import METADATA_FOLDER, SINGLE_INDEX
 from laion_assets.io.errors import InputError
 from laion_assets.staging.full.copy import FullCopy
 from laion_assets.staging.full.journal import INCOMING, journal_path, partial_path, recorded_chunks
-from laion_assets.staging.manifest import Manifest, StagedFile
-from laion_assets.staging.plan import Plan, plan_staging, staged_path
+from laion_assets.staging.manifest import VERSION, Manifest, StagedFile
+from laion_assets.staging.plan import Plan, plan_staging
 from laion_assets.staging.sparse.leases import remove_leases
 from laion_assets.staging.sparse.pages import allocate, map_path
 from laion_assets.staging.transfer import locks
@@ -40,7 +40,7 @@ class Staged:
     Attributes:
         manifest: what is on the disk now.
         source_version: version of the source that the disk matches, see `version_of`.
-        fetched: number of files that were copied or allocated, or read where they are used in place.
+        fetched: number of files that were copied or allocated, or newly used in place.
         bytes_fetched: bytes read from the source.
         bytes_reused: bytes that were on the disk already, including those of an interrupted attempt.
         retries: reads that failed and were tried again.
@@ -73,7 +73,8 @@ def stage(
 
     Every byte from Google Cloud Storage is read from the listed generation, and compared with the crc32c
     that the bucket keeps. Other sources are compared by size, and by modification time or etag before and
-    after the copy; the crc32c of what was read is recorded.
+    after the copy; the crc32c of what was read is recorded. Files that are used in place are not read:
+    they are identified by size and modification time.
 
     If there is room, a new version is copied beside the old one, which can be read meanwhile. Otherwise,
     and the first time, readers wait until the copy is complete.
@@ -154,8 +155,9 @@ class _Stager:
 
     def _copy(self, todo: Plan) -> list[StagedFile] | None:
         """Copy the files to fetch; None if the source is no longer as it was listed."""
-        cache = None if self.in_place else self.cache
-        copy = FullCopy(self.source.reader, cache, self.options, self.log, self.stats)
+        if self.in_place:
+            return [_known_by_version(file, file.path) for file in todo.fetch]
+        copy = FullCopy(self.source.reader, self.cache, self.options, self.log, self.stats)
         try:
             checksums = copy.run(todo.fetch)
         except ChangedError as changed:
@@ -167,7 +169,7 @@ class _Stager:
             self.log(f"{changed.file.url} was overwritten while it was copied ({changed})")
             return None
         return [
-            StagedFile(f.name, staged_path(f, self.in_place), f.url, f.size, f.version, checksum)
+            StagedFile(f.name, f.name, f.url, f.size, f.version, checksum)
             for f, checksum in zip(todo.fetch, checksums, strict=True)
         ]
 
@@ -203,7 +205,7 @@ class _Stager:
         """Exchange old files for new ones; if killed at any point, the next run finishes it."""
         self._lock_out_readers(held)
         self._remove(todo, self._stale(todo))
-        sparse = [_as_sparse(file) for file in todo.allocate]
+        sparse = [_known_by_version(file, file.name, sparse=True) for file in todo.allocate]
         if not self.in_place:
             remove_leases(self.cache)
             # Files are in the manifest before they are renamed: after a kill, a renamed file is known,
@@ -286,8 +288,13 @@ class _Stager:
         )
 
 
-def _as_sparse(file: SourceFile) -> StagedFile:
-    """Describe a file of which nothing was read: the source says what identifies its content.
+def _known_by_version(file: SourceFile, path: str, *, sparse: bool = False) -> StagedFile:
+    """Describe a file that was not read whole: the source says what identifies its content.
+
+    Args:
+        file: as listed.
+        path: as in `StagedFile`.
+        sparse: whether only parts of it are on the disk.
 
     Raises:
         InputError: the source reports nothing that changes with the content.
@@ -299,13 +306,15 @@ def _as_sparse(file: SourceFile) -> StagedFile:
             "detected while parts of it are read: copy it in full",
             "staging",
         )
-    content = file.checksum or f"version {file.version}"
-    return StagedFile(file.name, file.name, file.url, file.size, file.version, content, sparse=True)
+    content = file.checksum or f"{VERSION}{file.version}"
+    return StagedFile(file.name, path, file.url, file.size, file.version, content, sparse)
 
 
 def _verified(files: Sequence[SourceFile], manifest: Manifest) -> str:
     if any(file.sparse for file in manifest.files):
         return "the listed version of every part; crc32c of the files that are copied whole"
+    if not any(file.has_checksum for file in manifest.files):
+        return "size and modification time of every file"
     with_checksum = sum(file.checksum is not None for file in files)
     if with_checksum == len(files):
         return "size and the source's crc32c of every file"

@@ -49,9 +49,8 @@ def write_source(
 
 
 def staged_data(cache: Path) -> dict[str, bytes]:
-    """The files in a cache, except for the manifest and the locks."""
-    own = ("manifest.json", ".lock", ".stager", ".ledger", ".fetching")
-    return {name: content for name, content in contents(cache).items() if name not in own}
+    """The files in a cache, except for the manifest, the locks and what is derived."""
+    return {n: held for n, held in contents(cache).items() if n != "manifest.json" and n[0] != "."}
 
 
 def touched(folder: Path) -> dict[str, tuple[int, int]]:

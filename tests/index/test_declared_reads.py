@@ -14,6 +14,7 @@ from helpers.staging import write_many_lists
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from laion_assets.index import inverted_lists
 from laion_assets.index.faiss_index import Index
 from laion_assets.index.metadata import Metadata
 
@@ -105,3 +106,16 @@ def test_little_is_read_of_metadata(tmp_path):
     values = 2 * sum(len(text) for text in taken["url"].to_pylist())
     headers = 3 * 7 * 1000  # of all batches, again
     assert disk.bytes_needed - opened <= values + 100 * (8 + 8 + 8) + headers
+
+
+def test_reading_lists_ahead_changes_no_answer(many_lists, monkeypatch):
+    index = Index(*indices.index_paths(many_lists))
+    queries = indices.random_rows(np.random.default_rng(0), 50)
+    expected = index.search(queries, 10, 20)
+    monkeypatch.setattr(inverted_lists, "WORTH_READING_AHEAD", 0)
+    for at_once, ahead in ((1, 1 << 30), (1 << 30, 1 << 30), (1, 5000)):
+        monkeypatch.setattr(inverted_lists, "BYTES_AT_ONCE", at_once)
+        monkeypatch.setattr(inverted_lists, "MOST_AHEAD", ahead)
+        found = index.search(queries, 10, 20)
+        for ours, theirs in zip(vars(found).values(), vars(expected).values(), strict=True):
+            np.testing.assert_array_equal(ours, theirs)

@@ -144,9 +144,8 @@ def _sentence(staged: Staged, laion_index: LaionIndex) -> str:
         + where.get(laion_index.staging, f"in {laion_index.cache_dir}")
     ]
     if staged.bytes_fetched:
-        done = "checked" if in_place else "fetched"
-        parts.append(f"{staged.bytes_fetched:,} of them {done} in {staged.seconds:.1f} s")
-    else:
+        parts.append(f"{staged.bytes_fetched:,} of them fetched in {staged.seconds:.1f} s")
+    elif not in_place:
         parts.append("nothing to do")
     if staged.retries:
         parts.append(f"{staged.retries} reads retried")

@@ -1,4 +1,4 @@
-"""A file that is read chunk by chunk and checked against the source's checksum, and its partial copy."""
+"""A file that is copied chunk by chunk and checked against the source's checksum."""
 
 from __future__ import annotations
 
@@ -30,14 +30,15 @@ class Chunk:
         return self.stop - self.start
 
 
-class CheckedFile:
-    """A file of which every chunk is read, and whose checksum is then compared with the source's.
+class PartialFile:
+    """A file that is copied to a partial file, with a journal beside it.
 
-    May be used by several threads.
+    Once every chunk is there, its checksum is compared with the source's. May be used by several threads.
 
     Args:
         file: the file, as listed.
         chunk: bytes of a chunk.
+        cache: folder of the copy.
 
     Attributes:
         file: as given.
@@ -45,27 +46,53 @@ class CheckedFile:
 
     """
 
-    def __init__(self, file: SourceFile, chunk: int) -> None:
+    def __init__(self, file: SourceFile, chunk: int, cache: Path) -> None:
         self.file = file
         self.chunks = chunks_of(file.size, chunk)
         self._checksums: dict[int, int] = {}
         self._lock = threading.Lock()
         self._checksum: str | None = None
+        self._partial = partial_path(cache, file.name)
+        self._partial.parent.mkdir(parents=True, exist_ok=True)
+        self._journal = Journal(self._partial, file, chunk)
+        self._file = os.fdopen(os.open(self._partial, os.O_RDWR | os.O_CREAT), "r+b", buffering=0)
 
-    def has(self, chunk: Chunk) -> bool:  # noqa: ARG002
-        """Whether a chunk need not be read."""
-        return False
+    def has(self, chunk: Chunk) -> bool:
+        """Whether an earlier attempt recorded a chunk, and it is intact on the disk."""
+        recorded = self._journal.recorded.get(chunk.number)
+        if recorded is None or recorded != self._checksum_on_disk(chunk):
+            return False
+        self._check(chunk, recorded)
+        return True
 
     def write(self, data: bytes, at: int) -> None:
-        """Take the bytes at an offset."""
+        """Write the bytes at an offset."""
+        write_at(self._file.fileno(), data, at)
 
     def finish(self, chunk: Chunk, checksum: int) -> None:
-        """Record that a chunk was read; after the last chunk, compare the checksum of the file.
+        """Make a chunk durable and record it; after the last chunk, compare the checksum of the file.
 
         Raises:
             InputError: it differs from the checksum that the source keeps.
 
         """
+        os.fdatasync(self._file.fileno())
+        self._journal.record(chunk.number, checksum)
+        self._check(chunk, checksum)
+
+    @property
+    def checksum(self) -> str:
+        """crc32c of the file in base64, once every chunk is there."""
+        if self._checksum is None:
+            raise AssertionError(f"{self.file.url} is incomplete")
+        return self._checksum
+
+    def close(self) -> None:
+        """Close the partial file and its journal."""
+        self._file.close()
+        self._journal.close()
+
+    def _check(self, chunk: Chunk, checksum: int) -> None:
         with self._lock:
             self._checksums[chunk.number] = checksum
             if len(self._checksums) < len(self.chunks):
@@ -83,60 +110,6 @@ class CheckedFile:
         self._checksum = found
         self.close()
 
-    @property
-    def checksum(self) -> str:
-        """crc32c of the file in base64, once every chunk was read."""
-        if self._checksum is None:
-            raise AssertionError(f"{self.file.url} is incomplete")
-        return self._checksum
-
-    def close(self) -> None:
-        """Close what is open."""
-
-    def _discard(self) -> None:
-        """Discard what was read: it is wrong, and where is unknown."""
-
-
-class PartialFile(CheckedFile):
-    """A file that is also written to a partial file, with a journal beside it.
-
-    Args:
-        file: the file, as listed.
-        chunk: bytes of a chunk.
-        cache: folder of the copy.
-
-    """
-
-    def __init__(self, file: SourceFile, chunk: int, cache: Path) -> None:
-        super().__init__(file, chunk)
-        self._partial = partial_path(cache, file.name)
-        self._partial.parent.mkdir(parents=True, exist_ok=True)
-        self._journal = Journal(self._partial, file, chunk)
-        self._file = os.fdopen(os.open(self._partial, os.O_RDWR | os.O_CREAT), "r+b", buffering=0)
-
-    def has(self, chunk: Chunk) -> bool:
-        """Whether an earlier attempt recorded a chunk, and it is intact on the disk."""
-        recorded = self._journal.recorded.get(chunk.number)
-        if recorded is None or recorded != self._checksum_on_disk(chunk):
-            return False
-        super().finish(chunk, recorded)
-        return True
-
-    def write(self, data: bytes, at: int) -> None:
-        """Write the bytes at an offset."""
-        write_at(self._file.fileno(), data, at)
-
-    def finish(self, chunk: Chunk, checksum: int) -> None:
-        """Make a chunk durable and record it, see `CheckedFile.finish`."""
-        os.fdatasync(self._file.fileno())
-        self._journal.record(chunk.number, checksum)
-        super().finish(chunk, checksum)
-
-    def close(self) -> None:
-        """Close the partial file and its journal."""
-        self._file.close()
-        self._journal.close()
-
     def _checksum_on_disk(self, chunk: Chunk) -> int:
         checksum = 0
         for at in range(chunk.start, chunk.stop, READ_BACK_SIZE):
@@ -145,6 +118,7 @@ class PartialFile(CheckedFile):
         return checksum
 
     def _discard(self) -> None:
+        """Discard the copy: it is wrong, and where is unknown."""
         journal_path(self._partial).unlink()
         self._partial.unlink()
 
