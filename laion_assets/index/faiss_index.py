@@ -43,6 +43,7 @@ class Hits:
         similarity: (q, k) float32, inner product of the query and the decoded row.
         code: (q, k) int64, the row of `codes` with the code of this result; -1 likewise.
         codes: (c, code size) uint8, one for each distinct row that any of the queries found.
+        lists: (q, nprobe) int64, the lists that were probed; -1 for none.
 
     """
 
@@ -50,6 +51,7 @@ class Hits:
     similarity: Floats
     code: Ids
     codes: Bytes
+    lists: Ids
 
 
 class Index:
@@ -123,8 +125,9 @@ class Index:
         with self._disk.hold() as held:
             if self._ivf is None:
                 similarity, locations = self._index.search(queries, k)
+                lists = np.empty((len(queries), 0), np.int64)
             else:
-                similarity, locations = self._search_lists(
+                similarity, locations, lists = self._search_lists(
                     held, transformed(self._index, queries), k, nprobe
                 )
             found = locations >= 0
@@ -134,12 +137,12 @@ class Index:
         ids[found], code[found] = row_ids[number], number
         query = np.arange(len(ids))[:, None]
         order = np.lexsort((ids, -similarity), axis=1)  # faiss orders ties differently in batches
-        return Hits(ids[query, order], similarity[query, order], code[query, order], codes)
+        return Hits(ids[query, order], similarity[query, order], code[query, order], codes, lists)
 
     def _search_lists(
         self, held: Hold, transformed: Floats, k: int, nprobe: int | None
-    ) -> tuple[Floats, Ids]:
-        """Return similarity and location of the rows nearest to each query.
+    ) -> tuple[Floats, Ids, Ids]:
+        """Return similarity and location of the rows nearest to each query, and the lists probed.
 
         A location is list << 32 | row of the list. The lists are chosen first, all at once, so that
         exactly the lists that are searched are fetched. Queries with the same nearest list, which share
@@ -149,6 +152,7 @@ class Index:
         nearness, lists = self._nearest_lists(transformed, parameters.nprobe)
         self._fetch(held, np.unique(lists[lists >= 0]))
         order = np.argsort(lists[:, 0], kind="stable")
+        back = np.argsort(order)
         transformed, lists, nearness = transformed[order], lists[order], nearness[order]
         similarity = np.empty((len(order), k), np.float32)
         locations = np.empty((len(order), k), np.int64)
@@ -165,8 +169,7 @@ class Index:
             in_threads(search, slices(len(order), QUERIES_AT_ONCE))
         else:
             self._lists.visit(search, lists)
-        back = np.argsort(order)
-        return similarity[back], locations[back]
+        return similarity[back], locations[back], lists[back]
 
     def _nearest_lists(self, transformed: Floats, nprobe: int) -> tuple[Floats, Ids]:
         """Return nearness and number of the lists to probe, each (q, nprobe); -1 for none.
@@ -234,8 +237,6 @@ class Index:
         if not self._disk.whole:
             return math.nan
         rotated = transformed(self._index, np.ascontiguousarray(queries, np.float32))
-        self._set_search_depth(nprobe)
-        _, probed = self._nearest_lists(rotated, nprobe)
         parameters = self._set_search_depth(FURTHER * nprobe)
         nearness, lists = self._nearest_lists(rotated, parameters.nprobe)
 
@@ -244,7 +245,7 @@ class Index:
             if not len(found):
                 return 0, 0
             rounding = SCORE_ROUNDING * max(1, abs(float(found[0])))
-            further = np.flatnonzero((lists[number] >= 0) & ~np.isin(lists[number], probed[number]))
+            further = np.flatnonzero((lists[number] >= 0) & ~np.isin(lists[number], hits.lists[number]))
             better, weight = np.empty(0, np.float32), np.empty(0)
             for sampled, each in _sample(further, max(nprobe // 2, MIN_SAMPLED_LISTS)):
                 rows = self._rows_above(

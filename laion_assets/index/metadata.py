@@ -11,7 +11,7 @@ import mmap
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from functools import partial
+from functools import cache, partial
 from itertools import pairwise
 from pathlib import Path
 from threading import Lock
@@ -239,9 +239,8 @@ class Metadata:
         }
         with self._disk.hold() as held:
             self._fetch(held, rows_by_batch, wanted)
-            with ThreadPoolExecutor(READS) as pool:
-                take = partial(self._take_from_batch, wanted=wanted)
-                parts = list(pool.map(take, rows_by_batch.keys(), rows_by_batch.values()))
+            take = partial(self._take_from_batch, wanted=wanted)
+            parts = list(_readers().map(take, rows_by_batch.keys(), rows_by_batch.values()))
         schema = pa.schema([self.schema.field(name) for name in wanted])
         table = pa.concat_tables(parts) if parts else schema.empty_table()
         return table.take(pa.array(back))
@@ -294,6 +293,12 @@ class Metadata:
             for field in (self.schema.field(name) for name in wanted)
         ]
         return pa.table(columns, names=wanted)
+
+
+@cache
+def _readers() -> ThreadPoolExecutor:
+    """Return threads that wait for the disk; starting them takes longer than a small request."""
+    return ThreadPoolExecutor(READS, "metadata")
 
 
 def _open(path: Path, disk: Disk, tables: BatchTables | None) -> MetadataFile:

@@ -43,9 +43,13 @@ def _libraries() -> ThreadpoolController:
 
 def in_threads(work: Callable[[Argument], Result], arguments: Iterable[Argument]) -> list[Result]:
     """Call `work` with each argument and return the results in the order of the arguments."""
+    arguments = list(arguments)
     threads = faiss.omp_get_max_threads()  # read before the limit on BLAS, which lowers it too
-    with one_blas_thread(), ThreadPoolExecutor(threads) as pool:
-        return list(pool.map(work, arguments))
+    with one_blas_thread():
+        if len(arguments) < 2:  # a thread takes longer to start than a small request to compute
+            return [work(argument) for argument in arguments]
+        with ThreadPoolExecutor(threads) as pool:
+            return list(pool.map(work, arguments))
 
 
 def slices(count: int, size: int) -> list[slice]:

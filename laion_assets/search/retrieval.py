@@ -19,6 +19,7 @@ from laion_assets.index.metadata import THUMBNAIL_COLUMN, Metadata
 from laion_assets.index.vectors import decoded_codes, unit
 from laion_assets.io.arrays import Bytes, Floats, Ids, Mask
 from laion_assets.io.errors import InputError
+from laion_assets.io.parallel import one_blas_thread
 from laion_assets.io.tables import fixed_size_binary
 from laion_assets.search.filters import NO_FILTERS, Filters
 from laion_assets.search.near_duplicates import components_of_lists
@@ -295,14 +296,17 @@ class _Search:
         starts = np.flatnonzero(np.diff(rows.query[removed], prepend=-1))
         turn = np.arange(len(removed)) - np.repeat(starts, np.diff(starts, append=len(removed)))
         removed = removed[np.argsort(turn, kind="stable")[: 2 * PAIRS]]
-        looked_at = self._metadata.take(rows.ids[removed], self._request.filters.columns)
-        removed = removed[self._outcomes(rows.ids[removed], looked_at) == KEPT][:PAIRS]
         there = self._metadata.schema.names
         shown = [name for name in ("url", "caption", THUMBNAIL_COLUMN) if name in there]
+        wanted = list(dict.fromkeys(shown + self._request.filters.columns))
+        looked_at = self._metadata.take(rows.ids[removed], wanted)
+        allowed = np.flatnonzero(self._outcomes(rows.ids[removed], looked_at) == KEPT)[:PAIRS]
+        removed = removed[allowed]
         kept = representative[removed]
-        ends = [unit(self._decode(codes[rows.code[each]])) for each in (removed, kept)]
+        with one_blas_thread():
+            ends = [unit(self._decode(codes[rows.code[each]])) for each in (removed, kept)]
         return Removed(
-            removed=self._metadata.take(rows.ids[removed], shown),
+            removed=looked_at.select(shown).take(pa.array(allowed)),
             representatives=self._metadata.take(rows.ids[kept], shown),
             cosine=np.einsum("ij,ij->i", *ends),
         )
