@@ -6,7 +6,7 @@ See `decoder` for what a code is.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import pairwise
@@ -111,13 +111,20 @@ class Index:
             return None
         return min(wanted, self.nlist) if wanted else nprobe_rule(k, self.nlist, self.rows)
 
-    def search(self, queries: Floats, k: int, nprobe: int | None) -> Hits:
+    def search(
+        self,
+        queries: Floats,
+        k: int,
+        nprobe: int | None,
+        progress: Callable[[int], None] = lambda _: None,
+    ) -> Hits:
         """Find the k rows with the largest inner product with each query.
 
         Args:
             queries: (q, dimension) float32.
             k: rows requested for each query, capped at the rows of the index.
             nprobe: inverted lists to probe; ignored where the index has none.
+            progress: called, in any thread, with the number of queries searched since the last call.
 
         """
         k = min(k, self.rows)
@@ -125,10 +132,11 @@ class Index:
         with self._disk.hold() as held:
             if self._ivf is None:
                 similarity, locations = self._index.search(queries, k)
+                progress(len(queries))
                 lists = np.empty((len(queries), 0), np.int64)
             else:
                 similarity, locations, lists = self._search_lists(
-                    held, transformed(self._index, queries), k, nprobe
+                    held, transformed(self._index, queries), k, nprobe, progress
                 )
             found = locations >= 0
             distinct, number = np.unique(locations[found], return_inverse=True)
@@ -140,7 +148,12 @@ class Index:
         return Hits(ids[query, order], similarity[query, order], code[query, order], codes, lists)
 
     def _search_lists(
-        self, held: Hold, transformed: Floats, k: int, nprobe: int | None
+        self,
+        held: Hold,
+        transformed: Floats,
+        k: int,
+        nprobe: int | None,
+        progress: Callable[[int], None],
     ) -> tuple[Floats, Ids, Ids]:
         """Return similarity and location of the rows nearest to each query, and the lists probed.
 
@@ -164,6 +177,7 @@ class Index:
                 faiss.swig_ptr(nearness[batch]), faiss.swig_ptr(similarity[batch]),
                 faiss.swig_ptr(locations[batch]), True, parameters,
             )  # fmt: skip
+            progress(len(lists[batch]))
 
         if self._lists is None:
             in_threads(search, slices(len(order), QUERIES_AT_ONCE))

@@ -30,8 +30,8 @@ class Progress:
         self._what = what
         self._total = total
         self._log = log
-        self._done = 0
-        self._done_before = 0  # at the last line
+        self._done = 0.0
+        self._done_before = 0.0  # at the last line
         self._last_line = self._started = time.monotonic()
         terminal = sys.stderr.isatty()
         self._bar = tqdm(
@@ -44,7 +44,7 @@ class Progress:
         )
         self._unit = unit
 
-    def advance(self, amount: int) -> None:
+    def advance(self, amount: float) -> None:
         """Add work done."""
         with self._lock:
             self._done += amount

@@ -163,7 +163,7 @@ def retrieve(
     write: Callable[[pa.RecordBatch], None],
     *,
     per_seed: bool,
-    progress: Callable[[int], None] = lambda _: None,
+    progress: Callable[[float], None] = lambda _: None,
 ) -> Found:
     """Search around each query, keep one row of each group of near-duplicates, and write the rows.
 
@@ -174,7 +174,8 @@ def retrieve(
         request: how many, how similar.
         write: takes the rows, in order of query and rank, with the columns of `columns_found`.
         per_seed: whether a column `seed` holds the number of the query.
-        progress: called with the number of queries done since the last call.
+        progress: called with the number of queries done since the last call; a query that was searched
+            and whose rows are not written yet is half done.
 
     Raises:
         InputError: the queries have another dimension than the index, or the metadata lacks a column
@@ -193,12 +194,12 @@ def retrieve(
     recall = math.nan
     for first in range(0, len(queries), at_once):
         some = queries[first : first + at_once]
-        hits = index.search(some, request.k, search.nprobe)
+        hits = index.search(some, request.k, search.nprobe, lambda searched: progress(searched / 2))
         if first == 0:
             recall = index.recall(some[:RECALL_QUERIES], hits, search.nprobe)
         for batch in search.kept_rows(hits, first, len(queries)).to_batches(WRITTEN_ROWS):
             write(batch)
-        progress(len(some))
+        progress(len(some) / 2)
     decoder = index.decoder(search.lists).to_bytes()
     return Found(search.funnel, search.nprobe, recall, search.removed, decoder)
 

@@ -18,7 +18,7 @@ from laion_assets.index.vectors import unit
 from laion_assets.io.errors import InputError
 from laion_assets.search import retrieval
 from laion_assets.search.filters import BlockList, Filters
-from laion_assets.search.retrieval import Found, Request, retrieve_table
+from laion_assets.search.retrieval import Found, Request, retrieve, retrieve_table
 
 ALL_LISTS = 1 << 20
 
@@ -237,3 +237,23 @@ def test_near_duplicates_that_were_removed_are_kept_beside_what_stays_unless_the
     again, _ = search(*blocked)
     assert again.removed is not None
     assert not set(again.removed.removed["url"].to_pylist()) & set(gone)
+
+
+@pytest.mark.parametrize("kind", ["Flat", indices.MANY_LISTS])
+def test_progress_moves_within_a_batch_and_ends_with_all_queries(tmp_path, kind) -> None:
+    rows = indices.random_rows(np.random.default_rng(0), 4000)
+    indices.write_index(tmp_path, rows, kind)
+    indices.write_metadata(tmp_path, pa.table({"url": ["u"] * 4000}), batch=999)
+    seen: list[float | str] = []
+    retrieve(
+        *open_folder(tmp_path),
+        unit(rows[:40]),
+        Request(5, 1.0, 3),
+        lambda _: seen.append("rows"),
+        per_seed=True,
+        progress=seen.append,
+    )
+    first = seen.index("rows")
+    assert seen[first:] == ["rows", 20]
+    assert sum(seen[:first]) == 20
+    assert first == 1 or seen[0] == 8
