@@ -1,7 +1,7 @@
-"""Seed sets on disk or in a bucket, and the vectors in them.
+"""Seed sets on disk or in a bucket, and their vectors.
 
-A seed set is a folder of seed files. Listing it gives a `SeedSet` with a fingerprint; reading it gives
-`Seeds`, which are unit vectors. `read_settings` reads the set's own settings.
+A seed set is a folder of seed files. Listing it returns a `SeedSet` with a fingerprint; reading it
+returns `Seeds`, which are unit vectors. `read_settings` reads the set's own settings.
 """
 
 from laion_assets.seeds.embeddings import (

@@ -1,8 +1,8 @@
-"""Thumbnails for the vectors of clip-retrieval's output, from the images it was made of.
+"""Thumbnails for vectors from clip-retrieval, made from the images that it embedded.
 
-`img_emb/img_emb_0.npy` has the vectors, `metadata/metadata_0.parquet` the paths of their images in
-`image_path`, row by row. Images that are still there become thumbnails. Unreadable images are skipped;
-the vectors do not depend on them.
+`img_emb/img_emb_0.npy` holds the vectors. Column `image_path` of `metadata/metadata_0.parquet` holds the
+paths of their images, in the same order. Missing or unreadable images get no thumbnail; the vectors do
+not depend on them.
 """
 
 from __future__ import annotations
@@ -29,15 +29,15 @@ MAX_IMAGE = 256 << 20  # bytes
 
 
 def with_thumbnails(fs: Any, seed_set: SeedSet, columns: pa.Table) -> pa.Table:
-    """Add a column `thumbnail` to the columns of a set's first vectors, where their images can be read.
+    """Add a column `thumbnail` with thumbnails for a set's first vectors, if their images can be read.
 
     Args:
-        fs: the file system of the set; a remote one has no images.
+        fs: the file system of the set; images are read from a local one only.
         seed_set: its listing.
-        columns: rows of `file` and others, in the order of the set's files of vectors.
+        columns: `file` and other columns, in the order of the set's vector files.
 
     Returns:
-        The columns; unchanged where there are thumbnails already, or no images.
+        The columns; unchanged if they already have thumbnails, or if no image can be read.
 
     """
     if not is_local(fs) or "thumbnail" in columns.column_names:
@@ -57,7 +57,7 @@ def with_thumbnails(fs: Any, seed_set: SeedSet, columns: pa.Table) -> pa.Table:
 
 
 def _image_paths(folder: Path, name: str, rows: int) -> list[Path | None]:
-    """Return the images of the first rows of a file of vectors, None for those that are not known."""
+    """Return the image paths of the first rows of a vector file; None if unknown."""
     known: list[str | None] = []
     number = VECTORS.fullmatch(name)
     metadata = folder / f"metadata/metadata_{number[1]}.parquet" if number else None
@@ -82,15 +82,15 @@ def _first_paths(metadata: Path, rows: int) -> list[str | None]:
 def _thumbnail(path: Path, budget: PixelBudget) -> bytes | None:
     try:
         return thumbnail_of(_content(path), budget)
-    except (BadImageError, OSError, ValueError):  # a path may hold what no path can
+    except (BadImageError, OSError, ValueError):  # ValueError: a path with a null byte
         return None
 
 
 def _content(path: Path) -> bytes:
-    """Read a regular file; anything else might block, or never end."""
+    """Read a regular file; reading anything else might block or never end."""
     descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
     with os.fdopen(descriptor, "rb") as file:
         about = os.fstat(descriptor)
         if not stat.S_ISREG(about.st_mode) or about.st_size > MAX_IMAGE:
-            raise OSError("no regular file, or a very large one")
+            raise OSError("not a regular file, or too large")
         return file.read(MAX_IMAGE)

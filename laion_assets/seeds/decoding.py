@@ -1,4 +1,7 @@
-"""Image files become RGB images: upright, on white, the first frame; or a reason why not."""
+"""Decode image files to RGB: first frame, upright, on a white background.
+
+An image that cannot be decoded raises `BadImageError` with the reason.
+"""
 
 from __future__ import annotations
 
@@ -13,13 +16,13 @@ import numpy as np
 from PIL import ExifTags, Image, UnidentifiedImageError
 
 EXTENSIONS = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".avif")
-FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "AVIF")  # whatever the file is called
+FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "AVIF")  # independent of the file's extension
 MAX_PIXELS = 128_000_000
-"""The most that an image may have. Medium-format cameras make 102 million; decoded, this takes at most a
-gigabyte."""
-BAND = 4_000_000  # pixels that are converted at a time
-THUMBNAIL = 96  # pixels of its longer edge, at most
-THUMBNAIL_DETAIL = 2 * THUMBNAIL  # pixels; for a thumbnail a JPEG is decoded at no less
+"""Most pixels that an image may have. Medium-format cameras produce 102 million; decoding 128 million takes
+at most a gigabyte."""
+BAND = 4_000_000  # pixels converted at a time
+THUMBNAIL = 96  # pixels of the longer edge, at most
+THUMBNAIL_DETAIL = 2 * THUMBNAIL  # smallest size in pixels at which a JPEG is decoded for a thumbnail
 THUMBNAIL_QUALITY = 80
 STARTS = {
     b"\xff\xd8\xff": "JPEG",
@@ -39,16 +42,16 @@ TURNS = {
     8: Image.Transpose.ROTATE_90,
 }
 
-# Pillow warns of less than MAX_PIXELS.
+# Pillow already warns below MAX_PIXELS.
 warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
 
 
 class BadImageError(Exception):
-    """A file that is no usable image; the message is a phrase that follows the file's name."""
+    """A file is not a usable image. The message is a phrase that follows the file's name."""
 
 
 class PixelBudget:
-    """Bounds the pixels that are decoded at a time; one image always may be."""
+    """Limits how many pixels are decoded at a time; a single image is always allowed."""
 
     def __init__(self, pixels: int = MAX_PIXELS) -> None:
         self._free = self._all = pixels
@@ -77,30 +80,31 @@ def open_image(
 
     Args:
         data: the file.
-        enough: takes the (width, height) of an image and returns that from which more detail changes
-            nothing. A JPEG may be decoded at a half, a quarter or an eighth of its size, but not below.
-        budget: for pixels of all images that are decoded at the same time.
+        enough: takes the (width, height) of an image and returns the (width, height) beyond which more
+            detail changes nothing. A JPEG may be decoded at a half, a quarter or an eighth of its size,
+            but not below the size returned.
+        budget: limit on the pixels of all images decoded at the same time.
 
     Yields:
         An RGB image.
 
     Raises:
-        BadImageError: it cannot be decoded, or memory does not suffice for it, in the block too.
+        BadImageError: it cannot be decoded, or memory runs out, which may also happen in the block.
 
     """
     image = _opened(data)
-    image.draft(None, enough(*image.size))  # does nothing where the format is another
+    image.draft(None, enough(*image.size))  # ignored by other formats than JPEG
     with budget.hold(image.width * image.height):
         try:
             yield _decoded(image)
         except MemoryError:
             raise BadImageError(
-                f"has {_megapixels(image)}, for which memory does not suffice: scale it down or crop it"
+                f"has {_megapixels(image)}, too large for the available memory: scale it down or crop it"
             ) from None
 
 
 def thumbnail_of(data: bytes, budget: PixelBudget) -> bytes:
-    """Return a thumbnail of an image file, see `thumbnail`.
+    """Decode an image file and return its thumbnail, see `thumbnail`.
 
     Raises:
         BadImageError: it cannot be decoded.
@@ -155,7 +159,7 @@ def _megapixels(image: Image.Image) -> str:
 
 
 def _too_large(error: Exception) -> str:
-    """Read what Pillow says of more than twice its own limit."""
+    """Take the pixel count from Pillow's error for images of more than twice its own limit."""
     pixels = re.search(r"\((\d+) pixels\)", str(error))
     count = f"{int(pixels[1]) / 1e6:,.0f}" if pixels else "too many"
     return f"has {count} megapixels, at most {MAX_PIXELS // 10**6} are read: scale it down"
@@ -169,11 +173,11 @@ def _damage(error: Exception) -> str:
 
 
 def _what_it_is(data: bytes) -> str:
-    """Name what a file is that Pillow does not recognise as an image."""
+    """Say what a file is if Pillow does not recognise it as an image."""
     start = data[:1024].lstrip(b"\xef\xbb\xbf \t\r\n").lower()
     brand = data[8:12] if data[4:8] == b"ftyp" else b""
     if brand[:3] in (b"hei", b"hev") or brand in (b"mif1", b"msf1"):
-        return "is HEIC, which is not read: save it as JPEG or PNG"
+        return "is HEIC, which is not supported: save it as JPEG or PNG"
     if b"<svg" in start and start.startswith(b"<"):
         return "is SVG, a drawing without pixels: export it as PNG"
     if start.startswith((b"<!doctype html", b"<html")):
@@ -189,7 +193,7 @@ def _what_it_is(data: bytes) -> str:
             return f"is a truncated or damaged {name}: copy it again"
     if _is_text(data[:1024]):
         return "is text, not an image: remove it"
-    return f"is no image (looked for {', '.join(FORMATS)}): save it as one of them"
+    return f"is not an image in a supported format ({', '.join(FORMATS)}): save it in one of them"
 
 
 def _is_text(data: bytes) -> bool:
@@ -202,13 +206,13 @@ def _is_text(data: bytes) -> bool:
 def _upright(image: Image.Image) -> Image.Image:
     try:
         orientation = image.getexif().get(ExifTags.Base.Orientation)
-    except Exception:  # metadata that is damaged says nothing
+    except Exception:  # damaged metadata is ignored
         return image
     return image.transpose(TURNS[orientation]) if orientation in TURNS else image
 
 
 def _on_white(image: Image.Image) -> Image.Image:
-    """Convert an image of any mode to RGB in bands, of which only one is held twice."""
+    """Convert an image of any mode to RGB in bands, so that only one band is in memory twice."""
     if image.mode == "RGB" and not image.has_transparency_data:
         return image
     scale = _scale_to_bytes(image)
@@ -235,10 +239,10 @@ def _converted(image: Image.Image, scale: float | None) -> Image.Image:
 
 
 def _scale_to_bytes(image: Image.Image) -> float | None:
-    """Return by what values of more than 8 bits are multiplied; None for 8 bits.
+    """Return the factor that scales values of more than 8 bits to 8 bits; None for 8-bit images.
 
-    Integers lose their lower bits. Floating-point numbers have no fixed white: it is 1, 255 or 65,535,
-    the lowest of them that no value is above.
+    Integers lose their lower bits. Floating-point images have no fixed white point: it is taken to be the
+    lowest of 1, 255 and 65,535 that no value exceeds.
     """
     if image.mode.startswith("I;16"):
         return 1 / 256

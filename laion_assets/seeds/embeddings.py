@@ -1,4 +1,4 @@
-"""The seeds of a set as unit vectors, read or embedded, and their centroid."""
+"""Read or embed the seeds of a set as unit vectors, and compute their centroid."""
 
 from __future__ import annotations
 
@@ -37,11 +37,11 @@ class Seeds:
 
     Attributes:
         embeddings: (n, d) float32 unit rows.
-        columns: n rows of `file`, `row` and `kind`; of `url`, `caption`, `thumbnail` where there are any;
-            of `content`, the SHA-256 of an image file, where images were embedded.
+        columns: n rows of `file`, `row` and `kind`; also `url`, `caption` and `thumbnail` if the set has
+            them, and `content`, the SHA-256 of the image file, if images were embedded.
         bad_images: images that could not be embedded.
-        cut_prompts: prompts of which the model reads only the beginning.
-        reused: images whose vectors were known.
+        cut_prompts: prompts that are longer than the model reads.
+        reused: number of images whose vectors were already known.
 
     """
 
@@ -52,17 +52,17 @@ class Seeds:
     reused: int = 0
 
     def to_table(self) -> pa.Table:
-        """Return one table with a row for each seed and its vector in `embedding`."""
+        """Return a table with one row per seed and its vector in `embedding`."""
         return self.columns.append_column("embedding", vector_column(self.embeddings))
 
 
 @dataclass(frozen=True)
 class KnownImages:
-    """Images that were embedded before, with the same model.
+    """Images that the same model embedded before.
 
     Attributes:
-        vectors: (d,) by content.
-        thumbnails: WebP by content.
+        vectors: (d,) vectors, by SHA-256 of the file.
+        thumbnails: WebP thumbnails, by SHA-256 of the file.
 
     """
 
@@ -71,7 +71,7 @@ class KnownImages:
 
     @classmethod
     def of(cls, *tables: pa.Table) -> KnownImages:
-        """Take the images of tables of seeds."""
+        """Collect the images in tables of seeds."""
         with_images = [table for table in tables if "content" in table.column_names]
         if not with_images:
             return cls()
@@ -100,30 +100,30 @@ def read_seeds(
     progress: Callable[[int], object] = lambda _: None,
     keep: Callable[[EmbeddedImage], object] = lambda _: None,
 ) -> Seeds:
-    """Read the vectors of a set, or embed its images, and embed its prompts.
+    """Read the vectors of a set or embed its images, and embed its prompts.
 
     Args:
         uri: the folder of the seed sets.
-        seed_set: its listing.
-        model: that embeds; only sets with images or prompts need one.
+        seed_set: the listing of the set.
+        model: embeds images and prompts; other sets need none.
         known: images that need not be embedded again.
         max_bad_images: share of the images that may be unusable.
         progress: called with the number of images done since the last call.
         keep: called with every image that was embedded, such as `UnfinishedImages.keep`.
 
     Raises:
-        InputError: names every bad file and row (the first 20 of them) and the remedy; no model, or more
+        InputError: bad files or rows (the message names the first 20 and the remedy), no model, or more
             unusable images than allowed.
 
     """
     if seed_set.needs_model and model is None:
         raise InputError(
-            f"seed set {seed_set.name!r} holds {seed_set.contents()}, and no model is set that embeds "
+            f"seed set {seed_set.name!r} holds {seed_set.contents()}, and no model is set to embed "
             "them: name the index's model",
             MODEL,
         )
     parts = [_with_thumbnails(uri, seed_set, _read_vectors(uri, seed_set))] if seed_set.vectors else []
-    # Prompts first, though they stand last: what is wrong with them is said before hours of images.
+    # Prompts come last in the table but are embedded first: a bad prompt fails before hours of images.
     prompts = [_embed_prompts(uri, seed_set, model)] if model and seed_set.prompts else []
     if model is not None and seed_set.images:
         parts.append(
@@ -146,11 +146,11 @@ def read_seeds(
 
 
 def count_seeds(uri: str, seed_set: SeedSet) -> int:
-    """Return how many seeds a set has, without embedding any.
+    """Return the number of seeds in a set, without embedding any.
 
     Args:
         uri: the folder of the seed sets.
-        seed_set: its listing.
+        seed_set: the listing of the set.
 
     Raises:
         InputError: a file that cannot be read.
@@ -176,7 +176,7 @@ def _read_vectors(uri: str, seed_set: SeedSet) -> Seeds:
     problems += _differing_dimensions({where: vectors for where, (vectors, _) in parts.items()})
     if problems:
         raise InputError(
-            f"seed set {seed_set.name!r} cannot be used; correct or remove: {_first(problems)}"
+            f"seed set {seed_set.name!r} cannot be used; correct or remove these: {_first(problems)}"
         )
     return Seeds(
         np.concatenate([vectors for vectors, _ in parts.values()]),
@@ -212,7 +212,9 @@ def _embed_images(
         good.append(outcome)
         if outcome.content not in known.vectors:
             keep(outcome)
-    allowed = math.ceil(max_bad_images * len(seed_set.images))  # so that a small set can do without one
+    allowed = math.ceil(
+        max_bad_images * len(seed_set.images)
+    )  # rounded up, so that a small set may lose one
     if len(bad) > allowed or not good:
         named = _first([str(image) for image in bad], BAD_IMAGES_SHOWN)
         raise InputError(
@@ -238,11 +240,11 @@ def _where(uri: str, seed_set: SeedSet, file: SeedFile) -> str:
 
 
 def _content(fs: Any, file: SeedFile, where: str) -> bytes:
-    """Read a file, and check that it has not changed since it was listed.
+    """Read a file and check that it has not changed since it was listed.
 
     Raises:
         UnusableFileError: the file is gone or has changed, or a local file cannot be read.
-        InputError: its storage refuses access or fails.
+        InputError: the storage denies access or fails.
 
     """
     try:
@@ -250,7 +252,7 @@ def _content(fs: Any, file: SeedFile, where: str) -> bytes:
             ((_, content),) = read_files(fs, [file])
     except InputError:
         raise
-    except Exception as error:  # every kind of storage has its own
+    except Exception as error:  # each kind of storage has its own errors
         raise InputError(
             f"{where} cannot be read ({first_line(error)}): check the access to it, then try again",
             SEEDS_URI,
@@ -262,7 +264,7 @@ def _embed_prompts(uri: str, seed_set: SeedSet, model: Model) -> Seeds:
     prompts = _prompts_of(uri, seed_set)
     where = f"{seed_set.name}/{PROMPTS_FILE}"
     if not prompts:
-        raise InputError(f"{where} has no prompt: write one a line, or remove the file")
+        raise InputError(f"{where} has no prompt: write one per line, or remove the file")
     found = embed_prompts(model, prompts, name=where)
     columns = {
         "file": pa.array([PROMPTS_FILE] * len(prompts)),
@@ -301,7 +303,7 @@ def checked_unit_rows(raw: Any) -> Floats:
         (n, d) float32.
 
     Raises:
-        UnusableFileError: another shape or dtype, or rows that are zero or not finite.
+        UnusableFileError: the shape or dtype is wrong, or a row is zero or not finite.
 
     """
     if raw.dtype.kind != "f":
@@ -325,8 +327,8 @@ def _problem(number: int, row: Any) -> str:
 def centroid(embeddings: Floats) -> tuple[Floats, float]:
     """Return the unit mean of (n, d) unit rows, shape (d,), and the length of the mean.
 
-    The length says how concentrated the seeds are: 1 when all are equal, near 0 when they point in all
-    directions. It is the mean resultant length of directional statistics.
+    The length measures how concentrated the seeds are: 1 if all are equal, near 0 if they point in all
+    directions. Directional statistics calls it the mean resultant length.
 
     Raises:
         InputError: the seeds cancel out and have no mean direction.

@@ -1,6 +1,6 @@
-"""The folder of the seed sets: what is in it, with a fingerprint for each set.
+"""List the folder of the seed sets, with a fingerprint for each set.
 
-Every subfolder that holds seeds is a seed set: files of vectors (`READERS`), images, or prompts.
+A seed set is a subfolder that holds seeds: vector files (`READERS`), images or prompts.
 """
 
 from __future__ import annotations
@@ -33,26 +33,26 @@ from laion_assets.seeds.prompts import PROMPTS_FILE
 from laion_assets.seeds.readers import READERS
 from laion_assets.seeds.seed_files import NOT_REGULAR, SeedFile
 
-SEEDS_URI = "seeds_uri"  # the parameter that errors are about
+SEEDS_URI = "seeds_uri"  # the setting that errors name
 CLIP_RETRIEVAL_FOLDER = "img_emb/"
-UNREADABLE_IMAGES = (".svg", ".heic", ".heif")  # meant as seeds, and reported when they are embedded
+UNREADABLE_IMAGES = (".svg", ".heic", ".heif")  # listed as images; embedding them reports why they fail
 LINKED = "(a linked folder, which is not followed)"
 CLIP_RETRIEVAL_OTHERS = ("text_emb/", "metadata/", "stats/")  # in the same output folder
 
 
 @dataclass(frozen=True)
 class SeedSet:
-    """The files of one seed set when it was listed.
+    """The files of one seed set at the time of listing.
 
     Attributes:
-        name: of its folder.
-        vectors: files of embeddings, in order of name.
-        images: image files, in order of name; those beside files of embeddings are not among them.
+        name: the name of its folder.
+        vectors: vector files, sorted by name.
+        images: image files, sorted by name; empty if the set has vector files.
         prompts: the file of prompts; at most one.
-        settings_files: YAML files directly in its folder; `read_settings` accepts only one, of the right
-            name.
-        not_embedded: names of images that are not seeds, since the set has embeddings already.
-        ignored: names of other files that a person may take for seeds.
+        settings_files: YAML files directly in its folder; `read_settings` accepts a single one with the
+            right name.
+        not_embedded: names of images that are not seeds because the set already has vectors.
+        ignored: names of other files that might be mistaken for seeds.
 
     """
 
@@ -71,11 +71,11 @@ class SeedSet:
 
     @property
     def needs_model(self) -> bool:
-        """Whether something has to be embedded."""
+        """Whether the set has images or prompts to embed."""
         return bool(self.images or self.prompts)
 
     def contents(self) -> str:
-        """Describe in a few words what the set holds."""
+        """Return a short description of the set's files."""
         counted = {
             "image": len(self.images),
             "file of prompts": len(self.prompts),
@@ -87,18 +87,18 @@ class SeedSet:
 
     @property
     def fingerprint(self) -> str:
-        """Changes with the name, size or content of any seed or settings file, and only then."""
+        """A hash that changes only with the name, size or content of a seed or settings file."""
         files = self.files + self.settings_files
         return fingerprint((file.name, file.size, file.checksum) for file in files)
 
 
 @dataclass(frozen=True)
 class Listing:
-    """What the folder of the seed sets holds.
+    """The contents of the folder of the seed sets.
 
     Attributes:
-        sets: the seed sets by name.
-        ignored: ignored files, relative to the folder.
+        sets: the seed sets, by name.
+        ignored: ignored files, with paths relative to the folder.
 
     """
 
@@ -118,7 +118,7 @@ def list_folder(uri: str) -> Listing:
         uri: a local path or any fsspec URL.
 
     Raises:
-        InputError: no such folder, or no access to it.
+        InputError: the folder does not exist or cannot be accessed.
 
     """
     fs, root = open_storage(uri, SEEDS_URI)
@@ -142,10 +142,11 @@ def find_seed_set(uri: str, name: str) -> SeedSet:
 
     Args:
         uri: the folder of the seed sets.
-        name: of the set.
+        name: the name of the set.
 
     Raises:
-        InputError: an invalid name, no such set (the message suggests the nearest), or an empty one.
+        InputError: the name is invalid, or the set is empty or does not exist. The message suggests the
+            nearest name.
 
     """
     check_name(name)
@@ -171,10 +172,10 @@ def find_seed_set(uri: str, name: str) -> SeedSet:
 
 
 def check_name(name: str) -> None:
-    """Check that a name can neither leave the folder, nor be hidden, nor fail to name a partition.
+    """Check that a name stays in the folder, is not hidden, and is valid as a partition key.
 
     Raises:
-        InputError: it is not a valid name.
+        InputError: the name is not valid.
 
     """
     if not re.fullmatch(r"[^\W_][\w .+-]{0,99}", name) or ".." in name:
@@ -194,17 +195,17 @@ def _holds_vectors(name: str) -> bool:
 
 
 def is_image(name: str) -> bool:
-    """Return whether a file is meant as an image, by its extension."""
+    """Return whether a file's extension is that of an image."""
     return PurePosixPath(name).suffix.lower() in (*EXTENSIONS, *UNREADABLE_IMAGES)
 
 
 def _may_hold_settings(name: str) -> bool:
-    """Return whether this is a YAML file directly in the folder, so that a wrong name is noticed."""
+    """Return whether this is a YAML file directly in the folder; a misspelt name is reported later."""
     return "/" not in name and PurePosixPath(name).suffix in (".yaml", ".yml")
 
 
 class _Folder:
-    """The files of one folder by kind, with checksums where the content matters."""
+    """The files of one folder by kind, with checksums for those that are read."""
 
     def __init__(self) -> None:
         self._vectors: list[SeedFile] = []
@@ -228,7 +229,10 @@ class _Folder:
             self._others.append(str(PurePosixPath(printable(name), LINKED if is_linked_folder else "")))
 
     def seed_set(self, name: str) -> SeedSet:
-        """Return the set: embeddings win over images; of clip-retrieval's output, those of images."""
+        """Return the set.
+
+        Vectors take precedence over images. Of clip-retrieval's output, only the image vectors are used.
+        """
         vectors, ignored = self._vectors, self._others
         of_images = [file for file in vectors if file.name.startswith(CLIP_RETRIEVAL_FOLDER)]
         if of_images:
@@ -258,12 +262,12 @@ def _seed_file(fs: Any, name: str, listed: Listed) -> SeedFile:
 
 
 def _listed_checksum(fs: Any, listed: Listed) -> str:
-    """Return the bucket's crc32c, or compute it; a local file is read again only if it changed."""
+    """Return the bucket's crc32c, or compute it; a local file is only read again if it changed."""
     if listed.checksum:
         return listed.checksum
     try:
         return _computed_checksum(fs, listed.path, listed.size, listed.written)
-    except OSError as error:  # must not hold up other sets; reading these seeds reports the file
+    except OSError as error:  # must not block other sets; reading this set reports the file
         return f"unreadable: {first_line(error)}"
 
 

@@ -1,4 +1,4 @@
-"""Image files become unit vectors, in a stream: threads decode what the model takes next."""
+"""Embed a stream of image files as unit vectors; threads decode ahead of the model."""
 
 from __future__ import annotations
 
@@ -20,17 +20,17 @@ from laion_assets.seeds.preprocessing import Preprocessing
 from laion_assets.seeds.seed_files import UnusableFileError
 
 BATCH = 16
-DETAIL = 6  # a JPEG is decoded at no less than this many times the size to which it is resized
+DETAIL = 6  # a JPEG is decoded at no less than this multiple of the size it is resized to
 UNREADABLE = (FileNotFoundError, IsADirectoryError, NotADirectoryError, PermissionError)
 
 
 class ImageFile(NamedTuple):
-    """An image file, and how to read it.
+    """An image file and how to read it.
 
     Attributes:
-        name: of the file, for people.
+        name: the file's name in messages.
         read: returns its bytes. `UnusableFileError` and the errors in `UNREADABLE` mean that this file
-            cannot be used; every other error ends the work.
+            cannot be used; any other error aborts the run.
 
     """
 
@@ -43,10 +43,10 @@ class EmbeddedImage:
     """An image and its vector.
 
     Attributes:
-        name: of the file.
+        name: the file's name.
         content: SHA-256 of the file, in hexadecimal digits.
         vector: (d,) float32 of length 1.
-        thumbnail: WebP, at most 96 pixels wide and high; None where the vector was known.
+        thumbnail: WebP, at most 96 pixels wide and high; None if the vector was already known.
 
     """
 
@@ -61,7 +61,7 @@ class BadImage:
     """An image that cannot be embedded.
 
     Attributes:
-        name: of the file.
+        name: the file's name.
         reason: a phrase that follows the name, such as "is empty (0 bytes)".
 
     """
@@ -75,7 +75,7 @@ class BadImage:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class _Prepared:
-    """An image as the model takes it."""
+    """A preprocessed image, ready for the model."""
 
     name: str
     content: str
@@ -97,16 +97,16 @@ def embed_images(
 ) -> Iterator[Outcome]:
     """Embed image files.
 
-    Threads read, decode and resize the next images while the model computes. No more than three batches
-    and one image a thread are held at a time.
+    Threads read, decode and resize the next images while the model computes. At most three batches plus
+    one image per thread are in memory at a time.
 
     Args:
         model: embeds the images.
-        files: are taken as they are needed.
-        batch: images that the model takes at a time.
-        threads: number that decode; by default one a core.
-        progress: is called with a number of images once they are done, such as `Progress.advance`.
-        known: (d,) vectors that the same model gave before, by the SHA-256 of the file; these images are
+        files: the image files; consumed as needed.
+        batch: number of images per call of the model.
+        threads: number of decoding threads; one per core by default.
+        progress: called with the number of images done since the last call, such as `Progress.advance`.
+        known: (d,) vectors that the same model returned before, by SHA-256 of the file; these images are
             not embedded again.
 
     Yields:
@@ -114,11 +114,11 @@ def embed_images(
 
     Raises:
         InputError: the model fails.
-        Exception: any error of `read` that is not of one file, see `ImageFile`.
+        Exception: any error of `read` that does not concern a single file, see `ImageFile`.
 
     """
     prepare = _Preparation(model.preprocessing, known or {})
-    waiting: deque[_Prepared | Outcome] = deque()  # in order of files; the first waits for the model
+    waiting: deque[_Prepared | Outcome] = deque()  # in file order; the first waits for the model
     prepared = 0
     for outcome in _ahead(prepare, map(_image_file, files), threads or cores(), 2 * batch):
         waiting.append(outcome)
@@ -151,7 +151,7 @@ def _ahead(
     threads: int,
     images: int,
 ) -> Iterator[_Prepared | Outcome]:
-    """Prepare files in threads and yield them in order, at most so many ahead of the one taken."""
+    """Prepare files in threads and yield them in order, at most `images` + `threads` ahead."""
     pool = ThreadPoolExecutor(threads, "decode")
     pending: deque[Future[_Prepared | Outcome]] = deque()
     try:
@@ -166,7 +166,7 @@ def _ahead(
 
 
 class _Preparation:
-    """Reads, decodes and preprocesses a file; called in threads."""
+    """Reads, decodes and preprocesses one file; called from several threads."""
 
     def __init__(self, preprocessing: Preprocessing, known: Mapping[str, Floats]) -> None:
         self._preprocessing = preprocessing
@@ -210,7 +210,7 @@ def _embedded(model: Model, waiting: Iterable[_Prepared | Outcome]) -> Iterator[
 
 
 def _directions(answers: Floats | None) -> Iterator[Floats | None]:
-    """Yield each answer as a unit vector; None where it is zero or not finite."""
+    """Yield each answer as a unit vector, or None if it is zero or not finite."""
     if answers is not None:
         vectors, usable = unit_rows(answers)
         yield from (vector if known else None for vector, known in zip(vectors, usable, strict=True))

@@ -1,4 +1,4 @@
-"""A CLIP model that is open: pixels or tokens in, vectors out, by ONNX Runtime."""
+"""A CLIP model in ONNX Runtime: pixels or tokens in, vectors out."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from laion_assets.seeds.model_folder import (
 )
 from laion_assets.seeds.preprocessing import Preprocessing, read_preprocessing
 
-DEVICE = "embed_device"  # the parameter that chooses one
+DEVICE = "embed_device"  # the setting that errors name
 DEVICES = ("auto", "cpu", "cuda")
 CUDA, CPU = "CUDAExecutionProvider", "CPUExecutionProvider"
 TYPES: Mapping[str, type[np.generic]] = {
@@ -36,17 +36,17 @@ TYPES: Mapping[str, type[np.generic]] = {
 }
 NO_DIRECTION = "gets a vector without a direction (NaN, infinite or zero) from the model"
 LFS_POINTER = b"version https://git-lfs"
-ONLY_FATAL = 4  # errors are raised, so they need not be logged too
+ONLY_FATAL = 4  # errors are raised, so ONNX Runtime need not log them
 
 
 class Model:
-    """A model, open for images and, once texts are embedded, for texts.
+    """An open CLIP model. Its text model is opened at first use.
 
     Attributes:
-        files: that it is read from.
-        preprocessing: what it wants done to an image first.
+        files: the files of the model.
+        preprocessing: how an image is prepared for the model.
         device: "cpu" or "cuda".
-        dimension: of its vectors.
+        dimension: the dimension of its vectors.
 
     """
 
@@ -54,12 +54,12 @@ class Model:
         """Open the model in a local folder.
 
         Args:
-            folder: see `model_folder`.
-            device: "cpu", "cuda", or "auto", which is cuda where ONNX Runtime has it.
-            threads: that compute; all cores by default.
+            folder: a folder in the layout of `model_folder`.
+            device: "cpu", "cuda", or "auto", which uses CUDA if ONNX Runtime supports it.
+            threads: number of compute threads; all cores by default.
 
         Raises:
-            InputError: a part is missing or damaged, or there is no such device.
+            InputError: a part is missing or damaged, or the device is not available.
 
         """
         self.files: ModelFiles = find_model(folder)
@@ -79,12 +79,12 @@ class Model:
 
     @property
     def fingerprint(self) -> str:
-        """Of everything that its vectors depend on."""
+        """A hash of everything that the vectors depend on."""
         return self.files.fingerprint
 
     @cached_property
     def name(self) -> str | None:
-        """Name under which it was published, where its config.json says so."""
+        """The name under which the model was published, if its config.json records one."""
         return published_name(self.files)
 
     @cached_property
@@ -92,12 +92,12 @@ class Model:
         """The part that embeds texts.
 
         Raises:
-            InputError: the model has none, or it is damaged.
+            InputError: the model has no text model, or it is damaged.
 
         """
         if self.files.text is None:
             raise InputError(
-                f"the model {self.files.folder} embeds images only, it has no onnx/{TEXT}.onnx: use a "
+                f"the model {self.files.folder} has no onnx/{TEXT}.onnx and embeds images only: use a "
                 "model that has one, or remove the prompts",
                 MODEL,
             )
@@ -111,7 +111,7 @@ class Model:
         return TextModel(session)
 
     def embed_pixels(self, pixels: Floats) -> Floats:
-        """Return what the model answers for (n, 3, height, width) preprocessed images, (n, d)."""
+        """Embed preprocessed images (n, 3, height, width) as vectors (n, d)."""
         return self._images.run({"pixel_values": pixels})
 
     def _session(
@@ -133,7 +133,7 @@ class Model:
             )
 
     def _probed_dimension(self) -> int:
-        """Ask the model, which does not say how long its vectors are."""
+        """Embed a blank image to find the dimension, which the file does not declare."""
         blank = np.zeros((1, 3, *self.preprocessing.size), np.float32)
         return len(self.embed_pixels(blank)[0])
 
@@ -142,8 +142,8 @@ class TextModel:
     """The part of a model that embeds texts.
 
     Attributes:
-        context_length: tokens that it takes, where its file says so.
-        takes_mask: whether it wants to know which tokens are padding.
+        context_length: number of tokens per text; None if the file does not declare it.
+        takes_mask: whether it takes a mask of the padding tokens.
 
     """
 
@@ -154,18 +154,18 @@ class TextModel:
         self.takes_mask: bool = "attention_mask" in session.inputs
 
     def embed_tokens(self, tokens: Ids, mask: Ids) -> Floats:
-        """Return what the model answers for (n, context length) tokens, (n, d)."""
+        """Embed tokens (n, context length) as vectors (n, d)."""
         given = {"input_ids": tokens}
         return self._session.run(given | {"attention_mask": mask} if self.takes_mask else given)
 
 
 class Session:
-    """One ONNX file, open.
+    """An open ONNX file.
 
     Attributes:
-        inputs: their names.
+        inputs: the names of its inputs.
         device: "cpu" or "cuda".
-        width: length of the vectors; None where the file does not say.
+        width: dimension of the vectors; None if the file does not declare it.
 
     """
 
@@ -182,13 +182,13 @@ class Session:
         options.intra_op_num_threads = threads
         options.inter_op_num_threads = 1
         options.log_severity_level = ONLY_FATAL
-        # Threads that wait in a loop for the next operator take the cores from those that decode images.
+        # Threads that spin while they wait for the next operator would slow the image decoders down.
         options.add_session_config_entry("session.intra_op.allow_spinning", "0")
         self._path = path
         _check_is_no_pointer(path)
         try:
             self._session = ort.InferenceSession(str(path), options, providers=list(providers))
-        except Exception as error:  # ONNX Runtime has many error types
+        except Exception as error:  # ONNX Runtime raises many error types
             raise InputError(
                 f"{path} cannot be opened as an ONNX model ({first_line(error)}): copy it again, with "
                 "the files beside it",
@@ -215,18 +215,18 @@ class Session:
         if not needed <= set(there) or (known is not None and not set(there) <= known) or odd:
             found = ", ".join(f"{name} ({argument.type})" for name, argument in there.items())
             raise InputError(
-                f"{self._path} has the {what} {found} where {' and '.join(sorted(needed))} is needed: "
-                f"export the model as transformers.js uses it, in {VISION}.onnx and {TEXT}.onnx",
+                f"{self._path} has the {what} {found}, but {' and '.join(sorted(needed))} is needed: "
+                f"export the model for transformers.js, as {VISION}.onnx and {TEXT}.onnx",
                 MODEL,
             )
 
     def shape(self, name: str) -> Sequence[int | str | None]:
-        """Return the shape of an input: numbers, and names or None for what may vary."""
+        """Return the shape of an input; variable dimensions are names or None."""
         shape: Sequence[int | str | None] = self._arguments[name].shape
         return shape
 
     def run(self, given: Mapping[str, np.ndarray[Any, Any]]) -> Floats:
-        """Return the answer to a batch, (n, d) float32.
+        """Run the model on a batch and return (n, d) float32.
 
         Raises:
             InputError: the model fails.
@@ -243,7 +243,7 @@ class Session:
         )
 
     def _run(self, given: Mapping[str, np.ndarray[Any, Any]], batch: int) -> Floats:
-        """Run a batch of the size that the model takes; rows that it lacks are zero, and not returned."""
+        """Run a batch of the model's fixed size: pad it with zero rows, and drop their answers."""
         feed = {}
         for name, values in given.items():
             missing = [(0, batch - len(values))] + [(0, 0)] * (values.ndim - 1)
@@ -261,8 +261,8 @@ class Session:
             ) from error
         if answer.ndim != 2 or len(answer) != batch:
             raise InputError(
-                f"{self._path} answers {self._output} of shape {_times(answer.shape)} where one vector "
-                f"for each of {batch} is needed: use another export of the model",
+                f"{self._path} returns {self._output} of shape {_times(answer.shape)}, but one vector "
+                f"for each of {batch} inputs is needed: use another export of the model",
                 MODEL,
             )
         vectors: Floats = answer[:rows].astype(np.float32, copy=False)
@@ -270,18 +270,18 @@ class Session:
 
 
 def cores() -> int:
-    """Return how many cores this process may use."""
+    """Return the number of cores that this process may use."""
     return len(os.sched_getaffinity(0))
 
 
 def _providers(device: str) -> list[str]:
-    """Choose among what this build of ONNX Runtime can use."""
+    """Choose among the providers of this build of ONNX Runtime."""
     there = ort.get_available_providers()
     if device not in DEVICES:
-        raise InputError(f"{device!r} is no device: use one of {', '.join(DEVICES)}", DEVICE)
+        raise InputError(f"{device!r} is not a device: use one of {', '.join(DEVICES)}", DEVICE)
     if device == "cuda" and CUDA not in there:
         raise InputError(
-            f"cuda is asked for and this ONNX Runtime cannot use a GPU (it has {', '.join(there)}): "
+            f"cuda is requested, but this ONNX Runtime cannot use a GPU (it has {', '.join(there)}): "
             "install onnxruntime-gpu in place of onnxruntime, or choose auto or cpu",
             DEVICE,
         )
@@ -292,7 +292,7 @@ def _check_is_no_pointer(path: Path) -> None:
     with path.open("rb") as file:
         if file.read(len(LFS_POINTER)) == LFS_POINTER:
             raise InputError(
-                f"{path} is a pointer of Git LFS, not the model: run `git lfs pull` there", MODEL
+                f"{path} is a Git LFS pointer, not the model: run `git lfs pull` there", MODEL
             )
 
 

@@ -1,12 +1,12 @@
-"""The folder of a CLIP model in the layout of transformers.js: found and fingerprinted.
+"""Find and fingerprint the files of a CLIP model in the layout of transformers.js.
 
     onnx/vision_model.onnx      pixel_values -> image_embeds
     onnx/text_model.onnx        input_ids (and attention_mask) -> text_embeds
-    preprocessor_config.json    what is done to an image first
+    preprocessor_config.json    how an image becomes pixel_values
     tokenizer.json              how a text becomes input_ids
 
-Both ONNX files may come in several precisions (`vision_model_fp16.onnx`); the fullest is used. Weights of
-more than 2 GB lie in a file beside (`vision_model.onnx_data`).
+Either ONNX file may come in several precisions (`vision_model_fp16.onnx`); the highest is used. Weights
+of more than 2 GB are in a separate file (`vision_model.onnx_data`).
 """
 
 from __future__ import annotations
@@ -22,9 +22,9 @@ from laion_assets.io.checksums import fingerprint
 from laion_assets.io.errors import InputError
 from laion_assets.io.text import json_object
 
-MODEL = "model"  # the parameter that names the folder
+MODEL = "model"  # the setting that errors name
 VISION, TEXT = "vision_model", "text_model"
-PRECISIONS = ("", "_fp16", "_quantized", "_int8", "_uint8", "_q4f16", "_q4", "_bnb4")  # fullest first
+PRECISIONS = ("", "_fp16", "_quantized", "_int8", "_uint8", "_q4f16", "_q4", "_bnb4")  # highest first
 PREPROCESSOR, TOKENIZER, TOKENIZER_CONFIG = (
     "preprocessor_config.json",
     "tokenizer.json",
@@ -32,8 +32,8 @@ PREPROCESSOR, TOKENIZER, TOKENIZER_CONFIG = (
 )
 CONFIG = "config.json"
 CONFIGS = (PREPROCESSOR, TOKENIZER, TOKENIZER_CONFIG, CONFIG)
-# Part of every fingerprint: raise it when the same model should give other vectors, such as after a
-# change of how images are decoded.
+# Part of every fingerprint. Increment it if the same model now gives other vectors, for example after a
+# change to image decoding.
 EMBEDDING_VERSION = 1
 
 
@@ -42,10 +42,10 @@ class ModelFiles:
     """The files of a model that are used.
 
     Attributes:
-        folder: that they lie in.
-        vision: name of the image model in it.
-        text: name of the text model; None where there is none.
-        names: of all files that play a part, sorted.
+        folder: the folder that holds them.
+        vision: name of the image model.
+        text: name of the text model; None if the model has none.
+        names: sorted names of all files in use.
 
     """
 
@@ -55,12 +55,12 @@ class ModelFiles:
     names: tuple[str, ...]
 
     def path(self, name: str) -> Path:
-        """Where a file is."""
+        """Return the path of a file."""
         return self.folder / name
 
     @property
     def fingerprint(self) -> str:
-        """Changes with the content of any file that plays a part; 16 hexadecimal digits."""
+        """A hash of the contents of all files in use; 16 hexadecimal digits."""
         files = [("embedding version", EMBEDDING_VERSION, "")]
         for name in self.names:
             stat = self.path(name).stat()
@@ -73,7 +73,7 @@ def find_model(folder: Path) -> ModelFiles:
     """Find the files of a model in a local folder.
 
     Raises:
-        InputError: no such folder, no image model in it, or no preprocessor_config.json.
+        InputError: the folder does not exist, or lacks an image model or preprocessor_config.json.
 
     """
     if not folder.is_dir():
@@ -85,7 +85,7 @@ def find_model(folder: Path) -> ModelFiles:
 
 
 def published_name(files: ModelFiles) -> str | None:
-    """Return the name that a model's config.json records; None without one."""
+    """Return the name that a model's config.json records, or None."""
     if CONFIG not in files.names:
         return None
     try:
@@ -100,15 +100,15 @@ def published_name(files: ModelFiles) -> str | None:
 
 
 def choose_files(folder: Path, names: Iterable[str], where: str) -> ModelFiles:
-    """Choose of all files of a folder those that are used.
+    """Choose the files to use from all files of a folder.
 
     Args:
-        folder: that they lie in.
-        names: of all its files, relative to it.
+        folder: the folder that holds the files.
+        names: paths of all its files, relative to it.
         where: the folder or URL that errors name.
 
     Raises:
-        InputError: no image model among them, or no preprocessor_config.json.
+        InputError: there is no image model or no preprocessor_config.json.
 
     """
     there = set(names)

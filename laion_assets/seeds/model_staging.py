@@ -1,4 +1,4 @@
-"""Copies of models on the local disk: only the files that are used, each verified by its checksum."""
+"""Local copies of remote models: only the files in use, each verified by its checksum."""
 
 from __future__ import annotations
 
@@ -30,24 +30,24 @@ RECORD = "staged.json"
 LOCK = ".lock"
 READ_AT_ONCE = 8 << 20  # bytes of one request
 REQUESTS_AT_ONCE = 8
-SPARE = 64 << 20  # bytes that stay free on the disk
+SPARE = 64 << 20  # bytes left free on the disk
 
 
 def stage_model(uri: str, cache_dir: Path, log: Callable[[str], None]) -> Path:
     """Return a local folder with the files of a model.
 
-    A folder on the local disk is used in place. Of any other only the files that are used are copied to a
-    folder below `cache_dir`, each verified by its size, and by its checksum where the source keeps one. A
-    copy whose source has not changed is verified by its checksums and kept. It is also kept where the
-    source cannot be reached.
+    A local folder is used in place. From a remote folder, only the files in use are copied to a folder
+    below `cache_dir`. Each is verified by its size, and by its checksum if the source stores one. An
+    existing copy is verified by its checksums and kept if the source is unchanged or cannot be reached.
 
     Args:
         uri: a local path or any fsspec URL.
-        cache_dir: holds the copies of all models.
-        log: takes lines of text.
+        cache_dir: folder for the copies of all models.
+        log: called with each log line.
 
     Raises:
-        InputError: no model there, no access to it, no room, or a file that is not what the source says.
+        InputError: the model does not exist or cannot be accessed, the disk is full, or a copied file has
+            the wrong size or checksum.
 
     """
     if on_this_machine(uri):
@@ -61,7 +61,7 @@ def stage_model(uri: str, cache_dir: Path, log: Callable[[str], None]) -> Path:
         except Exception as error:
             if not staged or not _is_whole(folder, staged):
                 raise
-            log(f"{uri} cannot be reached ({first_line(error)}): its staged copy is used")
+            log(f"{uri} cannot be reached ({first_line(error)}): using its staged copy")
             return folder
         source.copy_to(folder, staged, log)
     return folder
@@ -73,7 +73,7 @@ class _StagedFile:
 
     Attributes:
         size: bytes.
-        version: identifies the version of the source file.
+        version: version of the source file.
         checksum: crc32c of the bytes, base64.
 
     """
@@ -85,13 +85,13 @@ class _StagedFile:
 
 @dataclass(frozen=True, slots=True)
 class _SourceFile:
-    """A file of a model that is somewhere else.
+    """A file of a remote model.
 
     Attributes:
-        path: for the file system it lies on.
+        path: path in its file system.
         size: bytes.
-        version: see `_StagedFile`.
-        checksum: crc32c of the content, base64; None if the source keeps none.
+        version: version of the file, compared with `_StagedFile.version`.
+        checksum: crc32c of the content, base64; None if the source stores none.
 
     """
 
@@ -110,7 +110,7 @@ class _Source:
         try:
             with reaching(uri, MODEL):
                 listed = {file.name: file for file in list_files(self._fs, root)}
-                if not listed:  # listing all files below ignores errors
+                if not listed:  # a recursive listing ignores errors
                     with suppress(FileNotFoundError):
                         self._fs.ls(root)
                 chosen = choose_files(Path(), listed, uri).names
@@ -125,12 +125,12 @@ class _Source:
             ) from error
 
     def _source_file(self, listed: Listed) -> _SourceFile:
-        """Read what not every listing holds: size and version."""
+        """Look up size and version, which some listings omit."""
         info = self._fs.info(listed.path)
         if info["size"] is None:
             raise InputError(
-                f"{listed.name} of the model {self._uri} comes without its size: download the model, and "
-                "name the local folder",
+                f"the size of {listed.name} of the model {self._uri} is not reported: download the model "
+                "and name the local folder",
                 MODEL,
             )
         version = listed.checksum or hashlib.sha256(str(sorted(info.items())).encode()).hexdigest()
@@ -139,14 +139,14 @@ class _Source:
     def copy_to(
         self, folder: Path, staged: Mapping[str, _StagedFile], log: Callable[[str], None]
     ) -> None:
-        """Copy what has changed; each file is recorded once it is whole, and old ones are removed."""
+        """Copy changed files, record each one once it is complete, and remove old ones."""
         kept = {name: file for name, file in staged.items() if self._is_current(folder, name, file)}
         missing = {name: file for name, file in self._files.items() if name not in kept}
         total = sum(file.size for file in missing.values())
         free = shutil.disk_usage(folder).free
         if total + SPARE > free:
             raise InputError(
-                f"the model {self._uri} takes {total:,} bytes and {folder} has {free:,} free: make room",
+                f"the model {self._uri} needs {total:,} bytes and {folder} has {free:,} free: make room",
                 "cache_dir",
             )
         _record(folder, self._uri, kept)
@@ -176,14 +176,14 @@ class _Source:
             found = checksum_text(checksum)
             if size != file.size or file.checksum not in (None, found):
                 raise InputError(
-                    f"{name} of the model {self._uri} came with {size:,} bytes and checksum {found} "
+                    f"{name} of the model {self._uri} was read with {size:,} bytes and checksum {found} "
                     f"instead of {file.size:,} and {file.checksum or 'any'}: try again",
                     MODEL,
                 )
         return _StagedFile(size, file.version, found)
 
     def _pieces(self, name: str) -> Iterator[bytes]:
-        """Read a file in order, several requests at a time."""
+        """Read a file in order, with several requests at a time."""
         path, size = self._files[name].path, self._files[name].size
         at_once = READ_AT_ONCE * REQUESTS_AT_ONCE
         for first in range(0, size, at_once):
@@ -211,7 +211,7 @@ def _is_whole(folder: Path, files: Mapping[str, _StagedFile]) -> bool:
 
 
 def _staged(folder: Path, uri: str) -> dict[str, _StagedFile]:
-    """Return what the record of a copy says; nothing where there is none, or a damaged one."""
+    """Return the files in the record of a copy; empty if the record is missing or damaged."""
     try:
         record: dict[str, Any] = json.loads((folder / RECORD).read_bytes())
         files = {name: _StagedFile(**file) for name, file in record["files"].items()}
@@ -228,7 +228,7 @@ def _record(folder: Path, uri: str, files: Mapping[str, _StagedFile]) -> None:
 
 @contextmanager
 def _alone(folder: Path, log: Callable[[str], None]) -> Iterator[None]:
-    """Keep other processes that stage the same model out."""
+    """Keep out other processes that stage the same model."""
     with (folder / LOCK).open("ab") as file:
         lock_exclusively(
             file, lambda: log(f"waiting for another process that stages the same model to {folder}")

@@ -1,6 +1,6 @@
-"""RGB images become the pixel array that a model takes, as its preprocessor_config.json says.
+"""Convert RGB images to a model's pixel array, as its preprocessor_config.json specifies.
 
-The results are those of transformers' own image processors, bit for bit, except for very long images.
+The results equal those of transformers' image processors bit for bit, except for very long images.
 """
 
 from __future__ import annotations
@@ -21,9 +21,9 @@ from laion_assets.seeds.model_folder import MODEL
 CLIP_MEAN, CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
 HALF = (0.5, 0.5, 0.5)
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
-LONGEST_RESIZED = 16_000_000  # pixels; of an image that resizes to more, only what is kept is resized
-MAX_EDGE = 4096  # of what a model takes
-# Beyond these, images become constant or infinite. Means and deviations may be of values up to 255.
+LONGEST_RESIZED = 16_000_000  # pixels; if an image resizes to more, only the cropped part is resized
+MAX_EDGE = 4096  # pixels of a model's input
+# Outside these bounds, images become constant or infinite. Means and deviations may be on a 0-255 scale.
 FACTORS, MEANS, DEVIATIONS = (1e-6, 1), (-1000, 1000), (1e-3, 1000)
 
 _CLIP = {
@@ -54,8 +54,8 @@ DEFAULTS: Mapping[str, Mapping[str, Any]] = {
     "ViT": _VIT,
     "DeiT": _DEIT,
 }
-"""What a configuration leaves out, by the kind of its processor. A `size` of one number is the shortest
-edge where the default names one, and a square otherwise."""
+"""Defaults for missing entries, by kind of processor. A `size` of one number is the shortest edge if the
+default names one, and a square otherwise."""
 SUFFIXES = ("ImageProcessorFast", "ImageProcessorPil", "ImageProcessor", "FeatureExtractor")
 UNSUPPORTED = ("do_pad", "rescale_offset", "do_color_quantize", "do_flip_channel_order")
 SWITCHES = ("do_resize", "do_center_crop", "do_rescale", "do_normalize", *UNSUPPORTED)
@@ -66,10 +66,10 @@ class Preprocessing:
     """Resize, centre crop, rescale and normalise.
 
     Attributes:
-        resize: the length of the shortest edge, or (height, width); None leaves the size.
-        resample: the filter.
-        crop: (height, width); None leaves all of it.
-        values: (3, 256) float32, what each value of each channel becomes.
+        resize: the length of the shortest edge, or (height, width); None keeps the size.
+        resample: the resampling filter.
+        crop: (height, width); None does not crop.
+        values: (3, 256) float32 lookup table with the result for each value of each channel.
 
     """
 
@@ -80,9 +80,9 @@ class Preprocessing:
 
     @property
     def size(self) -> tuple[int, int]:
-        """(height, width) of every result."""
+        """(height, width) of the result."""
         size = self.crop or self.resize
-        assert isinstance(size, tuple)  # noqa: S101 - seen to where it is read
+        assert isinstance(size, tuple)  # noqa: S101 - checked when it is parsed
         return size
 
     def resized(self, width: int, height: int) -> tuple[int, int]:
@@ -96,7 +96,7 @@ class Preprocessing:
         return (self.resize, longer) if width <= height else (longer, self.resize)
 
     def __call__(self, image: Image.Image) -> Floats:
-        """Return the (3, height, width) float32 that the model takes of an RGB image."""
+        """Return an RGB image as the model's input, (3, height, width) float32."""
         pixels = np.asarray(self._cut(image))
         made = np.empty((3, *self.size), np.float32)
         for channel in range(3):
@@ -108,7 +108,7 @@ class Preprocessing:
         if self.crop is None:
             return image.resize((width, height), self.resample)
         left, top = (width - self.crop[1]) // 2, (height - self.crop[0]) // 2
-        box = (left, top, left + self.crop[1], top + self.crop[0])  # beyond the image lies black
+        box = (left, top, left + self.crop[1], top + self.crop[0])  # pixels outside the image are black
         if width * height > LONGEST_RESIZED:
             return self._resized_part(image, (width, height), box)
         return image.resize((width, height), self.resample).crop(box)
@@ -116,7 +116,7 @@ class Preprocessing:
     def _resized_part(
         self, image: Image.Image, size: tuple[int, int], box: tuple[int, int, int, int]
     ) -> Image.Image:
-        """Resize only what lies in a box of the resized image."""
+        """Resize only the part that falls into a box of the resized image."""
         inside = (max(box[0], 0), max(box[1], 0), min(box[2], size[0]), min(box[3], size[1]))
         across, down = image.width / size[0], image.height / size[1]
         part = image.resize(
@@ -133,7 +133,7 @@ def read_preprocessing(path: Path) -> Preprocessing:
     """Read a preprocessor_config.json.
 
     Raises:
-        InputError: not JSON, a kind of processor or a step that is not supported, or a wrong value.
+        InputError: the file is not JSON, has a wrong value, or needs an unsupported processor or step.
 
     """
     try:
@@ -149,15 +149,15 @@ def read_preprocessing(path: Path) -> Preprocessing:
     if defaults is None:
         _refuse(
             path,
-            f"is for the image processor {printable(str(kind))}, which is not supported (supported are "
-            f"those of {', '.join(DEFAULTS)}): use another model",
+            f"is for the image processor {printable(str(kind))}, which is not supported (supported: "
+            f"{', '.join(DEFAULTS)}): use another model",
         )
     for switch in SWITCHES:
         if not isinstance(config.get(switch), bool | None):
-            _refuse(path, f"has {switch} {config[switch]!r}: it has to be true or false")
+            _refuse(path, f"has {switch} {config[switch]!r}: it must be true or false")
     for step in UNSUPPORTED:
         if config.get(step):
-            _refuse(path, f"asks for {step}, which is not supported: use another model")
+            _refuse(path, f"requires {step}, which is not supported: use another model")
     return _parsed(path, {**defaults, **{k: v for k, v in config.items() if v is not None}}, defaults)
 
 
@@ -175,13 +175,13 @@ def _parsed(path: Path, config: Mapping[str, Any], defaults: Mapping[str, Any]) 
     if isinstance(crop, int) or not isinstance(crop or resize, tuple):
         _refuse(
             path,
-            "leaves images of different sizes, which cannot be embedded together: it has to name a "
+            "results in images of different sizes, which cannot be embedded together: it must set "
             "crop_size, or the height and width of size",
         )
     filters: list[Any] = [each.value for each in Image.Resampling]
     resample = config["resample"]
     if isinstance(resample, bool) or resample not in filters:
-        _refuse(path, f"has resample {resample!r}, which is no filter of Pillow's: correct it")
+        _refuse(path, f"has resample {resample!r}, which is not a Pillow filter: correct it")
     return Preprocessing(resize, Image.Resampling(resample), crop, _values(path, config))
 
 
@@ -199,7 +199,7 @@ def _size(path: Path, name: str, value: Any, square: bool) -> int | tuple[int, i
     if edges is None or not all(_is_edge(edge) for edge in edges):
         _refuse(
             path,
-            f"has {name} {value!r}: it has to be a number of pixels up to {MAX_EDGE:,}, a shortest_edge, "
+            f"has {name} {value!r}: it must be a number of pixels up to {MAX_EDGE:,}, a shortest_edge, "
             "or a height and a width",
         )
     return edges[0] if len(edges) == 1 else tuple(edges)
@@ -210,7 +210,7 @@ def _is_edge(value: Any) -> bool:
 
 
 def _values(path: Path, config: Mapping[str, Any]) -> Floats:
-    """Rescale and normalise every value that a channel can have, as transformers does."""
+    """Rescale and normalise each possible value of a channel, as transformers does."""
     values = np.tile(np.arange(256, dtype=np.float64), (3, 1))
     if config.get("do_rescale", True):
         values *= _numbers(path, "rescale_factor", config.get("rescale_factor", 1 / 255), FACTORS)
@@ -225,13 +225,13 @@ def _values(path: Path, config: Mapping[str, Any]) -> Floats:
 def _numbers(
     path: Path, name: str, value: Any, bounds: tuple[float, float]
 ) -> np.ndarray[Any, np.dtype[np.float64]]:
-    """Read one number for all channels, or one for each, as a column of one or three."""
+    """Read one number for all channels or one per channel, as a column of one or three."""
     each = value if isinstance(value, list | tuple) else (value,)
     low, high = bounds
     if len(each) not in (1, 3) or not all(_is_number(n) and low <= n <= high for n in each):
         _refuse(
             path,
-            f"has {name} {value!r}: it has to be a number from {low:g} to {high:g}, or one for each of 3 "
+            f"has {name} {value!r}: it must be a number from {low:g} to {high:g}, or one for each of 3 "
             "channels",
         )
     return np.array(each, np.float64)[:, None]

@@ -1,4 +1,4 @@
-"""Prompts become unit vectors: one a line of a text file, cut into tokens as CLIP does."""
+"""Embed prompts, one per line of a text file, as unit vectors; they are tokenized as CLIP does."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ CONTROL = re.compile(r"[\0-\x08\x0a-\x1f\x7f-\x9f]")
 BATCH = 32
 CLIP_CONTEXT = 77  # tokens
 CLIP_PADDING = "<|endoftext|>"
-MAX_CONTEXT = 1 << 16  # more stands for "no limit"
+MAX_CONTEXT = 1 << 16  # larger values mean "no limit"
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,8 +33,8 @@ class Prompt:
     """A prompt.
 
     Attributes:
-        line: of the file, from 1.
-        text: without white space around it.
+        line: line number in the file, from 1.
+        text: the prompt without leading and trailing white space.
 
     """
 
@@ -47,9 +47,9 @@ class CutPrompt:
     """A prompt that is longer than the model reads.
 
     Attributes:
-        line: of the file.
-        tokens: that it has.
-        read: tokens of them that the model reads.
+        line: line number in the file, from 1.
+        tokens: number of tokens in the prompt.
+        read: number of tokens that the model reads.
 
     """
 
@@ -58,7 +58,7 @@ class CutPrompt:
     read: int
 
     def __str__(self) -> str:
-        return f"line {self.line} has {self.tokens:,} tokens, of which the model reads {self.read}"
+        return f"line {self.line} has {self.tokens:,} tokens, but the model reads only {self.read}"
 
 
 @dataclass(frozen=True, eq=False)
@@ -67,7 +67,7 @@ class EmbeddedPrompts:
 
     Attributes:
         vectors: (n, d) float32 rows of length 1.
-        cut: those of which the model reads only the beginning.
+        cut: prompts that are longer than the model reads.
 
     """
 
@@ -76,14 +76,14 @@ class EmbeddedPrompts:
 
 
 def read_prompts(data: bytes, name: str = PROMPTS_FILE) -> tuple[Prompt, ...]:
-    """Read prompts: UTF-8, one a line; empty lines and those that start with "#" are left out.
+    """Read prompts: UTF-8, one per line; empty lines and lines that start with "#" are skipped.
 
     Args:
-        data: the file.
-        name: of the file, for people.
+        data: the file's content.
+        name: the file's name in messages.
 
     Raises:
-        InputError: it is not UTF-8, or a prompt holds a control character other than a tab.
+        InputError: the file is not UTF-8, or a prompt contains a control character other than a tab.
 
     """
     if data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
@@ -102,7 +102,7 @@ def read_prompts(data: bytes, name: str = PROMPTS_FILE) -> tuple[Prompt, ...]:
     for prompt in prompts:
         if control := CONTROL.search(prompt.text):
             raise InputError(
-                f"{name} line {prompt.line} holds the control character U+{ord(control[0]):04X}: remove "
+                f"{name} line {prompt.line} has the control character U+{ord(control[0]):04X}: remove "
                 "it, or save the file as UTF-8 if it is UTF-16"
             )
     return prompts
@@ -114,13 +114,13 @@ def embed_prompts(
     """Embed prompts.
 
     Args:
-        model: that embeds.
-        prompts: n of them.
-        batch: that the model takes at a time.
-        name: of the file that they are from, for people.
+        model: embeds the prompts.
+        prompts: n prompts.
+        batch: number of prompts per call of the model.
+        name: the name of their file in messages.
 
     Raises:
-        InputError: the model knows no texts, or answers one with NaN, infinity or zeros.
+        InputError: the model has no text model, or returns NaN, infinity or zeros for a prompt.
 
     """
     tokens = PromptTokens(model)
@@ -148,10 +148,10 @@ def embed_prompts(
 
 
 class PromptTokens:
-    """Cuts texts into the tokens that a model takes.
+    """Tokenizes texts for a model.
 
     Attributes:
-        context_length: tokens of every row.
+        context_length: number of tokens per row.
 
     """
 
@@ -159,14 +159,14 @@ class PromptTokens:
         """Read the tokenizer of a model.
 
         Raises:
-            InputError: the model knows no texts, or its tokenizer.json is missing or damaged.
+            InputError: the model has no text model, or its tokenizer.json is missing or damaged.
 
         """
         fixed = model.text.context_length
         folder = model.files.folder
         if TOKENIZER not in model.files.names:
             raise InputError(
-                f"the model {folder} has no {TOKENIZER}, which cuts prompts into tokens: copy it from "
+                f"the model {folder} has no {TOKENIZER}, which tokenizes prompts: copy it from "
                 "where the model was published, or remove the prompts",
                 MODEL,
             )
@@ -179,7 +179,7 @@ class PromptTokens:
                 MODEL,
             ) from error
         config = _json(folder / TOKENIZER_CONFIG)
-        # Encode without truncation, so that cut prompts can be reported.
+        # Encode without truncation, so that overlong prompts can be reported.
         truncation = self._tokenizer.truncation or {}
         self.context_length: int = fixed or _context_length(folder, config, truncation)
         self._padding = _padding(self._tokenizer, config)
@@ -187,7 +187,7 @@ class PromptTokens:
         self._tokenizer.no_padding()
 
     def of(self, texts: Sequence[str]) -> tuple[Ids, Ids, list[int]]:
-        """Return ids and mask, (n, context length) int64, and how many tokens each text has in full."""
+        """Return ids and mask, (n, context length) int64, and each text's full number of tokens."""
         encoded = self._tokenizer.encode_batch(list(texts))
         ids = np.full((len(texts), self.context_length), self._padding, np.int64)
         mask = np.zeros_like(ids)
@@ -197,7 +197,7 @@ class PromptTokens:
         return ids, mask, [len(encoding) for encoding in encoded]
 
     def _cut(self, encoding: Encoding) -> list[int]:
-        """Cut as CLIP does: the token that ends a text stays."""
+        """Truncate as CLIP does: keep the token that ends a text."""
         ids: list[int] = encoding.ids
         if len(ids) <= self.context_length:
             return ids
@@ -221,7 +221,7 @@ def _context_length(folder: Path, config: Mapping[str, Any], truncation: Mapping
 
 
 def _padding(tokenizer: Tokenizer, config: Mapping[str, Any]) -> int:
-    """Return the id of the token that fills a row up."""
+    """Return the id of the padding token."""
     if tokenizer.padding:
         return int(tokenizer.padding["pad_id"])
     token = config.get("pad_token") or CLIP_PADDING
@@ -230,7 +230,7 @@ def _padding(tokenizer: Tokenizer, config: Mapping[str, Any]) -> int:
 
 
 def _json(path: Path) -> dict[str, Any]:
-    """Read an object that need not be there."""
+    """Read a JSON object; empty if the file does not exist."""
     if not path.exists():
         return {}
     try:

@@ -1,4 +1,4 @@
-"""Read vectors from the content of one seed file; `READERS` has one function per kind of file."""
+"""Read vectors from the content of one seed file; `READERS` has one function per file type."""
 
 from __future__ import annotations
 
@@ -20,16 +20,16 @@ Columns: TypeAlias = Mapping[str, pa.ChunkedArray]
 
 
 def read_npy(data: bytes) -> tuple[Any, Columns]:
-    """Read one vector, or a matrix of them. Pickled objects are never loaded.
+    """Read a .npy file: one vector or a matrix of vectors. Pickled objects are never loaded.
 
     Args:
         data: the file's content.
 
     Returns:
-        The array as stored, a vector as a matrix of one row; no columns.
+        The array as stored, with a single vector as a matrix of one row; no columns.
 
     Raises:
-        UnusableFileError: not a complete .npy file of a plain array.
+        UnusableFileError: the content is not a complete .npy file of a plain array.
 
     """
     try:
@@ -44,16 +44,16 @@ def read_npy(data: bytes) -> tuple[Any, Columns]:
 
 
 def read_parquet(data: bytes) -> tuple[Any, Columns]:
-    """Read a column of embeddings, and the columns that tables of seeds carry.
+    """Read a Parquet file: its column of embeddings, and the columns that seed tables keep.
 
     Args:
         data: the file's content.
 
     Returns:
-        (n, d) vectors as stored; `url`, `caption` and `thumbnail` where the file has them.
+        (n, d) vectors as stored; the columns `url`, `caption` and `thumbnail` that the file has.
 
     Raises:
-        UnusableFileError: not a complete Parquet file with a column of embeddings.
+        UnusableFileError: the content is not a complete Parquet file with a column of embeddings.
 
     """
     try:
@@ -83,8 +83,8 @@ def matrix_of(column: pa.ChunkedArray) -> Any:
     """Return a column of lists as a matrix (n, d) of its own dtype; null elements become NaN.
 
     Raises:
-        UnusableFileError: not lists of floating-point numbers, or lists that are missing or of
-            different lengths.
+        UnusableFileError: the column does not hold lists of floating-point numbers, or lists are missing
+            or differ in length.
 
     """
     kind = column.type

@@ -35,10 +35,10 @@ class SeedFile:
 
 
 class UnusableFileError(Exception):
-    """One file cannot be used. Each problem is a phrase that continues the file's name.
+    """One file cannot be used. Each problem is a phrase that follows the file's name.
 
     Attributes:
-        problems: such as "row 3 is all zeros".
+        problems: phrases such as "row 3 is all zeros".
 
     """
 
@@ -48,11 +48,13 @@ class UnusableFileError(Exception):
 
 
 def read_files(fs: Any, files: Sequence[SeedFile]) -> Iterator[tuple[SeedFile, bytes | OSError]]:
-    """Read files, many at once where they are remote; an unreadable file gives its error.
+    """Read files and yield each with its content, or with its error if it is unreadable.
+
+    Remote files are read concurrently.
 
     Args:
         fs: their file system.
-        files: in the order in which they are yielded.
+        files: the files, in the order to yield them.
 
     """
     unreadable = OSError if is_local(fs) else FileNotFoundError
@@ -67,10 +69,10 @@ def read_files(fs: Any, files: Sequence[SeedFile]) -> Iterator[tuple[SeedFile, b
 
 
 def verified(content: bytes | OSError, file: SeedFile) -> bytes:
-    """Return the content of a file.
+    """Return the content of a file if it is the one that was listed.
 
     Raises:
-        UnusableFileError: the file could not be read, or is not the one that was listed.
+        UnusableFileError: the file could not be read, or has changed since it was listed.
 
     """
     if isinstance(content, FileNotFoundError):
@@ -78,7 +80,7 @@ def verified(content: bytes | OSError, file: SeedFile) -> bytes:
     if isinstance(content, OSError):
         raise UnusableFileError(f"cannot be read ({first_line(content)})") from content
     if checksum_text(google_crc32c.Checksum(content)) != file.checksum:
-        raise UnusableFileError("changed while it was read; run again once it is complete")
+        raise UnusableFileError("changed while it was being read; run again once it is complete")
     return content
 
 

@@ -1,4 +1,4 @@
-"""The settings file of a seed set: size-limited YAML, plain data only, every name once."""
+"""The settings file of a seed set: size-limited YAML of plain data, with each name once."""
 
 from __future__ import annotations
 
@@ -16,17 +16,17 @@ MAX_SETTINGS_BYTES = 16 << 10
 
 
 def read_settings(uri: str, seed_set: SeedSet) -> dict[str, Any]:
-    """Read the settings that a set's own settings.yaml gives.
+    """Read a seed set's own settings.yaml.
 
     Args:
         uri: the folder of the seed sets.
-        seed_set: its listing.
+        seed_set: the listing of the set.
 
     Returns:
-        Values by name, neither of which is checked here; empty without such a file.
+        Values by name, both unchecked; empty if the set has no settings.yaml.
 
     Raises:
-        InputError: a YAML file of another name, one too large, or one that is not `name: value` lines.
+        InputError: a YAML file has another name, is too large, or does not hold `name: value` lines.
 
     """
     for file in seed_set.settings_files:
@@ -42,7 +42,7 @@ def _settings_in(uri: str, seed_set: SeedSet, file: SeedFile) -> dict[str, Any]:
     where = f"{seed_set.name}/{file.name}"
     if file.size > MAX_SETTINGS_BYTES:
         raise InputError(
-            f"{where} has {file.size:,} bytes, settings take {MAX_SETTINGS_BYTES:,} at most: shorten it"
+            f"{where} has {file.size:,} bytes, at most {MAX_SETTINGS_BYTES:,} are allowed: shorten it"
         )
     fs, _ = open_storage(uri, SEEDS_URI)
     try:

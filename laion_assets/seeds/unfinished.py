@@ -1,4 +1,4 @@
-"""Checkpoint vectors every few minutes, so that the next run can reuse them."""
+"""Checkpoint embedded images every few minutes, so that the next run can reuse them."""
 
 from __future__ import annotations
 
@@ -20,15 +20,15 @@ MODEL_KEY = "laion_assets.model"
 
 
 class UnfinishedImages:
-    """Images that were embedded for a table that is not written yet: Parquet files in a folder.
+    """Embedded images of an unfinished table, in Parquet files of one folder.
 
-    As a context manager it writes the last of them however the block ends. Runs may share a folder.
+    On leaving its context, even on an error, it writes the images that wait. Runs may share a folder.
 
     Args:
-        uri: of the folder, a local path or any fsspec URL; it need not exist.
+        uri: the folder, a local path or any fsspec URL; it need not exist.
         model: fingerprint of the model.
-        say: takes a line about each file that cannot be read.
-        seconds: that may be lost if the process is killed.
+        say: called with a line about each file that cannot be read.
+        seconds: most work that is lost if the process is killed.
 
     """
 
@@ -40,7 +40,7 @@ class UnfinishedImages:
         self._written = time.monotonic()
 
     def tables(self) -> list[pa.Table]:
-        """Read the images that the model embedded: `content`, `thumbnail` and `embedding`."""
+        """Read the images that this model embedded: `content`, `thumbnail` and `embedding`."""
         found = []
         for uri in self._files():
             try:
@@ -48,17 +48,17 @@ class UnfinishedImages:
                 if stored.footer.get(MODEL_KEY) == self._model:
                     found.append(stored.read())
             except InputError as error:
-                self._say(f"these images are embedded again: {error}")
+                self._say(f"embedding these images again: {error}")
         return found
 
     def keep(self, image: EmbeddedImage) -> None:
-        """Take an image, and write what waits if it has waited long enough."""
+        """Add an image, and write the waiting images if the last write is long enough ago."""
         self._waiting.append(image)
         if time.monotonic() - self._written >= self._seconds:
             self._write()
 
     def remove(self) -> None:
-        """Remove all files, once the table is written."""
+        """Remove all files; to be called once the table is written."""
         fs, _ = open_storage(self._uri, OUTPUT)
         for uri in self._files():
             with reaching(uri, OUTPUT):

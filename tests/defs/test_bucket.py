@@ -247,7 +247,7 @@ def test_a_set_of_thousands_of_files_is_read_many_at_a_time(
     fs.rm_file(f"{root}/8.npy")
     with pytest.raises(InputError) as caught:
         read_seeds(f"{new_bucket}/seeds", listed)
-    assert "many/7.npy changed while it was read" in str(caught.value)
+    assert "many/7.npy changed while it was being read" in str(caught.value)
     assert "many/8.npy cannot be read (it is gone)" in str(caught.value)
     assert [ticks.tick_and_work() for _ in range(2)] == [[], ["many"]]
     stored = StoredTable(f"{new_bucket}/output/seed_embeddings/many.parquet")

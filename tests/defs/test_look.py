@@ -137,7 +137,7 @@ def test_a_prompt_is_looked_for_with_a_model_of_texts(place, demo, tmp_path):
     assert named.rows["id"] == both.rows["id"]
     assert found.sheet == Path("data/look/a-red-green-house.png")
     long = look("house " * 100, place | {"LAION_MODEL": str(model)}, top=5, output="long.png")
-    assert "of which the model reads" in long.notes[0]
+    assert "but the model reads only" in long.notes[0]
     assert sheet(long.sheet).width > 1000
 
 

@@ -336,7 +336,7 @@ BAD = {
     "a web page": (b"\n<!DOCTYPE html><title>404</title>", "is a web page"),
     "HEIC": (b"\0\0\0\x18ftypheic\0\0\0\0mif1heic" + bytes(99), "is HEIC, which is not read"),
     "PDF": (b"%PDF-1.7\n", "is PDF"),
-    "random bytes": (np.random.default_rng(0).bytes(5000), "is no image"),
+    "random bytes": (np.random.default_rng(0).bytes(5000), "is not an image in a supported format"),
     "140 megapixels": (with_size(14_000, 10_000), "has 140 megapixels (14,000 x 10,000), at most 128"),
     "4 gigapixels": (with_size(1 << 16, 1 << 16), "has 4,295 megapixels, at most 128"),
 }

@@ -185,14 +185,14 @@ def test_an_image_that_is_gone_or_changed_since_it_was_listed_is_a_bad_one(new_b
     bad = read_seeds(uri, listed, model, max_bad_images=0.1).bad_images
     assert [image.name for image in bad] == ["7.png", "8.png"]
     assert "it is gone" in bad[0].reason
-    assert "changed while it was read" in bad[1].reason
+    assert "changed while it was being read" in bad[1].reason
 
 
 def test_prompts_that_cannot_be_read_are_named_before_anything_is_embedded(tmp_path):
     write(tmp_path / "set", {"prompts.txt": b"a cat"})
     listed = find_seed_set(str(tmp_path), "set")
     (tmp_path / "set" / "prompts.txt").write_bytes(b"a dog")
-    with pytest.raises(InputError, match=r"^set/prompts\.txt changed while it was read; run again"):
+    with pytest.raises(InputError, match=r"^set/prompts\.txt changed while it was being read; run again"):
         count_seeds(str(tmp_path), listed)
     (tmp_path / "set" / "prompts.txt").unlink()
     with pytest.raises(InputError, match=r"^set/prompts\.txt cannot be read \(it is gone\)"):

@@ -137,7 +137,7 @@ BROKEN = {
     ),
     "another input": (
         partial(with_content, "onnx/vision_model.onnx", vision_model(takes="image")),
-        "has the inputs image (tensor(float)) where pixel_values is needed",
+        "has the inputs image (tensor(float)), but pixel_values is needed",
     ),
     "one more input": (
         partial(
@@ -145,11 +145,11 @@ BROKEN = {
             "onnx/vision_model.onnx",
             vision_model(extra=[argument("input_ids", FLOAT, ("batch",))]),
         ),
-        "pixel_values (tensor(float)), input_ids (tensor(float)) where pixel_values is needed",
+        "pixel_values (tensor(float)), input_ids (tensor(float)), but pixel_values is needed",
     ),
     "another output": (
         partial(with_content, "onnx/vision_model.onnx", vision_model(gives="pooler_output")),
-        "has the outputs pooler_output (tensor(float)) where image_embeds is needed",
+        "has the outputs pooler_output (tensor(float)), but image_embeds is needed",
     ),
     "images of another size": (
         partial(
@@ -192,7 +192,7 @@ def test_a_folder_that_is_not_there_is_named(tmp_path):
             "ConvNextImageProcessor, which is not supported",
         ),
         ({"image_processor_type": None}, "image processor none"),
-        ({"size": {"shortest_edge": 8}}, "leaves images of different sizes"),
+        ({"size": {"shortest_edge": 8}}, "results in images of different sizes"),
         ({"size": {"longest_edge": 8}}, "has size {'longest_edge': 8}"),
         ({"size": {"height": 8, "width": 1 << 20}}, "up to 4,096"),
         ({"do_center_crop": True, "crop_size": "big"}, "has crop_size 'big'"),
@@ -205,15 +205,15 @@ def test_a_folder_that_is_not_there_is_named(tmp_path):
         ({"image_mean": ["0.5"] * 3}, "has image_mean ['0.5', '0.5', '0.5']"),
         ({"rescale_factor": 0}, "has rescale_factor 0"),
         ({"rescale_factor": -1}, "has rescale_factor -1"),
-        ({"rescale_factor": 255}, "has rescale_factor 255: it has to be a number from 1e-06 to 1"),
+        ({"rescale_factor": 255}, "has rescale_factor 255: it must be a number from 1e-06 to 1"),
         ({"rescale_factor": True}, "has rescale_factor True"),
         ({"resample": True}, "has resample True"),
-        ({"do_resize": "false"}, "has do_resize 'false': it has to be true or false"),
+        ({"do_resize": "false"}, "has do_resize 'false': it must be true or false"),
         ({"do_center_crop": 0}, "has do_center_crop 0"),
         ({"do_normalize": []}, "has do_normalize []"),
         ({"do_pad": "no"}, "has do_pad 'no'"),
         ({"rescale_factor": "1/255"}, "has rescale_factor '1/255'"),
-        ({"do_pad": True}, "asks for do_pad"),
+        ({"do_pad": True}, "requires do_pad"),
     ],
     ids=str,
 )
@@ -231,7 +231,7 @@ def test_a_gpu_is_used_where_there_is_one_and_missed_where_it_is_asked_for(tmp_p
     error = refusal(folder, device="cuda")
     assert "cannot use a GPU (it has AzureExecutionProvider, CPUExecutionProvider)" in str(error)
     assert error.about == "embed_device"
-    assert "'tpu' is no device: use one of auto, cpu, cuda" in str(refusal(folder, device="tpu"))
+    assert "'tpu' is not a device: use one of auto, cpu, cuda" in str(refusal(folder, device="tpu"))
 
 
 # --- staging --------------------------------------------------------------------------------------
@@ -301,7 +301,7 @@ def test_a_source_that_is_gone_leaves_the_copy_in_use(remote):
     folder = remote.stage()
     fsspec.filesystem("memory").rm("/", recursive=True)
     assert remote.stage() == folder
-    assert "its staged copy is used" in remote.lines[-1]
+    assert "using its staged copy" in remote.lines[-1]
 
 
 def test_a_source_without_a_model_is_named(tmp_path):

@@ -114,7 +114,7 @@ def test_prompts_become_unit_vectors_and_those_that_were_cut_are_told(tmp_path):
     assert embedded.vectors.dtype == np.float32
     np.testing.assert_allclose(np.linalg.norm(embedded.vectors, axis=1), 1, rtol=1e-6)
     assert embedded.cut == (CutPrompt(3, 402, 77),)
-    assert str(embedded.cut[0]) == "line 3 has 402 tokens, of which the model reads 77"
+    assert str(embedded.cut[0]) == "line 3 has 402 tokens, but the model reads only 77"
 
 
 def test_a_vector_does_not_depend_on_the_batch_or_on_what_else_is_in_it(tmp_path):
@@ -137,7 +137,7 @@ def test_no_prompts_are_no_vectors(tmp_path):
 
 
 def test_prompts_need_a_model_of_texts_and_its_tokenizer(tmp_path):
-    with pytest.raises(InputError, match=r"embeds images only, it has no onnx/text_model\.onnx"):
+    with pytest.raises(InputError, match=r"has no onnx/text_model\.onnx and embeds images only"):
         embed_prompts(Model(write_model(tmp_path)), [Prompt(1, "a cat")])
     model = Model(write_model(tmp_path, text=text_model(WORDS), tokenizer=False))
     with pytest.raises(InputError, match=r"has no tokenizer\.json"):
