@@ -1,6 +1,6 @@
 """An index on disk: the faiss file, its inverted lists, and the metadata of its rows.
 
-`open_folder` opens a local folder in place. Codes of rows become vectors with the index's `Decoder`.
+`open_folder` opens a local folder in place. The index's `Decoder` turns codes of rows into vectors.
 """
 
 from laion_assets.index.decoder import Decoder

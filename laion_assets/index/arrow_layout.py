@@ -1,7 +1,7 @@
-"""The byte layout of an Arrow IPC file: its record batches, and the bytes of some rows of a column.
+"""The byte layout of an Arrow IPC file: locates its record batches and the bytes of a column's rows.
 
-Specified in https://arrow.apache.org/docs/format/Columnar.html and in the flatbuffer schemas beside it,
-File.fbs and Message.fbs. Values are not decoded here.
+The layout is specified in https://arrow.apache.org/docs/format/Columnar.html and in the flatbuffer
+schemas File.fbs and Message.fbs. Values are not decoded here.
 """
 
 from __future__ import annotations
@@ -21,17 +21,17 @@ MAGIC = b"ARROW1"
 TAIL = len(MAGIC) + 4  # the footer's length precedes the last magic
 CONTINUATION = 0xFFFFFFFF  # begins a message since Arrow 0.15
 FOOTER_BLOCK = np.dtype([("offset", "<i8"), ("header", "<i4"), ("_", "<i4"), ("body", "<i8")])
-FOOTER_DICTIONARIES, FOOTER_BATCHES = 2, 3  # numbers of the fields in their tables
+FOOTER_DICTIONARIES, FOOTER_BATCHES = 2, 3  # field numbers in the flatbuffer tables
 MESSAGE_HEADER = 2
 BATCH_LENGTH, BATCH_COMPRESSION = 0, 3
 
 
 @dataclass(frozen=True)
 class Blocks:
-    """Where the messages of a file are.
+    """The locations of a file's messages.
 
     Attributes:
-        headers: (n, 2) starts and stops of the record batches' headers, in order of the rows.
+        headers: (n, 2) starts and stops of the record batches' headers, in row order.
         bodies: (n, 2) starts and stops of their bodies.
         dictionaries: ranges of all dictionaries.
 
@@ -43,7 +43,7 @@ class Blocks:
 
 
 def ends(size: int) -> Ranges:
-    """Return the first and last bytes of a file of `size` bytes: from them everything else is located."""
+    """Return the ranges at both ends of a file of `size` bytes, from which all others are located."""
     starts, stops = np.array([0, max(size - TAIL, 0)]), np.array([min(len(MAGIC), size), size])
     return ranges_of(starts, stops)
 
@@ -52,8 +52,8 @@ def footer(size: int, tail: bytes) -> Ranges:
     """Return the range from the footer to the end of the file.
 
     Args:
-        size: bytes of the file.
-        tail: its last bytes, as `ends` gives them.
+        size: size of the file in bytes.
+        tail: its last bytes, at the range returned by `ends`.
 
     """
     length = int(np.frombuffer(tail, "<i4", 1)[0]) if len(tail) == TAIL else 0
@@ -76,7 +76,7 @@ def blocks(footer: bytes) -> Blocks:
 
 
 def rows_and_compression(header: bytes) -> tuple[int, bool]:
-    """Read the number of rows from a record batch's header, and whether its body is compressed."""
+    """Read from a record batch's header its number of rows and whether its body is compressed."""
     start = 8 if _uint32(header, 0) == CONTINUATION else 4
     message = _table(header[start:], _uint32(header, start))
     position = message(MESSAGE_HEADER)
@@ -91,7 +91,7 @@ def _uint32(data: bytes, at: int) -> int:
 
 
 def _table(data: bytes, at: int) -> Callable[[int], int]:
-    """Return a function that gives the position of a field of a flatbuffer table, 0 if it is absent."""
+    """Return a function from a field of a flatbuffer table to its position, 0 if it is absent."""
     vtable = at - int(np.frombuffer(data, "<i4", 1, at)[0])
     size = int(np.frombuffer(data, "<u2", 1, vtable)[0])
 
@@ -114,14 +114,14 @@ def _blocks(footer: bytes, position: int) -> NDArray[np.void]:
 
 
 def row_spans(column: pa.Array, rows: Ids) -> Iterator[tuple[Ids, Ids]]:
-    """Yield the addresses of what describes some rows: validity, and numbers or offsets of text.
+    """Yield the addresses of some rows' validity bits, and of their numbers or text offsets.
 
-    For columns of numbers that is all; text itself follows with `value_spans`. Nested columns, and
-    views, of which Arrow cannot take rows, are read whole.
+    A column of numbers needs nothing else. The text of a text column is located by `value_spans`. Nested
+    columns and views are returned whole, because Arrow cannot take single rows of them.
 
     Args:
-        column: a column of a memory-mapped batch; only its addresses are used, nothing is read.
-        rows: (n,) rows of it.
+        column: a column of a memory-mapped batch; only its addresses are used, its data is not read.
+        rows: (n,) row numbers.
 
     Yields:
         (starts, stops), each (m,) addresses in memory.
@@ -134,14 +134,14 @@ def row_spans(column: pa.Array, rows: Ids) -> Iterator[tuple[Ids, Ids]]:
         starts = np.array([buffer.address for buffer in present], np.int64)
         yield starts, starts + np.array([buffer.size for buffer in present], np.int64)
         return
-    if buffers[0] is not None:  # validity: a bit a row
+    if buffers[0] is not None:  # validity: one bit per row
         yield _bytes_of(buffers[0], rows, rows + 1, 1)
     if bits:
         yield _bytes_of(buffers[1], rows, rows + (2 if _offset_type(kind) else 1), bits)
 
 
 def value_spans(column: pa.Array, rows: Ids) -> Iterator[tuple[Ids, Ids]]:
-    """Yield the addresses of the text of some rows, as `row_spans`, whose bytes must be present."""
+    """Yield the addresses of the text of some rows; the bytes at their `row_spans` must be present."""
     offset_type = _offset_type(column.type)
     if offset_type is None:
         return
@@ -153,12 +153,12 @@ def value_spans(column: pa.Array, rows: Ids) -> Iterator[tuple[Ids, Ids]]:
 
 
 def _bytes_of(buffer: pa.Buffer, first: Ids, stop: Ids, bits: int) -> tuple[Ids, Ids]:
-    """Return the addresses of the bytes that hold elements `first` to `stop`, of `bits` bits each."""
+    """Return the addresses of elements `first` to `stop`, each `bits` bits wide."""
     return buffer.address + first * bits // 8, buffer.address + (stop * bits + 7) // 8
 
 
 def _offset_type(kind: pa.DataType) -> type[np.signedinteger[Any]] | None:
-    """Return the type of the offsets in a column of text or binary; None for other columns."""
+    """Return the offset type of a text or binary column; None for other columns."""
     if pa.types.is_string(kind) or pa.types.is_binary(kind):
         return np.int32
     if pa.types.is_large_string(kind) or pa.types.is_large_binary(kind):
@@ -167,7 +167,7 @@ def _offset_type(kind: pa.DataType) -> type[np.signedinteger[Any]] | None:
 
 
 def _bits_of_an_element(kind: pa.DataType) -> int | None:
-    """Return the bits of an element of the second buffer; None where that is not an array of elements."""
+    """Return the bits per element of the second buffer; None if it is not an array of elements."""
     offset_type = _offset_type(kind)
     if offset_type is not None:
         return np.dtype(offset_type).itemsize * 8

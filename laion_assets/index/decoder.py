@@ -1,7 +1,7 @@
 """Turn codes into vectors without the index.
 
-A *code* is a row as the index stores it. For an (OPQ +) IVF + PQ index it is the number of the row's
-inverted list followed by its PQ code (131 bytes a row for LAION-5B). For any other index it is the
+A *code* is a row as the index stores it. In an (OPQ +) IVF + PQ index it is the number of the row's
+inverted list followed by its PQ code (131 bytes per row for LAION-5B). In any other index it is the
 vector itself.
 """
 
@@ -16,16 +16,16 @@ import numpy as np
 from laion_assets.io.arrays import Bytes, Floats, Ids
 from laion_assets.io.parallel import one_blas_thread
 
-ORTHONORMAL = 1e-4  # largest deviation from orthonormality of a matrix that faiss trained to have it
+ORTHONORMAL = 1e-4  # largest deviation from orthonormality of an orthonormal matrix trained by faiss
 
 
 class Decoder:
-    """Turns codes into vectors. It can be restricted to a few lists, and is then small.
+    """Turns codes into vectors. A decoder restricted to a few lists is small.
 
     Args:
-        index: an empty faiss index that decodes; None where codes are vectors.
+        index: an empty faiss index that decodes; None if codes are vectors.
         lists: (n,) ascending numbers of the inverted lists whose centres the index holds.
-        dimension: of the vectors.
+        dimension: dimension of the vectors.
 
     """
 
@@ -40,7 +40,7 @@ class Decoder:
 
         Args:
             index: the faiss index.
-            lists: (n,) ascending.
+            lists: (n,) ascending numbers of the lists.
 
         """
         ivf = faiss.downcast_index(faiss.extract_index_ivf(index))
@@ -50,7 +50,7 @@ class Decoder:
         return cls(_emptied(index, centres), lists, index.d)
 
     def decode(self, codes: Bytes) -> Floats:
-        """Return (n, dimension) float32 vectors for (n, code size) codes, not normalised."""
+        """Decode (n, code size) codes to (n, dimension) float32 vectors, not normalised."""
         if self._index is None:
             return np.ascontiguousarray(codes).view(np.float32)
         vectors: Floats = self._index.sa_decode(self._renumbered(codes))
@@ -60,8 +60,8 @@ class Decoder:
         """Return vectors with the same inner products as the decoded ones, for a third of the work.
 
         Decoding ends with the transpose of OPQ's matrix A, (m, d) with orthonormal columns if m >= d, or
-        orthonormal rows. Inner products do not need it: A'y . A'z = y . AA'z, and AA' only removes from
-        z the directions orthogonal to A's columns, of which there are few (LAION-5B: 128 of 896).
+        orthonormal rows otherwise. Inner products do not need it: A'y . A'z = y . AA'z, and AA' only
+        removes from z the few directions orthogonal to A's columns (LAION-5B: 128 of 896).
 
         Args:
             codes: (n, code size).
@@ -83,14 +83,14 @@ class Decoder:
             return _orthogonal_directions(self._index)
 
     def _renumbered(self, codes: Bytes) -> Bytes:
-        """Replace the list numbers in codes by the rows of the centres that this decoder holds."""
+        """Replace the list numbers in codes by the row numbers of this decoder's centres."""
         ivf = faiss.extract_index_ivf(self._index)
         width = codes.shape[1] - ivf.code_size
         rows = np.searchsorted(self._lists, list_numbers(codes, width))
         return np.hstack([list_bytes(rows, ivf.coarse_code_size()), codes[:, width:]])
 
     def merged(self, other: Decoder) -> Decoder:
-        """Return a decoder for the codes of both; both must come from the same index."""
+        """Return a decoder for the codes of both decoders, which must come from the same index."""
         if self._index is None:
             return self
         lists, first = np.unique(np.concatenate([self._lists, other._lists]), return_index=True)
@@ -110,7 +110,7 @@ class Decoder:
 
     @classmethod
     def from_bytes(cls, data: bytes) -> Decoder:
-        """Read what `to_bytes` wrote."""
+        """Deserialise the output of `to_bytes`."""
         dimension, count = (int(number) for number in np.frombuffer(data, np.int64, 2))
         lists = np.frombuffer(data, np.int64, count, offset=16)
         body = np.frombuffer(data, np.uint8, offset=16 + lists.nbytes)
@@ -133,8 +133,8 @@ def _orthogonal_directions(index: Any) -> Floats | None:
     """Return the directions that the transpose of the index's linear transform maps to zero.
 
     Returns:
-        (m, max(m - d, 0)) orthonormal columns. None where the index does not have exactly one linear
-        transform, or one that changes inner products.
+        (m, max(m - d, 0)) orthonormal columns. None if the index does not have exactly one linear
+        transform, or if the transform changes inner products.
 
     """
     if not isinstance(index, faiss.IndexPreTransform) or index.chain.size() != 1:
@@ -155,7 +155,7 @@ def _orthogonal_directions(index: Any) -> Floats | None:
 
 
 def _emptied(index: Any, centres: Floats) -> Any:
-    """Return an index without rows that decodes the codes of the lists with these centres."""
+    """Return an index without rows that decodes codes of the lists with these centres."""
     ivf = faiss.downcast_index(faiss.extract_index_ivf(index))
     quantizer = faiss.IndexFlatIP(ivf.d)
     quantizer.add(centres)

@@ -1,4 +1,4 @@
-"""Open an index folder on the local disk where it is, without staging it."""
+"""Open an index folder on the local disk in place, without staging it."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -17,18 +17,18 @@ def open_folder(
 ) -> tuple[Index, Metadata]:
     """Open an index and its metadata, memory-mapped and read-only.
 
-    No checksum is verified, and nothing keeps others from changing the files meanwhile.
+    Checksums are not verified, and the files are not protected from changes by others.
 
     Args:
         path: the folder that holds `image.index` and, unless `metadata` is given, `metadata`.
-        metadata_columns: where to find `url` and `caption`, see `Metadata`.
-        metadata: the folder of the metadata, where it is another one.
+        metadata_columns: names of the columns for `url` and `caption`, see `Metadata`.
+        metadata: the folder of the metadata; by default `metadata` in `path`.
 
     Returns:
         The index, and the metadata of its rows.
 
     Raises:
-        InputError: no such folder, no index or metadata in it, or files that cannot be read.
+        InputError: the folder, the index or the metadata is missing, or a file cannot be read.
 
     """
     root = _folder(path, "index_uri")
@@ -50,5 +50,5 @@ def _folder(path: str | Path, about: str) -> Path:
 
 
 def _files(folder: Path) -> list[Path]:
-    """Return the files directly inside a folder; none where it is no folder."""
+    """Return the files directly inside a folder; none if it is not a folder."""
     return [path for path in folder.iterdir() if path.is_file()] if folder.is_dir() else []

@@ -1,4 +1,4 @@
-"""Where each inverted list lies in the file of on-disk lists."""
+"""Locate each inverted list in the file of on-disk lists."""
 
 from __future__ import annotations
 
@@ -29,14 +29,14 @@ MOST_AHEAD = 2 << 30  # bytes of lists that are read before they are searched
 
 @dataclass(frozen=True)
 class InvertedLists:
-    """The location of every list in its file. A list holds all its codes, then all its ids.
+    """The location of each list in the file. A list holds all its codes, then all its ids.
 
     Attributes:
         path: the file.
         offset: (lists,) first byte of each list.
-        capacity: (lists,) rows that each list has room for.
-        size: (lists,) rows in each list.
-        code_size: bytes of a code.
+        capacity: (lists,) number of rows that each list has room for.
+        size: (lists,) number of rows in each list.
+        code_size: size of a code in bytes.
 
     """
 
@@ -48,7 +48,7 @@ class InvertedLists:
 
     @classmethod
     def read(cls, ivf: Any, path: Path) -> InvertedLists | None:
-        """Read the table of the lists from an IVF index; None where its lists are not on disk."""
+        """Read the locations from an IVF index; None if its lists are not on disk."""
         stored = faiss.downcast_InvertedLists(ivf.invlists)
         if not isinstance(stored, faiss.OnDiskInvertedLists):
             return None
@@ -58,11 +58,11 @@ class InvertedLists:
 
     @property
     def end(self) -> int:
-        """Bytes that the file must have."""
+        """The size that the file must have at least, in bytes."""
         return int((self.offset + self.capacity * (self.code_size + ID_SIZE)).max(initial=0))
 
     def check_size(self) -> None:
-        """Compare the file's size with the table: a read past the end would kill the process.
+        """Check that the file is long enough: a read past the end would kill the process.
 
         Raises:
             InputError: the file is too short.
@@ -80,8 +80,8 @@ class InvertedLists:
         """Return the byte ranges of some lists.
 
         Args:
-            numbers: (n,) the lists.
-            rows: only that many rows at the beginning of each list; all rows when None.
+            numbers: (n,) numbers of the lists.
+            rows: number of rows from the beginning of each list; None takes all.
 
         """
         codes, size = self.offset[numbers], self.size[numbers]
@@ -131,7 +131,7 @@ class InvertedLists:
 
 
 def _table(stored: Any, lists: int) -> Ids:
-    """Copy faiss's table of the lists, (lists, 3), in one piece: a call for each takes half a second."""
+    """Copy faiss's table of the lists, (lists, 3), at once: a call per list takes half a second."""
     if not lists:
         return np.empty((0, SIZE_T_OF_A_LIST), np.int64)
     memory = (ctypes.c_int64 * (SIZE_T_OF_A_LIST * lists)).from_address(int(stored.lists.data().this))

@@ -1,4 +1,4 @@
-"""Which files of a folder make up an index: pure functions over file names, local or in a bucket."""
+"""Find the files that make up an index, from the file names of a folder or bucket."""
 
 from collections.abc import Iterable
 from pathlib import PurePosixPath
@@ -9,19 +9,19 @@ SINGLE_INDEX = "image.index"
 POPULATED_INDEX = "image.index/populated.index"
 INVERTED_LISTS = "image.index/merged_index.ivfdata"
 METADATA_FOLDER = "metadata"
-PUBLISHING = ".publishing"  # marks an index in a bucket whose objects are being replaced
-METADATA_SUFFIXES = (".arrow", ".parquet")  # Arrow first: it is read without unpacking
+PUBLISHING = ".publishing"  # marks a bucket's index while its objects are being replaced
+METADATA_SUFFIXES = (".arrow", ".parquet")  # Arrow is preferred: it needs no decompression
 
 
 def index_files(names: Iterable[str], where: str) -> tuple[str, str | None]:
-    """Find the faiss file and, where they are separate, its on-disk inverted lists.
+    """Find the faiss file and, if they are separate, its on-disk inverted lists.
 
     Args:
         names: paths of all files, relative to the index folder.
         where: the index folder, for error messages.
 
     Raises:
-        InputError: no index in the folder, or one without its lists.
+        InputError: the folder holds no index, or the index lacks its lists.
 
     """
     present = set(names)
@@ -42,14 +42,14 @@ def index_files(names: Iterable[str], where: str) -> tuple[str, str | None]:
 
 
 def metadata_files(names: Iterable[str], where: str) -> tuple[str, ...]:
-    """Find the metadata files, all of one format, in order of name, which is the order of their rows.
+    """Find the metadata files. All have one format, and sorting by name puts their rows in order.
 
     Args:
-        names: file names directly inside the metadata folder.
+        names: names of the files directly inside the metadata folder.
         where: the metadata folder, for error messages.
 
     Raises:
-        InputError: no Arrow and no Parquet file in the folder.
+        InputError: the folder holds neither an Arrow nor a Parquet file.
 
     """
     present = sorted(name for name in names if PurePosixPath(name).name[0] not in "._")
@@ -65,7 +65,7 @@ def metadata_files(names: Iterable[str], where: str) -> tuple[str, ...]:
 
 
 def read_in_parts(name: str) -> bool:
-    """Return whether requests read only known parts of this file of the index."""
+    """Return whether requests read only known byte ranges of this file of the index."""
     return name == INVERTED_LISTS or name.endswith(METADATA_SUFFIXES[0])
 
 

@@ -1,4 +1,4 @@
-"""Which model an index's vectors are of: `model.json` beside the index, where its maker wrote one."""
+"""The record of the model that embedded an index: an optional `model.json` beside it."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ MODEL_RECORD = "model.json"
 
 @dataclass(frozen=True)
 class ModelRecord:
-    """The model that an index's vectors are of, as far as it is known.
+    """The model that embedded an index, as far as it is known.
 
     Attributes:
-        name: such as "openai/clip-vit-large-patch14".
+        name: name of the model, such as "openai/clip-vit-large-patch14".
         url: where the model is published in the layout of transformers.js.
-        dimension: of its vectors.
+        dimension: dimension of its vectors.
 
     """
 
@@ -26,14 +26,14 @@ class ModelRecord:
     dimension: int | None = None
 
     def check(self, name: str | None, dimension: int) -> None:
-        """Compare the model with the one that is to embed seeds.
+        """Check that the model for the seeds is the model of the index.
 
         Args:
-            name: of that model; None where its files do not say.
-            dimension: of its vectors.
+            name: name of the model for the seeds; None if its files do not record one.
+            dimension: dimension of its vectors.
 
         Raises:
-            InputError: another dimension, or another name.
+            InputError: the dimensions or the names differ.
 
         """
         remedy = f"use {printable(self.url or self.name or 'the model the index was made with')}"
@@ -55,11 +55,11 @@ def read_model_record(content: bytes, where: str) -> ModelRecord:
     """Read `model.json`.
 
     Args:
-        content: of the file.
-        where: its location, for messages.
+        content: content of the file.
+        where: location of the file, for messages.
 
     Raises:
-        InputError: not an object with a text `name` and `url` and a whole number `dimension`.
+        InputError: the content is not a JSON object, or `name`, `url` or `dimension` has a wrong type.
 
     """
     try:

@@ -8,15 +8,15 @@ import numpy as np
 from laion_assets.io.arrays import Bytes, Floats, Ids
 from laion_assets.io.parallel import in_threads
 
-HELD_ROWS = 1 << 19  # beyond that, vectors are decoded on every access
-ROWS_DECODED_AT_ONCE = 1024  # the intermediate results of so many stay in the processor's cache
+HELD_ROWS = 1 << 19  # more vectors than this are decoded on every access
+ROWS_DECODED_AT_ONCE = 1024  # so that intermediate results fit into the processor's cache
 
 
 class Vectors(Protocol):
     """Unit vectors by row: an array, or an object that decodes them on access."""
 
     def __len__(self) -> int:
-        """Rows."""
+        """Return the number of rows."""
 
     def __getitem__(self, rows: slice | Ids, /) -> Floats:
         """Return (m, d) float32 rows of length 1, or of zeros."""
@@ -34,8 +34,8 @@ def unit(vectors: Floats) -> Floats:
 def decoded_codes(codes: Bytes, decode: Callable[[Bytes], Floats]) -> Vectors:
     """Return the unit vectors of codes.
 
-    Up to `HELD_ROWS` of them are decoded now and held as an array. More are decoded on every access: for
-    LAION-5B a code has 131 bytes, a vector more than 3 KB.
+    Up to `HELD_ROWS` vectors are decoded at once and held as an array. More are decoded on every access:
+    for LAION-5B a code has 131 bytes, but a vector more than 3 KB.
 
     Args:
         codes: (n, code size).

@@ -1,4 +1,4 @@
-"""Images around queries, near-duplicates removed, and two sets of them as one."""
+"""Search an index for images around queries, drop near-duplicates, and combine two result sets."""
 
 from laion_assets.search.api import search
 

@@ -1,4 +1,4 @@
-"""One call from an index folder and some vectors to a table, for notebooks and scripts."""
+"""Search an index folder with one call, for notebooks and scripts."""
 
 from __future__ import annotations
 
@@ -31,24 +31,24 @@ def search(
     filters: str = "",
     metadata: str | Path | None = None,
 ) -> pa.Table:
-    """Find the images nearest to some vectors, near-duplicates removed within each vector's results.
+    """Find the images nearest to each vector, and drop near-duplicates within its results.
 
     Args:
         index: folder of an index, or a cache directory that an index was staged to.
-        vectors: (n, d) or (d,) numbers of any length; they are scaled to length 1.
-        k: images requested for each vector.
+        vectors: (n, d) or (d,) numbers; each vector is scaled to length 1.
+        k: number of images requested per vector.
         dedup_threshold: cosine above which two images are near-duplicates; 1 keeps all.
-        nprobe: inverted lists to probe; chosen from k when None.
+        nprobe: number of inverted lists to probe; None chooses it from k.
         filters: conditions on metadata columns, such as `punsafe < 0.5 and width >= 256`.
-        metadata: folder of the metadata, where it is not `metadata` in the folder of the index.
+        metadata: folder of the metadata; by default `metadata` in the index folder.
 
     Returns:
         A row per image found, with id, url, caption, similarity, rank, seed (the number of the vector)
-        and the other columns of the metadata.
+        and the other metadata columns.
 
     Raises:
-        InputError: no index there, a vector without a direction or of another dimension, a column that a
-            filter names and the metadata lacks, or a number out of its bounds.
+        InputError: the index is missing, a vector is zero, not finite or of another dimension, the
+            metadata lacks a column named in `filters`, or a number is out of bounds.
 
     """
     queries = _queries(vectors)

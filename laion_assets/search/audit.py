@@ -1,6 +1,6 @@
-"""Audits of an index and of result tables: measured on what was written, independently of the search.
+"""Audit an index and result tables: measure the written files, independently of the search.
 
-Samples are drawn with a fixed seed, so the same files give the same answer.
+Samples are drawn with a fixed seed, so the same files give the same result.
 """
 
 from __future__ import annotations
@@ -24,17 +24,17 @@ from laion_assets.search.filters import hashes
 
 SAMPLED_LISTS = 64  # inverted lists
 ROWS_OF_A_LIST = 4096
-NEIGHBOURED_ROWS = 1024  # rows whose nearest neighbour is searched for, in all lists together
-NEIGHBOURED_AT_ONCE = 16  # compared with a list's sample: in an index without lists, with 262,144 rows
+NEIGHBOURED_ROWS = 1024  # rows in total whose nearest neighbour is searched
+NEIGHBOURED_AT_ONCE = 16  # rows compared at a time with a list's sample (262,144 rows without lists)
 SHUFFLES = 199
-PARTS = 4  # of the rows, each tested alone
-CHANCE = 0.01  # of calling captions aligned that are not
+PARTS = 4  # equal parts of the rows, each tested separately
+CHANCE = 0.01  # probability of calling unrelated captions aligned
 FEWEST_PAIRS = 40
-ANCHORS = 256  # rows that are compared with all others
+ANCHORS = 256  # rows compared with all others
 COSINE_ROUNDING = 1e-5  # cosines from two decoders of the same codes differ by less
-SOUND_ROWS_OF_A_LIST = 16  # rows checked for damage
+SOUND_ROWS_OF_A_LIST = 16  # rows per list checked for damage
 LARGEST_READ_AGAIN = 256 << 20  # bytes of one file
-READ_AGAIN = 1 << 30  # bytes of all files that every run reads again
+READ_AGAIN = 1 << 30  # bytes that each run reads again, in total
 HIGHEST = 1.1  # a decoded row may be a little longer than 1
 EXAMPLES = 5
 PLAIN_URL = r"^https?://[A-Za-z0-9][A-Za-z0-9.-]*(/[^\s[:cntrl:]]*)?$"
@@ -42,14 +42,14 @@ PLAIN_URL = r"^https?://[A-Za-z0-9][A-Za-z0-9.-]*(/[^\s[:cntrl:]]*)?$"
 
 @dataclass(frozen=True)
 class Agreement:
-    """How much more similar the captions of neighbours are than those of random pairs, in one quarter.
+    """Similarity of neighbours' captions, compared with random pairs, in one quarter of the rows.
 
     Attributes:
-        pairs: pairs of neighbours with two captions.
+        pairs: pairs of neighbours that both have a caption.
         near: mean share of words that the captions of neighbours have in common.
-        apart: the same for random pairs of these captions.
+        apart: the same share for random pairs of these captions.
         chance: probability of such a difference if the metadata were unrelated to the index.
-        silent: quarters with too few captions for the test.
+        silent: number of quarters with too few captions for the test.
 
     """
 
@@ -61,22 +61,22 @@ class Agreement:
 
     @property
     def is_decidable(self) -> bool:
-        """Whether there were enough captions."""
+        """Whether there were enough captions for the test."""
         return self.pairs >= FEWEST_PAIRS
 
     @property
     def is_aligned(self) -> bool:
-        """Whether captions belong to their rows; True where there are too few to decide."""
+        """Whether captions belong to their rows; True if there are too few to decide."""
         return not self.is_decidable or self.chance <= CHANCE
 
 
 def agreement(index: Index, metadata: Metadata) -> Agreement:
     """Measure whether the metadata belongs to the rows of the index.
 
-    Similar images have similar captions more often than random pairs do. So the captions of rows are
-    compared with those of their nearest neighbours, and with the same captions shuffled (a permutation
-    test). Metadata that is shifted or in another order fails. A missing file shifts only what follows
-    it, so each quarter of the rows is tested alone.
+    Similar images have similar captions more often than random pairs do. A permutation test compares the
+    captions of rows with those of their nearest neighbours, and with the same captions shuffled. Metadata
+    that is shifted or in another order fails. A missing file shifts only the rows after it, so each
+    quarter of the rows is tested separately.
 
     Returns:
         The result of the worst quarter.
@@ -109,7 +109,7 @@ def _agreement(pairs: Sequence[tuple[frozenset[str], frozenset[str]]]) -> Agreem
 
 
 def _neighbours(index: Index, metadata: Metadata) -> tuple[Ids, Ids]:
-    """Return rows with metadata, and for each the nearest other row with metadata."""
+    """Return rows with metadata, and the nearest other row with metadata for each."""
     found: list[tuple[Ids, Ids]] = []
     wanted = NEIGHBOURED_ROWS // min(max(index.nlist, 1), SAMPLED_LISTS)
     for ids, vectors in index.sample(SAMPLED_LISTS, ROWS_OF_A_LIST):
@@ -134,18 +134,18 @@ def _words(metadata: Metadata, ids: Ids) -> list[frozenset[str]]:
 
 
 def _common(ours: Iterable[frozenset[str]], theirs: Iterable[frozenset[str]]) -> float:
-    """Return the mean Jaccard index of pairs of sets of words."""
+    """Return the mean Jaccard index of pairs of word sets."""
     return float(np.mean([len(a & b) / len(a | b) for a, b in zip(ours, theirs, strict=True)]))
 
 
 @dataclass(frozen=True)
 class Soundness:
-    """What is wrong with a sample of an index's rows.
+    """The problems found in a sample of an index's rows.
 
     Attributes:
-        wrong: sentences.
-        rows: rows in the sample.
-        without_vector: rows whose vector is zero or not finite; a search never finds them.
+        wrong: one sentence per problem.
+        rows: number of rows in the sample.
+        without_vector: number of rows whose vector is zero or not finite; a search never finds them.
 
     """
 
@@ -155,7 +155,7 @@ class Soundness:
 
 
 def soundness(index: Index) -> Soundness:
-    """Check rows from many inverted lists for damage."""
+    """Check a sample of rows from many inverted lists for damage."""
     wrong = []
     ids, present = _rows_with_vectors(index)
     odd = ids[(ids < 0) | (ids >= index.rows)]
@@ -167,7 +167,7 @@ def soundness(index: Index) -> Soundness:
 
 
 def _rows_with_vectors(index: Index) -> tuple[Ids, Mask]:
-    """Return the ids of rows from many lists, and which of them have a non-zero, finite vector."""
+    """Return the ids of rows from many lists, and whether each has a non-zero, finite vector."""
     sample = [
         (ids, vectors.any(axis=1)) for ids, vectors in index.sample(SAMPLED_LISTS, SOUND_ROWS_OF_A_LIST)
     ]
@@ -176,24 +176,24 @@ def _rows_with_vectors(index: Index) -> tuple[Ids, Mask]:
 
 
 def changed(files: Iterable[tuple[str, str, int]]) -> list[str]:
-    """Read files again and return a sentence for each that differs from what was staged.
+    """Read files again and return a sentence for each that differs from its staged checksum.
 
     Args:
-        files: path, checksum and size of each, as `to_read_again` chose them.
+        files: path, checksum and size of each file, as chosen by `to_read_again`.
 
     """
     return [
-        f"{path} is no longer what was staged: its checksum differs"
+        f"{path} has changed since it was staged: its checksum differs"
         for path, checksum, _ in files
         if file_crc32c(path) != checksum
     ]
 
 
 def to_read_again(files: Sequence[tuple[str, str, int]]) -> list[tuple[str, str, int]]:
-    """Choose random files with a fixed seed: up to 256 MiB each and 1 GiB together.
+    """Choose random files with a fixed seed: at most 256 MiB each and 1 GiB in total.
 
     Args:
-        files: path, checksum when staged (crc32c in base64) and size of each.
+        files: path, checksum when staged (crc32c in base64) and size of each file.
 
     """
     chosen: list[tuple[str, str, int]] = []
@@ -211,9 +211,10 @@ class Ranking:
     """Whether the similarities and ranks of a table are consistent.
 
     Attributes:
-        out_of_order: rows that are more similar than the row before, or not ranked behind it.
-        out_of_range: rows whose similarity is NaN or cannot be an inner product of unit vectors.
-        similarities: of all rows, in order.
+        out_of_order: number of rows that are more similar than the row before, or not ranked after it.
+        out_of_range: number of rows whose similarity is NaN or not a possible inner product of unit
+            vectors.
+        similarities: similarities of all rows, in order.
 
     """
 
@@ -223,10 +224,10 @@ class Ranking:
 
 
 def ranking(rows: pa.Table) -> Ranking:
-    """Check all rows of a table: within a query, similarity must fall as rank rises.
+    """Check that similarity falls as rank rises, within each query of a table.
 
     Args:
-        rows: columns rank, similarity, and seed if there are several queries; in the table's order.
+        rows: columns rank, similarity, and seed if there are several queries, in the table's order.
 
     """
     similarity, rank = rows["similarity"].to_numpy(), rows["rank"].to_numpy()
@@ -238,11 +239,11 @@ def ranking(rows: pa.Table) -> Ranking:
 
 
 def near_duplicates_left(vectors: Vectors, groups: Ids, threshold: float) -> int:
-    """Count rows of a sample that have a near-duplicate; each is compared with its whole group.
+    """Count the rows of a sample that have a near-duplicate in their group.
 
     Args:
         vectors: (n, d) unit rows.
-        groups: (n,) group of each row; rows of different groups may be near-duplicates.
+        groups: (n,) group of each row; near-duplicates in different groups are allowed.
         threshold: cosine above which two rows are near-duplicates.
 
     """
@@ -258,12 +259,12 @@ def near_duplicates_left(vectors: Vectors, groups: Ids, threshold: float) -> int
 
 
 def codes_of(batches: Iterable[pa.RecordBatch], schema: pa.Schema, ids: Ids) -> Bytes:
-    """Return the codes of some ids, each once, in order of id; missing ids are skipped.
+    """Return the code of each given id, in order of id; missing ids are skipped.
 
     Args:
         batches: columns id and code; an id may occur more than once.
-        schema: of the batches.
-        ids: ascending.
+        schema: the schema of the batches.
+        ids: the ids, ascending.
 
     """
     wanted = [batch.filter(pa.array(np.isin(batch["id"].to_numpy(), ids))) for batch in batches]
@@ -274,12 +275,13 @@ def codes_of(batches: Iterable[pa.RecordBatch], schema: pa.Schema, ids: Ids) -> 
 
 @dataclass(frozen=True)
 class Images:
-    """The ids and URLs of a table, and the URLs that no downloader can fetch.
+    """The ids and URLs of a table, and its URLs that no downloader can fetch.
 
     Attributes:
-        ids: (n,) in the table's order.
-        urls: (n,) 64-bit hashes; the probability that two of ten million URLs share one is 3e-6.
-        not_web: rows whose URL is not a well-formed web address.
+        ids: (n,) ids in the table's order.
+        urls: (n,) 64-bit hashes of the URLs; the probability that two of ten million URLs share one is
+            3e-6.
+        not_web: number of rows whose URL is not a well-formed web address.
         examples: a few of these URLs.
 
     """
@@ -291,7 +293,7 @@ class Images:
 
 
 def images(batches: Iterable[pa.RecordBatch]) -> Images:
-    """Read all rows of a table, keeping 16 bytes of each.
+    """Read all rows of a table, keeping 16 bytes per row.
 
     Args:
         batches: columns id and url.
@@ -308,13 +310,15 @@ def images(batches: Iterable[pa.RecordBatch]) -> Images:
 
 
 def repeated(values: Ids) -> int:
-    """Count values that occurred before."""
+    """Count the values that repeat an earlier one."""
     return len(values) - len(np.unique(values))
 
 
 def not_web(urls: pa.Array) -> tuple[int, list[str]]:
-    """Count the URLs that are not http(s) with a host and without white space; return some examples."""
-    plain = pc.fill_null(pc.match_substring_regex(urls, PLAIN_URL), False)  # fast, accepts nearly all
+    """Count the URLs that are not well-formed http(s) URLs, and return some of them."""
+    plain = pc.fill_null(
+        pc.match_substring_regex(urls, PLAIN_URL), False
+    )  # a fast test that nearly all URLs pass
     wrong = [url for url in urls.filter(pc.invert(plain)).to_pylist() if not is_web(url)]
     return len(wrong), [str(url)[:120] for url in wrong[:EXAMPLES]]
 

@@ -1,9 +1,10 @@
-"""Both URL sets as one: a row per image.
+"""Combine both URL sets into one table with a row per image.
 
-Rows are one image when they have the same id, the same URL, or are near-duplicates, directly or
-transitively. The row with the lowest rank represents its group: similarities to different queries do not
-compare, ranks do. Only the two tables are needed, not the index. Memory holds the numbers of all rows (21
-bytes a row), the code and URL of each image once, and the other texts of the rows that are kept.
+Rows belong to one image if they have the same id or URL, or are near-duplicates, directly or
+transitively. The row with the lowest rank represents the image: ranks of different queries are
+comparable, similarities are not. Only the two tables are needed, not the index. Memory holds the numeric
+columns of all rows (21 bytes per row), the code and URL of each image once, and the text columns of the
+rows that are kept.
 """
 
 from __future__ import annotations
@@ -25,13 +26,13 @@ from laion_assets.io.arrays import Floats, Ids
 from laion_assets.io.tables import code_bytes
 from laion_assets.search.near_duplicates import components
 
-COMBINED_ROWS = 1 << 16  # in one batch of the combined table
+COMBINED_ROWS = 1 << 16  # rows per batch of the combined table
 DECODER = "decoder"  # attachment of a table of found rows
 NOT_HANDED_OVER = ("code", "thumbnail")
 
 
 class Stored(Protocol):
-    """A stored table, read as often as needed."""
+    """A stored table that can be read several times."""
 
     @property
     def schema(self) -> pa.Schema:
@@ -46,7 +47,7 @@ class Stored(Protocol):
 
 @dataclass(frozen=True)
 class CombinedFunnel:
-    """How many rows of both sets each step left."""
+    """Numbers of rows that the steps of combining two sets read, dropped and kept."""
 
     knn: int
     centroid: int
@@ -58,12 +59,12 @@ class CombinedFunnel:
 
 @dataclass(frozen=True)
 class Combined:
-    """The combined table, a batch at a time, and its figures.
+    """The combined table in batches, and its row counts.
 
     Attributes:
-        schema: of every batch.
-        batches: the rows, in order of rank, then id; read once.
-        funnel: how many rows each step left.
+        schema: the schema of each batch.
+        batches: the rows, sorted by rank, then id; can be read only once.
+        funnel: rows read, dropped and kept.
 
     """
 
@@ -74,7 +75,7 @@ class Combined:
 
 @dataclass
 class _AccumulatedRows:
-    """The numbers of all rows of both sets, knn first."""
+    """The numeric columns of all rows of both sets, knn first."""
 
     ids: Ids
     rank: NDArray[np.int32]
@@ -84,7 +85,7 @@ class _AccumulatedRows:
 
 
 def combine(knn: Stored, centroid: Stored, threshold: float) -> Combined:
-    """Unite the two sets: a row per image.
+    """Combine two URL sets into one table with a row per image.
 
     Args:
         knn: rows found around each seed.
@@ -92,8 +93,8 @@ def combine(knn: Stored, centroid: Stored, threshold: float) -> Combined:
         threshold: cosine above which two images are near-duplicates.
 
     Returns:
-        A table with id, url, caption, similarity, rank, seed, strategies and the other columns of the
-        metadata, without thumbnails and codes.
+        A table with id, url, caption, similarity, rank, seed, strategies and the other metadata columns,
+        without thumbnails and codes.
 
     """
     rows = _read_numbers(knn, centroid)
@@ -102,7 +103,7 @@ def combine(knn: Stored, centroid: Stored, threshold: float) -> Combined:
     place[order] = np.arange(len(order))  # lower is better; no two rows are equal
 
     unique_ids, image = np.unique(rows.ids, return_inverse=True)
-    best = _lowest_by(image, place, len(unique_ids))  # place of the best row of each id
+    best = _lowest_by(image, place, len(unique_ids))  # position of the best row of each id
     by_rank = np.argsort(best)
     best, image = best[by_rank], np.argsort(by_rank)[image]
     representative = order[best]  # row of each image, best-ranked image first
@@ -161,7 +162,7 @@ def _lowest_by(group: Ids, values: Ids, groups: int) -> Ids:
 
 
 def _same_url(knn: Stored, centroid: Stored, representative: Ids) -> Ids:
-    """Label each image with the first image that has exactly its URL."""
+    """Label each image with the first image that has the same URL."""
     urls = _taken_in_order(knn, centroid, representative, ["url"])["url"]
     codes = pc.dictionary_encode(urls).combine_chunks()
     number = codes.indices.to_numpy()
@@ -171,7 +172,7 @@ def _same_url(knn: Stored, centroid: Stored, representative: Ids) -> Ids:
 
 
 def _united(a: Ids, b: Ids) -> Ids:
-    """Return the labels of the union of two relations, given the labels of each."""
+    """Merge two labelings: images joined by either one get the same label."""
     n, rows = len(a), np.arange(len(a))
     pairs = (np.tile(rows, 2), np.concatenate([a, b]))
     graph = coo_array((np.ones(2 * n, np.bool_), pairs), shape=(n, n))
@@ -186,7 +187,7 @@ def _decoder(knn: Stored, centroid: Stored) -> Decoder:
 
 
 def _taken_in_order(knn: Stored, centroid: Stored, rows: Ids, columns: list[str]) -> pa.Table:
-    """Return the given rows of both sets (knn rows count first), in the order given."""
+    """Return the given rows of both sets in the order given; row numbers start with the knn rows."""
     found, place = _gathered(knn, centroid, rows, columns)
     return found.take(pa.array(place))
 
@@ -194,7 +195,7 @@ def _taken_in_order(knn: Stored, centroid: Stored, rows: Ids, columns: list[str]
 def _gathered(
     knn: Stored, centroid: Stored, rows: Ids, columns: list[str]
 ) -> tuple[pa.Table, NDArray[np.int64]]:
-    """Return the given rows of both sets in the order of the tables, and the place of each among them."""
+    """Return the given rows in the order of the tables, and the position of each among them."""
     unsorted = np.argsort(rows, kind="stable")
     wanted = rows[unsorted]
     schema = pa.schema([(name, _wide(knn.schema.field(name).type)) for name in columns])
@@ -211,7 +212,7 @@ def _gathered(
 
 
 def _wide(kind: pa.DataType) -> pa.DataType:
-    """Return a type whose arrays may exceed 2 GiB: some 25 million URLs do."""
+    """Return a type whose arrays may exceed 2 GiB, as those of about 25 million URLs do."""
     wider = {pa.string(): pa.large_string(), pa.binary(): pa.large_binary()}
     return wider.get(kind, kind)
 

@@ -1,4 +1,4 @@
-"""Filters keep images out of a table: those on a block list, and those that fail a condition.
+"""Filters drop images that are on a block list or fail a condition.
 
 A condition compares a metadata column with a number or a quoted word. Conditions are joined by `and`:
 `punsafe < 0.5 and width >= 256 and NSFW == "UNLIKELY"`. They are parsed, never evaluated as code. Null
@@ -28,8 +28,8 @@ from laion_assets.io.arrays import Ids, Mask
 from laion_assets.io.errors import InputError
 from laion_assets.io.storage import open_storage, reaching
 
-ABOUT_BLOCK_LIST = "block_list"  # the parameter that errors are about
-ENTRIES_AT_ONCE = 1 << 16  # of a block list
+ABOUT_BLOCK_LIST = "block_list"  # the setting that errors name
+ENTRIES_AT_ONCE = 1 << 16  # entries of a block list read at a time
 UNREADABLE = "\N{REPLACEMENT CHARACTER}"  # replaces bytes that are not text
 BLOCK_LIST_FORM = "write one id or URL per line, or give a Parquet file with a column id or url"
 COMPARE: Mapping[str, Callable[..., Any]] = {
@@ -53,9 +53,9 @@ class Condition:
     """A comparison that a row must pass.
 
     Attributes:
-        column: of the metadata.
+        column: the metadata column.
         comparison: one of <, <=, >, >=, ==, !=.
-        value: what the column is compared with.
+        value: the value that the column is compared with.
 
     """
 
@@ -64,10 +64,10 @@ class Condition:
     value: float | str
 
     def check(self, schema: pa.Schema) -> None:
-        """Check that metadata with this schema can be compared as this condition says.
+        """Check that metadata with this schema has the column, with a type that fits the value.
 
         Raises:
-            InputError: no such column, or one of another type.
+            InputError: the column does not exist or has another type.
 
         """
         names = [name for name in schema.names if not pa.types.is_binary(schema.field(name).type)]
@@ -107,7 +107,7 @@ def conditions_in(text: str) -> tuple[Condition, ...]:
         text: the conditions.
 
     Raises:
-        InputError: quotes the text from where it cannot be parsed.
+        InputError: the text cannot be parsed; the message quotes it from the first error.
 
     """
     found: list[Condition] = []
@@ -151,9 +151,9 @@ class BlockList:
     blocked by mistake is 5e-13 for a list of ten million.
 
     Attributes:
-        uri: where it was read from.
-        ids: ascending.
-        urls: hashes, ascending.
+        uri: the file that it was read from.
+        ids: blocked ids, ascending.
+        urls: hashes of blocked URLs, ascending.
 
     """
 
@@ -172,13 +172,13 @@ class BlockList:
 
 
 def block_list_version(uri: str) -> str:
-    """Return a version that changes when the storage reports another file; the file is not read.
+    """Return a version that changes with the file's properties in its storage, without reading the file.
 
     Args:
-        uri: of the block list.
+        uri: the file of the block list.
 
     Raises:
-        InputError: no such file, or no access to it.
+        InputError: the file does not exist or cannot be accessed.
 
     """
     with _reading(uri):
@@ -192,10 +192,10 @@ def read_block_list(uri: str) -> BlockList:
 
     Args:
         uri: a Parquet file with a column `id`, a URL column, or both (such as a result table), or a text
-            file with one id or URL per line; compressed if its name says so (.gz and others).
+            file with one id or URL per line. The extension (such as .gz) implies its compression.
 
     Raises:
-        InputError: no such file, an empty list, or a line or column of neither ids nor URLs.
+        InputError: the file is missing or empty, or a line or column holds neither ids nor URLs.
 
     """
     fs, path = open_storage(uri, ABOUT_BLOCK_LIST)
@@ -283,11 +283,11 @@ def _among(values: Ids, ascending: Ids) -> Mask:
 
 @dataclass(frozen=True)
 class Filters:
-    """What keeps images out of a table.
+    """The conditions and the block list of a search.
 
     Attributes:
-        conditions: all of which a row must pass.
-        block_list: on which a row must not be.
+        conditions: conditions that a row must all pass.
+        block_list: images that must not appear.
 
     """
 
@@ -300,7 +300,7 @@ class Filters:
         return list(dict.fromkeys(["url", *(condition.column for condition in self.conditions)]))
 
     def check(self, schema: pa.Schema) -> None:
-        """Check that metadata with this schema suits all conditions, see `Condition.check`."""
+        """Check all conditions against the schema of the metadata, see `Condition.check`."""
         for condition in self.conditions:
             condition.check(schema)
 

@@ -1,4 +1,4 @@
-"""Which rows an index marks as unsafe to look at."""
+"""Find the rows that the metadata marks as unsafe to show."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ SAFE_WORDS = ("UNLIKELY", "FALSE", "SFW", "SAFE")  # LAION's other words are UNS
 
 
 def marked_unsafe(rows: pa.Table) -> Mask:
-    """Return which rows are not marked as safe by every safety column that they have, shape (n,).
+    """Return which rows any of their safety columns marks as unsafe, shape (n,).
 
-    A probability of 0.5 or more, a missing or NaN one, and any word but LAION's UNLIKELY and words of the
-    same meaning make a row unsafe. Rows without a safety column are not marked.
+    A row is unsafe if its probability is 0.5 or more, missing or NaN, or if its word is neither LAION's
+    UNLIKELY nor a synonym. Rows without a safety column are not marked.
     """
     unsafe = np.zeros(len(rows), np.bool_)
     for name in SAFETY_COLUMNS:
@@ -31,7 +31,7 @@ def _safe(column: pa.ChunkedArray) -> Mask:
     if pa.types.is_boolean(kind):
         passed = pc.invert(column)
     elif pa.types.is_floating(kind) or pa.types.is_integer(kind) or pa.types.is_decimal(kind):
-        passed = pc.less(column.cast(pa.float64()), UNSAFE_FROM)  # NaN is not
+        passed = pc.less(column.cast(pa.float64()), UNSAFE_FROM)  # NaN fails
     elif pa.types.is_string(kind):
         passed = pc.is_in(pc.utf8_upper(column), pa.array(SAFE_WORDS))
     else:

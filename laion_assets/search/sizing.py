@@ -1,4 +1,4 @@
-"""How many images to request so that the wanted number is kept."""
+"""Compute how many images to request in order to keep a target number."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ class Yield:
     """The share of requested images that remains in the combined table.
 
     Attributes:
-        share: above 0, at most 1.
-        basis: where the share comes from, in words.
+        share: the share, above 0 and at most 1.
+        basis: a description of where the share comes from.
 
     """
 
@@ -32,13 +32,13 @@ class Yield:
 
 USUAL = Yield(
     USUAL_SHARE,
-    "usual for LAION; no run of this set with these filters, block list and threshold has measured it",
+    "usual for LAION; not yet measured for this set with these filters, block list and threshold",
 )
 
 
 @dataclass(frozen=True)
 class Counts:
-    """Images to request around each seed, and around the mean of the seeds."""
+    """Numbers of images to request around each seed and around the centroid."""
 
     nb_images_knn: int
     nb_images_centroid: int
@@ -48,10 +48,10 @@ def counts_for(target: int, seeds: int, share: float, rows: int | None = None) -
     """Return how many images to request in order to keep `target`, half of them from each strategy.
 
     Args:
-        target: images wanted in the combined table.
+        target: number of images wanted in the combined table.
         seeds: number of seeds, at least 1.
         share: share of requested images that is kept, above 0.
-        rows: rows of the index, at which requests are capped.
+        rows: number of rows in the index, which caps requests.
 
     """
     requested = target / 2 / share  # from each strategy

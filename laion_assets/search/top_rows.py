@@ -1,4 +1,4 @@
-"""The best few rows around a few queries: what a look at an index shows."""
+"""Find the best few rows around a few queries, for a quick look at an index."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ from laion_assets.search.filters import NO_FILTERS, Filters
 from laion_assets.search.near_duplicates import components
 from laion_assets.search.retrieval import Request, retrieve_table
 
-OVERSAMPLING = 4  # rows requested for each row wanted: of LAION some 30 % are no near-duplicates
+OVERSAMPLING = 4  # rows requested per row wanted: on LAION about 70 % are near-duplicates
 MIN_PER_QUERY = 16  # rows requested
 MAX_ROUNDS = 3
-GROWTH = 4  # times the rows of the round before
+GROWTH = 4  # factor between the rows of two rounds
 
 
 def best_rows(
@@ -32,21 +32,21 @@ def best_rows(
 ) -> pa.Table:
     """Find the best rows around some queries, without near-duplicates.
 
-    Similarities to different queries do not compare, ranks do: rows are in the order of their rank in a
-    query's results, then of similarity, then of id.
+    Rows are sorted by their rank in a query's results, then by similarity, then by id: ranks of different
+    queries are comparable, similarities are not.
 
     Args:
-        index: where to look.
-        metadata: of the rows of the index.
+        index: the index to search.
+        metadata: the metadata of its rows.
         queries: (q, dimension) float32 unit rows.
-        top: rows wanted; there are fewer where the index has no more, or only near-duplicates.
+        top: number of rows wanted.
         dedup_threshold: cosine above which two rows are near-duplicates; 1 keeps all.
-        nprobe: inverted lists to probe; chosen from the rows requested when None.
-        filters: what keeps rows out.
+        nprobe: number of inverted lists to probe; None chooses it from the rows requested.
+        filters: conditions and block list that drop rows.
 
     Returns:
         At most `top` rows of id, url, caption, similarity, rank (from 1), seed (the number of the query)
-        and the other columns of the metadata.
+        and the other metadata columns.
 
     Raises:
         InputError: see `retrieve`.
@@ -64,7 +64,7 @@ def best_rows(
 
 
 def _distinct(index: Index, found: pa.Table, threshold: float) -> Ids:
-    """Return the places of rows, best first, each image once."""
+    """Return the positions of distinct images, best first."""
     ids, rank, similarity = (found[name].to_numpy() for name in ("id", "rank", "similarity"))
     best_first = np.lexsort((ids, -similarity, rank))
     _, first = np.unique(ids[best_first], return_index=True)

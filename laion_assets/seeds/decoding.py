@@ -18,8 +18,8 @@ from PIL import ExifTags, Image, UnidentifiedImageError
 EXTENSIONS = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".avif")
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "AVIF")  # independent of the file's extension
 MAX_PIXELS = 128_000_000
-"""Most pixels that an image may have. Medium-format cameras produce 102 million; decoding 128 million takes
-at most a gigabyte."""
+"""Most pixels that an image may have. Medium-format cameras produce 102 million; decoding 128 million
+takes at most a gigabyte."""
 BAND = 4_000_000  # pixels converted at a time
 THUMBNAIL = 96  # pixels of the longer edge, at most
 THUMBNAIL_DETAIL = 2 * THUMBNAIL  # smallest size in pixels at which a JPEG is decoded for a thumbnail
