@@ -1,8 +1,8 @@
-"""An index from published embeddings: plan, train, encode shard by shard, merge, publish.
+"""Build an index from published embeddings: plan, train, encode shard by shard, merge, publish.
 
-Every step leaves its result in a workspace, a folder on a disk or in a bucket, and is skipped if the
-result exists. So a killed build resumes, many machines can encode shards, and new input files cost only
-their own shards and a merge.
+Every step stores its result in a workspace, a folder on a disk or in a bucket, and is skipped if the
+result exists. So a killed build resumes, several machines can encode shards, and new input files cost
+only their own shards and a merge.
 """
 
 from laion_assets.build.builder import Build, Built, Request, Wanted

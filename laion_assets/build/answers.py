@@ -18,11 +18,11 @@ NO_ROW = -1
 
 @dataclass(frozen=True)
 class Answers:
-    """The best rows for each query, best first, ties by id.
+    """The best rows for each query, best first, with ties ordered by id.
 
     Attributes:
-        ids: (q, k) int64; `NO_ROW` where there are fewer.
-        scores: (q, k) float32; minus infinity likewise.
+        ids: (q, k) int64; `NO_ROW` after the last row found.
+        scores: (q, k) float32; minus infinity after the last row found.
 
     """
 
@@ -31,24 +31,24 @@ class Answers:
 
     @classmethod
     def none(cls, queries: int) -> Answers:
-        """Return the answers from no rows at all."""
+        """Return answers without any rows."""
         return cls(np.empty((queries, 0), np.int64), np.empty((queries, 0), np.float32))
 
     def best(self, count: int) -> Answers:
-        """Return only the best of them."""
+        """Return only the best `count` rows of each query."""
         scores = np.where(self.ids == NO_ROW, -np.inf, self.scores).astype(np.float32)
         order = np.lexsort((self.ids, -scores), axis=1)[:, :count]
         return Answers(np.take_along_axis(self.ids, order, 1), np.take_along_axis(scores, order, 1))
 
     def without(self, ids: Ids) -> Answers:
-        """Return the answers without one row a query, (q,): the query itself."""
+        """Remove one row from each query's answers, such as the query itself; `ids` has shape (q,)."""
         return Answers(np.where(self.ids == ids[:, None], NO_ROW, self.ids), self.scores).best(
             self.ids.shape[1]
         )
 
 
 def merged(parts: Iterable[Answers], count: int) -> Answers:
-    """Return the best rows of all parts, of which there is at least one."""
+    """Return the best rows of all parts; at least one part is needed."""
 
     def better(one: Answers, other: Answers) -> Answers:
         both = Answers(np.hstack([one.ids, other.ids]), np.hstack([one.scores, other.scores]))
@@ -58,15 +58,15 @@ def merged(parts: Iterable[Answers], count: int) -> Answers:
 
 
 def recall(found: Answers, exact: Answers, at: Iterable[int]) -> Mapping[int, float]:
-    """Return which share of the exact best R rows is among the best R found.
+    """Return the share of the exact best R rows that is among the best R rows found.
 
     Args:
-        found: by a search.
-        exact: by all raw vectors.
-        at: numbers R.
+        found: answers of a search.
+        exact: answers of a comparison with all raw vectors.
+        at: the values of R.
 
     Returns:
-        The share, 0 to 1, by R. An R beyond the rows that there are is left out.
+        The share, 0 to 1, by R. Values of R above the number of rows are left out.
 
     """
     shares = {}
@@ -87,10 +87,10 @@ def write_answers(sink: Sink, answers: Mapping[str, Answers]) -> None:
 
 
 def read_answers(content: bytes) -> Mapping[str, Answers]:
-    """Read what `write_answers` wrote.
+    """Read the output of `write_answers`.
 
     Raises:
-        ValueError: it is damaged.
+        ValueError: the content is damaged.
 
     """
     with np.load(io.BytesIO(content), allow_pickle=False) as arrays:

@@ -58,21 +58,21 @@ Log = Callable[[str], None]
 
 @dataclass(frozen=True)
 class Request:
-    """What is to be built, and from what.
+    """What to build, and from which embeddings.
 
     Attributes:
         embeddings_uri: folder of the embeddings, a local path or any fsspec URL.
         index_uri: folder of the index.
-        work_uri: folder for what the steps leave; `<index_uri>.build` by default.
-        layout: of the embeddings; None to detect it.
-        key: which vectors of a file with several; None for the layout's own.
-        index_key: faiss factory key; None to choose it by `index_key_for`.
-        bytes_per_row: for that choice.
-        rows_per_centre: rows to train on that each list and each entry of a codebook needs; fewer give a
-            worse index.
-        shard_rows: rows of a shard, about.
-        columns: of the metadata that the index keeps; None for all.
-        model: which model the vectors are of, where the layout does not say.
+        work_uri: folder for intermediate results; `<index_uri>.build` by default.
+        layout: layout of the embeddings; None detects it.
+        key: which vectors to use if files hold several; None takes the layout's default.
+        index_key: faiss factory key; None chooses it with `index_key_for`.
+        bytes_per_row: limit for that choice.
+        rows_per_centre: training rows needed per list and per codebook entry; fewer result in a worse
+            index.
+        shard_rows: approximate number of rows per shard.
+        columns: metadata columns that the index keeps; None keeps all.
+        model: the model that embedded the images, if the layout does not imply it.
 
     """
 
@@ -91,19 +91,19 @@ class Request:
 
 @dataclass(frozen=True)
 class Built:
-    """An index that was built.
+    """A finished index.
 
     Attributes:
         fingerprint: changes with anything that the index depends on.
         index_key: faiss factory key.
-        dimension: of the vectors.
-        rows: ids that it has.
-        stored: rows that a search can find.
-        unusable: rows without a usable vector, which have an id and metadata.
-        lists: inverted lists; 0 without any.
-        bytes: of the lists, or of the whole index where it is one file.
+        dimension: dimension of the vectors.
+        rows: number of ids.
+        stored: number of rows that a search can find.
+        unusable: number of rows without a usable vector; they have an id and metadata.
+        lists: number of inverted lists; 0 if it has none.
+        bytes: size of the lists, or of the whole index if it is a single file.
         recall: share of the best R rows by the raw vectors that is found, by nprobe and R.
-        nprobe_of_a_search: lists that a search for 1,000 rows probes.
+        nprobe_of_a_search: number of lists that a search for 1,000 rows probes.
 
     """
 
@@ -121,11 +121,11 @@ class Built:
 
 @dataclass(frozen=True)
 class Wanted:
-    """What the steps are to be made from, as fingerprints: a step that was made from another is not done.
+    """Fingerprints of the inputs of each step; a result with another fingerprint is out of date.
 
     Attributes:
-        shards: by name.
-        index: of all shards.
+        shards: fingerprints of the shards, by name.
+        index: fingerprint of the whole index.
 
     """
 
@@ -135,12 +135,12 @@ class Wanted:
 
 @dataclass(frozen=True)
 class _Input:
-    """What the plan was made from, so that no step has to detect it again.
+    """The input of the plan, stored so that later steps need not detect it again.
 
     Attributes:
-        layout: of the embeddings.
-        key: which vectors of the files.
-        dimension: of the vectors.
+        layout: layout of the embeddings.
+        key: which vectors of the files are used.
+        dimension: dimension of the vectors.
         model: fields of a `ModelRecord`.
 
     """
@@ -153,12 +153,12 @@ class _Input:
 
 @dataclass(frozen=True)
 class Prepared:
-    """For what the plan and the trained index are.
+    """The files and settings for which the plan and the trained index were made.
 
     Attributes:
-        files: version of their listing.
-        settings: see `Build.settings`.
-        times: that settings other than before were prepared; it tells settings apart that come back.
+        files: version of the listing of the files.
+        settings: fingerprint of the settings, see `Build.settings`.
+        times: number of changes of the settings so far; distinguishes settings that return.
 
     """
 
@@ -171,15 +171,15 @@ class Build:
     """A build and its steps.
 
     Args:
-        request: what is to be built.
-        log: is told what is done.
+        request: what to build.
+        log: called with each log line.
 
     Attributes:
-        request: as given.
-        workspace: what the steps leave.
+        request: the request.
+        workspace: the folder for intermediate results.
 
     Raises:
-        InputError: a storage that cannot be used, or a workspace in the folder of the index.
+        InputError: a storage cannot be used, or the workspace is in the folder of the index.
 
     """
 
@@ -197,24 +197,24 @@ class Build:
 
     @cached_property
     def embeddings(self) -> Embeddings:
-        """The input as it is now; only headers are read."""
+        """The current input; only headers are read."""
         return list_embeddings(self.request.embeddings_uri, self.request.layout, self.request.key)
 
     def listing(self) -> Listing:
-        """List the input; no file is read.
+        """List the input without reading any file.
 
         Raises:
-            InputError: no embeddings there, or files without their partner.
+            InputError: there are no embeddings, or a file lacks its partner.
 
         """
         return list_files(self.request.embeddings_uri, self.request.layout, self.request.key)
 
     def prepared(self) -> Prepared | None:
-        """Return for what `train` ran last; None where it has not."""
+        """Return the files and settings of the last `train`; None if it has not run."""
         return self.workspace.read_record(PREPARED, Prepared)
 
     def is_prepared(self, prepared: Prepared | None, listing: Listing) -> bool:
-        """Return whether `train` ran for some files, by the settings of the request."""
+        """Return whether `train` ran for these files with the request's settings."""
         return prepared is not None and (prepared.files, prepared.settings) == (
             listing.version,
             self.settings,
@@ -222,26 +222,28 @@ class Build:
 
     @property
     def settings(self) -> str:
-        """Changes with what is asked of the files."""
+        """A fingerprint of the settings that affect the result."""
         asked = self.request
         known = asked.layout, asked.key, asked.index_key, asked.bytes_per_row, asked.columns
         return _fingerprint(known, asdict(asked.model))
 
     def check_planned(self, plan: Plan, listing: Listing) -> None:
-        """Check that planned files are there, and those of encoded shards unchanged; no file is read.
+        """Check that planned files exist and that files of encoded shards are unchanged.
+
+        No file is read.
 
         Raises:
-            InputError: names the files.
+            InputError: a file is missing or has changed; the message names the files.
 
         """
         check_planned(plan, listing.versions, self._is_encoded)
 
     def plan(self) -> Plan:
-        """Give every row its id: files that are new follow those that were planned before.
+        """Assign an id to every row; new files follow those planned before.
 
         Raises:
-            InputError: the input cannot be used, files that were planned before are gone or changed, or
-                the place of the index holds something else.
+            InputError: the input cannot be used, planned files are gone or have changed, or the
+                destination holds other files.
 
         """
         self._place.check()
@@ -264,7 +266,7 @@ class Build:
         return plan
 
     def cost(self) -> Cost:
-        """Return what the whole build takes; measures this machine, which takes seconds."""
+        """Estimate the cost of the whole build; measuring this machine takes a few seconds."""
         files = self.embeddings.files
         key = self.index_key()
         one_file = all(file.vectors == file.metadata for file in files)
@@ -279,7 +281,7 @@ class Build:
         )
 
     def index_key(self) -> str:
-        """Return the faiss key: that of the request, or the one that suits the rows."""
+        """Return the request's faiss key, or choose one for the number of rows."""
         return self._key_for(self.embeddings.rows)
 
     def _key_for(self, rows: int) -> str:
@@ -287,7 +289,7 @@ class Build:
         return asked.index_key or index_key_for(rows, self.embeddings.dimension, asked.bytes_per_row)
 
     def missing(self, plan: Plan) -> list[str]:
-        """Return the names of the shards that are not encoded."""
+        """Return the names of the shards that are not encoded yet."""
         wanted = self.wanted(plan)
         return [
             shard.name
@@ -296,27 +298,29 @@ class Build:
         ]
 
     def stored_plan(self) -> Plan:
-        """Return the stored plan, which is empty before the first build; the input is not read.
+        """Return the stored plan without reading the input; empty before the first build.
 
         Raises:
-            InputError: it is damaged.
+            InputError: the plan is damaged.
 
         """
         return self.workspace.read_record(PLAN, lambda **stored: Plan.from_json(stored)) or Plan()
 
     def wanted(self, plan: Plan) -> Wanted | None:
-        """Return what the steps are to be made from; None where the index is not trained."""
+        """Return the fingerprints of the steps' inputs; None if the index is not trained."""
         record = read_trained_record(self.workspace)
         return None if record is None or not self._is_wanted(record) else self._wanted(plan, record)
 
     def train(self) -> Trained:
-        """Plan all rows, and train the index on a sample of them where it is not trained.
+        """Plan all rows, and train the index on a sample of them unless it is already trained.
 
         Raises:
-            InputError: see `plan`; a key that is not supported, or too few rows for it.
+            InputError: see `plan`; also if the key is not supported or needs more rows.
 
         """
-        listing = self.listing()  # before the headers are read: what comes meanwhile is planned next time
+        listing = (
+            self.listing()
+        )  # before headers are read; files that arrive meanwhile are planned next time
         trained = self._train(self.plan())
         before = self.prepared()
         if not self.is_prepared(before, listing):
@@ -327,7 +331,7 @@ class Build:
 
     def _train(self, plan: Plan) -> Trained:
         by_name = {file.name: file for file in self.embeddings.files}
-        # Files that were added later have higher ids than their names suggest.
+        # Files added later have higher ids than their sorted names suggest.
         files = tuple(by_name[part.name] for part in plan.parts())
         reader = EmbeddingReader(replace(self.embeddings, files=files))
 
@@ -337,7 +341,7 @@ class Build:
         vectors, dimension = self.embeddings.key, self.embeddings.dimension
         with (self.workspace / TRAINED).locked(self._log):
             found = read_trained_record(self.workspace)
-            # Which index key is best may change with the rows: that is no reason to start over.
+            # The best key may change with the number of rows, but that does not justify a new start.
             if (
                 found
                 and (found.vectors, found.dimension) == (vectors, dimension)
@@ -360,14 +364,14 @@ class Build:
         """Encode one shard.
 
         Raises:
-            InputError: there is no such shard, the index is not trained, the input cannot be used or has
-                changed since it was planned, or too little space.
+            InputError: the shard does not exist, the index is not trained, the input cannot be used or
+                has changed since it was planned, or there is too little space.
 
         """
         plan, trained = self.stored_plan(), self._trained()
         if not 0 <= number < len(plan.shards):
             raise InputError(
-                f"there is no shard {number}: {self.request.embeddings_uri} makes {len(plan.shards)}"
+                f"there is no shard {number}: {self.request.embeddings_uri} has {len(plan.shards)}"
             )
         shard = plan.shards[number]
         made_from = self._wanted(plan, trained.record).shards[shard.name]
@@ -390,10 +394,11 @@ class Build:
             )
 
     def finish(self) -> Built:
-        """Merge all shards, check what was written, and put the index in its place.
+        """Merge all shards, check the written files, and publish the index.
 
         Raises:
-            InputError: shards are missing or damaged, too little space, or the place holds other files.
+            InputError: shards are missing or damaged, there is too little space, or the destination holds
+                other files.
 
         """
         place, plan, trained = self._place, self.stored_plan(), self._trained()
@@ -405,7 +410,7 @@ class Build:
             place.check()
             built = place.here.read_record(BUILT, Built) if place.is_complete() else None
             if built and built.fingerprint == wanted.index:
-                place.discard_new()  # a build that was killed may have left it
+                place.discard_new()  # left behind by a killed build
                 return built
             built = place.new.read_record(BUILT, Built)
             if not built or built.fingerprint != wanted.index:
@@ -415,7 +420,7 @@ class Build:
             return built
 
     def run(self) -> Built:
-        """Do all steps, one after the other."""
+        """Run all steps in order."""
         started = time.perf_counter()
         plan = self.plan()
         shards = f"{len(plan.shards):,} shard{'' if len(plan.shards) == 1 else 's'}"
@@ -431,7 +436,7 @@ class Build:
         return folder_of(self.workspace, shard).exists(shard_files.RECORD)
 
     def _listed(self, shard: Shard) -> Embeddings:
-        """List the files of a shard; of the others, no header is read."""
+        """List the files of a shard without reading the headers of other files."""
         names, known = [part.name for part in shard.parts], self._input()
         listed = list_embeddings(
             self.request.embeddings_uri, known.layout, known.key, only=names, dimension=known.dimension
@@ -443,7 +448,7 @@ class Build:
         return f"schema-{_fingerprint(self.request.columns)}.arrow"
 
     def _write_schema(self) -> None:
-        """Decide which columns the metadata has, for all shards and those of later files."""
+        """Fix the metadata columns for all shards, including those of later files."""
         schema = metadata_schema(self.embeddings, self.request.columns)
         if not schema.names:
             raise InputError(
@@ -455,7 +460,7 @@ class Build:
             sink.write(schema.serialize().to_pybytes())
 
     def _schema(self) -> pa.Schema:
-        if not self.workspace.exists(self._schema_file()):  # other columns were chosen meanwhile
+        if not self.workspace.exists(self._schema_file()):  # the columns were changed meanwhile
             self._write_schema()
         name = self._schema_file()
         try:
@@ -472,13 +477,13 @@ class Build:
         if not self._is_wanted(found.record):
             raise InputError(
                 f"{self.workspace.uri} holds a trained index {found.record.index_key} of "
-                f"{found.record.vectors}, and another is asked for: train that first",
+                f"{found.record.vectors}, but another one is requested: train that one first",
                 "trained_index",
             )
         return found
 
     def _is_wanted(self, trained: Record) -> bool:
-        """Return whether a trained index is the one that the request asks for."""
+        """Return whether a trained index is the requested one."""
         asked = self.request
         if asked.key not in (None, trained.vectors):
             return False
@@ -512,7 +517,7 @@ class Build:
         return [record for record in found.values() if record]
 
     def published(self) -> Built | None:
-        """Read what is known of the index that is in its place; None where no build wrote it."""
+        """Read the record of the published index; None if no build wrote it."""
         return self._place.here.read_record(BUILT, Built)
 
     def _model(self) -> ModelRecord:
@@ -523,7 +528,7 @@ class Build:
     def _write(
         self, plan: Plan, trained: Trained, records: Sequence[ShardRecord], fingerprint: str
     ) -> Built:
-        """Write all files of the index, and its record last."""
+        """Write all files of the index, its record last."""
         new = self._place.new
         stored = sum(record.stored for record in records)
         needed = stored * (trained.code_size + ID_SIZE)
@@ -538,7 +543,7 @@ class Build:
             size = _write_lists(new, trained, folders, records)
         for shard, folder, record in zip(plan.shards, folders, records, strict=True):
             if folder.size(shard_files.METADATA) != record.metadata_bytes:
-                raise folder.damaged(shard_files.METADATA, "is not what was written")
+                raise folder.damaged(shard_files.METADATA, "differs from what was written")
             name = f"{METADATA_FOLDER}/{shard.name}.arrow"
             self._place.put(folder, shard_files.METADATA, name, record.checksums[shard_files.METADATA])
         new.write_json(MODEL_RECORD, {k: v for k, v in asdict(self._model()).items() if v is not None})
@@ -570,7 +575,7 @@ def _fingerprint(*content: Any) -> str:
 def _write_lists(
     new: Workspace, trained: Trained, folders: Sequence[Workspace], records: Sequence[ShardRecord]
 ) -> int:
-    """Write an index in two files, check it, and return the bytes of its lists."""
+    """Write an index in two files, check it, and return the size of its lists in bytes."""
     shards = [(folder, record.checksums) for folder, record in zip(folders, records, strict=True)]
     sizes = write_index(new, trained.index, shards)
     _check(new, shards, trained.code_size, sizes)
@@ -580,11 +585,11 @@ def _write_lists(
 def _write_one_file(
     new: Workspace, trained: Trained, folders: Sequence[Workspace], records: Sequence[ShardRecord]
 ) -> int:
-    """Write an index without lists (Flat, HNSW), whose ids are the places of its rows."""
+    """Write an index without lists (Flat, HNSW), in which a row's id is its position."""
     if unusable := sum(record.unusable for record in records):
         raise InputError(
-            f"{unusable:,} rows have no usable vector, and {trained.record.index_key} has a place for "
-            "each row: leave the rows out, or choose a kind with lists, such as IVF1,Flat",
+            f"{unusable:,} rows have no usable vector, but {trained.record.index_key} needs one for each "
+            "row: leave these rows out, or choose a key with lists, such as IVF1,Flat",
             "index_key",
         )
     index = faiss.clone_index(trained.index)
@@ -598,7 +603,7 @@ def _write_one_file(
 def _check(
     new: Workspace, shards: Sequence[tuple[Workspace, Mapping[str, str]]], code_size: int, sizes: Ids
 ) -> None:
-    """Read some lists of the merged file back, and compare them with what the shards hold.
+    """Read some lists of the merged file back and compare them with the shards.
 
     Raises:
         InputError: they differ.
@@ -621,13 +626,13 @@ def _check(
         )
         start = int(offsets[number])
         if new.read(INVERTED_LISTS, start, start + len(expected)) != expected:
-            raise new.damaged(INVERTED_LISTS, f"does not hold list {number} as the shards do")
+            raise new.damaged(INVERTED_LISTS, f"has a list {number} that differs from the shards")
 
 
 def _recall(
     trained: Trained, folders: Sequence[Workspace], records: Sequence[ShardRecord]
 ) -> dict[str, dict[str, float]]:
-    """Compare what the index finds with the best rows by the raw vectors, for each nprobe."""
+    """Measure recall against the best rows by the raw vectors, for each nprobe."""
     name = shard_files.ANSWERS_FILE
     of_shards = [
         read_answers(folder.read(name, checksum=record.checksums[name]))

@@ -1,8 +1,8 @@
-"""Centres of inverted lists: spherical k-means from random rows.
+"""Compute the centres of inverted lists by spherical k-means from random rows.
 
-Placing centres in two levels, of few heads and then of each head's rows, is faster but finds less: on
-the benchmark's data, after as many rounds over all rows, 64 of 4,096 lists held 7 % fewer of the nearest
-1,000 rows.
+Two-level k-means, with few heads and then centres within each head's rows, is faster but finds less: on
+the benchmark's data, after the same number of rounds over all rows, 64 of 4,096 lists held 7 % fewer of
+the nearest 1,000 rows.
 """
 
 from __future__ import annotations
@@ -20,8 +20,8 @@ def centres_of(rows: Floats, count: int, random: np.random.Generator) -> Floats:
 
     Args:
         rows: (n, d) float32 of length 1.
-        count: of centres, at most n.
-        random: draws the first centres.
+        count: number of centres, at most n.
+        random: draws the initial centres.
 
     """
     centres = unit_or_zero(rows[np.sort(random.permutation(len(rows))[:count])])

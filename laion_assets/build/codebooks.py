@@ -1,4 +1,4 @@
-"""Codebooks of a product quantizer: encode with them, decode, and move them to their rows' means."""
+"""Codebooks of a product quantizer: encode and decode with them, and update them by k-means."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ import numpy as np
 from laion_assets.io.arrays import Bytes, Floats, Ids
 from laion_assets.io.parallel import in_threads
 
-ROWS_AT_ONCE = 4_096  # the intermediate results of a thread stay small
+ROWS_AT_ONCE = 4_096  # keeps the intermediate results of a thread small
 SIMD_WIDTHS = (1, 2, 4, 8)  # dimensions of a subspace for which faiss's search of a codebook is fast
 
 
 class WideCodebooks:
-    """Codebooks of PQ, padded to a width for which faiss is several times faster.
+    """PQ codebooks, padded to a width for which faiss is several times faster.
 
     Args:
         codebooks: (m, 256, d) float32.
@@ -34,15 +34,15 @@ class WideCodebooks:
         """Return (n, m) codes of (n, m * d) rows.
 
         Args:
-            rows: float32.
-            centres: what is subtracted from rows first, if anything.
+            rows: (n, m * d) float32.
+            centres: centres to subtract from the rows first; None subtracts nothing.
             numbers: (n,) the centre of each row.
 
         """
         codes = np.empty((len(rows), self._parts), np.uint8)
 
         def encode(start: int) -> None:
-            faiss.omp_set_num_threads(1)  # of this thread alone
+            faiss.omp_set_num_threads(1)  # for this thread only
             block = slice(start, start + ROWS_AT_ONCE)
             some = rows[block]
             wide = np.zeros((len(some), self._parts, self._padded), np.float32)
@@ -84,7 +84,7 @@ def decoded(codebooks: Floats, codes: Bytes) -> Floats:
 
 
 def moved(codebooks: Floats, rows: Floats, codes: Bytes, random: np.random.Generator) -> Floats:
-    """Return codebooks whose entries are the means of their rows, or a random row if they have none."""
+    """Return codebooks whose entries are the means of their rows, or a random row for an empty entry."""
     parts, entries, width = codebooks.shape
     split = rows.reshape(len(rows), parts, width)
     spare = random.integers(len(rows), size=(parts, entries))

@@ -1,4 +1,4 @@
-"""Estimate a build: rows, bytes and core-hours. Rates are measured on the machine at hand."""
+"""Estimate the rows, bytes and core-hours of a build, from rates measured on the current machine."""
 
 from __future__ import annotations
 
@@ -16,22 +16,24 @@ from laion_assets.build.index_key import ID_BYTES, IndexKey, training_rows
 from laion_assets.build.nearest import CANDIDATES, EXACT_CENTRES, GROUP_CENTRES, Centres, unit_or_zero
 
 ROWS_MEASURED = 16_384
-LISTS_MEASURED = 16_384  # at most; more are scaled by the centres that a row is compared with
+LISTS_MEASURED = (
+    16_384  # at most; rates for more lists are scaled by the centres that a row is compared with
+)
 TRAINING_ROUNDS = (
     3  # times that training, which has large batches, takes for its sample what encoding does
 )
 CODEBOOK_SECONDS = 36  # of a core, for rotation and codebooks, whatever the rows. Both fit training of
 # 65,536, 163,840 and 327,680 rows of 768 dimensions with 1,024, 4,096 and 8,192 lists, to within a tenth.
-METADATA_BYTES = 154  # a row of LAION-5B's: 900 GB for 5.85e9 rows
+METADATA_BYTES = 154  # per row of LAION-5B: 900 GB for 5.85e9 rows
 
 
 @dataclass(frozen=True)
 class Rates:
-    """Seconds of one core for a row of one kind of index.
+    """Core-seconds per row for one type of index.
 
     Attributes:
-        assigning: to find its list.
-        coding: to rotate it and choose its code.
+        assigning: time to find the row's list.
+        coding: time to rotate the row and choose its code.
 
     """
 
@@ -41,19 +43,19 @@ class Rates:
 
 @dataclass(frozen=True)
 class Cost:
-    """What a build takes.
+    """The estimated cost of a build.
 
     Attributes:
         index_key: faiss factory key.
-        rows: of the index.
-        shards: that can be encoded at the same time.
-        sample: rows that training reads.
-        training_memory: bytes of that sample.
+        rows: number of rows in the index.
+        shards: number of shards; they can be encoded in parallel.
+        sample: number of rows that training reads.
+        training_memory: size of that sample in bytes.
         vectors: bytes of vectors that encoding reads.
         metadata: bytes of metadata, written as Arrow.
-        lists: bytes of codes and ids. Encoding writes them, merging reads and writes them again.
-        training: core-hours.
-        encoding: core-hours.
+        lists: bytes of codes and ids. Encoding writes them; merging reads and writes them again.
+        training: core-hours of training.
+        encoding: core-hours of encoding.
 
     """
 
@@ -69,10 +71,10 @@ class Cost:
     encoding: float
 
     def lines(self, core_price: float | None = None) -> list[str]:
-        """Describe it, a line for each step.
+        """Describe the cost, with one line per step.
 
         Args:
-            core_price: of a core for an hour, in any currency; None leaves out what it costs.
+            core_price: price of a core-hour in any currency; None leaves out the price of the build.
 
         """
         hours = self.training + self.encoding
@@ -80,14 +82,14 @@ class Cost:
         facts = {
             "rows": f"{self.rows:,}",
             "index": self.index_key,
-            "shards": f"{self.shards:,}, which may be encoded at the same time",
+            "shards": f"{self.shards:,}, which can be encoded in parallel",
             "training": f"{self.sample:,} rows, {size(self.training_memory)} in memory, "
             f"{self.training:,.2f} core-hours",
             "encoding": f"reads {size(self.vectors)} of vectors and the metadata, writes "
             f"{size(self.lists)} of codes, {self.encoding:,.2f} core-hours",
             "merging": f"reads and writes {size(self.lists)}",
             "disk": f"index {size(self.lists)}, metadata {size(self.metadata)}; {size(self.disk)} with "
-            "the codes that adding rows later needs",
+            "the codes needed to add rows later",
         }
         if core_price is not None:
             facts["cost"] = f"{hours * core_price:,.2f} at {core_price:g} a core-hour, without storage"
@@ -95,7 +97,7 @@ class Cost:
 
     @property
     def disk(self) -> int:
-        """Bytes at the end of a build on one disk: index, and codes that a later build needs again."""
+        """Disk space after a build, in bytes: the index and the codes that later builds reuse."""
         return self.metadata + 2 * self.lists
 
 
@@ -109,16 +111,16 @@ def cost_of(
     vector_bytes: int | None = None,
     metadata_bytes: int | None = None,
 ) -> Cost:
-    """Return what a build takes; a pure function.
+    """Compute the cost of a build; a pure function.
 
     Args:
-        rows: of the index.
-        dimension: of the vectors.
+        rows: number of rows in the index.
+        dimension: dimension of the vectors.
         index_key: faiss factory key.
-        rates: as `measured`.
-        shard_rows: rows of a shard.
-        vector_bytes: of all vectors at the source; float16 by default.
-        metadata_bytes: of all metadata; by default LAION-5B's for each row.
+        rates: rates returned by `measured`.
+        shard_rows: number of rows per shard.
+        vector_bytes: size of all vectors at the source; that of float16 by default.
+        metadata_bytes: size of all metadata; by default LAION-5B's size per row.
 
     """
     key = IndexKey.parse(index_key, dimension)
@@ -139,14 +141,14 @@ def cost_of(
 
 
 def measured(index_key: str, dimension: int) -> Rates:
-    """Measure how fast this machine encodes rows, with centres and codebooks of random numbers.
+    """Measure how fast this machine encodes rows, with random centres and codebooks.
 
     Args:
         index_key: faiss factory key.
-        dimension: of the vectors.
+        dimension: dimension of the vectors.
 
     Raises:
-        InputError: a key that cannot be built.
+        InputError: the key is not supported.
 
     """
     key = IndexKey.parse(index_key, dimension)
@@ -177,5 +179,5 @@ def measured(index_key: str, dimension: int) -> Rates:
 
 
 def _compared(lists: int) -> int:
-    """Return how many centres a row is compared with, see `Centres`."""
+    """Return the number of centres that a row is compared with, see `Centres`."""
     return lists if lists <= EXACT_CENTRES else lists // GROUP_CENTRES + CANDIDATES

@@ -1,4 +1,4 @@
-"""Published embeddings: vectors and their metadata, listed and checked, then read in parts."""
+"""List and check published embeddings, vectors with their metadata, and read them in parts."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ from laion_assets.io.checksums import fingerprint
 from laion_assets.io.errors import InputError
 from laion_assets.staging.transfer.files import SourceFile, version_of
 
-FILES_AT_ONCE = 16  # whose headers, or parts of a sample, are read at a time
+FILES_AT_ONCE = 16  # files whose headers or sample rows are read at a time
 PROBLEMS_SHOWN = 5
 PANDAS_INDEX = "__index_level_"  # columns of row numbers that pandas writes
 DATACOMP_MODELS = {
@@ -46,15 +46,15 @@ Result = TypeVar("Result")
 
 @dataclass(frozen=True)
 class EmbeddingFile:
-    """A file of vectors and its metadata: row i of the one belongs to row i of the other.
+    """A vector file and its metadata file; row i of one belongs to row i of the other.
 
     Attributes:
-        name: of the file of vectors, relative to the folder.
-        vectors: the file of vectors.
-        metadata: the Parquet file of metadata; in the layout "parquet" the same file.
+        name: name of the vector file, relative to the folder.
+        vectors: the vector file.
+        metadata: the Parquet file of metadata; in the layout "parquet", the same file.
         rows: number of vectors.
         stored: how the vectors are stored in their file.
-        columns: of the metadata, as the file has them; never the vectors.
+        columns: schema of the metadata in the file, without the vectors.
 
     """
 
@@ -67,7 +67,7 @@ class EmbeddingFile:
 
     @property
     def vector_bytes(self) -> int:
-        """Bytes of its vectors, unpacked; of a Parquet file as float32."""
+        """Size of the uncompressed vectors in bytes; as float32 for a Parquet file."""
         if isinstance(self.stored, VectorColumn):
             return 4 * self.rows * (self.stored.dimension or 0)
         return self.rows * self.stored.row_bytes
@@ -75,12 +75,12 @@ class EmbeddingFile:
 
 @dataclass(frozen=True)
 class Listing:
-    """The embeddings in a folder as its listing alone describes them.
+    """The embeddings in a folder, known from the listing alone.
 
     Attributes:
         layout: one of `laion_assets.build.layouts.LAYOUTS`.
-        versions: of each file of vectors with its metadata, by name and in order; a version changes with
-            the name, size or content of either.
+        versions: version of each vector file with its metadata, by name and in order; it changes with the
+            name, size or content of either file.
 
     """
 
@@ -89,22 +89,22 @@ class Listing:
 
     @property
     def version(self) -> str:
-        """Changes with any of the files."""
+        """A version that changes with any of the files."""
         return fingerprint((name, 0, version) for name, version in self.versions.items())
 
 
 @dataclass(frozen=True)
 class Embeddings:
-    """The embeddings in a folder, as `list_embeddings` found them.
+    """The embeddings in a folder, as found by `list_embeddings`.
 
     Attributes:
-        uri: of the folder, as given.
+        uri: the folder, as given.
         layout: one of `laion_assets.build.layouts.LAYOUTS`.
         key: which vectors of the files these are, see `list_embeddings`.
-        dimension: numbers in each vector.
-        files: in natural order of their names, which is the order of the rows.
-        rows: of all files.
-        model: of the vectors, as far as it is known.
+        dimension: dimension of the vectors.
+        files: the files in natural order of their names, which is the order of the rows.
+        rows: number of rows in all files.
+        model: the model that embedded them, as far as it is known.
 
     """
 
@@ -118,27 +118,27 @@ class Embeddings:
 
     @cached_property
     def starts(self) -> Ids:
-        """Number of the first row of each file, then the number of all rows: (files + 1,) int64."""
+        """The number of each file's first row, then the total number of rows: (files + 1,) int64."""
         return np.cumsum([0, *(file.rows for file in self.files)], dtype=np.int64)
 
     @cached_property
     def version(self) -> str:
-        """Changes with the name, size or content of any file."""
+        """A version that changes with the name, size or content of any file."""
         read = {source.name: source for file in self.files for source in (file.vectors, file.metadata)}
         return version_of(read.values())
 
 
 def list_files(uri: str, layout: str | None = None, key: str | None = None) -> Listing:
-    """List the embeddings in a folder and pair them with their metadata; no file is read.
+    """List the embeddings in a folder and pair them with their metadata, without reading any file.
 
     Args:
-        uri: see `list_embeddings`, as for the others.
-        layout: by default detected.
-        key: which vectors.
+        uri: the folder, see `list_embeddings`.
+        layout: the layout, see `list_embeddings`; detected by default.
+        key: which vectors to use, see `list_embeddings`.
 
     Raises:
-        InputError: no folder or no embeddings in it; files of several layouts; a file without its
-            partner.
+        InputError: the folder does not exist or holds no embeddings; files have several layouts; a file
+            lacks its partner.
 
     """
     files = InputFiles(uri)
@@ -153,7 +153,7 @@ def list_files(uri: str, layout: str | None = None, key: str | None = None) -> L
 
 
 def pair_version(vectors: SourceFile, metadata: SourceFile) -> str:
-    """Return a version that changes with a file of vectors and with its metadata."""
+    """Return a version that changes with a vector file or its metadata."""
     return version_of([vectors, metadata])
 
 
@@ -170,21 +170,21 @@ def list_embeddings(
     Only headers and footers are read.
 
     Args:
-        uri: of the folder, a local path or any fsspec URL; or of one Parquet file.
-        layout: "clip-retrieval", "laion", "datacomp" or "parquet"; by default detected from the names
-            of the files. Files that are not part of a named layout are left out.
-        key: which vectors: the beginning of the names of .npy files (by default "img_emb"), the member
-            of .npz files ("l14_img"), or the column of Parquet files (`embedding`, or else the only
-            column of lists of floats).
-        log: takes a line about each retry, in any thread; by default Python's logging.
-        only: names of the files of vectors that are wanted; nothing of the others is read.
-        dimension: of the vectors, where it is known: then the files may hold none.
+        uri: a folder or one Parquet file, a local path or any fsspec URL.
+        layout: "clip-retrieval", "laion", "datacomp" or "parquet"; detected from the file names by
+            default. With a named layout, files that are not part of it are ignored.
+        key: which vectors to use. This is the prefix of .npy file names (by default "img_emb"), the
+            member of .npz files ("l14_img"), or the column of Parquet files (`embedding`, or else the
+            only column of lists of floats).
+        log: called with a line about each retry, from any thread; by default Python's logging.
+        only: names of the vector files to list; other files are not read.
+        dimension: dimension of the vectors, if known; the files may then be empty.
 
     Raises:
-        InputError: no folder or no embeddings in it; files of several layouts; a file without its
-            partner, or with another number of rows; vectors that are not floating-point numbers in C
-            order, or of different dimensions; a file that is damaged, changes, or cannot be read; no
-            rows at all.
+        InputError: the folder does not exist or holds no embeddings; files have several layouts; a file
+            lacks its partner, or the two differ in their number of rows; vectors are not floating-point
+            numbers in C order, or differ in dimension; a file is damaged, changes, or cannot be read;
+            there are no rows.
 
     """
     files = InputFiles(uri, log)
@@ -197,7 +197,9 @@ def list_embeddings(
     if layout == PARQUET and pairs:
         first = files.file(pairs[0].vectors)
         key = parquet.choose_column(parquet.read_footer(files, first)[0], first.url, key)
-    schemas: dict[bytes, pa.Schema] = {}  # most files have the same columns, which are kept once
+    schemas: dict[
+        bytes, pa.Schema
+    ] = {}  # most files have the same columns, so each schema is stored once
 
     def read(pair: Pair) -> EmbeddingFile | BadFileError:
         try:
@@ -219,18 +221,19 @@ def list_embeddings(
 
 
 def metadata_schema(embeddings: Embeddings, columns: Sequence[str] | None = None) -> pa.Schema:
-    """Return the schema that the metadata of all files fits.
+    """Return one schema that fits the metadata of all files.
 
-    Integers and floats get the widest type of any file; text and binary are plain, whatever their
-    encoding; a column that some files lack is null there.
+    Integers and floats get the widest type of any file. Text and binary columns are plain, whatever
+    their encoding. In files that lack a column, it is null.
 
     Args:
-        embeddings: their files.
-        columns: names, in the order of the schema; by default all that are not nested, without the
-            row numbers that pandas writes.
+        embeddings: the embeddings.
+        columns: column names, in the order of the schema; by default all columns that are not nested,
+            without the row numbers that pandas writes.
 
     Raises:
-        InputError: no file has one of the columns, it holds the vectors, or its types cannot be unified.
+        InputError: a column is missing in all files, holds the vectors, or has types that cannot be
+            unified.
 
     """
     common = pa.schema([])
@@ -246,7 +249,7 @@ def metadata_schema(embeddings: Embeddings, columns: Sequence[str] | None = None
         except pa.ArrowException as error:
             url = next(file.metadata.url for file in embeddings.files if file.columns is schema)
             raise InputError(
-                f"{url} has column types that do not fit those of the files before it ({error}): write "
+                f"{url} has column types that do not match the files before it ({error}): write "
                 "the metadata with the same types, or select columns without this one",
                 "columns",
             ) from error
@@ -266,18 +269,18 @@ def metadata_schema(embeddings: Embeddings, columns: Sequence[str] | None = None
 class EmbeddingReader:
     """Reads listed embeddings. Its methods may be called from several threads.
 
-    What is read is of the listed version of each file; otherwise an InputError is raised. In a bucket
-    each read names the listed generation; elsewhere versions are compared after each part is read.
+    Reading raises an InputError if a file is no longer the listed version. In a bucket each read names
+    the listed generation; elsewhere versions are compared after each part is read.
 
     Args:
-        embeddings: from `list_embeddings`.
-        log: takes a line about each retry, in any thread; by default Python's logging.
+        embeddings: embeddings from `list_embeddings`.
+        log: called with a line about each retry, from any thread; by default Python's logging.
 
     Attributes:
-        embeddings: as given.
+        embeddings: the embeddings.
 
     Raises:
-        InputError: no credentials for the storage.
+        InputError: credentials for the storage are missing.
 
     """
 
@@ -286,10 +289,10 @@ class EmbeddingReader:
         self._files = InputFiles(embeddings.uri, log)
 
     def vectors(self, file: EmbeddingFile, start: int, stop: int) -> Floats:
-        """Return the vectors of some rows as they are stored, not normalised.
+        """Return the vectors of some rows as stored, not normalised.
 
-        A compressed .npz file is decompressed from its beginning, a Parquet file from the beginning of
-        a row group.
+        A compressed .npz file is decompressed from its beginning, a Parquet file from the beginning of a
+        row group.
 
         Args:
             file: one of the listed files.
@@ -300,7 +303,7 @@ class EmbeddingReader:
             (stop - start, d) float32; a null vector in Parquet is a row of NaN.
 
         Raises:
-            IndexError: rows that the file does not have.
+            IndexError: the file does not have these rows.
             InputError: the file is damaged, changed, or cannot be read.
 
         """
@@ -316,7 +319,7 @@ class EmbeddingReader:
 
         Args:
             file: one of the listed files.
-            rows: of each block but the last, above 0.
+            rows: number of rows in each block except the last, above 0.
 
         Returns:
             (n, d) float32 blocks, see `vectors`.
@@ -350,13 +353,13 @@ class EmbeddingReader:
     def sample(self, rows: int, random: np.random.Generator) -> tuple[Floats, Ids]:
         """Draw rows evenly from all files.
 
-        Runs of 64 to 1024 consecutive rows are read of each uncompressed file. Of Parquet and
-        compressed .npz files, whole row groups and whole files are read, some four times as many rows as
-        are drawn; rows are then drawn from these.
+        From uncompressed files, runs of 64 to 1024 consecutive rows are read. From Parquet and compressed
+        .npz files, whole row groups and whole files are read, about four times as many rows as needed;
+        the sample is then drawn from these.
 
         Args:
-            rows: how many; all if there are fewer.
-            random: draws; the same generator draws the same rows.
+            rows: number of rows to draw; all if there are fewer.
+            random: random generator; the same generator draws the same rows.
 
         Returns:
             The vectors (m, d) float32 as stored, and the number (m,) of each row among the rows of all
@@ -384,7 +387,7 @@ class EmbeddingReader:
         return vectors, numbers
 
     def _draw(self, rows: int, random: np.random.Generator) -> list[tuple[int, Ids]]:
-        """Return rows to read together, ascending: the number of their file, and their numbers in it."""
+        """Return groups of rows to read together: a file number and ascending row numbers in the file."""
         files = self.embeddings.files
         sizes = np.array([file.rows for file in files], np.int64)
         units = [_units(file) for file in files]
@@ -401,7 +404,7 @@ class EmbeddingReader:
         return sorted(parts, key=lambda part: (part[0], int(part[1][0])))
 
     def _take(self, file: EmbeddingFile, rows: Ids, into: Floats) -> None:
-        """Read ascending rows of one file into an array (n, d), without checking its version."""
+        """Read ascending rows of one file into an array (n, d), without checking the file's version."""
         at = first = int(rows[0])
         for piece in self._pieces(file, first, int(rows[-1]) + 1):
             here = slice(*np.searchsorted(rows, [at, at + len(piece)]))
@@ -411,7 +414,7 @@ class EmbeddingReader:
         _check_end(file, at, int(rows[-1]) + 1)
 
     def _in_blocks(self, file: EmbeddingFile, start: int, stop: int, rows: int) -> Iterator[Floats]:
-        """Yield rows in blocks of `rows`, each checked before it is yielded."""
+        """Yield blocks of `rows` rows, each checked before it is yielded."""
         pieces = self._pieces(file, start, stop)
         piece: NDArray[Any] = np.empty((0, self.embeddings.dimension), np.float32)
         for first in range(start, stop, max(rows, 1)):
@@ -462,14 +465,14 @@ class EmbeddingReader:
                 ]
             except pa.ArrowException as error:
                 raise InputError(
-                    f"{file.metadata.url} has values that do not fit the type of the other files "
+                    f"{file.metadata.url} has values that do not match the type in the other files "
                     f"({error}): write the metadata with the same types, or select other columns",
                     "columns",
                 ) from error
             yield pa.RecordBatch.from_arrays(columns, schema=schema)
         if rows != file.rows:
             raise BadFileError(
-                f"{file.metadata.url} has {rows:,} rows, not the {file.rows:,} that it announces: write "
+                f"{file.metadata.url} has {rows:,} rows, but its footer declares {file.rows:,}: write "
                 "it again from its source"
             )
 
@@ -491,8 +494,8 @@ def _read_headers(
         stored = read_npz_header(files, vectors, key) if archive else read_npy_header(files, vectors)
         if stored.rows != rows:
             raise BadFileError(
-                f"{vectors.url} has {stored.rows:,} rows and {metadata.name} has {rows:,}: row i of the "
-                "one must belong to row i of the other, so write both again from their source"
+                f"{vectors.url} has {stored.rows:,} rows and {metadata.name} has {rows:,}, but row i of "
+                "one must belong to row i of the other: write both again from their source"
             )
     for file in {vectors, metadata}:
         files.check(file)
@@ -504,7 +507,7 @@ def _check_end(file: EmbeddingFile, at: int, stop: int) -> None:
     """Check that reading the rows up to `stop` ended there."""
     if at != stop:
         raise BadFileError(
-            f"{file.vectors.url} has other rows than it announces: write it again from its source"
+            f"{file.vectors.url} has other rows than its header declares: write it again from its source"
         )
 
 
@@ -535,7 +538,7 @@ def _model(layout: str, key: str, dimension: int) -> ModelRecord:
 
 
 def _units(file: EmbeddingFile) -> tuple[int, ...]:
-    """Return the rows of each part of a file that is read as a whole; none if any row can be read."""
+    """Return the row counts of the parts that must be read whole; empty if rows can be read singly."""
     if isinstance(file.stored, VectorColumn):
         return file.stored.groups
     return (file.rows,) if isinstance(file.stored, DeflatedMatrix) else ()
@@ -554,7 +557,7 @@ def _raise_all(uri: str, errors: Sequence[BadFileError]) -> None:
 
 
 def _in_threads(work: Callable[[Job], Result], jobs: Iterable[Job]) -> list[Result]:
-    """Do jobs in threads and return the results in their order; the first error drops those left."""
+    """Run jobs in threads and return the results in order; the first error cancels the remaining jobs."""
     pool = ThreadPoolExecutor(FILES_AT_ONCE, "embeddings")
     try:
         return list(pool.map(work, jobs))

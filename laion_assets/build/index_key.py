@@ -1,4 +1,4 @@
-"""Keys of indices: which ones can be built, and which one suits how many rows."""
+"""faiss factory keys: which are supported, and which suits a number of rows."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from laion_assets.io.errors import InputError
 
 EXAMPLE = "OPQ128_896,IVF131072_HNSW32,PQ128x8"
-ROWS_PER_LIST = 39  # fewer give poor centres; faiss warns then
+ROWS_PER_LIST = 39  # with fewer, centres are poor and faiss warns
 CODEBOOK = 256  # entries of a codebook of PQ with 8 bits
 EXACT_ROWS = 20_000
 FLAT_ROWS = 1_000_000
@@ -32,11 +32,11 @@ class IndexKey:
 
     Attributes:
         text: the key.
-        lists: inverted lists; 0 for Flat and HNSW.
-        graph: links of HNSW, between lists or between rows; 0 without.
-        opq: subspaces that OPQ's rotation is trained for; 0 without.
-        width: dimension after OPQ; 0 where it stays.
-        pq: bytes of a PQ code; 0 where vectors are stored.
+        lists: number of inverted lists; 0 for Flat and HNSW.
+        graph: number of HNSW links per list or row; 0 without HNSW.
+        opq: number of subspaces that OPQ's rotation is trained for; 0 without OPQ.
+        width: dimension after OPQ; 0 if it does not change.
+        pq: bytes of a PQ code; 0 if vectors are stored.
 
     """
 
@@ -49,17 +49,17 @@ class IndexKey:
 
     @classmethod
     def parse(cls, text: str, dimension: int) -> IndexKey:
-        """Read a key.
+        """Parse a key.
 
         Raises:
-            InputError: not one of the kinds that can be built, or not with this dimension.
+            InputError: the key is not supported, or not with this dimension.
 
         """
         found = _KEY.fullmatch(text) or _NO_LISTS.fullmatch(text)
         if found is None:
             raise _refused(
                 text,
-                "is of a type that cannot be built; possible are Flat, HNSW, IVF + Flat and IVF + PQ "
+                "has a type that is not supported; supported are Flat, HNSW, IVF + Flat and IVF + PQ "
                 "(8 bits), optionally with OPQ",
             )
         numbers = {name: int(number) for name, number in found.groupdict().items() if number}
@@ -75,20 +75,20 @@ class IndexKey:
         return key
 
     def fewest_rows(self, per_centre: int = ROWS_PER_LIST) -> int:
-        """Return how many rows training needs.
+        """Return the number of rows that training needs.
 
         Args:
-            per_centre: rows needed for each list and each entry of a codebook.
+            per_centre: rows needed per list and per codebook entry.
 
         """
         codes = CODEBOOK if self.pq or self.opq else 0
         return per_centre * max(self.lists if self.lists > 1 else 0, codes)
 
     def check_rows(self, rows: int, per_centre: int = ROWS_PER_LIST) -> None:
-        """Raise InputError where there are fewer rows than training needs.
+        """Raise InputError if there are fewer rows than training needs.
 
         Args:
-            rows: to train on.
+            rows: number of rows to train on.
             per_centre: see `fewest_rows`.
 
         """
@@ -96,7 +96,7 @@ class IndexKey:
         if rows < needed:
             raise InputError(
                 f'the index "{self.text}" needs {needed:,} rows to train on, {per_centre} '
-                f"for each list and each entry of a codebook, and there are {rows:,}: choose fewer "
+                f"per list and per codebook entry, but there are {rows:,}: choose fewer "
                 'lists, or "IVF1,Flat" for a few thousand rows',
                 "index_key",
             )
@@ -107,27 +107,27 @@ def _refused(text: str, reason: str) -> InputError:
 
 
 def index_key_for(rows: int, dimension: int, bytes_per_row: int | None = None) -> str:
-    """Return the faiss factory key that suits so many rows.
+    """Return the faiss factory key that suits a number of rows.
 
-    The rule is that of autofaiss 2.18.0 for indices that can be memory-mapped
-    (`get_optimal_index_keys_v2`), which LAION-5B's index was built with:
+    The rule is that of autofaiss 2.18.0 for memory-mapped indices (`get_optimal_index_keys_v2`), which
+    built LAION-5B's index:
 
     - below 1,000,000 rows, vectors in about `4 sqrt(rows)` lists, a power of two;
-    - from there, or where `bytes_per_row` is too small for vectors, PQ codes of as many bytes as
-      `bytes_per_row` has room for beside an id of 8 bytes, behind OPQ;
+    - with more rows, or if `bytes_per_row` is too small for vectors, OPQ and the largest PQ code that
+      fits into `bytes_per_row` together with an id of 8 bytes;
     - 16,384 lists from 1,000,000 rows, 65,536 from 10,000,000 and 131,072 from 300,000,000;
     - HNSW finds the lists if there are 1,000 or more.
 
-    It differs in three ways. Below 20,000 rows the index has a single list and is exact: autofaiss makes
-    lists from 1,000 rows on, and codes from 10,000. There are at most so many lists that training has 40
-    rows for each: below 39 faiss warns of poor centres. The default of `bytes_per_row` is LAION-5B's 136
-    instead of a share of the memory.
+    It differs in three ways. Below 20,000 rows the index has a single list and is exact; autofaiss uses
+    lists from 1,000 rows and codes from 10,000. The number of lists is limited so that training has 40
+    rows per list, because faiss warns of poor centres below 39. The default of `bytes_per_row` is
+    LAION-5B's 136 instead of a share of the memory.
 
     Args:
-        rows: of the index.
-        dimension: of the vectors.
-        bytes_per_row: bytes that a row may take in the index; by default vectors below 1,000,000 rows,
-            then 136.
+        rows: number of rows in the index.
+        dimension: dimension of the vectors.
+        bytes_per_row: most bytes per row of the index; by default enough for vectors below 1,000,000
+            rows, and 136 from there.
 
     Raises:
         InputError: no code is small enough for `bytes_per_row`.
@@ -135,8 +135,8 @@ def index_key_for(rows: int, dimension: int, bytes_per_row: int | None = None) -
     """
     if bytes_per_row is not None and bytes_per_row < PQ_BYTES[-1] + ID_BYTES:
         raise InputError(
-            f"a row of an index takes {PQ_BYTES[-1] + ID_BYTES} bytes or more, {ID_BYTES} of them "
-            f"for its id, and not {bytes_per_row}",
+            f"a row of an index needs at least {PQ_BYTES[-1] + ID_BYTES} bytes, {ID_BYTES} of them for "
+            f"its id, not {bytes_per_row}",
             "bytes_per_row",
         )
     if rows < EXACT_ROWS:
@@ -155,7 +155,7 @@ def index_key_for(rows: int, dimension: int, bytes_per_row: int | None = None) -
 
 
 def _lists(rows: int) -> int:
-    """Return the number of lists for so many rows: autofaiss's, or as many as can be trained."""
+    """Return autofaiss's number of lists for these rows, or as many as can be trained if fewer."""
     for fewest, lists in ((300_000_000, 131_072), (10_000_000, 65_536), (1_000_000, 16_384)):
         if rows >= fewest:
             return lists
@@ -164,14 +164,14 @@ def _lists(rows: int) -> int:
 
 
 def training_rows(key: str, rows: int) -> int:
-    """Return how many rows of a sample are worth reading to train an index.
+    """Return the useful sample size to train an index.
 
     Args:
         key: faiss factory key.
-        rows: of the index.
+        rows: number of rows in the index.
 
     Raises:
-        InputError: a key that cannot be built.
+        InputError: the key is not supported.
 
     """
     found = _KEY.fullmatch(key) or _NO_LISTS.fullmatch(key)

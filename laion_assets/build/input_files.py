@@ -1,4 +1,4 @@
-"""The files that an index is built from: listed in a folder, and read by ranges."""
+"""List the input files of a build and read ranges of them."""
 
 from __future__ import annotations
 
@@ -21,10 +21,10 @@ from laion_assets.staging.transfer.range_readers import ChangedError
 from laion_assets.staging.transfer.source import range_reader, source_file
 
 URI = "uri"  # what errors are about, see `InputError`
-DEPTH = 3  # folders below the named one in which files are found, the named one included
-PART = 2 << 20  # bytes of one request; longer reads are split into parallel requests
-READ_THREADS = 8  # requests at a time of one long read
-STREAM_WINDOW = PART * READ_THREADS  # bytes in memory of a stream
+DEPTH = 3  # levels of folders in which files are found, including the named folder
+PART = 2 << 20  # bytes per request; longer reads are split into parallel requests
+READ_THREADS = 8  # parallel requests of one long read
+STREAM_WINDOW = PART * READ_THREADS  # bytes of a stream in memory
 
 _log = logging.getLogger(__name__)
 
@@ -40,15 +40,15 @@ class InputFiles:
     generation, and elsewhere `check` compares versions after reading.
 
     Args:
-        uri: of the folder or file.
-        log: takes a line about each retry, in any thread; by default Python's logging.
+        uri: the folder or file.
+        log: called with a line about each retry, from any thread; by default Python's logging.
 
     Attributes:
-        uri: as given.
-        stats: counts of what was read.
+        uri: the folder or file.
+        stats: statistics of the reads.
 
     Raises:
-        InputError: an unknown kind of storage, or no credentials for it.
+        InputError: the kind of storage is unknown, or credentials for it are missing.
 
     """
 
@@ -62,12 +62,12 @@ class InputFiles:
         self._listed: dict[str, tuple[str, Mapping[str, Any]]] = {}
 
     def names(self) -> list[str]:
-        """List the files of the folder and the folders below it, by relative path.
+        """List the relative paths of the files in the folder and its subfolders.
 
         Files and folders whose names start with "." or "_" are left out.
 
         Raises:
-            InputError: no such folder, or no permission to list it.
+            InputError: the folder does not exist or cannot be listed.
 
         """
         with reaching(self.uri, URI):
@@ -86,18 +86,18 @@ class InputFiles:
         """Return a listed file.
 
         Raises:
-            InputError: it is gone, or not a regular file.
+            InputError: the file is gone or not a regular file.
 
         """
         path, info = self._listed[name]
         if not self.uri.startswith(BUCKETS):
-            # Listings lack what `check` compares, or describe links instead of their targets.
+            # Some listings lack the details that `check` compares, or describe links, not their targets.
             try:
                 with reaching(self.uri, URI):
                     info = self._fs.info(path)
             except FileNotFoundError as error:
                 raise BadFileError(
-                    f"{self._fs.unstrip_protocol(path)} is gone, or a link to nothing: run again once "
+                    f"{self._fs.unstrip_protocol(path)} is gone or a dangling link: run again once "
                     "all files are there"
                 ) from error
         if info["type"] != "file" or not is_regular(self._fs, path):
@@ -105,7 +105,7 @@ class InputFiles:
         return source_file(self._fs, name, path, info)
 
     def read(self, file: SourceFile, start: int, stop: int) -> Bytes:
-        """Read the bytes from `start` to `stop`, a long range in parallel requests.
+        """Read the bytes from `start` to `stop`; long ranges are read in parallel requests.
 
         Raises:
             InputError: access is denied, every retry failed, or the file was changed or removed.
@@ -136,7 +136,7 @@ class InputFiles:
             yield self.read(file, at, min(at + STREAM_WINDOW, stop))
 
     def check(self, file: SourceFile) -> None:
-        """Check that everything read since the file was listed is of the listed version.
+        """Check that the file has not changed since it was listed.
 
         Raises:
             InputError: the file was changed or removed.
@@ -147,12 +147,12 @@ class InputFiles:
 
 
 class RangeFile(io.RawIOBase):
-    """A file as a Python file object, of which each read is a read of a range.
+    """A Python file object that reads ranges of an input file.
 
     Args:
         files: reads the ranges.
         file: the file.
-        tail: bytes at its end that are read once, at the start, and kept.
+        tail: number of bytes at its end that are read first and kept in memory.
 
     """
 
@@ -180,12 +180,12 @@ class RangeFile(io.RawIOBase):
         """Move the position and return it."""
         origin = {io.SEEK_SET: 0, io.SEEK_CUR: self._at, io.SEEK_END: self._file.size}[whence]
         if origin + offset < 0:
-            raise OSError("a position before the start of the file")
+            raise OSError("position before the start of the file")
         self._at = origin + offset
         return self._at
 
     def read(self, size: int = -1) -> bytes:
-        """Read up to `size` bytes, less only at the end of the file; all the rest if it is negative."""
+        """Read `size` bytes, fewer only at the end of the file; the whole rest if negative."""
         rest = max(self._file.size - self._at, 0)
         start, stop = self._at, self._at + (rest if size < 0 else min(size, rest))
         self._at = stop
@@ -200,11 +200,11 @@ def _unchanged() -> Iterator[None]:
         yield
     except ChangedError as error:
         raise InputError(
-            f"{error.file.url} changed while it was read ({error}): run again once it is complete"
+            f"{error.file.url} changed while it was being read ({error}): run again once it is complete"
         ) from error
 
 
 def list_shortly(items: list[str], separator: str = ", ", limit: int = 5) -> str:
-    """Join the first few texts and say how many more there are; "nothing" for none."""
+    """Join the first few texts and add the number of others; "nothing" if there are none."""
     more = [f"{len(items) - limit:,} more"] if len(items) > limit else []
     return separator.join(items[:limit] + more) or "nothing"

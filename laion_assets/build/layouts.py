@@ -1,4 +1,4 @@
-"""Layouts of published embeddings: which files belong together, by their names alone."""
+"""Layouts of published embeddings: pair vector and metadata files by their names."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ DEFAULT_KEYS: Mapping[str, str | None] = {
 
 @dataclass(frozen=True)
 class Pair:
-    """Names of a file of vectors and its metadata; the same name where one file holds both."""
+    """Names of a vector file and its metadata file; the same name if one file holds both."""
 
     vectors: str
     metadata: str
@@ -40,10 +40,10 @@ def detect_layout(names: Iterable[str], where: str, key: str | None = None) -> s
     Args:
         names: paths relative to the folder.
         where: the folder, for messages.
-        key: which vectors, see `list_embeddings`.
+        key: which vectors to use, see `list_embeddings`.
 
     Raises:
-        InputError: no layout, or more than one.
+        InputError: the files fit no layout, or more than one.
 
     """
     names = sorted(names)
@@ -69,32 +69,33 @@ def detect_layout(names: Iterable[str], where: str, key: str | None = None) -> s
     if len(found) > 1:
         examples = ", ".join(f"{name} ({layout})" for layout, name in found.items())
         raise InputError(
-            f"{where} holds files of several layouts, such as {examples}: name the layout that is to be "
-            "read, or the folder of one of them",
+            f"{where} holds files of several layouts, such as {examples}: name the layout to read, "
+            "or a folder with only one of them",
             "layout",
         )
     return next(iter(found))
 
 
 def pair_files(layout: str, names: Iterable[str], where: str, key: str | None = None) -> list[Pair]:
-    """Return which files belong together, in natural order of the names of the vectors' files.
+    """Pair vector files with their metadata, in natural order of the vector files' names.
 
     Args:
         layout: one of `LAYOUTS`; files that are not part of it are left out.
         names: paths relative to the folder.
         where: the folder, for messages.
-        key: which vectors, see `list_embeddings`.
+        key: which vectors to use, see `list_embeddings`.
 
     Raises:
-        InputError: an unknown layout, no files of this layout, a file without partner, or two files
-            that claim the same one.
+        InputError: the layout is unknown, there are no files of it, a file lacks its partner, or two
+            files have the same partner.
 
     """
     names = sorted(names, key=natural_order)
     key = key or DEFAULT_KEYS.get(layout)
     if layout not in LAYOUTS:
         raise InputError(
-            f"there is no layout {layout!r}: choose one of {', '.join(LAYOUTS)}, or none", "layout"
+            f"there is no layout {layout!r}: choose one of {', '.join(LAYOUTS)}, or leave it out",
+            "layout",
         )
     if layout == PARQUET:
         pairs = [Pair(name, name) for name in names if name.endswith(".parquet")]
@@ -121,7 +122,7 @@ def pair_files(layout: str, names: Iterable[str], where: str, key: str | None = 
 
 
 def natural_order(name: str) -> tuple[list[str | int], str]:
-    """Return a sort key by which file 2 is before file 10."""
+    """Return a sort key that puts file 2 before file 10."""
     parts = re.split(r"([0-9]+)", name)
     return [int(part) if number % 2 else part for number, part in enumerate(parts)], name
 
@@ -146,10 +147,10 @@ def _paired(
     """Pair files with the same number or stem.
 
     Args:
-        vectors: names, each with what it has in common with its partner.
-        metadata: likewise.
-        partner: returns a file's name from what it has in common and its suffix.
-        suffix: of the files of vectors.
+        vectors: names of vector files, each with the number or stem that it shares with its partner.
+        metadata: the same for metadata files.
+        partner: returns a file's name from its number or stem and its suffix.
+        suffix: suffix of the vector files.
         where: the folder, for messages.
 
     """
@@ -162,8 +163,8 @@ def _paired(
     twice = [" and ".join(found) for side in by_common for found in side.values() if len(found) > 1]
     if twice:
         raise InputError(
-            f"{where} has files that cannot be told apart ({list_shortly(twice, '; ')}): name the folder "
-            "of one set of embeddings",
+            f"{where} has files that clash ({list_shortly(twice, '; ')}): name a folder with a single "
+            "set of embeddings",
             URI,
         )
     alone = [

@@ -1,4 +1,4 @@
-"""Matrices in .npy files and in members of .npz files: their headers, and their rows in pieces."""
+"""Read the headers and rows of matrices in .npy files and in members of .npz files."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ class Matrix:
     Attributes:
         rows: number of rows.
         dimension: numbers in each row.
-        dtype: of the numbers: float16, float32 or float64, in either byte order.
+        dtype: type of the numbers; float16, float32 or float64, in either byte order.
         start: offset of the first number in the file.
 
     """
@@ -58,12 +58,12 @@ class Matrix:
 
 @dataclass(frozen=True)
 class DeflatedMatrix(Matrix):
-    """A matrix in a compressed member of an .npz file: read from its first row on only.
+    """A matrix in a compressed member of an .npz file, which must be read from its first row.
 
     Attributes:
         start: offset of the compressed bytes in the file.
-        stop: offset after the last of them.
-        header: uncompressed bytes before the first number.
+        stop: offset after the last compressed byte.
+        header: number of uncompressed bytes before the first number.
         crc: CRC-32 of all uncompressed bytes.
 
     """
@@ -77,7 +77,7 @@ def read_npy_header(files: InputFiles, file: SourceFile) -> Matrix:
     """Read the header of an .npy file.
 
     Raises:
-        InputError: not a complete .npy file of (n, d) floating-point numbers in C order.
+        InputError: the file is not a complete .npy file of (n, d) floating-point numbers in C order.
 
     """
     start = files.read(file, 0, min(HEADER_READ, file.size)).tobytes()
@@ -90,13 +90,13 @@ def read_npz_header(files: InputFiles, file: SourceFile, key: str) -> Matrix | D
     """Read the directory of an .npz file and the header of one of its members.
 
     Args:
-        files: reads it.
+        files: reads the file.
         file: the .npz file.
-        key: of the member, as `numpy.load` names it.
+        key: name of the member in `numpy.load`.
 
     Raises:
-        InputError: not a complete .npz file, no such member, or one that is not a matrix of (n, d)
-            floating-point numbers in C order.
+        InputError: the file is not a complete .npz file, or its member is missing or not a matrix of
+            (n, d) floating-point numbers in C order.
 
     """
     where = f"{key} in {file.url}"
@@ -106,10 +106,10 @@ def read_npz_header(files: InputFiles, file: SourceFile, key: str) -> Matrix | D
         zipfile.ZIP_DEFLATED,
     ):
         raise BadFileError(
-            f"{where} is encrypted or compressed by another method than deflate: save it with "
+            f"{where} is encrypted or not compressed with deflate: save it with "
             "numpy.savez or numpy.savez_compressed"
         )
-    # The member's own header has no fixed length, so more than it and numpy's header is read.
+    # The member's own header has no fixed length, so a generous range is read.
     at = member.header_offset
     begin = files.read(file, at, min(at + 2 * HEADER_READ, file.size)).tobytes()
     if len(begin) < LOCAL_HEADER.size or not begin.startswith(LOCAL_SIGNATURE):
@@ -172,11 +172,11 @@ def _inflated_rows(
             yield np.frombuffer(rest, np.uint8, whole).view(matrix.dtype).reshape(-1, matrix.dimension)
             rest = rest[whole:]
         if not left and stop < matrix.rows:
-            return  # of whole matrices the checksum is compared too
+            return  # a whole matrix is read to the end, to compare its checksum
 
 
 def _inflated(files: InputFiles, file: SourceFile, matrix: DeflatedMatrix) -> Iterator[bytes]:
-    """Yield the uncompressed bytes of a member, and compare their number and checksum at the end."""
+    """Yield the uncompressed bytes of a member, and check their number and checksum at the end."""
     inflate = zlib.decompressobj(-zlib.MAX_WBITS)
     expected = matrix.header + matrix.rows * matrix.row_bytes
     size, crc = 0, 0
@@ -222,7 +222,7 @@ def _parse_header(content: bytes, where: str) -> Matrix:
 
     Args:
         content: the first bytes of the array's file.
-        where: the array, for messages.
+        where: location of the array, for messages.
 
     """
     stream = io.BytesIO(content)
@@ -233,7 +233,7 @@ def _parse_header(content: bytes, where: str) -> Matrix:
             (2, 0): np.lib.format.read_array_header_2_0,
         }.get(version)
         if read is None:
-            raise ValueError(f"format version {version[0]}.{version[1]}, which holds no plain numbers")
+            raise ValueError(f"format version {version[0]}.{version[1]} does not hold plain numbers")
         shape, fortran, dtype = read(stream)
     except Exception as error:  # a broken header raises whatever Python's tokenizer raises
         raise BadFileError(
@@ -253,7 +253,7 @@ def _parse_header(content: bytes, where: str) -> Matrix:
         )
     if fortran:
         raise BadFileError(
-            f"{where} is in Fortran order, so no row can be read alone: save "
+            f"{where} is in Fortran order, so single rows cannot be read: save "
             "numpy.ascontiguousarray(vectors)"
         )
     return Matrix(shape[0], shape[1], dtype, stream.tell())
@@ -264,7 +264,7 @@ def _check_size(matrix: Matrix, size: int, where: str) -> None:
     if size != expected:
         problem = "is truncated" if size < expected else "has bytes after its last row"
         raise BadFileError(
-            f"{where} {problem}: its header announces {matrix.rows:,} rows, which end at byte "
+            f"{where} {problem}: its header declares {matrix.rows:,} rows, which end at byte "
             f"{expected:,} of {size:,}: {SAVE_AGAIN}"
         )
 

@@ -1,7 +1,7 @@
 """Merge the shards into one file of inverted lists, k-way by list number.
 
-Reads and writes are sequential. Memory is about seven times the lists that are merged at a time, and the
-sizes of the lists of each shard; it does not grow with the rows.
+Reads and writes are sequential. Memory holds about seven times the lists that are merged at a time, and
+the list sizes of each shard; it does not grow with the number of rows.
 """
 
 from __future__ import annotations
@@ -20,8 +20,8 @@ from laion_assets.index import ID_SIZE, INVERTED_LISTS, POPULATED_INDEX
 from laion_assets.io.arrays import Bytes, Ids
 from laion_assets.io.checksums import checksum_text, crc32c
 
-MERGED_AT_ONCE = 128 << 20  # bytes of lists; one long list may have more
-READERS = 32  # threads: of many shards only little is read at a time, and a bucket takes its time
+MERGED_AT_ONCE = 128 << 20  # bytes of lists; a single long list may be larger
+READERS = 32  # threads; with many shards, reads are small and a bucket's latency dominates
 
 
 @dataclass(frozen=True)
@@ -31,7 +31,7 @@ class _Piece:
     Attributes:
         codes: (n, code size) uint8, in the order of the lists.
         ids: (n,) int64.
-        lists: (n,) which list each row is in.
+        lists: (n,) the list of each row.
 
     """
 
@@ -41,7 +41,7 @@ class _Piece:
 
 
 class _ShardFiles:
-    """Reads the lists of a shard in order, and compares the files with their checksums at the end."""
+    """Reads the lists of a shard in order and verifies the files' checksums at the end."""
 
     def __init__(self, folder: Workspace, code_size: int, checksums: dict[str, str]) -> None:
         self._folder, self._code_size, self._checksums = folder, code_size, checksums
@@ -50,7 +50,7 @@ class _ShardFiles:
         self.sizes: Ids = folder.read_array(SIZES, checksums[SIZES])
 
     def lists(self, first: int, stop: int) -> _Piece:
-        """Read the next lists; they must follow those read before."""
+        """Read the next lists, which must follow the previous ones."""
         sizes = self.sizes[first:stop]
         rows = int(sizes.sum())
         codes = self._next(CODES, self._code_size, rows)
@@ -69,7 +69,7 @@ class _ShardFiles:
         return data
 
     def check(self) -> None:
-        """Compare what was read with what was written.
+        """Verify the checksums of the files.
 
         Raises:
             InputError: a file of the shard is damaged.
@@ -77,19 +77,19 @@ class _ShardFiles:
         """
         for name, checksum in self._read.items():
             if checksum_text(checksum) != self._checksums[name]:
-                raise self._folder.damaged(name, "is not what was written")
+                raise self._folder.damaged(name, "differs from what was written")
 
 
 def write_index(folder: Workspace, index: Any, shards: Sequence[tuple[Workspace, dict[str, str]]]) -> Ids:
-    """Write an index in two files: the faiss file, and the merged lists beside it.
+    """Write an index in two files: the faiss file and the merged lists.
 
     Args:
-        folder: of the index.
+        folder: folder of the index.
         index: trained IVF index without rows.
         shards: see `merge_lists`.
 
     Returns:
-        (lists,) rows of each list.
+        (lists,) number of rows in each list.
 
     Raises:
         InputError: a shard is missing or damaged.
@@ -108,16 +108,16 @@ def write_index(folder: Workspace, index: Any, shards: Sequence[tuple[Workspace,
 def merge_lists(
     shards: Sequence[tuple[Workspace, dict[str, str]]], code_size: int, lists: int, sink: Sink
 ) -> Ids:
-    """Write all lists one after the other: the codes of a list, then its ids, ascending.
+    """Write all lists in order: the codes of a list, then its ids, ascending.
 
     Args:
-        shards: folder and checksums of each, in the order of their ids.
+        shards: folder and checksums of each shard, in the order of their ids.
         code_size: bytes of a code.
-        lists: how many there are.
+        lists: number of lists.
         sink: takes the bytes.
 
     Returns:
-        (lists,) rows of each list.
+        (lists,) number of rows in each list.
 
     Raises:
         InputError: a shard is missing or damaged.
@@ -148,14 +148,14 @@ def _groups(sizes: Ids, row_bytes: int, lists: int) -> Iterator[tuple[int, int]]
 def _read_ahead(
     files: Sequence[_ShardFiles], groups: Iterator[tuple[int, int]]
 ) -> Iterator[tuple[int, int, list[_Piece]]]:
-    """Read the next group of all shards while one is written."""
+    """Read the next group from all shards while the previous one is written."""
     with ThreadPoolExecutor(READERS) as pool:
         pending = None
         for first, stop in groups:
             reads = [pool.submit(each.lists, first, stop) for each in files]
             if pending:
                 yield pending[0], pending[1], [read.result() for read in pending[2]]
-            for read in reads:  # a shard is read in order
+            for read in reads:  # each shard must be read in order
                 read.exception()
             pending = first, stop, reads
         if pending:
@@ -178,15 +178,15 @@ def _write_lists(pieces: Sequence[_Piece], sizes: Ids, code_size: int, sink: Sin
 
 
 def with_lists_on_disk(index: Any, sizes: Ids, code_size: int, file_name: str) -> Any:
-    """Return an index whose lists are those of a file that `merge_lists` wrote.
+    """Return an index that refers to the lists in a file written by `merge_lists`.
 
-    It can be written, and searched once it is read from the folder of that file.
+    To search it, write it to the folder of that file and read it from there.
 
     Args:
         index: IVF index without rows.
-        sizes: (lists,) rows of each list.
+        sizes: (lists,) number of rows in each list.
         code_size: bytes of a code.
-        file_name: without a folder: readers look beside the index.
+        file_name: file name without a folder; faiss looks for it in the folder of the index.
 
     """
     made = faiss.clone_index(index)

@@ -1,4 +1,4 @@
-"""The nearest of many centres for each of many rows, by inner product, on all cores."""
+"""Find the nearest of many centres for each row, by inner product, on all cores."""
 
 from __future__ import annotations
 
@@ -7,15 +7,15 @@ import numpy as np
 from laion_assets.io.arrays import Floats, Ids
 from laion_assets.io.parallel import in_threads
 
-EXACT_CENTRES = 2_048  # up to here all centres are compared
+EXACT_CENTRES = 2_048  # up to this number, every row is compared with all centres
 SCORES_AT_ONCE = 1 << 20  # scores that a thread holds, in float32
-GROUP_CENTRES = 32  # centres a group has on average
-CANDIDATES = 2_048  # centres that are compared with the rows of a group
+GROUP_CENTRES = 32  # average number of centres in a group
+CANDIDATES = 2_048  # number of centres compared with the rows of a group
 GROUP_ROUNDS = 6
 
 
 def nearest(rows: Floats, centres: Floats) -> Ids:
-    """Return for each row the centre with the largest inner product, the first of equal ones.
+    """Return the centre with the largest inner product for each row; ties go to the first.
 
     Args:
         rows: (n, d) float32.
@@ -36,9 +36,9 @@ def nearest(rows: Floats, centres: Floats) -> Ids:
 class Centres:
     """Centres that rows are assigned to.
 
-    Many centres are not all compared with every row. The centres form groups. A row is compared with the
-    head of each group, and then with the `CANDIDATES` centres nearest to the head it is nearest to. Rows
-    of a group are compared in one matrix product.
+    If there are many centres, a row is not compared with all of them. The centres form groups, each with
+    a head. A row is compared with all heads, and then with the `CANDIDATES` centres nearest to its
+    nearest head. Rows that share a head are compared in one matrix product.
 
     Args:
         centres: (c, d) float32.
@@ -66,7 +66,7 @@ class Centres:
         in_threads(choose, range(len(self._heads)))
 
     def nearest(self, rows: Floats) -> Ids:
-        """Return the number of the centre that each of (n, d) rows belongs to."""
+        """Return the number of the centre of each of (n, d) rows."""
         if self._heads is None:
             return nearest(rows, self.vectors)
         group = nearest(rows, self._heads)
@@ -89,7 +89,7 @@ class Centres:
 
 
 def sums(rows: Floats, numbers: Ids, count: int) -> Floats:
-    """Return (count, d) sums of the rows that have each number."""
+    """Return (count, d) sums of the rows with the same number."""
     order = np.argsort(numbers, kind="stable")
     edges = np.searchsorted(numbers[order], np.arange(count + 1))
     total = np.zeros((count, rows.shape[1]), np.float32)
@@ -106,14 +106,14 @@ def sums(rows: Floats, numbers: Ids, count: int) -> Floats:
 
 
 def unit_or_zero(rows: Floats) -> Floats:
-    """Scale (n, d) rows to length 1; rows of zeros stay."""
+    """Scale (n, d) rows to length 1; zero rows stay zero."""
     lengths = np.linalg.norm(rows, axis=1, keepdims=True)
     scaled: Floats = rows / np.maximum(lengths, np.finfo(np.float32).tiny)
     return scaled
 
 
 def mean_directions(rows: Floats, count: int, rounds: int, random: np.random.Generator) -> Floats:
-    """Return (count, d) unit centres of rows by spherical k-means, all centres compared in each round."""
+    """Return (count, d) unit centres of rows by spherical k-means that always compares all centres."""
     centres = unit_or_zero(rows[np.sort(random.permutation(len(rows))[:count])])
     for _ in range(rounds):
         centres = moved(rows, nearest(rows, centres), centres, random)

@@ -1,4 +1,4 @@
-"""Embed a folder of images in the layout "parquet", from which an index is built."""
+"""Embed a folder of images in the layout "parquet", as input of a build."""
 
 from __future__ import annotations
 
@@ -28,13 +28,13 @@ IMAGES_PER_FILE = 10_000
 
 @dataclass(frozen=True)
 class EmbeddedFolder:
-    """What became of the images of a folder.
+    """The result of embedding a folder of images.
 
     Attributes:
-        images: that have embeddings now, those of earlier calls included.
-        new: of them, those that this call embedded.
+        images: number of images with embeddings, including those of earlier calls.
+        new: number of images that this call embedded.
         bad: images that cannot be embedded.
-        example: path of the first image in the folder that has an embedding; None where none has.
+        example: path of the first image in the folder that has an embedding, or None.
 
     """
 
@@ -47,17 +47,18 @@ class EmbeddedFolder:
 def embed_folder(uri: str, into: str, model: Model, log: Callable[[str], None]) -> EmbeddedFolder:
     """Embed the images in a folder and its subfolders, as Parquet files of 10,000 rows.
 
-    Images that have an embedding already are left alone, so that more can be added: they get files, and
-    later ids, of their own. A call that is killed loses two minutes.
+    Images that already have an embedding are skipped, so images can be added later: they go to new files
+    and get higher ids. A killed call loses at most two minutes of work.
 
     Args:
-        uri: of the images, a local path or any fsspec URL.
-        into: folder of the embeddings, likewise.
-        model: embeds them.
-        log: takes lines about progress.
+        uri: folder of the images, a local path or any fsspec URL.
+        into: folder of the embeddings, a local path or any fsspec URL.
+        model: embeds the images.
+        log: called with lines about the progress.
 
     Raises:
-        InputError: no such folder, no usable image in it, or embeddings of another model.
+        InputError: the folder does not exist or holds no usable image, or `into` holds embeddings of
+            another model.
 
     """
     fs, root = open_storage(uri)
@@ -71,7 +72,7 @@ def embed_folder(uri: str, into: str, model: Model, log: Callable[[str], None]) 
         )
     if not paths:
         raise InputError(
-            f"{uri} holds no image (looked for {', '.join(EXTENSIONS)}): name a folder with images"
+            f"{uri} holds no images (looked for {', '.join(EXTENSIONS)}): name a folder with images"
         )
     files, known = _embedded_before(into, model)
     waiting = [path for path in paths if _url(fs, path) not in known]
@@ -119,7 +120,7 @@ def _good(
 
 
 def _embedded_before(into: str, model: Model) -> tuple[int, set[str]]:
-    """Return the number of files that are there, and the URLs of their images."""
+    """Return the number of existing files, and the URLs of their images."""
     fs, root = open_storage(into)
     with reaching(into):
         names = [listed.name for listed in list_files(fs, root)] if fs.exists(root) else []
@@ -158,5 +159,5 @@ def _url(fs: Any, path: str) -> str:
 
 
 def _caption(path: str) -> str:
-    """Return the words of a file's name."""
+    """Return the words of a file name."""
     return " ".join(re.split(r"[\W_]+", PurePosixPath(path).stem)).strip()

@@ -1,4 +1,4 @@
-"""Parquet files read by ranges: footers, columns of vectors, and columns of metadata."""
+"""Read footers, vector columns and metadata columns of Parquet files by ranges."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ from laion_assets.io.storage import first_line
 from laion_assets.staging.transfer.files import SourceFile
 
 USUAL_COLUMN = "embedding"
-VECTOR_BUFFER = 16 << 20  # bytes that one request for a column of vectors reads
-METADATA_BUFFER = 4 << 20  # bytes that one request for a column of metadata reads
-FIRST_ROWS_BUFFER = 1 << 16  # bytes of a request that only looks for the first vector
-PIECE_NUMBERS = 4 << 20  # of the vectors that are decoded at a time
-METADATA_ROWS = 1 << 15  # of each batch
+VECTOR_BUFFER = 16 << 20  # bytes per request for a vector column
+METADATA_BUFFER = 4 << 20  # bytes per request for a metadata column
+FIRST_ROWS_BUFFER = 1 << 16  # bytes per request that only looks for the first vector
+PIECE_NUMBERS = 4 << 20  # numbers of vectors decoded at a time
+METADATA_ROWS = 1 << 15  # rows per batch
 
 
 @dataclass(frozen=True)
@@ -29,9 +29,9 @@ class VectorColumn:
     """A column of vectors in a Parquet file.
 
     Attributes:
-        name: of the column.
-        dimension: numbers in each vector; None where the file has none.
-        groups: rows of each row group.
+        name: name of the column.
+        dimension: dimension of the vectors; None if the file has no vectors.
+        groups: number of rows in each row group.
 
     """
 
@@ -41,10 +41,10 @@ class VectorColumn:
 
 
 def read_footer(files: InputFiles, file: SourceFile) -> tuple[pa.Schema, tuple[int, ...]]:
-    """Read the columns of a file, and the number of rows of each of its row groups.
+    """Read the schema of a file and the number of rows in each of its row groups.
 
     Raises:
-        InputError: not a complete Parquet file, or two columns of one name.
+        InputError: the file is not a complete Parquet file, or two columns have the same name.
 
     """
     with readable(file), _opened(files, file, METADATA_BUFFER) as parquet:
@@ -58,15 +58,15 @@ def read_footer(files: InputFiles, file: SourceFile) -> tuple[pa.Schema, tuple[i
 
 
 def choose_column(schema: pa.Schema, url: str, key: str | None) -> str:
-    """Return the column of vectors.
+    """Return the name of the vector column.
 
     Args:
-        schema: of the file.
-        url: of the file, for messages.
+        schema: schema of the file.
+        url: URL of the file, for messages.
         key: the column's name; None for `embedding`, or else the only column of vectors.
 
     Raises:
-        InputError: no such column, or several.
+        InputError: the column is missing, or there are several columns of vectors.
 
     """
     columns = [field.name for field in schema if is_vectors(field.type)]
@@ -92,7 +92,7 @@ def choose_column(schema: pa.Schema, url: str, key: str | None) -> str:
 
 
 def is_vectors(kind: pa.DataType) -> bool:
-    """Return whether a type is that of lists of floating-point numbers."""
+    """Return whether a type is a list of floating-point numbers."""
     lists = pa.types.is_list(kind) or pa.types.is_large_list(kind) or pa.types.is_fixed_size_list(kind)
     return bool(lists and pa.types.is_floating(kind.value_type))
 
@@ -100,7 +100,7 @@ def is_vectors(kind: pa.DataType) -> bool:
 def read_column(
     files: InputFiles, file: SourceFile, schema: pa.Schema, groups: tuple[int, ...], name: str
 ) -> VectorColumn:
-    """Find the dimension of a column of vectors: from its type, or from its first vector.
+    """Find the dimension of a vector column from its type or its first vector.
 
     Raises:
         InputError: the file cannot be read.
@@ -127,7 +127,7 @@ def column_rows(
     A null vector is a row of NaN.
 
     Raises:
-        InputError: the file cannot be read, has changed, or has a vector of another length.
+        InputError: the file cannot be read, has changed, or has a vector of another dimension.
 
     """
     ends = np.cumsum(column.groups, dtype=np.int64)
@@ -168,10 +168,10 @@ def metadata_batches(
 
 @contextmanager
 def readable(file: SourceFile) -> Iterator[None]:
-    """Convert Arrow's errors in this block to one sentence with the remedy.
+    """Convert Arrow's errors in the block to an InputError with a remedy.
 
     Raises:
-        InputError: the file is damaged, or of a kind that Arrow does not read.
+        InputError: the file is damaged, or Arrow cannot read it.
 
     """
     try:
@@ -186,7 +186,7 @@ def readable(file: SourceFile) -> Iterator[None]:
 
 
 def _opened(files: InputFiles, file: SourceFile, buffer: int) -> pq.ParquetFile:
-    """Open a file of which each column is read in requests of `buffer` bytes, not as a whole."""
+    """Open a file whose columns are read in requests of `buffer` bytes instead of at once."""
     return pq.ParquetFile(RangeFile(files, file), buffer_size=buffer, pre_buffer=False)
 
 

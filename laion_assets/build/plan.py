@@ -1,4 +1,4 @@
-"""Which rows a shard holds: pure functions over the names and sizes of the input files."""
+"""Assign rows to shards, with pure functions over the names and sizes of the input files."""
 
 from __future__ import annotations
 
@@ -10,19 +10,19 @@ from typing import Any
 from laion_assets.io.errors import InputError
 
 SHARD_ROWS = 2_000_000
-"""Rows of a shard, about: at 136 bytes a row its codes are 272 MB, which are sorted in memory."""
+"""Approximate rows of a shard. At 136 bytes per row its codes take 272 MB; they are sorted in memory."""
 
 NAMED = 5  # files in an error message
 
 
 @dataclass(frozen=True)
 class Part:
-    """An input file in the state in which it was planned.
+    """An input file as it was when planned.
 
     Attributes:
-        name: of the file.
-        rows: in it.
-        version: of its vectors and its metadata.
+        name: name of the file.
+        rows: number of rows in the file.
+        version: version of its vectors and metadata.
 
     """
 
@@ -33,11 +33,11 @@ class Part:
 
 @dataclass(frozen=True)
 class Shard:
-    """Some whole input files, which are encoded together.
+    """Whole input files that are encoded together.
 
     Attributes:
-        number: from 0.
-        first_id: of its first row; ids go on from shard to shard.
+        number: number of the shard, from 0.
+        first_id: id of its first row; ids continue from shard to shard.
         parts: its files, in the order of their rows.
 
     """
@@ -48,17 +48,17 @@ class Shard:
 
     @property
     def name(self) -> str:
-        """A name that sorts as the number does."""
+        """A name that sorts in the order of the numbers."""
         return f"{self.number:06}"
 
     @property
     def rows(self) -> int:
-        """How many rows it has."""
+        """The number of rows."""
         return sum(part.rows for part in self.parts)
 
     @property
     def fingerprint(self) -> str:
-        """16 hex digits that change with its files."""
+        """A hash of its files, 16 hexadecimal digits."""
         return hashlib.sha256(repr(self).encode()).hexdigest()[:16]
 
 
@@ -70,7 +70,7 @@ class Plan:
 
     @property
     def rows(self) -> int:
-        """How many ids there are."""
+        """The number of ids."""
         return sum(shard.rows for shard in self.shards)
 
     def parts(self) -> Iterator[Part]:
@@ -79,12 +79,12 @@ class Plan:
             yield from shard.parts
 
     def to_json(self) -> dict[str, Any]:
-        """Return what `from_json` reads."""
+        """Return the plan as a JSON object for `from_json`."""
         return {"shards": [[asdict(part) for part in shard.parts] for shard in self.shards]}
 
     @classmethod
     def from_json(cls, stored: Mapping[str, Any]) -> Plan:
-        """Read a plan that was stored."""
+        """Read a stored plan."""
         return cls(_numbered([tuple(Part(**part) for part in parts) for parts in stored["shards"]]))
 
 
@@ -94,18 +94,19 @@ def extended(
     shard_rows: int = SHARD_ROWS,
     is_encoded: Callable[[Shard], bool] = lambda _: True,
 ) -> Plan:
-    """Add new files to a plan, as new shards. What is planned stays, so that every row keeps its id.
+    """Add new files to a plan as new shards. Existing shards stay, so every row keeps its id.
 
-    A file of a shard that is not encoded may be replaced by one with as many rows: one that was damaged.
+    A file of a shard that is not encoded yet may be replaced, for example because it was damaged, by one
+    with the same number of rows.
 
     Args:
-        plan: what was planned before.
-        files: all files that there are now, in order.
-        shard_rows: a shard takes files until it has that many rows.
-        is_encoded: whether a shard is; asked only of those with changed files.
+        plan: the existing plan.
+        files: all current files, in order.
+        shard_rows: a shard takes files until it has this many rows.
+        is_encoded: returns whether a shard is encoded; called only for shards with changed files.
 
     Raises:
-        InputError: a file that was planned is gone or has changed.
+        InputError: a planned file is gone or has changed.
 
     """
     now = {file.name: file for file in files}
@@ -125,17 +126,17 @@ def check_planned(
     """Check that the files of a plan are there, and that those of encoded shards are unchanged.
 
     Args:
-        plan: what was planned.
-        versions: of all files that there are now, by name.
-        is_encoded: whether a shard is; asked only of those with changed files.
+        plan: the plan.
+        versions: versions of all current files, by name.
+        is_encoded: returns whether a shard is encoded; called only for shards with changed files.
 
     Raises:
-        InputError: names the files.
+        InputError: a file is missing or has changed; the message names the files.
 
     """
     if lost := [part.name for part in plan.parts() if part.name not in versions]:
         raise InputError(
-            f"{_named(lost)} {'is' if len(lost) == 1 else 'are'} gone, and the rows have ids in the "
+            f"{_named(lost)} {'is' if len(lost) == 1 else 'are'} gone, but the rows have ids in the "
             "index: put the files back, or build a new index elsewhere",
             "embeddings_uri",
         )
@@ -150,7 +151,7 @@ def check_planned(
 
 def _changed(names: Sequence[str]) -> InputError:
     return InputError(
-        f"{_named(names)} changed after the rows got ids: put the old files back and add new ones "
+        f"{_named(names)} changed after their rows got ids: put the old files back and add new ones "
         "under new names, or build a new index elsewhere",
         "embeddings_uri",
     )

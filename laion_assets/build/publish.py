@@ -1,7 +1,7 @@
-"""A finished index takes its place, whole: readers see the old one until then, and never half of one.
+"""Publish a finished index as a whole: readers see either the old index or the new one.
 
-Folders on a disk are exchanged in one step. In a bucket, where nothing can be renamed, the index holds a
-marker while its objects are replaced: `Source.list` refuses to read an index that has one.
+Folders on a disk are exchanged in one step. Objects in a bucket cannot be renamed, so the index holds a
+marker while its objects are replaced, and `Source.list` refuses to read an index with the marker.
 """
 
 from __future__ import annotations
@@ -39,18 +39,18 @@ _METADATA = re.compile(rf"{METADATA_FOLDER}/\d+\.arrow")
 
 
 class Place:
-    """Where an index is published, and the folder beside it in which its files are put together.
+    """The destination of an index, and the folder beside it where its files are assembled.
 
     Args:
         uri: folder of the index, a local path or any fsspec URL.
 
     Attributes:
-        uri: as given; of a local folder the absolute path, links resolved.
+        uri: the folder; the absolute path with links resolved if it is local.
         here: the folder of the index.
-        new: the folder beside it.
+        new: the folder where its files are assembled.
 
     Raises:
-        InputError: a whole bucket or disk.
+        InputError: the folder is a whole bucket or disk.
 
     """
 
@@ -66,10 +66,10 @@ class Place:
         self.here, self.new = Workspace(self.uri), Workspace(f"{self._beside}.new")
 
     def locked(self, log: Callable[[str], None]) -> AbstractContextManager[None]:
-        """Keep other builds on this machine out, and wait for the one at work. Buckets have no locks.
+        """Wait for another build on this machine, then keep others out. Buckets have no locks.
 
         Args:
-            log: takes a line if this has to wait.
+            log: called with a line if this has to wait.
 
         """
         if not is_local(self._fs):
@@ -81,7 +81,7 @@ class Place:
         """Check that an index may be published here.
 
         Raises:
-            InputError: there are files that no build wrote, or the folder cannot be exchanged.
+            InputError: the folder holds files that no build wrote, or cannot be exchanged.
 
         """
         if is_local(self._fs) and os.path.ismount(self._path):
@@ -99,19 +99,19 @@ class Place:
             )
 
     def is_complete(self) -> bool:
-        """Return whether an index is there, and not being replaced."""
+        """Return whether an index exists and is not being replaced."""
         return self.here.exists(BUILT) and not self.here.exists(PUBLISHING)
 
     def discard_new(self) -> None:
-        """Remove the files of an index that were put together; its record first, so that none is half."""
+        """Remove the assembled files, the record first, so that a partial index has no record."""
         self.new.discard(BUILT)
         self.new.remove()
 
     def publish(self) -> None:
-        """Put the new index in the place of the old one. If this is killed, calling it again finishes.
+        """Replace the old index with the new one. If killed, a second call finishes the exchange.
 
         Raises:
-            InputError: no write access, or the bucket cannot be reached.
+            InputError: the folder is not writable, or the bucket cannot be reached.
 
         """
         with writing(self.uri, INDEX_URI):
@@ -137,7 +137,7 @@ class Place:
         before = [listed.name for listed in list_files(fs, place)]
         with self.here.new(PUBLISHING) as sink:
             sink.write(b"the objects of this index are being replaced\n")
-        for name in names:  # inside the bucket: no bytes pass through this machine
+        for name in names:  # copied within the bucket, not through this machine
             fs.copy(f"{source}/{name}", f"{place}/{name}")
         for name in before:
             if name not in names and name != PUBLISHING:
@@ -145,16 +145,16 @@ class Place:
         fs.rm_file(f"{place}/{PUBLISHING}")
 
     def put(self, source: Workspace, name: str, target: str, checksum: str) -> None:
-        """Put a file into the new index, without copying bytes where that is possible.
+        """Add a file to the new index, without copying its bytes if possible.
 
         Args:
-            source: holds the file.
-            name: of the file there.
+            source: folder that holds the file.
+            name: name of the file in `source`.
             target: name of the file in the index.
-            checksum: crc32c of the file. Where it is linked, nothing is read and compared.
+            checksum: crc32c of the file; a linked file is not read, so its checksum is not verified.
 
         Raises:
-            InputError: the file is missing or damaged, or too little space.
+            InputError: the file is missing or damaged, or there is too little space.
 
         """
         if self._linked(source, name, target):
@@ -163,17 +163,17 @@ class Place:
         source_fs, source_path = open_storage(source.where(name), INDEX_URI)
         if not source.local and type(source_fs) is type(self._fs):
             if source.stored_checksum(name) not in (None, checksum):
-                raise source.damaged(name, "is not what was written")
+                raise source.damaged(name, "differs from what was written")
             with reaching(self.uri, INDEX_URI):
                 self._fs.copy(source_path, path)
             return
         with source.open(name) as file, self.new.new(target) as sink:
             shutil.copyfileobj(file, sink, COPIED_AT_ONCE)
             if sink.checksum != checksum:
-                raise source.damaged(name, "is not what was written")
+                raise source.damaged(name, "differs from what was written")
 
     def links(self, source: Workspace) -> bool:
-        """Return whether files of a folder are probably linked: both are on one local disk."""
+        """Return whether files of a folder can probably be linked, because both are on one local disk."""
         if source.local is None or self.new.local is None:
             return False
         one, other = existing(source.local).stat(), existing(self.new.local).stat()
@@ -193,7 +193,7 @@ class Place:
 
 
 def _exchanged(one: Path, other: Path) -> bool:
-    """Exchange two folders in one step; False where the file system cannot do that."""
+    """Exchange two folders in one step; return False if the file system cannot do that."""
     arguments = AT_WORKING_FOLDER, os.fsencode(one), AT_WORKING_FOLDER, os.fsencode(other), EXCHANGE
     if not _renameat2()(*arguments):
         return True
@@ -205,7 +205,7 @@ def _exchanged(one: Path, other: Path) -> bool:
 
 @cache
 def _renameat2() -> Any:
-    """Linux' renameat2, which Python does not offer."""
+    """Return Linux's renameat2, which Python does not wrap."""
     call = ctypes.CDLL(None, use_errno=True).renameat2
     call.argtypes = [ctypes.c_int, ctypes.c_char_p, ctypes.c_int, ctypes.c_char_p, ctypes.c_uint]
     return call

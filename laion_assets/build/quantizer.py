@@ -1,6 +1,6 @@
 """Train an empty index on a sample, and encode rows with it.
 
-Both give what faiss gives, in less time: see `training` and `nearest`.
+Both produce what faiss produces, in less time; see `training` and `nearest`.
 """
 
 from __future__ import annotations
@@ -23,11 +23,11 @@ __all__ = ["Encoder", "IndexKey", "encode", "index_key_for", "train", "training_
 class Encoder:
     """Encodes rows with a trained index, as `index.add` does.
 
-    Lists are found among all centres, or among most of them, with matrix products; a graph over them is
-    not used. With it, faiss misses some of the nearest centres.
+    Matrix products with all or most centres find the list of a row. The graph over the centres is not
+    used, because faiss misses some of the nearest centres with it.
 
     Args:
-        index: trained, of a kind that `train` makes.
+        index: trained index of a type supported by `train`.
 
     """
 
@@ -52,8 +52,8 @@ class Encoder:
             rows: (n, dimension) float32 of length 1.
 
         Returns:
-            (n,) int64 numbers of lists, 0 for an index without lists, and (n, code size) uint8 codes: PQ
-            codes, or the bytes of the float32 vectors where the index stores vectors.
+            (n,) int64 numbers of lists, 0 for an index without lists, and (n, code size) uint8 codes.
+            These are PQ codes, or the bytes of float32 vectors if the index stores vectors.
 
         """
         rows = np.ascontiguousarray(rows, np.float32)
@@ -73,7 +73,7 @@ _ENCODERS: WeakKeyDictionary[Any, Encoder] = WeakKeyDictionary()
 
 
 def encode(index: Any, rows: Floats) -> tuple[Ids, Bytes]:
-    """Return the list and the code of each row, as `Encoder.encode`; the encoder is made once."""
+    """Return the list and the code of each row, see `Encoder.encode`; the encoder is cached."""
     encoder = _ENCODERS.get(index)
     if encoder is None:
         encoder = _ENCODERS[index] = Encoder(index)
@@ -81,7 +81,7 @@ def encode(index: Any, rows: Floats) -> tuple[Ids, Bytes]:
 
 
 def _rotation(index: Any) -> Floats | None:
-    """Return the (width, dimension) matrix that comes before the lists; None where there is none."""
+    """Return the (width, dimension) matrix applied before the lists; None if there is none."""
     if not isinstance(index, faiss.IndexPreTransform):
         return None
     transform = faiss.downcast_VectorTransform(index.chain.at(0))

@@ -10,9 +10,9 @@ Item = TypeVar("Item")
 
 
 def read_ahead(items: Iterator[Item]) -> Iterator[Item]:
-    """Yield the items of an iterator, one of them read ahead; none may be None.
+    """Yield the items of an iterator, reading one ahead. Items must not be None.
 
-    An error is raised in the place of the item that it prevents.
+    An error is raised when its item is due.
     """
     with ThreadPoolExecutor(1, "read-ahead") as pool:
         coming = pool.submit(next, items, None)

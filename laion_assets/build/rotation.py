@@ -1,4 +1,4 @@
-"""OPQ: the rotation, and the codebooks with it, that lose least of some rows."""
+"""OPQ: fit a rotation and codebooks with the smallest quantization error."""
 
 from __future__ import annotations
 
@@ -11,19 +11,19 @@ from laion_assets.io.arrays import Floats
 def rotation_of(
     rows: Floats, parts: int, width: int, rounds: int, random: np.random.Generator
 ) -> tuple[Floats, Floats]:
-    """Fit a rotation, and codebooks with it.
+    """Fit a rotation together with codebooks.
 
-    The rotation starts with the main directions of the rows, divided so that subspaces extend about
-    equally far: for rows from a normal distribution that is the best one (Ge et al., Optimized Product
-    Quantization, 2014). faiss starts with a random one, and on the
-    benchmark's data loses more after 50 rounds.
+    The initial rotation divides the principal directions of the rows among the subspaces so that their
+    variances balance. For normally distributed rows this is optimal (Ge et al., Optimized Product
+    Quantization, 2014). faiss starts with a random rotation, and on the benchmark's data its error is
+    larger after 50 rounds.
 
     Args:
         rows: (n, d) float32, d at most `width`.
-        parts: subspaces.
+        parts: number of subspaces.
         width: dimension after the rotation.
-        rounds: steps of the codebooks alone, and then of rotation and codebooks in turn.
-        random: draws the first codebooks.
+        rounds: number of steps for the codebooks alone, and then for rotation and codebooks in turn.
+        random: draws the initial codebooks.
 
     Returns:
         The rotation, (width, d) with orthonormal columns, and codebooks (parts, 256, width / parts).
@@ -41,10 +41,10 @@ def rotation_of(
 
 
 def _nearest_rotation(matrix: Floats) -> Floats:
-    """Return the matrix with orthonormal columns that is nearest to an (m, d) matrix, m at least d.
+    """Return the nearest matrix with orthonormal columns to an (m, d) matrix, m at least d.
 
-    By the eigenvectors of a (d, d) matrix, which takes a third of the time of a singular value
-    decomposition. Columns in which no row extends come out short.
+    It is computed from the eigenvectors of a (d, d) matrix, in a third of the time of a singular value
+    decomposition. Columns without any variance come out shorter than 1.
     """
     wide = matrix.astype(np.float64)
     squares, directions = np.linalg.eigh(wide.T @ wide)
@@ -53,15 +53,15 @@ def _nearest_rotation(matrix: Floats) -> Floats:
 
 
 def _orthonormal(matrix: Floats) -> Floats:
-    """Return the same, exactly, by singular values."""
+    """Return the nearest matrix with orthonormal columns exactly, by singular value decomposition."""
     left, _, right = np.linalg.svd(matrix.astype(np.float64), full_matrices=False)
     return np.ascontiguousarray(left @ right, np.float32)
 
 
 def _balanced_directions(rows: Floats, parts: int, width: int) -> Floats:
-    """Return (width, d) main directions of rows, whose variances have a similar product in each part.
+    """Return (width, d) principal directions; products of their variances are similar in all parts.
 
-    Rows of the matrix that no direction takes are zero.
+    Unused rows of the matrix are zero.
     """
     size = width // parts
     matrix = np.zeros((width, rows.shape[1]), np.float32)
@@ -72,12 +72,12 @@ def _balanced_directions(rows: Floats, parts: int, width: int) -> Floats:
         part = np.argmin(np.where(taken < size, logarithms, np.inf))
         matrix[part * size + taken[part]] = direction
         taken[part] += 1
-        # Above the smallest, so that a part grows with each direction.
+        # Relative to the smallest, so that each direction makes a part larger.
         logarithms[part] += np.log(variance / variances.min())
     return matrix
 
 
 def main_directions(rows: Floats, count: int) -> Floats:
-    """Return the (count, d) orthonormal directions that rows extend in most."""
+    """Return the (count, d) orthonormal directions of largest variance."""
     _, directions = np.linalg.eigh((rows.T @ rows).astype(np.float64))
     return np.ascontiguousarray(directions[:, ::-1][:, :count].T, np.float32)

@@ -1,4 +1,4 @@
-"""Encode a shard: its rows as codes in the order of the lists, its metadata as an Arrow file."""
+"""Encode a shard: write its rows as codes sorted by list, and its metadata as an Arrow file."""
 
 from __future__ import annotations
 
@@ -20,29 +20,29 @@ from laion_assets.build.workspace import Sink, Workspace
 from laion_assets.index import ID_SIZE
 from laion_assets.io.arrays import Bytes, Floats, Ids, unit_rows
 
-BLOCK_ROWS = 65_536  # that are encoded at a time
-BATCH_ROWS = 65_536  # of a record batch of metadata
+BLOCK_ROWS = 65_536  # rows encoded at a time
+BATCH_ROWS = 65_536  # rows per record batch of metadata
 CODES, IDS, SIZES = "codes.bin", "ids.bin", "sizes.npy"
 ANSWERS_FILE, METADATA, RECORD = "answers.npz", "metadata.arrow", "shard.json"
-EXACT = "exact"  # answers from the raw vectors, beside those at each nprobe
+EXACT = "exact"  # name of the answers from the raw vectors; other names are values of nprobe
 WRITTEN_AT_ONCE = 64 << 20  # bytes
 
 
 @dataclass(frozen=True)
 class ShardRecord:
-    """What is known of an encoded shard.
+    """The record of an encoded shard.
 
     Attributes:
-        made_from: of what it was made; another value means that it must be made again.
-        first_id: of its first row.
-        rows: ids that it has.
-        stored: rows with a code.
-        unusable: rows whose vector is missing, zero or not finite: they have an id, and no code.
+        made_from: fingerprint of its inputs; if it differs, the shard must be encoded again.
+        first_id: id of its first row.
+        rows: number of ids.
+        stored: number of rows with a code.
+        unusable: number of rows whose vector is missing, zero or not finite; they have an id but no code.
         checksums: crc32c of its files, by name.
-        bytes: of its codes, ids and metadata.
-        metadata_bytes: of its metadata alone.
-        seconds: that it took.
-        encoding_seconds: of them, those in which vectors were encoded.
+        bytes: size of its codes, ids and metadata.
+        metadata_bytes: size of its metadata alone.
+        seconds: duration of the step.
+        encoding_seconds: part of the duration spent on encoding vectors.
 
     """
 
@@ -59,12 +59,12 @@ class ShardRecord:
 
 
 def folder_of(workspace: Workspace, shard: Shard) -> Workspace:
-    """Return where a shard is stored."""
+    """Return the folder of a shard."""
     return workspace / f"shards/{shard.name}"
 
 
 def read_record(workspace: Workspace, shard: Shard, made_from: str) -> ShardRecord | None:
-    """Read the record of a shard; None where it is not encoded, or was made from something else.
+    """Read the record of a shard; None if it is not encoded, or was made from other inputs.
 
     Raises:
         InputError: the record is damaged.
@@ -86,27 +86,27 @@ def encode_shard(
 ) -> ShardRecord:
     """Encode a shard and store it.
 
-    Memory is bounded by three times the codes of the shard, and a few blocks of its vectors.
+    Memory is bounded by three times the codes of the shard plus a few blocks of its vectors.
 
     Args:
-        workspace: of the build.
-        shard: the rows.
-        made_from: identifies all that the result depends on.
+        workspace: workspace of the build.
+        shard: the shard.
+        made_from: fingerprint of everything that the result depends on.
         trained: encodes the rows.
-        reader: of the input.
-        files: its files, in the order of the shard's parts.
-        schema: of the metadata.
-        progress: is called with numbers of rows that are done.
+        reader: reads the input.
+        files: the shard's files, in the order of its parts.
+        schema: schema of the metadata.
+        progress: called with the number of rows done since the last call.
 
     Raises:
-        InputError: too little space, or the input cannot be used.
+        InputError: there is too little space, or the input cannot be used.
 
     """
     started = time.perf_counter()
     folder = folder_of(workspace, shard)
     folder.check_space(_bytes_needed(shard, trained, files), f"shard {shard.name}")
     rows, seconds = _encoded(shard, trained, reader, files, progress)
-    folder.discard(RECORD)  # or it would describe files of two encodings if this is killed
+    folder.discard(RECORD)  # if this is killed, the record must not describe files of two encodings
     checksums = write_rows(folder, rows.codes, rows.ids, rows.sizes)
     found = trained.search(rows.codes, rows.ids, rows.sizes)
     answers = {EXACT: rows.exact} | {str(nprobe): each for nprobe, each in found.items()}
@@ -134,19 +134,19 @@ def encode_shard(
 
 
 def _bytes_needed(shard: Shard, trained: Trained, files: Sequence[EmbeddingFile]) -> int:
-    """Return the bytes of the codes, the ids and, as far as they are known, of the metadata."""
+    """Return the size of the codes, the ids and, as far as it is known, the metadata."""
     metadata = sum(file.metadata.size for file in files if file.metadata != file.vectors)
     return shard.rows * (trained.code_size + ID_SIZE) + metadata
 
 
 @dataclass(frozen=True)
 class _Encoded:
-    """The rows of a shard in the order of the lists, by id in each.
+    """The rows of a shard, sorted by list and then by id.
 
     Attributes:
         codes: (n, code size) uint8.
         ids: (n,) int64.
-        sizes: (lists,) int64.
+        sizes: (lists,) int64 number of rows in each list.
         exact: the best rows for the queries, by the raw vectors.
 
     """
@@ -164,7 +164,7 @@ def _encoded(
     files: Sequence[EmbeddingFile],
     progress: Callable[[int], object],
 ) -> tuple[_Encoded, float]:
-    """Encode all rows; also return the seconds that encoding took."""
+    """Encode all rows; also return the seconds spent on encoding."""
     codes = np.empty((shard.rows, trained.code_size), np.uint8)
     lists = np.empty(shard.rows, np.int32)
     ids = np.empty(shard.rows, np.int64)
@@ -196,10 +196,10 @@ def write_rows(folder: Workspace, codes: Bytes, ids: Ids, sizes: Ids) -> dict[st
     """Write the rows of a shard for `merge_lists`, and return the crc32c of each file.
 
     Args:
-        folder: of the shard.
-        codes: (n, code size) in the order of the lists.
-        ids: (n,) likewise, ascending in each list.
-        sizes: (lists,) rows of each list.
+        folder: folder of the shard.
+        codes: (n, code size) codes, sorted by list.
+        ids: (n,) ids, sorted by list and ascending in each list.
+        sizes: (lists,) number of rows in each list.
 
     """
     return {
@@ -210,13 +210,13 @@ def write_rows(folder: Workspace, codes: Bytes, ids: Ids, sizes: Ids) -> dict[st
 
 
 def in_lists(codes: Bytes, ids: Ids, numbers: NDArray[np.integer], lists: int) -> tuple[Bytes, Ids, Ids]:
-    """Bring rows into the order of their lists, and count the rows of each list.
+    """Sort rows by list, and count the rows of each list.
 
     Args:
-        codes: (n, code size).
-        ids: (n,).
+        codes: (n, code size) codes.
+        ids: (n,) ids.
         numbers: (n,) the list of each row.
-        lists: how many there are.
+        lists: number of lists.
 
     """
     order = np.argsort(numbers, kind="stable")
@@ -233,12 +233,12 @@ def _write(folder: Workspace, name: str, content: Bytes) -> str:
 
 
 def write_metadata(sink: Sink, batches: Iterator[pa.RecordBatch], schema: pa.Schema) -> None:
-    """Write an Arrow IPC file with batches of `BATCH_ROWS`, except for the last.
+    """Write an Arrow IPC file with batches of `BATCH_ROWS`; the last may be shorter.
 
     Args:
         sink: takes the bytes.
-        batches: of any length, with this schema.
-        schema: of the file.
+        batches: batches of any length, with this schema.
+        schema: schema of the file.
 
     """
     with pa.ipc.new_file(sink, schema) as writer:

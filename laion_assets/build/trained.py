@@ -1,4 +1,4 @@
-"""The trained index, which every shard is encoded with, and the queries that measure its recall."""
+"""The trained index that encodes every shard, and the queries that measure its recall."""
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ from laion_assets.io.errors import InputError
 
 QUERIES = 200
 SCALED_AT_ONCE = 16_384  # rows
-COLUMNS_AT_ONCE = 32  # that are moved at a time
-ANSWERS = 1000  # rows that are compared for each query
-KEPT = ANSWERS + 1  # a query finds itself too
+COLUMNS_AT_ONCE = 32  # columns moved at a time
+ANSWERS = 1000  # rows compared per query
+KEPT = ANSWERS + 1  # a query also finds itself
 NPROBES = (1, 4, 16, 64, 256, 1024)
 FOLDER = "trained"
 INDEX, QUERY_VECTORS, QUERY_IDS, RECORD = "trained.index", "queries.npy", "query_ids.npy", "trained.json"
@@ -30,18 +30,18 @@ INDEX, QUERY_VECTORS, QUERY_IDS, RECORD = "trained.index", "queries.npy", "query
 
 @dataclass(frozen=True)
 class Record:
-    """What is known of a trained index.
+    """The record of a trained index.
 
     Attributes:
         index_key: faiss factory key.
-        vectors: which vectors of the input it was trained on, the key of `Embeddings`.
-        dimension: of the vectors.
-        rows: that were planned when it was trained.
-        sample: rows that it was trained on.
-        nprobes: numbers of probed lists at which recall is measured; none without lists.
-        seconds: that training took, reading included.
+        vectors: which vectors of the input it was trained on, see `Embeddings.key`.
+        dimension: dimension of the vectors.
+        rows: number of rows planned at the time of training.
+        sample: number of rows that it was trained on.
+        nprobes: values of nprobe at which recall is measured; empty without lists.
+        seconds: duration of training, including reading.
         checksums: crc32c of the files, by name.
-        bytes_per_row: of the request that the key was chosen for.
+        bytes_per_row: the request's limit for which the key was chosen.
 
     """
 
@@ -63,13 +63,14 @@ class Record:
 
 @dataclass(frozen=True)
 class Trained:
-    """An empty index and what goes with it.
+    """A trained, empty index with its queries and record.
 
     Attributes:
         index: faiss index without rows.
-        queries: (q, d) float32 unit vectors of rows, which it was trained on only if there are few rows.
-        query_ids: (q,) their ids.
-        record: what is known of it.
+        queries: (q, d) float32 unit vectors of rows; part of the training sample only if there are few
+            rows.
+        query_ids: (q,) ids of the queries.
+        record: the stored record.
 
     """
 
@@ -80,27 +81,27 @@ class Trained:
 
     @property
     def ivf(self) -> Any | None:
-        """Its inverted file; None where it has none (Flat, HNSW)."""
+        """The inverted file of the index; None if it has none (Flat, HNSW)."""
         found = faiss.try_extract_index_ivf(self.index)
         return None if found is None else faiss.downcast_index(found)
 
     @property
     def lists(self) -> int:
-        """Inverted lists; 1 where it has none."""
+        """The number of inverted lists; 1 for an index without lists."""
         return 1 if self.ivf is None else int(self.ivf.nlist)
 
     @property
     def code_size(self) -> int:
-        """Bytes of a code; of a float32 vector where there are no lists."""
+        """The size of a code in bytes; that of a float32 vector for an index without lists."""
         return 4 * self.record.dimension if self.ivf is None else int(self.ivf.code_size)
 
     def search(self, codes: Bytes, ids: Ids, sizes: Ids) -> Mapping[int, Answers]:
         """Search rows that were encoded with this index, at each nprobe of the record.
 
         Args:
-            codes: (n, code size) in the order of the lists.
-            ids: (n,) likewise.
-            sizes: (lists,) rows of each list.
+            codes: (n, code size) codes, sorted by list.
+            ids: (n,) ids, in the same order.
+            sizes: (lists,) number of rows in each list.
 
         Returns:
             The best `KEPT` rows in the probed lists for each query, by nprobe.
@@ -151,29 +152,31 @@ def train_index(
     """Train an index and store it.
 
     Args:
-        workspace: of the build.
-        key_for: returns the faiss factory key for so many usable rows.
+        workspace: workspace of the build.
+        key_for: returns the faiss factory key for a number of usable rows.
         vectors_key: which vectors of the input these are, see `Record`.
-        dimension: of the vectors.
-        rows: that the index will have.
-        sample: returns about so many of the rows, and their ids; the rows are changed.
-        log: is told what is done.
-        rows_per_centre: rows needed for each list and each entry of a codebook.
-        bytes_per_row: that the key was chosen for, see `Record`.
+        dimension: dimension of the vectors.
+        rows: number of rows that the index will have.
+        sample: returns about the given number of rows, and their ids; the rows are modified in place.
+        log: called with each log line.
+        rows_per_centre: rows needed per list and per codebook entry.
+        bytes_per_row: the limit for which the key was chosen, see `Record`.
 
     Raises:
-        InputError: a key that is not supported, or too few usable rows for it.
+        InputError: the key is not supported or needs more usable rows.
 
     """
     started = time.perf_counter()
     expected = key_for(rows)
-    IndexKey.parse(expected, dimension).check_rows(rows, rows_per_centre)  # reading may take long
+    IndexKey.parse(expected, dimension).check_rows(
+        rows, rows_per_centre
+    )  # fail before reading, which may take long
     sampled, ids = sample(training_rows(expected, rows) + QUERIES)
     vectors, order = _shuffled_unit_rows(sampled)
     if not len(vectors):
         raise InputError(
-            f"none of the {len(sampled):,} rows read for training has a vector that is finite and not "
-            "zero: check the embeddings",
+            f"none of the {len(sampled):,} rows read for training has a finite, non-zero vector: check "
+            "the embeddings",
             "embeddings_uri",
         )
     index_key = key_for(int(rows * len(vectors) / len(sampled)))
@@ -181,12 +184,12 @@ def train_index(
     queries, query_ids = vectors[:QUERIES].copy(), ids[order[:QUERIES]]
     training = vectors[QUERIES:]
     if len(training) < max(len(vectors) // 2, needed):
-        training = vectors  # there are few rows: all are needed
+        training = vectors  # with few rows, all are needed
     log(f"training {index_key} on {len(training):,} rows")
     index = train(index_key, dimension, training, rows_per_centre=rows_per_centre, log=log)
     lists = faiss.try_extract_index_ivf(index)
     folder = workspace / FOLDER
-    folder.discard(RECORD)  # or it would describe files of two indices if this is killed
+    folder.discard(RECORD)  # if this is killed, the record must not describe files of two indices
     with folder.new(INDEX) as sink:
         sink.write(faiss.serialize_index(index))
     checksums = {
@@ -210,13 +213,14 @@ def train_index(
 
 
 def _shuffled_unit_rows(rows: Floats) -> tuple[Floats, Ids]:
-    """Scale rows to length 1 and shuffle the usable ones, in place: a sample can be 20 GB.
+    """Scale rows to length 1 and shuffle the usable ones, in place because a sample can be 20 GB.
 
     Args:
-        rows: (n, d) as stored.
+        rows: (n, d) rows as stored.
 
     Returns:
-        The first (m, d) of the rows, now the usable ones in random order, and where each was before.
+        The first (m, d) of the rows, which are the usable ones in random order, and the original number
+        of each.
 
     """
     usable = np.empty(len(rows), bool)
@@ -231,7 +235,7 @@ def _shuffled_unit_rows(rows: Floats) -> tuple[Floats, Ids]:
 
 
 def read_trained(workspace: Workspace) -> Trained | None:
-    """Read the trained index of a workspace; None where there is none.
+    """Read the trained index of a workspace; None if there is none.
 
     Raises:
         InputError: it is damaged.
@@ -247,7 +251,7 @@ def read_trained(workspace: Workspace) -> Trained | None:
 
 
 def read_record(workspace: Workspace) -> Record | None:
-    """Read what is known of the trained index of a workspace; None where there is none.
+    """Read the record of the trained index of a workspace; None if there is none.
 
     Raises:
         InputError: it is damaged.
@@ -257,5 +261,5 @@ def read_record(workspace: Workspace) -> Record | None:
 
 
 def _nprobes(rows: int, lists: int) -> tuple[int, ...]:
-    """Return the numbers of lists at which recall is measured: some, and those that a search chooses."""
+    """Return the values of nprobe at which recall is measured: fixed ones and those a search chooses."""
     return tuple(sorted({min(n, lists) for n in (*NPROBES, nprobe_rule(ANSWERS, lists, rows))}))

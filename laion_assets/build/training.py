@@ -1,7 +1,7 @@
-"""Train an index: centres of the lists, then a rotation and codebooks for what the centres leave.
+"""Train an index: the centres of its lists, then a rotation and codebooks for the residuals.
 
-faiss trains the rotation first, on whole vectors. What is encoded is the difference between a vector and
-the centre of its list, so the rotation is fitted to that here.
+A residual is the difference between a vector and the centre of its list. Encoding applies to residuals,
+so the rotation is fitted to them. faiss trains the rotation first, on whole vectors.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ ROTATION_ROUNDS, ROTATION_ROWS = 4, 32_768
 CODEBOOK_ROUNDS = 8
 GRAPH_BREADTH = 100  # faiss's efConstruction
 SEARCH_BREADTH = 64  # faiss's efSearch, until a search sets it
-GRAPH_IN_ONE_THREAD = 32_768  # lists up to which the graph is the same each time
+GRAPH_IN_ONE_THREAD = 32_768  # up to this number of lists, the graph is reproducible
 
 
 def train(
@@ -36,26 +36,26 @@ def train(
     rows_per_centre: int = ROWS_PER_LIST,
     log: Callable[[str], object] = print,
 ) -> Any:
-    """Return an empty index by inner product, trained on a sample.
+    """Return an empty inner-product index, trained on a sample.
 
-    The same sample, seed and number of threads give the same index, up to 32,768 lists. With more,
-    threads build the graph of lists together: its links, and nothing else, may differ.
+    Up to 32,768 lists, the same sample, seed and number of threads give the same index. With more lists,
+    several threads build the graph over the lists, and only its links may differ.
 
     Args:
-        key: faiss factory key; see `IndexKey`.
-        dimension: of the vectors.
-        sample: (n, dimension) float32 rows of length 1, drawn from the whole.
-        random_seed: of the draws.
-        rows_per_centre: rows needed for each list and each entry of a codebook.
-        log: is told what is done.
+        key: faiss factory key, see `IndexKey`.
+        dimension: dimension of the vectors.
+        sample: (n, dimension) float32 rows of length 1, drawn from all rows.
+        random_seed: seed of the random generator.
+        rows_per_centre: rows needed per list and per codebook entry.
+        log: called with each log line.
 
     Raises:
-        InputError: a key that cannot be built, or too few rows for it.
+        InputError: the key is not supported or needs more rows.
 
     """
     parsed = IndexKey.parse(key, dimension)
     if sample.ndim != 2 or sample.shape[1] != dimension:
-        raise InputError(f"rows to train on have {sample.shape[-1]} dimensions instead of {dimension}")
+        raise InputError(f"training rows have {sample.shape[-1]} dimensions instead of {dimension}")
     index = faiss.index_factory(dimension, key, faiss.METRIC_INNER_PRODUCT)
     if not parsed.lists:
         return index

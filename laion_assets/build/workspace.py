@@ -1,4 +1,4 @@
-"""The folder in which a build keeps what it has done: on a disk or in a bucket."""
+"""The folder, on a disk or in a bucket, in which a build keeps its intermediate results."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from laion_assets.io.locks import locked
 from laion_assets.io.storage import is_local, new_file, open_storage, reaching
 from laion_assets.io.text import json_object
 
-WORK_URI = "build_uri"  # what errors are about, see `InputError`
+WORK_URI = "build_uri"  # the setting that errors name, see `InputError`
 LOCK = ".lock"
 
 Record = TypeVar("Record")
@@ -39,7 +39,7 @@ class Sink(io.RawIOBase):
 
     @property
     def checksum(self) -> str:
-        """The crc32c of what was written, as `checksum_text` formats it."""
+        """The crc32c of the bytes written so far, formatted by `checksum_text`."""
         return checksum_text(self._checksum)
 
     def writable(self) -> bool:
@@ -47,7 +47,7 @@ class Sink(io.RawIOBase):
         return True
 
     def write(self, data: Any) -> int:
-        """Write any bytes-like object and return how many bytes that were."""
+        """Write a bytes-like object and return its size in bytes."""
         content = bytes(data)
         self._checksum = crc32c(content, self._checksum)
         self._file.write(content)
@@ -55,7 +55,7 @@ class Sink(io.RawIOBase):
 
 
 class Workspace:
-    """A folder whose files appear when they are complete, or not at all.
+    """A folder in which files appear only once they are complete.
 
     Args:
         uri: a local path or any fsspec URL; the folder need not exist.
@@ -67,7 +67,7 @@ class Workspace:
         self._fs, self._root = open_storage(self.uri, WORK_URI)
 
     def __truediv__(self, name: str) -> Workspace:
-        """Return a folder inside."""
+        """Return a subfolder."""
         return Workspace(f"{self.uri}/{name}")
 
     def where(self, name: str) -> str:
@@ -76,14 +76,14 @@ class Workspace:
 
     @property
     def local(self) -> Path | None:
-        """The folder, where it is on this machine."""
+        """The local path of the folder; None if it is remote."""
         return Path(self._root) if is_local(self._fs) else None
 
     def locked(self, log: Callable[[str], None]) -> AbstractContextManager[None]:
-        """Keep other builds on this machine out, and wait for the one at work. Buckets have no locks.
+        """Wait for another build on this machine, then keep others out. Buckets have no locks.
 
         Args:
-            log: takes a line if this has to wait.
+            log: called with a line if this has to wait.
 
         """
         if self.local is None:
@@ -91,14 +91,14 @@ class Workspace:
         return locked(self.local / LOCK, lambda: log(f"waiting for another build in {self.uri}"))
 
     def check_space(self, needed: int, what: str) -> None:
-        """Compare the free space with what is about to be written; does nothing for a bucket.
+        """Check that there is enough free space; skipped for a bucket.
 
         Args:
-            needed: bytes.
-            what: needs them, for the message.
+            needed: bytes needed.
+            what: what needs them, for the message.
 
         Raises:
-            InputError: there is less.
+            InputError: there is too little space.
 
         """
         if self.local is None:
@@ -116,28 +116,28 @@ class Workspace:
         """Write a file.
 
         Raises:
-            InputError: no space, or no write access.
+            InputError: there is too little space, or the folder is not writable.
 
         """
         with new_file(self.where(name), WORK_URI) as file:
             yield Sink(file)
 
     def exists(self, name: str) -> bool:
-        """Return whether a file is there."""
+        """Return whether a file exists."""
         with reaching(self.uri, WORK_URI):
             return bool(self._fs.exists(f"{self._root}/{name}"))
 
     def size(self, name: str) -> int:
-        """Return the bytes of a file.
+        """Return the size of a file in bytes.
 
         Raises:
-            InputError: it is missing.
+            InputError: the file is missing.
 
         """
         return int(self._info(name)["size"])
 
     def stored_checksum(self, name: str) -> str | None:
-        """Return the crc32c that the storage keeps of a file; None where it keeps none."""
+        """Return the crc32c of a file that its storage keeps; None if it keeps none."""
         return self._info(name).get("crc32c")
 
     def _info(self, name: str) -> dict[str, Any]:
@@ -151,13 +151,13 @@ class Workspace:
     def read(
         self, name: str, start: int | None = None, stop: int | None = None, *, checksum: str | None = None
     ) -> bytes:
-        """Read a file, or some bytes of it.
+        """Read a file or a range of it.
 
         Args:
-            name: of the file.
-            start: first byte; by default that of the file.
+            name: name of the file.
+            start: first byte; by default the start of the file.
             stop: byte after the last one; by default the end of the file.
-            checksum: crc32c of what is read, as `checksum_text` formats it; None to compare nothing.
+            checksum: expected crc32c, formatted by `checksum_text`; None skips the check.
 
         Raises:
             InputError: the file is missing, shorter, or differs from the checksum.
@@ -171,31 +171,31 @@ class Workspace:
         if stop is not None and len(data) != stop - (start or 0):
             raise self.damaged(name, "is truncated")
         if checksum is not None and checksum_text(crc32c(data)) != checksum:
-            raise self.damaged(name, "is not what was written")
+            raise self.damaged(name, "differs from what was written")
         return data
 
     def open(self, name: str) -> BinaryIO:
-        """Open a file to read it in parts."""
+        """Open a file for reading in parts."""
         with reaching(self.uri, WORK_URI):
             file: BinaryIO = self._fs.open(f"{self._root}/{name}", "rb")
         return file
 
     def discard(self, name: str) -> None:
-        """Remove a file, if it is there."""
+        """Remove a file if it exists."""
         with reaching(self.uri, WORK_URI):
             if self._fs.exists(f"{self._root}/{name}"):
                 self._fs.rm_file(f"{self._root}/{name}")
 
     def remove(self) -> None:
-        """Remove the folder and all in it."""
+        """Remove the folder with all its contents."""
         with reaching(self.uri, WORK_URI):
             if self._fs.exists(self._root):
                 self._fs.rm(self._root, recursive=True)
 
     def damaged(self, name: str, problem: str) -> InputError:
-        """Return the error for a file that is not what was written."""
+        """Return the error for a damaged file."""
         return InputError(
-            f"{self.where(name)} {problem}: remove {self.uri}, and what was in it is made again", WORK_URI
+            f"{self.where(name)} {problem}: remove {self.uri}; its contents are then rebuilt", WORK_URI
         )
 
     def write_json(self, name: str, content: Any) -> None:
@@ -204,10 +204,10 @@ class Workspace:
             sink.write(json.dumps(content, indent=1).encode())
 
     def read_json(self, name: str) -> dict[str, Any] | None:
-        """Read a small record; None where there is none.
+        """Read a small record; None if there is none.
 
         Raises:
-            InputError: it is damaged.
+            InputError: the record is damaged.
 
         """
         if not self.exists(name):
@@ -219,14 +219,14 @@ class Workspace:
             raise self.damaged(name, f"is not JSON ({error})") from error
 
     def read_record(self, name: str, kind: Callable[..., Record]) -> Record | None:
-        """Read a small record as a dataclass; None where there is none.
+        """Read a small record as a dataclass; None if there is none.
 
         Args:
-            name: of the file.
-            kind: takes the fields by name.
+            name: name of the file.
+            kind: dataclass that is called with the fields by name.
 
         Raises:
-            InputError: it is damaged, or has other fields.
+            InputError: the record is damaged or has other fields.
 
         """
         stored = self.read_json(name)
@@ -245,7 +245,7 @@ class Workspace:
         """Read an array.
 
         Raises:
-            InputError: it is missing or damaged.
+            InputError: the array is missing or damaged.
 
         """
         content = io.BytesIO(self.read(name, checksum=checksum))
@@ -254,5 +254,5 @@ class Workspace:
 
 
 def existing(path: Path) -> Path:
-    """Return the folder itself, or the nearest one above it that exists."""
+    """Return the folder or its nearest existing parent."""
     return next(folder for folder in (path, *path.parents) if folder.exists())

@@ -36,7 +36,7 @@ class PastMaterialization:
 
     @property
     def asked(self) -> Mapping[str, Any] | None:
-        """The settings that were asked for; None where another release recorded none."""
+        """The settings that were asked for; None if another release recorded none."""
         try:
             return ResolvedSettings.from_json(self.figures[PROVENANCE]["settings"]).asked()
         except (KeyError, TypeError, ValueError):

@@ -42,7 +42,7 @@ class Tables:
         return StoredTable(self.uri(asset, seed_set), f"materialize {asset} again")
 
     def find(self, asset: str, seed_set: str) -> StoredTable | None:
-        """Open a table; None where there is none."""
+        """Open a table; None if there is none."""
         fs, path = open_storage(self.uri(asset, seed_set), OUTPUT)
         with reaching(self.base, OUTPUT):
             return self.open(asset, seed_set) if fs.exists(path) else None

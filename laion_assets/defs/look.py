@@ -71,7 +71,7 @@ class Look:
     Attributes:
         about: one sentence.
         rows: the best first, see `best_rows`.
-        sheet: where the contact sheet is; None where there are no thumbnails.
+        sheet: where the contact sheet is; None if there are no thumbnails.
         notes: what a person should know besides.
 
     """
@@ -196,7 +196,7 @@ def look(
 
 
 def images_at(text: str) -> list[Path] | None:
-    """Return the images that a text names: one, or those of a folder; None where it is a prompt.
+    """Return the images that a text names: one, or those of a folder; None if it is a prompt.
 
     Of a folder, those that are no files are among them; none if it holds only prompts.
 
@@ -352,7 +352,7 @@ def _counted(used: int, noun: str, total: int) -> str:
 
 
 def _seed_set(folder: SeedFolder, text: str) -> SeedSet | None:
-    """Return the seed set of that name; None where there is none, and the text is a prompt."""
+    """Return the seed set of that name; None if there is none, and the text is a prompt."""
     try:
         check_name(text)
         fs, root = open_storage(folder.uri)

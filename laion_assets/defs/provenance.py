@@ -37,7 +37,7 @@ class Provenance:
         run: id of the Dagster run.
         own: what the seed set's settings.yaml says.
         index: fingerprint of the staged index; None for tables made without it.
-        model: fingerprint of the model that embedded the seeds; None where they came as vectors.
+        model: fingerprint of the model that embedded the seeds; None if they came as vectors.
         counts: of a search, from requested to kept, by name.
         written: when, ISO 8601 in UTC.
 

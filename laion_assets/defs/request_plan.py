@@ -24,7 +24,7 @@ class History:
     Attributes:
         yielded: share of the requested images that is kept.
         last_run: the last run that made all three tables, by table; empty without one.
-        index_rows: rows of the staged index; None where they are not known.
+        index_rows: rows of the staged index; None if they are not known.
         index_size: its bytes, likewise.
 
     """

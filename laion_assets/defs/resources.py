@@ -134,7 +134,7 @@ class LaionIndex:
             return read_model_record(fs.cat_file(path), where)
 
     def block_list(self) -> BlockList | None:
-        """Read the images that must not get into any table; None where no list is set."""
+        """Read the images that must not get into any table; None if no list is set."""
         return read_block_list(self.block_list_uri) if self.block_list_uri else None
 
     def block_list_description(self) -> str | None:
@@ -191,7 +191,7 @@ class Embedder:
     """The model that embeds images and prompts; the one that the index was made with.
 
     Attributes:
-        model_uri: its folder, a local path or any fsspec URL; None where there is none.
+        model_uri: its folder, a local path or any fsspec URL; None if there is none.
         device: `auto`, `cpu` or `cuda`.
         cache_dir: local directory that remote models are staged to.
 
@@ -207,11 +207,11 @@ class Embedder:
         return cls(places.model, places.embed_device, Path(places.cache_dir).expanduser() / "models")
 
     def open(self, index: LaionIndex, dimension: int | None, log: Callable[[str], None]) -> Model | None:
-        """Stage and open the model, and compare it with the index; None where none is set.
+        """Stage and open the model, and compare it with the index; None if none is set.
 
         Args:
             index: used to choose the demo's model and to check the model.
-            dimension: of the staged index; None where it is not known.
+            dimension: of the staged index; None if it is not known.
             log: takes lines about staging.
 
         Raises:
@@ -232,7 +232,7 @@ class IndexBuilder:
     """Builds the index from published embeddings.
 
     Attributes:
-        request: what is built; None where LAION_EMBEDDINGS_URI is not set.
+        request: what is built; None if LAION_EMBEDDINGS_URI is not set.
         min_recall: recall@100 below which a check warns.
 
     """

@@ -88,7 +88,7 @@ class Listed:
         path: path in the file system.
         size: bytes.
         written: time of the last write, in the file system's own format; empty where it reports none.
-        checksum: crc32c in base64; None where the storage keeps none.
+        checksum: crc32c in base64; None if the storage keeps none.
 
     """
 

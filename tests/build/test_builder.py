@@ -298,7 +298,7 @@ def test_an_index_without_lists_finds_every_row_and_has_no_place_for_unusable_on
     assert hits["id"].to_pylist() == list(range(len(rows)))
     assert faiss.read_index(str(root / "index" / "image.index")).ntotal == len(rows)
     write_part(root / "embeddings", 3, np.zeros((2, DIMENSION), np.float32))
-    with pytest.raises(InputError, match=f"2 rows have no usable vector, and {key}.*IVF1,Flat"):
+    with pytest.raises(InputError, match=f"2 rows have no usable vector, but {key}.*IVF1,Flat"):
         built(request(root, index_key=key))
     assert hits.equals(search(root / "index", rows, 1, dedup_threshold=1))
 
@@ -410,7 +410,7 @@ def test_an_object_that_was_overwritten_meanwhile_is_refused(root, new_bucket):
         path = f"{name}/index.build/shards/000000/{damaged}"
         content = fs.cat_file(path)
         fs.pipe_file(path, content[:-1] + bytes([content[-1] ^ 1]))
-        with pytest.raises(InputError, match=f"{damaged} is not what was written"):
+        with pytest.raises(InputError, match=f"{damaged} differs from what was written"):
             again.finish()
         fs.pipe_file(path, content)
     assert again.finish().rows == sum(SIZES)
@@ -451,7 +451,7 @@ def test_a_damaged_file_of_the_workspace_is_made_again_or_named_with_the_remedy_
             while (error := refusal(asked)) is not None:
                 assert name in error
                 assert index_in(root / "index") is None
-                remedy = re.search(r"remove (\S+), and what was in it is made again", error)
+                remedy = re.search(r"remove (\S+); its contents are then rebuilt", error)
                 assert remedy, (how, error)
                 shutil.rmtree(remedy[1])
                 named += 1
@@ -630,7 +630,7 @@ def test_on_another_disk_than_the_index_metadata_is_copied_and_compared(root, tm
     path = root / "work" / "shards" / "000000" / "metadata.arrow"
     content = path.read_bytes()
     path.write_bytes(content[:100] + bytes([content[100] ^ 1]) + content[101:])
-    with pytest.raises(InputError, match=f"{path} is not what was written"):
+    with pytest.raises(InputError, match=f"{path} differs from what was written"):
         build.finish()
     path.write_bytes(content)
     build.finish()

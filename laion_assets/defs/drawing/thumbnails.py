@@ -23,7 +23,7 @@ SHEET_BYTES = 160_000  # it is stored in the event log, once for every materiali
 
 
 def strip(table: StoredTable, title: str, subtitle: str) -> Strip | None:
-    """Return the thumbnails of a table, best-ranked first; None where it has none."""
+    """Return the thumbnails of a table, best-ranked first; None if it has none."""
     if THUMBNAIL_COLUMN not in table.schema.names:
         return None
     rows = _with_thumbnails(table, ("caption", "rank", "seed"))
@@ -81,7 +81,7 @@ def _with_thumbnails(table: StoredTable, columns: Sequence[str]) -> pa.Table:
 
 
 def draw(strips: Sequence[Strip | None]) -> Image.Image | None:
-    """Draw the strips that have thumbnails; None where none has."""
+    """Draw the strips that have thumbnails; None if none has."""
     there = [strip for strip in strips if strip is not None and strip.images]
     return contact_sheet(there, columns=COLUMNS) if there else None
 

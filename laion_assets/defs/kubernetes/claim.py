@@ -112,7 +112,7 @@ def _delete(delete: Callable[[], Any], read: Callable[[], Any], poll_seconds: fl
 
 
 def _found(call: Callable[[], Any]) -> Any:
-    """The answer of the cluster, None where there is no such object."""
+    """The answer of the cluster, or None if there is no such object."""
     try:
         return call()
     except ApiException as error:

@@ -22,7 +22,7 @@ class SourceFile:
         path: path in the file system of the source.
         size: bytes.
         version: changes when the file is overwritten; empty where the source reports nothing that does.
-        checksum: crc32c in base64 as the source reports it; None where it keeps none.
+        checksum: crc32c in base64 as the source reports it; None if it keeps none.
 
     """
 
