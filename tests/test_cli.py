@@ -437,7 +437,7 @@ def test_an_index_is_built_shard_by_shard_and_once(to_build, monkeypatch, capsys
         r"trained_index: training IVF16,Flat on [\d,]+ rows",
         r"trained_index: IVF16,Flat trained on [\d,]+ rows; 2,400 rows planned in 4 shards",
         r"index_shards: rows: 600 of 600, [\d,.e+]+/s, 0 s left",
-        *(rf"index_shards: 00000{n}: 600 rows in [\d.]+ s, .* vectors a second" for n in range(4)),
+        *(rf"index_shards: 00000{n}: 600 rows in [\d.]+ s, .* vectors per second" for n in range(4)),
         r"laion_index: merging the shards \(4\)",
         r"laion_index: 2,400 rows merged; 100\.0% of the 100 best rows are found .*",
         rf"2,400 of 2,400 rows in IVF16,Flat, at {to_build}/data/index",

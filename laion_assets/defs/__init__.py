@@ -1,1 +1,1 @@
-"""Everything Dagster: one concept a module."""
+"""All Dagster definitions, one concept per module."""

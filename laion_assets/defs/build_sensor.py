@@ -1,4 +1,4 @@
-"""Request what a build needs next: training, shards, the merge.
+"""Request the next step of a build: training, shards or the merge.
 
 Dagster's concept: https://docs.dagster.io/guides/automate/sensors
 """
@@ -22,7 +22,7 @@ from laion_assets.defs.terminal import count
 from laion_assets.io.errors import InputError
 
 INTERVAL = 60  # seconds between ticks
-SHARDS_AT_ONCE = 50  # that run or are queued
+SHARDS_AT_ONCE = 50  # shards that are running or queued
 KEYS_PER_QUERY = 200
 TRAINED, ENCODED, MERGED = "trained_index", "index_shards", "laion_index"
 TRAIN_JOB, ENCODE_JOB, PUBLISH_JOB = "train_index_job", "encode_shard_job", "publish_index_job"
@@ -32,7 +32,7 @@ def build_jobs(assets: Sequence[dg.AssetsDefinition]) -> list[dg.UnresolvedAsset
     """Define a job for each step of a build.
 
     Args:
-        assets: of `index_assets`, in order.
+        assets: the assets of `index_assets`, in order.
 
     """
     steps = (
@@ -47,15 +47,15 @@ def build_jobs(assets: Sequence[dg.AssetsDefinition]) -> list[dg.UnresolvedAsset
 
 
 def build_embeddings_sensor(jobs: Sequence[dg.UnresolvedAssetJobDefinition]) -> dg.SensorDefinition:
-    """Return the sensor that builds new embeddings into the index, a step after the other."""
+    """Return the sensor that adds new embeddings to the index, one step after another."""
 
     @dg.sensor(
         name="embedding_files_sensor",
         jobs=jobs,
         minimum_interval_seconds=INTERVAL,
         default_status=dg.DefaultSensorStatus.RUNNING,
-        description="Lists the embeddings, registers their shards as partitions, and runs what the index "
-        "lacks: training, shards, then the merge. The column Cursor shows what each tick found.",
+        description="Lists the embeddings, registers their shards as partitions, and runs the missing "
+        "steps: training, shards, then the merge. The Cursor column shows what each tick found.",
     )
     def embedding_files_sensor(
         context: dg.SensorEvaluationContext, index_builder: dg.ResourceParam[IndexBuilder]
@@ -66,7 +66,7 @@ def build_embeddings_sensor(jobs: Sequence[dg.UnresolvedAssetJobDefinition]) -> 
                 listing = build.listing()
                 if state.get("listed") != listing.version:  # uploads take time
                     return nothing_to_do(
-                        "the embeddings are new or still change", {"listed": listing.version}
+                        "the embeddings are new or still changing", {"listed": listing.version}
                     )
                 plan = build.stored_plan()
                 build.check_planned(plan, listing)
@@ -78,7 +78,7 @@ def build_embeddings_sensor(jobs: Sequence[dg.UnresolvedAssetJobDefinition]) -> 
             return nothing_to_do(sentence(error), state)
         if wanted and is_prepared:
             step = _shards_or_merge(instance, wanted, times)
-        else:  # also for new files alone, whose rows get their ids then
+        else:  # new files need it too: it assigns ids to their rows
             key = f"train:{listing.version}:{settings}:{times}"
             request = dg.RunRequest(run_key=key, job_name=TRAIN_JOB)
             step = _once(instance, TRAINED, request, "the embeddings or the settings change")
@@ -102,22 +102,22 @@ def build_embeddings_sensor(jobs: Sequence[dg.UnresolvedAssetJobDefinition]) -> 
 
 @dataclass(frozen=True)
 class _Step:
-    """What a tick requests, and what it says."""
+    """The runs and the report of a tick."""
 
     report: str
     requests: Sequence[dg.RunRequest] = ()
 
 
 def _shards_or_merge(instance: dg.DagsterInstance, wanted: Wanted, times: int) -> _Step:
-    """Return the runs of shards that are not encoded; or of the merge, once all are.
+    """Request runs for shards that are not encoded, or for the merge once all are.
 
-    Dagster launches no run key twice, so a shard that failed does not run again by itself, and holds up
-    none that follows.
+    Dagster launches each run key once, so a failed shard is not rerun automatically and does not block
+    other shards.
 
     Args:
-        instance: its history says what is done.
-        wanted: what shards and index are to be made from.
-        times: keeps the run keys of settings apart that come back.
+        instance: the instance with the history of runs.
+        wanted: fingerprints of the inputs of shards and index.
+        times: number of changes of the settings, so that settings that return get new run keys.
 
     """
     done = last_versions(instance, dg.AssetKey(ENCODED), dg.DagsterEventType.ASSET_MATERIALIZATION)
@@ -149,7 +149,7 @@ def _shards_or_merge(instance: dg.DagsterInstance, wanted: Wanted, times: int) -
             *running,
             *(request.partition_key or "" for request in requests),
         ],
-        "failed: see what the run says; a shard runs again once its files are mended, or when you "
+        "failed: see the run's error; a shard runs again once its files are repaired, or when you "
         "materialize it:": failed,
     }
     return _Step("; ".join(f"{what} {some(names)}" for what, names in news.items() if names), requests)
@@ -163,11 +163,11 @@ def _once(instance: dg.DagsterInstance, asset: str, request: dg.RunRequest, unti
     if not before.is_finished:
         return _Step(f"making {asset}")
     return _Step(
-        f"{asset} failed: see what the run says; it runs again once {until}, or when you materialize it"
+        f"{asset} failed: see the run's error; it runs again once {until}, or when you materialize it"
     )
 
 
 def _launched(instance: dg.DagsterInstance, keys: Sequence[str]) -> Mapping[str, dg.DagsterRun]:
-    """Return the last run of each run key that was launched."""
+    """Return the last run of each launched run key."""
     runs = instance.get_runs(dg.RunsFilter(tags={RUN_KEY_TAG: list(keys)}))
     return {run.tags[RUN_KEY_TAG]: run for run in reversed(runs)}

@@ -1,8 +1,8 @@
-"""What must be true of the assets, as asset checks: what each means, how bad a failure is, the remedy.
+"""Asset checks. Each description says what is checked, how severe a failure is, and the remedy.
 
-Checks share the asset's step: a separate op would start another pod and reopen the index. Three block
-what depends on them: after those, going on would cost hours or give a wrong table. `search.audit`
-measures.
+Checks share the asset's step: a separate op would start another pod and reopen the index. Three checks
+block downstream assets, because continuing would waste hours or produce a wrong table. `search.audit`
+does the measuring.
 
 Dagster's concept: https://docs.dagster.io/guides/test/asset-checks
 """
@@ -32,12 +32,12 @@ from laion_assets.staging import OpenIndex
 
 WARN, ERROR = dg.AssetCheckSeverity.WARN, dg.AssetCheckSeverity.ERROR
 COHERENT = 0.1  # mean cosine of two seeds; unrelated vectors have 0. Not calibrated on CLIP
-ROWS_COMPARED = 1 << 16  # first rows of a table in which near-duplicates are looked for
-YIELD_TOLERANCE = 0.1  # of the past yield
+ROWS_COMPARED = 1 << 16  # number of first rows of a table that are searched for near-duplicates
+YIELD_TOLERANCE = 0.1  # relative to the past yield
 ONLY_A_PART = "only a part of the index is on the disk"
 SEARCHES = ("knn_urls", "centroid_urls")
 WITHOUT_SEED_SETS = ("laion_index", "staged_laion_index")
-FOUND_BY_PROBING_MORE = 0.05  # of the best rows, at most, where a search chooses its nprobe itself
+FOUND_BY_PROBING_MORE = 0.05  # most of the best rows that the default nprobe may miss
 USABLE = 0.99  # share of the rows of a built index
 
 Results = Iterator[dg.AssetCheckResult]
@@ -45,8 +45,8 @@ Results = Iterator[dg.AssetCheckResult]
 
 def _spec(asset: str, name: str, description: str, *, blocking: bool = False) -> dg.AssetCheckSpec:
     with warnings.catch_warnings():
-        # Partitions of checks are new in Dagster. Without them one failed run would turn the check red
-        # for all seed sets.
+        # Partitioned checks are new in Dagster. Without partitions, one failed run would turn the check
+        # red for all seed sets.
         warnings.simplefilter("ignore", dg.PreviewWarning)
         return dg.AssetCheckSpec(
             name,
@@ -68,15 +68,15 @@ _SEARCH = [
         _spec(
             asset,
             "similarity_falls_with_rank",
-            "Within a query, similarity falls as rank rises. An error that blocks: combining goes by "
-            "rank and would keep the wrong rows. Remedy: materialize again; if it fails again, restage "
+            "Within a query, similarity falls as rank rises. An error that blocks: combining relies on "
+            "ranks and would keep the wrong rows. Remedy: materialize again; if it fails again, restage "
             "the index.",
             blocking=True,
         ),
         _spec(
             asset,
             "similarity_is_in_range",
-            "Similarities are inner products of unit vectors, so at most 1 or slightly more. A warning. "
+            "Similarities are inner products of unit vectors, so at most slightly above 1. A warning. "
             "Remedy: build the index from vectors of length 1; otherwise long vectors outrank near ones.",
         ),
     )
@@ -92,14 +92,14 @@ _URL_SETS = [
             f"{ROWS_COMPARED:,} rows"
             + (" found for the same query" if asset in SEARCHES else "")
             + ". An error that blocks nothing: the rows are right, but too many. Remedy: report it; "
-            "meanwhile a lower dedup_threshold removes more.",
+            "until it is fixed, a lower dedup_threshold removes more.",
         ),
         _spec(
             asset,
             "yield_stable",
             f"The yield is within {YIELD_TOLERANCE:.0%} of that of the seed set's past runs with the "
-            "same settings. A warning. Remedy: look at the funnel for the loss that grew; new seeds, a "
-            "new index or another block list explain it, nothing else does.",
+            "same settings. A warning. Remedy: find the loss that grew in the funnel. New seeds, a new "
+            "index or another block list explain a change; anything else is a problem.",
         ),
     )
 ]
@@ -107,79 +107,79 @@ _ALL = [
     _spec(
         "laion_index",
         "recall_is_sufficient",
-        "Of the 100 best rows by the raw vectors, a search finds at least the share that "
-        "LAION_MIN_RECALL names; queries are rows that the index was not trained on. A warning. Remedy: "
-        "more bytes a row (LAION_BYTES_PER_ROW) or another LAION_INDEX_KEY, which builds anew.",
+        "A search finds at least LAION_MIN_RECALL of the 100 best rows by the raw vectors. Queries are "
+        "rows that the index was not trained on. A warning. Remedy: allow more bytes per row "
+        "(LAION_BYTES_PER_ROW) or set another LAION_INDEX_KEY; either rebuilds the index.",
     ),
     _spec(
         "laion_index",
         "nprobe_is_sufficient",
-        f"Where a search for 1,000 rows chooses how many lists to probe, probing more finds less than "
-        f"{FOUND_BY_PROBING_MORE:.0%} of the best rows in addition. A warning. Remedy: set nprobe to the "
-        "number that the chart shows to suffice.",
+        f"Probing more lists than a search for 1,000 rows chooses by default finds less than "
+        f"{FOUND_BY_PROBING_MORE:.0%} more of the best rows. A warning. Remedy: set nprobe to the number "
+        "from which the chart is flat.",
     ),
     _spec(
         "laion_index",
         "rows_have_vectors",
-        f"At least {USABLE:.0%} of the rows have a vector that is finite and not zero. A warning: the "
-        "others keep their id and cannot be found. Remedy: look at the embeddings of the shards that "
-        "report such rows.",
+        f"At least {USABLE:.0%} of the rows have a finite, non-zero vector. A warning: the other rows "
+        "keep their id but cannot be found. Remedy: check the embeddings of the shards that report such "
+        "rows.",
     ),
     _spec(
         "staged_laion_index",
         "metadata_covers_the_index",
         "Index and metadata have the same number of rows. A warning: rows without metadata are left out "
-        "and counted. Remedy: stage index and metadata of the same release, or nothing if you keep only "
-        "a part of the metadata.",
+        "and counted. Remedy: stage index and metadata of the same release; none is needed if you keep "
+        "only a part of the metadata.",
     ),
     _spec(
         "staged_laion_index",
         "metadata_belongs_to_the_index",
-        "Captions of neighbours in the index share more words than captions drawn at random, in every "
-        "quarter of its rows that has enough captions. A warning, because it is a statistical test. "
-        "Remedy: check that no metadata file is missing, doubled or of another release, and that their "
-        "names sort in the order of the ids.",
+        "Captions of neighbours in the index share more words than random captions, in every quarter of "
+        "its rows that has enough captions. A warning, because this is a statistical test. Remedy: check "
+        "that no metadata file is missing, duplicated or from another release, and that file names sort "
+        "in the order of the ids.",
     ),
     _spec(
         "staged_laion_index",
         "staged_index_is_intact",
-        "A fixed sample of files (up to 256 MiB each, 1 GiB in total) has the checksums of staging; rows "
-        "sampled from the whole index have valid ids, and some have a vector. An error that blocks: "
-        "every search would be useless. Remedy: delete the named files, or all of LAION_CACHE_DIR if "
-        "none is named, and materialize again.",
+        "A fixed sample of files (up to 256 MiB each, 1 GiB in total) still has the checksums recorded "
+        "at staging. Rows sampled from the whole index have valid ids, and at least one has a vector. An "
+        "error that blocks: every search would be useless. Remedy: delete the named files, or all of "
+        "LAION_CACHE_DIR if none is named, and materialize again.",
         blocking=True,
     ),
     _spec(
         "centroid_vector",
         "seeds_are_coherent",
-        f"Two seeds have a mean cosine of at least {COHERENT}. A warning: the less seeds have in common, "
-        "the less the images around their mean resemble any of them. A floor, not a measure of style: "
-        "CLIP's embeddings all point into one cone, so seeds of several styles can pass, and what fails "
-        "is mostly vectors of something else. Remedy: check that the vectors are embeddings of the "
-        "index's model, split the seed set by style, or use knn_urls alone.",
+        f"The mean cosine of two seeds is at least {COHERENT}. A warning: the less the seeds have in "
+        "common, the less the images around their mean resemble any of them. This is a floor, not a "
+        "measure of style: all CLIP embeddings lie in a narrow cone, so seeds of several styles can "
+        "pass, and failures are mostly vectors that are not CLIP embeddings. Remedy: check that the "
+        "vectors come from the index's model, split the seed set by style, or use knn_urls alone.",
     ),
     _spec(
         "centroid_vector",
         "centroid_of_all_seeds",
-        "The centroid is the mean of all seeds. A warning where a set has images and prompts: CLIP "
-        "places texts and images apart, so the centroid is that of the images, and prompts count for "
-        "knn_urls alone. Remedy: nothing, or a seed set of its own for the prompts.",
+        "The centroid is the mean of all seeds. A warning if a set has both images and prompts: CLIP "
+        "places texts apart from images, so the centroid is the mean of the images, and prompts affect "
+        "only knn_urls. Remedy: none is needed, or move the prompts to a separate seed set.",
     ),
     *_SEARCH,
     *_URL_SETS,
     _spec(
         "combined_urls",
         "one_row_per_image",
-        "No id and no URL is in two rows. An error that blocks what you build on the table, which would "
-        "fetch images twice. Remedy: materialize again; if it fails again, report it.",
+        "No id and no URL occurs in two rows. An error that blocks assets you build on the table, which "
+        "would fetch images twice. Remedy: materialize again; if it fails again, report it.",
         blocking=True,
     ),
     _spec(
         "combined_urls",
         "urls_well_formed",
-        "Every URL is http or https, names a host and has no spaces; whether it is alive is not checked. "
-        "A warning: img2dataset counts the others as lost. Remedy: name the right column with "
-        "LAION_METADATA_COLUMNS, or nothing if the metadata has such URLs.",
+        "Every URL is http or https, names a host and has no spaces. Whether it still works is not "
+        "checked. A warning: img2dataset cannot download other URLs. Remedy: name the right column in "
+        "LAION_METADATA_COLUMNS; none is possible if the metadata has such URLs.",
     ),
 ]
 BUILT, STAGED, CENTROID, KNN_URLS, CENTROID_URLS, COMBINED = map(
@@ -191,16 +191,16 @@ BUILT, STAGED, CENTROID, KNN_URLS, CENTROID_URLS, COMBINED = map(
 
 
 def nprobe_of_a_search(built: Built) -> int:
-    """Return how many lists a search for 1,000 rows probes, as far as recall was measured; 0 without."""
+    """Return the nprobe of a search for 1,000 rows, or the nearest one measured; 0 without lists."""
     return max((n for n in map(int, built.recall) if n <= built.nprobe_of_a_search), default=0)
 
 
 def of_built_index(built: Built, min_recall: float) -> Results:
-    """Judge the recall that was measured, and how many rows can be found.
+    """Check the measured recall and the number of rows that can be found.
 
     Args:
         built: the index.
-        min_recall: the lowest recall@100 that is accepted.
+        min_recall: lowest accepted recall@100.
 
     """
     by_nprobe = {int(nprobe): shares for nprobe, shares in built.recall.items()}
@@ -212,7 +212,7 @@ def of_built_index(built: Built, min_recall: float) -> Results:
         found >= min_recall,
         WARN,
         f"{found:.1%} of the 100 best rows are found at nprobe {chosen}; at least {min_recall:.0%} are "
-        "wanted"
+        "expected"
         if by_nprobe
         else "every search compares all rows",
         {"recall@100": found},
@@ -243,9 +243,10 @@ def of_built_index(built: Built, min_recall: float) -> Results:
 
 
 def of_staged_index(opened: OpenIndex, cache_dir: Any) -> list[dg.AssetCheckResult]:
-    """Compare index and metadata, and look for damage.
+    """Compare index and metadata, and check for damage.
 
-    Where only a part of the index is on the disk, rows are not sampled: each would have to be fetched.
+    If only a part of the index is on the disk, rows are not sampled, because each would have to be
+    fetched.
     """
     rows, metadata_rows = opened.index.rows, len(opened.metadata)
     whole = [file for file in opened.manifest.files if not file.sparse]
@@ -299,11 +300,11 @@ def _coverage(rows: int, metadata_rows: int) -> str:
     if rows > metadata_rows:
         return (
             f"{rows - metadata_rows:,} of {rows:,} rows have no metadata: they are left out and "
-            "counted; fine if you keep only a part, such as the English one"
+            "counted; this is fine if you keep only a part of the metadata, such as the English part"
         )
     return (
-        f"{metadata_rows - rows:,} metadata rows belong to no row of the index: make sure that both are "
-        "of the same release"
+        f"{metadata_rows - rows:,} metadata rows belong to no row of the index: make sure that both come "
+        "from the same release"
     )
 
 
@@ -323,13 +324,13 @@ def _agreement(captions: audit.Agreement) -> str:
 
 
 def of_centroid(seeds: int, norm_of_mean: float, mean: Floats, prompts: Floats) -> Results:
-    """Check whether the seeds have a style in common, and whether the centroid is that of all.
+    """Check whether the seeds have a style in common, and whether the centroid covers all of them.
 
     Args:
-        seeds: n, how many the mean is of.
+        seeds: number n of seeds in the mean.
         norm_of_mean: length of the mean; the mean cosine of two seeds is (n * length^2 - 1) / (n - 1).
         mean: (d,) the centroid.
-        prompts: (n, d) unit vectors that are not part of it.
+        prompts: (n, d) unit vectors of prompts that the mean leaves out.
 
     """
     cosine = (seeds * norm_of_mean**2 - 1) / (seeds - 1) if seeds > 1 else 1.0
@@ -353,7 +354,7 @@ def of_centroid(seeds: int, norm_of_mean: float, mean: Floats, prompts: Floats) 
 
 
 def of_search(table: StoredTable, threshold: float) -> Results:
-    """Check a URL set as it was found."""
+    """Check a URL set before combining."""
     there = set(table.schema.names)
     ranking = audit.ranking(table.read([n for n in ("rank", "similarity", "seed") if n in there]))
     rows = len(ranking.similarities)
@@ -382,7 +383,7 @@ def of_search(table: StoredTable, threshold: float) -> Results:
 
 
 def of_combined(table: StoredTable, knn: StoredTable, centroid: StoredTable, threshold: float) -> Results:
-    """Check the combined table; the codes of its rows are in the tables it was made of."""
+    """Check the combined table, with the codes of its rows from its source tables."""
     images = audit.images(table.batches(["id", "url"]))
     repeated = {"id": audit.repeated(images.ids), "url": audit.repeated(images.urls)}
     yield _result(
@@ -427,7 +428,7 @@ def _near_duplicates(codes: Any, groups: Any, decoder: Decoder, threshold: float
 
 
 def yield_stable(context: dg.AssetExecutionContext, report: Mapping[str, Any]) -> dg.AssetCheckResult:
-    """Compare the yield with that of the set's past runs for which the same was asked."""
+    """Compare the yield with that of the set's past runs with the same settings."""
     asset, now = context.asset_key.to_user_string(), float(report[YIELD])
     asked = ResolvedSettings.from_json(report[PROVENANCE]["settings"]).asked()
     before = [
@@ -451,7 +452,7 @@ def yield_stable(context: dg.AssetExecutionContext, report: Mapping[str, Any]) -
 def logged(
     context: dg.AssetExecutionContext, results: Iterable[dg.AssetCheckResult]
 ) -> list[dg.AssetCheckResult]:
-    """Return the results; failed ones are logged as well, which is all a terminal shows."""
+    """Return the results, and log failed ones: a terminal shows only the log."""
     found = list(results)
     for result in found:
         if not result.passed:

@@ -1,7 +1,7 @@
-"""Every part of Dagster that is used and not public, imported in this one place.
+"""Imports of Dagster internals, all in this module.
 
-Dagster may move or change these in any minor release, so pyproject.toml pins the minor version. A test
-names each part; where one is missing after an upgrade, this module is the only one to adapt.
+Dagster may move or change internals in any minor release, so pyproject.toml pins the minor version. A
+test checks that each exists. After an upgrade, this is the only module to adapt.
 """
 
 from dagster._core.definitions.data_version import DATA_VERSION_TAG, extract_data_version_from_entry

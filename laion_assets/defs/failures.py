@@ -1,4 +1,4 @@
-"""Convert errors of the library to failed steps: one sentence each, with the platform's own names."""
+"""Convert errors of the library to failed steps, with one sentence that uses the platform's names."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -16,9 +16,9 @@ REMEDIES = {
 
 
 def sentence(error: InputError) -> str:
-    """Return an error's message with the name by which a user of the platform knows its remedy.
+    """Return an error's message with the variable or action that a user needs for the remedy.
 
-    What is not printable in it, such as in names of files, is escaped.
+    Unprintable characters, for example in file names, are escaped.
     """
     message = printable(str(error))
     if error.about is None:
@@ -28,9 +28,9 @@ def sentence(error: InputError) -> str:
 
 @contextmanager
 def as_failures() -> Iterator[None]:
-    """Turn every error into a failure of the step that is not retried.
+    """Convert every error to a step failure that is not retried.
 
-    Steps are retried when their pod was evicted or killed, which raises nothing here.
+    Only steps of evicted or killed pods are retried; these raise no error here.
     """
     try:
         yield

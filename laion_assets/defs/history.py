@@ -1,4 +1,4 @@
-"""What past runs of a seed set measured, read from Dagster's history.
+"""Read the measurements of a seed set's past runs from Dagster's history.
 
 Dagster's concept: https://docs.dagster.io/guides/build/assets/metadata-and-tags
 """
@@ -16,7 +16,7 @@ from laion_assets.search.sizing import USUAL, Yield
 
 MATERIALIZATIONS_READ = 20  # the latest first
 YIELD = "yield"
-MOST_OF = 0.9  # of the requested images; searches that receive fewer ran out of rows
+MOST_OF = 0.9  # share of the requested images; a search that returns fewer ran out of rows
 PROVENANCE = "provenance"
 DECIDE_THE_YIELD = ("dedup_threshold", "filters", BLOCK_LIST)
 
@@ -26,7 +26,7 @@ class PastMaterialization:
     """One materialization of an asset for a seed set.
 
     Attributes:
-        run: id of the run that made it.
+        run: id of its run.
         figures: its metadata, as plain values.
 
     """
@@ -36,7 +36,7 @@ class PastMaterialization:
 
     @property
     def asked(self) -> Mapping[str, Any] | None:
-        """The settings that were asked for; None if another release recorded none."""
+        """The requested settings; None if another release did not record them."""
         try:
             return ResolvedSettings.from_json(self.figures[PROVENANCE]["settings"]).asked()
         except (KeyError, TypeError, ValueError):
@@ -49,16 +49,16 @@ def materializations(
     """Yield the last materializations of an asset, the latest first.
 
     Args:
-        instance: whose history to read.
-        asset: name.
-        seed_set: partition; None for an asset without partitions.
-        before: seconds since 1970; later ones are left out.
+        instance: the instance with the history.
+        asset: name of the asset.
+        seed_set: the partition; None for an asset without partitions.
+        before: seconds since 1970; later materializations are left out.
 
     """
     wanted = dg.AssetRecordsFilter(dg.AssetKey(asset), seed_set and [seed_set], before_timestamp=before)
     cursor = None
     for _ in range(MATERIALIZATIONS_READ):
-        # One at a time: most callers need no other, and each may hold an image.
+        # Read one at a time: most callers need only the first, and each may hold an image.
         page = instance.fetch_materializations(wanted, limit=1, cursor=cursor)
         for record in page.records:
             made = record.asset_materialization
@@ -75,13 +75,13 @@ def measured_yield(
 ) -> Yield:
     """Return the combined yield of a set's last run with the same threshold, filters and block list.
 
-    Runs that kept nothing are passed over, and so are runs that requested more than the index holds:
-    their yield says nothing about smaller requests. Without any other the usual yield is returned.
+    Runs that kept nothing are skipped. So are runs that requested more than the index holds, because
+    their yield says nothing about smaller requests. If no run is left, the usual yield is returned.
 
     Args:
-        instance: whose history to read.
-        seed_set: partition.
-        asked: what is asked for now, see `ResolvedSettings.asked`.
+        instance: the instance with the history.
+        seed_set: the partition.
+        asked: the current request, see `ResolvedSettings.asked`.
         before: seconds since 1970; later runs are left out.
 
     """
@@ -104,7 +104,7 @@ def _exhausted_the_index(past: PastMaterialization) -> bool:
 
 
 def yield_for(context: dg.AssetExecutionContext, seed_set: str, asked: Mapping[str, Any]) -> Yield:
-    """Return the yield a run counts on. Read as of the run's start, so that all its steps agree."""
+    """Return the yield that a run assumes, as of the run's start, so that all its steps agree."""
     record = context.instance.get_run_record_by_id(context.run.run_id)
     began = record.create_timestamp.timestamp() if record else None
     return measured_yield(context.instance, seed_set, asked, began)

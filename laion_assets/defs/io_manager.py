@@ -1,4 +1,4 @@
-"""Where tables are, and how a later asset opens them. Assets write their own tables.
+"""Locate tables and open them as inputs of later assets. Assets write their own tables.
 
 Dagster's concept: https://docs.dagster.io/guides/build/io-managers
 """
@@ -19,7 +19,7 @@ from laion_assets.io.tables import OUTPUT, SUFFIX, StoredTable, TableWriter, new
 
 @dataclass(frozen=True)
 class Tables:
-    """The tables: Parquet files at `<base>/<asset>/<seed set>.parquet`.
+    """The tables, which are Parquet files at `<base>/<asset>/<seed set>.parquet`.
 
     Attributes:
         base: a local path or any fsspec URL.
@@ -36,7 +36,7 @@ class Tables:
         """Open a table.
 
         Raises:
-            InputError: it is missing or damaged; says which asset to materialize.
+            InputError: the table is missing or damaged; the message names the asset to materialize.
 
         """
         return StoredTable(self.uri(asset, seed_set), f"materialize {asset} again")
@@ -49,16 +49,16 @@ class Tables:
 
     @contextmanager
     def new(self, context: dg.AssetExecutionContext, schema: pa.Schema) -> Iterator[TableWriter]:
-        """Write the table of the asset and seed set that a step is for, see `new_table`."""
+        """Write the table of a step's asset and seed set, see `new_table`."""
         with new_table(self.uri(*_table_of(context)), schema) as table:
             yield table
 
     def folder(self, context: dg.AssetExecutionContext, name: str) -> str:
-        """Return the location of a folder beside the table of a step, for what is not the table yet."""
+        """Return the location of a folder beside a step's table, for unfinished work."""
         return f"{self.uri(*_table_of(context)).removesuffix(SUFFIX)}.{name}"
 
     def written(self, context: dg.AssetExecutionContext) -> StoredTable:
-        """Open the table that this step has written."""
+        """Open the table written by this step."""
         return self.open(*_table_of(context))
 
 
@@ -69,21 +69,20 @@ def _table_of(context: dg.AssetExecutionContext) -> tuple[str, str]:
 class ParquetIOManager(dg.IOManager):
     """Opens the table of an upstream asset as the input of a later one.
 
-    The record of a materialization is a claim about the storage: a file that no longer exists is an error
-    that says which asset to materialize.
+    If the recorded file no longer exists, the error names the asset to materialize.
     """
 
     def __init__(self, tables: Tables) -> None:
         self._tables = tables
 
     def handle_output(self, context: dg.OutputContext, obj: object) -> None:
-        """Refuse: assets write their tables themselves and return no value."""
+        """Raise an error: assets write their own tables and return no value."""
         raise TypeError(
             f"{context.asset_key.to_user_string()} returned {type(obj).__name__}: assets must write "
             "their table and return no value"
         )
 
     def load_input(self, context: dg.InputContext) -> StoredTable:
-        """Open a table that an earlier step has written."""
+        """Open a table written by an earlier step."""
         with as_failures():
             return self._tables.open(context.asset_key.path[-1], context.partition_key)

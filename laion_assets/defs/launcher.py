@@ -1,7 +1,7 @@
 """A run launcher for one machine that detects killed runs and ends all their steps.
 
-Dagster's default launcher cannot tell a killed run from a busy one: such a run would stay "started" and
-keep its place in the pools, and its steps would go on.
+Dagster's default launcher cannot tell a killed run from a busy one. A killed run would stay "started",
+keep its pool slots, and its steps would continue.
 
 Dagster's concept: https://docs.dagster.io/deployment/execution/run-monitoring
 """
@@ -31,7 +31,7 @@ from laion_assets.defs.dagster_internals import (
 )
 from laion_assets.defs.places import DATA
 
-LOCK_TAG = f"{HIDDEN_TAG_PREFIX}laion_assets_process"  # hidden in the list of runs
+LOCK_TAG = f"{HIDDEN_TAG_PREFIX}laion_assets_process"  # hidden in the UI's list of runs
 GONE = "the process of this run has ended"
 LOCKS = DATA / "dagster" / "processes"
 
@@ -66,17 +66,19 @@ def is_worked_on(tags: Mapping[str, str]) -> bool:
             client.ping("")
         except DagsterUserCodeUnreachableError:
             return False
-    return True  # the code server watches its own runs
+    return True  # the code server monitors its own runs
 
 
 @contextmanager
 def process_lock() -> Iterator[dict[str, str]]:
-    """Hold a lock for the life of this process and yield the run tags that name it.
+    """Hold a lock in the block and yield the run tags that name it.
 
-    The system frees the lock however the process ends.
+    The operating system releases the lock however the process ends.
     """
     LOCKS.mkdir(parents=True, exist_ok=True)
-    path = LOCKS.absolute() / uuid.uuid4().hex[:12]  # absolute, for a daemon in another folder
+    path = (
+        LOCKS.absolute() / uuid.uuid4().hex[:12]
+    )  # absolute, because the daemon may run in another folder
     try:
         with path.open("w") as file:
             fcntl.flock(file, fcntl.LOCK_EX)
@@ -86,11 +88,11 @@ def process_lock() -> Iterator[dict[str, str]]:
 
 
 def end_with_parent() -> None:
-    """End this process when the process that started it has ended, for whatever reason.
+    """End this process when its parent process has ended for any reason.
 
-    Dagster starts a process for each run, which starts one for each step; only there does Python know a
-    parent process, and only there does this do anything. Without it the steps of a killed run would go on
-    writing to tables and a cache that by then belong to the next run.
+    Dagster starts a process for each run, which starts one for each step. Only these processes have a
+    Python parent process; in others this has no effect. Without it, the steps of a killed run would keep
+    writing to tables and a cache that already belong to the next run.
     """
     parent = multiprocessing.parent_process()
     if parent is None:
@@ -98,7 +100,7 @@ def end_with_parent() -> None:
 
     def watch() -> None:
         parent.join()
-        os._exit(1)  # at once, whatever other threads are doing, as if killed itself
+        os._exit(1)  # immediately, whatever other threads are doing
 
     threading.Thread(target=watch, name="end with parent", daemon=True).start()
 
@@ -106,7 +108,7 @@ def end_with_parent() -> None:
 def fail_abandoned_runs(instance: dg.DagsterInstance) -> list[str]:
     """Fail the runs whose process has ended and free their pool slots; return their ids.
 
-    Dagster's daemon does this all the time; this is for a machine where none is running.
+    Dagster's daemon does this continuously. This function is for a machine without a running daemon.
     """
     started = dg.RunsFilter(statuses=[dg.DagsterRunStatus.STARTING, dg.DagsterRunStatus.STARTED])
     gone = [run for run in instance.get_runs(started) if not is_worked_on(run.tags)]

@@ -1,6 +1,6 @@
-"""A quick look: the best rows around a few images or a prompt, before hours are spent on a seed set.
+"""A quick look at the best rows around a few images or a prompt, before a long run of a seed set.
 
-It searches the staged index with the platform's model, in seconds. Nothing enters Dagster's history.
+It searches the staged index with the platform's model, in seconds. Dagster's history records nothing.
 """
 
 from __future__ import annotations
@@ -50,14 +50,14 @@ from laion_assets.staging import verified_manifest
 T = TypeVar("T")
 TOP, MAX_TOP = 48, 1000
 NOTHING = (errno.ENOENT, errno.ENOTDIR, errno.ENAMETOOLONG)
-ALIKE = 0.8  # difflib's ratio from which a prompt may be meant as a name
-IMAGES = 24  # of a folder; each is a query
+ALIKE = 0.8  # difflib ratio from which a prompt may be a misspelt name
+IMAGES = 24  # most images of a folder; each is a query
 PROBLEMS_SHOWN = 10
-NAME = 40  # characters of a file's name, each of which may take four bytes
+NAME = 40  # characters of a file name; each may take four bytes
 SHEETS = DATA / "look"
 COLUMNS, CELL = 8, 128  # of the contact sheet: images in a row, pixels of each
-CAPTION, URL = 48, 60  # columns of a terminal, where it has them
-WHOLE = 1 << 16  # columns: more than any URL takes
+CAPTION, URL = 48, 60  # most columns of the terminal
+WHOLE = 1 << 16  # columns; more than any URL needs
 NO_THUMBNAILS = (
     "no contact sheet: the index has no thumbnails. LAION_SHOW_REMOTE_PICTURES=true fetches images from "
     "their hosts"
@@ -66,13 +66,13 @@ NO_THUMBNAILS = (
 
 @dataclass(frozen=True)
 class Look:
-    """What a look found.
+    """The result of a look.
 
     Attributes:
-        about: one sentence.
-        rows: the best first, see `best_rows`.
-        sheet: where the contact sheet is; None if there are no thumbnails.
-        notes: what a person should know besides.
+        about: a summary in one sentence.
+        rows: the rows, best first, see `best_rows`.
+        sheet: path of the contact sheet; None if there are no thumbnails.
+        notes: further notes for the user.
 
     """
 
@@ -82,7 +82,7 @@ class Look:
     notes: tuple[str, ...] = ()
 
     def lines(self, *, is_terminal: bool = True) -> list[str]:
-        """Return the rows as an aligned table: as wide as the terminal, else with whole URLs."""
+        """Return the rows as an aligned table, cut to the terminal's width, or else with whole URLs."""
         width = shutil.get_terminal_size((CAPTION + URL + 20, 0)).columns
         caption = max(12, min(CAPTION, (width - 20) * CAPTION // (CAPTION + URL)))
         url = max(12, width - 20 - caption)
@@ -102,9 +102,9 @@ class _Query:
     """The vectors that a look searches around.
 
     Attributes:
-        strip: the first of the contact sheet.
+        strip: the first strip of the contact sheet.
         vectors: (q, d) float32 unit rows.
-        each: what one of several vectors stands for.
+        each: noun for one of several vectors.
         notes: see `Look`.
 
     """
@@ -115,7 +115,7 @@ class _Query:
     notes: tuple[str, ...] = ()
 
     def heading(self, found: int, rows: int) -> str:
-        """Return one sentence on how many were found, around what, and in what order."""
+        """Return a sentence with the number of rows found, the query and the order."""
         best = {0: "no row", 1: "the best"}.get(found, f"the {found:,} best")
         order = f", in order of rank around any {self.each}" if len(self.vectors) > 1 else ""
         return f"{best} of {count(rows, 'row')} around {self.strip.subtitle}{order}"
@@ -131,20 +131,21 @@ def look(
 ) -> Look:
     """Find the best rows around images, prompts or a seed set, and draw them.
 
-    Around a folder or a seed set, each of its images and prompts is a query; of more than 24 images, as
-    many are taken evenly spaced, and likewise of prompts and vectors. The settings of the environment and
-    of the seed set (threshold, nprobe, filters and block list) hold as in any run.
+    Each image and prompt of a folder or seed set is a query. If there are more than 24 images, 24 of them
+    are used, evenly spaced; the same holds for prompts and vectors. The settings of the environment and
+    the seed set (threshold, nprobe, filters and block list) apply as in any run.
 
     Args:
-        text: path of an image or of a folder of images and prompts, else the name of a seed set; anything
-            else is a prompt.
-        environment: of the platform.
-        top: rows wanted.
+        text: path of an image or of a folder with images and prompts, or the name of a seed set; any
+            other text is a prompt.
+        environment: environment variables of the platform.
+        top: number of rows wanted.
         output: path of the contact sheet; below `data/look` by default.
-        log: takes lines about staging.
+        log: called with lines about staging.
 
     Raises:
-        InputError: no such path, no usable image, no model, no index, or a setting that cannot be used.
+        InputError: a path does not exist, no image is usable, there is no model or index, or a setting
+            cannot be used.
 
     """
     if not 1 <= top <= MAX_TOP:
@@ -196,24 +197,26 @@ def look(
 
 
 def images_at(text: str) -> list[Path] | None:
-    """Return the images that a text names: one, or those of a folder; None if it is a prompt.
+    """Return the image or the images of the folder that a text names; None if it is a prompt.
 
-    Of a folder, those that are no files are among them; none if it holds only prompts.
+    The images of a folder include those that are not regular files. The list is empty if the folder holds
+    only prompts.
 
     Raises:
-        InputError: no such path, a folder without images and prompts, or no file that can be read.
+        InputError: the path does not exist or cannot be read, or the folder holds neither images nor
+            prompts.
 
     """
     if not text.strip():
-        raise InputError("there is nothing to look for: give an image, a folder of images, or a prompt")
+        raise InputError("no query is given: give an image, a folder of images, or a prompt")
     path = _path(text)
     mode = _mode(path)
     if mode is not None and stat.S_ISDIR(mode):
         found = sorted(_images_below(path))
         if not found and _mode(path / PROMPTS_FILE) is None:
             raise InputError(
-                f"{text} holds no images ({' '.join(EXTENSIONS)}) and no {PROMPTS_FILE}: name a folder "
-                "that does"
+                f"{text} holds no images ({' '.join(EXTENSIONS)}) and no {PROMPTS_FILE}: name another "
+                "folder"
             )
         return found
     if mode is not None and stat.S_ISREG(mode):
@@ -228,12 +231,12 @@ def images_at(text: str) -> list[Path] | None:
 def _path(text: str) -> Path:
     try:
         return Path(text).expanduser()
-    except RuntimeError:  # "~" and no user's name
+    except RuntimeError:  # "~" without a known user
         return Path(text)
 
 
 def _mode(path: Path) -> int | None:
-    """Return what a path leads to; None for nothing, as for a text that no path can be."""
+    """Return the mode of the file at a path; None if there is no file, or if it is not a valid path."""
     try:
         return path.stat().st_mode
     except (OSError, ValueError):
@@ -241,7 +244,7 @@ def _mode(path: Path) -> int | None:
 
 
 def _images_below(folder: Path) -> Iterable[Path]:
-    """Yield what is meant as an image, and links to folders, which are not followed."""
+    """Yield files with an image extension, and links to folders, which are not followed."""
     for root, folders, names in os.walk(folder, onerror=_refuse_folder):
         folders[:] = [name for name in folders if not is_hidden(name)]
         yield from (path for name in folders if (path := Path(root, name)).is_symlink())
@@ -253,13 +256,13 @@ def _refuse_folder(error: OSError) -> NoReturn:
 
 
 def _why_no_file(path: Path) -> str | None:
-    """Return what is at a path in place of a file; None for a file, and where there is nothing."""
+    """Return why a path is not a regular file; None for a regular file or a missing one."""
     try:
         mode = path.stat().st_mode
     except ValueError:
         return None
     except OSError as error:
-        with suppress(OSError):  # where it is no link
+        with suppress(OSError):  # if it is not a link
             return f"is a link to {path.readlink()}, which cannot be followed ({error.strerror})"
         return None if error.errno in NOTHING else f"cannot be read ({error.strerror})"
     if stat.S_ISDIR(mode):
@@ -268,7 +271,7 @@ def _why_no_file(path: Path) -> str | None:
 
 
 def _is_meant_as_path(text: str) -> bool:
-    """Return whether a text is a path, not a prompt with a slash such as "a black/white photo"."""
+    """Return whether a text is a path, as opposed to a prompt such as "a black/white photo"."""
     if "://" in text or text.startswith(("/", "./", "../", "~")):
         return True
     if is_image(text):
@@ -303,7 +306,7 @@ def _images(model: Model, text: str, paths: Sequence[Path], log: Callable[[str],
     prompts = _prompts_in(_path(text))
     name = str(_path(text) / PROMPTS_FILE)
     if not paths and not prompts:
-        raise InputError(f"{name} has no prompt: write one a line, or put images beside it")
+        raise InputError(f"{name} has no prompt: write one per line, or put images beside it")
     if not paths:
         _check_reads_texts(model)
     if prompts and model.files.text is None:
@@ -326,7 +329,7 @@ def _first(problems: Sequence[str]) -> list[str]:
 
 
 def _prompts_in(folder: Path) -> Sequence[Prompt]:
-    """Read the prompts of a folder; none where it has no file of them, or is an image."""
+    """Read the prompts of a folder; none if it has no prompts file or is an image."""
     path = folder / PROMPTS_FILE
     try:
         return read_prompts(path.read_bytes(), str(path)) if path.is_file() else ()
@@ -342,7 +345,7 @@ def _content(path: Path) -> bytes:
 
 
 def _evenly(items: Sequence[T]) -> list[T]:
-    """Return at most as many as are looked at, evenly spaced."""
+    """Return at most `IMAGES` of the items, evenly spaced."""
     taken = np.linspace(0, len(items) - 1, min(len(items), IMAGES)).astype(np.int64)
     return [items[number] for number in np.unique(taken)]
 
@@ -352,7 +355,7 @@ def _counted(used: int, noun: str, total: int) -> str:
 
 
 def _seed_set(folder: SeedFolder, text: str) -> SeedSet | None:
-    """Return the seed set of that name; None if there is none, and the text is a prompt."""
+    """Return the seed set with that name; None if there is none, so the text is a prompt."""
     try:
         check_name(text)
         fs, root = open_storage(folder.uri)
@@ -365,14 +368,14 @@ def _seed_set(folder: SeedFolder, text: str) -> SeedSet | None:
 
 
 def _local_images(folder: SeedFolder, seed_set: SeedSet | None) -> list[Path]:
-    """Return the images of a seed set that a contact sheet could replace."""
+    """Return the images of a seed set that a contact sheet could overwrite."""
     if seed_set is None or not on_this_machine(folder.uri):
         return []
     return [Path(file.path) for file in seed_set.images]
 
 
 def _seeds(model: Model, uri: str, seed_set: SeedSet, log: Callable[[str], None]) -> _Query:
-    """Take the seeds of a set; of many images, only some are read."""
+    """Read the seeds of a set, but only some of its images if there are many."""
     images = tuple(_evenly(seed_set.images))
     with Progress("images", len(images), "", log) as progress:
         seeds = read_seeds(
@@ -404,8 +407,8 @@ def _seeds(model: Model, uri: str, seed_set: SeedSet, log: Callable[[str], None]
 def _check_reads_texts(model: Model, hint: str = "") -> None:
     if model.files.text is None:
         raise InputError(
-            f"{hint}the model {model.files.folder} embeds images only, it has no text part: use a model "
-            "that has one; the demo's reads images only",
+            f"{hint}the model {model.files.folder} has no text model and embeds images only: use a model "
+            "that has one; the demo's model has none",
             MODEL,
         )
 
@@ -420,7 +423,7 @@ def _prompt(model: Model, text: str, seeds: SeedFolder) -> _Query:
         raise InputError("the prompt is not UTF-8: write it in the encoding of the terminal") from error
     found = embed_prompts(model, [Prompt(1, text.strip())], name="the prompt")
     cut_short = tuple(
-        f"the prompt has {count(prompt.tokens, 'token')}, of which the model reads {prompt.read}"
+        f"the prompt has {count(prompt.tokens, 'token')}, but the model reads only {prompt.read}"
         for prompt in found.cut
     )
     notes = (hint, *cut_short) if hint else cut_short
@@ -428,7 +431,7 @@ def _prompt(model: Model, text: str, seeds: SeedFolder) -> _Query:
 
 
 def _near_names(folder: SeedFolder, text: str) -> list[str]:
-    """Return the name of a seed set, or of a file here, that a prompt nearly is; at most one."""
+    """Return the closest name of a seed set or local file to a prompt, or an empty list."""
     names: list[str] = []
     with suppress(InputError, OSError):
         check_name(text)
@@ -444,10 +447,10 @@ def _near_names(folder: SeedFolder, text: str) -> list[str]:
 
 
 def _model(embedder: Embedder, index: LaionIndex, log: Callable[[str], None]) -> Model:
-    """Open the model before an index is staged, which may take hours."""
+    """Open the model first, because staging the index may take hours."""
     model = embedder.open(index, None, log)
     if model is None:
-        index.source_version()  # where there is no index either, that comes first
+        index.source_version()  # a missing index is reported before a missing model
         raise InputError(
             "no model is set to embed the query: name the one that the index was made with",
             MODEL,
@@ -456,7 +459,7 @@ def _model(embedder: Embedder, index: LaionIndex, log: Callable[[str], None]) ->
 
 
 def _stage(index: LaionIndex, log: Callable[[str], None]) -> None:
-    """Stage the index where the cache holds none, or another; one that is there is not compared."""
+    """Stage the index if the cache holds none or another one, without comparing it with its source."""
     missing = index.what_is_missing(None)
     if missing is None and verified_manifest(index.cache_dir).source == index.index_uri:
         return
@@ -474,7 +477,7 @@ def _filters(settings: Settings, index: LaionIndex) -> Filters:
 
 
 def _thumbnails(rows: pa.Table, *, remote: bool) -> tuple[list[bytes | None], tuple[str, ...]]:
-    """Return the thumbnail of each row where there is one and it is not marked as unsafe, and notes."""
+    """Return each row's thumbnail, or None if it has none or is marked as unsafe; also return notes."""
     if THUMBNAIL_COLUMN in rows.column_names and rows[THUMBNAIL_COLUMN].null_count < len(rows):
         unsafe = marked_unsafe(rows)
         stored = zip(rows[THUMBNAIL_COLUMN].to_pylist(), unsafe, strict=True)
@@ -494,10 +497,10 @@ def _thumbnails(rows: pa.Table, *, remote: bool) -> tuple[list[bytes | None], tu
 
 
 def _sheet_path(output: str | None, text: str, images: Sequence[Path]) -> Path:
-    """Return where the contact sheet goes: never over one of the images.
+    """Return the path of the contact sheet, which never replaces one of the images.
 
     Raises:
-        InputError: no PNG, one of the images, or in a folder that does not exist.
+        InputError: the path is not a .png, is one of the images, or is in a missing folder.
 
     """
     path = _path(output) if output else SHEETS / f"{_name(text)}.png"
@@ -518,7 +521,7 @@ def _is_same(one: Path, other: Path) -> bool:
 
 
 def _name(text: str) -> str:
-    """Return the name of the contact sheet of a query."""
+    """Return the name of a query's contact sheet."""
     path = _path(text)
     mode = _mode(path)
     named = text if mode is None else path.resolve().name if stat.S_ISDIR(mode) else path.stem

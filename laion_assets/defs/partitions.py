@@ -1,4 +1,4 @@
-"""The partitions: a seed set is a data set with a history of its own, a shard a part of a built index.
+"""The partitions: one per seed set, and one per shard of a built index.
 
 Dagster's concept: https://docs.dagster.io/guides/build/partitions-and-backfills
 """
@@ -14,16 +14,16 @@ index_shards = dg.DynamicPartitionsDefinition(name=SHARDS)
 
 
 def require_seed_set(context: dg.AssetExecutionContext) -> None:
-    """Refuse a run that makes tables of a seed set and was launched for none.
+    """Fail a run of a seed set's assets that was launched without a partition.
 
-    Called by the steps that begin a run: Dagster starts such a run, and fails without a remedy in the
-    first step whose input has a history.
+    The first steps of a run call this. Dagster starts such a run, but then fails without a remedy in the
+    first step with a partitioned input.
 
     Raises:
-        InputError: says what to choose.
+        InputError: the run has no partition.
 
     """
     layer = context.job_def.asset_layer
     of_seed_sets = any(layer.get(key).partitions_def for key in layer.selected_asset_keys)
     if of_seed_sets and not context.has_partition_key:
-        raise InputError("no seed set was chosen: launch the run for a partition; each is a seed set")
+        raise InputError("no seed set was chosen: launch the run for a partition, which is a seed set")

@@ -1,8 +1,8 @@
-"""Where things are and how they are staged: `LAION_*` variables that hold for every run.
+"""Locations and other `LAION_*` variables that apply to every run.
 
-`Places` declares each variable once, with type, default and help; the tables in the documentation follow
-from it. Settings that can change for one run are in `settings`, requests of pods (`LAION_NVME_*`) in
-`kubernetes.placement`.
+`Places` declares each variable once, with type, default and help; the tables in the documentation are
+generated from it. Settings that can change for one run are in `settings`; resource requests of pods
+(`LAION_NVME_*`) are in `kubernetes.placement`.
 """
 
 from __future__ import annotations
@@ -21,8 +21,8 @@ from laion_assets.io.errors import InputError
 from laion_assets.io.storage import on_this_machine
 from laion_assets.staging import DEFAULT_BUDGET, parse_size
 
-DATA = Path("data")  # the project folder; dagster.yaml keeps Dagster's own storage there too
-SIMILAR_NAMES = 0.85  # share of letters that a misspelt variable has in common with the one meant
+DATA = Path("data")  # in the project folder; dagster.yaml keeps Dagster's storage there too
+SIMILAR_NAMES = 0.85  # difflib ratio from which an unknown variable counts as misspelt
 
 
 def _columns(text: Any) -> Any:
@@ -57,7 +57,7 @@ def _true_or_false(text: Any) -> Any:
 
 
 def _place(default: str, help_text: str) -> Any:
-    """Declare a folder that is below `DATA` in the working directory unless it is set."""
+    """Declare a folder that defaults to one below `DATA` in the working directory."""
     return Field(
         default_factory=lambda: str((DATA / default).absolute()),
         description=help_text,
@@ -66,7 +66,7 @@ def _place(default: str, help_text: str) -> Any:
 
 
 class Places(BaseModel):
-    """The platform's places, and choices that hold for every run."""
+    """The platform's locations, and choices that apply to every run."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -78,18 +78,18 @@ class Places(BaseModel):
     )
     metadata_columns: Annotated[Mapping[str, str], BeforeValidator(_columns)] = Field(
         {},
-        description="Names of the URL and caption columns, where they are unusual: "
+        description="Names of the URL and caption columns, if they are unusual: "
         "`url=<column>,caption=<column>`",
         json_schema_extra={"example": "url=image_link,caption=alt_text"},
     )
     cache_dir: str = _place(
         "cache",
-        "Local directory the index is staged to: a fast disk with room for all of it, or for the budget",
+        "Local directory for the staged index, on a fast disk with room for all of it or for the budget",
     )
     staging: Literal["full", "sparse", "in-place"] | None = Field(
         None,
-        description="`full` copies the index to the cache, `sparse` reads only what requests touch, "
-        "`in-place` uses a local index where it is",
+        description="`full` copies the index to the cache, `sparse` reads only what requests need, "
+        "`in-place` uses a local index without copying it",
         json_schema_extra={
             "shown": "`full` from a folder, `sparse` from elsewhere (on Kubernetes: `full`)",
             "example": "full",
@@ -103,7 +103,7 @@ class Places(BaseModel):
     )
     lost_index: Literal["restage", "fail"] = Field(
         "restage",
-        description="What a step does when the disk lacks the index or holds another: `restage` it, or "
+        description="What a step does if the disk lacks the index or holds another one: `restage` it or "
         "`fail`",
     )
     block_list: str | None = Field(
@@ -122,12 +122,12 @@ class Places(BaseModel):
     )
     embeddings_uri: str | None = Field(
         None,
-        description="Folder of published embeddings, a local path or any fsspec URL: the index at "
-        "LAION_INDEX_URI is then built from them",
+        description="Folder of published embeddings, a local path or any fsspec URL. If set, the index "
+        "at LAION_INDEX_URI is built from them",
     )
     embeddings_layout: Literal["clip-retrieval", "laion", "datacomp", "parquet"] | None = Field(
         None,
-        description="How the embeddings are laid out",
+        description="Layout of the embeddings",
         json_schema_extra={"shown": "detected", "example": "datacomp"},
     )
     embeddings_key: str | None = Field(
@@ -162,8 +162,8 @@ class Places(BaseModel):
     bytes_per_row: int | None = Field(
         None,
         gt=8,
-        description="Bytes per row of the index, from which the key is chosen",
-        json_schema_extra={"shown": "136 where codes are compressed", "example": "136"},
+        description="Most bytes per row of the index, used to choose the key",
+        json_schema_extra={"shown": "136 if codes are compressed", "example": "136"},
     )
     shard_rows: int = Field(
         SHARD_ROWS, gt=0, description="Approximate rows per shard; a shard holds whole input files"
@@ -172,20 +172,20 @@ class Places(BaseModel):
         0.5, ge=0, le=1, description="The check of a built index warns below this recall@100"
     )
     seeds_uri: str = _place(
-        "seeds", "Folder of the seed sets, a subfolder each: a local path or any fsspec URL"
+        "seeds", "Folder of the seed sets, one subfolder each: a local path or any fsspec URL"
     )
-    output_uri: str = _place("output", "Where the tables go, a local path or any fsspec URL")
+    output_uri: str = _place("output", "Folder of the tables, a local path or any fsspec URL")
     show_remote_pictures: Annotated[bool, BeforeValidator(_true_or_false)] = Field(
         False,
-        description="`true` shows images of an index without thumbnails straight from their hosts, in "
-        "the UI and in `laion-assets look`: LAION holds unsafe images, and each host sees your IP "
+        description="If the index has no thumbnails, `true` loads images from their hosts in the UI and "
+        "in `laion-assets look`. Beware: LAION contains unsafe images, and each host sees your IP "
         "address",
         json_schema_extra={"shown": "`false`", "example": "false"},
     )
 
     @property
     def staging_mode(self) -> str:
-        """How the index is staged: copying a folder is cheap, copying a bucket's terabytes is not."""
+        """The staging mode. By default folders are copied; buckets, which may hold terabytes, are not."""
         return self.staging or ("full" if on_this_machine(self.index_uri) else "sparse")
 
     @classmethod
@@ -193,7 +193,7 @@ class Places(BaseModel):
         """Read and check the variables.
 
         Raises:
-            InputError: names the variable, its value, and what is allowed.
+            InputError: a value is wrong; the message names the variable, its value and what is allowed.
 
         """
         _refuse_misspelt(environment)
@@ -209,10 +209,10 @@ class Places(BaseModel):
 
 
 def _refuse_misspelt(environment: Mapping[str, str]) -> None:
-    """Refuse unknown variables that resemble a known one, or are the beginning of one.
+    """Raise an error for unknown variables that resemble a known one or are a prefix of one.
 
-    A setting that is silently ignored could be the one that keeps images out. Other names that begin
-    alike may be somebody else's, such as those that Kubernetes makes of the names of services.
+    A silently ignored setting could be the one that excludes images. Other names with the same prefix may
+    belong to others, such as those that Kubernetes derives from service names.
     """
     known = {variable_of(name) for name in (*Places.model_fields, *FIELDS)}
     known.update(NvmeNode.variables().values())
@@ -220,4 +220,4 @@ def _refuse_misspelt(environment: Mapping[str, str]) -> None:
         if name.startswith("LAION_") and name not in known:
             longer = [each for each in sorted(known) if each.startswith(f"{name}_")]
             for meant in longer or difflib.get_close_matches(name, known, n=1, cutoff=SIMILAR_NAMES):
-                raise InputError(f"{name} is set, which is not a setting: did you mean {meant}?")
+                raise InputError(f"{name} is set, but it is not a setting: did you mean {meant}?")

@@ -1,4 +1,4 @@
-"""What a table was made from: recorded in its footer, and compared before two tables are combined."""
+"""Record the inputs of a table in its footer, and compare them before two tables are combined."""
 
 from __future__ import annotations
 
@@ -13,33 +13,33 @@ from laion_assets.io.errors import InputError
 from laion_assets.io.tables import StoredTable
 
 PROVENANCE_KEY = "laion_assets"
-WITH_MODEL = "+"  # joins the fingerprints of the files and of the model
+WITH_MODEL = "+"  # joins the fingerprints of files and model
 
 
 def now() -> str:
-    """Return the time, ISO 8601 in UTC."""
+    """Return the current time in UTC, in ISO 8601."""
     return datetime.now(UTC).isoformat(timespec="seconds")
 
 
 def files_version(seeds_version: str) -> str:
-    """Return the fingerprint of the files in a version of embedded seeds."""
+    """Return the fingerprint of the files from a version of embedded seeds."""
     return seeds_version.partition(WITH_MODEL)[0]
 
 
 @dataclass(frozen=True)
 class Provenance:
-    """What a table was made from.
+    """The inputs of a table.
 
     Attributes:
         seed_set: the partition.
         seeds: fingerprint of the seed files.
-        settings: those that were used, and where each came from.
+        settings: the settings used, with their origins.
         run: id of the Dagster run.
-        own: what the seed set's settings.yaml says.
+        own: contents of the seed set's settings.yaml.
         index: fingerprint of the staged index; None for tables made without it.
-        model: fingerprint of the model that embedded the seeds; None if they came as vectors.
-        counts: of a search, from requested to kept, by name.
-        written: when, ISO 8601 in UTC.
+        model: fingerprint of the model that embedded the seeds; None if the seeds are vectors.
+        counts: counts of a search, from requested to kept, by name.
+        written: time of writing in UTC, in ISO 8601.
 
     """
 
@@ -55,11 +55,11 @@ class Provenance:
 
     @property
     def seeds_version(self) -> str:
-        """The version of the embedded seeds: of their files, and of the model where one embedded them."""
+        """The version of the embedded seeds: of their files, and of the model if it embedded them."""
         return self.seeds if self.model is None else f"{self.seeds}{WITH_MODEL}{self.model}"
 
     def to_json(self) -> dict[str, Any]:
-        """Return a form for JSON."""
+        """Return a JSON object."""
         return {
             "seed_set": self.seed_set,
             "seeds": self.seeds,
@@ -81,7 +81,7 @@ class Provenance:
         """Read the provenance of a table.
 
         Raises:
-            InputError: the table has none, or one of another release.
+            InputError: the table has none, or another release wrote it.
 
         """
         try:
@@ -89,19 +89,18 @@ class Provenance:
             return cls(**{**stored, "settings": ResolvedSettings.from_json(stored["settings"])})
         except (KeyError, TypeError, ValueError) as error:
             raise InputError(
-                f"{table.where} does not say what it was made from, or another release wrote it: "
-                f"{table.remedy}"
+                f"{table.where} has no record of its inputs, or another release wrote it: {table.remedy}"
             ) from error
 
 
 def check_same_origin(knn: StoredTable, centroid: StoredTable, seeds: StoredTable) -> Provenance:
-    """Refuse two sets of different seeds, models, indices, filters or block lists.
+    """Check that two sets have the same seeds, model, index, filters and block list.
 
     Returns:
         The provenance of the knn set, with the settings of both.
 
     Raises:
-        InputError: says on what they disagree and which to materialize again.
+        InputError: they differ; the message says in what, and which to materialize again.
 
     """
     one, other = Provenance.of(knn), Provenance.of(centroid)
@@ -131,7 +130,7 @@ def check_same_origin(knn: StoredTable, centroid: StoredTable, seeds: StoredTabl
 
 
 def _of_both(knn: ResolvedSettings, centroid: ResolvedSettings) -> ResolvedSettings:
-    """Take each count from its own set, the lower threshold, and a target and nprobe that both have."""
+    """Combine settings: each set's own count, the lower threshold, and target and nprobe if equal."""
     from_centroid = {"nb_images_centroid"}
     if centroid.values.dedup_threshold < knn.values.dedup_threshold:
         from_centroid.add("dedup_threshold")

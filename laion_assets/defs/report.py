@@ -32,14 +32,14 @@ from laion_assets.seeds import Seeds, SeedSet
 
 if TYPE_CHECKING:
     Materialized: TypeAlias = dg.MaterializeResult[None]
-else:  # with checks, Dagster takes only the bare class as the annotation of an asset
+else:  # for assets with checks, Dagster accepts only the bare class as annotation
     Materialized = dg.MaterializeResult
 
 AROUND_SEEDS = "around each seed"
 AROUND_CENTROID = "around the centroid"
 NAMES_SHOWN = 100
 PREVIEW_ROWS = 10
-PREVIEW_TEXT = 120  # characters; the event log holds every preview for ever
+PREVIEW_TEXT = 120  # characters; the event log keeps every preview forever
 
 
 def describe_seeds(
@@ -75,10 +75,10 @@ def describe_search(
     *,
     remote_pictures: bool,
 ) -> dict[str, Any]:
-    """Report what a search found; `title` says around what."""
+    """Report the result of a search; `title` names its query."""
     counts = asdict(found.funnel)
     sheet = draw([strip(stored, title, found.funnel.sentence()), strip_of_removed(found.removed)])
-    rows = "rows" if title == AROUND_SEEDS else "images"  # an image found for two seeds has two rows
+    rows = "rows" if title == AROUND_SEEDS else "images"  # an image found around two seeds has two rows
     return {
         "about": dg.MetadataValue.md(
             f"**{found.funnel.kept:,} {rows}** {title} of {plain(provenance.seed_set)}\n\n"
@@ -109,7 +109,7 @@ def describe_combined(
     *,
     remote_pictures: bool,
 ) -> dict[str, Any]:
-    """Report the combined table; `sources` are the URL sets it was made of, by what they are."""
+    """Report the combined table; `sources` are its URL sets, by title."""
     searches = {title: Provenance.of(source).counts for title, source in sources.items()}
     total, united = summed(searches.values()), asdict(funnel)
     yielded = share_kept(funnel.kept, total["requested"])
@@ -149,7 +149,7 @@ def describe_combined(
 
 
 def describe_table(stored: StoredTable, seconds: float) -> dict[str, Any]:
-    """Report a table's file: time to make it, size, rows, location, columns, first rows."""
+    """Report a table's file: duration, size, rows, location, columns, first rows."""
     return {
         "seconds": seconds,
         "bytes": stored.size,
@@ -168,7 +168,7 @@ def similarities(stored: StoredTable) -> Floats:
 
 def _recall(found: Found) -> float | str:
     if math.isnan(found.recall):
-        return "not measured: sparse staging reads no lists but those that are probed"
+        return "not measured: sparse staging reads only the probed lists"
     return round(found.recall, 4)
 
 
@@ -177,7 +177,7 @@ def _saved(stored: StoredTable, sheet: Any) -> str:
 
 
 def _labelled(counts: Mapping[str, int]) -> dict[str, int]:
-    """Return the counts, named as all other metadata in the UI."""
+    """Return the counts under their names in the UI."""
     return {name.replace("_", " "): count for name, count in counts.items()}
 
 
@@ -199,7 +199,7 @@ def _column_schema(schema: pa.Schema) -> dg.TableSchema:
 
 
 def _preview(stored: StoredTable) -> dg.TableMetadataValue:
-    """Show the first rows: numbers as they are, texts cut short, bytes and vectors left out."""
+    """Show the first rows, with texts cut short and without bytes and vectors."""
     shown = [field.name for field in stored.schema if not _is_opaque(field.type)]
     rows = stored.top(PREVIEW_ROWS, shown).slice(0, PREVIEW_ROWS).to_pylist()
     columns = [column for column in _column_schema(stored.schema).columns if column.name in shown]

@@ -1,4 +1,4 @@
-"""What a target takes: how many images to request, and time and disk, scaled from the last run."""
+"""Plan a request for a target: images to request, and time and disk space scaled from the last run."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ ROW_COUNT = "dagster/row_count"
 
 @dataclass(frozen=True)
 class History:
-    """What past runs say about a plan.
+    """Measurements of past runs for a plan.
 
     Attributes:
         yielded: share of the requested images that is kept.
-        last_run: the last run that made all three tables, by table; empty without one.
-        index_rows: rows of the staged index; None if they are not known.
-        index_size: its bytes, likewise.
+        last_run: the last run that made all three tables, by table; empty if there is none.
+        index_rows: number of rows in the staged index; None if unknown.
+        index_size: size of the staged index in bytes; None if unknown.
 
     """
 
@@ -37,14 +37,14 @@ class History:
 
 @dataclass(frozen=True)
 class RequestPlan:
-    """What to request, and what to expect of it.
+    """The numbers of images to request, and the expected cost.
 
     Attributes:
-        counts: images to request.
+        counts: numbers of images to request.
         requested: images requested for each table.
-        seconds: expected for each table: the last run's, scaled by what is requested; empty without one.
-        sizes: bytes expected of each table, likewise.
-        known: of past runs.
+        seconds: expected duration for each table, scaled from the last run; empty without one.
+        sizes: expected size of each table in bytes, scaled from the last run; empty without one.
+        known: measurements of past runs.
 
     """
 
@@ -56,19 +56,19 @@ class RequestPlan:
 
 
 def read_history(instance: dg.DagsterInstance, seed_set: str | None, asked: Mapping[str, Any]) -> History:
-    """Read what a plan rests on.
+    """Read the measurements for a plan.
 
     Args:
-        instance: whose history has past runs.
-        seed_set: the set, if it exists already.
+        instance: the instance with the history of past runs.
+        seed_set: the set, if it already exists.
         asked: its settings, see `ResolvedSettings.asked`.
 
     """
     figures = (past.figures for past in materializations(instance, "staged_laion_index"))
-    # Materializations reported by hand in the UI say nothing about the files.
+    # Materializations reported manually in the UI have no measurements.
     staged = [each for each in figures if "fingerprint" in each]
     held = staged[0] if staged else {}
-    # A step that had to restage the index did not count its rows; an earlier one did.
+    # A step that restaged the index did not count its rows, but an earlier one did.
     rows = (
         each[ROW_COUNT]
         for each in staged
@@ -86,9 +86,9 @@ def plan_request(target: int, seeds: int, known: History) -> RequestPlan:
     """Plan a run that keeps `target` images; a pure function.
 
     Args:
-        target: images wanted in the combined table.
-        seeds: how many there are.
-        known: of past runs.
+        target: number of images wanted in the combined table.
+        seeds: number of seeds.
+        known: measurements of past runs.
 
     """
     counts = counts_for(target, seeds, known.yielded.share, known.index_rows)
@@ -106,7 +106,7 @@ def plan_request(target: int, seeds: int, known: History) -> RequestPlan:
 
 
 def as_yaml(plan: RequestPlan, target: int, seeds: int) -> list[str]:
-    """Return a plan as YAML to paste: the two numbers, and everything else in comments."""
+    """Return a plan as YAML to paste, with the two numbers as settings and the rest as comments."""
     counts, requested, rows = plan.counts, plan.requested, plan.known.index_rows
     size = plan.known.index_size
     index = "not staged yet" if size is None else _as_bytes(size)
@@ -120,26 +120,26 @@ def as_yaml(plan: RequestPlan, target: int, seeds: int) -> list[str]:
         "around their mean",
         f"nb_images_knn: {counts.nb_images_knn}",
         f"nb_images_centroid: {counts.nb_images_centroid}",
-        *([f"# the index has {rows:,} rows: no more than that can be found"] if bounded else []),
+        *([f"# the index has only {rows:,} rows, which caps requests"] if bounded else []),
         *_times(plan),
-        f"# disk: tables {sizes or 'not known before a first run of the set'}; index {index}",
+        f"# disk: tables {sizes or 'unknown before the first run of the set'}; index {index}",
     ]
 
 
 def _times(plan: RequestPlan) -> list[str]:
     if not plan.seconds:
-        return ["# time: not known before a first run of the set"]
+        return ["# time: unknown before the first run of the set"]
     times = ", ".join(f"{name} {format_duration(seconds)}" for name, seconds in plan.seconds.items())
     last = plan.known.last_run["combined_urls"]
     return [
         f"# time: {times}",
-        f"#   scaled from run {last.run[:8]}, which requested {last.figures['requested']:,}; large "
-        "requests take more, as near-duplicates are compared pairwise",
+        f"#   scaled from run {last.run[:8]}, which requested {last.figures['requested']:,}; larger "
+        "requests take more, because near-duplicates are compared pairwise",
     ]
 
 
 def _last_run(instance: dg.DagsterInstance, seed_set: str) -> dict[str, PastMaterialization]:
-    """Return the last run that made all three tables, by table; empty without one."""
+    """Return the last run that made all three tables, by table; empty if there is none."""
     by_run = {
         name: {made.run: made for made in materializations(instance, name, seed_set)} for name in TABLES
     }

@@ -1,4 +1,4 @@
-"""What assets and sensors are given: the index, the seed folder, the tables, the environment's settings.
+"""Resources of assets and sensors: the index, the seed folder, the tables, the environment's settings.
 
 Dagster's concept: https://docs.dagster.io/guides/build/external-resources
 """
@@ -45,7 +45,7 @@ from laion_assets.staging import (
 )
 
 EMBEDDINGS = "embeddings_uri"
-NAMES = {  # of what errors of a build are about: the library's parameters, as `Places` calls them
+NAMES = {  # from the library's parameters, which errors of a build name, to fields of `Places`
     "uri": EMBEDDINGS,
     "layout": "embeddings_layout",
     "key": "embeddings_key",
@@ -55,17 +55,17 @@ NAMES = {  # of what errors of a build are about: the library's parameters, as `
 
 @dataclass(frozen=True)
 class LaionIndex:
-    """The LAION index: where it comes from and where it is staged.
+    """The LAION index: its source and its staged copy.
 
     Attributes:
         index_uri: folder of the index, a local path or any fsspec URL.
-        metadata_uri: folder of the metadata, where it lies elsewhere or is only a part.
-        cache_dir: local directory the index is staged to.
+        metadata_uri: folder of the metadata, if it is elsewhere or only a part.
+        cache_dir: local directory for the staged index.
         staging: `full`, `sparse` or `in-place`.
         sparse_budget: bytes of disk that sparse staging may use.
-        metadata_columns: names of the url and caption columns, where they are unusual.
+        metadata_columns: names of the url and caption columns, if they are unusual.
         lost_index: what a step does on a disk that lacks the index: `restage` or `fail`.
-        block_list_uri: file of the images that must not get into any table.
+        block_list_uri: file of images to exclude from every table.
 
     """
 
@@ -80,7 +80,7 @@ class LaionIndex:
 
     @classmethod
     def at(cls, places: Places) -> LaionIndex:
-        """Take the index's places."""
+        """Create it from the platform's locations."""
         return cls(
             index_uri=places.index_uri,
             metadata_uri=places.metadata_uri,
@@ -104,10 +104,10 @@ class LaionIndex:
         )
 
     def what_is_missing(self, recorded: str | None) -> str | None:
-        """Describe what the local disk lacks of the index; None when it is complete.
+        """Describe what the local disk lacks of the index; None if it is complete.
 
         Args:
-            recorded: fingerprint of the last materialization; None without one.
+            recorded: fingerprint in the last materialization; None if there is none.
 
         """
         try:
@@ -116,14 +116,14 @@ class LaionIndex:
             return str(error)
         if recorded in (None, held):
             return None
-        return f"{self.cache_dir} holds the index {held}, the last materialization recorded {recorded}"
+        return f"{self.cache_dir} holds the index {held}, but the last materialization is of {recorded}"
 
     def source_version(self) -> str:
-        """Return the version of the source; only lists its files."""
+        """Return the version of the source, which needs only a listing."""
         return version_of(Source(self.index_uri, self.metadata_uri).list())
 
     def model_record(self) -> ModelRecord:
-        """Read which model the index was made with, where it says so."""
+        """Read the record of the model that embedded the index; empty if there is none."""
         where = f"{self.index_uri.rstrip('/')}/{MODEL_RECORD}"
         fs, path = open_storage(where, "index_uri")
         with reaching(where, "index_uri"):
@@ -134,18 +134,18 @@ class LaionIndex:
             return read_model_record(fs.cat_file(path), where)
 
     def block_list(self) -> BlockList | None:
-        """Read the images that must not get into any table; None if no list is set."""
+        """Read the block list; None if none is set."""
         return read_block_list(self.block_list_uri) if self.block_list_uri else None
 
     def block_list_description(self) -> str | None:
-        """Describe the block list as tables record it; read again only when its file has changed."""
+        """Describe the block list as tables record it; it is only read again if its file has changed."""
         if not self.block_list_uri:
             return None
         return _described_block_list(self.block_list_uri, block_list_version(self.block_list_uri))
 
     @contextmanager
     def open(self, log: Callable[[str], None]) -> Iterator[OpenIndex]:
-        """Open the staged index after verifying it; nobody changes it until the block ends."""
+        """Verify and open the staged index, and protect it from changes until the block ends."""
         with open_staged(
             self.cache_dir, self.metadata_columns, budget=self.sparse_budget, log=log
         ) as opened:
@@ -177,7 +177,7 @@ class SeedFolder:
         return find_seed_set(self.uri, name)
 
     def settings(self, seed_set: SeedSet) -> Mapping[str, Any]:
-        """Read its settings.yaml, again only when that has changed; empty without one."""
+        """Return the set's settings.yaml, only read again if it has changed; empty without one."""
         return _settings_of(self.uri, seed_set)
 
 
@@ -188,12 +188,12 @@ def _settings_of(uri: str, seed_set: SeedSet) -> Mapping[str, Any]:
 
 @dataclass(frozen=True)
 class Embedder:
-    """The model that embeds images and prompts; the one that the index was made with.
+    """The model that embeds images and prompts, which must be the model of the index.
 
     Attributes:
-        model_uri: its folder, a local path or any fsspec URL; None if there is none.
+        model_uri: its folder, a local path or any fsspec URL; None if none is set.
         device: `auto`, `cpu` or `cuda`.
-        cache_dir: local directory that remote models are staged to.
+        cache_dir: local directory for staged models.
 
     """
 
@@ -203,7 +203,7 @@ class Embedder:
 
     @classmethod
     def at(cls, places: Places) -> Embedder:
-        """Take the model's places."""
+        """Create it from the platform's locations."""
         return cls(places.model, places.embed_device, Path(places.cache_dir).expanduser() / "models")
 
     def open(self, index: LaionIndex, dimension: int | None, log: Callable[[str], None]) -> Model | None:
@@ -211,11 +211,11 @@ class Embedder:
 
         Args:
             index: used to choose the demo's model and to check the model.
-            dimension: of the staged index; None if it is not known.
-            log: takes lines about staging.
+            dimension: dimension of the staged index; None if unknown.
+            log: called with lines about staging.
 
         Raises:
-            InputError: no usable model there, or not the index's.
+            InputError: the model is missing, unusable, or not that of the index.
 
         """
         uri = self.model_uri or (str(DEMO_MODEL) if is_demo(index.index_uri) else None)
@@ -232,7 +232,7 @@ class IndexBuilder:
     """Builds the index from published embeddings.
 
     Attributes:
-        request: what is built; None if LAION_EMBEDDINGS_URI is not set.
+        request: what to build; None if LAION_EMBEDDINGS_URI is not set.
         min_recall: recall@100 below which a check warns.
 
     """
@@ -242,7 +242,7 @@ class IndexBuilder:
 
     @classmethod
     def at(cls, places: Places) -> IndexBuilder:
-        """Take the places of the embeddings and of the index."""
+        """Create it from the platform's locations."""
         if places.embeddings_uri is None:
             return cls(None, places.min_recall)
         request = Request(
@@ -261,7 +261,7 @@ class IndexBuilder:
 
     @contextmanager
     def open(self, log: Callable[[str], None]) -> Iterator[Build]:
-        """Open the build and its steps; errors in the block name our settings.
+        """Open the build; errors in the block name the platform's variables.
 
         Raises:
             InputError: LAION_EMBEDDINGS_URI is not set.
@@ -279,10 +279,10 @@ class IndexBuilder:
 
 @dataclass(frozen=True)
 class Pictures:
-    """What the UI shows where the metadata has no thumbnails.
+    """How the UI shows images if the metadata has no thumbnails.
 
     Attributes:
-        remote: whether the browser loads images from their hosts; otherwise there are links.
+        remote: whether the browser loads images from their hosts; otherwise the UI shows links.
 
     """
 
@@ -290,10 +290,10 @@ class Pictures:
 
 
 def resources_from(environment: Mapping[str, str]) -> dict[str, Any]:
-    """Return every resource of the code location, for an environment.
+    """Return all resources of the code location for an environment.
 
     Raises:
-        InputError: a variable that cannot be used, or that is misspelt.
+        InputError: a variable cannot be used or is misspelt.
 
     """
     places = Places.from_environment(environment)
@@ -314,12 +314,12 @@ def resources_from(environment: Mapping[str, str]) -> dict[str, Any]:
 
 
 def _shown(value: Any) -> dg.ResourceDefinition:
-    """Return a value as a resource whose page in the UI says what it is and what it is set to."""
+    """Return a value as a resource whose page in the UI describes it and shows its fields."""
 
     def provide(_: dg.InitResourceContext) -> Any:
         return value
 
-    provide.__name__ = type(value).__name__  # the UI's name for it
+    provide.__name__ = type(value).__name__  # the name shown in the UI
     about = inspect.cleandoc(type(value).__doc__ or "").partition("\n\nAttributes")[0]
     shown = "\n".join(f"- {name}: `{text}`" for name, text in _fields(value))
     return dg.ResourceDefinition(provide, description=f"{about}\n\n{shown}")
@@ -335,6 +335,6 @@ def _fields(value: Any) -> Iterator[tuple[str, Any]]:
 
 
 def storage_kind(uri: str) -> str:
-    """Name the kind of storage as Dagster's pages do."""
+    """Return the kind of storage under the name that Dagster's UI uses."""
     scheme = uri.partition("://")[0] if "://" in uri else "local"
     return {"gs": "gcs", "file": "local"}.get(scheme, scheme)

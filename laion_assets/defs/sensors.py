@@ -41,19 +41,20 @@ from laion_assets.seeds import SeedSet, check_name
 SEEDS_INTERVAL = 15  # seconds between ticks
 INDEX_INTERVAL = 300  # seconds between ticks
 RUNS_PER_TICK = 5
-SETTINGS_PER_TICK = 100  # seed sets whose new settings are reported: each takes a moment in the database
+SETTINGS_PER_TICK = 100  # seed sets whose new settings are reported; each needs a database write
 NAMES_SHOWN = 10
-REMOVED = "removed"  # the data version of a seed set without a seed file: its folder is gone or empty
+REMOVED = "removed"  # data version of a seed set whose folder is gone or empty
 
 
 @dataclass(frozen=True)
 class Pending:
-    """What the cursor remembers of a seed set that differs from what was reported of it.
+    """The cursor's state of a seed set that differs from its last report.
 
     Attributes:
-        fingerprint: at the last tick.
-        since: when it was first seen, in milliseconds; it keeps run keys apart when a set changes back.
-        requested: whether a run was.
+        fingerprint: fingerprint at the last tick.
+        since: time of the first tick that saw the change, in milliseconds. It is part of the run key, so
+            that a set that changes back is run again.
+        requested: whether a run was requested.
 
     """
 
@@ -64,13 +65,13 @@ class Pending:
 
 @dataclass(frozen=True)
 class Decision:
-    """What one tick decided.
+    """The decisions of one tick.
 
     Attributes:
-        pending: for the next tick.
+        pending: state for the next tick.
         run: seed sets to run.
-        report: seed sets whose current version is reported.
-        waiting: seed sets that still change, or wait for their turn.
+        report: seed sets whose current version to report.
+        waiting: seed sets that are still changing or wait for their turn.
 
     """
 
@@ -89,20 +90,21 @@ def decide(
     at_most: int = RUNS_PER_TICK,
     failed: Container[str] = (),
 ) -> Decision:
-    """Compare the seed sets with what was seen and done before; a pure function.
+    """Compare the seed sets with their last reports and materializations; a pure function.
 
-    A set must be unchanged across two ticks before it is acted on: uploads take time. A set is reported
-    at the tick after its run was requested, so a daemon that is killed between the two requests it again,
-    under the same key.
+    A set must be unchanged across two ticks before it is run, because uploads take time. It is reported
+    at the tick after its run was requested. So if the daemon is killed in between, it requests the run
+    again under the same key.
 
     Args:
-        pending: of the last tick.
+        pending: state of the last tick.
         present: current fingerprint of each seed set.
-        known: fingerprint of each that was reported last; a set that equals it is at rest.
-        done: fingerprint of each that was materialized last.
+        known: fingerprint of each set in its last report; a set that equals it is unchanged.
+        done: fingerprint of each set in its last materialization.
         now: time of the tick, in milliseconds.
-        at_most: runs to request; the other sets wait for the next tick.
-        failed: sets whose last run failed: they run again though what they hold now was done before.
+        at_most: most runs to request; other sets wait for the next tick.
+        failed: sets whose last run failed; they run again even if their files return to a version that
+            was materialized before.
 
     """
     next_pending: dict[str, Pending] = {}
@@ -126,16 +128,16 @@ def decide(
 
 
 def as_cursor(report: str, state: Mapping[str, Any] | None = None) -> str:
-    """Return the cursor of a tick: one line for people, then the state as JSON.
+    """Return the cursor of a tick: a one-line report, then the state as JSON.
 
-    The UI's list of ticks shows the cursor, while a skip reason shows only on hovering.
+    The UI's list of ticks shows the cursor, but a skip reason only on hovering.
     """
     line = " ".join(report.split())
     return f"{line}\n{json.dumps(state)}" if state else line
 
 
 def state_in(cursor: str | None) -> dict[str, Any]:
-    """Read the state that the last tick left."""
+    """Read the state in the last tick's cursor."""
     state: dict[str, Any] = json.loads((cursor or "").partition("\n")[2] or "{}")
     return state
 
@@ -146,8 +148,8 @@ def build_seed_sets_sensor(
     """Return the sensor that runs the job for every new or changed seed set.
 
     Args:
-        job: to run.
-        built_index: the index, where it is built here: seed sets wait for the first one.
+        job: the job to run.
+        built_index: the index if it is built here; seed sets then wait for the first one.
 
     """
 
@@ -157,8 +159,7 @@ def build_seed_sets_sensor(
         minimum_interval_seconds=SEEDS_INTERVAL,
         default_status=dg.DefaultSensorStatus.RUNNING,
         description="Registers seed sets as partitions, runs those whose seeds are new or changed, and "
-        "reports their versions and the settings a run would use now. The column Cursor shows what each "
-        "tick found.",
+        "reports their versions and current settings. The Cursor column shows what each tick found.",
     )
     def seed_sets_sensor(
         context: dg.SensorEvaluationContext,
@@ -194,7 +195,7 @@ def build_seed_sets_sensor(
         unmade = [
             name for name, version in versions.items() if known.get(name) == version != done.get(name)
         ]
-        # Of as many as are shown: each takes a query.
+        # Only for the sets that are shown, because each needs a query.
         failed = [name for name in unmade[:NAMES_SHOWN] if _last_run_failed(instance, name)]
         settings = list(
             _changed_settings(
@@ -257,13 +258,13 @@ def _changed_settings(
     laion_index: LaionIndex,
     defaults: Defaults,
 ) -> Iterator[Version]:
-    """Yield the settings that a run would use now, where they differ from those reported last."""
+    """Yield the current settings of each seed set, if they differ from its last report."""
     if not present:
         return
     known = last_versions(instance, retrieval_settings.key, dg.DagsterEventType.ASSET_OBSERVATION)
     listed, unusable = None, None
     try:
-        listed = laion_index.block_list_description()  # once: it asks the storage
+        listed = laion_index.block_list_description()  # only once, because it queries the storage
     except InputError as error:
         unusable = sentence(error)
     changed = 0
@@ -281,14 +282,14 @@ def _changed_settings(
 
 
 def build_laion_index_sensor() -> dg.SensorDefinition:
-    """Return the sensor that reports the version of the published index; it starts nothing."""
+    """Return the sensor that reports the version of the published index, without starting runs."""
 
     @dg.sensor(
         name="laion_index_sensor",
         minimum_interval_seconds=INDEX_INTERVAL,
         default_status=dg.DefaultSensorStatus.RUNNING,
-        description="Reports the version of the index at its source: staged_laion_index is stale when it "
-        "has changed. The column Cursor shows what each tick found.",
+        description="Reports the version of the index at its source; if it has changed, "
+        "staged_laion_index is stale. The Cursor column shows what each tick found.",
     )
     def laion_index_sensor(
         context: dg.SensorEvaluationContext, laion_index: dg.ResourceParam[LaionIndex]
@@ -308,7 +309,7 @@ def build_laion_index_sensor() -> dg.SensorDefinition:
 
 
 def nothing_to_do(report: str, state: Mapping[str, Any] | None = None) -> dg.SensorResult:
-    """Return the result of a tick that launches nothing and says why."""
+    """Return the result of a tick that launches no run, with the reason."""
     return dg.SensorResult(cursor=as_cursor(report, state), skip_reason=report)
 
 
@@ -325,12 +326,12 @@ def _is_usable(name: str) -> bool:
 
 
 def _summary(news: Mapping[str, Sequence[str]], sets: int) -> str:
-    """Return what a tick found in one line, the news first."""
+    """Return the report of a tick in one line, changes first."""
     parts = [f"{what} {some(names)}" for what, names in news.items() if names]
     return "; ".join([*(parts or ["nothing new"]), f"{sets} seed set{'' if sets == 1 else 's'}"])
 
 
 def some(names: Sequence[str]) -> str:
-    """List the first names, and how many more there are."""
+    """List the first names and the number of others."""
     more = len(names) - NAMES_SHOWN
     return ", ".join(names[:NAMES_SHOWN]) + (f" and {more} more" if more > 0 else "")

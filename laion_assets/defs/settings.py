@@ -1,9 +1,9 @@
-"""The settings of a request: declared once, resolved from four places, recorded as they were used.
+"""The settings of a request: declare them once, resolve them from four levels, and record their values.
 
-`Settings` is the one declaration: type, bounds, default and help of every setting. The Launchpad
+`Settings` declares the type, bounds, default and help of every setting. The Launchpad
 (`RetrievalConfig`), the command line, `settings.yaml`, the environment (`LAION_<NAME>`) and the tables in
-the documentation follow from it. That new settings make tables stale comes from the external asset
-`retrieval_settings` in `sources`.
+the documentation are derived from it. The external asset `retrieval_settings` in `sources` makes tables
+stale if settings change.
 
 Dagster's concept: https://docs.dagster.io/guides/build/external-resources
 """
@@ -37,10 +37,10 @@ from laion_assets.seeds.settings_file import SETTINGS_FILE
 COUNTS = ("nb_images_knn", "nb_images_centroid")
 TARGET = "target_images"
 BLOCK_LIST = "block_list"  # set per deployment; recorded with the settings
-OF_SEEDS = {"max_bad_images"}  # settings that no search uses
+OF_SEEDS = {"max_bad_images"}  # settings of seeds, which no search uses
 THIS_RUN = "Launchpad or command line"
 KIND_NAMES: Mapping[type, str] = {int: "a whole number", float: "a number", str: "text"}
-SHOWN_CHARACTERS = 60  # of a wrong value
+SHOWN_CHARACTERS = 60  # characters of a wrong value
 
 
 def _conditions(text: str) -> str:
@@ -49,7 +49,7 @@ def _conditions(text: str) -> str:
 
 
 class Settings(BaseModel):
-    """The settings of one request. None means that it is chosen for the request, or not used."""
+    """The settings of one request. None means that a value is chosen for the request, or not used."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
@@ -60,8 +60,8 @@ class Settings(BaseModel):
     target_images: int | None = Field(
         None,
         ge=1,
-        description="Images wanted in the combined table, in place of the two numbers above: half from "
-        "each strategy, computed from the yield of the set's last run",
+        description="Images wanted in the combined table, half from each strategy. Replaces the two "
+        "numbers above, which are then computed from the yield of the set's last run",
     )
     dedup_threshold: float = Field(
         DEDUP_THRESHOLD,
@@ -70,7 +70,7 @@ class Settings(BaseModel):
         description="Cosine above which two images are near-duplicates; 1 keeps all",
     )
     nprobe: int | None = Field(
-        None, ge=1, description="Inverted lists to probe; chosen from the number of images when unset"
+        None, ge=1, description="Inverted lists to probe; chosen from the number of images if unset"
     )
     max_bad_images: float = Field(
         0.05, ge=0, le=1, description="Share of a seed set's images that may be unusable"
@@ -97,7 +97,7 @@ def kind_of(name: str) -> type:
 
 
 def allowed(name: str) -> str:
-    """Describe in words which values a setting takes."""
+    """Describe in words the values that a setting accepts."""
     bounds = {type(bound): bound for bound in FIELDS[name].metadata}
     words = [KIND_NAMES[kind_of(name)]]
     if Ge in bounds:
@@ -118,12 +118,12 @@ def _nested(annotation: Any) -> tuple[Any, ...]:
 
 @dataclass(frozen=True)
 class ResolvedSettings:
-    """The settings of one request as they are used, and where each came from.
+    """The settings of one request as used, with the origin of each.
 
     Attributes:
-        values: as used.
-        origins: where each setting that has one came from, by name.
-        computed: names of values that follow from others or from the index; nobody asked for them.
+        values: values as used.
+        origins: origins of the settings, by name; some settings have none.
+        computed: names of values that are computed from others or from the index, not requested.
         block_list: description of the block list; None without one.
 
     """
@@ -134,19 +134,19 @@ class ResolvedSettings:
     block_list: str | None = None
 
     def asked(self) -> dict[str, Any]:
-        """Return what the searches were asked for, the block list included; computed values are None."""
+        """Return the requested settings, including the block list; computed values are None."""
         values = self.values.model_dump(exclude=OF_SEEDS)
         return {name: None if name in self.computed else values[name] for name in values} | {
             BLOCK_LIST: self.block_list
         }
 
     def sized(self, seeds: int, yielded: Yield, rows: int) -> ResolvedSettings:
-        """Compute the two counts from the target; unchanged where the counts are given.
+        """Compute the two counts from the target; given counts stay unchanged.
 
         Args:
-            seeds: how many there are.
+            seeds: number of seeds.
             yielded: share of the requested images that is kept.
-            rows: of the index; requests are capped there.
+            rows: number of rows in the index, which caps requests.
 
         """
         if self.values.target_images is None:
@@ -159,7 +159,7 @@ class ResolvedSettings:
         return self._with(found, origin)
 
     def with_nprobe(self, nprobe: int | None) -> ResolvedSettings:
-        """Return the settings with the number of lists that are really probed."""
+        """Return the settings with the actual number of probed lists."""
         if nprobe == self.values.nprobe:
             return self
         asked = self.origins.get("nprobe")
@@ -175,7 +175,7 @@ class ResolvedSettings:
         )
 
     def rows(self) -> list[dict[str, str]]:
-        """Return a row for each setting that has an origin, for tables in the UI."""
+        """Return a row for each setting with an origin, for tables in the UI."""
         values = self.values.model_dump() | {BLOCK_LIST: self.block_list}
         return [
             {"setting": name, "value": str(values[name]), "from": origin}
@@ -186,7 +186,7 @@ class ResolvedSettings:
         return {**self.origins} | ({BLOCK_LIST: variable_of(BLOCK_LIST)} if self.block_list else {})
 
     def to_json(self) -> dict[str, Any]:
-        """Return a form for JSON, which `from_json` reads."""
+        """Return a JSON object for `from_json`."""
         return {
             "values": self.values.model_dump(),
             "origins": dict(self.origins),
@@ -196,10 +196,10 @@ class ResolvedSettings:
 
     @classmethod
     def from_json(cls, stored: Mapping[str, Any]) -> ResolvedSettings:
-        """Read what `to_json` returned.
+        """Read the output of `to_json`.
 
         Raises:
-            ValueError: another release wrote it, with other settings.
+            ValueError: another release with other settings wrote it.
 
         """
         return cls(
@@ -214,8 +214,8 @@ def changes(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
     """Describe how two requests differ, such as "nb_images_knn 830 -> 1000".
 
     Args:
-        before: as `ResolvedSettings.asked` returned it.
-        now: likewise.
+        before: the earlier output of `ResolvedSettings.asked`.
+        now: its current output.
 
     """
     return [
@@ -234,7 +234,7 @@ def _or_none(value: Any) -> str:
 
 @dataclass(frozen=True)
 class _Given:
-    """A value as somebody gave it, not yet checked."""
+    """A given value that is not checked yet."""
 
     value: Any
     origin: str
@@ -249,7 +249,7 @@ class Defaults:
     """Settings from the environment, the fallback for runs and seed sets.
 
     Attributes:
-        variables: text of each `LAION_<NAME>` that is set, by the name of the setting.
+        variables: text of each `LAION_<NAME>` that is set, by name of the setting.
 
     """
 
@@ -257,7 +257,7 @@ class Defaults:
 
     @classmethod
     def from_environment(cls, environment: Mapping[str, str]) -> Defaults:
-        """Take the variables of all settings; they are checked when a request is resolved."""
+        """Read the variables of all settings; they are checked later, when a request is resolved."""
         found = {name: environment.get(variable_of(name)) for name in FIELDS}
         return cls({name: text for name, text in found.items() if text})
 
@@ -269,7 +269,7 @@ class Defaults:
 
 
 def _as_launchpad_fields() -> dict[str, Any]:
-    """Return the fields of `Settings`, each optional: what is left empty comes from elsewhere."""
+    """Return the fields of `Settings`, each optional, because empty fields fall back to other levels."""
 
     def described(field: FieldInfo) -> str:
         default = "" if field.default is None else f" (default {field.default})"
@@ -287,10 +287,10 @@ _Launchpad: Any = create_model(
 
 
 class RetrievalConfig(_Launchpad):  # type: ignore[misc]  # its fields are those of Settings
-    """How many images to request, and how similar two may be.
+    """How many images to request, and how similar two images may be.
 
-    What is left empty comes from the settings.yaml of the seed set, then from the environment
-    (LAION_NB_IMAGES_KNN and so on), then from the default. Values given here hold for this run only.
+    Empty fields are taken from the settings.yaml of the seed set, then from the environment
+    (LAION_NB_IMAGES_KNN and so on), then from the defaults. Values given here apply to this run only.
     """
 
     def resolve(
@@ -300,18 +300,19 @@ class RetrievalConfig(_Launchpad):  # type: ignore[misc]  # its fields are those
         seed_set: str = "",
         block_list: str | None = None,
     ) -> ResolvedSettings:
-        """Resolve every setting: this run, the seed set's own, the environment, the default.
+        """Resolve every setting, in this order: this run, the seed set, the environment, the default.
 
-        Of the two counts and the target, the nearest level that gives any of them decides which is used.
+        The first level that gives the target or one of the two counts decides which of them is used.
 
         Args:
             defaults: settings of the environment.
-            of_seed_set: what the settings.yaml of the seed set says.
-            seed_set: its name, for messages and origins.
+            of_seed_set: contents of the seed set's settings.yaml.
+            seed_set: name of the seed set, for messages and origins.
             block_list: description of the block list, to be recorded.
 
         Raises:
-            InputError: names the setting, its value, where it came from, and what is allowed.
+            InputError: a setting is wrong; the message names the setting, its value, its origin, and what
+                is allowed.
 
         """
         levels = (
@@ -351,10 +352,11 @@ def _checked(name: str, given: _Given) -> Any:
     """Return a value in the type of its setting.
 
     Raises:
-        InputError: names the setting, the value, its origin and what is allowed.
+        InputError: the value is wrong; the message names the setting, its value, its origin and what is
+            allowed.
 
     """
-    if given.value is None:  # an empty line of a settings file; what is left out is not given at all
+    if given.value is None:  # an empty value in a settings file; a missing line is not in `given`
         raise InputError(f"{name} is empty (from {given.origin}): give {allowed(name)}, or remove it")
     field = FIELDS[name]
     annotation: Any = Annotated[field.annotation, field]
@@ -376,14 +378,14 @@ _FINITE = ConfigDict(allow_inf_nan=False)
 
 
 def _shown(value: Any) -> str:
-    """Return what a settings file holds, for a message: short, however deeply it is nested."""
+    """Return a value of a settings file for a message, shortened however deeply it is nested."""
     if isinstance(value, dict | list | set):
         return "a list"
     return repr(value)[:SHOWN_CHARACTERS]
 
 
 def _unused(levels: Sequence[_Level]) -> Sequence[str]:
-    """Return the names that the nearest level makes void: the target, or the two counts."""
+    """Return the names that the first level makes unused: the target, or the two counts."""
     for level in levels:
         counts = [name for name in COUNTS if name in level]
         if counts and TARGET in level:

@@ -1,6 +1,6 @@
-"""The tables of settings in the documentation and `.env.example`, written from their declarations.
+"""Write the tables of settings in the documentation, and `.env.example`, from the declarations.
 
-`make settings-docs` runs this module in a checkout; a test compares its output with what is committed.
+`make settings-docs` runs this module in a checkout; a test compares its output with the committed files.
 """
 
 from __future__ import annotations
@@ -19,11 +19,11 @@ EXAMPLE = Path(".env.example")
 BEGIN, END = "<!-- {}:begin -->", "<!-- {}:end -->"
 EXAMPLE_HEAD = """\
 # Copy to .env. Everything is optional. Unset variables select the demo, on the local disk under ./data.
-# `laion-assets` and `dagster dev` both read .env from the folder they are started in.
-# Credentials are never set here: Google Cloud's clients find them by themselves (docs/buckets.md).
+# `laion-assets` and `dagster dev` both read .env from the folder in which they start.
+# Credentials do not belong here: Google Cloud's clients find them by themselves (docs/buckets.md).
 """
 EXAMPLE_FOOT = """
-# Another server than Google's for gs:// URLs, such as an emulator; it is asked without credentials
+# Server for gs:// URLs instead of Google's, such as an emulator; used without credentials
 #STORAGE_EMULATOR_HOST=http://127.0.0.1:4443
 """
 
@@ -38,7 +38,7 @@ def settings_table() -> str:
 
 
 def places_table() -> str:
-    """Return the platform's places as a Markdown table."""
+    """Return the platform's locations as a Markdown table."""
     rows = [
         (f"`{variable_of(name)}`", _default(field), field.description or "")
         for name, field in Places.model_fields.items()
@@ -52,7 +52,7 @@ def _table(*names: str, rows: Sequence[Sequence[str]]) -> str:
 
 
 def env_example() -> str:
-    """Return `.env.example`: every variable, commented out, with its help and an example."""
+    """Return `.env.example`, with every variable commented out, its help and an example."""
 
     def lines(fields: Mapping[str, FieldInfo]) -> Iterator[str]:
         for name, field in fields.items():
@@ -71,7 +71,7 @@ def env_example() -> str:
 
 
 def with_tables(document: str) -> str:
-    """Return a document with both tables between their markers."""
+    """Return a document with both tables inserted between their markers."""
     for name, table in (("settings", settings_table()), ("places", places_table())):
         begin, end = BEGIN.format(name), END.format(name)
         pattern = f"{re.escape(begin)}.*?{re.escape(end)}"

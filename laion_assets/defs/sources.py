@@ -1,4 +1,4 @@
-"""The sources of the graph, and their versions as reported to Dagster, which then knows what is stale.
+"""The sources of the graph, and their versions, from which Dagster derives what is stale.
 
 Dagster's concept: https://docs.dagster.io/guides/build/assets/external-assets
 """
@@ -20,54 +20,54 @@ from laion_assets.defs.settings import Defaults, ResolvedSettings, RetrievalConf
 from laion_assets.io.errors import InputError
 from laion_assets.seeds import SeedSet
 
-SETTINGS = "settings"  # metadata of an observation: what a run would be asked for
+SETTINGS = "settings"  # metadata of an observation: the settings that a run would use
 FIRST = "first observation"
-OBSERVATIONS_READ = 5  # the latest first; those of unusable settings hold none
-CHANGED = "changed"  # metadata of an observation: how that differs from the observation before
+OBSERVATIONS_READ = 5  # the latest first; observations of unusable settings have no settings
+CHANGED = "changed"  # metadata of an observation: differences from the previous one
 
 laion_index_source = dg.AssetSpec(
     "laion_index_source",
     group_name="sources",
     kinds={"faiss", "arrow"},
     description="The published index and its metadata at LAION_INDEX_URI. External: a sensor lists it "
-    "every few minutes; when it has changed, `staged_laion_index` is stale.",
+    "every few minutes; if it has changed, `staged_laion_index` is stale.",
 )
 seed_folder = dg.AssetSpec(
     "seed_folder",
     group_name="sources",
     kinds={"image"},
     partitions_def=seed_sets,
-    description="A folder of seeds under LAION_SEEDS_URI, one for each seed set. External: a sensor "
-    "lists it, and runs what is new.",
+    description="A folder of seeds under LAION_SEEDS_URI for each seed set. External: a sensor lists it "
+    "and runs new and changed seed sets.",
 )
 retrieval_settings = dg.AssetSpec(
     "retrieval_settings",
     group_name="sources",
     kinds={"yaml"},
     partitions_def=seed_sets,
-    description="The settings that a run of the seed set would use now: its settings.yaml, the "
-    "environment, the block list. External: when they change, the URL tables are stale, and the "
-    "observation says what changed. Values from the Launchpad hold for one run and are not part of it.",
+    description="The current settings of the seed set: its settings.yaml, the environment and the block "
+    "list. External: if they change, the URL tables are stale, and the observation says what changed. "
+    "Values from the Launchpad apply to one run and are not part of them.",
 )
 embedding_files = dg.AssetSpec(
     "embedding_files",
     group_name="build",
     kinds={"numpy", "parquet"},
     description="The published embeddings and their metadata at LAION_EMBEDDINGS_URI. External: a sensor "
-    "lists them, and builds what is new into the index.",
+    "lists them and adds new ones to the index.",
 )
 SOURCES = (seed_folder, retrieval_settings)
 
 
 @dataclass(frozen=True)
 class Version:
-    """A version of a source, or of one seed set of it.
+    """A version of a source or of one of its partitions.
 
     Attributes:
-        source: its key.
+        source: key of the source.
         value: the data version.
         seed_set: the partition; None for a source without partitions.
-        metadata: of the observation.
+        metadata: metadata of the observation.
 
     """
 
@@ -77,10 +77,10 @@ class Version:
     metadata: Mapping[str, Any] = field(default_factory=dict)
 
     def events(self) -> tuple[dg.AssetObservation, dg.AssetMaterialization]:
-        """Return the events that report it.
+        """Return the events that report the version.
 
-        Dagster compares the observations of a partitioned source, and the materializations of any other.
-        The UI counts a partition as filled only if it is materialized, so report both.
+        Dagster compares observations of a partitioned source, but materializations of other sources. The
+        UI counts a partition as filled only if it is materialized. So both events are reported.
         """
         tags = {DATA_VERSION_TAG: self.value}
         metadata = {**self.metadata, "fingerprint": self.value}
@@ -91,7 +91,7 @@ class Version:
 
 
 def seeds_version(seed_set: SeedSet) -> Version:
-    """Return the version of the seeds of a set, with what it holds."""
+    """Return the version of a set's seeds, with counts of its files."""
     counts = {
         "images": len(seed_set.images),
         "files of prompts": len(seed_set.prompts),
@@ -107,8 +107,8 @@ def settings_version(seed_set: str, settings: ResolvedSettings | str) -> Version
 
     Args:
         seed_set: the partition.
-        settings: those that a run would use now, or why it could not be made. That is a version too: the
-            tables are stale, and the observation says why.
+        settings: the current settings, or the reason why they cannot be used. A reason is a version too:
+            it makes the tables stale, and the observation shows it.
 
     """
     key = retrieval_settings.key
@@ -121,11 +121,11 @@ def settings_version(seed_set: str, settings: ResolvedSettings | str) -> Version
 def current_settings(
     defaults: Defaults, of_seed_set: Mapping[str, Any], seed_set: str, block_list: str | None
 ) -> ResolvedSettings | str:
-    """Return the settings that a run of a seed set would use now, or why it could not be made.
+    """Return the current settings of a seed set, or the reason why they cannot be used.
 
     Args:
         defaults: settings of the environment.
-        of_seed_set: what its settings.yaml says.
+        of_seed_set: contents of its settings.yaml.
         seed_set: the partition.
         block_list: description of the block list.
 
@@ -137,7 +137,7 @@ def current_settings(
 
 
 def with_changes(instance: dg.DagsterInstance, version: Version) -> Version:
-    """Add to a version of the settings how it differs from the one observed before."""
+    """Add the differences from the previous observation to a version of the settings."""
     now = version.metadata.get(SETTINGS)
     if now is None:
         return version
@@ -165,13 +165,13 @@ def last_version(
     *,
     observed: bool | None = None,
 ) -> str | None:
-    """Return the data version of an asset that was reported last.
+    """Return the last reported data version of an asset.
 
     Args:
-        instance: whose history to read.
-        asset: its key.
+        instance: the instance with the history.
+        asset: key of the asset.
         seed_set: the partition; None for an asset without partitions.
-        observed: whether observations count, or materializations; None for what Dagster itself compares.
+        observed: True reads observations, False materializations, None the events that Dagster compares.
 
     """
     record = instance.get_latest_data_version_record(asset, observed, seed_set)
@@ -180,7 +180,7 @@ def last_version(
 
 
 def is_known(instance: dg.DagsterInstance, version: Version) -> bool:
-    """Return whether a version of a source is the one reported last, by both events."""
+    """Return whether a version of a source is the last reported one, in both events."""
     return all(
         last_version(instance, version.source, version.seed_set, observed=observed) == version.value
         for observed in (True, False)
@@ -190,16 +190,16 @@ def is_known(instance: dg.DagsterInstance, version: Version) -> bool:
 def last_versions(
     instance: dg.DagsterInstance, asset: dg.AssetKey, event: dg.DagsterEventType
 ) -> Mapping[str, str]:
-    """Return the data version of each partition that was reported last, in one query."""
+    """Return the last reported data version of each partition, in one query."""
     found = instance.event_log_storage.get_latest_tags_by_partition(asset, event, [DATA_VERSION_TAG])
     return {partition: tags[DATA_VERSION_TAG] for partition, tags in found.items()}
 
 
 def observe(context: dg.AssetExecutionContext, version: Version) -> None:
-    """Report what a step is about to read, so that its output counts as made from that.
+    """Report the version of a source that a step is about to read, as the input version of its output.
 
-    Dagster takes a snapshot of the input versions when a step begins; the snapshot of a source that turns
-    out to have another version is dropped, and taken again.
+    Dagster takes a snapshot of the input versions when a step starts. If a source turns out to have
+    another version, its snapshot is dropped and taken again.
     """
     if is_known(context.instance, version):
         return

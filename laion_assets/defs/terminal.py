@@ -1,12 +1,12 @@
-"""Text of unknown origin, such as captions and URLs off the web, as columns on a terminal."""
+"""Print untrusted text, such as captions and URLs from the web, in columns on a terminal."""
 
 from __future__ import annotations
 
 import unicodedata
 from collections.abc import Iterator, Sequence
 
-MAX_TEXT = 500  # characters of a text that are looked at
-MARKS = 2  # combining marks on one letter
+MAX_TEXT = 500  # characters of a text that are read
+MARKS = 2  # combining marks kept per letter
 CUT = "…"
 
 
@@ -16,16 +16,16 @@ def count(number: int, noun: str) -> str:
 
 
 def one_line(text: str, longest: int = MAX_TEXT) -> str:
-    """Return a text on one line without anything that a terminal would act on.
+    """Return a text on one line without anything that a terminal would interpret.
 
-    Control characters, escapes, marks of direction and all else that is not printable become spaces.
+    Control characters, escapes, direction marks and other unprintable characters become spaces.
     """
     printable = "".join(letter if letter.isprintable() else " " for letter in text[:longest])
     return "".join(_with_few_marks(" ".join(printable.split())))
 
 
 def cut(text: str, width: int) -> str:
-    """Return a line of at most that many columns; one that is longer ends in "…"."""
+    """Cut a line to at most `width` columns; a cut line ends in "…"."""
     if columns(text) <= width:
         return text
     room, kept = width - columns(CUT), ""
@@ -38,7 +38,7 @@ def cut(text: str, width: int) -> str:
 
 
 def columns(text: str) -> int:
-    """Return how many columns a line takes: East Asian letters take two, combining marks none."""
+    """Return the width of a line in columns: East Asian letters take two, combining marks none."""
     return sum(
         0 if _is_mark(letter) else 2 if unicodedata.east_asian_width(letter) in "WF" else 1
         for letter in text
@@ -49,9 +49,9 @@ def aligned(rows: Sequence[Sequence[str]], right: Sequence[bool], widths: Sequen
     """Return rows as lines of aligned columns.
 
     Args:
-        rows: of texts, each a cell; any text will do.
-        right: whether a column is aligned to the right.
-        widths: the most columns of the terminal that a column may take.
+        rows: rows of cells with any text.
+        right: whether each column is right-aligned.
+        widths: most terminal columns that each column may take.
 
     """
     cells = [

@@ -320,7 +320,7 @@ def test_a_wrong_setting_is_one_sentence_that_names_it(tmp_path):
             ran, told = build.settle(), build.said
             if in_a_run:
                 assert ran == ["train failed"], name
-                assert "trained_index failed: see what the run says" in told
+                assert "trained_index failed: see the run's error" in told
                 (told,) = failures(build.results["train"]).values()
             else:
                 assert ran == [], name

@@ -229,7 +229,7 @@ def test_a_table_without_rows_passes(spoilt):
 
 def test_seeds_that_point_everywhere_have_nothing_in_common(project):
     (spec,) = [spec for spec in SPECS if spec.name == "seeds_are_coherent"]
-    assert "A floor, not a measure of style" in (spec.description or "")  # those in one cone pass
+    assert "a floor, not a measure of style" in (spec.description or "")  # those in one cone pass
     for name, vectors in (
         ("random", np.random.default_rng(0).standard_normal((50, 256))),
         ("alike", 1 + np.random.default_rng(0).standard_normal((50, 256))),

@@ -288,7 +288,7 @@ def test_the_number_of_rows_has_bounds(place, top):
 @pytest.mark.parametrize(
     ("text", "said"),
     [
-        ("", "nothing to look for"),
+        ("", "no query is given"),
         ("gone.jpg", "gone.jpg does not exist"),
         ("gone.heic", "gone.heic does not exist"),
         ("./gone", "./gone does not exist"),

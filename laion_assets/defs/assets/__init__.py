@@ -1,4 +1,4 @@
-"""The asset graph: an asset reads, calls one library function, writes its table, and reports it."""
+"""The asset graph: an asset reads inputs, calls one library function, and writes and reports a table."""
 
 from collections.abc import Sequence
 
@@ -19,7 +19,7 @@ from laion_assets.defs.sources import laion_index_source
 def build_assets(
     placement: Placement, index: dg.AssetKey = laion_index_source.key
 ) -> Sequence[dg.AssetsDefinition]:
-    """Define the assets of a seed set, for where they run and the index that they search."""
+    """Define the assets of a seed set, given where they run and the index that they search."""
     return [
         staged_laion_index_asset(placement, index),
         seed_embeddings_asset(placement),

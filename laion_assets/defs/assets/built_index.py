@@ -1,4 +1,4 @@
-"""An index from published embeddings: trained once, encoded shard by shard, merged.
+"""Build an index from published embeddings: train once, encode shard by shard, merge.
 
 Dagster's concept: https://docs.dagster.io/guides/build/assets
 """
@@ -24,7 +24,7 @@ POOL = "building"
 
 
 def trained_index_asset(placement: Placement) -> dg.AssetsDefinition:
-    """Return the asset, with the pod that a placement gives it."""
+    """Return the asset with the pod from a placement."""
     pod = placement.building("trained_index")
 
     @dg.asset(
@@ -40,10 +40,10 @@ def trained_index_asset(placement: Placement) -> dg.AssetsDefinition:
     def trained_index(
         context: dg.AssetExecutionContext, index_builder: dg.ResourceParam[IndexBuilder]
     ) -> Materialized:
-        """The index without rows: its rotation, lists and codes, learned from a sample of the embeddings.
+        """The empty index, with a rotation, lists and codebooks trained on a sample of the embeddings.
 
-        It also gives every row its id. Trained once: new embeddings get ids and are encoded with it too,
-        so that old ones need not be again.
+        It also assigns an id to every row. The index is trained once. Embeddings added later get ids and
+        are encoded with it too, so existing shards need not be encoded again.
         """
         with as_failures():
             with index_builder.open(context.log.info) as build:
@@ -73,11 +73,13 @@ def trained_index_asset(placement: Placement) -> dg.AssetsDefinition:
 
 
 def index_shards_asset(placement: Placement) -> dg.AssetsDefinition:
-    """Return the asset, with the pod that a placement gives it."""
+    """Return the asset with the pod from a placement."""
     pod = placement.building("index_shards")
 
     @dg.asset(
-        deps=["trained_index"],  # of the embeddings, new files alone would make every shard stale
+        deps=[
+            "trained_index"
+        ],  # a dependency on the embeddings would make every shard stale for each new file
         group_name=GROUP,
         kinds={"faiss", "arrow"},
         partitions_def=shard_partitions,
@@ -90,20 +92,20 @@ def index_shards_asset(placement: Placement) -> dg.AssetsDefinition:
     def index_shards(
         context: dg.AssetExecutionContext, index_builder: dg.ResourceParam[IndexBuilder]
     ) -> Materialized:
-        """A shard: some millions of rows, encoded and sorted by inverted list, and their metadata.
+        """A shard: a few million rows, encoded and sorted by inverted list, with their metadata.
 
-        Shards are encoded in any order, by as many pods as there are. One that was killed is done again
-        from its start, the others are not.
+        Shards can be encoded in any order and in parallel by several pods. A killed shard restarts from
+        its beginning; other shards are not affected.
         """
         with as_failures():
             if not context.has_partition_key:
-                raise InputError("no shard was chosen: launch the run for a partition; each is a shard")
+                raise InputError("no shard was chosen: launch the run for a partition, which is a shard")
             with index_builder.open(context.log.info) as build:
                 record = build.encode(_number_of(context.partition_key))
             speed = round(record.rows / max(record.encoding_seconds, 1e-3))
             context.log.info(
                 f"{context.partition_key}: {record.rows:,} rows in {record.seconds:,.1f} s, of which "
-                f"{record.encoding_seconds:,.1f} s encoding, {speed:,} vectors a second"
+                f"{record.encoding_seconds:,.1f} s encoding, {speed:,} vectors per second"
             )
             return dg.MaterializeResult(
                 data_version=dg.DataVersion(record.made_from),
@@ -113,7 +115,7 @@ def index_shards_asset(placement: Placement) -> dg.AssetsDefinition:
                     "first id": record.first_id,
                     "bytes": record.bytes,
                     "seconds": record.seconds,
-                    "vectors a second": speed,
+                    "vectors per second": speed,
                     "dagster/uri": f"{build.workspace.uri}/shards/{context.partition_key}",
                 },
             )
@@ -123,12 +125,12 @@ def index_shards_asset(placement: Placement) -> dg.AssetsDefinition:
 
 def _number_of(partition: str) -> int:
     if not partition.isdecimal():
-        raise InputError(f"{partition!r} is no shard: their names are numbers, such as 000000")
+        raise InputError(f"{partition!r} is not a shard: names of shards are numbers, such as 000000")
     return int(partition)
 
 
 def laion_index_asset(placement: Placement) -> dg.AssetsDefinition:
-    """Return the asset, with the pod that a placement gives it."""
+    """Return the asset with the pod from a placement."""
     pod = placement.building("laion_index")
 
     @dg.asset(
@@ -145,9 +147,9 @@ def laion_index_asset(placement: Placement) -> dg.AssetsDefinition:
     def laion_index(
         context: dg.AssetExecutionContext, index_builder: dg.ResourceParam[IndexBuilder]
     ) -> Materialized:
-        """The index at LAION_INDEX_URI: all shards, merged by inverted list, and its measured recall.
+        """The index at LAION_INDEX_URI: all shards merged by inverted list, with the measured recall.
 
-        Readers see the old index until the new one is whole.
+        Readers see the old index until the new one is complete.
         """
         with as_failures():
             with index_builder.open(context.log.info) as build:
@@ -183,7 +185,7 @@ def laion_index_asset(placement: Placement) -> dg.AssetsDefinition:
 
 
 def _by_nprobe(shares: Mapping[str, Mapping[str, float]], searched: int) -> list[dict[str, str]]:
-    """Return a row for each number of probed lists, with the recall of each number of results."""
+    """Return a row for each nprobe, with the recall for each number of results."""
     return [
         {"lists probed": f"{int(nprobe):,}{' (of a search)' if int(nprobe) == searched else ''}"}
         | {f"recall@{int(count):,}": f"{share:.1%}" for count, share in shares[nprobe].items()}

@@ -1,4 +1,4 @@
-"""The seeds of one set, and their centroid.
+"""The seeds of one set and their centroid.
 
 Dagster's concept: https://docs.dagster.io/guides/build/assets
 """
@@ -36,11 +36,15 @@ from laion_assets.seeds import (
 )
 
 FILES_LOGGED = 20
-OF_KNOWN_IMAGES = ("content", "thumbnail", "embedding")  # columns; without images there is no content
+OF_KNOWN_IMAGES = (
+    "content",
+    "thumbnail",
+    "embedding",
+)  # columns; "content" exists only if the set has images
 
 
 def seed_embeddings_asset(placement: Placement) -> dg.AssetsDefinition:
-    """Return the asset, with the pod that a placement gives it."""
+    """Return the asset with the pod from a placement."""
     pod = placement.embedding("seed_embeddings")
 
     @dg.asset(
@@ -62,17 +66,18 @@ def seed_embeddings_asset(placement: Placement) -> dg.AssetsDefinition:
         defaults: dg.ResourceParam[Defaults],
         tables: dg.ResourceParam[Tables],
     ) -> Materialized:
-        """The seeds of one set as unit vectors, a row per seed: read, or embedded with the index's model.
+        """The seeds of one set as unit vectors, one row per seed.
 
-        The data version is the fingerprint of the files, and of the model where one embedded them.
+        Vectors are read; images and prompts are embedded with the index's model. The data version is the
+        fingerprint of the files, and of the model if it embedded them.
         """
         with as_failures():
             require_seed_set(context)
             seed_set = seeds.find(context.partition_key)
             observe(context, seeds_version(seed_set))
             own = seeds.settings(seed_set)
-            # Wrong settings fail here, not after the index is staged: those of the set even where a value
-            # of this run replaces them.
+            # Wrong settings fail here, not after the index is staged. The set's own settings fail even if
+            # a value of this run replaces them.
             RetrievalConfig().resolve(Defaults({}), own, seed_set.name)
             settings = retrieval_config.resolve(defaults, own, seed_set.name)
             context.log.info(f"{seed_set.name} holds {seed_set.contents()}")
@@ -98,7 +103,7 @@ def seed_embeddings_asset(placement: Placement) -> dg.AssetsDefinition:
                 seed_set.fingerprint,
                 settings,
                 context.run.run_id,
-                # Later assets take the set's own settings from here, so that all are made with the same.
+                # Later assets read the set's own settings from here, so that all use the same.
                 own=dict(own),
                 model=model.fingerprint if model else None,
             )
@@ -121,7 +126,7 @@ def seed_embeddings_asset(placement: Placement) -> dg.AssetsDefinition:
 def _model_for(
     context: dg.AssetExecutionContext, seed_set: SeedSet, embedder: Embedder, laion_index: LaionIndex
 ) -> Model | None:
-    """Open the model where something has to be embedded."""
+    """Open the model if there is anything to embed."""
     if not seed_set.needs_model:
         return None
     dimensions = (
@@ -135,23 +140,23 @@ def _model_for(
 def _known_images(
     context: dg.AssetExecutionContext, tables: Tables, model: Model, unfinished: UnfinishedImages
 ) -> KnownImages:
-    """Return what the model embedded for the set's last table, or for one that was not finished."""
+    """Return the images that the model embedded for the set's last table or for an unfinished one."""
     found = unfinished.tables()
     last = tables.find(context.asset_key.path[-1], context.partition_key)
     try:
         if last is not None and Provenance.of(last).model == model.fingerprint:
             found.append(last.read([name for name in OF_KNOWN_IMAGES if name in last.schema.names]))
     except InputError as error:
-        context.log.info(f"images of the last table are embedded again: {error}")
+        context.log.info(f"embedding the images of the last table again: {error}")
     return KnownImages.of(*found)
 
 
 def _log(context: dg.AssetExecutionContext, seed_set: SeedSet, found: Seeds) -> None:
     count, dimension = found.embeddings.shape
-    reused = f", {found.reused:,} of them embedded before" if found.reused else ""
+    reused = f", {found.reused:,} of them reused" if found.reused else ""
     context.log.info(f"{count:,} seeds of {dimension} dimensions{reused}")
     for what, names in (
-        ("images are not embedded, since the set has embeddings already", seed_set.not_embedded),
+        ("images are not embedded because the set already has embeddings", seed_set.not_embedded),
         ("images cannot be embedded", [str(image) for image in found.bad_images]),
         ("prompts are cut", [str(prompt) for prompt in found.cut_prompts]),
         ("files hold no seeds and are ignored", seed_set.ignored),
@@ -161,7 +166,7 @@ def _log(context: dg.AssetExecutionContext, seed_set: SeedSet, found: Seeds) -> 
 
 
 def centroid_vector_asset(placement: Placement) -> dg.AssetsDefinition:
-    """Return the asset, with the pod that a placement gives it."""
+    """Return the asset with the pod from a placement."""
     pod = placement.any_node("centroid_vector")
 
     @dg.asset(
@@ -179,13 +184,13 @@ def centroid_vector_asset(placement: Placement) -> dg.AssetsDefinition:
         seed_embeddings: StoredTable,
         tables: dg.ResourceParam[Tables],
     ) -> Materialized:
-        """The mean of the seeds, scaled to length 1, and how concentrated the seeds are around it."""
+        """The mean of the seeds, scaled to length 1, with a measure of how concentrated the seeds are."""
         with as_failures():
             origin = Provenance.of(seed_embeddings)
             rows = seed_embeddings.read(["kind", "embedding"])
             is_prompt = pc.equal(rows["kind"], PROMPT)
             prompts = embeddings_of(rows.filter(is_prompt))
-            # Vectors of texts lie apart from those of images: only a set without images has their mean.
+            # Text vectors lie apart from image vectors, so prompts count only in a set without images.
             embeddings = embeddings_of(rows.filter(pc.invert(is_prompt)))
             if not len(embeddings):
                 embeddings, prompts = prompts, embeddings

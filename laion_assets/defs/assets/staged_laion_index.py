@@ -25,11 +25,11 @@ RECORD_SECONDS = 10  # Dagster records a materialization a moment after the inde
 
 
 def staged_laion_index_asset(placement: Placement, source: dg.AssetKey) -> dg.AssetsDefinition:
-    """Return the asset, with the pod that a placement gives it.
+    """Return the asset with the pod from a placement.
 
     Args:
         placement: where it runs.
-        source: the index that is staged: an external asset, or one that is built.
+        source: the index to stage, either an external asset or a built one.
 
     """
     pod = placement.with_index(NAME)
@@ -48,10 +48,10 @@ def staged_laion_index_asset(placement: Placement, source: dg.AssetKey) -> dg.As
     def staged_laion_index(
         context: dg.AssetExecutionContext, laion_index: dg.ResourceParam[LaionIndex]
     ) -> Materialized:
-        """The index and its metadata on the local disk, verified.
+        """The index and its metadata, verified and staged to the local disk for searches.
 
-        Copied from the source when that has changed or the disk lacks it; otherwise only checked, which
-        costs little. Searches read it there. The data version is the fingerprint of all files.
+        They are copied if the source has changed or the disk lacks them; otherwise they are only checked,
+        which is cheap. The data version is the fingerprint of all files.
         """
         with as_failures():
             require_seed_set(context)
@@ -73,11 +73,11 @@ def staged_laion_index_asset(placement: Placement, source: dg.AssetKey) -> dg.As
 
 @contextmanager
 def open_index(context: dg.AssetExecutionContext, laion_index: LaionIndex) -> Iterator[OpenIndex]:
-    """Open the staged index for a step that needs it, on a disk that may have lost it.
+    """Open the staged index for a step that needs it, even if the disk has lost it.
 
-    A node can come back under its name with an empty disk, or with that of another time. Then the index
-    is staged again, as LAION_LOST_INDEX says, which is a materialization of `staged_laion_index` like any
-    other.
+    A node can return under its old name with an empty disk or with an older one. If LAION_LOST_INDEX
+    allows it, the index is then staged again, which is recorded as a materialization of
+    `staged_laion_index`.
     """
     missing = _what_is_missing(context, laion_index)
     if missing and laion_index.lost_index == "restage":
@@ -99,11 +99,11 @@ def _restage(context: dg.AssetExecutionContext, laion_index: LaionIndex) -> None
     staged = laion_index.stage(context.log.info)
     key = dg.AssetKey(NAME)
     if staged.manifest.fingerprint == last_version(context.instance, key) and not staged.fetched:
-        return  # another step did it while this one waited for the lock
+        return  # another step staged it while this one waited for the lock
     context.log_event(
         dg.AssetMaterialization(
             key,
-            description=f"staged again by {context.asset_key.to_user_string()}: the disk had lost it",
+            description=f"staged again by {context.asset_key.to_user_string()} after the disk lost it",
             metadata=_figures(staged, laion_index),
             tags={"dagster/data_version": staged.manifest.fingerprint},
         )

@@ -1,4 +1,4 @@
-"""The URL sets: rows found around each seed, rows found around the centroid, and both as one table.
+"""The URL sets: rows found around each seed, rows found around the centroid, and both combined.
 
 Dagster's concept: https://docs.dagster.io/guides/build/assets
 """
@@ -33,11 +33,11 @@ from laion_assets.seeds import embeddings_of
 from laion_assets.staging import OpenIndex
 
 LOW_RECALL = 0.9
-SEARCH_VERSION = "3"  # raise it when a search would find other rows
+SEARCH_VERSION = "3"  # increment it if a search now finds other rows
 
 
 def knn_urls_asset(placement: Placement) -> dg.AssetsDefinition:
-    """Return the asset, with the pod that a placement gives it."""
+    """Return the asset with the pod from a placement."""
     return _search_asset(
         placement,
         "knn_urls",
@@ -51,7 +51,7 @@ def knn_urls_asset(placement: Placement) -> dg.AssetsDefinition:
 
 
 def centroid_urls_asset(placement: Placement) -> dg.AssetsDefinition:
-    """Return the asset, with the pod that a placement gives it."""
+    """Return the asset with the pod from a placement."""
     return _search_asset(
         placement,
         "centroid_urls",
@@ -114,7 +114,7 @@ def _search_asset(
 
 
 def combined_urls_asset(placement: Placement) -> dg.AssetsDefinition:
-    """Return the asset, with the pod that a placement gives it."""
+    """Return the asset with the pod from a placement."""
     pod = placement.any_node("combined_urls")
 
     @dg.asset(
@@ -135,10 +135,10 @@ def combined_urls_asset(placement: Placement) -> dg.AssetsDefinition:
         tables: dg.ResourceParam[Tables],
         pictures: dg.ResourceParam[Pictures],
     ) -> Materialized:
-        """Both URL sets as one table, a row per image, ready for img2dataset.
+        """Both URL sets as one table with a row per image, ready for img2dataset.
 
-        Rows with the same id, the same URL, or near-duplicate vectors are one image; the row with the
-        lowest rank is kept. The table is in order of rank, then id.
+        Rows with the same id, the same URL or near-duplicate vectors are one image, of which the row with
+        the lowest rank is kept. The table is sorted by rank, then id.
         """
         with as_failures():
             origin = check_same_origin(knn_urls, centroid_urls, seed_embeddings)
@@ -183,7 +183,7 @@ def _united(funnel: CombinedFunnel) -> str:
 
 @dataclass(frozen=True)
 class _Written:
-    """A finished search: what it found, the provenance in the table, and the seconds it took."""
+    """A finished search: its result, the provenance in the table, and its duration in seconds."""
 
     found: Found
     provenance: Provenance
@@ -192,7 +192,7 @@ class _Written:
 
 @dataclass(frozen=True)
 class _SearchStep:
-    """One step of `knn_urls` or `centroid_urls`: its inputs, and how it searches, writes and reports."""
+    """One step of `knn_urls` or `centroid_urls`: its inputs, its search, and its table and report."""
 
     context: dg.AssetExecutionContext
     vectors: StoredTable
@@ -204,7 +204,7 @@ class _SearchStep:
     per_seed: bool
 
     def materialize(self) -> Materialized:
-        """Search, write the table, and report it."""
+        """Search, then write and report the table."""
         origin = Provenance.of(self.vectors)
         block_list = self.laion_index.block_list()
         settings = self._settings(origin, block_list)
@@ -219,7 +219,7 @@ class _SearchStep:
         return self._report(written, fetched)
 
     def _seeds(self, queries: Floats) -> int:
-        """Return the number of seeds: one a query, or those whose mean is the query."""
+        """Return the number of seeds: one per query, or those whose mean is the query."""
         if self.per_seed:
             return len(queries)
         seeds: int = self.vectors.read(["seeds"])["seeds"][0].as_py()
@@ -234,7 +234,7 @@ class _SearchStep:
     def _write(
         self, opened: OpenIndex, queries: Floats, request: Request, origin: Provenance
     ) -> _Written:
-        """Search, and write what is found with its decoder and provenance."""
+        """Search, and write the result with its decoder and provenance."""
         with (
             self.tables.new(self.context, self._schema(opened)) as table,
             Progress("queries", len(queries), "", self.context.log.info) as progress,
@@ -285,8 +285,8 @@ class _SearchStep:
     def _settings(self, origin: Provenance, block_list: BlockList | None) -> ResolvedSettings:
         """Resolve the settings of this run.
 
-        Also report to `retrieval_settings` those of a run without Launchpad values: by them Dagster
-        judges what is stale.
+        Also report the settings of a run without Launchpad values to `retrieval_settings`, because
+        Dagster uses these to decide what is stale.
         """
         own, name = origin.own, origin.seed_set
         listed = None if block_list is None else str(block_list)
@@ -309,7 +309,7 @@ class _SearchStep:
         log, funnel = self.context.log, found.funnel
         log.info(_sentence(funnel))
         if k > rows:
-            log.warning(f"{k:,} images were requested a query, but the index has only {rows:,} rows")
+            log.warning(f"{k:,} images were requested per query, but the index has only {rows:,} rows")
         elif missing := funnel.requested - funnel.received:
             remedy = "request fewer" if found.nprobe is None else "set a higher nprobe, or request fewer"
             log.warning(
@@ -329,7 +329,7 @@ def _looking(k: int, queries: Floats, rows: int, *, per_seed: bool) -> str:
 
 
 def _fetched(opened: OpenIndex) -> dict[str, int]:
-    """Return what this request read from the source, where the index is staged sparse; else empty."""
+    """Return what this request read from the source; empty unless the index is staged sparse."""
     if not any(file.sparse for file in opened.manifest.files):
         return {}
     return {"bytes fetched": opened.fetched.fetched, "reads of the bucket": opened.fetched.reads}

@@ -1,1 +1,1 @@
-"""What the UI shows of a table besides numbers: funnels, charts, contact sheets, links."""
+"""Drawings of a table in the UI: funnels, charts, contact sheets, links."""

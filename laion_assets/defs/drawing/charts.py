@@ -24,7 +24,7 @@ _PLOT_HEIGHT = 170
 
 
 class Step(NamedTuple):
-    """A step of a funnel: the number of images it left, or lost."""
+    """A step of a funnel: the number of images that remain after it or are lost in it."""
 
     name: str
     images: int
@@ -55,7 +55,7 @@ def histogram(similarities: Mapping[str, Floats]) -> str:
     """Draw the distribution of each strategy's similarities, as shares of its images.
 
     Args:
-        similarities: of each strategy, shape (n,); empty ones are left out.
+        similarities: similarities of each strategy, shape (n,); empty ones are left out.
 
     """
     there = {name: values for name, values in similarities.items() if len(values)}
@@ -90,10 +90,10 @@ def histogram(similarities: Mapping[str, Floats]) -> str:
 
 
 def recall_curves(shares: Mapping[str, Mapping[str, float]]) -> str:
-    """Draw recall against the number of probed lists, a curve for each number of results.
+    """Draw recall against the number of probed lists, with one curve per number of results.
 
     Args:
-        shares: recall by nprobe and then by number of results.
+        shares: recall, by nprobe and then by number of results.
 
     """
     if not shares:

@@ -1,6 +1,6 @@
-"""Rows of thumbnails on one image: what a seed set found, at a glance.
+"""Draw rows of thumbnails into one image that shows the results of a seed set.
 
-Pillow only: encoded images in, one image out.
+Needs only Pillow: encoded images in, one image out.
 """
 
 import io
@@ -28,7 +28,7 @@ _TITLE_SIZE = 19
 _SUBTITLE_SIZE = 14
 _CAPTION_SIZE = 10
 
-# A thumbnail is a few thousand pixels. A small file may claim gigapixels, so ask its header first.
+# A thumbnail has a few thousand pixels. A small file may declare gigapixels, so check its header first.
 _MAX_PIXELS = 4_000_000
 _FORMATS = ("WEBP", "PNG", "JPEG", "GIF")
 _WEBP_MAX_SIDE = 16_383
@@ -40,11 +40,11 @@ class Strip:
     """A heading and its images, best first.
 
     Attributes:
-        title: of the strip.
-        subtitle: behind it.
+        title: the title.
+        subtitle: text after the title.
         images: encoded images (WebP, PNG, JPEG or GIF); None for a missing one.
-        captions: by position; there may be fewer than images.
-        together: how many images in a row are drawn without a gap.
+        captions: captions by position; there may be fewer captions than images.
+        together: number of images in a row that are drawn without a gap.
 
     """
 
@@ -60,17 +60,17 @@ def contact_sheet(
 ) -> Image.Image:
     """Draw the strips below each other and return one RGB image.
 
-    Every image is fitted into a square. One that is missing, broken or larger than 4 megapixels becomes a
-    grey square: a sheet never fails because of an image.
+    Every image is fitted into a square. An image that is missing, broken or larger than 4 megapixels
+    becomes a grey square, so a sheet never fails because of an image.
 
     Args:
-        strips: in order.
-        columns: images in a row.
-        cell: pixels of a square's edge.
-        show_captions: whether captions are drawn.
+        strips: the strips, from top to bottom.
+        columns: number of images per row.
+        cell: edge of a square in pixels.
+        show_captions: whether to draw captions.
 
     Raises:
-        ValueError: `columns` or `cell` leave no room.
+        ValueError: `columns` or `cell` leaves no room.
 
     """
     if columns < 1 or cell <= 2 * _PADDING:
@@ -94,10 +94,10 @@ def contact_sheet(
 
 
 def encode(image: Image.Image, *, max_bytes: int) -> tuple[bytes, str]:
-    """Encode an image in at most `max_bytes`: the bytes and their MIME type.
+    """Encode an image in at most `max_bytes`, and return the bytes and their MIME type.
 
-    WebP (PNG where this Pillow has no WebP), at a lower quality first and then at a smaller size.
-    Raises ValueError where even a postage stamp is too large.
+    The format is WebP, or PNG if this Pillow lacks WebP. Quality is reduced first, then size.
+    Raises ValueError if even a tiny image is too large.
     """
     image = image.convert("RGB")
     longest = max(image.size)
@@ -110,8 +110,8 @@ def encode(image: Image.Image, *, max_bytes: int) -> tuple[bytes, str]:
                 return data, mime
         if max(image.size) <= _SMALLEST_SIDE:
             raise ValueError(f"an image does not fit into {max_bytes} bytes")
-        # Bytes go roughly with the area. Bounded, so that a poor guess neither shrinks the image
-        # to nothing nor takes many rounds.
+        # Bytes are roughly proportional to the area. The factor is bounded, so that a poor estimate
+        # neither shrinks the image to nothing nor takes many rounds.
         image = _scaled(image, min(0.9, max(0.5, (max_bytes / len(data)) ** 0.5)))
 
 
@@ -144,7 +144,7 @@ def _draw_heading(sheet: Image.Image, strip: Strip, top: int, width: int) -> Non
     draw = ImageDraw.Draw(sheet)
     baseline = top + _TITLE_SIZE
     title = _fitted(strip.title, _font(_TITLE_SIZE), width)
-    # The built-in font has one weight; a hair of stroke in the same colour reads as bold.
+    # The built-in font has one weight; a thin stroke in the same colour looks bold.
     draw.text((_MARGIN, baseline), title, _TITLE, _font(_TITLE_SIZE), anchor="ls", stroke_width=0.35)
     used = round(_font(_TITLE_SIZE).getlength(title)) + 12
     subtitle = _fitted(strip.subtitle, _font(_SUBTITLE_SIZE), width - used)
@@ -178,7 +178,7 @@ def _draw_caption(sheet: Image.Image, caption: str, corner: tuple[int, int], cel
 
 
 def _decoded(image: bytes | None, side: int) -> Image.Image | None:
-    """Return the image on white, at most `side` pixels a side; None if it cannot be decoded."""
+    """Return the image on white, at most `side` pixels wide and high; None if it cannot be decoded."""
     if not image:
         return None
     try:
@@ -187,7 +187,7 @@ def _decoded(image: bytes | None, side: int) -> Image.Image | None:
                 return None
             rgba = opened.convert("RGBA")
     except Exception:
-        # Bytes off the web: decoders fail in many ways, one bad image must not cost the sheet.
+        # Decoders fail in many ways on bytes from the web; one bad image must not fail the sheet.
         return None
     rgba.thumbnail((side, side), Image.Resampling.LANCZOS)
     flat = Image.new("RGB", rgba.size, _CARD)
@@ -209,5 +209,5 @@ def _fitted(text: str, font: ImageFont.FreeTypeFont, width: int) -> str:
 def _font(size: int) -> ImageFont.FreeTypeFont:
     font = ImageFont.load_default(size=size)
     if not isinstance(font, ImageFont.FreeTypeFont):
-        raise RuntimeError("this Pillow is built without FreeType: it cannot draw text of any size")
+        raise RuntimeError("this Pillow is built without FreeType and cannot draw text of any size")
     return font

@@ -1,4 +1,4 @@
-"""From requested to kept: the steps of a funnel, as a table and as charts."""
+"""The funnel from requested to kept images, as a table and as charts."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ STAGES = ("requested", "received", "kept", "knn", "centroid")  # all other count
 
 
 def steps(search: Mapping[str, int], united: Mapping[str, int] | None = None) -> list[Step]:
-    """Name the steps in order, with the number of images each left or lost.
+    """Return the steps in order, with the number of images that remain or are lost.
 
     Args:
-        search: counts by name: `requested`, `received`, `kept`; all others are losses between them.
-        united: those of combining, where all but `kept` and the sets themselves are losses.
+        search: counts by name; all except `requested`, `received` and `kept` are losses between them.
+        united: counts of combining by name; all except `kept` and the two sets are losses.
 
     """
     found = [Step("requested", search["requested"])]
@@ -55,7 +55,7 @@ def summed(searches: Iterable[Mapping[str, int]]) -> dict[str, int]:
 def funnel_table(
     searches: Mapping[str, Mapping[str, int]], united: Mapping[str, int] | None = None
 ) -> dg.TableMetadataValue:
-    """Show the steps from requested to kept, a column for each search and one for both together."""
+    """Show the steps from requested to kept, with a column for each search and one for both together."""
     whole = steps(summed(searches.values()), united)
     columns = {title: {step.name: step.images for step in steps(of)} for title, of in searches.items()}
     records = []

@@ -1,6 +1,6 @@
 """Markdown and tables for the UI.
 
-URLs and captions come from the open web: they are shown as text, never as markup, and nothing is fetched.
+URLs and captions come from the open web. They are shown as text, never as markup, and nothing is fetched.
 """
 
 from __future__ import annotations
@@ -19,11 +19,11 @@ from laion_assets.search.retrieval import Removed
 
 LINKS = 20
 SHOWN_TEXT = 120  # characters of a caption or URL
-MAX_ADDRESS = 2000  # characters of a URL that is a link: the event log holds it for ever
+MAX_ADDRESS = 2000  # characters of a URL shown as a link: the event log keeps it forever
 
 
 def table(records: Sequence[Mapping[str, Any]]) -> dg.TableMetadataValue:
-    """Return rows that the UI shows in place, as text."""
+    """Return rows as a table of text that the UI shows inline."""
     names = list(records[0]) if records else []
     return dg.MetadataValue.table(
         [dg.TableRecord(dict(record)) for record in records],
@@ -32,7 +32,7 @@ def table(records: Sequence[Mapping[str, Any]]) -> dg.TableMetadataValue:
 
 
 def embedded(name: str, data: bytes, mime: str) -> str:
-    """Return an image as Markdown that carries its own bytes."""
+    """Return an image as Markdown with its bytes embedded."""
     return f"![{name}](data:{mime};base64,{base64.b64encode(data).decode('ascii')})"
 
 
@@ -42,8 +42,8 @@ def links(
     """List the first rows as links, and removed near-duplicates with their representatives.
 
     Args:
-        table: with url and caption.
-        removed: examples of near-duplicates.
+        table: table with url and caption.
+        removed: examples of removed near-duplicates.
         remote_pictures: whether the browser loads the images from their hosts.
 
     """
@@ -58,7 +58,7 @@ def links(
             removed.cosine.tolist(),
             strict=True,
         )
-        lines += ["", "Near-duplicates that were removed, and what is kept:", ""]
+        lines += ["", "Removed near-duplicates, and the images kept instead:", ""]
         lines += [
             f"- {link(**gone)} is like {link(**kept)} (cosine {cosine:.3f})"
             for gone, kept, cosine in pairs
@@ -67,7 +67,7 @@ def links(
 
 
 def link(url: str | None, caption: str | None, *, picture: bool = False) -> str:
-    """Return a row as Markdown on one line: a link where it is one, and its caption as plain text."""
+    """Return a row as one line of Markdown: its URL, as a link if possible, and its plain caption."""
     text = plain(url or "")
     address = quote(url or "", safe=":/?&=%#+,;@~!$")
     if is_web(url) and len(address) <= MAX_ADDRESS:
@@ -76,10 +76,10 @@ def link(url: str | None, caption: str | None, *, picture: bool = False) -> str:
 
 
 def plain(text: str) -> str:
-    """Return any text as Markdown that shows it as it is, on one line: as code.
+    """Return any text as one line of Markdown code, which shows it unchanged.
 
-    Nothing within code is markup, not even a bare address, which escapes would not keep from becoming a
-    link. It ends at as many backticks as it began with, so it begins with more than there are inside.
+    Nothing within code is markup. Escapes would not prevent a bare address from becoming a link. The code
+    is enclosed in more backticks than the text contains in a row.
     """
     line = " ".join("".join(c if c.isprintable() else " " for c in text).split())
     line = line[:SHOWN_TEXT] + ("…" if len(line) > SHOWN_TEXT else "")

@@ -1,4 +1,4 @@
-"""Thumbnails of rows whose index has none, from the hosts of the images."""
+"""Make thumbnails from the images' hosts if the index has none."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ UNSAFE = NotFetched("is marked as unsafe by the index")
 
 
 def remote_thumbnails(rows: pa.Table, bounds: Bounds = BOUNDS) -> list[bytes | NotFetched]:
-    """Fetch the images of rows and make thumbnails of them; call it only where a person has allowed that.
+    """Fetch the images of rows and make thumbnails of them; only call this if the user has allowed it.
 
     Args:
-        rows: n rows of `url`, and of the index's safety columns; those marked as unsafe are left out.
-        bounds: what fetching them may take.
+        rows: n rows of `url` and the index's safety columns; rows marked as unsafe are left out.
+        bounds: limits on fetching.
 
     Returns:
-        WebP for each row, or why there is none.
+        A WebP image for each row, or the reason why there is none.
 
     """
     unsafe = marked_unsafe(rows)
@@ -35,7 +35,7 @@ def remote_thumbnails(rows: pa.Table, bounds: Bounds = BOUNDS) -> list[bytes | N
 
 
 def reasons(found: Sequence[bytes | NotFetched]) -> str:
-    """Count the reasons for which images were not fetched, the most frequent first; empty without any."""
+    """Count the reasons why images were not fetched, the most frequent first; empty without any."""
     counted = Counter(image.reason for image in found if isinstance(image, NotFetched))
     return "; ".join(f"{count} {reason}" for reason, count in counted.most_common())
 

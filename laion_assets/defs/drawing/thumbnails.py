@@ -1,4 +1,4 @@
-"""Contact sheets of the thumbnails that travel with tables."""
+"""Draw contact sheets from the thumbnails in tables."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ from laion_assets.io.tables import OUTPUT, StoredTable
 from laion_assets.search.retrieval import THUMBNAILS, Removed
 
 COLUMNS = 12
-SHEET_WIDTH = 960  # the UI shows it in a dialog that cuts off what is wider
-SHEET_BYTES = 160_000  # it is stored in the event log, once for every materialization
+SHEET_WIDTH = 960  # the UI's dialog cuts off wider images
+SHEET_BYTES = 160_000  # the event log stores it for every materialization
 
 
 def strip(table: StoredTable, title: str, subtitle: str) -> Strip | None:
@@ -39,7 +39,7 @@ def strip(table: StoredTable, title: str, subtitle: str) -> Strip | None:
 def strip_of_combined(
     table: StoredTable, sources: Sequence[StoredTable], title: str, subtitle: str
 ) -> Strip | None:
-    """Return the thumbnails of a combined table's first rows, taken from the tables it was made of."""
+    """Return the thumbnails of a combined table's first rows, taken from its source tables."""
     thumbnails: Mapping[int, bytes] = {
         id_: thumbnail
         for source in sources
@@ -59,14 +59,14 @@ def _pairs(rows: pa.Table) -> Sequence[tuple[int, bytes]]:
 
 
 def strip_of_removed(removed: Removed | None) -> Strip | None:
-    """Return near-duplicates that were removed, each beside its representative; None without any."""
+    """Return removed near-duplicates, each beside its representative; None without any."""
     if removed is None or THUMBNAIL_COLUMN not in removed.removed.column_names or not len(removed.cosine):
         return None
     kept, gone = (
         rows[THUMBNAIL_COLUMN].to_pylist() for rows in (removed.representatives, removed.removed)
     )
     images = [image for pair in zip(kept, gone, strict=True) for image in pair][: 2 * COLUMNS]
-    title, subtitle = "near-duplicates that were removed", "each to the right of the image that is kept"
+    title, subtitle = "removed near-duplicates", "each to the right of the image that is kept"
     return Strip(title, subtitle, images, [], together=2)
 
 
@@ -87,7 +87,7 @@ def draw(strips: Sequence[Strip | None]) -> Image.Image | None:
 
 
 def as_markdown(image: Image.Image) -> dg.MarkdownMetadataValue:
-    """Embed an image, small enough for the event log and for the dialog that shows it."""
+    """Embed an image that is small enough for the event log and for the UI's dialog."""
     shown = image.copy()
     shown.thumbnail((SHEET_WIDTH, image.height))
     return dg.MetadataValue.md(embedded("contact sheet", *encode(shown, max_bytes=SHEET_BYTES)))

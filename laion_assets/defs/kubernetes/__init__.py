@@ -1,1 +1,1 @@
-"""Where steps run on a cluster: `placement` says what pods ask for, `step_pods` starts them."""
+"""Where steps run on a cluster: `placement` defines what pods request, `step_pods` starts them."""

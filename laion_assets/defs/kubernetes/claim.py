@@ -1,9 +1,9 @@
-"""The claim on the local volume that holds the index: what is wrong with it, and how it is renewed.
+"""Diagnose and renew the claim on the local volume that holds the index.
 
-A local volume dies with its node, but the claim stays bound to it, and every pod that mounts the claim
-waits for a node that will not come back. `python -m laion_assets.defs.kubernetes.claim <manifest>`
-deletes such a claim and recreates it from its manifest: it then binds to a volume on an existing node,
-and waiting pods go on.
+A local volume is lost with its node, but the claim stays bound to it, and every pod that mounts the claim
+waits for a node that will not return. `python -m laion_assets.defs.kubernetes.claim <manifest>` deletes
+such a claim and recreates it from its manifest. The claim then binds to a volume on an existing node, and
+the waiting pods start.
 """
 
 from __future__ import annotations
@@ -24,12 +24,12 @@ NOT_FOUND = 404
 
 
 def what_is_wrong(core: CoreV1Api, namespace: str, name: str) -> str | None:
-    """Return why no pod can mount a claim; None when it is usable, or not bound yet.
+    """Return why no pod can mount a claim; None if it is usable or not bound yet.
 
     Args:
         core: client of the cluster.
-        namespace: of the claim.
-        name: of the claim.
+        namespace: namespace of the claim.
+        name: name of the claim.
 
     """
     claim = _found(lambda: core.read_namespaced_persistent_volume_claim(name, namespace))
@@ -50,8 +50,8 @@ def renew(
 ) -> str:
     """Recreate a claim if no pod can mount it, and return what was done.
 
-    What the old volume held is lost already: its node is gone. Pods that wait for the claim need not be
-    started again, they take the new one.
+    The data on the old volume is already lost with its node. Pods that wait for the claim need not be
+    restarted; they mount the new one.
     """
     name = manifest["metadata"]["name"]
     wrong = what_is_wrong(core, namespace, name)
@@ -74,7 +74,7 @@ def renew(
 
 
 def main() -> None:
-    """Renew the claim of a manifest, from inside the cluster or as kubectl is set up."""
+    """Renew the claim of a manifest, with in-cluster credentials or kubectl's configuration."""
     parser = argparse.ArgumentParser(description="Renew a claim whose node is gone.")
     parser.add_argument("manifest", type=Path, help="the claim's manifest, k8s/claim.yaml")
     manifest = yaml.safe_load(parser.parse_args().manifest.read_text())
@@ -83,7 +83,7 @@ def main() -> None:
 
 
 def _hosts(volume: Any) -> set[str]:
-    """The hosts a local volume can be on, as its node affinity names them."""
+    """Return the hosts of a local volume, from its node affinity."""
     required = volume.spec.node_affinity and volume.spec.node_affinity.required
     return {
         host
@@ -99,20 +99,20 @@ def _is_there(core: CoreV1Api, host: str) -> bool:
 
 
 def _delete(delete: Callable[[], Any], read: Callable[[], Any], poll_seconds: float) -> None:
-    """Delete an object and wait until it is gone: finalizers hold it while a pod still uses it."""
+    """Delete an object and wait until it is gone: finalizers keep it while a pod still uses it."""
     _found(delete)
     deadline = time.monotonic() + GONE_SECONDS
     while (there := _found(read)) is not None:
         if time.monotonic() > deadline:
             raise TimeoutError(
-                f"{there.metadata.name} is still there after {GONE_SECONDS} s: delete the pods that use "
+                f"{there.metadata.name} still exists after {GONE_SECONDS} s: delete the pods that use "
                 "it (kubectl get pods -o wide), then renew again"
             )
         time.sleep(poll_seconds)
 
 
 def _found(call: Callable[[], Any]) -> Any:
-    """The answer of the cluster, or None if there is no such object."""
+    """Return the cluster's answer, or None if the object does not exist."""
     try:
         return call()
     except ApiException as error:

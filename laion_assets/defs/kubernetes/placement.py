@@ -1,10 +1,10 @@
-"""Where assets run on a cluster: what their pods ask for, and which steps are retried.
+"""Where assets run on a cluster: what their pods request, and which steps are retried.
 
-`staged_laion_index`, `knn_urls` and `centroid_urls` run on the NVMe node; the others on any node, and
-`seed_embeddings` on one with a GPU if LAION_EMBED_DEVICE is cuda. The assets choose with
-`Placement.with_index`, `any_node` and `embedding`.
+`staged_laion_index`, `knn_urls` and `centroid_urls` run on the NVMe node. The others run on any node, but
+`seed_embeddings` on a GPU node if LAION_EMBED_DEVICE is cuda. Each asset chooses with
+`Placement.with_index`, `any_node` or `embedding`.
 
-Only the executor of `step_pods` reads the op tags; elsewhere they do nothing.
+Only the executor of `step_pods` reads the op tags; other executors ignore them.
 
 Dagster's concept: https://docs.dagster.io/deployment/oss/deployment-options/kubernetes
 """
@@ -24,25 +24,25 @@ VOLUME = "laion-index"
 GPU = "nvidia.com/gpu"  # resource, and key of the taint
 ASSET_LABEL = "laion-assets/asset"
 CLAIM_LABEL = "laion-assets/claim"
-RUNS_ON_TAG = "laion_assets/runs_on"  # for people to search for in the UI; op tags decide
+RUNS_ON_TAG = "laion_assets/runs_on"  # only for searching in the UI; op tags decide
 BUILDING_RESOURCES = {"requests": {"cpu": "6", "memory": "16Gi"}, "limits": {"memory": "32Gi"}}
 ANY_NODE_RESOURCES = {"requests": {"cpu": "1", "memory": "4Gi"}, "limits": {"memory": "16Gi"}}
 
 
 @dataclass(frozen=True)
 class NvmeNode:
-    """What a step that reads the index asks for. The defaults are GKE's, and those of `k8s/`.
+    """The resources that a step requests to read the index. The defaults suit GKE and `k8s/`.
 
     Attributes:
-        label: `key=value` that nodes with local NVMe carry.
-        taint: key of the taint that keeps other pods off them.
+        label: label `key=value` of nodes with local NVMe.
+        taint: key of the taint that keeps other pods off these nodes.
         claim: the PersistentVolumeClaim on the local volume.
-        mount: where it is mounted; the pod's LAION_CACHE_DIR.
-        cpu: cores requested; a staging and a searching step fit a node of 16.
-        memory: requested.
-        memory_limit: above this the step is OOM-killed; cached pages of the index do not count.
-        group: of the user in the image, who may write to the volume.
-        pending_seconds: how long a pod may wait for a node before its step fails.
+        mount: mount path of the volume; the pod's LAION_CACHE_DIR.
+        cpu: cores requested; a staging step and a searching step fit on a node with 16.
+        memory: memory requested.
+        memory_limit: memory above which the step is OOM-killed; cached pages of the index do not count.
+        group: group of the image's user, which may write to the volume.
+        pending_seconds: seconds that a pod may wait for a node before its step fails.
 
     """
 
@@ -57,10 +57,10 @@ class NvmeNode:
     pending_seconds: str = "1800"
 
     def __post_init__(self) -> None:
-        """Check the form of values that would fail much later.
+        """Check values that would otherwise fail much later.
 
         Raises:
-            InputError: names the variable and what is allowed.
+            InputError: a value is malformed; the message names the variable and what is allowed.
 
         """
         if self.label.count("=") != 1:
@@ -73,23 +73,23 @@ class NvmeNode:
 
     @classmethod
     def from_environment(cls, environment: Mapping[str, str]) -> NvmeNode:
-        """Take LAION_NVME_LABEL and so on from the environment, defaults for the rest."""
+        """Read LAION_NVME_LABEL and the other variables from the environment, or take the defaults."""
         return cls(**{n: environment[v] for n, v in cls.variables().items() if environment.get(v)})
 
     @classmethod
     def variables(cls) -> Mapping[str, str]:
-        """Return the environment variable of each field, by its name."""
+        """Return the environment variable of each field, by field name."""
         return {field.name: f"{NODE_PREFIX}{field.name.upper()}" for field in fields(cls)}
 
 
 @dataclass(frozen=True)
 class Pod:
-    """What an asset's definition says about its pod.
+    """The pod settings in an asset's definition.
 
     Attributes:
-        tags: of the asset, for people.
-        op_tags: for the executor.
-        retry_policy: of the step.
+        tags: tags of the asset, for the UI.
+        op_tags: tags of the op, for the executor.
+        retry_policy: retry policy of the step.
 
     """
 
@@ -103,10 +103,10 @@ class Placement:
     """Where assets run, in one environment.
 
     Attributes:
-        node: what steps that read the index ask for.
-        staging: `LAION_STAGING`; empty where it is not set.
-        embed_device: `LAION_EMBED_DEVICE`; empty where it is not set.
-        retry_policy: of every step; None outside a cluster.
+        node: resources requested by steps that read the index.
+        staging: `LAION_STAGING`; empty if unset.
+        embed_device: `LAION_EMBED_DEVICE`; empty if unset.
+        retry_policy: retry policy of every step; None outside a cluster.
 
     """
 
@@ -130,22 +130,22 @@ class Placement:
         return self._pod("any_node", on_any_node(asset))
 
     def building(self, asset: str) -> Pod:
-        """Return the pod of an asset that builds the index: many cores, on any node."""
+        """Return the pod of an asset that builds the index, with many cores on any node."""
         return self._pod("any_node", on_any_node(asset, BUILDING_RESOURCES))
 
     def embedding(self, asset: str) -> Pod:
-        """Return the pod of an asset that embeds images: with a GPU if LAION_EMBED_DEVICE is cuda."""
+        """Return the pod of an asset that embeds images, with a GPU if LAION_EMBED_DEVICE is cuda."""
         gpu = self.embed_device == "cuda"
         return self._pod("gpu_node" if gpu else "any_node", on_any_node(asset, gpu=gpu))
 
     def with_index(self, asset: str) -> Pod:
         """Return the pod of an asset that reads the index.
 
-        A full copy lies on a node with local NVMe. What sparse staging keeps is small: any node does.
+        A full copy needs a node with local NVMe. A sparse copy is small, so any node suffices.
         """
         if self.staging == "sparse":
             return self._pod("node_with_claim", on_node_with_claim(asset, self.node))
-        # A bucket would be staged sparse by default, which NVMe nodes are not for.
+        # The default would stage a bucket sparse, but NVMe nodes are meant for full copies.
         unless_set = {} if self.staging else {"LAION_STAGING": "full"}
         return self._pod("nvme_node", on_nvme_node(asset, self.node, unless_set))
 
@@ -156,7 +156,7 @@ class Placement:
 def on_any_node(
     asset: str, resources: Mapping[str, Any] = ANY_NODE_RESOURCES, *, gpu: bool = False
 ) -> dict[str, Any]:
-    """Return op tags of an asset that needs no index: enough to read, combine and write tables."""
+    """Return op tags of an asset that needs no index, with resources to combine and write tables."""
     requests, limits = resources["requests"], resources["limits"]
     tolerations = [{"key": GPU, "operator": "Exists", "effect": "NoSchedule"}] if gpu else []
     return {
@@ -190,10 +190,10 @@ def on_nvme_node(
 
 
 def on_node_with_claim(asset: str, node: NvmeNode) -> dict[str, Any]:
-    """Return op tags of an asset that reads an index that is staged sparse.
+    """Return op tags of an asset that reads a sparsely staged index.
 
-    A disk that outlives its node follows the pods, but to one node at a time (ReadWriteOnce): the pods
-    are kept together.
+    A disk that outlives its node follows the pods, but to only one node at a time (ReadWriteOnce), so the
+    pods are kept together.
     """
     together = {
         "label_selector": {"match_labels": {CLAIM_LABEL: node.claim}},
@@ -226,7 +226,7 @@ def _with_claim(
                 "security_context": {
                     "run_as_non_root": True,
                     "fs_group": int(node.group),
-                    # Checking the volume's root suffices: no walk over 2.5 TB at every start.
+                    # Check only the volume's root, instead of walking 2.5 TB at every start.
                     "fs_group_change_policy": "OnRootMismatch",
                 },
                 "volumes": [{"name": VOLUME, "persistent_volume_claim": {"claim_name": node.claim}}],
@@ -240,14 +240,14 @@ def _with_claim(
 
 
 def is_cluster(environment: Mapping[str, str]) -> bool:
-    """Return whether this process runs in a pod, where Kubernetes sets this variable."""
+    """Return whether this process runs in a pod, from a variable that Kubernetes sets there."""
     return "KUBERNETES_SERVICE_HOST" in environment
 
 
 def retry_policy(environment: Mapping[str, str]) -> dg.RetryPolicy | None:
-    """Return retries for steps whose pod was evicted or killed; `as_failures` excludes our own errors.
+    """Return a policy that retries steps whose pod was evicted or killed; `as_failures` excludes errors.
 
-    Only on a cluster: on one machine an interrupt is somebody's Ctrl-C, and Dagster would start over.
+    It applies only on a cluster: on one machine an interrupt is Ctrl-C, and Dagster would start again.
     """
     if not is_cluster(environment):
         return None

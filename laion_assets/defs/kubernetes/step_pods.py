@@ -1,7 +1,7 @@
-"""A pod for each step: Dagster's executor, with a limit for pods that never start.
+"""Run each step in a pod with Dagster's executor, and fail steps whose pod never starts.
 
-Dagster waits for a Pending pod for ever and does not say why. Here its step fails after a while and gives
-the reason, above all that the claim's node is gone.
+Dagster waits forever for a Pending pod and reports no reason. Here the step fails after a timeout and
+reports the reason, in particular if the claim's node is gone.
 
 Dagster's concept: https://docs.dagster.io/deployment/oss/deployment-options/kubernetes
 """
@@ -34,13 +34,13 @@ RENEW = "kubectl create job renew-$(date +%s) -n laion --from=cronjob/renew-laio
 
 
 def step_pods(node: NvmeNode) -> dg.ExecutorDefinition:
-    """Return Dagster's `k8s_job_executor`, whose steps do not wait for ever."""
+    """Return Dagster's `k8s_job_executor` with a timeout for Pending pods."""
 
     def create(context: dg.InitExecutorContext) -> dg.Executor:
         make = k8s_job_executor.executor_creation_fn
         made = make(context) if make else None
         if not isinstance(made, StepDelegatingExecutor):
-            raise TypeError(f"k8s_job_executor made {made!r}: dagster-k8s has changed")
+            raise TypeError(f"k8s_job_executor returned {made!r}: dagster-k8s has changed")
         made._step_handler = PendingTimeoutStepHandler(made._step_handler, CoreV1Api(), node)
         return made
 
@@ -64,11 +64,11 @@ class PendingTimeoutStepHandler(StepHandler):
         return self._handler.name
 
     def launch_step(self, step_handler_context: StepHandlerContext) -> Iterator[DagsterEvent]:
-        """Launch a step as Dagster does."""
+        """Launch a step with Dagster's handler."""
         return self._handler.launch_step(step_handler_context)
 
     def terminate_step(self, step_handler_context: StepHandlerContext) -> Iterator[DagsterEvent]:
-        """Terminate a step as Dagster does."""
+        """Terminate a step with Dagster's handler."""
         return self._handler.terminate_step(step_handler_context)
 
     def check_step_health(self, step_handler_context: StepHandlerContext) -> CheckStepHealthResult:
@@ -78,7 +78,7 @@ class PendingTimeoutStepHandler(StepHandler):
             self._fail_step(step_handler_context, pod)
             return (
                 CheckStepHealthResult.healthy()
-            )  # the failure is reported already: no second one, no retry
+            )  # the failure is already reported; a second report would retry the step
         health = self._handler.check_step_health(step_handler_context)
         if health.is_healthy or pod is None:
             return health
@@ -97,7 +97,7 @@ class PendingTimeoutStepHandler(StepHandler):
         return bool(pod.status.phase == "Pending" and age > int(self._node.pending_seconds))
 
     def _fail_step(self, context: StepHandlerContext, pod: Any) -> None:
-        """Delete the pod, which could start beside a later attempt, and fail the step for good."""
+        """Fail the step without retries, and delete its pod, which could still start later."""
         (step,) = context.execute_step_args.step_keys_to_execute or ()
         sentence = why_it_cannot_start(self._core, self._node, step, pod)
         list(self.terminate_step(context))
@@ -111,13 +111,13 @@ class PendingTimeoutStepHandler(StepHandler):
 
 
 def why_it_cannot_start(core: CoreV1Api, node: NvmeNode, step: str, pod: Any) -> str:
-    """Return a sentence on why the pod of a step is still Pending, and what to do."""
+    """Return a sentence with the reason why a step's pod is still Pending, and the remedy."""
     wrong = _wrong_with_the_claim(core, node, pod)
     if wrong:
         remedy = f"Renew the claim (`{RENEW}`), then re-execute from failure"
         return f"{step} cannot start: {wrong}. {remedy}"
     waited = f"its pod was Pending for {node.pending_seconds} s, {_reason(pod)}"
-    remedy = "Give it a node that fits, or more time with LAION_NVME_PENDING_SECONDS"
+    remedy = "Add a node that fits, or allow more time with LAION_NVME_PENDING_SECONDS"
     return f"{step} cannot start: {waited}. {remedy}"
 
 
@@ -133,15 +133,15 @@ def _wrong_with_the_claim(core: CoreV1Api, node: NvmeNode, pod: Any) -> str | No
 
 
 def _reason(pod: Any) -> str:
-    """Return what a Pending pod waits for: its container if it has a node, else the scheduler."""
+    """Return what a Pending pod waits for: its container if it has a node, otherwise the scheduler."""
     waiting = [status.state.waiting for status in pod.status.container_statuses or ()]
     reasons = [f"{state.reason} {state.message or ''}".strip() for state in waiting if state]
     reasons += [c.message for c in pod.status.conditions or () if c.status == "False" and c.message]
-    return reasons[0].rstrip(".") if reasons else "for no reason that Kubernetes gives"
+    return reasons[0].rstrip(".") if reasons else "without a reason from Kubernetes"
 
 
 def _how_it_ended(pod: Any) -> str:
-    """Return how the pod's container ended, such as OOMKilled, where Kubernetes knows."""
+    """Return how the pod's container ended, such as OOMKilled; empty if Kubernetes does not know."""
     ended = [status.state.terminated for status in pod.status.container_statuses or ()]
     reasons = [f"{state.reason}, exit code {state.exit_code}" for state in ended if state]
     reasons += [pod.status.reason] if pod.status.reason else []
