@@ -1,1 +1,1 @@
-"""A few seed images in, a large clean set of similar images from LAION out."""
+"""Turn a few seed images into a large, clean set of similar images from LAION."""

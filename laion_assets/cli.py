@@ -1,4 +1,4 @@
-"""`laion-assets`: the same graph on the same Dagster instance, without a server."""
+"""The `laion-assets` command runs the same graph on the same Dagster instance, without a server."""
 
 from __future__ import annotations
 
@@ -43,20 +43,20 @@ from laion_assets.io.text import printable
 from laion_assets.seeds import Model, count_seeds, stage_model
 
 DEMO_SET = "fruit"
-EXAMPLES = 8  # rows that `index-images` shows
-IMAGES_SHOWN = 10  # of those that it leaves out
+EXAMPLES = 8  # rows shown by `index-images`
+IMAGES_SHOWN = 10  # skipped images listed by `index-images`
 HOST, PORT, MAX_PORT = "127.0.0.1", 3000, 65_535
 INSTANCE_FILE = "dagster.yaml"
 METAVARS: Mapping[type, str] = {int: "N", float: "X", str: "CONDITIONS"}
 DEFAULT_FOLDERS = {"LAION_INDEX_URI": DATA / "index", "LAION_SEEDS_URI": DATA / "seeds"}
 CONSOLE: Mapping[str, Any] = {"loggers": {"console": {"config": {}}}}
-INDEX_VARIABLES = ("LAION_INDEX_URI", "LAION_EMBEDDINGS_URI")  # with either there is no demo
+INDEX_VARIABLES = ("LAION_INDEX_URI", "LAION_EMBEDDINGS_URI")  # setting either disables the demo
 DATA_VARIABLES = ("LAION_INDEX_URI", "LAION_METADATA_URI", "LAION_SEEDS_URI", "LAION_EMBEDDINGS_URI")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run a command; return the exit status."""
-    # These warnings are for authors of definitions, not for the people who run them.
+    """Run a command and return the exit status."""
+    # These warnings are for authors of definitions, not for users.
     warnings.filterwarnings("ignore", module="dagster")
     load_dotenv(Path(".env"))
     parsed = _parser().parse_args(arguments)
@@ -67,22 +67,24 @@ def main(arguments: Sequence[str] | None = None) -> int:
             _print_error(sentence(error), os.environ)
             return 1
         except KeyboardInterrupt:
-            print("interrupted: run it again, what is done is kept", file=sys.stderr)
+            print(
+                "interrupted: finished work is kept, run the command again to continue", file=sys.stderr
+            )
             return 128 + received()
 
 
 @contextmanager
 def _interruptible() -> Iterator[Callable[[], int]]:
-    """Raise KeyboardInterrupt for SIGTERM too; yield what returns the first signal received.
+    """Raise KeyboardInterrupt for SIGTERM too; yield a function that returns the first signal received.
 
-    Dagster replaces both handlers with one that does not keep the signal's number.
+    Dagster replaces both handlers with one that does not record the signal number.
     """
     received, notify = socket.socketpair()
 
     def first() -> int:
         with suppress(BlockingIOError):
             return received.recv(1)[0]
-        return signal.SIGINT  # raised by hand
+        return signal.SIGINT  # raised without a signal
 
     with received, notify:
         for end in (received, notify):
@@ -99,13 +101,13 @@ def _interruptible() -> Iterator[Callable[[], int]]:
 
 
 def _print_error(message: str, environment: Mapping[str, str]) -> None:
-    """Print an error, line by line without anything that a terminal would act on."""
+    """Print an error, without anything that a terminal would interpret."""
     lines = "\n".join(map(printable, message.splitlines()))
     print(f"error: {lines}{_remedy(message, environment)}", file=sys.stderr)
 
 
 def _remedy(message: str, environment: Mapping[str, str]) -> str:
-    """Return what to add to an error that is about a folder which does not exist and can be made."""
+    """Return a command to add to an error about a missing folder, if the command can create it."""
     if environment.get("LAION_EMBEDDINGS_URI"):
         is_missing = "there is no folder" in message and message.endswith("(LAION_INDEX_URI)")
         return "; or run `laion-assets build` to build it" if is_missing else ""
@@ -119,8 +121,8 @@ def _remedy(message: str, environment: Mapping[str, str]) -> str:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="laion-assets",
-        description="Turn seed images into a clean table of similar images from LAION: the assets of the "
-        "Dagster UI, without a server.",
+        description="Turn seed images into a clean table of similar images from LAION. Runs the assets "
+        "of the Dagster UI without a server.",
     )
     parser.add_argument("--version", action="version", version=f"%(prog)s {version('laion_assets')}")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
@@ -137,19 +139,23 @@ def _parser() -> argparse.ArgumentParser:
     materialize.set_defaults(command=_materialize)
 
     planned = commands.add_parser(
-        "plan", help="print how many images to request, as YAML, and what that takes"
+        "plan", help="print how many images to request, as YAML, with the expected time and disk space"
     )
-    planned.add_argument("--target", type=int, metavar="N", required=True, help="images wanted in all")
+    planned.add_argument("--target", type=int, metavar="N", required=True, help="images wanted in total")
     which = planned.add_mutually_exclusive_group(required=True)
     which.add_argument("--seeds", type=int, metavar="N", help="number of seeds")
-    which.add_argument("--seed-set", metavar="SEED_SET", help="count its seeds, and use its past runs")
+    which.add_argument(
+        "--seed-set", metavar="SEED_SET", help="count the seeds of this set and use its past runs"
+    )
     planned.set_defaults(command=_plan)
 
     looked = commands.add_parser(
-        "look", help="show the best rows around an image, a folder, a seed set, or a prompt, in seconds"
+        "look", help="show the best rows around an image, a folder, a seed set or a prompt, in seconds"
     )
-    looked.add_argument("what", metavar='IMAGE|FOLDER|SEED_SET|"a prompt"', help="what to look for")
-    looked.add_argument("--top", type=int, metavar="N", default=TOP, help=f"rows (default {TOP})")
+    looked.add_argument("what", metavar='IMAGE|FOLDER|SEED_SET|"a prompt"', help="the query")
+    looked.add_argument(
+        "--top", type=int, metavar="N", default=TOP, help=f"number of rows (default {TOP})"
+    )
     looked.add_argument(
         "--output", metavar="PNG", help=f"file of the contact sheet (default {SHEETS}/<name>.png)"
     )
@@ -161,23 +167,31 @@ def _parser() -> argparse.ArgumentParser:
     built.set_defaults(command=_build)
 
     costs = commands.add_parser(
-        "plan-build", help="print what a build takes: shards, core-hours, bytes; measured here"
+        "plan-build", help="estimate a build: shards, core-hours, bytes; measures this machine"
     )
-    costs.add_argument("--rows", type=int, metavar="N", help="instead of those at LAION_EMBEDDINGS_URI")
     costs.add_argument(
-        "--dimension", type=int, metavar="N", default=768, help="with --rows (default 768)"
+        "--rows", type=int, metavar="N", help="number of rows, instead of LAION_EMBEDDINGS_URI"
     )
-    costs.add_argument("--core-price", type=float, metavar="X", help="of a core for an hour")
+    costs.add_argument(
+        "--dimension",
+        type=int,
+        metavar="N",
+        default=768,
+        help="dimension of the vectors, with --rows (default 768)",
+    )
+    costs.add_argument("--core-price", type=float, metavar="X", help="price of a core-hour")
     costs.set_defaults(command=_plan_build)
 
     own = commands.add_parser(
-        "index-images", help="embed a folder of images, build an index of them, and look into it"
+        "index-images", help="embed a folder of images, build an index of them, and run a first search"
     )
     own.add_argument(
-        "folder", metavar="FOLDER", help="images, in subfolders too; a path or any fsspec URL"
+        "folder", metavar="FOLDER", help="images, including subfolders; a path or any fsspec URL"
     )
     own.add_argument(
-        "--into", metavar="DIR", help=f"where to (default {DATA}/indices/<name of the folder>)"
+        "--into",
+        metavar="DIR",
+        help=f"folder for the index (default {DATA}/indices/<name of the folder>)",
     )
     own.set_defaults(command=_index_images)
 
@@ -185,7 +199,7 @@ def _parser() -> argparse.ArgumentParser:
     demo.add_argument("--data-only", action="store_true", help="only build the index and seeds")
     demo.set_defaults(command=_demo)
 
-    dev = commands.add_parser("dev", help="start the Dagster UI on this folder's data and history")
+    dev = commands.add_parser("dev", help="start the Dagster UI with this folder's data and history")
     dev.add_argument("--port", type=int, metavar="N", default=PORT, help=f"default {PORT}")
     dev.set_defaults(command=_dev)
     return parser
@@ -227,11 +241,11 @@ def _look(parsed: argparse.Namespace, environment: Mapping[str, str]) -> int:
 
 
 def _build(_: argparse.Namespace, environment: Mapping[str, str]) -> int:
-    """Run the steps of a build that are not done, each as a run of its own; a shard holds up no other."""
+    """Run the missing steps of a build, each as a separate run; a failed shard does not stop others."""
     builder = IndexBuilder.at(Places.from_environment(environment))
     jobs = build_defs(environment, {"console": console})
     with builder.open(print) as build:
-        build.listing()  # wrong places fail here, before a run
+        build.listing()  # a wrong location fails here, before a run
         with _kept_instance(environment) as (kept, tags):
 
             def run(job: str, shard: str | None = None) -> bool:
@@ -280,7 +294,7 @@ def _plan_build(parsed: argparse.Namespace, environment: Mapping[str, str]) -> i
 
 
 def _index_images(parsed: argparse.Namespace, environment: Mapping[str, str]) -> int:
-    """Embed, build and look; again with more images, only those are embedded and encoded."""
+    """Embed, build and look; a later call with more images only embeds and encodes the new ones."""
     places = Places.from_environment(environment)
     folder = parsed.folder.rstrip("/")
     into = Path(parsed.into or DATA / "indices" / (folder.rpartition("/")[2] or "images")).absolute()
@@ -303,13 +317,13 @@ def _index_images(parsed: argparse.Namespace, environment: Mapping[str, str]) ->
     print(f"{built.stored:,} of {built.rows:,} rows in {built.index_key}, at {request.index_uri}")
     variables = {"LAION_INDEX_URI": request.index_uri, "LAION_MODEL": model_uri}
     if found.example and on_this_machine(folder):
-        print(f"what is most like {found.example}:\n")
+        print(f"images most like {found.example}:\n")
         in_place = {"LAION_STAGING": "in-place", "LAION_CACHE_DIR": str(into / "cache")}
         _look(
             argparse.Namespace(what=found.example, top=EXAMPLES, output=None),
             {**environment, **variables, **in_place},
         )
-    print("\nnow `laion-assets look IMAGE`, and all other commands, with these variables:\n")
+    print("\nto use it with `laion-assets look IMAGE` and all other commands, set these variables:\n")
     print("\n".join(f"export {name}={shlex.quote(value)}" for name, value in variables.items()))
     return 0
 
@@ -319,7 +333,7 @@ def _to_stderr(line: str) -> None:
 
 
 def _print_any(line: str) -> None:
-    """Print a line with what the terminal's encoding lacks replaced."""
+    """Print a line, replacing characters that the terminal's encoding lacks."""
     encoding = sys.stdout.encoding or "utf-8"
     print(printable(line).encode(encoding, "replace").decode(encoding))
 
@@ -332,7 +346,7 @@ def _demo(parsed: argparse.Namespace, environment: Mapping[str, str]) -> int:
             return 0
     if set_elsewhere and not parsed.data_only:
         raise InputError(
-            f"{', '.join(set_elsewhere)} is set, so this would not be the demo: unset it, or use "
+            f"{', '.join(set_elsewhere)} is set, so this would not run the demo: unset it, or use "
             "`laion-assets materialize SEED_SET`"
         )
     _build_demo()
@@ -350,7 +364,7 @@ def _build_demo() -> None:
 
 
 def _dev(parsed: argparse.Namespace, environment: Mapping[str, str]) -> int:
-    """Replace this process with Dagster's webserver and daemon, on the history of this folder."""
+    """Replace this process with Dagster's webserver and daemon, with the history of this folder."""
     Places.from_environment(environment)  # a wrong setting fails here, in one sentence
     NvmeNode.from_environment(environment)
     _check_port(parsed.port)
@@ -371,10 +385,10 @@ def _dev(parsed: argparse.Namespace, environment: Mapping[str, str]) -> int:
 
 
 def _check_port(port: int) -> None:
-    """Check that the webserver can listen: without it, Dagster's daemon would run on unseen.
+    """Check that the webserver can listen; if it could not, Dagster's daemon would still run unnoticed.
 
     Raises:
-        InputError: no such port, one in use, or one that is reserved.
+        InputError: the port is invalid, in use, or reserved.
 
     """
     if not 1 <= port <= MAX_PORT:
@@ -389,17 +403,17 @@ def _check_port(port: int) -> None:
 
 
 def _stop_when_signalled() -> None:
-    """Stop ignoring signals, as background processes of a script do and their programs inherit."""
+    """Restore signal handlers: a script's background processes inherit ignored signals."""
     for each in (signal.SIGINT, signal.SIGTERM):
         if signal.getsignal(each) is signal.SIG_IGN:
             signal.signal(each, signal.SIG_DFL)
 
 
 def materialize(seed_set: str, given: Mapping[str, Any], environment: Mapping[str, str]) -> int:
-    """Materialize all assets of one seed set; print what they report; return the exit status.
+    """Materialize all assets of one seed set, print their reports, and return the exit status.
 
     Raises:
-        InputError: no such seed set, or a setting out of bounds.
+        InputError: the seed set does not exist, or a setting is out of bounds.
 
     """
     seeds = SeedFolder(Places.from_environment(environment).seeds_uri)
@@ -434,25 +448,25 @@ def materialize(seed_set: str, given: Mapping[str, Any], environment: Mapping[st
 def _kept_instance(
     environment: Mapping[str, str],
 ) -> Iterator[tuple[dg.DagsterInstance, Mapping[str, str]]]:
-    """Open the instance to run something; the tags say which process does."""
+    """Open the instance for runs, with tags that identify this process."""
     with instance(environment) as kept, process_lock() as tags:
         for run_id in fail_abandoned_runs(kept):
-            print(f"run {run_id} had been killed; it is now marked as failed")
+            print(f"run {run_id} was killed; it is now marked as failed")
         yield kept, tags
 
 
 @contextmanager
 def instance(environment: Mapping[str, str]) -> Iterator[dg.DagsterInstance]:
-    """Open the Dagster instance of this folder, the one that `laion-assets dev` uses."""
+    """Open the Dagster instance of this folder, which `laion-assets dev` uses too."""
     with dg.DagsterInstance.from_config(str(_home(environment))) as opened:
         yield opened
 
 
 def _home(environment: Mapping[str, str]) -> Path:
-    """Return the folder of Dagster's configuration, which is made where there is none.
+    """Return the folder of Dagster's configuration, and create it if there is none.
 
-    It is DAGSTER_HOME, else the working directory where that has a dagster.yaml, as a checkout has, else
-    the folder of the history.
+    It is DAGSTER_HOME if set. Otherwise it is the working directory if that has a dagster.yaml, as in a
+    checkout, or else the folder of the history.
     """
     if environment.get("DAGSTER_HOME"):
         return Path(environment["DAGSTER_HOME"]).expanduser()
@@ -468,7 +482,7 @@ def _home(environment: Mapping[str, str]) -> Path:
 
 @dg.logger
 def console(_: dg.InitLoggerContext) -> logging.Logger:
-    """Print a short line for each message of an asset; Dagster's own events stay in its history."""
+    """Print a short line for each message of an asset, without Dagster's own events."""
     logger = logging.Logger("laion_assets", logging.INFO)
     handler = logging.StreamHandler(sys.stdout)
     handler.setFormatter(_ShortLine())
@@ -478,7 +492,7 @@ def console(_: dg.InitLoggerContext) -> logging.Logger:
 
 
 def _is_from_an_asset(record: logging.LogRecord) -> bool:
-    """Leave out Dagster's events: failures are printed at the end."""
+    """Filter out Dagster's events; failures are printed at the end."""
     is_event = getattr(record, "dagster_meta", {}).get("dagster_event") is not None
     return not is_event and record.levelno < logging.ERROR
 
@@ -492,7 +506,7 @@ class _ShortLine(logging.Formatter):
 
 
 def _was_interrupted(result: dg.ExecuteInProcessResult) -> bool:
-    """Return whether a signal ended a run, in a step or between two of them."""
+    """Return whether a signal ended a run, in a step or between two steps."""
     return any(
         event.job_failure_data.failure_reason is RunFailureReason.UNEXPECTED_TERMINATION
         for event in result.filter_events(lambda event: event.is_run_failure)
@@ -527,7 +541,7 @@ def _print_report(result: dg.ExecuteInProcessResult) -> None:
 
 
 def _from_here(place: object) -> str:
-    """Shorten a path below this folder; return any other location as it is."""
+    """Shorten a path below this folder; return other locations unchanged."""
     path, here = Path(str(place)), Path.cwd()
     return str(path.relative_to(here)) if path.is_relative_to(here) else str(place)
 

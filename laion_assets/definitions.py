@@ -1,4 +1,4 @@
-"""The code location: everything Dagster knows of this platform.
+"""The code location with all Dagster definitions of this platform.
 
 Dagster's concept: https://docs.dagster.io/guides/build/projects
 """
@@ -28,7 +28,7 @@ def build_defs(
     """Assemble the code location for an environment.
 
     Raises:
-        InputError: a variable that cannot be used, or that is misspelt.
+        InputError: a variable cannot be used or is misspelt.
 
     """
     places = Places.from_environment(environment)
@@ -40,8 +40,8 @@ def build_defs(
     job = dg.define_asset_job(
         JOB,
         selection=dg.AssetSelection.assets(*assets),
-        description="Everything for one seed set, from the seeds to combined_urls; the staged index is "
-        "verified, and restaged if need be.",
+        description="All assets of one seed set, from the seeds to combined_urls. The staged index is "
+        "verified, and restaged if necessary.",
     )
     uris = {index: places.index_uri, seed_folder.key: places.seeds_uri}
     if places.embeddings_uri:
@@ -72,7 +72,7 @@ def _executor(environment: Mapping[str, str]) -> dg.ExecutorDefinition | None:
     """Return the executor: a pod per step inside a cluster, Dagster's default elsewhere."""
     if not is_cluster(environment):
         return None
-    # Imported here: it takes as long to load as all of Dagster, and each step is a process of its own.
+    # Imported only if needed: it takes as long to load as all of Dagster, in the process of each step.
     from laion_assets.defs.kubernetes.step_pods import step_pods
 
     return step_pods(NvmeNode.from_environment(environment))
@@ -84,4 +84,4 @@ def defs() -> dg.Definitions:
     return build_defs()
 
 
-end_with_parent()  # every process of a run loads this module, and no other code of ours
+end_with_parent()  # the only module of this package that every process of a run loads

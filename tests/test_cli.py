@@ -135,7 +135,7 @@ def test_a_run_ends_well_and_prints_nothing_but_its_story(story: Story) -> None:
         allowed = "|".join([*ASSETS, "run", "demo index", "demo seeds"])
         strange = [line for line in told.splitlines() if not re.match(rf"({allowed})(: | \w)", line)]
         assert strange == []
-        assert len(told.splitlines()) <= 13  # one of them on the run that had been killed
+        assert len(told.splitlines()) <= 13  # one of them on the run that was killed
         assert table.rstrip().splitlines()[-1].startswith("contact sheet: data/output/")
         assert len(table.strip().splitlines()) == 6
 
@@ -174,8 +174,8 @@ def test_the_index_is_fetched_once(story: Story) -> None:
 
 
 def test_a_run_that_was_killed_is_reported_and_holds_up_nobody(story: Story) -> None:
-    assert re.search(rf"run {story.killed} had been killed.* failed", story.again.out)
-    assert "had been killed" not in story.flower.out
+    assert re.search(rf"run {story.killed} was killed.* failed", story.again.out)
+    assert "was killed" not in story.flower.out
     with history(story.folder) as instance:
         run = instance.get_run_by_id(story.killed)
         assert run is not None
@@ -375,7 +375,7 @@ def test_images_are_indexed_and_looked_into_though_the_first_is_broken(demo, tmp
     assert done.status == 0
     assert done.err.splitlines()[0] == f"left out: {mine / '0.jpg'} is empty (0 bytes)"
     assert f"{images} of {images} rows in IVF1,Flat" in done.out
-    assert f"what is most like {sorted(mine.iterdir())[1]}" in done.out
+    assert f"images most like {sorted(mine.iterdir())[1]}" in done.out
     variables = dict(re.findall(r"^export (\w+)=(\S+)$", done.out, re.M))
     (tmp_path / "other").mkdir()
     looked = run_here(tmp_path / "other", "look", str(sorted(mine.iterdir())[1]), **variables)
@@ -500,7 +500,9 @@ def test_a_build_that_is_interrupted_goes_on_where_it_was(sent, to_build, monkey
     with monkeypatch.context() as patch:
         patch.setattr(builder, "encode_shard", interrupted)
         assert main(["build"]) == 128 + sent
-    assert capsys.readouterr().err.splitlines()[-1] == ("interrupted: run it again, what is done is kept")
+    assert capsys.readouterr().err.splitlines()[-1] == (
+        "interrupted: finished work is kept, run the command again to continue"
+    )
     before = written(to_build)
     assert main(["build"]) == 0
     assert before.items() <= written(to_build).items()
@@ -519,7 +521,7 @@ def test_a_build_that_is_killed_goes_on_where_it_was(to_build, capsys) -> None:
     before = written(to_build)
     assert main(["build"]) == 0
     told = capsys.readouterr().out
-    assert "had been killed; it is now marked as failed" in told
+    assert "was killed; it is now marked as failed" in told
     again = re.findall(r"^index_shards: (\d+)", told, re.M)
     assert set(again) <= {f"{n:06}" for n in range(2, 7)}
     kept = {path for path in before if path.parent.name in ("000000", "000001")}
@@ -547,7 +549,10 @@ def test_a_run_that_is_interrupted_while_it_embeds_ends_in_a_sentence(sent, demo
             process.wait(10)
     done = end(process)
     assert done.status == 128 + sent
-    assert done.err.splitlines()[-1] == "interrupted: run it again, what is done is kept"
+    assert (
+        done.err.splitlines()[-1]
+        == "interrupted: finished work is kept, run the command again to continue"
+    )
     assert "Stack Trace" not in done.err
     with history(folder) as instance:
         (run,) = instance.get_runs()

@@ -1,6 +1,6 @@
-"""Build the demo: clip art as a small index in LAION's layout, and three seed sets of images.
+"""Build the demo: a small index of clip art in LAION's layout, and three seed sets of images.
 
-Its output has the layout of any index and seed set.
+Index and seed sets have the same layout as any others.
 """
 
 import fcntl
@@ -28,40 +28,42 @@ from laion_assets.io.parallel import one_thread
 from laion_assets.search.near_duplicates import DEDUP_THRESHOLD
 
 BUILD_VERSION = 3
-"""Part of the recorded input: raise it when the same images should give another index."""
+"""Part of the recorded input. Increment it if the same images should result in another index."""
 
 DEMO_SETS = ("flower", "fruit", "house")
-"""The seed sets, each named by what its images show."""
+"""The seed sets, named after what their images show."""
 
 DEMO_MODEL = Path(__file__).with_name("model")
 """The model that embedded the demo's images, see README.md beside this file."""
 
 INDEX_KEY = "OPQ128_256,IVF64_HNSW32,PQ128x8"
-"""faiss factory key: LAION-5B's form, with as many lists as 3,000 rows can fill."""
+"""faiss factory key, of LAION-5B's type but with as many lists as 3,000 rows can fill."""
 
 ROWS_PER_CENTRE = 10
-"""Rows to train on for each of a codebook's 256 entries: 3,000 rows have no more."""
+"""Training rows per codebook entry, as many as 3,000 rows allow for 256 entries."""
 
 _CLIP_ART = Path(__file__).with_name("openclipart.parquet")
-_IMAGES = Path(__file__).with_name("pictures")  # originals of some rows, in folders by what they show
+_IMAGES = Path(__file__).with_name(
+    "pictures"
+)  # originals of some rows, in folders named after what they show
 _MODEL_NAME = "efficientnet-lite0-openclipart"
 _RECORD = "demo.json"
 _METADATA_COLUMNS = ("url", "caption", "category", "thumbnail")
 
 _SEEDS_PER_SET = 12
 _VARIED = 0.8
-_FILES = 2  # of embeddings: each becomes a shard, and a file of metadata
+_FILES = 2  # embedding files; each becomes a shard with a metadata file
 _RECALL_AT = "10"
 _SMALL_REQUEST_NPROBE = 4
 
 
 @dataclass(frozen=True)
 class DemoReport:
-    """What the demo holds, and what its compression costs.
+    """The contents of the demo, and the cost of its compression.
 
-    Recall@10 is the build's: with 200 of the rows as queries, against an exact search of the raw vectors.
+    The build measures recall@10 with 200 rows as queries, against an exact search of the raw vectors.
     Pairs are index rows with a cosine above 0.94. `seconds` is the time this call spent on building the
-    index, 0 where it existed.
+    index, 0 if it already existed.
     """
 
     rows: int
@@ -77,11 +79,11 @@ class DemoReport:
 
 
 def build_demo(index_dir: Path, seeds_dir: Path) -> DemoReport:
-    """Build the demo index and the demo seed sets where they are missing, and report what they hold.
+    """Build the demo index and the demo seed sets if they are missing, and report their contents.
 
-    The index appears complete or not at all; one of an earlier release is replaced, with its seed sets.
-    Otherwise only missing sets are added and nothing else is changed. The same input gives the same bytes
-    on one machine.
+    The index appears only once it is complete. An index of an earlier release is replaced, together with
+    its seed sets. Otherwise only missing sets are added. On one machine, the same input gives the same
+    bytes.
 
     Args:
         index_dir: folder of the index.
@@ -124,7 +126,7 @@ def _input_hash() -> str:
 
 
 def _stored_report(index_dir: Path, source: str) -> DemoReport | None:
-    """Return the report of a complete index of this input; None without one."""
+    """Return the report of a complete index with this input; None if there is none."""
     try:
         record = json.loads((index_dir / _RECORD).read_text())
         if record["input"] != source:
@@ -138,7 +140,7 @@ def _stored_report(index_dir: Path, source: str) -> DemoReport | None:
 
 
 def _check_replaceable(index_dir: Path) -> None:
-    """Refuse to build over files that no earlier build recorded: they may be a user's own index."""
+    """Raise an error if there are files that no earlier build recorded, such as a user's own index."""
     try:
         ours = json.loads((index_dir / _RECORD).read_text())["files"]
     except (OSError, ValueError, KeyError, TypeError):
@@ -152,7 +154,7 @@ def _check_replaceable(index_dir: Path) -> None:
 
 
 def _file_sizes(index_dir: Path) -> dict[str, int]:
-    """Return the size of each file by its relative path, without the record itself."""
+    """Return the size of each file by relative path, without the record itself."""
     files = (path for path in sorted(index_dir.rglob("*")) if not path.is_dir())
     sizes = {path.relative_to(index_dir).as_posix(): path.lstat().st_size for path in files}
     sizes.pop(_RECORD, None)
@@ -165,7 +167,7 @@ def _missing_sets(seeds_dir: Path) -> list[str]:
 
 @contextmanager
 def _only_builder(index_dir: Path) -> Iterator[None]:
-    """Hold the lock that keeps two processes from building one index at the same time."""
+    """Hold a lock so that only one process at a time builds the index."""
     with (index_dir.parent / f".{index_dir.name}.lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         yield
@@ -175,7 +177,7 @@ def _only_builder(index_dir: Path) -> Iterator[None]:
 
 
 def _unit_vectors(clip_art: pa.Table) -> Floats:
-    """Return the embeddings, (n, 256) float32, normalised again: they are stored as float16."""
+    """Return the embeddings, (n, 256) float32, normalised again because they are stored as float16."""
     column = clip_art["embedding"].combine_chunks()
     raw = column.values.to_numpy(zero_copy_only=False).reshape(len(column), -1)
     vectors: Floats = raw.astype(np.float32)
@@ -184,7 +186,7 @@ def _unit_vectors(clip_art: pa.Table) -> Floats:
 
 
 def _stems(clip_art: pa.Table) -> list[str]:
-    """Return the name that the image file of each row has, without its suffix."""
+    """Return the name of each row's image file, without its suffix."""
     return [PurePosixPath(url).stem for url in clip_art["url"].to_pylist()]
 
 
@@ -197,7 +199,7 @@ def _choose_seeds(clip_art: pa.Table, vectors: Floats) -> dict[str, Ids]:
         varied = _varied(shown, vectors)
         mean = vectors[varied].mean(axis=0)
         typical = varied[np.argsort(-(vectors[varied] @ mean), kind="stable")]
-        # Every second one: the others stay in the index, so that there is something good to find.
+        # Every second one; the others stay in the index, so that a search has good results.
         chosen[name] = typical[: 2 * _SEEDS_PER_SET : 2]
     return chosen
 
@@ -212,7 +214,7 @@ def _varied(rows: Sequence[int], vectors: Floats) -> Ids:
 
 
 def _held_out(vectors: Floats, seeds: Ids) -> Mask:
-    """Mark the seeds and their near-duplicates: the library holds copies of many images."""
+    """Mark the seeds and their near-duplicates: the clip art has copies of many images."""
     alike = (vectors @ vectors[seeds].T).max(axis=1)
     mask: Mask = alike >= DEDUP_THRESHOLD
     return mask
@@ -243,7 +245,7 @@ def _build_index(
         duplicate_pairs_reconstructed=int(reconstructed.sum()),
         duplicate_pairs_both=int((raw & reconstructed).sum()),
     )
-    # Without the seconds, so that two builds are equal in every byte.
+    # Without the duration, so that two builds are equal in every byte.
     stored = {name: value for name, value in asdict(report).items() if name != "seconds"}
     record = {"input": source, "report": stored, "files": _file_sizes(building / "index")}
     (building / "index" / _RECORD).write_text(json.dumps(record, indent=2) + "\n")
@@ -260,7 +262,9 @@ def _built(building: Path, images: pa.Table) -> Built:
     for number in range(_FILES):
         path = embeddings / f"{number}.parquet"
         pq.write_table(images.slice(number * rows, rows), path)
-        os.utime(path, (1, 1))  # the index records which version of the files it is made from
+        os.utime(
+            path, (1, 1)
+        )  # the index records the version of its input files, which includes their time
     request = Request(
         str(embeddings),
         str(building / "index"),
@@ -298,7 +302,7 @@ def _reconstructed(index_dir: Path) -> Floats:
 
 
 def _near_duplicates(vectors: Floats) -> Mask:
-    """Return an (n, n) mask: true for each pair, named once, with a cosine above 0.94."""
+    """Return an (n, n) mask that is true once for each pair with a cosine above 0.94."""
     unit = vectors / np.linalg.norm(vectors, axis=1, keepdims=True)
     return np.triu(unit @ unit.T > DEDUP_THRESHOLD, k=1)
 
@@ -307,10 +311,10 @@ def _near_duplicates(vectors: Floats) -> Mask:
 
 
 def _add_seed_sets(seeds_dir: Path, clip_art: pa.Table, seeds: dict[str, Ids]) -> None:
-    """Write the missing sets, each by one rename: a sensor that lists the folder sees no half of one."""
+    """Write the missing sets, each by one rename, so that a sensor never lists an incomplete set."""
     seeds_dir.mkdir(parents=True, exist_ok=True)
     stems = _stems(clip_art)
-    # Beside the folder and not in it, where every folder is a seed set.
+    # Beside the folder, because every subfolder is a seed set.
     building = seeds_dir.with_name(f".{seeds_dir.name}.building")
     for name in _missing_sets(seeds_dir):
         shutil.rmtree(building, ignore_errors=True)
@@ -325,7 +329,7 @@ def _image(seed_set: str, stem: str) -> Path:
 
 
 def _remove_sets_of_vectors(seeds_dir: Path) -> None:
-    """Remove sets that an earlier release wrote: vectors of another model."""
+    """Remove sets written by an earlier release, which hold vectors of another model."""
     for name in DEMO_SETS:
         found = [path.name for path in (seeds_dir / name).glob("*")]
         if found == ["seeds.parquet"]:

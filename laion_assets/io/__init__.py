@@ -1,1 +1,1 @@
-"""Tables, storage, errors and arrays: what every other package builds on."""
+"""Tables, storage, errors and arrays: the base of all other packages."""

@@ -1,4 +1,4 @@
-"""Type aliases for the arrays that modules of the library pass to each other, and unit vectors."""
+"""Type aliases for arrays, and unit vectors."""
 
 from typing import Any, TypeAlias
 
@@ -15,12 +15,12 @@ def unit_rows(rows: NDArray[Any]) -> tuple[Floats, Mask]:
     """Scale (n, d) rows to length 1.
 
     Args:
-        rows: of any floating-point dtype. Lengths are computed in float64: in float32 the squares of very
-            small numbers are zero.
+        rows: rows of any floating-point dtype. Lengths are computed in float64, because the squares of
+            very small numbers are zero in float32.
 
     Returns:
-        The unit rows (n, d), and a mask (n,) of those that are usable, which are not zero and all finite.
-        The other rows hold anything.
+        The unit rows (n, d), and a mask (n,) of usable rows, which are finite and not zero. Other rows
+        have arbitrary values.
 
     """
     wide = rows.astype(np.float64)

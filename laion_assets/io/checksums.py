@@ -1,7 +1,7 @@
 """Checksums and fingerprints of files.
 
-crc32c is the checksum that Google Cloud Storage keeps of every object. It can be computed from those of
-an object's parts.
+Google Cloud Storage keeps the crc32c of every object. It can be computed from the checksums of an
+object's parts.
 """
 
 import base64
@@ -12,13 +12,13 @@ from pathlib import Path
 
 import google_crc32c
 
-POLYNOMIAL = 0x82F63B78  # Castagnoli's, with x^0 in the highest of 32 bits
+POLYNOMIAL = 0x82F63B78  # the Castagnoli polynomial, with x^0 in the highest of 32 bits
 X_TO_THE_0 = 1 << 31
-READ_AT_ONCE = 1 << 20  # bytes of a file
+READ_AT_ONCE = 1 << 20  # bytes
 
 
 def fingerprint(files: Iterable[tuple[str, int, str]]) -> str:
-    """Return 16 hex digits that change with the name, size or content of any file, and only then.
+    """Return 16 hex digits that change only with the name, size or content of a file.
 
     Args:
         files: (name, bytes, checksum) of each file, in any order.
@@ -29,7 +29,7 @@ def fingerprint(files: Iterable[tuple[str, int, str]]) -> str:
 
 
 def crc32c(data: bytes, before: int = 0) -> int:
-    """Extend the checksum `before`, that of the preceding bytes, by `data`."""
+    """Extend the checksum `before` of the preceding bytes by `data`."""
     checksum: int = google_crc32c.extend(before, data)
     return checksum
 
@@ -41,7 +41,7 @@ def checksum_text(checksum: google_crc32c.Checksum | int) -> str:
 
 
 def file_crc32c(path: str | Path) -> str:
-    """Return the checksum of a local file, formatted as `checksum_text` does."""
+    """Return the checksum of a local file, formatted by `checksum_text`."""
     checksum = 0
     with Path(path).open("rb") as file:
         while piece := file.read(READ_AT_ONCE):
@@ -50,10 +50,10 @@ def file_crc32c(path: str | Path) -> str:
 
 
 def crc32c_of_parts(parts: Iterable[tuple[int, int]]) -> int:
-    """Return the checksum of a file from those of its parts.
+    """Compute the checksum of a file from the checksums of its parts.
 
     A part of n bytes shifts everything before it by 8n bits, which multiplies the checksum by x^8n modulo
-    the polynomial. This is zlib's `crc32_combine` (Mark Adler) with the polynomial of crc32c.
+    the polynomial. This is zlib's `crc32_combine` (Mark Adler) with crc32c's polynomial.
 
     Args:
         parts: (checksum, bytes) of each part, in order.
@@ -66,7 +66,7 @@ def crc32c_of_parts(parts: Iterable[tuple[int, int]]) -> int:
 
 
 def _times(a: int, b: int) -> int:
-    """Multiply two polynomials modulo that of crc32c."""
+    """Multiply two polynomials modulo crc32c's polynomial."""
     product = 0
     for bit in range(31, -1, -1):
         if a >> bit & 1:

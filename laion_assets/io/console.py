@@ -12,8 +12,8 @@ from pathlib import Path
 def silent_stdout() -> Iterator[None]:
     """Discard everything that is printed to standard output inside the block.
 
-    faiss prints a line whenever it opens or resizes lists on disk, and has no option against it. It
-    prints from C, so the file descriptor is redirected, for all threads of the process.
+    faiss prints a line whenever it opens or resizes lists on disk, and has no option to disable this. It
+    prints from C, so the file descriptor is redirected, which affects all threads of the process.
     """
     libc = ctypes.CDLL(None)
     sys.stdout.flush()

@@ -1,4 +1,4 @@
-"""The one error that users meet: their input, named, with the remedy."""
+"""The error for unusable input, which names the input and the remedy."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ class InputError(ValueError):
 
     Attributes:
         about: the parameter of the library that the remedy changes, such as "cache_dir", or
-            "staged_index" where the index has to be staged again. A caller who knows it under another
-            name, such as an environment variable, adds that name.
+            "staged_index" if the index must be staged again. A caller that uses another name for it, such
+            as an environment variable, adds that name.
 
     """
 

@@ -1,4 +1,4 @@
-"""Locks on files, which the system frees however a process ends."""
+"""File locks, which the operating system releases however a process ends."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ def lock_exclusively(file: IO[Any], before_waiting: Callable[[], object]) -> Non
     """Lock a file until it is closed.
 
     Args:
-        file: is open for writing.
-        before_waiting: is called where another process holds the lock, before this one waits for it.
+        file: a file that is open for writing.
+        before_waiting: called before waiting, if another process holds the lock.
 
     """
     try:
@@ -28,10 +28,10 @@ def lock_exclusively(file: IO[Any], before_waiting: Callable[[], object]) -> Non
 
 @contextmanager
 def locked(path: Path, before_waiting: Callable[[], object]) -> Iterator[None]:
-    """Hold the lock on a file, which is created if needed and stays.
+    """Hold the lock on a file, which is created if needed and kept.
 
     Args:
-        path: of the file.
+        path: path of the file.
         before_waiting: see `lock_exclusively`.
 
     Raises:

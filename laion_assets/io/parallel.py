@@ -1,4 +1,4 @@
-"""Run jobs in threads, as many as faiss uses."""
+"""Run jobs in as many threads as faiss uses."""
 
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -14,10 +14,10 @@ Result = TypeVar("Result")
 
 
 def one_blas_thread() -> AbstractContextManager[None]:
-    """Return a context in which matrix products and LAPACK run in the calling thread alone.
+    """Return a context in which matrix products and LAPACK run only in the calling thread.
 
-    Use it for small products, where threads wait for each other longer than they compute, and for work
-    that already runs in several threads.
+    Use it for small products, for which threads wait longer than they compute, and for work that already
+    runs in several threads.
     """
     limited: AbstractContextManager[None] = _libraries().limit(limits=1, user_api="blas")
     return limited
@@ -25,7 +25,7 @@ def one_blas_thread() -> AbstractContextManager[None]:
 
 @contextmanager
 def one_thread() -> Iterator[None]:
-    """Run faiss, BLAS and `in_threads` in one thread: sums then have the same order each time."""
+    """Run faiss, BLAS and `in_threads` in one thread, so that sums always have the same order."""
     threads = faiss.omp_get_max_threads()
     faiss.omp_set_num_threads(1)
     try:
@@ -37,7 +37,7 @@ def one_thread() -> Iterator[None]:
 
 @cache
 def _libraries() -> ThreadpoolController:
-    """Find the loaded libraries with thread pools of their own, once: the search takes milliseconds."""
+    """Find the loaded libraries with their own thread pools; cached, because it takes milliseconds."""
     return ThreadpoolController()
 
 

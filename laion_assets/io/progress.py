@@ -1,4 +1,4 @@
-"""Progress of long work: a bar on a terminal, occasional lines in a log."""
+"""Show the progress of long work: a bar on a terminal, occasional lines in a log."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from types import TracebackType
 from tqdm import tqdm
 
 SECONDS_BETWEEN_LINES = 15.0  # at least
-SHARE_BETWEEN_LINES = 0.05  # of the time elapsed, once that is longer
+SHARE_BETWEEN_LINES = 0.05  # of the elapsed time, if that is longer
 
 
 class Progress:
@@ -21,7 +21,7 @@ class Progress:
         what: label of the bar and of each line.
         total: units of work.
         unit: name of the unit; "B" is shown in bytes with SI prefixes.
-        log: called with each line, where standard error is no terminal.
+        log: called with each line if standard error is not a terminal.
 
     """
 
@@ -57,7 +57,7 @@ class Progress:
                 self._last_line, self._done_before = now, self._done
 
     def _line(self, seconds: float) -> str:
-        """Describe the progress, at the rate since the last line: a resumed copy does not start at 0."""
+        """Describe the progress, with the rate since the last line: a resumed copy starts above 0."""
         rate = (self._done - self._done_before) / seconds
         left = format_duration((self._total - self._done) / rate)
         done, total, speed = (self._amount(count) for count in (self._done, self._total, rate))

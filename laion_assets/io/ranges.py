@@ -1,8 +1,8 @@
 """Byte ranges of a file, and the interface through which readers declare what they read.
 
-Ranges are an (n, 2) int64 array of starts and stops, in ascending order: none is empty, and no two
-overlap or touch. Search and metadata declare ranges before they read them, which is a no-op where files
-are on the disk as a whole.
+Ranges are an (n, 2) int64 array of starts and stops, in ascending order. No range is empty, and no two
+overlap or touch. Search and metadata declare ranges before they read them, which is a no-op for complete
+files.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ class Disk(Protocol):
     """The files of an index on the local disk.
 
     Attributes:
-        whole: whether every byte of every file is there.
+        whole: whether all files are complete on the disk.
 
     """
 
@@ -62,13 +62,13 @@ class WholeFiles:
         return nullcontext(self)
 
     def need(self, ranges: Mapping[Path, Ranges]) -> None:
-        """Let the kernel begin to read; this does not wait for it."""
+        """Ask the kernel to read all ranges ahead, without waiting for it."""
         for path, some in ranges.items():
             read_ahead(path, some)
 
 
 def read_ahead(path: Path, ranges: Ranges) -> None:
-    """Let the kernel begin to read ranges of a file, all at a time."""
+    """Ask the kernel to read ranges of a file ahead, without waiting for it."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         for start, stop in split(ranges, ADVISED_AT_ONCE).tolist():
@@ -119,7 +119,7 @@ def members(ranges: Ranges) -> Ids:
 
 
 def runs(numbers: Ids) -> Ranges:
-    """Return the ranges that ascending, distinct numbers make up; the inverse of `members`."""
+    """Return the ranges of ascending, distinct numbers; the inverse of `members`."""
     return ranges_of(numbers, numbers + 1)
 
 

@@ -1,12 +1,12 @@
-"""Images from their hosts, under strict bounds: URLs of an index come from the open web.
+"""Fetch images from their hosts within strict limits, because URLs of an index come from the open web.
 
-- Only http and https, at port 80, 443 or one from 1024 up, and without a user name.
-- Only public addresses: the address that a socket is about to connect to is checked. It does not matter
-  how a URL spells it, what a name resolves to, or whether it resolves to something else the next time.
+- Only http and https are allowed, at port 80, 443 or from 1024 up, and without a user name.
+- Only public addresses are allowed. The check applies to the address that a socket connects to, however
+  a URL spells it and whatever a name resolves to.
 - Redirects are not followed; no proxy, cookie or credential is used; nothing is decompressed.
-- Size, time and the number of requests at a time are bounded.
+- Size, time and the number of parallel requests are limited.
 
-Bytes are returned as they came. Decode them with care.
+Bytes are returned unchanged. Decode them with care.
 """
 
 from __future__ import annotations
@@ -28,10 +28,10 @@ from yarl import URL
 from laion_assets.io.storage import first_line
 
 MAX_URL = 4096  # characters
-PORTS = (80, 443)  # below 1024; others there are never those of a web server that is meant for the public
+PORTS = (80, 443)  # allowed ports below 1024; public web servers do not use others there
 USER_AGENT = "Mozilla/5.0 (compatible; laion_assets)"
-NAT64 = IPv6Network("64:ff9b::/96")  # IPv4 addresses as hosts reach them that have IPv6 only
-SPECIAL = (  # what `ipaddress` takes for public, in some releases of Python or in all
+NAT64 = IPv6Network("64:ff9b::/96")  # IPv4 addresses as seen by hosts with only IPv6
+SPECIAL = (  # networks that `ipaddress` considers public in some or all releases of Python
     ip_network("192.0.0.0/24"),
     ip_network("192.88.99.0/24"),
     ip_network("3fff::/20"),
@@ -44,15 +44,15 @@ Address: TypeAlias = IPv4Address | IPv6Address
 
 @dataclass(frozen=True)
 class Bounds:
-    """What fetching images may take.
+    """Limits on fetching images.
 
     Attributes:
-        bytes: of one image.
-        connect_seconds: until a host takes the connection.
-        idle_seconds: without a byte.
-        image_seconds: for one image, from the look-up of its host to its last byte.
-        seconds: for all images together; those that are not there by then are left out.
-        at_once: requests at a time.
+        bytes: most bytes of one image.
+        connect_seconds: most seconds until a host accepts the connection.
+        idle_seconds: most seconds without a byte.
+        image_seconds: most seconds for one image, from the look-up of its host to its last byte.
+        seconds: most seconds for all images together; images that arrive later are left out.
+        at_once: most parallel requests.
 
     """
 
@@ -72,7 +72,7 @@ class NotFetched:
     """An image that was not fetched.
 
     Attributes:
-        reason: a phrase that continues the URL.
+        reason: a phrase that follows the URL.
 
     """
 
@@ -85,24 +85,24 @@ def fetch_images(
     *,
     is_allowed: Callable[[Address], bool] | None = None,
 ) -> list[bytes | NotFetched]:
-    """Fetch images, and return each as bytes or with the reason why not, in the order of the URLs.
+    """Fetch images and return the bytes of each, or the reason for its failure, in the order of the URLs.
 
     Args:
-        urls: n of them, from anywhere.
-        bounds: what they may take.
-        is_allowed: which addresses may be connected to, instead of `is_public`.
+        urls: n URLs, which need not be trusted.
+        bounds: limits on fetching.
+        is_allowed: returns whether an address may be connected to, instead of `is_public`.
 
     """
-    # In a thread of its own: the caller's may run an event loop, as a notebook's does.
+    # In a separate thread, because the caller's may run an event loop, as in a notebook.
     with ThreadPoolExecutor(1, "remote-images") as thread:
         return thread.submit(_run, urls, bounds, is_allowed or is_public).result()
 
 
 def is_public(address: Address) -> bool:
-    """Return whether an address is one that everybody on the internet would reach.
+    """Return whether an address can be reached from the whole internet.
 
-    Private, loopback, link-local, multicast, reserved and unspecified addresses are not. An IPv6 address
-    that stands for an IPv4 address is what that is; tunnels (6to4, Teredo) are not public.
+    Private, loopback, link-local, multicast, reserved and unspecified addresses are not public. An IPv6
+    address that embeds an IPv4 address is judged by the latter; tunnels (6to4, Teredo) are not public.
     """
     if isinstance(address, IPv6Address):
         if address.ipv4_mapped is not None:
@@ -123,7 +123,7 @@ def is_public(address: Address) -> bool:
 
 
 class _RefusedError(Exception):
-    """An image that is not fetched; the message is a phrase that continues the URL."""
+    """An image is not fetched. The message is a phrase that follows the URL."""
 
 
 def _run(
@@ -133,7 +133,7 @@ def _run(
     try:
         return loop.run_until_complete(_fetch_all(urls, bounds, is_allowed))
     finally:
-        loop.close()  # unlike asyncio.run, this does not wait for names that are still looked up
+        loop.close()  # unlike asyncio.run, this does not wait for pending name look-ups
 
 
 async def _fetch_all(
@@ -152,7 +152,7 @@ async def _fetch_all(
     for task in late:
         task.cancel()
     await asyncio.gather(*late, return_exceptions=True)
-    too_late = NotFetched(f"was not fetched: all together took longer than {bounds.seconds:g} s")
+    too_late = NotFetched(f"was not fetched within the {bounds.seconds:g} s for all images")
     return [too_late if task in late else task.result() for task in tasks]
 
 
@@ -166,44 +166,44 @@ async def _outcome(
     except _RefusedError as error:
         return NotFetched(str(error))
     except TimeoutError:
-        return NotFetched(f"took longer than the {bounds.image_seconds:g} s that an image may take")
+        return NotFetched(f"took longer than the limit of {bounds.image_seconds:g} s per image")
     except Exception as error:  # hosts fail in more ways than aiohttp's own errors
         reason = NOT_PUBLIC if refused else f"cannot be fetched ({_described(error)})"
         return NotFetched(reason)
 
 
 def _described(error: Exception) -> str:
-    """Return an error's message on one line of bounded length: parts of it may be the host's."""
+    """Return an error's message on one line of bounded length: the host may control parts of it."""
     line = "".join(letter if letter.isprintable() else " " for letter in first_line(error))
     return line[:200] or type(error).__name__
 
 
 def _checked(text: str | None) -> URL:
-    """Parse a URL as aiohttp does, and check what it says about the host."""
+    """Parse a URL like aiohttp, and check its scheme, host, user and port."""
     if not text:
         raise _RefusedError("is empty")
     if len(text) > MAX_URL or re.search(r"[\s\x00-\x1f\x7f]", text):
-        raise _RefusedError("is no well-formed URL")
+        raise _RefusedError("is not a well-formed URL")
     try:
         url = URL(text)
     except ValueError as error:
-        raise _RefusedError("is no well-formed URL") from error
+        raise _RefusedError("is not a well-formed URL") from error
     if url.scheme not in ("http", "https") or not url.raw_host:
-        raise _RefusedError("is no http or https URL")
+        raise _RefusedError("is not an http or https URL")
     if url.raw_user is not None or url.raw_password is not None:
-        raise _RefusedError("holds a user name")
+        raise _RefusedError("contains a user name")
     if url.port not in PORTS and (url.port or 0) < 1024:
-        raise _RefusedError(f"is at port {url.port}, which is not used")
+        raise _RefusedError(f"is at port {url.port}, which is not allowed")
     return url
 
 
 def _socket(
     is_allowed: Callable[[Address], bool], refused: list[Address | str], about: tuple[Any, ...]
 ) -> socket.socket:
-    """Make the socket for a connection to an address, unless that is not allowed.
+    """Create the socket for a connection to an address, if that is allowed.
 
-    This is the only place that makes sockets. What is checked here is what it then connects to: a text
-    that is not exactly an address, which the system would resolve in its own way, is refused.
+    All sockets are created here, and the address checked here is the one that is connected to. Texts
+    that are not exactly an address are refused, because the system would resolve them in its own way.
     """
     family, kind, protocol, _, (host, *_) = about
     try:
@@ -252,7 +252,7 @@ def _check_head(response: aiohttp.ClientResponse, bounds: Bounds) -> None:
     if 300 <= status < 400:
         raise _RefusedError(f"is a redirect ({status}), which is not followed")
     if status != HTTPStatus.OK:
-        raise _RefusedError(f"is answered with status {status}")
+        raise _RefusedError(f"returned status {status}")
     kind = response.content_type if "Content-Type" in response.headers else ""
     if kind and not kind.startswith("image/") and not kind.endswith("octet-stream"):
         raise _RefusedError(f"is {_described(ValueError(kind))}, not an image")
@@ -261,4 +261,4 @@ def _check_head(response: aiohttp.ClientResponse, bounds: Bounds) -> None:
 
 
 def _too_large(bounds: Bounds) -> str:
-    return f"has more than the {bounds.bytes / 1e6:g} MB that an image may have"
+    return f"is larger than the limit of {bounds.bytes / 1e6:g} MB per image"

@@ -1,6 +1,6 @@
-"""Folders on the local disk or in a bucket: opening, listing, writing, and errors in one sentence.
+"""Open, list and write folders on the local disk or in a bucket, with errors in one sentence.
 
-All access is through fsspec; gs:// is gcsfs. Credentials are Google Cloud's application default
+All access is through fsspec, and gs:// is gcsfs. Credentials are Google Cloud's application default
 credentials. STORAGE_EMULATOR_HOST selects another server, which is used without credentials.
 """
 
@@ -24,7 +24,7 @@ from fsspec.core import split_protocol
 
 from laion_assets.io.errors import InputError
 
-# gcsfs logs the errors that it raises; they are reported once, by the caller.
+# gcsfs also logs the errors that it raises; only the caller should report them.
 logging.getLogger("gcsfs").addHandler(logging.NullHandler())
 
 BUCKETS = ("gs://", "gcs://")
@@ -50,14 +50,14 @@ LOG_IN = (
 def open_storage(uri: str, about: str | None = None) -> tuple[Any, str]:
     """Return the file system of a folder or file, and its path there.
 
-    Listings are not cached, since other processes write to the same folders.
+    Listings are not cached, because other processes write to the same folders.
 
     Args:
         uri: a local path or any fsspec URL.
         about: see `InputError`.
 
     Raises:
-        InputError: an unknown kind of storage, or no credentials for it.
+        InputError: the kind of storage is unknown, or credentials for it are missing.
 
     """
     options: dict[str, Any] = {"use_listings_cache": False}
@@ -65,16 +65,16 @@ def open_storage(uri: str, about: str | None = None) -> tuple[Any, str]:
         if not re.match(r"gc?s://[^/]", uri):
             raise InputError(f"{uri} names no bucket: write it as gs://bucket/folder", about)
         options["token"] = "anon" if os.environ.get("STORAGE_EMULATOR_HOST") else "google_default"
-        # By default gcsfs first asks for the kind of each bucket, over gRPC and with a permission of its
-        # own. That takes most of a minute where gRPC is blocked, as with an emulator. Only zonal buckets
-        # need it: users of those set the variable to true.
+        # By default gcsfs first queries the kind of each bucket, over gRPC and with a separate
+        # permission. This takes most of a minute if gRPC is blocked, as with an emulator. Only zonal
+        # buckets need it; their users set the variable to true.
         os.environ.setdefault("GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT", "false")
     elif re.match(r"gc?s(:/|//)", uri):
         raise InputError(f"{uri} is neither a path nor a URL: write it as gs://bucket/folder", about)
     with reaching(uri, about):
         try:
             fs, path = fsspec.url_to_fs(uri, **options)
-        except (ValueError, ImportError) as error:  # an unknown protocol, or one that is not installed
+        except (ValueError, ImportError) as error:  # the protocol is unknown or not installed
             raise InputError(f"{uri} cannot be opened ({error}): correct it", about) from error
     return fs, path.rstrip("/") or "/"
 
@@ -87,7 +87,7 @@ class Listed:
         name: path relative to the listed folder.
         path: path in the file system.
         size: bytes.
-        written: time of the last write, in the file system's own format; empty where it reports none.
+        written: time of the last write in the file system's own format; empty if it reports none.
         checksum: crc32c in base64; None if the storage keeps none.
 
     """
@@ -100,10 +100,10 @@ class Listed:
 
 
 def list_files(fs: Any, root: str) -> Iterator[Listed]:
-    """Yield all files below a folder; none if there is no such folder.
+    """Yield all files below a folder; none if the folder does not exist.
 
-    A bucket is listed page by page with only the fields that are used: the listing of gcsfs itself holds
-    several kilobytes for each object in memory.
+    A bucket is listed page by page with only the needed fields, because gcsfs's own listing keeps several
+    kilobytes per object in memory.
     """
     if not {"gs", "gcs"} & _protocols(fs):
         for path, info in fs.find(root, detail=True).items():
@@ -127,10 +127,11 @@ def list_files(fs: Any, root: str) -> Iterator[Listed]:
 
 @contextlib.contextmanager
 def reaching(uri: str, about: str | None = None) -> Iterator[None]:
-    """Convert the errors of a bucket in this block to one sentence with the remedy.
+    """Convert errors of a bucket in the block to one sentence with the remedy.
 
     Raises:
-        InputError: no credentials, no access, no such bucket, no connection.
+        InputError: credentials are missing, access is denied, the bucket does not exist, or it cannot be
+            reached.
 
     """
     try:
@@ -145,7 +146,7 @@ def reaching(uri: str, about: str | None = None) -> Iterator[None]:
 
 
 def _refusal(uri: str, error: Exception) -> str | None:
-    """Explain an error of a bucket; None for an error of another origin."""
+    """Explain an error of a bucket; None for other errors."""
     import aiohttp
     from google.auth.exceptions import GoogleAuthError
     from requests.exceptions import RequestException
@@ -156,7 +157,7 @@ def _refusal(uri: str, error: Exception) -> str | None:
         return f"there are no valid credentials for {uri} ({answer}): {LOG_IN}"
     if status == HTTPStatus.FORBIDDEN:
         return (
-            f"access to {uri} is refused ({answer}): grant it to the account that runs this, or correct "
+            f"access to {uri} is denied ({answer}): grant it to the account that runs this, or correct "
             "the address"
         )
     if isinstance(error, FileNotFoundError):
@@ -169,18 +170,18 @@ def _refusal(uri: str, error: Exception) -> str | None:
     if status is None:
         return None
     if status == HTTPStatus.TOO_MANY_REQUESTS or status >= HTTPStatus.INTERNAL_SERVER_ERROR:
-        return f"{uri} is busy or out of order ({answer}): try again later"
+        return f"{uri} is temporarily unavailable ({answer}): try again later"
     return f"{uri} cannot be used ({answer}): correct the address"
 
 
 def _http_status(error: Exception) -> int | None:
-    """Return the status with which a bucket answered; None if the error is not gcsfs's."""
+    """Return the HTTP status of a gcsfs error; None for other errors."""
     from gcsfs.retry import HttpError
 
     if isinstance(error, HttpError):
         return int(error.code) if error.code else HTTPStatus.BAD_REQUEST
-    # `gcsfs.retry.validate_response` raises these two as built-in classes, with no other mark than the
-    # words in front. pyarrow raises the same classes for files that it cannot read.
+    # `gcsfs.retry.validate_response` raises these two as built-in classes that only the first words of
+    # the message identify. pyarrow raises the same classes for files that it cannot read.
     if type(error) is OSError and str(error).startswith("Forbidden: "):
         return HTTPStatus.FORBIDDEN
     if type(error) is ValueError and str(error).startswith("Bad Request: "):
@@ -189,23 +190,23 @@ def _http_status(error: Exception) -> int | None:
 
 
 def first_line(error: Exception, *, last: bool = False) -> str:
-    """Return the first line of an error's message, or the last, which holds a server's answer."""
+    """Return the first line of an error's message, or the last, which contains a server's answer."""
     lines = str(error).strip().splitlines() or [type(error).__name__]
     return lines[-1 if last else 0].strip()
 
 
 @contextlib.contextmanager
 def new_file(uri: str, about: str | None = None) -> Iterator[BinaryIO]:
-    """Open a file that takes its name only when the block ends without an error.
+    """Open a file that gets its name only if the block ends without an error.
 
-    In a bucket it is one upload, which creates the object at its end or not at all.
+    In a bucket it is one upload, which creates the object only when it ends.
 
     Args:
         uri: a local path or any fsspec URL.
         about: see `InputError`.
 
     Raises:
-        InputError: the location cannot be written to.
+        InputError: the location is not writable.
 
     """
     fs, path = open_storage(uri, about)
@@ -215,10 +216,10 @@ def new_file(uri: str, about: str | None = None) -> Iterator[BinaryIO]:
 
 @contextlib.contextmanager
 def writing(uri: str, about: str | None = None) -> Iterator[None]:
-    """Convert errors of writes in this block to one sentence with the remedy, as `reaching` does.
+    """Convert errors of writes in the block to one sentence with the remedy, see `reaching`.
 
     Raises:
-        InputError: no space, no write access, or an error of the bucket.
+        InputError: the disk is full, the location is not writable, or the bucket fails.
 
     """
     try:
@@ -245,13 +246,13 @@ def is_local(fs: Any) -> bool:
 
 
 def is_regular(fs: Any, path: str) -> bool:
-    """Return whether a path may be read: not a pipe, a device or a socket, which may never end."""
+    """Return whether a path may be read; pipes, devices and sockets may never end."""
     if not is_local(fs):
         return True
     try:
         kind = Path(path).stat().st_mode
     except OSError:
-        return True  # reading it says what is wrong
+        return True  # reading it reports the problem
     return stat.S_ISREG(kind)
 
 
@@ -275,7 +276,7 @@ def _local_file(path: Path) -> Iterator[BinaryIO]:
 
 
 def _remove_abandoned(path: Path) -> None:
-    """Remove what killed processes left of this file."""
+    """Remove temporary copies of this file that killed processes left behind."""
     for left in path.parent.glob(f".{path.name}.*{PARTIAL_SUFFIX}"):
         writer = int(left.name.removesuffix(PARTIAL_SUFFIX).rpartition(".")[2])
         if not _is_alive(writer):
@@ -287,7 +288,7 @@ def _is_alive(process: int) -> bool:
         os.kill(process, 0)
     except ProcessLookupError:
         return False
-    except PermissionError:  # alive, and another user's
+    except PermissionError:  # alive, but owned by another user
         return True
     return True
 

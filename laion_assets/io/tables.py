@@ -1,6 +1,6 @@
-"""Parquet tables on a local path or in a bucket: written batch by batch, read as often as needed.
+"""Parquet tables on a local path or in a bucket, written batch by batch.
 
-A table appears under its name when it is complete, or not at all.
+A table appears under its name only once it is complete.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from laion_assets.io.errors import InputError
 from laion_assets.io.storage import new_file, open_storage, reaching
 
 SUFFIX = ".parquet"
-OUTPUT = "output_uri"  # what errors are about, see `InputError`
+OUTPUT = "output_uri"  # the setting that errors name, see `InputError`
 MAX_FOOTER_TEXT = 1 << 30  # bytes; footers of earlier releases held more than Arrow's default of 100 MB
 ATTACHMENTS_KEY = "laion_assets.attachments"
 
@@ -29,23 +29,23 @@ DESCRIPTIONS = {
     "url": "address of the image",
     "caption": "alt text of the image",
     "similarity": "inner product of the unit query and the row as the index stores it; a compressed row "
-    "may be slightly longer than 1, and the similarity then slightly above 1",
-    "rank": "place among the rows found for the same query, 1 is the nearest",
-    "seed": "row of the seed table; null where the centroid found it, alone or at a better rank",
-    "strategies": "which strategies found the image or a near-duplicate of it",
-    "seed_set": "seed set the image was found for",
+    "may be slightly longer than 1, so the similarity may be slightly above 1",
+    "rank": "rank among the rows found for the same query; 1 is the nearest",
+    "seed": "row of the seed table; null if the centroid found the image, alone or at a better rank",
+    "strategies": "strategies that found the image or a near-duplicate of it",
+    "seed_set": "seed set for which the image was found",
     "code": "the row as the index stores it; the decoder beside the table turns it into a vector",
     "embedding": "unit vector: the seed, or the mean of the seeds",
-    "norm_of_mean": "length of the mean of the unit seeds: 1 when all are equal, near 0 without a style",
-    "seeds": "how many seeds the mean is of",
+    "norm_of_mean": "length of the mean of the unit seeds; 1 if all are equal, near 0 without a style",
+    "seeds": "number of seeds in the mean",
     "file": "seed file, relative to the folder of the seed set",
-    "row": "row of that file; the line of a prompt, from 0",
-    "kind": "what the seed is: vector, image or prompt",
+    "row": "row in that file; for a prompt its line, from 0",
+    "kind": "kind of seed: vector, image or prompt",
     "content": "SHA-256 of the image file",
     "thumbnail": "small image, for the first rows only",
     **dict.fromkeys(("NSFW", "nsfw", "punsafe"), "how unsafe the image is, by LAION's classifier"),
-    "pwatermark": "how likely the image has a watermark, by LAION's classifier",
-    "LICENSE": "licence of the image, where the page named one",
+    "pwatermark": "probability that the image has a watermark, by LAION's classifier",
+    "LICENSE": "licence of the image, if the page named one",
     **dict.fromkeys(("LANGUAGE", "language"), "language of the caption"),
     **dict.fromkeys(("WIDTH", "width", "original_width"), "width in pixels when the image was collected"),
     **dict.fromkeys(
@@ -57,7 +57,7 @@ DESCRIPTIONS = {
 
 
 def described(schema: pa.Schema) -> pa.Schema:
-    """Add a description to every known column, as metadata that Parquet keeps."""
+    """Add a description to every known column, as metadata of the Parquet file."""
     return pa.schema(
         [
             field.with_metadata({"description": DESCRIPTIONS[field.name]})
@@ -72,9 +72,9 @@ class TableWriter:
     """A table that is being written, see `new_table`.
 
     Attributes:
-        rows: written so far.
-        footer: key-value metadata, written with the table's end.
-        seconds: from the first row's computation to the table's end.
+        rows: number of rows written so far.
+        footer: key-value metadata, written at the end.
+        seconds: time from the computation of the first row to the end.
 
     """
 
@@ -93,14 +93,14 @@ class TableWriter:
         self.rows += len(batch)
 
     def attach(self, name: str, content: bytes) -> None:
-        """Write a file beside the table that belongs to it, and name it in the footer.
+        """Write an attachment of the table to a file beside it, and name the file in the footer.
 
-        Its name holds its checksum, so the attachment of a table that this one replaces stays readable
-        until the exchange.
+        The file's name contains its checksum, so the attachment of the previous table stays readable
+        until that table is replaced.
 
         Args:
-            name: of the attachment, its file's suffix.
-            content: all of it.
+            name: name of the attachment, which is the suffix of its file.
+            content: the whole content.
 
         """
         checksum = crc32c(content)
@@ -118,14 +118,14 @@ class TableWriter:
 
 @contextmanager
 def new_table(uri: str, schema: pa.Schema) -> Iterator[TableWriter]:
-    """Write a table that takes its name only if the block ends well; what it replaces stays until then.
+    """Write a table that replaces the previous one only if the block ends without an error.
 
     Args:
-        uri: of the Parquet file, a local path or any fsspec URL.
-        schema: of every batch.
+        uri: location of the Parquet file, a local path or any fsspec URL.
+        schema: schema of every batch.
 
     Raises:
-        InputError: the place cannot be written to.
+        InputError: the location is not writable.
 
     """
     with (
@@ -157,15 +157,15 @@ class StoredTable:
 
     Args:
         uri: a local path or any fsspec URL.
-        remedy: what to do about a file that is missing or damaged, for error messages.
+        remedy: remedy for a missing or damaged file, for error messages.
 
     Attributes:
-        where: location.
-        size: bytes.
-        schema: its columns.
+        where: location of the file.
+        size: size of the file in bytes.
+        schema: schema of the table.
 
     Raises:
-        InputError: no such file, or not a whole Parquet file.
+        InputError: the file is missing or not a complete Parquet file.
 
     """
 
@@ -176,7 +176,7 @@ class StoredTable:
             fs, path = open_storage(uri, OUTPUT)
             source = fs.open(path, "rb", cache_type="none")
             self.size = int(source.size)
-            # By default the whole file would be read ahead, whatever its size.
+            # The default would read the whole file ahead, whatever its size.
             self._file = pq.ParquetFile(
                 source, thrift_string_size_limit=MAX_FOOTER_TEXT, pre_buffer=False
             )
@@ -215,10 +215,10 @@ class StoredTable:
         return empty if first is None else pa.Table.from_batches([first])
 
     def attachment(self, name: str) -> bytes:
-        """Read a file that belongs to the table, see `TableWriter.attach`.
+        """Read an attachment of the table, see `TableWriter.attach`.
 
         Raises:
-            InputError: the table names none, or its file is missing or damaged.
+            InputError: the table has no such attachment, or its file is missing or damaged.
 
         """
         attachments = json.loads(self.footer.get(ATTACHMENTS_KEY, "{}"))
@@ -230,12 +230,12 @@ class StoredTable:
             fs, path = open_storage(uri, OUTPUT)
             content: bytes = fs.cat_file(path)
         if checksum_text(crc32c(content)) != recorded["crc32c"]:
-            raise InputError(f"{uri} is not what was written: {self.remedy}")
+            raise InputError(f"{uri} differs from what was written: {self.remedy}")
         return content
 
     @contextmanager
     def _explained(self, uri: str | None = None) -> Iterator[None]:
-        """Turn what goes wrong while reading into one sentence with the remedy."""
+        """Convert errors of reads to one sentence with the remedy."""
         where = uri or self.where
         try:
             with reaching(where, OUTPUT):
@@ -262,6 +262,6 @@ def code_bytes(column: pa.ChunkedArray) -> Bytes:
 
 
 def fixed_size_binary(codes: Bytes) -> pa.Array:
-    """Return an (n, width) uint8 matrix as a column, which `code_bytes` reads."""
+    """Return an (n, width) uint8 matrix as a fixed-size binary column; the inverse of `code_bytes`."""
     data = pa.py_buffer(np.ascontiguousarray(codes))
     return pa.FixedSizeBinaryArray.from_buffers(pa.binary(codes.shape[1]), len(codes), [None, data])

@@ -1,4 +1,4 @@
-"""Texts from outside: names of files, and JSON."""
+"""Handle untrusted text: file names and JSON."""
 
 from __future__ import annotations
 
@@ -7,23 +7,23 @@ from typing import Any
 
 
 def printable(text: str) -> str:
-    """Return a text with every control character, line break and byte that is not UTF-8 escaped."""
+    """Escape every control character, line break and byte that is not UTF-8."""
     return "".join(
         letter if letter.isprintable() else letter.encode("unicode_escape").decode() for letter in text
     )
 
 
 def json_object(content: bytes) -> dict[str, Any]:
-    """Return a JSON object.
+    """Parse a JSON object.
 
     Raises:
-        ValueError: it is not JSON, not an object, or nested too deep.
+        ValueError: the content is not JSON, not an object, or too deeply nested.
 
     """
     try:
         read = json.loads(content)
     except RecursionError:
-        raise ValueError("it is nested too deep") from None
+        raise ValueError("it is too deeply nested") from None
     if not isinstance(read, dict):
         raise ValueError("it is not an object")
     return read

@@ -1,12 +1,13 @@
 """The index on the local disk: copied from any fsspec URL or used in place, verified, and opened.
 
-`stage` makes a cache directory hold what the source holds, in full or sparse, and `open_staged` opens it.
-A manifest records what the directory holds. It is marked incomplete before the first byte changes, and
-complete after the last one; `verified_manifest` compares it with the disk. Readers hold a shared lock
-from verification to close. Stagers take it exclusively, and only to change what readers could read.
+`stage` mirrors the source to a cache directory, in full or sparse, and `open_staged` opens it. A manifest
+records the contents of the directory. It is marked incomplete before the first byte changes, and complete
+after the last one; `verified_manifest` compares it with the disk. Readers hold a shared lock from
+verification to close. Stagers take the lock exclusively, but only while they change files that readers
+could read.
 
 The layers, from the top: `stager` and `opening`; `plan` and `verify`; `manifest`, `full` copies and
-`sparse` files beside each other; `transfer`. Modules import from the layers below theirs.
+`sparse` files on one level; `transfer`. Modules import only from lower layers.
 """
 
 from laion_assets.staging.manifest import Manifest, NotStagedError, StagedFile

@@ -1,4 +1,4 @@
-"""The manifest of a cache directory: its files, their source, and whether they are complete."""
+"""The manifest of a cache directory: its files, their source, and whether the files are complete."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ VERSION = "version "  # in place of a checksum, before the version of a file tha
 
 
 class NotStagedError(InputError):
-    """The disk does not hold a complete staged index; staging it again is the remedy."""
+    """The disk does not hold a complete staged index. The remedy is to stage it again."""
 
     def __init__(self, message: str) -> None:
         super().__init__(message, "staged_index")
@@ -29,12 +29,12 @@ class StagedFile:
 
     Attributes:
         name: relative path in the staged index.
-        path: relative to the manifest; absolute where the source is used in place.
+        path: path relative to the manifest; absolute if the source is used in place.
         source: URL of the source file.
-        size: bytes.
-        version: of the source file.
-        checksum: crc32c of its bytes, in base64; for a sparse file or one used in place, whose source
-            keeps none, a text that names its version.
+        size: size in bytes.
+        version: version of the source file.
+        checksum: crc32c of its bytes in base64. It is a text with the version for a sparse file, or one
+            used in place, whose source keeps no checksum.
         sparse: whether only parts of it are on the disk.
 
     """
@@ -55,13 +55,13 @@ class StagedFile:
 
 @dataclass(frozen=True)
 class Manifest:
-    """What is staged in a cache directory.
+    """The contents of a cache directory.
 
     Attributes:
         source: URL of the index.
         files: files of the index on the disk.
-        complete: whether they are all there; False from before the first byte changes until after the
-            last.
+        complete: whether the files are complete; False from before the first byte changes until after
+            the last.
 
     """
 
@@ -71,16 +71,16 @@ class Manifest:
 
     @property
     def fingerprint(self) -> str:
-        """Changes with the name, size or content of any file, and only then."""
+        """A hash that changes only with the name, size or content of a file."""
         return fingerprint((file.name, file.size, file.checksum) for file in self.files)
 
     @property
     def size(self) -> int:
-        """Bytes of all files."""
+        """The size of all files in bytes."""
         return sum(file.size for file in self.files)
 
     def bytes_on_disk(self, cache: Path) -> int:
-        """Return the bytes of all files that are on the disk; of sparse files only parts are."""
+        """Return the bytes of all files that are on the disk; sparse files are only partly there."""
         sparse = (allocated_bytes(cache / file.path) for file in self.files if file.sparse)
         return sum(sparse) + sum(file.size for file in self.files if not file.sparse)
 
@@ -89,7 +89,7 @@ class Manifest:
         """Read the manifest of a cache directory; None if there is none.
 
         Raises:
-            InputError: it is not as `write` left it.
+            InputError: the manifest is damaged.
 
         """
         path = cache / MANIFEST

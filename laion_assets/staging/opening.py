@@ -1,4 +1,4 @@
-"""Opening the staged index, verified."""
+"""Verify and open the staged index."""
 
 from __future__ import annotations
 
@@ -32,8 +32,8 @@ class OpenIndex:
     Attributes:
         index: the index.
         metadata: its metadata.
-        manifest: of the cache directory.
-        fetched: counts what was read from the source since the index was opened.
+        manifest: manifest of the cache directory.
+        fetched: statistics of reads from the source since the index was opened.
 
     """
 
@@ -44,7 +44,7 @@ class OpenIndex:
 
 
 def is_staged(cache: Path) -> bool:
-    """Whether an index was staged to a directory, completely or not."""
+    """Return whether an index was staged to a directory, completely or not."""
     return (cache / locks.INDEX_LOCK).exists()
 
 
@@ -58,14 +58,14 @@ def open_staged(
 ) -> Iterator[OpenIndex]:
     """Verify the staged index and open it; stagers cannot change it until the block ends.
 
-    The cache may be mounted read-only unless it was staged sparse: then missing pages are fetched as they
-    are needed.
+    The cache may be mounted read-only, unless it was staged sparse: missing pages are then fetched as
+    needed.
 
     Args:
         cache: the cache directory.
         columns: names of metadata columns, see `Metadata`.
         budget: bytes of disk that sparse files may occupy.
-        log: takes lines about what is fetched.
+        log: called with lines about fetches.
 
     Raises:
         NotStagedError: nothing is staged, or the files differ from the manifest.
@@ -114,7 +114,7 @@ def open_sparse_files(
 ) -> SparseFiles:
     """Open the sparse files of a manifest, see `SparseFiles`.
 
-    When the source has changed, the manifest is marked incomplete, so nobody opens the index any more.
+    If the source has changed, the manifest is marked incomplete, so that the index is not opened again.
     """
     staged = [file for file in manifest.files if file.sparse]
     reader, paths = open_files([file.source for file in staged])

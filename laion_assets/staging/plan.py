@@ -1,4 +1,4 @@
-"""What staging has to do: a pure function of the source's listing, the manifest and the disk."""
+"""Plan the work of staging, with a pure function of the source's listing, the manifest and the disk."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ from laion_assets.staging.transfer.files import SourceFile
 
 @dataclass(frozen=True)
 class Plan:
-    """What staging has to do.
+    """The work of staging.
 
     Attributes:
         fetch: files to copy, or to use in place.
-        allocate: files to allocate sparse, of which parts are fetched when requests need them.
-        keep: files that are current, as of the source's listing.
-        remove: files that the index no longer needs, or not as they are.
+        allocate: files to allocate sparse; requests fetch parts of them as needed.
+        keep: files that are current, described as in the source's listing.
+        remove: files that are outdated or no longer needed.
 
     """
 
@@ -43,15 +43,15 @@ def plan_staging(
 ) -> Plan:
     """Compare source and disk.
 
-    A staged file is current if it has the right size, on the disk too, and its checksum is the one that
-    the source reports. Where the source reports no checksum, URL and version are compared instead.
+    A staged file is current if its size, in the manifest and on the disk, and its checksum equal those at
+    the source. If the source reports no checksum, URL and version are compared instead.
 
     Args:
         source: files of the index at the source.
-        manifest: of the cache directory, if it has one.
-        sizes: bytes on the disk of each file in the manifest, by name; missing files are left out.
-        in_place: whether files are used where they are; copies are then not needed.
-        sparse: whether parts suffice of those files that can be read in parts. A whole file does as well.
+        manifest: manifest of the cache directory, or None.
+        sizes: size on the disk of each file in the manifest, by name; missing files are left out.
+        in_place: whether files are used in place, so that copies are not needed.
+        sparse: whether parts suffice for files that can be read in parts; whole files are kept too.
 
     """
     staged = {file.name: file for file in manifest.files} if manifest else {}
@@ -81,7 +81,7 @@ def plan_staging(
 
 
 def staged_path(file: SourceFile, in_place: bool) -> str:
-    """Return the path of a staged file, as in `StagedFile.path`."""
+    """Return the path of a staged file, see `StagedFile.path`."""
     return file.path if in_place else file.name
 
 

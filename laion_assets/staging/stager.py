@@ -1,4 +1,4 @@
-"""Staging: making a cache directory hold what the source holds."""
+"""Mirror the source to a cache directory."""
 
 from __future__ import annotations
 
@@ -30,22 +30,22 @@ from laion_assets.staging.transfer.range_readers import ChangedError
 from laion_assets.staging.transfer.source import Source
 from laion_assets.staging.verify import sizes_on_disk
 
-MAX_ROUNDS = 5  # copies begun before a source that keeps changing is an error
+MAX_ROUNDS = 5  # copies started before a source that keeps changing is an error
 
 
 @dataclass(frozen=True)
 class Staged:
-    """What staging did.
+    """The result of staging.
 
     Attributes:
-        manifest: what is on the disk now.
+        manifest: the current contents of the disk.
         source_version: version of the source that the disk matches, see `version_of`.
         fetched: number of files that were copied or allocated, or newly used in place.
         bytes_fetched: bytes read from the source.
-        bytes_reused: bytes that were on the disk already, including those of an interrupted attempt.
-        retries: reads that failed and were tried again.
+        bytes_reused: bytes that were already on the disk, including those of an interrupted attempt.
+        retries: number of reads that failed and were retried.
         seconds: duration, including waits for locks.
-        verified: what the bytes were compared with, as a phrase.
+        verified: a phrase that describes how the bytes were verified.
 
     """
 
@@ -69,28 +69,28 @@ def stage(
     options: TransferOptions | None = None,
     log: Callable[[str], None] = lambda _: None,
 ) -> Staged:
-    """Make the index available on the local disk; does nothing if it is already there.
+    """Make the index available on the local disk, unless it is already there.
 
-    Every byte from Google Cloud Storage is read from the listed generation, and compared with the crc32c
-    that the bucket keeps. Other sources are compared by size, and by modification time or etag before and
-    after the copy; the crc32c of what was read is recorded. Files that are used in place are not read:
-    they are identified by size and modification time.
+    Every byte from Google Cloud Storage is read from the listed generation, and compared with the
+    bucket's crc32c. Other sources are compared by size, and by modification time or etag before and after
+    the copy; the crc32c of the copy is recorded. Files that are used in place are not read; they are
+    identified by size and modification time.
 
-    If there is room, a new version is copied beside the old one, which can be read meanwhile. Otherwise,
-    and the first time, readers wait until the copy is complete.
+    If there is room, a new version is copied beside the old one, which can be read in the meantime. If
+    there is not, and for the first copy, readers wait until the copy is complete.
 
     Args:
         index_uri: folder of the index, any fsspec URL.
-        metadata_uri: folder of the metadata, if it is not the folder `metadata` in that of the index.
-        cache: local directory for the copy; with `in_place`, for the manifest only.
-        in_place: use the files where they are, which must be on a local disk.
-        sparse: copy only files that are read whole; parts of the others are fetched as they are needed.
-        options: how to read.
-        log: takes lines about progress, retries and waits.
+        metadata_uri: folder of the metadata; by default `metadata` in the index folder.
+        cache: local directory for the copy; with `in_place`, only for the manifest.
+        in_place: whether to use the files in place, which requires a local disk.
+        sparse: whether to copy only files that are read whole; parts of others are fetched as needed.
+        options: options for reading.
+        log: called with lines about progress, retries and waits.
 
     Raises:
-        InputError: there is no index, or no permission to read it; the cache cannot be written to, or
-            lacks free space; a file differs from its checksum; or the source keeps changing.
+        InputError: the index does not exist or cannot be read; the cache is not writable or lacks free
+            space; a file differs from its checksum; or the source keeps changing.
 
     """
     source = Source(index_uri, metadata_uri)
@@ -112,7 +112,7 @@ def stage(
 
 @dataclass
 class _Stager:
-    """One run of staging, during which other stagers wait."""
+    """One run of staging; other stagers wait for it."""
 
     source: Source
     cache: Path
@@ -137,7 +137,7 @@ class _Stager:
                     sparse=self.sparse,
                 )
                 if manifest and manifest.complete and not todo.changes:
-                    if manifest.files != todo.keep:  # the same bytes, uploaded again
+                    if manifest.files != todo.keep:  # the same bytes were uploaded again
                         manifest = self._write(todo.keep, complete=True)
                     return self._report(manifest, todo, files, started)
                 self._remove_strays(todo)
@@ -146,15 +146,15 @@ class _Stager:
                 if copied is not None and self.source.list() == files:
                     manifest = self._exchange(files, todo, copied, held)
                     return self._report(manifest, todo, files, started)
-                self.log(f"{self.source.index_uri} changed while it was copied: starting over")
+                self.log(f"{self.source.index_uri} changed while it was being copied: starting over")
         raise InputError(
-            f"{self.source.index_uri} keeps changing while it is copied: wait until the upload has "
+            f"{self.source.index_uri} keeps changing while it is being copied: wait until the upload has "
             "finished, then stage the index again",
             "staged_index",
         )
 
     def _copy(self, todo: Plan) -> list[StagedFile] | None:
-        """Copy the files to fetch; None if the source is no longer as it was listed."""
+        """Copy the files to fetch; None if the source has changed since it was listed."""
         if self.in_place:
             return [_known_by_version(file, file.path) for file in todo.fetch]
         copy = FullCopy(self.source.reader, self.cache, self.options, self.log, self.stats)
@@ -166,7 +166,7 @@ class _Stager:
                     f"{changed.file.url} is listed with {changed.file.size:,} bytes but cannot be read "
                     f"({changed}): upload it to the source again"
                 ) from changed
-            self.log(f"{changed.file.url} was overwritten while it was copied ({changed})")
+            self.log(f"{changed.file.url} was overwritten while it was being copied ({changed})")
             return None
         return [
             StagedFile(f.name, f.name, f.url, f.size, f.version, checksum)
@@ -174,7 +174,7 @@ class _Stager:
         ]
 
     def _make_room(self, todo: Plan, manifest: Manifest | None, held: ExitStack) -> None:
-        """Ensure that the copy fits, beside the old version or else in its place."""
+        """Make room for the copy, beside the old version or else in its place."""
         if self.in_place:
             return
         needed = sum(self._left_to_fetch(file) for file in todo.fetch)
@@ -202,14 +202,14 @@ class _Stager:
     def _exchange(
         self, files: Iterable[SourceFile], todo: Plan, copied: list[StagedFile], held: ExitStack
     ) -> Manifest:
-        """Exchange old files for new ones; if killed at any point, the next run finishes it."""
+        """Replace old files with new ones; if this is killed at any point, the next run finishes it."""
         self._lock_out_readers(held)
         self._remove(todo, self._stale(todo))
         sparse = [_known_by_version(file, file.name, sparse=True) for file in todo.allocate]
         if not self.in_place:
             remove_leases(self.cache)
-            # Files are in the manifest before they are renamed: after a kill, a renamed file is known,
-            # and any other is copied again, which reads nothing since all its chunks are on the disk.
+            # Files enter the manifest before they are renamed. After a kill, renamed files are therefore
+            # known. Others are copied again without reading, because all their chunks are on the disk.
             self._write((*todo.keep, *copied, *sparse), complete=False)
             for file in sparse:
                 allocate(self.cache / file.path, file.size, file.checksum)
@@ -228,7 +228,7 @@ class _Stager:
         journal_path(partial).unlink()
 
     def _stale(self, todo: Plan) -> list[Path]:
-        """Return outdated files of the copy; never a file of the source itself."""
+        """Return outdated files of the copy, but never files of the source itself."""
         names = {file.path for file in todo.remove if not Path(file.path).is_absolute()}
         if not self.in_place:
             names |= {file.name for file in (*todo.fetch, *todo.allocate)}
@@ -289,21 +289,21 @@ class _Stager:
 
 
 def _known_by_version(file: SourceFile, path: str, *, sparse: bool = False) -> StagedFile:
-    """Describe a file that was not read whole: the source says what identifies its content.
+    """Describe a file that was not read whole, by the checksum or version that the source reports.
 
     Args:
-        file: as listed.
-        path: as in `StagedFile`.
+        file: the file from the listing.
+        path: path of the staged file, see `StagedFile.path`.
         sparse: whether only parts of it are on the disk.
 
     Raises:
-        InputError: the source reports nothing that changes with the content.
+        InputError: the source reports neither.
 
     """
     if not (file.checksum or file.version):
         raise InputError(
-            f"the source reports neither checksum nor version of {file.url}, so changes to it cannot be "
-            "detected while parts of it are read: copy it in full",
+            f"the source reports neither checksum nor version of {file.url}, so changes cannot be "
+            "detected when parts of it are read: copy it in full",
             "staging",
         )
     content = file.checksum or f"{VERSION}{file.version}"
@@ -319,13 +319,13 @@ def _verified(files: Sequence[SourceFile], manifest: Manifest) -> str:
     if with_checksum == len(files):
         return "size and the source's crc32c of every file"
     return (
-        "size, and that no file changed while it was read; the source keeps no crc32c of "
+        "size, and that no file changed while it was being read; the source keeps no crc32c of "
         f"{len(files) - with_checksum} of {len(files)} files"
     )
 
 
 def _remove_empty_folders(cache: Path) -> None:
-    """Remove empty folders: an index of another form has files where this one has folders."""
+    """Remove empty folders, because another form of index may have files in their place."""
     for top in (SINGLE_INDEX, METADATA_FOLDER, INCOMING):
         for folder in (*sorted((cache / top).rglob("*"), reverse=True), cache / top):
             if folder.is_dir() and not any(folder.iterdir()):

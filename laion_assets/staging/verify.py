@@ -1,4 +1,4 @@
-"""Comparing a manifest with the disk."""
+"""Compare a manifest with the disk."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ from laion_assets.staging.sparse.pages import is_allocated
 
 
 def sizes_on_disk(manifest: Manifest | None, cache: Path) -> dict[str, int]:
-    """Return the bytes of each file in the manifest, by name; missing files are left out.
+    """Return the size of each file in the manifest, by name; missing files are left out.
 
-    A sparse file without its page map counts as missing, for nothing else says which parts it holds.
+    A sparse file without its page map counts as missing, because only the map records its present parts.
     """
     files = manifest.files if manifest else ()
     present = [file for file in files if _is_present(file, cache)]
@@ -19,10 +19,10 @@ def sizes_on_disk(manifest: Manifest | None, cache: Path) -> dict[str, int]:
 
 
 def verified_manifest(cache: Path) -> Manifest:
-    """Return the manifest after comparing it with the disk, by sizes only, which is cheap.
+    """Return the manifest after a cheap comparison of its sizes with the disk.
 
     Raises:
-        NotStagedError: nothing is staged, or staging did not finish, or a file is missing or has another
+        NotStagedError: nothing is staged, staging did not finish, or a file is missing or has another
             size.
 
     """
@@ -37,7 +37,7 @@ def verified_manifest(cache: Path) -> Manifest:
         if size != file.size:
             found = "is missing" if size is None else f"has {size:,} bytes"
             raise NotStagedError(
-                f"{cache / file.path} {found}, the manifest says {file.size:,}: stage the index again"
+                f"{cache / file.path} {found}, but the manifest says {file.size:,}: stage the index again"
             )
     return manifest
 

@@ -374,7 +374,7 @@ def test_an_account_without_the_right(setting: str, monkeypatch: pytest.MonkeyPa
         monkeypatch.setenv("STORAGE_EMULATOR_HOST", server)
         told = refusal(setting, "gs://private/x")
     assert message in told
-    assert "is refused" in told
+    assert "is denied" in told
     assert setting in told
 
 
@@ -383,7 +383,7 @@ def test_an_account_without_the_right(setting: str, monkeypatch: pytest.MonkeyPa
     ("status", "message", "remedy"),
     [
         (401, "Invalid Credentials", "gcloud auth application-default login"),
-        (503, "Backend Error", "out of order"),
+        (503, "Backend Error", "temporarily unavailable"),
         (None, "", "check the network, and STORAGE_EMULATOR_HOST"),
     ],
 )

@@ -16,7 +16,7 @@ from laion_assets.io.storage import reaching
         (400, "the parameter is invalid", "cannot be used"),
         (400, "no", "cannot be used"),
         (401, "Invalid Credentials", "no valid credentials"),
-        (403, "robot does not have storage.objects.list access", "access to gs://bucket/x is refused"),
+        (403, "robot does not have storage.objects.list access", "access to gs://bucket/x is denied"),
         (429, "slow down", "busy"),
         (503, "Backend Error", "busy"),
     ],

@@ -194,7 +194,7 @@ def test_an_attachment_that_is_missing_or_damaged_is_named_with_the_remedy(place
     (name,) = (name.rpartition("/")[2] for name in listed() if name.endswith(".decoder"))
     fs, path = fsspec.url_to_fs(f"{root}/knn_urls/{name}")
     fs.pipe_file(path, b"dEcoder")
-    with pytest.raises(InputError, match=f"{name} is not what was written: make it anew"):
+    with pytest.raises(InputError, match=f"{name} differs from what was written: make it anew"):
         StoredTable(uri, "make it anew").attachment("decoder")
     fs.rm_file(path)
     with pytest.raises(InputError, match=f"{name} is missing: make it anew"):

@@ -211,7 +211,9 @@ def test_an_object_that_is_overwritten_meanwhile_is_begun_again_and_never_mixed(
     lines: list[str] = []
     done = stage(bucket.uri, None, cache, options=SMALL, log=lines.append)
     assert staged_data(cache) == contents(source)
-    assert any(f"{bucket.uri}/{LISTS} was overwritten while it was copied" in line for line in lines)
+    assert any(
+        f"{bucket.uri}/{LISTS} was overwritten while it was being copied" in line for line in lines
+    )
     assert done.manifest.complete
 
 
@@ -225,7 +227,7 @@ def test_an_object_that_is_overwritten_after_it_was_copied_is_noticed_before_the
     lines: list[str] = []
     stage(bucket.uri, None, cache, options=SMALL, log=lines.append)
     assert staged_data(cache) == contents(source)
-    assert any("changed while it was copied" in line for line in lines)
+    assert any("changed while it was being copied" in line for line in lines)
 
 
 def test_a_source_that_never_rests_is_an_error(bucket, source, cache):

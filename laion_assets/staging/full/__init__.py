@@ -1,5 +1,5 @@
 """Full copies of files.
 
 Files are copied to `.incoming/` in chunks, and each chunk is recorded in a journal once it is on the
-disk. A copy that was killed resumes with the chunks that are missing.
+disk. A killed copy resumes with the missing chunks.
 """

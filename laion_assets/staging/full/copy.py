@@ -1,4 +1,4 @@
-"""Copying files of a source to partial files, in threads."""
+"""Copy files of a source to partial files, in threads."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ class FullCopy:
     Args:
         reader: reads the source.
         cache: folder of the copy.
-        options: how to read.
-        log: takes lines about progress and retries, in the thread that calls `run`.
-        stats: counts what is read.
+        options: options for reading.
+        log: called with lines about progress and retries, in the thread that calls `run`.
+        stats: statistics of the reads.
 
     """
 
@@ -39,15 +39,15 @@ class FullCopy:
         self._stats = stats
 
     def run(self, files: Sequence[SourceFile]) -> list[str]:
-        """Copy files; each is then complete, durable, and compared with the source's checksum.
+        """Copy files, make them durable, and compare them with the source's checksums.
 
         Returns:
-            crc32c of each file in base64.
+            The crc32c of each file in base64.
 
         Raises:
-            ChangedError: a file is no longer as it was listed.
+            ChangedError: a file has changed since it was listed.
             InputError: access is denied, every retry failed, or a file differs from its checksum.
-            OSError: the disk is full or cannot be written to.
+            OSError: the disk is full or not writable.
 
         """
         opened: list[PartialFile] = []

@@ -1,8 +1,8 @@
-"""The journal beside a partial file: which of its chunks are on the disk, and their checksums.
+"""The journal of a partial file lists its chunks that are on the disk, with their checksums.
 
-One line describes the file, and one line for each chunk follows, written once the chunk is durable. A
-line is trusted only after the chunk was read back and compared, so a torn or outdated line costs one
-chunk.
+The first line describes the file. Each further line describes one chunk, and is written once the chunk is
+durable. A line is only trusted after the chunk is read back and compared, so a torn or outdated line
+costs one chunk.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from pathlib import Path
 
 from laion_assets.staging.transfer.files import SourceFile
 
-# A separate folder, since an index of one form has a file where another form has a folder.
+# A separate folder, because one form of an index has a file where another form has a folder.
 INCOMING = ".incoming"
 JOURNAL_SUFFIX = ".journal"
 JOURNAL_LINE = re.compile(r"(\d+) ([0-9a-f]{8})\n")
@@ -34,8 +34,8 @@ class Journal:
 
     Args:
         partial: the partial file, which need not exist.
-        file: the file that is copied. The journal of any other is discarded with its partial file.
-        chunk: bytes of a chunk.
+        file: the file to copy. A journal of another file is discarded with its partial file.
+        chunk: size of a chunk in bytes.
 
     Attributes:
         recorded: checksums of the chunks of earlier attempts, by number.
@@ -47,7 +47,7 @@ class Journal:
         found = recorded_chunks(partial, file, chunk)
         self.recorded = found or {}
         if found is None:
-            partial.unlink(missing_ok=True)  # first: a journal without its file is ignored
+            partial.unlink(missing_ok=True)  # before the journal, which is ignored without its file
             path.write_text(_header(file, chunk))
         self._lines = path.open("ab", buffering=0)  # unbuffered: each line is one write of one thread
 
@@ -61,9 +61,9 @@ class Journal:
 
 
 def recorded_chunks(partial: Path, file: SourceFile, chunk: int) -> dict[int, int] | None:
-    """Return the checksums recorded for a partial file, by chunk number; None if it is of no use.
+    """Return the checksums recorded for a partial file, by chunk number; None if it cannot be resumed.
 
-    Changes nothing.
+    This changes no file.
     """
     path = journal_path(partial)
     if not path.exists() or not partial.exists():

@@ -1,4 +1,4 @@
-"""A file that is copied chunk by chunk and checked against the source's checksum."""
+"""Copy a file chunk by chunk, and compare it with the source's checksum."""
 
 from __future__ import annotations
 
@@ -33,15 +33,16 @@ class Chunk:
 class PartialFile:
     """A file that is copied to a partial file, with a journal beside it.
 
-    Once every chunk is there, its checksum is compared with the source's. May be used by several threads.
+    Once all chunks are complete, its checksum is compared with the source's. May be used by several
+    threads.
 
     Args:
-        file: the file, as listed.
-        chunk: bytes of a chunk.
+        file: the file from the listing.
+        chunk: size of a chunk in bytes.
         cache: folder of the copy.
 
     Attributes:
-        file: as given.
+        file: the file.
         chunks: the chunks of the file, in order.
 
     """
@@ -58,7 +59,7 @@ class PartialFile:
         self._file = os.fdopen(os.open(self._partial, os.O_RDWR | os.O_CREAT), "r+b", buffering=0)
 
     def has(self, chunk: Chunk) -> bool:
-        """Whether an earlier attempt recorded a chunk, and it is intact on the disk."""
+        """Return whether an earlier attempt recorded a chunk that is still intact on the disk."""
         recorded = self._journal.recorded.get(chunk.number)
         if recorded is None or recorded != self._checksum_on_disk(chunk):
             return False
@@ -73,7 +74,7 @@ class PartialFile:
         """Make a chunk durable and record it; after the last chunk, compare the checksum of the file.
 
         Raises:
-            InputError: it differs from the checksum that the source keeps.
+            InputError: the checksum differs from the source's.
 
         """
         os.fdatasync(self._file.fileno())
@@ -82,7 +83,7 @@ class PartialFile:
 
     @property
     def checksum(self) -> str:
-        """crc32c of the file in base64, once every chunk is there."""
+        """The crc32c of the file in base64, once all chunks are complete."""
         if self._checksum is None:
             raise AssertionError(f"{self.file.url} is incomplete")
         return self._checksum
@@ -102,7 +103,7 @@ class PartialFile:
         if file.checksum not in (None, found):
             self._discard()
             raise InputError(
-                f"{file.url} differs from its checksum: the source says crc32c {file.checksum}, its "
+                f"{file.url} differs from its checksum: the source reports crc32c {file.checksum}, its "
                 f"{file.size:,} bytes have {found}: stage the index again, and if that does not help, "
                 "upload the file to the source again",
                 "staged_index",
@@ -118,7 +119,7 @@ class PartialFile:
         return checksum
 
     def _discard(self) -> None:
-        """Discard the copy: it is wrong, and where is unknown."""
+        """Discard the copy: one of its chunks is wrong, and it is unknown which."""
         journal_path(self._partial).unlink()
         self._partial.unlink()
 

@@ -1,4 +1,4 @@
-"""Moving bytes from a source to the local disk: listings, ranged reads, retries, locks.
+"""Move bytes from a source to the local disk: listings, ranged reads, retries, locks.
 
-The bottom layer of staging. It knows files and ranges, but neither manifests nor pages.
+This is the bottom layer of staging. It handles files and ranges, but neither manifests nor pages.
 """

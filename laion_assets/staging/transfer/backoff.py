@@ -9,18 +9,18 @@ from collections.abc import Callable
 from laion_assets.io.errors import InputError
 from laion_assets.staging.transfer.range_readers import TransientError, reason
 
-MAX_TRIES = 8  # in a row without a byte: about a minute
+MAX_TRIES = 8  # consecutive tries without a byte, about a minute
 FIRST_PAUSE = 0.5  # seconds
 LONGEST_PAUSE = 32.0
 
 
 class Backoff:
-    """Waits between the tries of a read, longer each time, up to a number of tries.
+    """Waits between the tries of a read, longer each time, and limits their number.
 
     Args:
-        url: what is read, for messages.
+        url: URL that is read, for messages.
         stop: ends a wait when set.
-        log: takes a line about each wait.
+        log: called with a line about each wait.
 
     """
 
@@ -44,10 +44,10 @@ class Backoff:
                 "and the connection, then try again; what was read so far is kept"
             ) from error
         pause = min(FIRST_PAUSE * 2 ** (self._failures - 1), LONGEST_PAUSE)
-        pause *= random.uniform(0.5, 1)  # so that clients do not return at once  # noqa: S311
+        pause *= random.uniform(0.5, 1)  # so that clients do not retry simultaneously  # noqa: S311
         self._log(f"{self._url}: {reason(error)}; trying again in {pause:.1f} s")
         self._stop.wait(pause)
 
     def reset(self) -> None:
-        """Start over: something was read."""
+        """Start counting again, after a successful read."""
         self._failures = 0

@@ -13,7 +13,7 @@ from laion_assets.io.errors import InputError
 
 DISK_FULL_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS}
 STAT_BLOCK = 512  # bytes, the unit of st_blocks
-KEEP_SIZE, PUNCH_HOLE = 1, 2  # modes of Linux' fallocate
+KEEP_SIZE, PUNCH_HOLE = 1, 2  # modes of Linux's fallocate
 
 
 def write_at(descriptor: int, data: bytes, offset: int) -> None:
@@ -34,12 +34,12 @@ def sync_folder(folder: Path) -> None:
 
 
 def allocated_bytes(path: Path) -> int:
-    """Return the bytes of disk that a file occupies; less than its size where it has holes."""
+    """Return the bytes of disk that a file occupies, which is less than its size if it has holes."""
     return path.stat().st_blocks * STAT_BLOCK
 
 
 def cannot_write(folder: Path, error: OSError) -> InputError:
-    """Return the error for a folder that cannot be written to."""
+    """Return the error for a folder that is not writable."""
     return InputError(
         f"cannot write to {folder} ({error.strerror}): choose a folder with free space and write access",
         "cache_dir",
@@ -65,7 +65,7 @@ def punch_hole(descriptor: int, start: int, length: int, path: Path) -> None:
 
 
 def _fallocate(descriptor: int, mode: int, start: int, length: int) -> int:
-    """Call Linux' fallocate, which Python does not offer; returns the error number, 0 for success."""
+    """Call Linux's fallocate, which Python does not wrap; return the error number, 0 for success."""
     return ctypes.get_errno() if _libc_fallocate()(descriptor, mode, start, length) else 0
 
 

@@ -1,4 +1,4 @@
-"""Reading ranges of a source in threads, with retries."""
+"""Read ranges of a source in threads, with retries."""
 
 from __future__ import annotations
 
@@ -14,22 +14,22 @@ from laion_assets.staging.transfer.backoff import Backoff
 from laion_assets.staging.transfer.files import SourceFile
 from laion_assets.staging.transfer.range_readers import ChangedError, RangeReader, TransientError
 
-LOG_INTERVAL = 0.5  # seconds between emptying the queue of lines to log
+LOG_INTERVAL = 0.5  # seconds between flushes of queued log lines
 
 FetchJob = TypeVar("FetchJob")
 
 
 class StoppedError(Exception):
-    """The read was told to end, since another job has failed."""
+    """The read was stopped because another job has failed."""
 
 
 @dataclass(frozen=True)
 class TransferOptions:
-    """How files are read.
+    """Options for reading files.
 
     Attributes:
-        chunk: bytes that are read, recorded and, where necessary, read again as a unit.
-        threads: chunks that are read at a time, of one file or several.
+        chunk: number of bytes that are read, recorded and, if necessary, read again as a unit.
+        threads: number of chunks read in parallel, from one or several files.
 
     """
 
@@ -39,13 +39,13 @@ class TransferOptions:
 
 @dataclass
 class TransferStats:
-    """Counts of what was read; threads may add to it concurrently.
+    """Statistics of reads; threads may add to them concurrently.
 
     Attributes:
         fetched: bytes read from the source.
-        reused: bytes that an earlier attempt left on the disk, intact.
-        reads: requests for bytes.
-        retries: reads that failed and were tried again.
+        reused: intact bytes on the disk from an earlier attempt.
+        reads: number of read requests.
+        retries: number of reads that failed and were retried.
 
     """
 
@@ -72,8 +72,8 @@ class Fetcher:
     Args:
         reader: reads the source.
         threads: number of threads.
-        log: takes lines, in the thread that calls `run`.
-        stats: counts what is read.
+        log: called with log lines, in the thread that calls `run`.
+        stats: statistics of the reads.
 
     """
 
@@ -92,7 +92,7 @@ class Fetcher:
         self._lines.put(line)
 
     def run(self, jobs: Iterator[FetchJob], work: Callable[[FetchJob], None]) -> None:
-        """Do all jobs; the first error stops the others and is raised."""
+        """Run all jobs; the first error stops the others and is raised."""
         errors: list[BaseException] = []
         turn = threading.Lock()
 
@@ -104,7 +104,7 @@ class Fetcher:
                     if job is None:
                         return
                     work(job)
-            except BaseException as error:  # the first is raised below; the others follow from it
+            except BaseException as error:  # the first error is raised below; later ones follow from it
                 errors.append(error)
                 self._stop.set()
 
@@ -148,7 +148,7 @@ def read_range(
 ) -> Iterator[tuple[bytes, int]]:
     """Yield the bytes from `start` to `stop` in pieces, each with its offset.
 
-    A transient error is retried from the last byte that was read.
+    After a transient error, the read continues from the last byte that was read.
 
     Args:
         reader: reads the source.
@@ -156,11 +156,11 @@ def read_range(
         start: offset of the first byte.
         stop: offset after the last byte.
         halt: ends the read when set.
-        log: takes a line about each retry, in this thread.
-        stats: counts what is read.
+        log: called with a line about each retry, in this thread.
+        stats: statistics of the reads.
 
     Raises:
-        ChangedError: the file is no longer as it was listed.
+        ChangedError: the file has changed since it was listed.
         InputError: access is denied, or every retry failed.
         StoppedError: `halt` was set.
 
@@ -173,7 +173,7 @@ def read_range(
             for data in reader.read(file, at, stop):
                 if at + len(data) > stop:
                     raise InputError(
-                        f"{file.url} cannot be read in parts, since its server returns more than is "
+                        f"{file.url} cannot be read in parts, because its server returns more than "
                         "requested: copy it to a local folder or a bucket"
                     )
                 yield data, at
@@ -192,10 +192,10 @@ def read_range(
 
 
 def _wait_for_all(workers: Sequence[Future[None]]) -> None:
-    """Wait until all threads have ended, even if this thread is interrupted meanwhile.
+    """Wait until all threads have ended, even if this thread is interrupted.
 
-    Callers rely on it that no thread writes any more. Joining threads is not enough: Python considers a
-    thread ended when its join was interrupted.
+    Callers rely on no thread writing any more. Joining threads is not enough, because Python considers a
+    thread ended if its join was interrupted.
     """
     interrupt: BaseException | None = None
     while True:

@@ -1,4 +1,4 @@
-"""Files at the source, as a listing describes them."""
+"""Files at the source, as described by a listing."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 
 from laion_assets.io.checksums import fingerprint
 
-# Details that change when a file is overwritten, best first; file systems spell them differently.
+# Details that change when a file is overwritten, best first; file systems use different names.
 VERSION_KEYS = ("generation", "etag", "mtime", "last_modified", "lastmodified", "created")
 
 
@@ -18,11 +18,11 @@ class SourceFile:
 
     Attributes:
         name: relative path in the staged index.
-        url: with the protocol; identifies the file across sources.
+        url: URL with the protocol; identifies the file across sources.
         path: path in the file system of the source.
-        size: bytes.
-        version: changes when the file is overwritten; empty where the source reports nothing that does.
-        checksum: crc32c in base64 as the source reports it; None if it keeps none.
+        size: size in bytes.
+        version: a text that changes when the file is overwritten; empty if the source reports none.
+        checksum: crc32c in base64 reported by the source; None if it keeps none.
 
     """
 
@@ -35,9 +35,9 @@ class SourceFile:
 
 
 def version_of(files: Iterable[SourceFile]) -> str:
-    """Return the version of a source: it changes with the name, size or content of any of its files.
+    """Return the version of a source, which changes with the name, size or content of any of its files.
 
-    Where a listing has no checksums, file versions stand for the contents.
+    If a listing has no checksums, file versions are used in their place.
     """
     return fingerprint((file.name, file.size, file.checksum or file.version) for file in files)
 

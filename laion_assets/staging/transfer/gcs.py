@@ -1,8 +1,8 @@
-"""Reading ranges of objects in Google Cloud Storage, with obstore.
+"""Read ranges of objects in Google Cloud Storage, with obstore.
 
-gcsfs lists the bucket and supplies the credentials; obstore reads the bytes. It is written in Rust and
-does not hold Python's global lock: see benchmarks/staging.md. Every read names the listed generation, so
-an object overwritten meanwhile is not found, and two versions are never mixed.
+gcsfs lists the bucket and supplies the credentials; obstore reads the bytes. obstore is written in Rust
+and does not hold Python's global lock, see benchmarks/staging.md. Every read names the listed generation,
+so reading an overwritten object fails, and two versions are never mixed.
 """
 
 from __future__ import annotations
@@ -49,10 +49,10 @@ class GcsReader:
     def read(self, file: SourceFile, start: int, stop: int) -> Iterator[bytes]:
         """Yield the bytes from `start` to `stop` of the listed generation, see `RangeReader`.
 
-        Errors are classified by type only. obstore has classes for 401, 403, 404, 409 and 412.
-        Every other failure is a `GenericError`: a reset connection, silence, an incomplete answer, 408,
-        429 and 5xx, which may pass, but also 400 and 416, which do not. All of these count as transient,
-        and the retries are bounded.
+        Errors are classified only by type. obstore has classes for 401, 403, 404, 409 and 412. Every
+        other failure is a `GenericError`. Some are transient: a reset connection, a timeout, an
+        incomplete answer, 408, 429 and 5xx. Others, 400 and 416, are not. All of them are retried a
+        limited number of times.
         """
         bucket, _, key = file.path.partition("/")
         try:
@@ -73,7 +73,7 @@ class GcsReader:
         """Do nothing: every read names the generation."""
 
     def _store(self, bucket: str) -> GCSStore:
-        with self._lock:  # many threads start at once, and each store has its own connections
+        with self._lock:  # many threads start together, and each store has its own connections
             if bucket not in self._stores:
                 self._stores[bucket] = self._new_store(bucket)
             return self._stores[bucket]

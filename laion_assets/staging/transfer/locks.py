@@ -1,7 +1,7 @@
-"""Locks on a cache directory: who may read it, and who may change it.
+"""Locks on a cache directory, for readers and for stagers.
 
-They are flock locks, which the system releases when their process ends, however it ends. They work among
-the processes of one machine; stagers on several machines must not share a directory over a network.
+They are flock locks, which the operating system releases however a process ends. They work between
+processes on one machine; stagers on several machines must not share a directory over a network.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ FETCH_LOCK = ".fetching"
 
 @contextmanager
 def reading(cache: Path) -> Iterator[None]:
-    """Keep stagers from changing the index; requires no write access."""
+    """Keep stagers from changing the index; needs no write access."""
     with (cache / INDEX_LOCK).open("rb") as file:
         fcntl.flock(file, fcntl.LOCK_SH)
         yield
@@ -34,15 +34,15 @@ def reading(cache: Path) -> Iterator[None]:
 
 @contextmanager
 def changing(cache: Path, log: Callable[[str], None]) -> Iterator[None]:
-    """Keep readers out; waits for those at work."""
+    """Wait for current readers, then keep readers out."""
     with (cache / INDEX_LOCK).open("ab") as file:
-        lock_exclusively(file, lambda: log(f"waiting for the searches that read {cache}"))
+        lock_exclusively(file, lambda: log(f"waiting for searches that read {cache}"))
         yield
 
 
 @contextmanager
 def staging(cache: Path, log: Callable[[str], None]) -> Iterator[None]:
-    """Keep other stagers out; waits for the one at work, and logs which one it is."""
+    """Wait for another stager and log which one it is, then keep other stagers out."""
     with (cache / STAGER_LOCK).open("a+") as file:
         lock_exclusively(file, lambda: log(f"waiting for {_holder(file)}, which is staging to {cache}"))
         now = datetime.now(UTC).isoformat(timespec="seconds")
@@ -54,7 +54,7 @@ def staging(cache: Path, log: Callable[[str], None]) -> Iterator[None]:
 
 @contextmanager
 def ledger(cache: Path) -> Iterator[None]:
-    """Read and change which pages of sparse files are present and held; always brief."""
+    """Read or change the records of present and held pages of sparse files; hold this only briefly."""
     with (cache / LEDGER_LOCK).open("ab") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
         yield
@@ -62,7 +62,7 @@ def ledger(cache: Path) -> Iterator[None]:
 
 @contextmanager
 def fetching(cache: Path, log: Callable[[str], None]) -> Iterator[None]:
-    """Be the only process that fetches pages of sparse files."""
+    """Keep other processes from fetching pages of sparse files."""
     with (cache / FETCH_LOCK).open("ab") as file:
         lock_exclusively(file, lambda: log(f"waiting for another request that fetches to {cache}"))
         yield
@@ -73,5 +73,5 @@ def _holder(file: IO[str]) -> str:
     try:
         holder = json.load(file)
         return f"the stager on {holder['host']} (process {holder['pid']}, since {holder['since']})"
-    except (ValueError, KeyError, TypeError):  # it has the lock, but has not written yet
+    except (ValueError, KeyError, TypeError):  # it holds the lock, but has not written its name yet
         return "another stager"

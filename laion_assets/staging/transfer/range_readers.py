@@ -1,4 +1,4 @@
-"""Reading ranges of source files: the interface, its errors, and the reader for fsspec."""
+"""Read ranges of source files: the interface, its errors, and the reader for fsspec."""
 
 from __future__ import annotations
 
@@ -10,15 +10,15 @@ import aiohttp
 from laion_assets.io.errors import InputError
 from laion_assets.staging.transfer.files import SourceFile, file_version
 
-FSSPEC_READ_SIZE = 8 << 20  # bytes; fsspec returns a read only as a whole
+FSSPEC_READ_SIZE = 8 << 20  # bytes; fsspec does not return partial reads
 
 
 class TransientError(Exception):
-    """A read failed in a way that may pass: a reset connection, 429, 5xx, silence."""
+    """A read failed, but a retry may succeed: a reset connection, 429, 5xx, a timeout."""
 
 
 class ChangedError(Exception):
-    """A file at the source is no longer as it was listed."""
+    """A file at the source has changed since it was listed."""
 
     def __init__(self, file: SourceFile, reason: str) -> None:
         super().__init__(reason)
@@ -38,20 +38,20 @@ class RangeReader(Protocol):
     def read(self, file: SourceFile, start: int, stop: int) -> Iterator[bytes]:
         """Yield the bytes from `start` to `stop` in pieces of a few MiB.
 
-        The bytes end early without an error only where the file does.
+        The bytes only end early without an error if the file does.
 
         Raises:
             TransientError: a retry may succeed.
-            ChangedError: the file is no longer as it was listed.
-            InputError: access is denied, or the request is refused for good.
+            ChangedError: the file has changed since it was listed.
+            InputError: access is denied, or the request is refused permanently.
 
         """
 
     def check(self, file: SourceFile) -> None:
-        """Check that everything read since the file was listed is of the listed version.
+        """Check that the file has not changed since it was listed.
 
         Raises:
-            ChangedError: some of it may not be.
+            ChangedError: the file may have changed.
 
         """
 
@@ -88,7 +88,7 @@ class FsspecReader:
 
 
 def access_denied(url: str, error: Exception) -> InputError:
-    """Return the error for a file that may not be read."""
+    """Return the error for a file without read permission."""
     return InputError(
         f"no permission to read {url} ({reason(error)}): grant the account that runs this read "
         "access (in Google Cloud Storage the role Storage Object Viewer), and check its credentials"
@@ -96,6 +96,6 @@ def access_denied(url: str, error: Exception) -> InputError:
 
 
 def reason(error: Exception) -> str:
-    """Return an error's message in one line, without the dump that obstore appends for debugging."""
+    """Return an error's message on one line, without obstore's debug output."""
     message, _, _ = str(error).partition("\n\nDebug source:")
     return " ".join(message.split()) or repr(error)

@@ -1,4 +1,4 @@
-"""The source of an index: its files, listed with fsspec, and the reader for them."""
+"""The source of an index: lists its files with fsspec and provides a reader for them."""
 
 from __future__ import annotations
 
@@ -21,10 +21,10 @@ class Source:
 
     Args:
         index_uri: folder of the index, any fsspec URL.
-        metadata_uri: folder of the metadata; by default the folder `metadata` in that of the index.
+        metadata_uri: folder of the metadata; by default `metadata` in the index folder.
 
     Attributes:
-        index_uri: as given.
+        index_uri: folder of the index.
         is_local: whether it is on the local disk.
         reader: reads ranges of its files.
 
@@ -38,29 +38,29 @@ class Source:
         if type(metadata_fs) is not type(self._fs):
             raise InputError(
                 f"{index_uri} and {self._metadata_uri} are on different kinds of storage: put the "
-                "metadata on that of the index",
+                "metadata on the storage of the index",
                 METADATA_URI,
             )
         self.is_local = is_local(self._fs)
         self.reader = range_reader(self._fs, index_uri)
 
     def list(self) -> tuple[SourceFile, ...]:
-        """List the files of the index as they are now.
+        """List the current files of the index.
 
         Raises:
-            InputError: no such folder, no index or metadata in it, or no permission to list it.
+            InputError: the folder does not exist, cannot be listed, or holds no index or metadata.
 
         """
         found = self._find(self._root, self.index_uri, INDEX_URI)
         if PUBLISHING in found:
             raise InputError(
-                f"{self.index_uri} is being replaced by a newer index: try again when its build has "
-                "ended, or start the build again if it was killed",
+                f"{self.index_uri} is being replaced by a newer index: try again once its build has "
+                "ended, or restart the build if it was killed",
                 INDEX_URI,
             )
         index, lists = index_files(found, self.index_uri)
         files = [source_file(self._fs, name, *found[name]) for name in (index, lists) if name]
-        below = f"{self._metadata_root}/"  # usually inside that folder, and listed with it
+        below = f"{self._metadata_root}/"  # usually inside the index folder, and listed with it
         inside = {
             path.removeprefix(below): (path, info)
             for path, info in found.values()
@@ -81,12 +81,12 @@ class Source:
 
 
 def source_file(fs: Any, name: str, path: str, info: Mapping[str, Any]) -> SourceFile:
-    """Return a file as its file system lists it.
+    """Return a file from the listing of its file system.
 
     Args:
         fs: the file system.
-        name: of the file, relative to the folder that is listed.
-        path: in the file system.
+        name: path of the file relative to the listed folder.
+        path: path of the file in the file system.
         info: the listing's details of the file.
 
     """
@@ -105,7 +105,7 @@ def range_reader(fs: Any, uri: str) -> RangeReader:
 
     Args:
         fs: its file system.
-        uri: of a folder or file there.
+        uri: URI of a folder or file in it.
 
     """
     return GcsReader(fs) if uri.startswith(BUCKETS) else FsspecReader(fs)
