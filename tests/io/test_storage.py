@@ -17,8 +17,8 @@ from laion_assets.io.storage import reaching
         (400, "no", "cannot be used"),
         (401, "Invalid Credentials", "no valid credentials"),
         (403, "robot does not have storage.objects.list access", "access to gs://bucket/x is denied"),
-        (429, "slow down", "busy"),
-        (503, "Backend Error", "busy"),
+        (429, "slow down", "temporarily unavailable"),
+        (503, "Backend Error", "temporarily unavailable"),
     ],
 )
 def test_an_answer_is_explained_in_one_line_with_the_words_of_the_server(status, message, told):
