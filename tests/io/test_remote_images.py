@@ -163,7 +163,7 @@ def test_images_come_in_the_order_of_their_urls_each_problem_with_its_reason(ser
         ("/huge", "larger than the limit of 0.001 MB"),
         ("/endless", "larger than the limit of 0.001 MB"),
         ("/endless-head", ""),
-        ("/trickle", "longer than the 1 s"),
+        ("/trickle", "longer than the limit of 1 s"),
         ("/silent", ""),
         ("/cut", "cannot be fetched"),
         ("/nonsense", "cannot be fetched"),
@@ -203,7 +203,7 @@ def test_a_name_that_is_looked_up_for_long_is_not_waited_for(monkeypatch) -> Non
     started = time.monotonic()
     (found,) = fetch_images(["http://host.example/1.png"], Bounds(image_seconds=0.3))
     assert time.monotonic() - started < 2
-    assert "longer than the 0.3 s" in str(found)
+    assert "longer than the limit of 0.3 s" in str(found)
 
 
 # --- addresses ------------------------------------------------------------------------------------
@@ -288,11 +288,11 @@ def test_addresses_that_are_public(address) -> None:
     [
         (None, "empty"),
         ("", "empty"),
-        ("file:///etc/hostname", "no http"),
-        ("/etc/hostname", "no http"),
-        ("ftp://host.example/1.png", "no http"),
-        ("data:image/png;base64,AAAA", "no http"),
-        ("http:///1.png", "no http"),
+        ("file:///etc/hostname", "not an http"),
+        ("/etc/hostname", "not an http"),
+        ("ftp://host.example/1.png", "not an http"),
+        ("data:image/png;base64,AAAA", "not an http"),
+        ("http:///1.png", "not an http"),
         ("http://host.example:99999/", "well-formed"),
         ("http://host.example/a b", "well-formed"),
         ("http://host.exa\nmple/", "well-formed"),
