@@ -334,7 +334,7 @@ BAD = {
     "text": ("Ein Bild, das keines ist: äöü\n".encode() * 50, "is text, not an image"),
     "a drawing": (b'<?xml version="1.0"?>\n<svg xmlns="http://www.w3.org/2000/svg"/>', "is SVG"),
     "a web page": (b"\n<!DOCTYPE html><title>404</title>", "is a web page"),
-    "HEIC": (b"\0\0\0\x18ftypheic\0\0\0\0mif1heic" + bytes(99), "is HEIC, which is not read"),
+    "HEIC": (b"\0\0\0\x18ftypheic\0\0\0\0mif1heic" + bytes(99), "is HEIC, which is not supported"),
     "PDF": (b"%PDF-1.7\n", "is PDF"),
     "random bytes": (np.random.default_rng(0).bytes(5000), "is not an image in a supported format"),
     "140 megapixels": (with_size(14_000, 10_000), "has 140 megapixels (14,000 x 10,000), at most 128"),
