@@ -1,4 +1,4 @@
-# Two commands are all the set-up there is: `make demo` and `make test`.
+# `make demo` and `make test` set up everything they need.
 PYTHON ?= python3.11
 VENV := .venv
 BIN := $(VENV)/bin
@@ -21,10 +21,10 @@ $(READY): requirements.lock pyproject.toml
 demo: $(READY) ## Build the demo index, materialize all assets for one seed set, show the result
 	@$(BIN)/laion-assets demo
 
-dev: $(READY) ## Start the Dagster UI on http://127.0.0.1:3000, on the same data and history; PORT= for another
+dev: $(READY) ## Start the Dagster UI on http://127.0.0.1:3000, with the same data and history; PORT= for another port
 	@$(BIN)/laion-assets dev --port $(PORT)
 
-test: $(READY) ## Run the tests; three workers fill two cores, for some wait for processes
+test: $(READY) ## Run the tests; three workers keep two cores busy, because some tests wait for processes
 	$(BIN)/python -m pytest --numprocesses 3 --dist loadscope --no-loadscope-reorder
 
 test-k8s: $(READY) ## Run the graph on a stand-in for a Kubernetes cluster; needs PostgreSQL
@@ -33,13 +33,13 @@ test-k8s: $(READY) ## Run the graph on a stand-in for a Kubernetes cluster; need
 test-ui: $(READY) ## Run the tests against a real `make dev`, with a real browser; needs chromium
 	$(BIN)/python -m pytest tests/ui
 
-screenshots: $(READY) ## Take the README's pictures of the UI anew; needs chromium
+screenshots: $(READY) ## Retake the README's screenshots of the UI; needs chromium
 	SCREENSHOTS=$(CURDIR)/docs/ui $(BIN)/python -m pytest tests/ui/test_ui.py
 
 test-peer: $(READY) ## Compare with clip-retrieval, and with indices of autofaiss, in their own environment
 	PYTHONPATH=benchmarks $(BIN)/python -m pytest tests/peer
 
-test-handover: $(READY) $(IMG2DATASET)/.ready ## Hand our tables over to img2dataset, in its own environment
+test-handover: $(READY) $(IMG2DATASET)/.ready ## Pass our tables to img2dataset, in its own environment
 	$(BIN)/python -m pytest tests/handover
 
 $(IMG2DATASET)/.ready: tests/handover/requirements.txt
@@ -56,7 +56,7 @@ $(TRANSFORMERS)/.ready: tests/embed/requirements.txt
 	$(TRANSFORMERS)/bin/python -m pip install --quiet --disable-pip-version-check --no-deps open-clip-torch==3.3.0 clip-retrieval==2.45.0
 	@touch $@
 
-golden: $(READY) ## Write down what clip-retrieval answers, for a test that runs without it
+golden: $(READY) ## Record clip-retrieval's answers, for a test that runs without it
 	PYTHONPATH=benchmarks:tests $(BIN)/python tests/peer/golden.py
 
 lint: $(READY) ## Lint, check formatting, types and import contracts
@@ -71,19 +71,19 @@ bench: $(READY) ## Measure against the peer, about an hour; writes benchmarks/re
 bench-quick: $(READY) ## The same on less data, a few minutes; writes benchmarks/.cache/quick
 	$(BIN)/python benchmarks/bench.py --quick --output benchmarks/.cache/quick
 
-bench-cold: $(READY) ## Bytes that cold reads of the metadata take, a minute
+bench-cold: $(READY) ## Measure the bytes of cold metadata reads, a minute
 	$(BIN)/python benchmarks/cold.py
 
-bench-embed: $(READY) ## Images a second that are embedded, against the model alone, a few minutes
+bench-embed: $(READY) ## Measure embedded images per second, against the model alone, a few minutes
 	$(BIN)/python benchmarks/embed.py
 
-bench-staging: $(READY) ## How fast an index comes from a bucket, a few minutes; writes benchmarks/staging.md
+bench-staging: $(READY) ## Measure how fast an index is copied from a bucket, a few minutes; writes benchmarks/staging.md
 	$(BIN)/python benchmarks/staging.py
 
 bench-sensor: $(READY) ## Measure a tick of the sensor over 100,000 seed files in a bucket, a few minutes
 	$(BIN)/python benchmarks/sensor.py
 
-bench-sparse: $(READY) ## What sparse staging reads, a few minutes; writes benchmarks/sparse.md
+bench-sparse: $(READY) ## Measure what sparse staging reads, a few minutes; writes benchmarks/sparse.md
 	$(BIN)/python benchmarks/sparse.py
 
 bench-build: $(READY) ## Build the same index as autofaiss, about an hour; ROWS= for another size
@@ -96,10 +96,10 @@ docs: $(READY) ## Build the documentation into docs/_build/html; fails on warnin
 	$(BIN)/python -m sphinx -W -n --keep-going -q -b html docs docs/_build/html
 	@echo "docs/_build/html/index.html"
 
-docs-links: $(READY) ## Follow the documentation's links to the web; needs a network
+docs-links: $(READY) ## Check the documentation's links to the web; needs a network
 	$(BIN)/python -m sphinx -q -b linkcheck docs docs/_build/linkcheck
 
-lock: $(READY) ## Pin today's versions of everything into requirements.lock
+lock: $(READY) ## Pin current versions of everything in requirements.lock
 	$(BIN)/python -m pip install --quiet uv
 	$(BIN)/uv pip compile --quiet --upgrade --extra cluster --group dev --group docs --no-header --no-annotate --no-emit-index-url \
 		pyproject.toml --output-file requirements.lock

@@ -3,8 +3,8 @@
     python examples/own_index.py embeddings.npy metadata.parquet my_index
 
 `embeddings.npy` holds a matrix (n, d). Row i of `metadata.parquet` describes row i of it, with columns
-`url` and `caption`. A flat index compares every row: for more than a few million, let autofaiss choose
-a smaller kind (docs/indices.md).
+`url` and `caption`. A flat index compares every row. For more than a few million rows, build a smaller
+type of index (docs/build.md).
 """
 
 import shutil
@@ -18,7 +18,7 @@ from laion_assets.search import search
 
 
 def main(embeddings: str, metadata: str, folder: str) -> None:
-    """Write `image.index` and `metadata/`, and look for the images nearest to the first one."""
+    """Write `image.index` and `metadata/`, and search for the images nearest to the first one."""
     vectors = np.load(embeddings).astype(np.float32)
     faiss.normalize_L2(vectors)
     index = faiss.index_factory(vectors.shape[1], "Flat", faiss.METRIC_INNER_PRODUCT)

@@ -1,4 +1,4 @@
-"""Search an index around the vectors of a file, and print what was found.
+"""Search an index around the vectors of a file, and print the results.
 
 Run `make demo` first, then `python examples/search.py`, or name an index and a Parquet file with a column
 `embedding`:

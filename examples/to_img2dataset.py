@@ -17,7 +17,7 @@ COLUMNS = ["id", "url", "caption", "similarity", "strategies"]
 
 def main(table: str = "data/output/combined_urls/fruit.parquet", rows: str = "100") -> None:
     """Write the first rows that have a caption to `<table>.selected.parquet`."""
-    combined = pq.read_table(table, columns=COLUMNS)  # in order of rank
+    combined = pq.read_table(table, columns=COLUMNS)  # sorted by rank
     captioned = combined.filter(pc.greater(pc.utf8_length(combined["caption"]), 0))
     selected = Path(table).with_suffix(".selected.parquet")
     pq.write_table(captioned.slice(0, int(rows)), selected)
