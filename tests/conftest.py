@@ -19,7 +19,7 @@ settings.load_profile("any machine")
 
 @pytest.fixture(scope="session", autouse=True)
 def nothing_from_outside() -> Iterator[None]:
-    """Settings and places of whoever runs the tests play no part in them."""
+    """Keep settings and locations of the user's environment out of the tests."""
     with pytest.MonkeyPatch.context() as patch:
         for name in os.environ:
             if name.startswith(("LAION_", "DAGSTER_", "KUBERNETES_SERVICE_")):

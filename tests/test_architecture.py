@@ -1,4 +1,4 @@
-"""What import contracts cannot say: names in the library, who reads the environment, Dagster's files."""
+"""Rules beyond import contracts: names in the library, use of the environment, Dagster's files."""
 
 import ast
 import os
@@ -34,7 +34,7 @@ def name_of(path: Path) -> str:
 
 
 def imported_by(*modules: str) -> set[str]:
-    """Names of all modules that are there once these were imported, in a process of its own."""
+    """Names of all modules that are loaded after importing these, in a separate process."""
     program = f"import sys, {', '.join(modules)}; print(*sorted(sys.modules))"
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
     return set(done.stdout.split())

@@ -1,4 +1,4 @@
-"""The command line as people use it: what it prints, refuses and keeps, and how it recovers."""
+"""The command line: what it prints, refuses and keeps, and how it recovers."""
 
 import io
 import os
@@ -48,7 +48,7 @@ def start(folder: Path, *arguments: str, **environment: str) -> subprocess.Popen
 
 @dataclass(frozen=True)
 class Done:
-    """What a command left behind when it ended."""
+    """The result of a finished command."""
 
     status: int
     out: str

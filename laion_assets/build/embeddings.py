@@ -315,7 +315,7 @@ class EmbeddingReader:
         )
 
     def blocks(self, file: EmbeddingFile, rows: int) -> Iterator[Floats]:
-        """Yield all vectors of a file in order; a thread reads the next block meanwhile.
+        """Yield all vectors of a file in order; a thread reads the next block ahead.
 
         Args:
             file: one of the listed files.
@@ -333,7 +333,7 @@ class EmbeddingReader:
         return read_ahead(self._in_blocks(file, 0, file.rows, rows))
 
     def metadata(self, file: EmbeddingFile, schema: pa.Schema | None = None) -> Iterator[pa.RecordBatch]:
-        """Yield the metadata of a file in order; a thread reads the next batch meanwhile.
+        """Yield the metadata of a file in order; a thread reads the next batch ahead.
 
         Args:
             file: one of the listed files.

@@ -1,4 +1,4 @@
-"""The best rows of many parts are the best rows of all, whichever parts are merged first."""
+"""Merging the best rows of parts, in any order, gives the best rows of all."""
 
 import io
 from itertools import chain
@@ -15,7 +15,7 @@ QUERIES = 3
 
 @st.composite
 def answers(draw: st.DrawFn, parts: int) -> list[Answers]:
-    """Answers from distinct rows, some with equal scores, some queries with fewer than others."""
+    """Answers from distinct rows, some with equal scores; some queries have fewer rows than others."""
     ids = iter(draw(st.permutations(range(60))))
     made = []
     for _ in range(parts):

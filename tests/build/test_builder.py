@@ -1,4 +1,4 @@
-"""Builds: the same index whatever was killed, added or sharded, and never a wrong one."""
+"""Builds give the same index whatever was killed, added or sharded, and never a wrong one."""
 
 import json
 import os
@@ -462,7 +462,7 @@ def test_a_damaged_file_of_the_workspace_is_made_again_or_named_with_the_remedy_
 
 
 def refusal(request: Request) -> str | None:
-    """Why a build is refused; None if it ends."""
+    """The error that refuses a build; None if it finishes."""
     try:
         built(request)
     except InputError as error:

@@ -1,4 +1,4 @@
-"""What a build takes is known before it begins."""
+"""The cost of a build is estimated before it starts."""
 
 import pytest
 

@@ -1,4 +1,4 @@
-"""Published embeddings in every layout: what is read is what was written, or an error says why not."""
+"""Published embeddings in every layout are read as written, or an error says why not."""
 
 import os
 import pickle

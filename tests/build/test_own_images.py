@@ -1,4 +1,4 @@
-"""A folder of images becomes an index of them, with nothing else at hand."""
+"""A folder of images becomes an index without any other input."""
 
 import shutil
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""Training and encoding give what faiss's own index would store, for every kind of key."""
+"""Training and encoding give what faiss's own index would store, for every type of key."""
 
 import faiss
 import numpy as np

@@ -1,4 +1,4 @@
-"""Everything in a bucket of a real server: the same tables, and errors that say what is wrong."""
+"""With all locations in a bucket of a real server: the same tables, and errors that name the problem."""
 
 import io
 import json
@@ -48,7 +48,7 @@ def bucket(gcs: str, demo: Demo) -> str:  # noqa: ARG001
 
 @pytest.fixture(scope="module")
 def on_bucket(bucket: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Project]:
-    """A project all of whose places are in the bucket."""
+    """A project with all locations in the bucket."""
     places = {
         "LAION_INDEX_URI": f"{bucket}/index",
         "LAION_METADATA_URI": f"{bucket}/index/metadata",
@@ -353,7 +353,7 @@ def answering(status: int, message: str) -> Iterator[str]:
 
 @pytest.fixture
 def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What gcsfs tries again, it tries again at once."""
+    """gcsfs retries without waiting."""
 
     async def sleep(_: float) -> None:
         pass

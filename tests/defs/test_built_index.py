@@ -1,4 +1,4 @@
-"""An index that is built from published embeddings: by the sensor's ticks and runs, then searched."""
+"""An index is built from published embeddings by the sensor's ticks and runs, then searched."""
 
 import os
 from collections.abc import Iterator

@@ -1,4 +1,4 @@
-"""Asset checks: all pass on the demo, and each fails on what it is there for."""
+"""All asset checks pass on the demo, and each fails on the problem that it detects."""
 
 import math
 import shutil
@@ -36,7 +36,7 @@ BLOCKING = {"staged_index_is_intact", "similarity_falls_with_rank", "one_row_per
 
 @pytest.fixture(scope="module")
 def done(demo: Demo, tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Project, Any]]:
-    """A project in which everything was materialized for one seed set: read it only."""
+    """A read-only project in which everything is materialized for one seed set."""
     with new_project(tmp_path_factory.mktemp("done"), demo.index, demo.seeds) as project:
         yield project, project.run("fruit")
 
@@ -91,7 +91,7 @@ def with_values(column: str, change: Callable[[list[Any]], list[Any]]) -> Change
 
 @pytest.fixture
 def spoilt(done: tuple[Project, Any], tmp_path: Path) -> Callable[..., StoredTable]:
-    """Write a table of the demo anew, with one thing wrong."""
+    """Rewrite a table of the demo with one error."""
 
     def write(asset: str, change: Change = lambda table: table) -> StoredTable:
         original = done[0].table(asset, "fruit")
@@ -244,7 +244,7 @@ def test_seeds_that_point_everywhere_have_nothing_in_common(project):
 
 @pytest.fixture
 def search(project: Project) -> Callable[..., dg.AssetCheckEvaluation]:
-    """Search around each seed of a set and return what the check says of the yield."""
+    """Search around each seed of a set and return the result of the yield check."""
     assert project.run("fruit", "staged_laion_index", "seed_embeddings", "centroid_vector").success
 
     def run(**settings: Any) -> dg.AssetCheckEvaluation:
@@ -256,7 +256,7 @@ def search(project: Project) -> Callable[..., dg.AssetCheckEvaluation]:
 
 
 def report_past(project: Project, asset: str, share: float, **settings: Any) -> None:
-    """Write into Dagster's history that a run kept this share of what was requested."""
+    """Report to Dagster's history that a run kept this share of the requested images."""
     asked = RetrievalConfig(**settings).resolve(Defaults({}))
     made = Provenance("fruit", "seeds", asked, "an earlier run", own={}).to_json()
     project.instance.report_runless_asset_event(
@@ -297,7 +297,7 @@ def staged(demo: Demo, tmp_path: Path) -> Iterator[tuple[OpenIndex, Path]]:
 
 
 class Moved:
-    """Metadata of the demo, out of line with the index from some row on."""
+    """Metadata of the demo that is shifted against the index from some row on."""
 
     def __init__(self, metadata: Any, by: int, after: int) -> None:
         self._metadata, self._by, self._after = metadata, by, after
@@ -394,7 +394,7 @@ def test_a_byte_that_flips_on_the_disk_after_staging_fails_the_step_and_names_th
 
 
 class Odd:
-    """The index of the demo, with something done to what is sampled of each list."""
+    """The index of the demo, with a change to the sampled rows of each list."""
 
     def __init__(self, index: Index, change: Callable[[np.ndarray, np.ndarray], Any]) -> None:
         self._index, self._change = index, change

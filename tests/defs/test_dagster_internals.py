@@ -1,4 +1,4 @@
-"""Parts of Dagster that are not public are imported by one module, and their release is pinned."""
+"""Only one module imports Dagster internals, and Dagster's release is pinned."""
 
 import ast
 import importlib
@@ -24,7 +24,7 @@ PINNED = ("dagster", "dagster-k8s", "dagster-gcp", "dagster-webserver")
 
 
 def imports_of(path: Path) -> Iterator[tuple[str, str]]:
-    """Module and name of everything that a file imports of Dagster; an empty name for a whole module."""
+    """Module and name of each Dagster import of a file; the name is empty for a whole module."""
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.Import):
             found = [(alias.name, "") for alias in node.names]
@@ -36,7 +36,7 @@ def imports_of(path: Path) -> Iterator[tuple[str, str]]:
 
 
 def is_private(module: str, name: str) -> bool:
-    """Whether a name is no part of what Dagster documents: `dagster_shared` is not as a whole."""
+    """Whether a name is a Dagster internal, as all of `dagster_shared` is."""
     return module.startswith("dagster_shared") or any(
         part[0] == "_" for part in [*module.split("."), name or "-"]
     )

@@ -1,4 +1,4 @@
-"""What pages of the UI show: text off the web stays text, counts add up, pictures stay small."""
+"""Pages of the UI: text from the web stays text, counts add up, images stay small."""
 
 import base64
 import io
@@ -48,7 +48,7 @@ texts = st.sampled_from(HOSTILE) | st.text(max_size=60) | st.text("`\\[]()<>!|#*
 
 
 class Tags(HTMLParser):
-    """The elements of a page, and what it reads like."""
+    """The elements and the text of a page."""
 
     def __init__(self, page: str) -> None:
         super().__init__()

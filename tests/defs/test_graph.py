@@ -1,4 +1,4 @@
-"""The asset graph: what it looks like, what a run makes and reports, what it refuses."""
+"""The asset graph: its shape, what a run makes and reports, and what it refuses."""
 
 import base64
 import io
@@ -98,7 +98,7 @@ def test_only_the_settings_of_a_request_can_be_changed_for_a_run():
 
 @pytest.fixture(scope="module")
 def done(demo, tmp_path_factory):
-    """A project in which everything was materialized for one seed set: read it only."""
+    """A read-only project in which everything is materialized for one seed set."""
     root = tmp_path_factory.mktemp("done")
     with new_project(root, demo.index, demo.seeds) as project:
         result = project.run("flower")
@@ -108,7 +108,7 @@ def done(demo, tmp_path_factory):
 
 @pytest.fixture
 def finished(done, project):
-    """A project of one's own in which everything is there for the seed set flower."""
+    """A separate project in which everything is materialized for the seed set flower."""
     shutil.copytree(done[0].cache, project.cache)
     shutil.copytree(done[0].output, project.output)
     return project
@@ -345,7 +345,7 @@ def test_url_sets_of_different_indices_are_not_combined(finished, demo, tmp_path
 
 @pytest.fixture
 def plain(tmp_path):
-    """An index in one file beside Parquet metadata, as autofaiss and clip-retrieval leave them."""
+    """An index in one file with Parquet metadata, as written by autofaiss and clip-retrieval."""
     vectors = np.random.default_rng(5).standard_normal((60, 16)).astype(np.float32)
     vectors /= np.linalg.norm(vectors, axis=1, keepdims=True)
     index = faiss.IndexFlatIP(16)

@@ -1,4 +1,4 @@
-"""Drop a folder of images in: the graph embeds them, and says of each what became of it."""
+"""The graph embeds a new folder of images, and reports the result for each."""
 
 import json
 import shutil
@@ -153,7 +153,7 @@ def test_seeds_and_centroid_record_the_settings_that_were_used(images):
 
 
 def copy_of_the_model(project: Project) -> Path:
-    """The demo's model with another preprocessing, so that it is another model."""
+    """The demo's model with another preprocessing, which makes it another model."""
     folder = shutil.copytree(DEMO_MODEL, project.root / "model", dirs_exist_ok=True)
     config = json.loads((folder / "preprocessor_config.json").read_text())
     (folder / "preprocessor_config.json").write_text(json.dumps(config | {"resample": 2}))

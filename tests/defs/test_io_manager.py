@@ -1,4 +1,4 @@
-"""An asset writes its table under its name, and a later one opens it; a failed step changes nothing."""
+"""An asset writes its table and a later asset opens it; a failed step changes nothing."""
 
 import dagster as dg
 import pyarrow as pa

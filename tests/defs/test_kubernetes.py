@@ -1,4 +1,4 @@
-"""What reaches a cluster: every pod of ours as dagster-k8s makes it, and every file of k8s/.
+"""Everything sent to a cluster: each of our pods as dagster-k8s creates it, and each file of k8s/.
 
 The pods are made by dagster-k8s's own functions and checked against Kubernetes' strict schemas.
 """
@@ -46,14 +46,14 @@ def validate(manifest: dict[str, Any]) -> None:
 
 
 def assets_for(**environment: str) -> dict[str, dg.AssetsDefinition]:
-    """The assets by name, as they are defined on a cluster."""
+    """The assets by name, as defined on a cluster."""
     placed = Placement.from_environment(INSIDE | environment)
     made = [*build_assets(placed), *index_assets(placed)]
     return {asset.key.path[-1]: asset for asset in made}
 
 
 def step_pod(asset: dg.AssetsDefinition) -> dict[str, Any]:
-    """The Job of a step as `k8s_job_executor` makes it: the launcher's, the code location's, its own."""
+    """The Job of a step from `k8s_job_executor`, merged from launcher, code location and step."""
     launcher = K8sRunLauncher(
         **run_launcher(),
         load_incluster_config=False,

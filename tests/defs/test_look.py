@@ -1,4 +1,4 @@
-"""A quick look around images: the real demo, its index and its model."""
+"""A quick look around images, with the demo's index and model."""
 
 import errno
 import io
@@ -378,7 +378,7 @@ def host() -> Iterator[tuple[str, list[str]]]:
 
 @pytest.fixture
 def bare(place, demo, tmp_path, host) -> dict[str, str]:
-    """An index without thumbnails, whose images a local server has; each third row is unsafe."""
+    """An index without thumbnails, with its images on a local server; every third row is unsafe."""
     index = shutil.copytree(demo.index, tmp_path / "bare")
     for path in sorted((index / "metadata").glob("*.arrow")):
         table = pa.ipc.open_file(pa.BufferReader(path.read_bytes())).read_all()

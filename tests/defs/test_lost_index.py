@@ -1,4 +1,4 @@
-"""A step that needs the index, on a disk that has lost it."""
+"""A step needs the index on a disk that has lost it."""
 
 import shutil
 from collections.abc import Callable
@@ -26,7 +26,7 @@ def version(record: dg.EventLogRecord) -> str:
 
 @pytest.fixture
 def other(demo: Demo, tmp_path) -> Path:
-    """An index like the demo's, but for the order of the bytes in one file: another fingerprint."""
+    """The demo's index with the bytes of one file in another order, and so another fingerprint."""
     copy = tmp_path / "other"
     shutil.copytree(demo.index, copy)
     metadata = next((copy / "metadata").iterdir())
@@ -38,7 +38,7 @@ def other(demo: Demo, tmp_path) -> Path:
 
 @pytest.fixture
 def at_once(monkeypatch) -> list[Callable[[], None]]:
-    """A step looks again without waiting; what happens meanwhile may be put in here."""
+    """Let a step poll without waiting; tests can add what happens in between."""
     meanwhile: list[Callable[[], None]] = []
     monkeypatch.setattr(index, "time", SimpleNamespace(sleep=lambda _: [do() for do in meanwhile]))
     return meanwhile

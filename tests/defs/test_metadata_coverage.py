@@ -1,4 +1,4 @@
-"""Metadata that is shorter or longer than the index is reported in a run, and no row is wrong."""
+"""A run reports metadata that is shorter or longer than the index, and no row is wrong."""
 
 import faiss
 import numpy as np

@@ -1,4 +1,4 @@
-"""What a table was made from is in its footer, and tables that disagree are not combined."""
+"""A table's footer records its inputs, and tables with different inputs are not combined."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -17,7 +17,7 @@ SCHEMA = pa.schema({"id": pa.int64()})
 
 
 def made(**given: Any) -> Provenance:
-    """What a table of the set cats was made from: seeds s1, index i1, settings of the defaults."""
+    """The provenance of a table of the set cats: seeds s1, index i1, default settings."""
     config = {name: given.pop(name) for name in [*given] if name in RetrievalConfig.model_fields}
     block_list = given.pop("block_list", None)
     settings = RetrievalConfig(**config).resolve(Defaults({}), block_list=block_list)
@@ -29,7 +29,7 @@ def made(**given: Any) -> Provenance:
 
 @pytest.fixture
 def stored(tmp_path: Path):
-    """Write a table without rows that says what it was made from."""
+    """Write a table without rows, with its provenance."""
 
     def write(name: str, provenance: Provenance | None) -> StoredTable:
         uri = str(tmp_path / f"{name}.parquet")

@@ -1,4 +1,4 @@
-"""`laion-assets plan`: what to request, how long it takes, how much disk, and on what that rests."""
+"""`laion-assets plan`: images to request, time, disk space, and the basis of the estimate."""
 
 import re
 import shutil
@@ -107,7 +107,7 @@ def test_a_plan_for_a_set_rests_on_its_last_run(demo, tmp_path, monkeypatch, cap
 
 
 def staged_again(kept: dg.DagsterInstance) -> int:
-    """Report what a step reports that had to stage the index again; return the rows of the index."""
+    """Report like a step that had to restage the index, and return the index's number of rows."""
     staged = next(materializations(kept, "staged_laion_index")).figures
     again = {name: staged[name] for name in ("fingerprint", "bytes")}
     kept.report_runless_asset_event(dg.AssetMaterialization("staged_laion_index", metadata=again))

@@ -1,4 +1,4 @@
-"""The settings of a request are a source of the graph: a change makes what was made with others stale."""
+"""The settings of a request are a source of the graph: a change makes tables stale."""
 
 import shutil
 from collections.abc import Iterator, Mapping
@@ -35,7 +35,7 @@ def demo_made(demo: Demo, tmp_path_factory: pytest.TempPathFactory) -> Iterator[
 
 @pytest.fixture
 def made(demo_made: Ticks) -> Iterator[Ticks]:
-    """The same, in which nothing is stale."""
+    """The same project, with nothing stale."""
     before = demo_made.project
     demo_made.tick()
     for name in SETS:
@@ -48,7 +48,7 @@ def made(demo_made: Ticks) -> Iterator[Ticks]:
 
 
 def searched(project: Project, seed_set: str, **given: Any) -> dg.ExecuteInProcessResult:
-    """Make the URL tables of a set again, from the seeds and the index that are there."""
+    """Materialize the URL tables of a set again, from the existing seeds and index."""
     result = project.run(seed_set, *URL_SETS, "combined_urls", **given)
     assert failures(result) == {}
     return result

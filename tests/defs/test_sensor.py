@@ -1,4 +1,4 @@
-"""New seed data starts a run: once for each content, as soon as it is unchanged across two ticks."""
+"""New seed data starts one run per content, once it is unchanged across two ticks."""
 
 import itertools
 import shutil
@@ -208,7 +208,7 @@ def test_a_set_whose_partition_was_deleted_is_no_longer_missed(ticks):
 
 
 def version_of_cats(ticks: Ticks) -> str | None:
-    """What the UI shows as the data version of the partition."""
+    """The data version of the partition in the UI."""
     return last_version(ticks.project.instance, dg.AssetKey("seed_folder"), "cats")
 
 

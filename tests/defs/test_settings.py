@@ -1,4 +1,4 @@
-"""Settings: where each comes from, what a seed set's own file may say, and requests sized by a target."""
+"""Settings: their origins, the file of a seed set, and requests sized by a target."""
 
 import json
 from itertools import pairwise
@@ -44,7 +44,7 @@ def resolved(
 
 
 def own_settings(root: Path, content: str) -> dict[str, Any]:
-    """What a seed set in a folder brings along."""
+    """The own settings of a seed set in a folder."""
     (root / "cats").mkdir(exist_ok=True)
     np.save(root / "cats" / "a.npy", np.eye(4, dtype=np.float32))
     (root / "cats" / "settings.yaml").write_text(content)
@@ -259,7 +259,7 @@ def test_a_settings_file_that_cannot_be_used_is_named_with_the_remedy(tmp_path, 
 
 @pytest.fixture(scope="module")
 def made(demo, tmp_path_factory):
-    """A project in which flower was run with settings of its own."""
+    """A project in which flower was run with its own settings."""
     with new_project(tmp_path_factory.mktemp("settings"), demo.index, demo.seeds) as project:
         write_settings(project, "nb_images_knn: 5\nnb_images_centroid: 6\n")
         yield project

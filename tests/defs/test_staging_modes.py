@@ -1,4 +1,4 @@
-"""Full and sparse staging on the platform: which one is chosen, and that their tables are equal."""
+"""Full and sparse staging on the platform: the choice between them, and that their tables are equal."""
 
 import shutil
 

@@ -1,4 +1,4 @@
-"""The demo data looks like a user's own index and seeds; building it harms nothing of theirs."""
+"""The demo data looks like a user's own index and seeds, and building it leaves theirs unchanged."""
 
 import io
 import shutil

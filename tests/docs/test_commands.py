@@ -1,4 +1,4 @@
-"""The commands of the documentation exist, with the options that are shown."""
+"""The commands and options in the documentation exist."""
 
 import re
 

@@ -1,4 +1,4 @@
-"""The examples, and the Python blocks of the documentation, run as they are on the demo's data."""
+"""The examples and the Python blocks of the documentation run unchanged on the demo's data."""
 
 import re
 import runpy

@@ -1,4 +1,4 @@
-"""The tables of settings, and `.env.example`, are what their declarations say."""
+"""The tables of settings and `.env.example` match the declarations."""
 
 from helpers.project import REPOSITORY
 

@@ -1,4 +1,4 @@
-"""CLIP by transformers and torch: models of random weights, exported, and what they answer.
+"""CLIP models with random weights by transformers and torch: exports and answers.
 
 Runs in an environment of its own. Reads `images/`, `prompts.json` and `captions.json` of a folder, and
 writes into it the models `small` and `large` (of ViT-L/14's shape) in the layout of transformers.js, and
@@ -86,7 +86,7 @@ class TextTower(torch.nn.Module):
 
 
 class MaskedTextTower(TextTower):
-    """The same, told what is padding."""
+    """The same, with a mask of the padding."""
 
     def forward(  # type: ignore[override]
         self, input_ids: torch.Tensor, attention_mask: torch.Tensor

@@ -1,4 +1,4 @@
-"""Our vectors are those of transformers' own pipelines, and of clip-retrieval's, on the same weights.
+"""Our vectors equal those of transformers' and clip-retrieval's pipelines, with the same weights.
 
 Theirs run in an environment of their own; ours in the one that the product has.
 """
@@ -136,7 +136,7 @@ def cosines(ours: np.ndarray[Any, Any], theirs: np.ndarray[Any, Any]) -> np.ndar
 
 
 def test_the_models_tell_images_and_texts_apart(reference):
-    """Or equal vectors would say nothing."""
+    """Otherwise equal vectors would prove nothing."""
     for name in ("small_images", "large_images", "small_prompts", "large_prompts"):
         alike = unit(reference.answers[name]) @ unit(reference.answers[name]).T
         assert np.median(alike) < 0.95, name

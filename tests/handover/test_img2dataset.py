@@ -1,4 +1,4 @@
-"""img2dataset takes our tables as they are, and loses only what the web has lost.
+"""img2dataset reads our tables unchanged, and loses only images that the web has lost.
 
 It runs unchanged, by the README's command, in an environment of its own. The web is a server on this
 machine.
@@ -54,7 +54,7 @@ REASONS = {
 
 @dataclass(frozen=True)
 class Downloaded:
-    """An image as img2dataset left it: what its three files hold."""
+    """An image downloaded by img2dataset: the contents of its three files."""
 
     picture: bytes
     caption: str
@@ -66,7 +66,7 @@ class Downloaded:
 
 @pytest.fixture(scope="module")
 def host(demo: Demo) -> Iterator[Host]:
-    """Where the URLs lead: the demo's pictures, by row of the index."""
+    """A host that serves the demo's images, by row of the index."""
     files = sorted((demo.index / "metadata").iterdir())
     with hosting([picture for file in files for picture in read(file)["thumbnail"].to_pylist()]) as web:
         yield web
@@ -105,7 +105,7 @@ def materialized(project: Project, **settings: Any) -> pa.Table:
 
 
 def in_readme(pattern: str) -> str:
-    """The one place in the README that is so."""
+    """The only match of a pattern in the README."""
     (found,) = re.findall(pattern, (REPOSITORY / "README.md").read_text(), re.MULTILINE)
     return found
 
@@ -135,7 +135,7 @@ def download(project: Project, more: str = "") -> dict[str, Downloaded]:
 
 
 def outcomes(project: Project) -> Counter[str]:
-    """What became of the URLs, as img2dataset reports it."""
+    """The result for each URL, as reported by img2dataset."""
     stated: Counter[str] = Counter()
     for file in (project.output.parents[1] / "images").glob("*_stats.json"):
         for message, count in json.loads(file.read_text())["status_dict"].items():
@@ -144,7 +144,7 @@ def outcomes(project: Project) -> Counter[str]:
 
 
 def expected(served: Counter[str]) -> Counter[str]:
-    """What should have become of URLs that were served in these manners."""
+    """The expected results for URLs served in these ways."""
     told: Counter[str] = Counter()
     for manner, count in served.items():
         told[REASONS[manner]] += count
@@ -152,7 +152,7 @@ def expected(served: Counter[str]) -> Counter[str]:
 
 
 def check(project: Project, host: Host, table: pa.Table, images: dict[str, Downloaded]) -> None:
-    """Compare what img2dataset reports and what it wrote with the table and with what the host did."""
+    """Compare img2dataset's report and files with the table and with the host's records."""
     rows, urls = table["id"].to_pylist(), table["url"].to_pylist()
     refused = {row for row in rows if manner_of(row) == REFUSED}
     served = host.served + Counter({REFUSED: len(refused)})

@@ -1,4 +1,4 @@
-"""Asks clip-retrieval's KnnService, in its own environment, and tells all that it answers.
+"""Queries clip-retrieval's KnnService in its own environment, and returns its full answers.
 
 Started as a program it runs inside that environment. Its code is unchanged; the threshold, which it never
 passes on, is passed on for it.
@@ -29,7 +29,7 @@ class Question:
 
 @dataclass(frozen=True)
 class Answer:
-    """What the peer makes of one query.
+    """The peer's answer to one query.
 
     Attributes:
         rows: what it returns, in order: dictionaries of id, similarity and columns of the metadata.
@@ -68,7 +68,7 @@ def main() -> None:
     module = peer.part("clip_back")
 
     class Told(module.KnnService):  # type: ignore[misc]
-        """The service, which also tells what it compared and connected."""
+        """The service, with a record of what it compared and connected."""
 
         groups: list[list[int]] = []  # noqa: RUF012
         vectors = np.empty((0, 0), np.float32)

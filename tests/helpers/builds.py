@@ -86,7 +86,7 @@ def ids_in(folder: Path) -> list[np.ndarray]:
 
 
 class CrashError(Exception):
-    """Stands for the end of a process."""
+    """Simulates the end of a process."""
 
 
 @contextmanager
@@ -113,7 +113,7 @@ def crashing(allowed: int) -> Iterator[None]:
 
 
 def run_until(step: int, request: Request, steps: Callable[[Build], object]) -> None:
-    """Do steps of a build; the process is killed before one of its changes on the disk."""
+    """Run steps of a build, and kill the process before one of its changes on the disk."""
     trained.QUERIES = FEW_QUERIES
     left = step
 
@@ -138,7 +138,7 @@ _processes.set_forkserver_preload(["laion_assets.build", "pytest"])
 
 
 def killed_at(step: int, request: Request, steps: Callable[[Build], object] = Build.run) -> bool:
-    """Do steps of a build in a process that is killed before a change; whether it got that far."""
+    """Run steps of a build in a process killed before a change; return whether it got there."""
     process = _processes.Process(target=run_until, args=(step, request, steps))
     process.start()
     process.join(60)

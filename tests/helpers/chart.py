@@ -1,4 +1,4 @@
-"""What the official chart makes of k8s/values.yaml, as far as pods and Dagster's instance go.
+"""The official chart's output for k8s/values.yaml, limited to pods and Dagster's instance.
 
 The chart's templates are not at hand here; this says in Python what they do with the values we set.
 """

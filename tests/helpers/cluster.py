@@ -80,7 +80,7 @@ class Cluster:
     # --- what an operator sees to -----------------------------------------------------------------
 
     def add_node(self, name: str, *, nvme: bool, cpu: int = 16, memory: str = "128Gi") -> None:
-        """Let a node come up; one with NVMe has an empty disk, and a volume on it."""
+        """Add a node; a node with NVMe has an empty disk with a volume."""
         labels = {"kubernetes.io/hostname": name}
         spec: Object = {}
         if nvme:
@@ -99,7 +99,7 @@ class Cluster:
                     self.create("persistentvolumes", "", _volume(name, self.storage_class))
 
     def remove_node(self, name: str) -> None:
-        """Let a node die, with its pods and all that was on its disk."""
+        """Remove a node with its pods and its disk."""
         with self.lock:
             for pod in self.of("pods"):
                 if pod["spec"].get("nodeName") == name:
@@ -110,12 +110,12 @@ class Cluster:
             shutil.rmtree(self.disk(name), ignore_errors=True)
 
     def replace_node(self, name: str) -> None:
-        """A node that comes back under its name: its disk is empty."""
+        """Replace a node with one of the same name and an empty disk."""
         self.remove_node(name)
         self.add_node(name, nvme=True)
 
     def kill(self, pod: str, reason: str = "Error") -> None:
-        """Kill the process of a pod as the kernel does: no word, no last wish."""
+        """Kill the process of a pod with SIGKILL, as the kernel does."""
         with self.lock:
             self.running[pod].reason = reason
             self._kill(pod)
@@ -155,7 +155,7 @@ class Cluster:
         return made
 
     def delete(self, plural: str, name: str) -> None:
-        """Ask for an object to go; a pod's process ends first, a claim's pods too."""
+        """Delete an object, after the processes of its pod or of its claim's pods have ended."""
         with self.lock:
             found = self.objects[plural, name]
             found["metadata"]["deletionTimestamp"] = _now()

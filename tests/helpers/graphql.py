@@ -1,4 +1,4 @@
-"""What a page of Dagster's UI asks its webserver, without the page."""
+"""Queries of Dagster's webserver, like those of the UI's pages."""
 
 import json
 import urllib.request
@@ -6,7 +6,7 @@ from typing import Any
 
 
 def ask(webserver: str, query: str, **variables: Any) -> dict[str, Any]:
-    """Ask a webserver by its GraphQL; what it answers with an error fails the test."""
+    """Query a webserver with GraphQL; errors in the answer fail the test."""
     request = urllib.request.Request(
         f"{webserver}/graphql",
         json.dumps({"query": query, "variables": variables}).encode(),

@@ -1,4 +1,4 @@
-"""A web host as LAION's URLs lead to: most pictures are there, the others are lost in many ways."""
+"""A web host like those in LAION's URLs: most images exist, the others are lost in many ways."""
 
 import threading
 from collections import Counter
@@ -28,12 +28,12 @@ class Host(ThreadingHTTPServer):
         self.forget()
 
     def forget(self) -> None:
-        """Begin to count anew."""
+        """Reset the counts."""
         self.served: Counter[str] = Counter()  # by manner
         self.asked_for: Counter[int] = Counter()  # by row
 
     def url_of(self, row: int) -> str:
-        """Where the picture of a row is, or was."""
+        """The URL of a row's image, which may be lost."""
         port = self.nobody.getsockname()[1] if manner_of(row) == REFUSED else self.server_port
         return f"http://127.0.0.1:{port}/{row}"
 
@@ -103,7 +103,7 @@ MANNERS: dict[str, Callable[[Answer, bytes], None]] = {
 
 
 def manner_of(row: int) -> str:
-    """How the picture of a row is served."""
+    """The way in which a row's image is served."""
     turn, rest = divmod(row, EVERY_SO_MANY)
     return list(MANNERS)[1 + turn % (len(MANNERS) - 1)] if rest == 0 else THERE
 

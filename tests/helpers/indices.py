@@ -1,4 +1,4 @@
-"""Small indices of every form that a LAION-style index has, and what plain faiss reads from them."""
+"""Small indices in every form of a LAION-style index, and reads with plain faiss."""
 
 from collections.abc import Callable, Sequence
 from functools import cache

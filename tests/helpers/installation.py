@@ -84,7 +84,7 @@ def postgres() -> Iterator[dict[str, Any]]:
 
 @dataclass
 class Platform:
-    """Dagster as the chart installs it, on the stand-in: what an operator has in front of them."""
+    """Dagster as installed by the chart on the stand-in, from an operator's view."""
 
     cluster: Cluster
     instance: dg.DagsterInstance
@@ -185,7 +185,7 @@ class Platform:
         return list(self.instance.get_runs(dg.RunsFilter(tags={"dagster/parent_run_id": run})))
 
     def succeed(self, run: str) -> None:
-        """Wait for the good end of a run."""
+        """Wait until a run succeeds."""
         assert self.wait(run) == dg.DagsterRunStatus.SUCCESS, self.sentences(run)
 
     def events(self, run: str, kind: dg.DagsterEventType, step: str | None = None) -> list[Any]:
@@ -194,7 +194,7 @@ class Platform:
         return [log for log in logs if step in (None, log.dagster_event.step_key)]
 
     def sentences(self, run: str) -> dict[str, str]:
-        """The failed steps of a run, and what each says."""
+        """The failed steps of a run, with their messages."""
         found = {}
         for log in self.events(run, dg.DagsterEventType.STEP_FAILURE):
             failure = log.dagster_event.step_failure_data

@@ -1,4 +1,4 @@
-"""A project on an index and seeds of one's own, and what its runs and sensors report."""
+"""A project with its own index and seeds, and the reports of its runs and sensors."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ class Demo:
 
 
 class Project:
-    """The code location on an index and seeds of one's own, and an instance that keeps its history."""
+    """The code location with its own index and seeds, and an instance with its history."""
 
     def __init__(self, root: Path, index: Path, instance: dg.DagsterInstance, **more: str) -> None:
         self.root, self.index, self.instance, self.more = root, index, instance, more

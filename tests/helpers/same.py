@@ -1,4 +1,4 @@
-"""Whether two answers to the same request are the same, and all that may differ between them.
+"""Compares two answers to the same request, and defines the differences that are allowed.
 
 Two programs that add up the same numbers in another order may disagree in the last bits. Therefore,
 and for no other reason:

@@ -1,4 +1,4 @@
-"""Seed files in every form in which people keep them."""
+"""Seed files in every supported form."""
 
 import io
 from pathlib import Path

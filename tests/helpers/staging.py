@@ -1,4 +1,4 @@
-"""Indices to stage, ways to interrupt staging, and what is then on the disk."""
+"""Indices to stage, ways to interrupt staging, and the resulting state of the disk."""
 
 import os
 import random

@@ -1,4 +1,4 @@
-"""The comparison with the peer can fail: it tells every difference that is not a documented exception."""
+"""The comparison with the peer reports every difference that is not a documented exception."""
 
 import numpy as np
 import pytest

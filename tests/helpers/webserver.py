@@ -1,4 +1,4 @@
-"""`make dev` in a folder of its own, as a person starts and stops it, and what its web page is told."""
+"""`make dev` in its own folder, started and stopped as by a user, and the answers of its webserver."""
 
 import json
 import os
@@ -33,7 +33,7 @@ T = TypeVar("T")
 
 
 def wait_for(what: str, look: Callable[[], T | None], seconds: float = 600) -> T:
-    """Look until there is something to see."""
+    """Poll until there is a result."""
     end = time.monotonic() + seconds
     while not (seen := look()):
         assert time.monotonic() < end, f"after {seconds} s still waiting for {what}"
@@ -43,7 +43,7 @@ def wait_for(what: str, look: Callable[[], T | None], seconds: float = 600) -> T
 
 @dataclass(frozen=True)
 class Run:
-    """A run as the list of runs shows it."""
+    """A run in the UI's list of runs."""
 
     id: str
     status: str
@@ -53,7 +53,7 @@ class Run:
 
 
 class Webserver:
-    """What a page of the UI asks for."""
+    """Queries of the UI's pages."""
 
     def __init__(self, port: int) -> None:
         self.url = f"http://127.0.0.1:{port}"
@@ -84,7 +84,7 @@ class Webserver:
         return next(run for run in self.runs() if run.id == run_id)
 
     def finished(self, run_id: str, seconds: float = 600) -> Run:
-        """Wait until a run has ended, well or not."""
+        """Wait until a run has finished, successfully or not."""
         wait_for(f"run {run_id}", lambda: self.run(run_id).status not in IN_PROGRESS, seconds)
         return self.run(run_id)
 
@@ -109,7 +109,7 @@ class Webserver:
         return told["run"]["runId"]
 
     def events(self, run_id: str) -> list[dict[str, Any]]:
-        """What the page of a run shows of it."""
+        """The events on the page of a run."""
         return self.ask(
             "query($run: ID!) { logsForRun(runId: $run) { ... on EventConnection { events { __typename"
             " ... on MessageEvent { message stepKey eventType }"
@@ -120,7 +120,7 @@ class Webserver:
         )["logsForRun"]["events"]
 
     def step_events(self, run_id: str, step: str, kind: str) -> list[dict[str, Any]]:
-        """What happened of one kind to a step."""
+        """The events of one kind of a step."""
         return [
             event
             for event in self.events(run_id)
@@ -237,7 +237,7 @@ class Dev:
         wait_for("the end of all processes", lambda: not _is_group(group.pid), 60)
 
     def said(self) -> str:
-        """What it printed since it was started."""
+        """The output since it was started."""
         return self._log.read_text()
 
 
@@ -257,7 +257,7 @@ class Project:
         self.dev = make_dev(folder)
 
     def start(self) -> None:
-        """Run the demo, start the server, and start all that takes a while and can go on together."""
+        """Run the demo, start the server, and start everything slow that can run in parallel."""
         subprocess.run([sys.executable, "-m", "laion_assets.cli", "demo"], cwd=self.folder, check=True)
         self.dev.start()
         (self.ran_by_the_demo,) = self.ui.runs()
@@ -278,12 +278,12 @@ class Project:
             np.save(folder / f"{part}.npy", random.standard_normal((seeds // 2, 256), np.float32))
 
     def drop_broken(self) -> None:
-        """Put a folder of seeds there of which one cannot be read."""
+        """Add a folder of seeds, one of them unreadable."""
         self.drop(BROKEN, seeds=2)
         (self.folder / "data" / "seeds" / BROKEN / "1.npy").write_bytes(b"no array")
 
     def drop_images(self, seed_set: str) -> None:
-        """Put a person's JPEGs into the seeds folder, nested as a camera does, with a half copied one."""
+        """Add JPEGs to the seeds folder, nested as by a camera, one of them only half copied."""
         folder = self.folder / "data" / "seeds" / seed_set / "2026" / "07"
         folder.mkdir(parents=True)
         for number, seed in enumerate(sorted(self.folder.glob(f"data/seeds/{OTHERS[0]}/*.webp")) * 2):
@@ -305,6 +305,6 @@ def _is_group(group: int) -> bool:
 
 
 def is_running(process: int) -> bool:
-    """Tell whether a process is alive; one that ended and was not yet waited for is not."""
+    """Return whether a process is alive; a zombie is not."""
     told = subprocess.run(["ps", "-o", "stat=", "-p", str(process)], capture_output=True, text=True)
     return bool(told.stdout.strip()) and not told.stdout.startswith("Z")

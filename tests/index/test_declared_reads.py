@@ -1,4 +1,4 @@
-"""Search and metadata read no byte that they did not declare before."""
+"""Search and metadata read only bytes that they declared before."""
 
 import shutil
 from itertools import count

@@ -1,4 +1,4 @@
-"""An index folder is opened where it is, from strings; what is missing is named with its parameter."""
+"""An index folder is opened in place, from strings; errors name the missing part and its parameter."""
 
 import shutil
 from pathlib import Path

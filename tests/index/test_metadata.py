@@ -1,4 +1,4 @@
-"""Rows of the metadata by id: whatever the files, batches and types, each row is the right one."""
+"""Rows of the metadata are found by id, whatever the files, batches and types."""
 
 import json
 import shutil

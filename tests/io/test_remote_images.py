@@ -1,4 +1,4 @@
-"""Images from hosts that nobody trusts: real local servers, which only an injected rule lets through."""
+"""Images from untrusted hosts: local servers that only an injected rule allows."""
 
 import re
 import socket
@@ -111,7 +111,7 @@ def _(client: socket.socket) -> None:
 
 @contextmanager
 def serving(address: str = "127.0.0.1") -> Iterator[tuple[str, list[bytes]]]:
-    """A server that answers as the path says; its URL, and the requests it got."""
+    """A server that answers according to the path; its URL and the requests it received."""
     family = socket.AF_INET6 if ":" in address else socket.AF_INET
     listener = socket.create_server((address, 0), family=family)
     requests: list[bytes] = []

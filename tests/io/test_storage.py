@@ -1,4 +1,4 @@
-"""What a bucket answers becomes one sentence with the remedy; other errors stay as they are."""
+"""Errors of a bucket become one sentence with the remedy; other errors are unchanged."""
 
 import errno
 import json

@@ -1,4 +1,4 @@
-"""Tables are written as they are computed, appear whole or not at all, and say what made them."""
+"""Tables are written as they are computed, appear only when complete, and record their origin."""
 
 import errno
 import os
@@ -22,7 +22,7 @@ ROWS = 20_000
 
 
 def batch(number: int) -> pa.RecordBatch:
-    """Rows that do not compress to nothing, about 1.3 MB of them."""
+    """About 1.3 MB of rows that do not compress well."""
     ids = np.arange(number * ROWS, (number + 1) * ROWS)
     codes = np.random.default_rng(number).bytes(8 * ROWS)
     urls = [f"https://example.org/{codes[i : i + 16].hex()}" for i in range(ROWS)]

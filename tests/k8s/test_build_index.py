@@ -1,4 +1,4 @@
-"""An index that is built on the stand-in for a cluster: shards in parallel, one of which is killed."""
+"""An index is built on the stand-in for a cluster, with parallel shards, one of which is killed."""
 
 from collections.abc import Iterator
 

@@ -1,4 +1,4 @@
-"""The stand-in for a cluster keeps the rules that the other tests rely on."""
+"""The stand-in for a cluster follows the rules on which the other tests rely."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -32,7 +32,7 @@ def core(cluster: Cluster) -> CoreV1Api:
 
 
 def job(name: str, *command: str, **wanted: Any) -> dict[str, Any]:
-    """A job that asks for the node with the index as a step does."""
+    """A job that requests the node with the index, like a step."""
     tags = on_nvme_node("knn_urls", NvmeNode(**wanted))["dagster-k8s/config"]
     claim = {"name": "laion-index", "persistentVolumeClaim": {"claimName": "laion-index"}}
     container = {

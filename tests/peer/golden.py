@@ -15,7 +15,7 @@ GOLDEN = Path(__file__).parents[1] / "search" / "golden.npz"
 
 
 def main() -> None:
-    """Build, ask, write down."""
+    """Build, query and record."""
     images = copies.images(np.random.default_rng(1), ROWS + QUERIES)
     queries = images[ROWS:]
     with TemporaryDirectory() as name:

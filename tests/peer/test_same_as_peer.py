@@ -77,7 +77,7 @@ def open_folder(folder: Path) -> tuple[Index, Metadata]:
 
 
 def ours(question: Question, queries: np.ndarray) -> list[pa.Table]:
-    """What we make of each query."""
+    """Our table for each query."""
     request = Request(question.k, question.threshold, question.nprobe)
     table, _ = retrieve_table(*open_folder(Path(question.folder)), queries, request, per_seed=True)
     return [table.filter(pa.compute.equal(table["seed"], seed)) for seed in range(len(queries))]

@@ -1,4 +1,4 @@
-"""One call from an index folder and some vectors to a table."""
+"""One call searches an index folder around vectors and returns a table."""
 
 import numpy as np
 import pytest

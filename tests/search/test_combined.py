@@ -1,4 +1,4 @@
-"""Both URL sets as one: a worked example, and any two sets against the slow obvious way."""
+"""Combining two URL sets: a worked example, and random sets compared with a naive method."""
 
 from collections.abc import Iterable, Iterator
 
@@ -21,7 +21,7 @@ EAST, ALMOST_EAST, NORTH, WEST, SOUTH = (
 
 
 class InMemory:
-    """A stored table that lies in memory, in batches of two rows."""
+    """A stored table in memory, in batches of two rows."""
 
     def __init__(self, rows: list[dict], *, seed: bool) -> None:
         codes = [np.array(row["vector"], np.float32).tobytes() for row in rows]

@@ -1,4 +1,4 @@
-"""Filters: what they can express, what they keep out, and that every removed row is counted."""
+"""Filters: what they can express and exclude, and that every dropped row is counted."""
 
 import gzip
 import re

@@ -1,4 +1,4 @@
-"""Near-duplicates against brute force: the algorithm for large inputs on small ones, and lists."""
+"""Near-duplicates compared with brute force: the algorithm for large inputs, on small inputs."""
 
 from itertools import pairwise
 

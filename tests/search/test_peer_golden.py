@@ -1,4 +1,4 @@
-"""What clip-retrieval answered over a small index, written down by `make golden`, is what we answer."""
+"""Our answers over a small index equal clip-retrieval's, which `make golden` recorded."""
 
 from pathlib import Path
 

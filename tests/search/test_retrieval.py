@@ -1,4 +1,4 @@
-"""What is found around a query, against brute force over the vectors as the index stores them."""
+"""Results around a query, compared with brute force over the stored vectors."""
 
 from pathlib import Path
 

@@ -1,4 +1,4 @@
-"""Vectors of clip-retrieval's output have thumbnails where the images they were made of still exist."""
+"""Vectors from clip-retrieval have thumbnails if their images still exist."""
 
 import io
 import os

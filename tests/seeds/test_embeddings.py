@@ -1,4 +1,4 @@
-"""Seeds are read in every form people keep them in; bad ones are named, all at once."""
+"""Seeds are read in every supported form, and one error names all bad ones."""
 
 import os
 import pickle

@@ -1,4 +1,4 @@
-"""The folder of the seed sets: what is listed, what is ignored, and what a fingerprint follows."""
+"""The folder of the seed sets: what is listed or ignored, and what changes a fingerprint."""
 
 import os
 from pathlib import Path

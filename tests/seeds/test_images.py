@@ -1,4 +1,4 @@
-"""Images of every kind become vectors; bad ones become a reason, and hold up no other."""
+"""Images of every kind become vectors; bad ones are reported and do not affect others."""
 
 import io
 import struct
@@ -34,7 +34,7 @@ def model() -> Model:
 
 @pytest.fixture
 def small(tmp_path: Path) -> Model:
-    """A model whose answer to black is no vector."""
+    """A model that returns no usable vector for a black image."""
     return Model(write_model(tmp_path / "small"))
 
 
@@ -77,7 +77,7 @@ def reason(model: Model, data: bytes) -> str:
 
 
 def test_pictures_lie_where_their_originals_do(model):
-    """The model's answers for the originals of which the pictures are small copies came with the data."""
+    """The demo data includes the model's answers for the originals of the small images."""
     golden = np.load(Path(__file__).with_name("originals.npz"))
     paths = [DEMO / "pictures" / name for name in golden["names"]]
     assert sorted(paths) == PICTURES
@@ -284,7 +284,7 @@ def test_of_a_long_image_only_the_kept_part_is_resized(size, tmp_path, monkeypat
 
 
 def photograph(width: int, height: int) -> Image.Image:
-    """Noise of which each scale has as much, as in photographs."""
+    """Noise with equal power at each scale, as in photographs."""
     random = np.random.default_rng(0)
     frequencies = np.hypot(np.fft.fftfreq(height)[:, None], np.fft.rfftfreq(width))
     frequencies[0, 0] = 1

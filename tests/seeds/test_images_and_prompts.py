@@ -1,4 +1,4 @@
-"""A seed set of images and prompts: what counts as one, and how it becomes vectors."""
+"""Seed sets of images and prompts: what counts as one, and how it is embedded."""
 
 import io
 import os

@@ -1,4 +1,4 @@
-"""A model's folder is found, staged from anywhere and opened; what is wrong with it is one sentence."""
+"""A model's folder is found, staged from anywhere and opened; problems are reported in one sentence."""
 
 import json
 import shutil
@@ -238,7 +238,7 @@ def test_a_gpu_is_used_where_there_is_one_and_missed_where_it_is_asked_for(tmp_p
 
 
 class Source:
-    """A model that is somewhere else, and what was logged while it was staged."""
+    """A remote model, and the log lines of its staging."""
 
     def __init__(self, uri: str, cache: Path) -> None:
         self.uri, self.cache = uri, cache

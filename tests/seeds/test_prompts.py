@@ -1,4 +1,4 @@
-"""Prompts are read line by line, cut into tokens as CLIP does, and embedded."""
+"""Prompts are read line by line, tokenized like in CLIP, and embedded."""
 
 import json
 from pathlib import Path

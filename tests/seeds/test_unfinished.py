@@ -1,4 +1,4 @@
-"""Vectors outlive the run that embedded them."""
+"""Embedded images are kept even if their run is killed."""
 
 import signal
 import subprocess

@@ -31,7 +31,7 @@ def cache(tmp_path: Path) -> Path:
 
 @pytest.fixture(scope="session")
 def staging_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[str, Path]]:
-    """A server of these tests alone, since they change its files; its URL and its folder."""
+    """A server only for these tests, because they change its files; its URL and its folder."""
     root = tmp_path_factory.mktemp("server") / "objects"
     with gcs_server(root) as url:
         yield url, root

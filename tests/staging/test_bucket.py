@@ -68,7 +68,7 @@ def test_only_what_changed_is_fetched_and_the_same_bytes_uploaded_again_are_not(
 
 
 class Signed(Credentials):
-    """Credentials that give another token each time."""
+    """Credentials that return another token each time."""
 
     def __init__(self) -> None:
         super().__init__()

@@ -1,4 +1,4 @@
-"""The plan of staging: carried out, it makes the disk equal to the source."""
+"""Carrying out the plan of staging makes the disk equal to the source."""
 
 import pytest
 from hypothesis import given

@@ -1,4 +1,4 @@
-"""Sparse reads from a Google Cloud Storage server: how many, which, and of what version."""
+"""Sparse reads from a Google Cloud Storage server: their number, their ranges and their version."""
 
 import re
 import threading

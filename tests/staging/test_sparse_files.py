@@ -1,4 +1,4 @@
-"""The store of sparse files: needed pages are present and right, whatever the order, budget or crash."""
+"""In sparse files, needed pages are present and right, whatever the order, budget or crash."""
 
 import errno
 import os
@@ -330,7 +330,7 @@ def test_no_thread_writes_any_more_after_fetching_was_interrupted_however_often(
 
 
 def test_data_is_durable_before_marks_and_marks_are_cleared_before_holes(files, monkeypatch):
-    """What a power cut would reveal and a kill does not: the kernel keeps what is not durable yet."""
+    """A power cut would reveal a wrong order, but a kill does not: the kernel keeps unsynced writes."""
     done: list[tuple[str, int]] = []
 
     def note(owner: Any, name: str, what: str) -> None:

@@ -1,4 +1,4 @@
-"""Sparse staging: what is copied, what is allocated, and that requests find what a full copy has."""
+"""Sparse staging: what is copied or allocated, and that requests find the same as in a full copy."""
 
 import multiprocessing
 import os

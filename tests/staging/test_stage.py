@@ -1,4 +1,4 @@
-"""Staging from a local folder: copied or used in place, complete or refused, and never fetched twice."""
+"""Staging from a local folder, copied or in place: complete or refused, and never fetched twice."""
 
 import json
 import os

@@ -1,4 +1,4 @@
-"""The platform as people run it: `make dev` with its sensor and daemon, a killed run, a restart.
+"""The platform in use: `make dev` with its sensor and daemon, a killed run, a restart.
 
 All but the last test share one server, and stand in order: starting it takes longer than most of them.
 """

@@ -1,4 +1,4 @@
-"""The UI in a real browser: what a person launches there, and whether what is shown is so.
+"""The UI in a real browser: launches from it, and whether it shows the right data.
 
 With SCREENSHOTS set to a folder, what the README shows of the UI is written there.
 """
@@ -61,7 +61,7 @@ def page(project: Project, tmp_path_factory: pytest.TempPathFactory) -> Iterator
 
 
 def keep(page: Page, name: str, clip_to: int | None = None) -> None:
-    """Keep what the page shows for the README, if that is wanted; a palette makes it small."""
+    """Save a screenshot of the page if requested, with a palette to keep it small."""
     if folder := os.environ.get("SCREENSHOTS"):
         page.wait_for_timeout(1500)  # animations
         with Image.open(io.BytesIO(page.screenshot())) as shown:
@@ -71,7 +71,7 @@ def keep(page: Page, name: str, clip_to: int | None = None) -> None:
 
 
 def told(page: Page, name: str) -> Locator:
-    """What a page says of one thing in its table of metadata."""
+    """The value of a label in a page's table of metadata."""
     return page.locator(f"//tr[not(ancestor::td)][td[1][normalize-space()='{name}']]/td[2]")
 
 
@@ -86,7 +86,7 @@ def rows_of(table: Locator) -> list[list[str]]:
 
 
 def chosen(launchpad: Locator, partition: str) -> bool:
-    """Choose a partition as a person does; False where the dialog was drawn anew meanwhile."""
+    """Choose a partition like a user; return False if the dialog was redrawn meanwhile."""
     box = launchpad.get_by_placeholder("Partition")
     try:
         box.fill("", timeout=5_000)
