@@ -2,7 +2,7 @@
 FROM python:3.11-slim-bookworm AS build
 WORKDIR /build
 RUN python -m venv /venv
-# Pinned by the lock, without what only development needs: the lock constrains, the project chooses.
+# The lock pins versions, and the project chooses packages, without development dependencies.
 COPY requirements.lock pyproject.toml README.md LICENSE ./
 COPY laion_assets laion_assets
 RUN /venv/bin/pip install --no-cache-dir --constraint requirements.lock ".[cluster]"
@@ -13,6 +13,6 @@ RUN groupadd --gid 1000 laion \
     && install --directory --owner laion --group laion /opt/dagster/dagster_home
 COPY --from=build /venv /venv
 ENV PATH=/venv/bin:$PATH PYTHONUNBUFFERED=1 DAGSTER_HOME=/opt/dagster/dagster_home
-# A number, or Kubernetes could not tell that it is not root.
+# A number, because Kubernetes could not verify that a name is not root.
 USER 1000:1000
 WORKDIR /home/laion
