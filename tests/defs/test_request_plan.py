@@ -60,8 +60,8 @@ def test_without_a_run_a_plan_rests_on_the_usual_yield_and_guesses_no_times(
     assert main(["plan", "--target", "5000", "--seed-set", "flower"]) == 0
     for told in (printed, capsys.readouterr().out):
         assert str(USUAL) in told
-        assert "time: not known" in told
-        assert "tables not known" in told
+        assert "time: unknown" in told
+        assert "tables unknown" in told
         assert "index not staged yet" in told
         assert " s," not in told
 
