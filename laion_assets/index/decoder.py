@@ -44,9 +44,7 @@ class Decoder:
 
         """
         ivf = faiss.downcast_index(faiss.extract_index_ivf(index))
-        centres = np.empty((len(lists), ivf.d), np.float32)
-        for row, number in enumerate(lists):
-            centres[row] = ivf.quantizer.reconstruct(int(number))
+        centres = ivf.quantizer.reconstruct_batch(lists)
         return cls(_emptied(index, centres), lists, index.d)
 
     def decode(self, codes: Bytes) -> Floats:
