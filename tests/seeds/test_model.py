@@ -4,16 +4,15 @@ import json
 import shutil
 import socket
 import threading
-from collections.abc import Iterator
 from functools import partial
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
-import fsspec
 import numpy as np
 import onnxruntime
 import pytest
+from helpers.gcs import describe
 from helpers.onnx_models import (
     EDGE,
     FLOAT,
@@ -255,14 +254,14 @@ def put(uri: str, folder: Path) -> None:
             fs.pipe_file(f"{root}/{path.relative_to(folder).as_posix()}", path.read_bytes())
 
 
-@pytest.fixture
-def remote(tmp_path: Path) -> Iterator[Source]:
+@pytest.fixture(params=["memory", "bucket"])
+def remote(tmp_path: Path, request: pytest.FixtureRequest) -> Source:
     folder = write_model(tmp_path / "published", text=text_model(WORDS))
     (folder / "onnx" / "vision_model_quantized.onnx").write_bytes(b"unused")
-    uri = f"memory://{tmp_path.name}/model"
-    put(uri, folder)
-    yield Source(uri, tmp_path / "cache")
-    fsspec.filesystem("memory").rm("/", recursive=True)
+    in_memory = request.param == "memory"
+    root = f"memory://{tmp_path.name}" if in_memory else request.getfixturevalue("new_bucket")
+    put(f"{root}/model", folder)
+    return Source(f"{root}/model", tmp_path / "cache")
 
 
 def test_a_local_folder_is_used_in_place(tmp_path):
@@ -275,7 +274,7 @@ def test_only_what_is_used_is_copied_and_nothing_twice(remote, monkeypatch):
     names = {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()}
     assert names - {"staged.json", ".lock"} == set(find_model(folder).names)
     assert Model(folder).dimension == 4
-    fs = type(fsspec.filesystem("memory"))
+    fs = type(open_storage(remote.uri)[0])
     monkeypatch.setattr(fs, "cat_ranges", lambda *_, **__: pytest.fail("was read again"))
     assert remote.stage() == folder
 
@@ -299,9 +298,19 @@ def test_what_has_changed_at_the_source_is_copied_again(remote, tmp_path):
 
 def test_a_source_that_is_gone_leaves_the_copy_in_use(remote):
     folder = remote.stage()
-    fsspec.filesystem("memory").rm("/", recursive=True)
+    fs, root = open_storage(remote.uri)
+    fs.rm(root, recursive=True)
     assert remote.stage() == folder
     assert "using its staged copy" in remote.lines[-1]
+
+
+def test_a_bucket_that_sends_other_bytes_than_it_stores_is_found_out(gcs_root, new_bucket, tmp_path):
+    put(f"{new_bucket}/model", write_model(tmp_path / "published"))
+    stored = gcs_root / new_bucket.removeprefix("gs://") / "model" / "onnx" / "vision_model.onnx"
+    describe(stored, Crc32c="AAAAAA==")
+    with pytest.raises(InputError, match=r"vision_model\.onnx.*checksum"):
+        stage_model(f"{new_bucket}/model", tmp_path / "cache", print)
+    assert not list((tmp_path / "cache").rglob("*.onnx"))
 
 
 def test_a_source_without_a_model_is_named(tmp_path):
