@@ -42,9 +42,11 @@ from laion_assets.index import (
     INVERTED_LISTS,
     METADATA_FOLDER,
     MODEL_RECORD,
+    PUBLISHED_TABLES,
     SINGLE_INDEX,
     ModelRecord,
     nprobe_rule,
+    published_table,
 )
 from laion_assets.io.arrays import Ids
 from laion_assets.io.errors import InputError
@@ -546,6 +548,8 @@ class Build:
                 raise folder.damaged(shard_files.METADATA, "differs from what was written")
             name = f"{METADATA_FOLDER}/{shard.name}.arrow"
             self._place.put(folder, shard_files.METADATA, name, record.checksums[shard_files.METADATA])
+        with new.new(PUBLISHED_TABLES) as sink:
+            sink.write(published_table(map(shard_files.metadata_batches, records)))
         new.write_json(MODEL_RECORD, {k: v for k, v in asdict(self._model()).items() if v is not None})
         lists = 0 if trained.ivf is None else trained.lists
         built = Built(

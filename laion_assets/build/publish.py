@@ -23,6 +23,7 @@ from laion_assets.index import (
     METADATA_FOLDER,
     MODEL_RECORD,
     POPULATED_INDEX,
+    PUBLISHED_TABLES,
     PUBLISHING,
     SINGLE_INDEX,
 )
@@ -34,7 +35,15 @@ INDEX_URI = "index_uri"
 BUILT = "build.json"  # the record of an index that was built here, written last
 COPIED_AT_ONCE = 16 << 20  # bytes
 AT_WORKING_FOLDER, EXCHANGE = -100, 2  # arguments of Linux' renameat2
-_WRITTEN = {BUILT, MODEL_RECORD, SINGLE_INDEX, POPULATED_INDEX, INVERTED_LISTS, PUBLISHING}
+_WRITTEN = {
+    BUILT,
+    INVERTED_LISTS,
+    MODEL_RECORD,
+    POPULATED_INDEX,
+    PUBLISHED_TABLES,
+    PUBLISHING,
+    SINGLE_INDEX,
+}
 _METADATA = re.compile(rf"{METADATA_FOLDER}/\d+\.arrow")
 
 

@@ -232,6 +232,12 @@ def _write(folder: Workspace, name: str, content: Bytes) -> str:
     return sink.checksum
 
 
+def metadata_batches(record: ShardRecord) -> tuple[int, str, list[int]]:
+    """Return size, crc32c and rows of each record batch of a shard's metadata, see `write_metadata`."""
+    whole, rest = divmod(record.rows, BATCH_ROWS)
+    return record.metadata_bytes, record.checksums[METADATA], [BATCH_ROWS] * whole + [rest] * bool(rest)
+
+
 def write_metadata(sink: Sink, batches: Iterator[pa.RecordBatch], schema: pa.Schema) -> None:
     """Write an Arrow IPC file with batches of `BATCH_ROWS`; the last may be shorter.
 

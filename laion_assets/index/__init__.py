@@ -3,6 +3,7 @@
 `open_folder` opens a local folder in place. The index's `Decoder` turns codes of rows into vectors.
 """
 
+from laion_assets.index.batch_tables import published_table
 from laion_assets.index.decoder import Decoder
 from laion_assets.index.faiss_index import Index, nprobe_rule, set_search_depth, transformed
 from laion_assets.index.in_place import open_folder
@@ -11,6 +12,7 @@ from laion_assets.index.layout import (
     INVERTED_LISTS,
     METADATA_FOLDER,
     POPULATED_INDEX,
+    PUBLISHED_TABLES,
     PUBLISHING,
     SINGLE_INDEX,
 )
@@ -24,6 +26,7 @@ __all__ = [
     "METADATA_FOLDER",
     "MODEL_RECORD",
     "POPULATED_INDEX",
+    "PUBLISHED_TABLES",
     "PUBLISHING",
     "SINGLE_INDEX",
     "Decoder",
@@ -32,6 +35,7 @@ __all__ = [
     "ModelRecord",
     "nprobe_rule",
     "open_folder",
+    "published_table",
     "read_model_record",
     "set_search_depth",
     "transformed",

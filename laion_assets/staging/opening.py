@@ -8,9 +8,9 @@ from contextlib import closing, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from laion_assets.index.batch_tables import BatchTables
+from laion_assets.index.batch_tables import BatchTables, content_of
 from laion_assets.index.faiss_index import Index
-from laion_assets.index.layout import METADATA_FOLDER, index_files
+from laion_assets.index.layout import METADATA_FOLDER, PUBLISHED_TABLES, index_files
 from laion_assets.index.metadata import Metadata
 from laion_assets.io.ranges import Disk, WholeFiles
 from laion_assets.staging.manifest import Manifest, NotStagedError
@@ -90,8 +90,9 @@ def open_staged(
 
 def _batch_tables(cache: Path, manifest: Manifest) -> BatchTables:
     """Keep the row counts of record batches beside the manifest."""
-    contents = {cache / file.path: f"{file.name} {file.size} {file.checksum}" for file in manifest.files}
-    return BatchTables(cache / BATCHES, contents)
+    contents = {cache / file.path: content_of(file.size, file.checksum) for file in manifest.files}
+    published = {file.name: cache / file.path for file in manifest.files}.get(PUBLISHED_TABLES)
+    return BatchTables(cache / BATCHES, contents, published)
 
 
 @contextmanager

@@ -2,12 +2,17 @@
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from helpers.metadata import write
 
+from laion_assets.build import Build, Request
+from laion_assets.build.shards import BATCH_ROWS
 from laion_assets.index import arrow_layout
-from laion_assets.index.batch_tables import BatchTables
+from laion_assets.index.batch_tables import BatchTables, published_table
 from laion_assets.index.metadata import Metadata
+from laion_assets.io.errors import InputError
+from laion_assets.staging import open_staged, stage
 
 TABLE = pa.table({"url": [str(number) for number in range(100)]})
 
@@ -16,6 +21,16 @@ TABLE = pa.table({"url": [str(number) for number in range(100)]})
 def path(tmp_path):
     (path,) = write(tmp_path, [TABLE], batch=7)
     return path
+
+
+def build_index(folder, rows):
+    embeddings = folder.with_name("embeddings")
+    embeddings.mkdir()
+    vectors = np.random.default_rng(0).standard_normal((rows, 8), np.float32)
+    urls = pa.array([str(number) for number in range(rows)])
+    values = pa.FixedSizeListArray.from_arrays(pa.array(vectors.ravel()), 8)
+    pq.write_table(pa.table({"embedding": values, "url": urls}), embeddings / "0.parquet")
+    Build(Request(str(embeddings), str(folder), index_key="IVF4,Flat")).run()
 
 
 def opened(path, content="one"):
@@ -29,6 +44,37 @@ def test_headers_are_read_once(path, monkeypatch):
     opened(path)
     with pytest.raises(AttributeError):
         opened(path, "another content")
+
+
+@pytest.mark.parametrize("rows", [200, BATCH_ROWS, BATCH_ROWS + 7])
+def test_headers_of_a_built_index_need_not_be_read(rows, tmp_path, monkeypatch):
+    folder = tmp_path / "index"
+    build_index(folder, rows)
+    stage(str(folder), None, tmp_path / "cache")
+    monkeypatch.delattr(arrow_layout, "rows_and_compression")
+    with open_staged(tmp_path / "cache") as opened:
+        assert len(opened.metadata) == rows
+        assert opened.metadata.take(np.array([rows - 1]))["url"].to_pylist() == [str(rows - 1)]
+
+
+def test_published_counts_of_other_files_are_not_believed(path, tmp_path):
+    published = tmp_path / "batches.json"
+    right = [7] * 14 + [2]
+    for content, rows in [("5 other", right), ("5 one", right[:-1]), ("5 one", right)]:
+        published.write_bytes(published_table([(*content.split(), rows)]))
+        tables = BatchTables(tmp_path / "kept", {path: "5 one"}, published)
+        metadata = Metadata([path], tables=tables)
+        assert metadata.take(np.arange(100))["url"].to_pylist() == TABLE["url"].to_pylist()
+
+
+@pytest.mark.parametrize(
+    "content", [b"", b"[]", b'{"1 a": "x"}', b'{"1 a": [1e400]}', b'{"1 a": [[1], []]}']
+)
+def test_published_counts_that_cannot_be_read_are_named(content, tmp_path):
+    published = tmp_path / "batches.json"
+    published.write_bytes(content)
+    with pytest.raises(InputError, match=r"batches\.json .*remove it from the index"):
+        BatchTables(tmp_path / "kept", {}, published)
 
 
 def test_a_table_of_another_file_is_not_believed(path):

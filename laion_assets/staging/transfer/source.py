@@ -5,7 +5,13 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from laion_assets.index.layout import METADATA_FOLDER, PUBLISHING, index_files, metadata_files
+from laion_assets.index.layout import (
+    METADATA_FOLDER,
+    PUBLISHED_TABLES,
+    PUBLISHING,
+    index_files,
+    metadata_files,
+)
 from laion_assets.io.errors import InputError
 from laion_assets.io.storage import BUCKETS, is_local, open_storage, reaching
 from laion_assets.staging.transfer.files import SourceFile, file_version
@@ -59,7 +65,8 @@ class Source:
                 INDEX_URI,
             )
         index, lists = index_files(found, self.index_uri)
-        files = [source_file(self._fs, name, *found[name]) for name in (index, lists) if name]
+        used = [name for name in (index, lists, PUBLISHED_TABLES) if name and name in found]
+        files = [source_file(self._fs, name, *found[name]) for name in used]
         below = f"{self._metadata_root}/"  # usually inside the index folder, and listed with it
         inside = {
             path.removeprefix(below): (path, info)
