@@ -51,9 +51,9 @@ def data(rows: int) -> Path:
     ids = np.empty((QUERIES, 0), np.int64)
     for number, block in enumerate(blocks(rows)):
         vectors = world.vectors(number)[: block.stop - block.start]
-        np.save(unfinished / "embeddings" / "img_emb" / f"img_emb_{number}.npy", vectors)
+        np.save(unfinished / "embeddings" / "img_emb" / f"img_emb_{number:04}.npy", vectors)
         texts = [f"https://example.org/{number}/{row}.jpg" for row in range(len(vectors))]
-        path = unfinished / "embeddings" / "metadata" / f"metadata_{number}.parquet"
+        path = unfinished / "embeddings" / "metadata" / f"metadata_{number:04}.parquet"
         pq.write_table(pa.table({"url": texts, "caption": texts}), path)
         exact = faiss.IndexFlatIP(vectors.shape[1])
         exact.add(vectors)
