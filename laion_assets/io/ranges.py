@@ -16,7 +16,7 @@ from typing import Protocol
 
 import numpy as np
 
-from laion_assets.io.arrays import Ids
+from laion_assets.io.arrays import Ids, Mask
 
 Ranges = Ids  # (n, 2)
 NO_RANGES: Ranges = np.empty((0, 2), np.int64)
@@ -121,6 +121,13 @@ def members(ranges: Ranges) -> Ids:
 def runs(numbers: Ids) -> Ranges:
     """Return the ranges of ascending, distinct numbers; the inverse of `members`."""
     return ranges_of(numbers, numbers + 1)
+
+
+def outside(numbers: Ids, ranges: Ranges) -> Mask:
+    """Return which of some numbers, none below 0, are in none of the ranges."""
+    begun = np.searchsorted(ranges[:, 0], numbers, side="right")
+    outside: Mask = numbers >= np.append(0, ranges[:, 1])[begun]
+    return outside
 
 
 def split(ranges: Ranges, longest: int) -> Ranges:

@@ -12,9 +12,10 @@ from laion_assets.io import ranges
 from laion_assets.io.ranges import Ranges
 from laion_assets.staging import Manifest, StagedFile
 from laion_assets.staging.opening import open_sparse_files
-from laion_assets.staging.sparse.pages import SparseFile, allocate
+from laion_assets.staging.sparse.pages import SparseFile, allocate, map_path
 from laion_assets.staging.sparse.reads import PAGE_SIZE
 from laion_assets.staging.sparse.store import SparseFiles
+from laion_assets.staging.transfer.disk import allocated_bytes
 from laion_assets.staging.transfer.files import file_version
 
 
@@ -28,9 +29,10 @@ def page(number: int) -> slice:
     return slice(number * PAGE_SIZE, (number + 1) * PAGE_SIZE)
 
 
-def present_pages(path: Path, size: int) -> list[int]:
+def present_pages(path: Path, size: int, content: str) -> list[int]:
     """The pages that hold data by their map."""
-    file = SparseFile(path, size)
+    file = SparseFile(path, size, content)
+    file.refresh()
     missing = set(file.missing(as_ranges([(0, file.pages)])))
     file.close()
     return [number for number in range(file.pages) if number not in missing]
@@ -96,6 +98,7 @@ class TwoFiles:
         path: of the first file in the cache, with 40 pages and a part of one.
         content: of each file, by its path in the cache.
         clock: of the store.
+        log: lines that it logged.
 
     """
 
@@ -104,6 +107,7 @@ class TwoFiles:
         (root / "source").mkdir(parents=True)
         self.content: dict[Path, bytes] = {}
         self.clock = Clock()
+        self.log: list[str] = []
         staged = []
         for number, size in enumerate((40 * PAGE_SIZE + 17, 3 * PAGE_SIZE)):
             path = root / "source" / f"{number}.arrow"
@@ -118,7 +122,9 @@ class TwoFiles:
 
     @contextmanager
     def opened(self, budget: int = 1 << 30) -> Iterator[SparseFiles]:
-        disk = open_sparse_files(self.cache, self.manifest, budget, lambda _: None, self.clock)
+        """Open the store with a budget for its data, in bytes; page maps have room besides."""
+        budget += self.bytes_beside()
+        disk = open_sparse_files(self.cache, self.manifest, budget, self.log.append, self.clock)
         yield disk
         disk.close()
 
@@ -137,7 +143,7 @@ class TwoFiles:
         """The pages of a file, the first one by default, that hold data by its map; they are right."""
         path = path or self.path
         content, there = self.content[path], path.read_bytes()
-        found = present_pages(path, len(content))
+        found = present_pages(path, len(content), "content")
         for number in found:
             assert there[page(number)] == content[page(number)], f"page {number} is marked, and wrong"
         return found
@@ -149,3 +155,7 @@ class TwoFiles:
             for path, content in self.content.items()
             for number in set(range(-(-len(content) // PAGE_SIZE))) - set(self.marked(path))
         )
+
+    def bytes_beside(self) -> int:
+        """Bytes on the disk that are not data: page maps."""
+        return sum(allocated_bytes(map_path(path)) for path in self.content)

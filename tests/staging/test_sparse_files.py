@@ -100,6 +100,7 @@ def test_what_is_needed_is_present_and_the_least_recently_used_is_evicted(memory
     files = TwoFiles(memory / str(next(numbers)))
     last_use: dict[tuple[Path, int], int] = {}
     present: set[tuple[Path, int]] = set()
+    beside = files.bytes_beside()
     with files.opened(budget * PAGE_SIZE) as disk:
         for request in requests:
             files.clock.now += 1
@@ -112,7 +113,7 @@ def test_what_is_needed_is_present_and_the_least_recently_used_is_evicted(memory
                         assert where.read_bytes()[page(number)] == files.content[where][page(number)]
             now = {(path, number) for path in files.content for number in files.marked(path)}
             assert used <= now <= present | used
-            assert len(now) <= budget
+            assert len(now) * PAGE_SIZE + files.bytes_beside() <= budget * PAGE_SIZE + beside
             gone, stayed = present - now, (present & now) - used
             if gone and stayed:
                 assert max(last_use[page] for page in gone) <= min(last_use[page] for page in stayed)
@@ -163,7 +164,7 @@ def test_more_than_the_budget_is_refused_with_both_numbers(files):
     content = files.content[files.path]
     needed = f"{-(-len(content) // PAGE_SIZE) * PAGE_SIZE:,}"
     with files.opened(8 * PAGE_SIZE) as disk:
-        with pytest.raises(InputError, match=f"needs {needed} bytes .*budget is 32,768") as refused:
+        with pytest.raises(InputError, match=f"needs {needed} bytes .*budget is 40,960") as refused:
             files.need(disk, 0, len(content))
         assert refused.value.about == "sparse_budget"
         assert files.need_pages(disk, 0, 8) == content[: 8 * PAGE_SIZE]
@@ -183,7 +184,7 @@ def test_a_disk_that_is_smaller_than_the_budget_is_named(files, monkeypatch):
 
 def test_what_was_written_and_never_marked_is_freed_when_room_is_needed(files):
     content = files.content[files.path]
-    lost = SparseFile(files.path, len(content))
+    lost = SparseFile(files.path, len(content), "content")
     lost.write(content[: 20 * PAGE_SIZE], 0)  # by a request that left no lease
     lost.close()
     assert files.unmarked_data() == 20
@@ -342,17 +343,19 @@ def test_data_is_durable_before_marks_and_marks_are_cleared_before_holes(files, 
 
         monkeypatch.setattr(owner, name, and_note)
 
-    with files.opened(10 * PAGE_SIZE) as disk:
+    with files.opened(11 * PAGE_SIZE) as disk:
         note(os, "pwrite", "write")
         note(os, "fdatasync", "data durable")
         note(os, "fsync", "marks durable")
         note(disk_module, "_fallocate", "hole")
         files.need_pages(disk, 0, 10)
-        assert done == [("write", 0), ("data durable", 0), ("marks durable", 10)]
+        marked = [("write", 0), ("marks durable", 10)]
+        assert done == [("write", 0), ("data durable", 0), *marked]
         done.clear()
-        files.need_pages(disk, 20, 21)
-        evicted = [("marks durable", 8), ("hole", 8)]
-        assert done == [*evicted, ("write", 8), ("data durable", 8), ("marks durable", 9)]
+        files.need_pages(disk, 20, 22)
+        evicted = [("write", 10), ("marks durable", 8), ("hole", 8)]
+        marked = [("write", 8), ("marks durable", 10)]
+        assert done == [*evicted, ("write", 8), ("data durable", 8), *marked]
 
 
 STEPS = [
@@ -360,7 +363,8 @@ STEPS = [
     (disk_module, "_fallocate"),
     (leases.Lease, "release"),
     (SparseFile, "mark"),
-    (SparseFile, "evict"),
+    (SparseFile, "unmark"),
+    (SparseFile, "free"),
 ]
 
 
@@ -394,8 +398,9 @@ def test_killed_at_any_step_nothing_wrong_is_ever_marked(memory, monkeypatch, ro
         all_marked_are_right()
         with files.opened(budget) as disk:  # the next request that makes room cleans up
             path, content = list(files.content.items())[1]
-            file = SparseFile(path, len(content))
-            file.evict(as_ranges([(2, 1)]))
+            file = SparseFile(path, len(content), "content")
+            file.unmark(as_ranges([(2, 1)]))
+            file.free(as_ranges([(2, 1)]))
             file.close()
             assert files.need(disk, 2 * PAGE_SIZE, 3 * PAGE_SIZE, path) == content[2 * PAGE_SIZE :]
         assert files.unmarked_data() == 0
@@ -427,5 +432,5 @@ def test_a_page_map_of_other_content_is_not_believed(tmp_path):
     assert pages.is_allocated(path, 10 * PAGE_SIZE, "one")
     assert not pages.is_allocated(path, 10 * PAGE_SIZE, "other")
     assert not pages.is_allocated(path, 11 * PAGE_SIZE, "one")
-    os.truncate(map_path(path), pages.MAP_HEADER_SIZE)
+    os.truncate(map_path(path), 40)
     assert not pages.is_allocated(path, 10 * PAGE_SIZE, "one")

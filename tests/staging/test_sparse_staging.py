@@ -170,7 +170,7 @@ def test_several_processes_some_of_them_killed_all_find_what_a_full_copy_has(sca
     for file in manifest.files:
         if file.sparse:
             there, right = (cache / file.path).read_bytes(), (scattered / file.name).read_bytes()
-            for number in present_pages(cache / file.path, file.size):
+            for number in present_pages(cache / file.path, file.size, file.checksum):
                 wrong += there[page(number)] != right[page(number)]
     assert wrong == 0
     assert manifest.bytes_on_disk(cache) < budget * 1.2 + 100_000

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Sequence
 
 import numpy as np
 
@@ -34,45 +33,18 @@ def parse_size(text: str) -> int:
     return int(float(found[1]) * units[found[2].lower()])
 
 
-def count_last_uses(blocks: Iterable[Stamps]) -> Counter[int]:
-    """Count pages by their last use; pages without data (0) are not counted."""
-    counts: Counter[int] = Counter()
-    for stamps in blocks:
-        used, pages = np.unique(stamps[stamps > 0], return_counts=True)
-        counts.update(dict(zip(used.tolist(), pages.tolist(), strict=True)))
-    return counts
-
-
-class LeastRecentlyUsed:
-    """Picks a number of pages, the least recently used first.
+def least_recently_used(last_uses: Sequence[Stamps], wanted: int) -> list[Ids]:
+    """Return the positions of the pages to evict, ascending, in each of several files.
 
     Args:
-        counts: number of evictable pages by their last use.
-        wanted: number of pages to pick.
+        last_uses: of the pages of each file that may be evicted.
+        wanted: number of pages to evict; all where there are fewer.
 
     """
-
-    def __init__(self, counts: Counter[int], wanted: int) -> None:
-        self._cutoff = 0  # every page used before it is picked,
-        self._at_cutoff = 0  # and so many of those used at it
-        for used, pages in sorted(counts.items()):
-            self._cutoff, self._at_cutoff = used, min(pages, wanted)
-            wanted -= self._at_cutoff
-            if not wanted:
-                break
-
-    def pick(self, stamps: Stamps) -> Ids:
-        """Return the positions to evict in a block, ascending; to be called once for each block."""
-        before = (stamps > 0) & (stamps < self._cutoff)
-        at = np.flatnonzero(stamps == self._cutoff) if self._at_cutoff else np.empty(0, np.int64)
-        some = at[: self._at_cutoff]
-        self._at_cutoff -= len(some)
-        return np.union1d(np.flatnonzero(before), some)
-
-
-def pages_to_evict(blocks: Iterable[tuple[int, Stamps]], lru: LeastRecentlyUsed) -> Iterator[Ids]:
-    """Yield the numbers of the pages of a file to evict, ascending."""
-    for first, stamps in blocks:
-        positions = lru.pick(stamps)
-        if len(positions):
-            yield first + positions
+    every = np.concatenate(last_uses)
+    chosen = np.arange(len(every))
+    if wanted < len(every):
+        chosen = np.sort(np.argpartition(every, wanted)[:wanted])
+    starts = np.cumsum([0, *map(len, last_uses)])
+    of_files = np.split(chosen, np.searchsorted(chosen, starts[1:-1]))
+    return [some - start for some, start in zip(of_files, starts[:-1], strict=True)]

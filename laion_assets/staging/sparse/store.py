@@ -1,8 +1,9 @@
 """The sparse files of an index: fetches the pages that requests need, and evicts others.
 
 Two locks order the processes. The ledger is locked briefly: to see which pages are present, to take a
-lease, to evict. Fetching is locked while it lasts, so pages that two requests need are fetched once. A
-process that waits for either lock holds no lease, so there is no deadlock.
+lease, to mark and unmark. Fetching and evicting are locked while they last, so pages that two requests
+need are fetched once. A process that waits, for a lock or for room, holds no lease, so there is no
+deadlock; one that waits for room holds no lock either, so others can fetch meanwhile.
 """
 
 from __future__ import annotations
@@ -10,8 +11,8 @@ from __future__ import annotations
 import errno
 import shutil
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
 from threading import Lock
@@ -21,10 +22,17 @@ import numpy as np
 from laion_assets.io.arrays import Ids
 from laion_assets.io.errors import InputError
 from laion_assets.io.progress import Progress
-from laion_assets.io.ranges import NO_RANGES, Hold, Ranges, batched, runs, total, union
-from laion_assets.staging.sparse.budget import LeastRecentlyUsed, count_last_uses, pages_to_evict
-from laion_assets.staging.sparse.leases import Lease, OtherLeases, Pages, read_leases
-from laion_assets.staging.sparse.pages import MAP_BLOCK, SparseFile
+from laion_assets.io.ranges import NO_RANGES, Hold, Ranges, batched, members, outside, runs, total, union
+from laion_assets.staging.sparse.budget import least_recently_used
+from laion_assets.staging.sparse.leases import LEASES, Lease, Pages, read_leases
+from laion_assets.staging.sparse.pages import (
+    MAP_SUFFIX,
+    NEW_SUFFIX,
+    RECORD,
+    PageChecksums,
+    SparseFile,
+    page_records,
+)
 from laion_assets.staging.sparse.reads import MERGE_GAP, PAGE_SIZE, pages_of, read_batches, reads_for
 from laion_assets.staging.transfer import locks
 from laion_assets.staging.transfer.disk import DISK_FULL_ERRORS, allocated_bytes, cannot_write
@@ -33,7 +41,8 @@ from laion_assets.staging.transfer.files import SourceFile
 from laion_assets.staging.transfer.range_readers import ChangedError, RangeReader
 
 READ_THREADS = 64  # 2,000 reads a second at 30 ms each
-EVICTION_MARGIN = 0.05  # of the budget, evicted beyond what is needed, since scanning the maps takes time
+EVICTION_MARGIN = 0.05  # of the budget, evicted beyond what is needed, so that not every request evicts
+EVICTION_STEP = 1 << 14  # pages that are evicted at a time
 POLL_INTERVAL = 0.5  # seconds between checks whether other requests have released pages
 
 
@@ -75,7 +84,7 @@ class SparseFiles:
         self._on_change = on_change
         self._clock = clock
         self.stats = TransferStats()
-        self._files = [SparseFile(cache / file.name, file.size) for file in files]
+        self._files = [SparseFile(cache / file.name, file.size, file.checksum or "") for file in files]
         # A reader that pins no version may return another: then no page that is marked is written again.
         self._gap = MERGE_GAP if reader.pins else 0
         self._numbers = {file.path: number for number, file in enumerate(self._files)}
@@ -100,33 +109,44 @@ class SparseFiles:
         return {self._numbers[path]: pages_of(some) for path, some in known.items()}
 
     def ensure(self, pages: Pages, lease: Lease) -> None:
-        """Ensure that pages are on the disk, and hold them.
+        """Ensure that pages are on the disk, intact, and hold them.
 
         Raises:
-            InputError: they exceed the budget, or cannot be fetched or written.
+            InputError: they exceed the budget, or cannot be fetched or written, or the files were
+                replaced.
 
         """
+        damaged: Pages = {}
+        log = _once(self._log)
         try:
-            if self._hold_if_present(pages, lease):
-                return
-            lease.release()  # a process that waits holds nothing
-            with locks.fetching(self._cache, self._log):
-                reads = self._make_room(pages, lease)
-                if reads:  # or another request has fetched them meanwhile
-                    self._fetch(reads)
+            while True:
+                if self._hold_if_present(pages, lease):
+                    damaged = self._damaged(pages)
+                    if not damaged:
+                        return
+                lease.release()  # a process that waits holds nothing
+                with locks.fetching(self._cache, log):
+                    self._unmark_damaged(damaged)
+                    fits = self._fetch_missing(pages, lease)
+                if not fits:  # another request may, and can fetch meanwhile
+                    log(f"waiting for other requests to release pages of {self._cache}")
+                    time.sleep(POLL_INTERVAL)
         except OSError as error:
             if error.errno not in {*DISK_FULL_ERRORS, errno.EACCES}:
                 raise
             raise cannot_write(self._cache, error) from error
-        if self._missing(pages):
-            raise AssertionError("pages that were fetched are not marked")
 
     def _hold_if_present(self, pages: Pages, lease: Lease) -> bool:
         with locks.ledger(self._cache):
+            self._refresh(pages)
             if self._missing(pages):
                 return False
             self._hold(pages, lease)
             return True
+
+    def _refresh(self, numbers: Iterable[int]) -> None:
+        for number in numbers:
+            self._files[number].refresh()
 
     def _missing(self, pages: Pages) -> dict[int, Ids]:
         missing = {number: self._files[number].missing(some) for number, some in pages.items()}
@@ -140,91 +160,155 @@ class SparseFiles:
     def _now(self) -> int:
         return max(int(self._clock()), 1)
 
+    # --- damage -----------------------------------------------------------------------------------
+
+    def _damaged(self, pages: Pages) -> Pages:
+        found = {number: self._files[number].damaged(some) for number, some in pages.items()}
+        return {number: runs(some) for number, some in found.items() if len(some)}
+
+    def _unmark_damaged(self, pages: Pages) -> None:
+        """Unmark damaged pages, except those that another request has fetched again meanwhile."""
+        with locks.ledger(self._cache):
+            self._refresh(pages)
+        for number, some in self._damaged(pages).items():
+            file = self._files[number]
+            self._log(
+                f"{total(some):,} pages of {file.path} differ from the checksums in its page map: one of "
+                "the two was damaged; fetching the pages again"
+            )
+            with locks.ledger(self._cache):
+                file.unmark(some)
+
     # --- room -------------------------------------------------------------------------------------
 
-    def _make_room(self, pages: Pages, lease: Lease) -> Pages:
-        """Hold pages once they fit into the budget, and return the pages to read.
+    def _fetch_missing(self, pages: Pages, lease: Lease) -> bool:
+        """Fetch missing pages and hold all; False if other requests have to release pages first.
+
+        Nobody else fetches or evicts meanwhile, so pages that are not marked are nobody else's, and can
+        be freed without the ledger.
 
         Raises:
-            InputError: they exceed the budget or the disk.
+            InputError: they exceed the budget or the disk, or cannot be fetched.
 
         """
-        waiting = False
+        self._clean_up()
+        freed = True
         while True:
             with locks.ledger(self._cache):
-                others = read_leases(self._cache)
-                self._clean_up(others)
+                self._refresh(range(len(self._files)))
                 reads = {n: reads_for(some, self._gap) for n, some in self._missing(pages).items()}
-                wanted = {n: union(some, reads.get(n, NO_RANGES)) for n, some in pages.items()}
-                if self._fits(wanted, reads, others, lease):
+                wanted = _united(pages, reads)
+                kept = _united(wanted, read_leases(self._cache).held)
+                excess = self._excess(wanted, reads, kept)
+                if excess is None:
+                    return False
+                if excess <= 0 or not freed:
                     self._hold(wanted, lease)
-                    return reads
-            if not waiting:
-                self._log(f"waiting for other requests to release pages of {self._cache}")
-                waiting = True
-            time.sleep(POLL_INTERVAL)
+                    break
+            freed = self._evict(excess, kept, lease) or self._free_unmarked()
+        if reads:  # or another request has fetched them meanwhile
+            self._fetch(reads)
+        if self._missing(pages):
+            raise AssertionError("pages that were fetched are not marked")
+        return True
 
-    def _clean_up(self, others: OtherLeases) -> None:
-        """Free what dead processes wrote and did not mark."""
+    def _clean_up(self) -> None:
+        """Free what dead processes wrote and did not mark, and what maps have lost."""
+        with locks.ledger(self._cache):
+            self._refresh(range(len(self._files)))
+            others = read_leases(self._cache)
+            for path in self._cache.rglob(f"*{MAP_SUFFIX}{NEW_SUFFIX}"):
+                path.unlink()
         for number, pages in others.abandoned.items():
-            self._files[number].evict_unmarked(pages)
+            self._files[number].free_unmarked(pages)
         for path in others.dead:
             path.unlink(missing_ok=True)
+        for file in self._files:
+            if unlisted := file.unlisted():
+                self._log(
+                    f"{file.path} holds {unlisted:,} bytes that its page map does not list: freeing "
+                    "them; what is needed is fetched again"
+                )
+                file.free(file.unmarked())
 
-    def _fits(self, wanted: Pages, reads: Pages, others: OtherLeases, lease: Lease) -> bool:
-        """Evict pages if necessary; False if other requests have to release pages first."""
-        used = sum(allocated_bytes(file.path) for file in self._files)
-        free = shutil.disk_usage(self._cache).free
-        limit = min(self._budget, used + free)
-        needed = PAGE_SIZE * sum(map(total, wanted.values()))
-        if needed > limit:
-            raise self._too_much(needed, limit)
-        excess = used + PAGE_SIZE * sum(map(total, reads.values())) - limit
-        if excess <= 0:
-            return True
-        freed = self._evict(excess, lease, wanted, others.held)
-        if freed < excess and not others.running:
-            self._evict_all_unmarked()
-        return freed >= excess or not others.running
+    def _excess(self, wanted: Pages, reads: Pages, kept: Pages) -> int | None:
+        """Return the bytes to evict so that pages fit; None if other requests hold too much.
 
-    def _evict_all_unmarked(self) -> None:
+        Args:
+            wanted: pages to hold.
+            reads: those of them to write.
+            kept: pages that are wanted or held by others.
+
+        Raises:
+            InputError: they do not fit, whatever others hold.
+
+        """
+        beside = self._bytes_beside()
+        used = beside + sum(allocated_bytes(file.path) for file in self._files)
+        limit = min(self._budget, used + shutil.disk_usage(self._cache).free)
+        if beside + _bytes(wanted) > limit:
+            raise self._too_much(_bytes(wanted), beside, limit)
+        if beside + _bytes(kept) > limit:
+            return None
+        recorded = RECORD.itemsize * sum(map(total, reads.values()))
+        return used + _bytes(reads) + recorded - limit
+
+    def _bytes_beside(self) -> int:
+        """Return the bytes of page maps, also of removed files and temporary ones, and of leases."""
+        found = 0
+        for path in (*self._cache.rglob(f"*{MAP_SUFFIX}*"), *(self._cache / LEASES).glob("*")):
+            with suppress(FileNotFoundError):  # released just now
+                found += allocated_bytes(path)
+        return found
+
+    def _free_unmarked(self) -> bool:
         """Free everything that was written but never marked, such as by a request cut off by a power cut.
 
-        No map counts it, but it occupies the disk. Nobody else fetches, so none of it is in progress.
+        No map counts it, but it occupies the disk.
         """
+        before = sum(allocated_bytes(file.path) for file in self._files)
         for file in self._files:
-            for some in batched(np.array([[0, file.pages]]), MAP_BLOCK):
-                file.evict_unmarked(some)
+            file.free(file.unmarked())
+        return sum(allocated_bytes(file.path) for file in self._files) < before
 
-    def _too_much(self, needed: int, limit: int) -> InputError:
-        what = f"this request needs {needed:,} bytes of the index at once"
+    def _too_much(self, needed: int, beside: int, limit: int) -> InputError:
+        what = f"this request needs {needed:,} bytes of the index at once, and page maps {beside:,}"
         less = "request fewer results or a lower nprobe"
         if limit == self._budget:
-            return InputError(f"{what}, the budget is {limit:,}: raise it, or {less}", "sparse_budget")
-        return InputError(
-            f"{what}, {self._cache} has room for {limit:,}: free some space, or {less}", "cache_dir"
-        )
+            return InputError(f"{what}; the budget is {limit:,}: raise it, or {less}", "sparse_budget")
+        room = f"{self._cache} has room for {limit - beside:,}"
+        return InputError(f"{what}; {room}: free some space, or {less}", "cache_dir")
 
-    def _evict(self, excess: int, lease: Lease, *kept: Pages) -> int:
-        """Evict the least recently used pages, plus a margin; returns bytes."""
-        held = [
-            union(*(pages.get(number, NO_RANGES) for pages in kept)) for number in range(len(self._files))
+    def _evict(self, excess: int, kept: Pages, lease: Lease) -> bool:
+        """Evict the least recently used pages, plus a margin; whether there were any.
+
+        They are chosen without the ledger, and evicted in steps, so that other requests are not held up.
+        """
+        last_uses = [
+            file.last_uses(kept.get(number, NO_RANGES)) for number, file in enumerate(self._files)
         ]
-        files = list(zip(self._files, held, strict=True))
-        counts = count_last_uses(stamps for file, some in files for _, stamps in file.evictable(some))
-        lru = LeastRecentlyUsed(counts, int(excess + EVICTION_MARGIN * self._budget) // PAGE_SIZE + 1)
-        evicted = {
-            number: union(*map(runs, pages_to_evict(file.evictable(some), lru)))
-            for number, (file, some) in enumerate(files)
-        }
-        lease.hold(evicted)  # if this process dies, the next one finishes the eviction
-        for number, pages in evicted.items():
-            self._files[number].evict(pages)
+        wanted = int(excess + EVICTION_MARGIN * self._budget) // PAGE_SIZE + 1
+        chosen = least_recently_used([used for _, used in last_uses], wanted)
+        evicted = 0
+        for number, ((pages, _), some) in enumerate(zip(last_uses, chosen, strict=True)):
+            for step in batched(runs(pages[some]), EVICTION_STEP):
+                evicted += self._evict_step(number, step, lease)
+        if evicted:
+            self._log(f"evicted {evicted * PAGE_SIZE:,} bytes of the index, the least recently used")
+        return bool(evicted)
+
+    def _evict_step(self, number: int, pages: Ranges, lease: Lease) -> int:
+        """Evict those pages of a file that nobody holds; returns their number."""
+        file = self._files[number]
+        with locks.ledger(self._cache):
+            held = read_leases(self._cache).held.get(number, NO_RANGES)
+            numbers = members(pages)
+            pages = runs(numbers[outside(numbers, held)])
+            lease.hold({number: pages})  # if this process dies, the next one finishes the eviction
+            file.unmark(pages)
+        file.free(pages)
         lease.release()
-        freed = PAGE_SIZE * sum(map(total, evicted.values()))
-        if freed:
-            self._log(f"evicted {freed:,} bytes of the index, the least recently used")
-        return freed
+        return total(pages)
 
     # --- fetching ---------------------------------------------------------------------------------
 
@@ -233,21 +317,24 @@ class SparseFiles:
         started, before = time.monotonic(), replace(self.stats)
         threads = min(READ_THREADS, sum(map(len, reads.values())))
         fetcher = Fetcher(self._reader, threads, self._log, self.stats)
-        size = PAGE_SIZE * sum(map(total, reads.values()))
 
         def read(job: tuple[_Batch, int, int]) -> None:
-            batch, start, stop = job
-            for data, at in fetcher.read(batch.source, start, stop):
+            batch, first, stop = job
+            checksums = PageChecksums()
+            stop = min(stop * PAGE_SIZE, batch.file.size)
+            for data, at in fetcher.read(batch.source, first * PAGE_SIZE, stop):
                 batch.file.write(data, at)
+                checksums.add(data)
                 progress.advance(len(data))
-            batch.finish_read(self._now())
+            if batch.finish_read(first, checksums.finish()):
+                self._mark(batch)
 
         try:
-            with Progress("fetching", size, "B", fetcher.log) as progress:
+            with Progress("fetching", _bytes(reads), "B", fetcher.log) as progress:
                 fetcher.run(self._jobs(reads), read)
         except BaseException as error:
             for number, some in reads.items():
-                self._files[number].evict_unmarked(some)
+                self._files[number].free_unmarked(some)
             if isinstance(error, ChangedError):
                 raise self._changed(error) from error
             raise
@@ -260,11 +347,17 @@ class SparseFiles:
 
     def _jobs(self, reads: Pages) -> Iterator[tuple[_Batch, int, int]]:
         for number, ranges in reads.items():
-            file = self._files[number]
             for some in read_batches(ranges):
-                batch = _Batch(file, self._sources[number], self._reader, some)
+                batch = _Batch(self._files[number], self._sources[number], len(some))
                 for first, stop in some.tolist():
-                    yield batch, first * PAGE_SIZE, min(stop * PAGE_SIZE, file.size)
+                    yield batch, first, stop
+
+    def _mark(self, batch: _Batch) -> None:
+        """Make a batch durable, then mark its pages."""
+        self._reader.check(batch.source)
+        batch.file.sync()
+        with locks.ledger(self._cache):
+            batch.file.mark(page_records(*batch.pages_and_checksums(), self._now()))
 
     def _changed(self, changed: ChangedError) -> InputError:
         self._on_change()
@@ -292,19 +385,45 @@ class _Hold:
 class _Batch:
     """Reads of one file that are made durable and marked together, after the last of them."""
 
-    def __init__(self, file: SparseFile, source: SourceFile, reader: RangeReader, pages: Ranges) -> None:
+    def __init__(self, file: SparseFile, source: SourceFile, reads: int) -> None:
         self.file = file
         self.source = source
-        self._reader = reader
-        self._pages = pages
-        self._left = len(pages)
+        self._left = reads
+        self._checksums: list[tuple[int, list[int]]] = []  # first page of a read, and its checksums
         self._lock = Lock()
 
-    def finish_read(self, now: int) -> None:
-        """Record that one read is complete."""
+    def finish_read(self, first: int, checksums: list[int]) -> bool:
+        """Record that one read is complete; whether it was the last."""
         with self._lock:
+            self._checksums.append((first, checksums))
             self._left -= 1
-            if self._left:
-                return
-        self._reader.check(self.source)
-        self.file.mark(union(self._pages), now)
+            return not self._left
+
+    def pages_and_checksums(self) -> tuple[Ids, list[int]]:
+        """Return the numbers of all pages, ascending, and their checksums."""
+        self._checksums.sort()
+        starts = np.array([first for first, _ in self._checksums])
+        lengths = np.array([len(some) for _, some in self._checksums])
+        pages = members(np.stack([starts, starts + lengths], axis=1))
+        return pages, [checksum for _, some in self._checksums for checksum in some]
+
+
+def _once(log: Callable[[str], None]) -> Callable[[str], None]:
+    """Return a function that logs each line once."""
+    logged: set[str] = set()
+
+    def log_once(line: str) -> None:
+        if line not in logged:
+            logged.add(line)
+            log(line)
+
+    return log_once
+
+
+def _united(*some: Pages) -> Pages:
+    numbers = {number for pages in some for number in pages}
+    return {number: union(*(pages.get(number, NO_RANGES) for pages in some)) for number in numbers}
+
+
+def _bytes(pages: Pages) -> int:
+    return PAGE_SIZE * sum(map(total, pages.values()))
