@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from laion_assets.staging.manifest import Manifest, NotStagedError, StagedFile
-from laion_assets.staging.sparse.pages import is_allocated
+from laion_assets.staging.sparse.pages import is_allocated, map_path
 
 
 def sizes_on_disk(manifest: Manifest | None, cache: Path) -> dict[str, int]:
@@ -35,11 +35,18 @@ def verified_manifest(cache: Path) -> Manifest:
     for file in manifest.files:
         size = sizes.get(file.name)
         if size != file.size:
-            found = "is missing" if size is None else f"has {size:,} bytes"
-            raise NotStagedError(
-                f"{cache / file.path} {found}, but the manifest says {file.size:,}: stage the index again"
-            )
+            raise NotStagedError(f"{_difference(file, cache, size)}: stage the index again")
     return manifest
+
+
+def _difference(file: StagedFile, cache: Path, size: int | None) -> str:
+    """Describe how a file differs from the manifest."""
+    path = cache / file.path
+    if size is not None:
+        return f"{path} has {size:,} bytes, but the manifest says {file.size:,}"
+    if path.is_file():
+        return f"{map_path(path)} is missing, or is not the page map of this version of {path}"
+    return f"{path} is missing, but the manifest says {file.size:,} bytes"
 
 
 def _is_present(file: StagedFile, cache: Path) -> bool:

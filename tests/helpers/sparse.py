@@ -95,21 +95,21 @@ class TwoFiles:
 
     Attributes:
         cache: the cache directory.
-        path: of the first file in the cache, with 40 pages and a part of one.
+        path: of the first file in the cache, with 40 pages or as many as given, and a part of one.
         content: of each file, by its path in the cache.
         clock: of the store.
         log: lines that it logged.
 
     """
 
-    def __init__(self, root: Path) -> None:
+    def __init__(self, root: Path, pages: int = 40) -> None:
         self.cache = root / "cache"
         (root / "source").mkdir(parents=True)
         self.content: dict[Path, bytes] = {}
         self.clock = Clock()
         self.log: list[str] = []
         staged = []
-        for number, size in enumerate((40 * PAGE_SIZE + 17, 3 * PAGE_SIZE)):
+        for number, size in enumerate((pages * PAGE_SIZE + 17, 3 * PAGE_SIZE)):
             path = root / "source" / f"{number}.arrow"
             path.write_bytes(random.Random(number).randbytes(size).replace(b"\0", b"\1"))
             version = file_version(fsspec.filesystem("file").info(str(path)))

@@ -1,7 +1,9 @@
 """In sparse files, needed pages are present and right, whatever the order, budget or crash."""
 
 import errno
+import fcntl
 import os
+import re
 import shutil
 import threading
 import time
@@ -27,6 +29,7 @@ from laion_assets.staging.sparse.reads import PAGE_SIZE
 from laion_assets.staging.transfer import disk as disk_module
 from laion_assets.staging.transfer import fetch
 from laion_assets.staging.transfer.fetch import Fetcher
+from laion_assets.staging.transfer.locks import LEDGER_LOCK
 from laion_assets.staging.transfer.range_readers import FsspecReader
 
 EXAMPLES = settings(deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
@@ -194,6 +197,88 @@ def test_what_was_written_and_never_marked_is_freed_when_room_is_needed(files):
     assert files.marked() == list(range(25, 35))
 
 
+def test_a_request_that_waits_for_room_does_not_hold_up_one_that_fits(files, monkeypatch):
+    monkeypatch.setattr(store, "POLL_INTERVAL", 0.01)
+    budget = 25 * PAGE_SIZE
+    with files.opened(budget) as disk, files.opened(budget) as large, files.opened(budget) as small:
+        files.need_pages(disk, 30, 35)
+        with disk.hold() as held:
+            held.need({files.path: as_ranges([(0, 15 * PAGE_SIZE)])})
+            thread = threading.Thread(target=files.need_pages, args=(large, 20, 40))
+            thread.start()
+            while not any("waiting for other requests" in line for line in files.log):
+                time.sleep(0.01)
+            files.need_pages(small, 15, 18)
+            assert set(range(30, 35)) <= set(files.marked())  # nothing was evicted in vain
+            assert thread.is_alive()
+        thread.join(10)
+        assert not thread.is_alive()
+    assert set(range(20, 40)) <= set(files.marked())
+
+
+def test_evictions_are_done_in_steps_and_free_the_disk_without_the_ledger(files, monkeypatch):
+    monkeypatch.setattr(store, "EVICTION_STEP", 4)
+    unmarked: list[int] = []
+    unmark, free = SparseFile.unmark, SparseFile.free
+
+    def counted(file: SparseFile, some: Any) -> None:
+        unmarked.append(ranges.total(some))
+        unmark(file, some)
+
+    def without_the_ledger(file: SparseFile, some: Any) -> None:
+        with (files.cache / LEDGER_LOCK).open("ab") as ledger:
+            fcntl.flock(ledger, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        free(file, some)
+
+    with files.opened(20 * PAGE_SIZE) as disk:
+        files.need_pages(disk, 0, 20)
+        monkeypatch.setattr(SparseFile, "unmark", counted)
+        monkeypatch.setattr(SparseFile, "free", without_the_ledger)
+        files.need_pages(disk, 21, 39)
+    assert sum(unmarked) >= 17
+    assert max(unmarked) < 8
+
+
+def test_page_maps_and_leases_count_against_the_budget_and_leftovers_go(files, monkeypatch):
+    (files.cache / "metadata" / "gone.arrow.pages").write_bytes(bytes(100_000))
+    map_path(files.path).with_name("0.arrow.pages.new").write_bytes(bytes(100_000))
+    with files.opened(20 * PAGE_SIZE) as disk:
+        files.need_pages(disk, 0, 19)
+    assert {path.name for path in (files.cache / "metadata").glob("*.pages*")} == {
+        "0.arrow.pages",
+        "1.arrow.pages",
+    }
+    other = files.cache / leases.LEASES / "other"
+    with files.opened(20 * PAGE_SIZE) as disk, other.open("w+") as lease:
+        fcntl.flock(lease, fcntl.LOCK_EX)
+        lease.write("x" * 100)
+        lease.flush()
+        monkeypatch.setattr(store, "POLL_INTERVAL", 0.01)
+        files.need_pages(disk, 0, 18)
+        thread = threading.Thread(target=files.need_pages, args=(disk, 0, 20))
+        thread.start()
+        while not any("waiting for other requests" in line for line in files.log):
+            time.sleep(0.01)
+        other.unlink()
+        thread.join(10)
+    assert files.marked() == list(range(20))
+
+
+def test_a_map_grows_with_what_is_on_the_disk_and_not_with_what_is_used(files, monkeypatch):
+    monkeypatch.setattr(pages, "SPARE_RECORDS", 50)
+    size = map_path(files.path).stat().st_size
+    with files.opened() as disk, files.opened() as other:
+        for number in range(30):
+            files.clock.now += 1
+            files.need_pages((disk, other)[number % 2], 10, 20)
+        most = pages.RECORD.itemsize * (2 * 10 + 50 + 10)
+        assert map_path(files.path).stat().st_size < size + most
+        assert disk.stats.fetched + other.stats.fetched == 10 * PAGE_SIZE
+    huge = files.cache / "huge"
+    allocate(huge, 1 << 40, "content")
+    assert disk_module.allocated_bytes(map_path(huge)) <= PAGE_SIZE
+
+
 @pytest.mark.parametrize(
     ("text", "expected"),
     [
@@ -212,6 +297,152 @@ def test_a_budget_is_written_as_people_do(text, expected):
 def test_a_budget_that_is_no_number_of_bytes_is_refused(text):
     with pytest.raises(InputError, match=f"'{text}' is not a number of bytes.*300GB"):
         parse_size(text)
+
+
+# --- damage ---------------------------------------------------------------------------------------
+
+
+def zero_a_page(path: Path) -> None:
+    with path.open("r+b") as file:
+        file.seek(7 * PAGE_SIZE)
+        file.write(bytes(PAGE_SIZE))
+
+
+def change_a_byte(path: Path) -> None:
+    content = bytearray(path.read_bytes())
+    content[7 * PAGE_SIZE + 11] ^= 1
+    path.write_bytes(content)
+
+
+def empty_with_the_same_size(path: Path) -> None:
+    size = path.stat().st_size
+    path.unlink()
+    path.touch()
+    os.truncate(path, size)
+
+
+def change_a_checksum(path: Path) -> None:
+    found = bytearray(map_path(path).read_bytes())
+    found[-8] ^= 1  # the last record is of the last page
+    map_path(path).write_bytes(found)
+
+
+def zero_the_records(path: Path) -> None:
+    found = map_path(path).read_bytes()
+    header = found.index(b"\n") + 1
+    map_path(path).write_bytes(found[:header] + bytes(len(found) - header))
+
+
+def swap_the_pages(path: Path) -> None:
+    """As a map of another version would: all numbers are possible, and wrong."""
+    found = map_path(path).read_bytes()
+    header = found.index(b"\n") + 1
+    records = np.frombuffer(found[header:], pages.RECORD).copy()
+    records["checksum"] = records["checksum"][::-1]
+    map_path(path).write_bytes(found[:header] + records.tobytes())
+
+
+@pytest.mark.parametrize(
+    ("damage", "pages_lost"),
+    [
+        (zero_a_page, 1),
+        (change_a_byte, 1),
+        (empty_with_the_same_size, 41),
+        (change_a_checksum, 1),
+        (zero_the_records, 41),
+        (swap_the_pages, 40),
+    ],
+)
+def test_damage_to_a_file_or_its_map_is_found_before_anything_wrong_is_read(files, damage, pages_lost):
+    content = files.content[files.path]
+    with files.opened() as disk:
+        files.need(disk, 0, len(content))
+    damage(files.path)
+    files.log.clear()
+    with files.opened() as disk:
+        assert files.need(disk, 0, len(content)) == content
+        assert -(-disk.stats.fetched // PAGE_SIZE) == pages_lost
+    about_damage = [line for line in files.log if not line.startswith("fetch")]
+    assert len(about_damage) == (damage is not zero_the_records)  # which is as if nothing were marked
+    assert all(str(files.path) in line for line in about_damage)
+    assert files.marked() == list(range(41))
+    assert files.unmarked_data() == 0
+
+
+@settings(EXAMPLES, max_examples=60)
+@given(at=st.floats(0, 0.9999), flip=st.integers(1, 255), cut=st.booleans())
+def test_whatever_happens_to_a_map_nothing_wrong_is_read(memory, at, flip, cut):
+    files = TwoFiles(memory / str(next(numbers)))
+    content = files.content[files.path]
+    with files.opened() as disk:
+        files.need_pages(disk, 3, 30)
+    found = bytearray(map_path(files.path).read_bytes())
+    position = int(at * len(found))
+    found[position] ^= flip
+    map_path(files.path).write_bytes(found[:position] if cut else found)
+    with files.opened() as disk:
+        if position > found.index(b"\n"):
+            assert files.need(disk, 0, len(content)) == content
+        else:
+            with pytest.raises(InputError, match=rf"{map_path(files.path)} .* stage the index again"):
+                files.need(disk, 0, len(content))
+
+
+def test_a_map_that_lost_its_end_is_reported_and_its_pages_are_fetched_again(memory):
+    files = TwoFiles(memory / "large", pages=1000)
+    content = files.content[files.path]
+    with files.opened() as disk:
+        files.need(disk, 0, len(content))
+    os.truncate(map_path(files.path), map_path(files.path).stat().st_size // 2)
+    with files.opened() as disk:
+        assert files.need(disk, 0, len(content)) == content
+        assert disk.stats.fetched > len(content) / 3
+    assert any(re.search(f"{files.path} holds .* does not list", line) for line in files.log)
+
+
+def lose_the_map(path: Path) -> None:
+    map_path(path).unlink()
+
+
+def lose_the_file(path: Path) -> None:
+    path.unlink()
+
+
+def cut_the_file(path: Path) -> None:
+    os.truncate(path, 10)
+
+
+@pytest.mark.parametrize("damage", [lose_the_map, lose_the_file, cut_the_file, empty_with_the_same_size])
+def test_a_file_that_is_replaced_while_it_is_in_use_is_an_error_that_names_it(files, damage):
+    with files.opened() as disk:
+        files.need_pages(disk, 0, 10)
+        damage(files.path)
+        with pytest.raises(InputError, match=rf"{files.path}.* stage the index again") as refused:
+            files.need_pages(disk, 0, 20)
+        assert refused.value.about == "staged_index"
+
+
+def test_two_requests_that_find_the_same_damage_both_read_what_is_right(files, monkeypatch):
+    size = len(files.content[files.path])
+    with files.opened() as disk:
+        files.need(disk, 0, size)
+    empty_with_the_same_size(files.path)
+    both_found_it = threading.Barrier(2, timeout=10)
+
+    def find(disk: Any, needed: Any) -> Any:
+        found = damaged_pages(disk, needed)
+        if threading.get_ident() not in waited:
+            waited.add(threading.get_ident())
+            both_found_it.wait()
+        return found
+
+    waited: set[int] = set()
+    damaged_pages = store.SparseFiles._damaged
+    monkeypatch.setattr(store.SparseFiles, "_damaged", find)
+    with futures.ThreadPoolExecutor(2) as pool, files.opened() as one, files.opened() as other:
+        read = list(pool.map(lambda disk: files.need(disk, 0, size), (one, other)))
+        assert read == [files.content[files.path]] * 2
+        assert one.stats.fetched + other.stats.fetched == size
 
 
 # --- errors ---------------------------------------------------------------------------------------
@@ -375,6 +606,7 @@ STEPS = [
     )
 )
 def test_killed_at_any_step_nothing_wrong_is_ever_marked(memory, monkeypatch, rounds):
+    monkeypatch.setattr(pages, "SPARE_RECORDS", 20)
     files = TwoFiles(memory / str(next(numbers)))
     budget = 34 * PAGE_SIZE
 

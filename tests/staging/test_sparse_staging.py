@@ -17,7 +17,15 @@ from helpers import indices
 from helpers.project import contents
 from helpers.searches import digest_of_searches
 from helpers.sparse import page, present_pages
-from helpers.staging import LISTS, POPULATED, Steps, killed_at, staged_data, write_source
+from helpers.staging import (
+    LISTS,
+    POPULATED,
+    Steps,
+    is_readable,
+    killed_at,
+    staged_data,
+    write_source,
+)
 
 from laion_assets.search.retrieval import Request, retrieve_table
 from laion_assets.staging import NotStagedError, open_staged, stage, verified_manifest
@@ -90,6 +98,44 @@ def test_a_file_or_its_map_that_is_gone_is_allocated_again(source, cache, lost):
         verified_manifest(cache)
     stage(str(source), None, cache, sparse=True)
     assert everything(cache) == expected
+
+
+def map_of_another_file(cache: Path) -> None:
+    shutil.copy(cache / "metadata/001.arrow.pages", cache / "metadata/000.arrow.pages")
+
+
+def map_cut_to_nothing(cache: Path) -> None:
+    os.truncate(cache / "metadata/000.arrow.pages", 0)
+
+
+def file_cut(cache: Path) -> None:
+    os.truncate(cache / "metadata/000.arrow", 100)
+
+
+@pytest.mark.parametrize("damage", [map_of_another_file, map_cut_to_nothing, file_cut])
+def test_a_file_or_its_map_that_is_another_is_named_and_staged_again(source, cache, damage):
+    stage(str(source), None, cache, sparse=True)
+    expected = everything(cache)
+    damage(cache)
+    with pytest.raises(NotStagedError, match=r"metadata/000\.arrow.*: stage the index again"):
+        verified_manifest(cache)
+    assert stage(str(source), None, cache, sparse=True).fetched == 1
+    assert everything(cache) == expected
+
+
+def test_pages_that_the_disk_lost_without_a_change_of_size_give_no_wrong_row(source, cache):
+    stage(str(source), None, cache, sparse=True)
+    expected = everything(cache)
+    assert is_readable(cache)
+    for file in verified_manifest(cache).files:
+        if file.sparse:
+            (cache / file.path).write_bytes(bytes(file.size))
+    log: list[str] = []
+    with open_staged(cache, log=log.append) as opened:
+        assert opened.metadata.take(np.arange(len(opened.metadata))) == expected
+        assert opened.fetched.fetched > 0
+    assert is_readable(cache)
+    assert any("metadata/000.arrow differ from the checksums" in line for line in log)
 
 
 @pytest.mark.parametrize("step", range(12))

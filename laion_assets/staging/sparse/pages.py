@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from contextlib import suppress
 from functools import cached_property
 from pathlib import Path
@@ -72,6 +72,12 @@ def is_allocated(path: Path, size: int, content: str) -> bool:
     with suppress(FileNotFoundError), map_path(path).open("rb") as file:
         return file.read(len(header)) == header
     return False
+
+
+def leftover_maps(folder: Path, paths: Sequence[Path]) -> list[Path]:
+    """Return the page maps in a folder that are not those of some files, and unfinished ones of any."""
+    found = {*folder.rglob(f"*{MAP_SUFFIX}"), *folder.rglob(f"*{MAP_SUFFIX}{NEW_SUFFIX}")}
+    return sorted(found - set(map(map_path, paths)))
 
 
 def page_checksums(data: bytes) -> list[int]:
@@ -166,12 +172,20 @@ class SparseFile:
         os.fdatasync(self._file)
 
     def free(self, pages: Ranges) -> None:
-        """Make the map durable, then punch holes for pages that it no longer marks."""
+        """Make the map durable, then punch holes for pages that it no longer marks.
+
+        Only while nobody else fetches: what lies between two of these pages, and is not marked either, is
+        freed with them, since one hole takes as long as many.
+        """
         if not len(pages):
             return
         self.sync_marks()
-        for first, stop in pages.tolist():
-            punch_hole(self._file, first * PAGE_SIZE, (stop - first) * PAGE_SIZE, self.path)
+        marked_before, _ = self._find(pages[:, 0])
+        first = np.flatnonzero(np.diff(marked_before, prepend=-1))
+        last = np.append(first[1:], len(pages)) - 1
+        holes = np.stack([pages[first, 0], pages[last, 1]], axis=1) * PAGE_SIZE
+        for start, stop in holes.tolist():
+            punch_hole(self._file, start, stop - start, self.path)
 
     def free_unmarked(self, pages: Ranges) -> None:
         """Free those pages that are not marked; only while nobody fetches."""

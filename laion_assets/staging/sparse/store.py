@@ -26,11 +26,11 @@ from laion_assets.io.ranges import NO_RANGES, Hold, Ranges, batched, members, ou
 from laion_assets.staging.sparse.budget import least_recently_used
 from laion_assets.staging.sparse.leases import LEASES, Lease, Pages, read_leases
 from laion_assets.staging.sparse.pages import (
-    MAP_SUFFIX,
-    NEW_SUFFIX,
     RECORD,
     PageChecksums,
     SparseFile,
+    leftover_maps,
+    map_path,
     page_records,
 )
 from laion_assets.staging.sparse.reads import MERGE_GAP, PAGE_SIZE, pages_of, read_batches, reads_for
@@ -213,11 +213,12 @@ class SparseFiles:
         return True
 
     def _clean_up(self) -> None:
-        """Free what dead processes wrote and did not mark, and what maps have lost."""
+        """Free what dead processes wrote and did not mark, what maps have lost, and maps of no file."""
         with locks.ledger(self._cache):
             self._refresh(range(len(self._files)))
             others = read_leases(self._cache)
-            for path in self._cache.rglob(f"*{MAP_SUFFIX}{NEW_SUFFIX}"):
+            for path in leftover_maps(self._cache, [file.path for file in self._files]):
+                self._log(f"removing {path}, which belongs to no file of the index")
                 path.unlink()
         for number, pages in others.abandoned.items():
             self._files[number].free_unmarked(pages)
@@ -243,20 +244,20 @@ class SparseFiles:
             InputError: they do not fit, whatever others hold.
 
         """
-        beside = self._bytes_beside()
-        used = beside + sum(allocated_bytes(file.path) for file in self._files)
+        maps = sum(allocated_bytes(map_path(file.path)) for file in self._files)
+        leases = self._bytes_of_leases()
+        used = maps + leases + sum(allocated_bytes(file.path) for file in self._files)
         limit = min(self._budget, used + shutil.disk_usage(self._cache).free)
-        if beside + _bytes(wanted) > limit:
-            raise self._too_much(_bytes(wanted), beside, limit)
-        if beside + _bytes(kept) > limit:
+        if maps + _bytes(wanted) > limit:
+            raise self._too_much(_bytes(wanted), maps, limit)
+        if maps + leases + _bytes(kept) > limit:
             return None
         recorded = RECORD.itemsize * sum(map(total, reads.values()))
         return used + _bytes(reads) + recorded - limit
 
-    def _bytes_beside(self) -> int:
-        """Return the bytes of page maps, also of removed files and temporary ones, and of leases."""
+    def _bytes_of_leases(self) -> int:
         found = 0
-        for path in (*self._cache.rglob(f"*{MAP_SUFFIX}*"), *(self._cache / LEASES).glob("*")):
+        for path in (self._cache / LEASES).glob("*"):
             with suppress(FileNotFoundError):  # released just now
                 found += allocated_bytes(path)
         return found
@@ -271,12 +272,12 @@ class SparseFiles:
             file.free(file.unmarked())
         return sum(allocated_bytes(file.path) for file in self._files) < before
 
-    def _too_much(self, needed: int, beside: int, limit: int) -> InputError:
-        what = f"this request needs {needed:,} bytes of the index at once, and page maps {beside:,}"
+    def _too_much(self, needed: int, maps: int, limit: int) -> InputError:
+        what = f"this request needs {needed:,} bytes of the index at once, and page maps {maps:,}"
         less = "request fewer results or a lower nprobe"
         if limit == self._budget:
             return InputError(f"{what}; the budget is {limit:,}: raise it, or {less}", "sparse_budget")
-        room = f"{self._cache} has room for {limit - beside:,}"
+        room = f"{self._cache} has room for {limit - maps:,}"
         return InputError(f"{what}; {room}: free some space, or {less}", "cache_dir")
 
     def _evict(self, excess: int, kept: Pages, lease: Lease) -> bool:
