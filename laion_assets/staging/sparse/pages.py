@@ -32,7 +32,7 @@ MAP_SUFFIX = ".pages"
 NEW_SUFFIX = ".new"  # of a map that is being written
 NO_CHECKSUM = 0  # of a page that holds no data
 RECORD = np.dtype([("page", "<u4"), ("checksum", "<u4"), ("used", "<u4")])
-RECORDS_AT_ONCE = 1 << 20  # that are read from a map
+RECORDS_AT_ONCE = 1 << 22  # that are read from a map
 SPARE_RECORDS = 1 << 16  # outdated ones, besides as many as there are pages, before a map is rewritten
 PAGES_AT_ONCE = 1 << 15  # that are read to compare them, 128 MiB
 UNLISTED_SHARE, UNLISTED_BYTES = 0.02, 1 << 20  # that file systems may add to what a file holds
@@ -221,7 +221,7 @@ class SparseFile:
         """Read what other processes have recorded since.
 
         Raises:
-            InputError: the file or its map was removed or replaced while they are in use.
+            InputError: the file or its map was removed, cut or replaced while it is in use.
 
         """
         try:
@@ -266,15 +266,20 @@ class SparseFile:
         old, new = at[present], records[present]
         self._compared[old] &= self._present["checksum"][old] == new["checksum"]
         self._present[old] = new
-        self._present = np.insert(self._present, at[~present], records[~present])
-        self._compared = np.insert(self._compared, at[~present], False)
-        holds_data = self._present["checksum"] != NO_CHECKSUM
-        if not holds_data.all():
-            self._present, self._compared = self._present[holds_data], self._compared[holds_data]
+        gone = old[new["checksum"] == NO_CHECKSUM]
+        if len(gone):
+            self._present = np.delete(self._present, gone)
+            self._compared = np.delete(self._compared, gone)
+        added = records[~present]
+        added = added[added["checksum"] != NO_CHECKSUM]
+        if len(added):
+            at, _ = self._find(added["page"])
+            self._present = np.insert(self._present, at, added)
+            self._compared = np.insert(self._compared, at, False)
 
     def _find(self, pages: Ids) -> tuple[Ids, Mask]:
         """Return where pages are, or belong, among those that are present, and which are."""
-        at = np.searchsorted(self._present["page"], pages)
+        at = np.searchsorted(self._present["page"], pages.astype(np.uint32))  # else all are converted
         present = np.zeros(len(at), np.bool_)
         inside = at < len(self._present)
         present[inside] = self._present["page"][at[inside]] == pages[inside]
@@ -358,7 +363,7 @@ def _last_of_each_page(records: Records) -> Records:
 
 def _replaced(path: Path | str) -> InputError:
     return InputError(
-        f"{path} was removed or replaced while the index is in use: stage the index again", "staged_index"
+        f"{path} was removed, cut or replaced while it is in use: stage the index again", "staged_index"
     )
 
 

@@ -42,7 +42,7 @@ from laion_assets.staging.transfer.range_readers import ChangedError, RangeReade
 
 READ_THREADS = 64  # 2,000 reads a second at 30 ms each
 EVICTION_MARGIN = 0.05  # of the budget, evicted beyond what is needed, so that not every request evicts
-EVICTION_STEP = 1 << 14  # pages that are evicted at a time
+EVICTION_STEP = 1 << 16  # pages that are evicted at a time
 POLL_INTERVAL = 0.5  # seconds between checks whether other requests have released pages
 
 
