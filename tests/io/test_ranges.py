@@ -26,6 +26,8 @@ def test_ranges_are_sets_of_numbers(one, other, gap, size):
     assert (made[1:, 0] > made[:-1, 1]).all()
     assert set(ranges.members(ranges.union(made, as_ranges(other)))) == there | as_set(other)
     np.testing.assert_array_equal(ranges.runs(np.array(sorted(there), np.int64)), made)
+    every = np.arange(100)
+    assert set(every[ranges.outside(every, made)]) == set(every) - there
     joined = as_ranges(one, gap)
     assert (joined[1:, 0] > joined[:-1, 1] + gap).all()
     between = set(ranges.members(joined)) - there

@@ -607,6 +607,7 @@ STEPS = [
 )
 def test_killed_at_any_step_nothing_wrong_is_ever_marked(memory, monkeypatch, rounds):
     monkeypatch.setattr(pages, "SPARE_RECORDS", 20)
+    monkeypatch.setattr(store, "EVICTION_STEP", 4)
     files = TwoFiles(memory / str(next(numbers)))
     budget = 34 * PAGE_SIZE
 
@@ -641,8 +642,10 @@ def test_killed_at_any_step_nothing_wrong_is_ever_marked(memory, monkeypatch, ro
         assert files.unmarked_data() == 0
 
 
-@pytest.mark.parametrize("step", range(13))
+@pytest.mark.parametrize("step", range(26))
 def test_an_eviction_that_is_killed_is_finished_by_the_next_request(files, monkeypatch, step):
+    monkeypatch.setattr(store, "EVICTION_STEP", 4)
+
     def need(first: int, stop: int) -> None:
         with files.opened(20 * PAGE_SIZE) as disk:
             files.need_pages(disk, first, stop)
