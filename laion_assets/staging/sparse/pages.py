@@ -5,8 +5,8 @@ fetched, used or evicted. The last record of a page counts. So the map grows wit
 not with the size of the file, and to mark pages that lie apart is one short write.
 
 Two orders keep the map right across crashes: data is durable before its pages are marked, and marks are
-cleared, durably, before holes are punched. Since disks lose data, and people copy and truncate files,
-neither is believed as such: a page is compared with its checksum before a process first reads it.
+cleared, durably, before holes are punched. Disks also lose data, and files are copied and cut by hand, so
+a page is compared with its checksum before a process first reads it.
 """
 
 from __future__ import annotations
