@@ -383,6 +383,7 @@ def test_whatever_happens_to_a_map_nothing_wrong_is_read(memory, at, flip, cut):
     with files.opened() as disk:
         if position > found.index(b"\n"):
             assert files.need(disk, 0, len(content)) == content
+            assert files.marked() == list(range(41))
         else:
             with pytest.raises(InputError, match=rf"{map_path(files.path)} .* stage the index again"):
                 files.need(disk, 0, len(content))
