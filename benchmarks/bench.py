@@ -293,12 +293,13 @@ def limits(one: Compared) -> list[str]:
     """What the hardware would allow for the products that the largest centroid request needs."""
     request = one.ours[0]["requests"][0]
     steps, total = request["steps"], request["seconds"]["total"]
-    rate = run("gemm.py", 98)["gflops"]
-    operations = 2 * 98 * request["caps"] ** 2 / 2 / 1e9
+    rows, width = request["loose"]["rows"], request["loose"]["width"]
+    rate = run("gemm.py", width)["gflops"]
+    operations = 2 * width * rows**2 / 2 / 1e9
     return [
-        f"Of our {total:.2f} s for {one.what}, comparing {request['caps']:,} caps takes "
-        f"{steps['find_links_between_caps']:.2f} s. That is {operations:,.0f} GFLOP in products of "
-        f"1024 x 98 by 98 x 2048, in which this machine reaches {rate:,.0f} GFLOP/s: "
+        f"Of our {total:.2f} s for {one.what}, comparing the sketches of {rows:,} loose rows takes "
+        f"{steps['find_links_of_loose_rows']:.2f} s. That is {operations:,.0f} GFLOP in products of "
+        f"1024 x {width} by {width} x 2048, in which this machine reaches {rate:,.0f} GFLOP/s: "
         f"{operations / rate:.2f} s if nothing else were done."
     ]
 

@@ -35,21 +35,19 @@ PHASES = {
 }
 STEPS = {  # of finding near-duplicates
     name: (near_duplicates, name)
-    for name in ("sketch_all", "nearest_cells", "find_links_between_caps", "components_of_short_lists")
+    for name in ("find_links_of_caps", "find_links_of_loose_rows", "components_of_short_lists")
 }
+LOOSE: dict[str, int] = {"rows": 0, "width": 0}  # of the last request
 
 
-class Caps(near_duplicates.Caps):
-    """The caps as they are, which also tell how many they were."""
+def count_loose_rows(plain: Callable[..., None] = near_duplicates.find_links_of_loose_rows) -> None:
+    """Make the comparison of loose rows record how many sketches of which width it compares."""
 
-    last = 0
+    def counted(links: Any, sketches: Any, rows: Any) -> None:
+        LOOSE.update(rows=len(rows), width=sketches.shape[1])
+        plain(links, sketches, rows)
 
-    def __init__(self, *arguments: Any) -> None:
-        super().__init__(*arguments)
-        Caps.last = len(self)
-
-
-near_duplicates.Caps = Caps  # type: ignore[misc]
+    near_duplicates.find_links_of_loose_rows = counted
 
 
 @contextmanager
@@ -98,7 +96,7 @@ def ask(index: Index, metadata: Metadata, queries: Any, request: Request) -> dic
         "similarities": table["similarity"].to_pylist(),
         "seconds": {"total": total, **seconds, "other": total - sum(seconds.values())},
         "steps": steps,
-        "caps": Caps.last,
+        "loose": dict(LOOSE),
     }
 
 
@@ -111,6 +109,7 @@ def main() -> None:
     parser.add_argument("--nprobe", type=int)
     parser.add_argument("--first", type=int, help="only so many of the queries")
     arguments = parser.parse_args()
+    count_loose_rows()
     queries = np.atleast_2d(np.load(arguments.queries))[: arguments.first]
     request = Request(arguments.k, 0.94, arguments.nprobe)
     with PeakMemory() as memory:

@@ -3,39 +3,36 @@
 **Small inputs** take one matrix product, which compares all pairs of rows.
 
 **Large inputs** would need n^2 products of 768 numbers. The algorithm below finds the same components
-with a small fraction of them. It rests on three facts.
+with a small fraction of them. It rests on two facts.
 
 1. *A sketch never moves two rows apart.* The sketch of a row has its coordinates on a few orthonormal
    axes and, as one more coordinate, the length of its remainder, the part orthogonal to these axes. The
    remainders of two rows may point anywhere, but their product is at most the product of their lengths
    (Cauchy-Schwarz). So ``sketch(x) . sketch(y) >= x . y``: the angle between two sketches is at most
-   the angle between the rows. On the axes of greatest variance, 95 coordinates tell most rows apart.
-2. *A cap stands for all its rows.* Rows that are known to be connected are collected in a cap. Its
-   centre is the direction of their mean sketch, its radius r the largest angle from the centre to one
-   of their sketches. Angles on a sphere obey the triangle inequality. So if the angle between a row of
-   cap A and a row of cap B is below theta, the threshold's angle, then the angle between the centres is
-   below ``theta + r_A + r_B``.
-3. *That test is a dot product.* Let ``s = theta/2 + r`` for each cap, and let no cap be so wide that s
-   exceeds pi/2. Then ``s_A + s_B`` is at most pi, and the cosine falls strictly from 0 to pi. So the
-   angle between the centres is below ``s_A + s_B`` exactly where ``c_A . c_B > cos(s_A + s_B)``, which
-   is ``cos(s_A) cos(s_B) - sin(s_A) sin(s_B)``; that is, where ``[c_A, -cos s_A, sin s_A] . [c_B, cos
-   s_B, sin s_B] > 0``. One matrix product over all caps finds every pair of caps that may contain a
-   link.
+   the angle between the rows. On the axes of greatest variance, few coordinates tell most rows apart.
+2. *A cap stands for all its rows.* A cap holds rows that are known to be connected. Its centre is the
+   direction of their mean sketch, its radius r the largest angle from the centre to one of their
+   sketches. Angles on a sphere obey the triangle inequality. So if a row is linked to a row of the cap,
+   the angle between its sketch and the centre is below ``theta + r``, where theta is the threshold's
+   angle. One dot product decides for all rows of the cap.
 
 The steps are:
 
-(a) Choose axes and a few thousand cells from a sample of rows, none of them near-duplicates of each
+(a) Choose axes and up to a few thousand cells from a sample of rows, none of them near-duplicates of each
     other: otherwise a group of thousands of duplicates would determine the axes.
 (b) Sketch every row, and assign it to the nearest cell.
 (c) Within each cell compare rows at full width. This finds nearly all links.
-(d) Collect rows that are connected and were compared together in caps. Where a cap would be too wide,
-    each of its rows becomes a cap of its own, with radius zero.
-(e) Compare caps. For each pair of caps that may contain a link and is not connected yet, compare the
-    sketches of their rows. For each pair of rows that may still be linked, compare the rows themselves.
+(d) Collect rows that are connected and were compared together in caps. Where a cap would not pay, its
+    rows stay loose.
+(e) Compare each cap with all rows, and its own rows with those that it may be linked to.
+(f) Compare loose rows with each other.
 
-**No link is missed.** Two rows of one cap are connected by construction. For rows of different caps,
-(e) visits the pair of caps once. It skips a pair of rows only where both are connected already, or
-where an upper bound of the cosine (facts 1 to 3) is below the threshold.
+Steps (e) and (f) compare the sketches first. Of the pairs that may be linked, they drop those that are
+connected already, and compare the others at full width.
+
+**No link is missed.** Two rows of one cap are connected by construction. Two rows of different caps, or
+of a cap and a loose one, are visited in (e), two loose rows in (f). A pair is dropped only where both
+rows are connected already, or where an upper bound of its cosine (facts 1 and 2) is below the threshold.
 
 **No link is invented.** Every link is a full-width dot product above the threshold. Which links steps
 (b) to (d) find affects the speed, never the result. Threads do not affect it either:
@@ -51,8 +48,12 @@ at least SLACK to the dot product of any two sketches (Cauchy-Schwarz again). As
 SLACK) >= c, it can only move sketches nearer to each other, which fact 1 allows. Radii are enlarged
 likewise.
 
-**Cost.** n * cell size * 768 multiplications for (c), and caps^2 / 2 * 98 for (e): quadratic in the
-number of different images, not of rows.
+**Cost.** With sketches of w numbers, n * chunk * 768 multiplications for (c), caps * n * w for (e), and
+loose rows^2 / 2 * w for (f): quadratic in the number of different images. The spread of the vectors
+determines w. The more they have in common and the more evenly they differ in all directions, the more
+axes are needed until sketches tell them apart. Pairs that no sketch tells apart are compared at full
+width. Memory is 4 * w bytes a row for the sketches, some 60 bytes a row for components and order, and
+some 30 MB a thread.
 
 **Many short lists over the same vectors** (the results of each seed) share their sketches and the
 decided links. In each list all sketches are compared. Each row that may be linked to others is first
@@ -67,7 +68,6 @@ from dataclasses import dataclass
 from itertools import pairwise
 
 import numpy as np
-from numpy.typing import NDArray
 
 from laion_assets.index.vectors import Vectors, unit
 from laion_assets.io.arrays import Bytes, Floats, Ids, Mask
@@ -83,15 +83,13 @@ class Sizes:
 
     small: int = 4096  # up to this many rows, all pairs are compared
     sample: int = 2048  # rows from which axes and cells are chosen
-    width: int = 96  # coordinates of a sketch
+    widths: tuple[int, ...] = (64, 96, 128, 192, 256, 384)  # numbers of axes to choose from
     cell_width: int = 32  # coordinates of a sketch that determine the cell
     chunk: int = 384  # rows of a cell of which all pairs are compared
-    widest_cap: float = 0.25  # radians; rows that need a wider cap become caps of their own
-    tile: tuple[int, int] = (1024, 2048)  # caps that are compared in one product
-    # Above these numbers of pairs, one product is cheaper than single dot products: `many_pairs` for the
-    # rows of two caps or the caps of a tile, `many_of_row` for each row of a short list.
-    many_pairs: int = 4096
-    many_of_row: int = 8
+    cap: int = 4  # rows that are worth a cap, and as many more for each row of the sample that it meets
+    tile: tuple[int, int] = (1024, 2048)  # sketches that are compared in one product
+    single: int = 80  # pairs that one product compares in the time of one pair that is fetched alone
+    many_of_row: int = 8  # near pairs for each row of a short list above which one product is cheaper
     batch: int = 1024  # rows, or pairs of rows, that are fetched at once
 
 
@@ -161,14 +159,14 @@ def components_of_short_lists(
     if len(vectors) <= sizes.small:
         sketches = links.fetch(slice(None))
     else:
-        sketches = sketch_all(links, distinct_rows(links))
+        sketches = sketch_all(links, choose_axes(links, distinct_rows(links)))
     by_member = np.lexsort((members, lists))
     each = np.split(by_member, np.flatnonzero(np.diff(lists)) + 1)
     lowest = np.empty_like(by_member)
 
     def compare(entries: Ids) -> Bytes:
         compared = sketches[members[entries]]
-        near = compared @ compared.T > links.limit - SLACK
+        near = near_pairs(links, compared, compared)
         lowest[entries] = entries[near.argmax(axis=1)]
         return np.packbits(near, axis=1)
 
@@ -266,16 +264,14 @@ class Links:
         first = certain.argmax(axis=1)  # one link per row connects most rows
         sure = np.flatnonzero(certain[np.arange(len(a)), first])
         self.forest.connect(a[sure], b[first[sure]])
-        apart = self.forest.roots(a)[:, None] != self.forest.roots(b)
-        i, j = pairs_of(apart & (cosines > self.limit - SLACK))
+        i, j = pairs_of(self.apart(a, b) & (cosines > self.limit - SLACK))
         self.check(a[i], b[j])
 
-    def find_in_blocks(self, a: Ids, b: Ids) -> None:
-        """Find the links between any number of rows of a and of b."""
-        size = self.sizes.batch
-        for i in range(0, len(a), size):
-            for j in range(0, len(b), size):
-                self.find(a[i : i + size], b[j : j + size])
+    def apart(self, a: Ids, b: Ids) -> Mask:
+        """Return (a, b), which rows of a are not known to be connected with which rows of b."""
+        left, right = (self.forest.roots(rows).astype(np.int32) for rows in (a, b))
+        apart: Mask = left[:, None] != right
+        return apart
 
     def check(self, a: Ids, b: Ids) -> None:
         """Find the links among the pairs of a[i] and b[i]."""
@@ -305,12 +301,12 @@ class Links:
 def find_links_by_caps(links: Links) -> None:
     """Find the links among all rows."""
     sample = distinct_rows(links)
-    sketches = sketch_all(links, sample)
+    sketches = sketch_all(links, choose_axes(links, sample))
     chunks = cut_into_chunks(*nearest_cells(links, sketches, sample), links.sizes.chunk)
     in_threads(lambda chunk: links.find(chunk, chunk), chunks)
-    caps = Caps(links, sketches, chunks)
-    del sketches  # the caps hold them in their own order
-    find_links_between_caps(links, caps)
+    caps, loose = gather_in_caps(links, sketches, chunks, sample)
+    find_links_of_caps(links, sketches, caps, loose)
+    find_links_of_loose_rows(links, sketches, loose)
 
 
 def distinct_rows(links: Links) -> Ids:
@@ -321,35 +317,52 @@ def distinct_rows(links: Links) -> Ids:
     return distinct
 
 
-def sketch_all(links: Links, sample: Ids) -> Floats:
-    """Return the sketch of every row, on the axes of greatest variance of the sample."""
-    sizes, rows = links.sizes, len(links.vectors)
-    axes = principal_axes(links.fetch(sample), sizes.width - 1)
+def choose_axes(links: Links, sample: Ids) -> Floats:
+    """Return (d, width) orthonormal columns: the directions of greatest variance of half the sample.
+
+    A wider sketch costs more in every product, a narrower one leaves more pairs to compare at full width.
+    The other half of the sample shows how many: on the rows that determine the axes, it would be too few.
+    """
+    fitted, tried = links.fetch(sample[::2]), links.fetch(sample[1::2])
+    with one_blas_thread():
+        axes = np.linalg.eigh(fitted.T @ fitted)[1][:, ::-1]
+        widths = [width for width in links.sizes.widths if width < len(axes)] or [len(axes)]
+        left = np.array([share_near(links, tried, axes[:, :width]) for width in widths])
+    cost = widths + len(axes) * np.minimum(left * links.sizes.single, 1)
+    return np.ascontiguousarray(axes[:, : widths[cost.argmin()]])
+
+
+def share_near(links: Links, vectors: Floats, axes: Floats) -> float:
+    """Return the share of pairs of different vectors whose sketches do not rule out a link."""
+    sketches = sketch(vectors, axes)
+    near = np.count_nonzero(near_pairs(links, sketches, sketches)) - len(vectors)
+    return near / max(1, len(vectors) * (len(vectors) - 1))
+
+
+def near_pairs(links: Links, a: Floats, b: Floats) -> Mask:
+    """Return (a, b), which sketches of a and b do not rule out a link."""
+    near: Mask = a @ b.T > links.limit - SLACK
+    return near
+
+
+def sketch_all(links: Links, axes: Floats) -> Floats:
+    """Return (n, width + 1) the sketch of every row."""
+    rows, size = len(links.vectors), links.sizes.batch
     sketches = np.empty((rows, axes.shape[1] + 1), np.float32)
 
     def sketch_batch(start: int) -> None:
-        batch = slice(start, start + sizes.batch)
-        vectors = links.fetch(batch)
-        seen = vectors @ axes
-        rest = np.sqrt(np.maximum(squares(vectors) - squares(seen), 0) + np.float32(SLACK))
-        sketches[batch] = unit(np.column_stack([seen, rest]))
+        batch = slice(start, start + size)
+        sketches[batch] = sketch(links.fetch(batch), axes)
 
-    in_threads(sketch_batch, range(0, rows, sizes.batch))
+    in_threads(sketch_batch, range(0, rows, size))
     return sketches
 
 
-def principal_axes(sample: Floats, count: int) -> Floats:
-    """Return (d, count) orthonormal columns, close to the directions of greatest variance of the sample.
-
-    A few steps of subspace iteration (Golub and Van Loan, Matrix Computations, 8.2.4). It need not
-    converge, because any orthonormal axes give the right result.
-    """
-    shape = (sample.shape[1], min(count, sample.shape[1]))
-    axes = np.random.default_rng(0).standard_normal(shape, np.float32)
-    with one_blas_thread():
-        for _ in range(3):
-            axes = np.linalg.qr(sample.T @ (sample @ axes))[0]
-    return axes
+def sketch(vectors: Floats, axes: Floats) -> Floats:
+    """Return coordinates on the axes and the length of the remainder, see facts 1 and *Rounding*."""
+    seen = vectors @ axes
+    rest = np.sqrt(np.maximum(squares(vectors) - squares(seen), 0) + np.float32(SLACK))
+    return unit(np.column_stack([seen, rest]))
 
 
 def nearest_cells(links: Links, sketches: Floats, sample: Ids) -> tuple[Ids, Floats]:
@@ -379,90 +392,105 @@ def cut_into_chunks(cells: Ids, nearness: Floats, size: int) -> list[Ids]:
     ]
 
 
-class Caps:
-    """Caps on the sphere of sketches, each of connected rows of one chunk.
+@dataclass(frozen=True)
+class Cap:
+    """Connected rows, and a cap of the sphere that holds their sketches.
 
     Attributes:
-        table: (caps, width + 2) centre, cos(s) and sin(s) of each cap, see fact 3.
-        rows: all rows, in order of their cap.
-        sketches: of `rows`.
-        members: the slice of `rows` in each cap.
-        first_rows: (caps,) one row of each cap.
+        rows: (m,) connected with each other.
+        centre: (width + 1,) the direction of their mean sketch.
+        reach: a lower bound of the cosine of the centre with the sketch of any row linked to one of them.
 
     """
 
-    def __init__(self, links: Links, sketches: Floats, chunks: list[Ids]) -> None:
-        group = links.forest.labels() * len(chunks)
-        for chunk_number, rows in enumerate(chunks):
-            group[rows] += chunk_number
-        self.rows = np.argsort(group, kind="stable")
-        self.sketches = sketches[self.rows]
-        theta = np.arccos(links.limit)
-        starts_group = np.diff(group[self.rows], prepend=-1) > 0
-        centres, radii = enclose(self.sketches, np.flatnonzero(starts_group))
-        wide = radii > min(links.sizes.widest_cap, (np.pi - theta) / 2)
-        number = np.cumsum(starts_group) - 1
-        starts = np.flatnonzero(starts_group | wide[number])
-        alone = wide[number[starts]]
-        centres = np.where(alone[:, None], self.sketches[starts], centres[number[starts]])
-        reach = theta / 2 + np.where(alone, 0, radii[number[starts]])
-        self.table = np.column_stack([centres, np.cos(reach), np.sin(reach)]).astype(np.float32)
-        self.first_rows = self.rows[starts]
-        self.members = [slice(*ends) for ends in pairwise([*starts, len(self.rows)])]
-
-    def __len__(self) -> int:
-        return len(self.table)
-
-    def rows_of(self, caps: Ids) -> Ids:
-        """Return the rows of some caps."""
-        rows: Ids = np.concatenate([self.rows[self.members[cap]] for cap in caps])
-        return rows
-
-    def meeting(self, above: slice, beside: slice) -> tuple[Ids, Ids]:
-        """Return the pairs of caps, one from each slice, that may contain a link."""
-        left, right = self.table[above].copy(), self.table[beside]
-        left[:, -2] *= -1
-        a, b = pairs_of(left @ right.T > -SLACK)
-        a, b = a + above.start, b + beside.start
-        return a[a < b], b[a < b]
+    rows: Ids
+    centre: Floats
+    reach: np.float32
 
 
-def enclose(sketches: Floats, starts: Ids) -> tuple[Floats, NDArray[np.float64]]:
-    """Return centre and radius of the caps that begin at these rows."""
-    sizes = np.diff(starts, append=len(sketches))
-    centres = unit(np.add.reduceat(sketches, starts))
-    cosines = np.einsum("ij,ij->i", sketches, np.repeat(centres, sizes, axis=0))
-    farthest = np.minimum.reduceat(cosines, starts).astype(np.float64) - SLACK
-    return centres, np.where(sizes == 1, 0, np.arccos(np.clip(farthest, -1, 1)))
+def enclose(links: Links, sketches: Floats, rows: Ids) -> Cap:
+    """Return the cap of connected rows, see fact 2."""
+    members = sketches[rows]
+    centre = unit(members.mean(axis=0, keepdims=True))[0]
+    radius = np.arccos(np.clip((members @ centre).min() - SLACK, -1, 1))
+    widest = np.minimum(np.arccos(links.limit) + radius, np.pi)  # beyond pi the cosine rises again
+    return Cap(rows, centre, np.float32(np.cos(widest) - SLACK))
 
 
-def find_links_between_caps(links: Links, caps: Caps) -> None:
-    """Find the links between rows of different caps."""
+def gather_in_caps(
+    links: Links, sketches: Floats, chunks: list[Ids], sample: Ids
+) -> tuple[list[Cap], Ids]:
+    """Return caps, each of connected rows of one chunk, and all other rows in order of their component.
+
+    A cap saves comparisons of its rows with others, but each row that it meets costs some. A cap of few
+    rows that meets many does not pay; the sample shows how many it meets.
+    """
+    labels, least = links.forest.labels(), links.sizes.cap
+    sampled, sampled_labels = sketches[sample], labels[sample]
+    group = labels * len(chunks)
+    for number, rows in enumerate(chunks):
+        group[rows] += number
+    order = np.argsort(group, kind="stable")
+    borders = np.flatnonzero(np.diff(group[order], prepend=-1, append=-1))
+    loose, caps = np.ones(len(order), np.bool_), []
+    for first in np.flatnonzero(np.diff(borders) >= least):
+        members = slice(borders[first], borders[first + 1])
+        cap = enclose(links, sketches, order[members])
+        met = (sampled @ cap.centre > cap.reach) & (sampled_labels != labels[cap.rows[0]])
+        if len(cap.rows) >= least * (1 + np.count_nonzero(met)):
+            caps.append(cap)
+            loose[members] = False
+    return caps, order[loose]
+
+
+def find_links_of_caps(links: Links, sketches: Floats, caps: list[Cap], loose: Ids) -> None:
+    """Find the links between the rows of different caps, and between those and loose rows."""
     height, width = links.sizes.tile
+    rows = np.concatenate([*(cap.rows for cap in caps), loose])
+    starts = np.cumsum([0, *(len(cap.rows) for cap in caps)])
 
     def compare(top: int) -> None:
-        for start in range(top, len(caps), width):
-            a, b = caps.meeting(slice(top, top + height), slice(start, start + width))
-            apart = links.forest.apart(caps.first_rows[a], caps.first_rows[b])
-            a, b = a[apart], b[apart]
-            if len(a) > links.sizes.many_pairs:
-                links.find_in_blocks(caps.rows_of(np.unique(a)), caps.rows_of(np.unique(b)))
-            elif len(a):
-                pairs = [candidates(links, caps, *ab) for ab in zip(a, b, strict=True)]
-                links.check(*map(np.concatenate, zip(*pairs, strict=True)))
+        block = caps[top : top + height]
+        centres, reach = np.stack([cap.centre for cap in block]), np.array([[cap.reach] for cap in block])
+        for start in range(starts[top], len(rows), width):  # the caps above have visited the rows before
+            beside = rows[start : start + width]
+            met = centres @ sketches[beside].T > reach
+            for number in np.flatnonzero(met.any(axis=1)):
+                find_near_links(links, sketches, block[number].rows, beside[met[number]])
 
     in_threads(compare, range(0, len(caps), height))
 
 
-def candidates(links: Links, caps: Caps, a: int, b: int) -> tuple[Ids, Ids]:
-    """Return the pairs of rows of two caps that may be linked; many pairs are decided at once instead."""
-    rows_a, rows_b = caps.rows[caps.members[a]], caps.rows[caps.members[b]]
-    near = caps.sketches[caps.members[a]] @ caps.sketches[caps.members[b]].T > links.limit - SLACK
-    i, j = pairs_of(near)
-    if len(i) > links.sizes.many_pairs:
-        links.find(rows_a[near.any(axis=1)], rows_b[near.any(axis=0)])
-        return rows_a[:0], rows_b[:0]
-    return rows_a[i], rows_b[j]
+def find_links_of_loose_rows(links: Links, sketches: Floats, rows: Ids) -> None:
+    """Find the links among rows, by tiles of the matrix of all pairs."""
+    height, width = links.sizes.tile
+
+    def compare(top: int) -> None:
+        for start in range(top, len(rows), width):
+            find_near_links(links, sketches, rows[top : top + height], rows[start : start + width])
+
+    in_threads(compare, range(0, len(rows), height))
+
+
+def find_near_links(links: Links, sketches: Floats, a: Ids, b: Ids) -> None:
+    """Find the links between the rows of a and the rows of b, comparing their sketches first."""
+    roots = links.forest.roots(a)
+    if (roots == roots[0]).all():
+        b = b[links.forest.roots(b) != roots[0]]
+    if not len(b):
+        return
+    near = near_pairs(links, sketches[a], sketches[b])
+    if np.count_nonzero(near) > len(b):  # in a clump, one link per row connects most rows
+        near &= links.apart(a, b)
+        first = near.argmax(axis=0)
+        some = np.flatnonzero(near[first, np.arange(len(b))])
+        links.check(a[first[some]], b[some])
+        near &= links.apart(a, b)
+    if np.count_nonzero(near) * links.sizes.single > near.size:
+        links.find(a[near.any(axis=1)], b[near.any(axis=0)])
+    else:
+        i, j = pairs_of(near)
+        links.check(a[i], b[j])
 
 
 def pairs_of(mask: Mask) -> tuple[Ids, Ids]:

@@ -12,14 +12,18 @@ from laion_assets.index import vectors as vectors_module
 from laion_assets.index.vectors import decoded_codes, unit
 from laion_assets.search.near_duplicates import SIZES, Sizes, components, components_of_lists
 
-ALMOST_ALL = {"small": 0, "sample": 40, "chunk": 6, "tile": (4, 8), "batch": 5}
+ALMOST_ALL = {"small": 0, "sample": 40, "cell_width": 3, "chunk": 6, "cap": 2, "tile": (4, 8), "batch": 5}
+BY_CAPS = {"widths": (6,), **ALMOST_ALL}
 WAYS = {
     "as it is": SIZES,
-    "by caps": Sizes(width=6, cell_width=3, **ALMOST_ALL),
-    "by caps on two axes": Sizes(width=3, cell_width=1, **ALMOST_ALL),
-    "by narrow caps": Sizes(width=6, cell_width=3, widest_cap=0.02, **ALMOST_ALL),
-    "by wide caps, pairs at once": Sizes(width=6, cell_width=3, widest_cap=3, many_pairs=1, **ALMOST_ALL),
-    "each row a chunk": Sizes(width=6, cell_width=3, **{**ALMOST_ALL, "chunk": 1}),
+    "by caps": Sizes(**BY_CAPS),
+    "by caps on two axes": Sizes(**BY_CAPS | {"widths": (2,), "cell_width": 1}),
+    "on axes of a chosen number": Sizes(**BY_CAPS | {"widths": (2, 4, 8, 12)}),
+    "all rows in caps": Sizes(**BY_CAPS | {"cap": 0}),
+    "no rows in caps": Sizes(**BY_CAPS | {"cap": 1000}),
+    "near pairs in one product": Sizes(**BY_CAPS | {"single": 1000}),
+    "near pairs one by one": Sizes(**BY_CAPS | {"single": 0}),
+    "each row a chunk": Sizes(**BY_CAPS | {"chunk": 1}),
 }
 WAYS_WITH_LISTS = {
     "as it is": SIZES,
@@ -137,5 +141,5 @@ def test_rows_decoded_on_every_access_have_the_same_components(monkeypatch) -> N
 def test_rows_opposite_to_a_cap_wider_than_half_the_sphere_are_not_missed() -> None:
     angles = np.radians([0, 50, -50, 100, -100, 180])
     rows = np.stack([np.cos(angles), np.sin(angles)], axis=1).astype(np.float32)
-    sizes = Sizes(small=0, sample=6, width=3, cell_width=1, chunk=5, widest_cap=3)
+    sizes = Sizes(small=0, sample=6, cell_width=1, chunk=5, cap=0)
     assert not components(rows, 0.0, sizes).any()
