@@ -328,7 +328,7 @@ def choose_axes(links: Links, sample: Ids) -> Floats:
         axes = np.linalg.eigh(fitted.T @ fitted)[1][:, ::-1]
         widths = [width for width in links.sizes.widths if width < len(axes)] or [len(axes)]
         left = np.array([share_near(links, tried, axes[:, :width]) for width in widths])
-    cost = widths + len(axes) * np.minimum(left * links.sizes.single, 1)
+    cost = widths + len(axes) * links.sizes.single * left
     return np.ascontiguousarray(axes[:, : widths[cost.argmin()]])
 
 
@@ -427,11 +427,12 @@ def gather_in_caps(
     """
     labels, least = links.forest.labels(), links.sizes.cap
     sampled, sampled_labels = sketches[sample], labels[sample]
-    group = labels * len(chunks)
+    chunk_of = np.empty_like(labels)
     for number, rows in enumerate(chunks):
-        group[rows] += number
-    order = np.argsort(group, kind="stable")
-    borders = np.flatnonzero(np.diff(group[order], prepend=-1, append=-1))
+        chunk_of[rows] = number
+    order = np.lexsort((chunk_of, labels, chunk_of[labels]))
+    group = labels[order] * len(chunks) + chunk_of[order]
+    borders = np.flatnonzero(np.diff(group, prepend=-1, append=-1))
     loose, caps = np.ones(len(order), np.bool_), []
     for first in np.flatnonzero(np.diff(borders) >= least):
         members = slice(borders[first], borders[first + 1])
@@ -440,6 +441,7 @@ def gather_in_caps(
         if len(cap.rows) >= least * (1 + np.count_nonzero(met)):
             caps.append(cap)
             loose[members] = False
+    caps.sort(key=lambda cap: -len(cap.rows))  # each is compared with the rows of those after it
     return caps, order[loose]
 
 
@@ -455,8 +457,12 @@ def find_links_of_caps(links: Links, sketches: Floats, caps: list[Cap], loose: I
         for start in range(starts[top], len(rows), width):  # the caps above have visited the rows before
             beside = rows[start : start + width]
             met = centres @ sketches[beside].T > reach
-            for number in np.flatnonzero(met.any(axis=1)):
-                find_near_links(links, sketches, block[number].rows, beside[met[number]])
+            pairs = [
+                candidates(links, sketches, block[number].rows, beside[met[number]])
+                for number in np.flatnonzero(met.any(axis=1))
+            ]
+            if pairs:
+                links.check(*map(np.concatenate, zip(*pairs, strict=True)))
 
     in_threads(compare, range(0, len(caps), height))
 
@@ -467,18 +473,17 @@ def find_links_of_loose_rows(links: Links, sketches: Floats, rows: Ids) -> None:
 
     def compare(top: int) -> None:
         for start in range(top, len(rows), width):
-            find_near_links(links, sketches, rows[top : top + height], rows[start : start + width])
+            beside = rows[start : start + width]
+            links.check(*candidates(links, sketches, rows[top : top + height], beside))
 
     in_threads(compare, range(0, len(rows), height))
 
 
-def find_near_links(links: Links, sketches: Floats, a: Ids, b: Ids) -> None:
-    """Find the links between the rows of a and the rows of b, comparing their sketches first."""
+def candidates(links: Links, sketches: Floats, a: Ids, b: Ids) -> tuple[Ids, Ids]:
+    """Return the pairs of rows of a and of b that may be linked; many pairs are decided at once instead."""
     roots = links.forest.roots(a)
     if (roots == roots[0]).all():
         b = b[links.forest.roots(b) != roots[0]]
-    if not len(b):
-        return
     near = near_pairs(links, sketches[a], sketches[b])
     if np.count_nonzero(near) > len(b):  # in a clump, one link per row connects most rows
         near &= links.apart(a, b)
@@ -488,9 +493,9 @@ def find_near_links(links: Links, sketches: Floats, a: Ids, b: Ids) -> None:
         near &= links.apart(a, b)
     if np.count_nonzero(near) * links.sizes.single > near.size:
         links.find(a[near.any(axis=1)], b[near.any(axis=0)])
-    else:
-        i, j = pairs_of(near)
-        links.check(a[i], b[j])
+        return a[:0], b[:0]
+    i, j = pairs_of(near)
+    return a[i], b[j]
 
 
 def pairs_of(mask: Mask) -> tuple[Ids, Ids]:
