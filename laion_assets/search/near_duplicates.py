@@ -86,7 +86,7 @@ class Sizes:
     widths: tuple[int, ...] = (64, 96, 128, 192, 256, 384)  # numbers of axes to choose from
     cell_width: int = 32  # coordinates of a sketch that determine the cell
     chunk: int = 384  # rows of a cell of which all pairs are compared
-    cap: int = 4  # rows that are worth a cap, and as many more for each row of the sample that it meets
+    cap: int = 3  # rows that are worth a cap, and as many more for each row of the sample that it meets
     tile: tuple[int, int] = (1024, 2048)  # sketches that are compared in one product
     single: int = 80  # pairs that one product compares in the time of one pair that is fetched alone
     many_of_row: int = 8  # near pairs for each row of a short list above which one product is cheaper
@@ -305,8 +305,11 @@ def find_links_by_caps(links: Links) -> None:
     chunks = cut_into_chunks(*nearest_cells(links, sketches, sample), links.sizes.chunk)
     in_threads(lambda chunk: links.find(chunk, chunk), chunks)
     caps, loose = gather_in_caps(links, sketches, chunks, sample)
-    find_links_of_caps(links, sketches, caps, loose)
-    find_links_of_loose_rows(links, sketches, loose)
+    rows = np.concatenate([*(cap.rows for cap in caps), loose])
+    sketched = Sketched(rows, sketches[rows])
+    del sketches  # `sketched` holds them in the order in which they are compared
+    find_links_of_caps(links, sketched, caps)
+    find_links_of_loose_rows(links, sketched[len(rows) - len(loose) :])
 
 
 def distinct_rows(links: Links) -> Ids:
@@ -445,20 +448,38 @@ def gather_in_caps(
     return caps, order[loose]
 
 
-def find_links_of_caps(links: Links, sketches: Floats, caps: list[Cap], loose: Ids) -> None:
-    """Find the links between the rows of different caps, and between those and loose rows."""
+@dataclass(frozen=True)
+class Sketched:
+    """Rows and their sketches."""
+
+    rows: Ids
+    sketches: Floats
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, some: slice | Mask) -> Sketched:
+        return Sketched(self.rows[some], self.sketches[some])
+
+
+def find_links_of_caps(links: Links, sketched: Sketched, caps: list[Cap]) -> None:
+    """Find the links between the rows of each cap, with which all rows begin, and the rows after them."""
     height, width = links.sizes.tile
-    rows = np.concatenate([*(cap.rows for cap in caps), loose])
-    starts = np.cumsum([0, *(len(cap.rows) for cap in caps)])
+    borders = np.cumsum([0, *(len(cap.rows) for cap in caps)])
+    members = [sketched[start:end] for start, end in pairwise(borders)]
+    first_rows = sketched.rows[borders[:-1]]
 
     def compare(top: int) -> None:
-        block = caps[top : top + height]
-        centres, reach = np.stack([cap.centre for cap in block]), np.array([[cap.reach] for cap in block])
-        for start in range(starts[top], len(rows), width):  # the caps above have visited the rows before
-            beside = rows[start : start + width]
-            met = centres @ sketches[beside].T > reach
+        block = slice(top, top + height)
+        centres = np.stack([cap.centre for cap in caps[block]])
+        reach = np.array([[cap.reach] for cap in caps[block]])
+        for start in range(borders[top], len(sketched), width):
+            beside = sketched[start : start + width]
+            met = centres @ beside.sketches.T > reach
+            met &= links.apart(first_rows[block], beside.rows)
+            connect_some(links, first_rows[block], beside.rows, met)
             pairs = [
-                candidates(links, sketches, block[number].rows, beside[met[number]])
+                candidates(links, members[top + number], beside[met[number]])
                 for number in np.flatnonzero(met.any(axis=1))
             ]
             if pairs:
@@ -467,35 +488,43 @@ def find_links_of_caps(links: Links, sketches: Floats, caps: list[Cap], loose: I
     in_threads(compare, range(0, len(caps), height))
 
 
-def find_links_of_loose_rows(links: Links, sketches: Floats, rows: Ids) -> None:
+def find_links_of_loose_rows(links: Links, sketched: Sketched) -> None:
     """Find the links among rows, by tiles of the matrix of all pairs."""
     height, width = links.sizes.tile
 
     def compare(top: int) -> None:
-        for start in range(top, len(rows), width):
-            beside = rows[start : start + width]
-            links.check(*candidates(links, sketches, rows[top : top + height], beside))
+        for start in range(top, len(sketched), width):
+            above, beside = sketched[top : top + height], sketched[start : start + width]
+            if links.apart(above.rows[:1], np.append(above.rows, beside.rows)).any():
+                links.check(*candidates(links, above, beside))
 
-    in_threads(compare, range(0, len(rows), height))
+    in_threads(compare, range(0, len(sketched), height))
 
 
-def candidates(links: Links, sketches: Floats, a: Ids, b: Ids) -> tuple[Ids, Ids]:
-    """Return the pairs of rows of a and of b that may be linked; many pairs are decided at once instead."""
-    roots = links.forest.roots(a)
-    if (roots == roots[0]).all():
-        b = b[links.forest.roots(b) != roots[0]]
-    near = near_pairs(links, sketches[a], sketches[b])
-    if np.count_nonzero(near) > len(b):  # in a clump, one link per row connects most rows
-        near &= links.apart(a, b)
-        first = near.argmax(axis=0)
-        some = np.flatnonzero(near[first, np.arange(len(b))])
-        links.check(a[first[some]], b[some])
-        near &= links.apart(a, b)
+def candidates(links: Links, a: Sketched, b: Sketched) -> tuple[Ids, Ids]:
+    """Return the pairs of rows of a and b that may be linked; if there are many, decide them at once."""
+    near = near_pairs(links, a.sketches, b.sketches)
+    connect_some(links, a.rows, b.rows, near)
     if np.count_nonzero(near) * links.sizes.single > near.size:
-        links.find(a[near.any(axis=1)], b[near.any(axis=0)])
-        return a[:0], b[:0]
+        links.find(a.rows[near.any(axis=1)], b.rows[near.any(axis=0)])
+        return a.rows[:0], b.rows[:0]
     i, j = pairs_of(near)
-    return a[i], b[j]
+    return a.rows[i], b.rows[j]
+
+
+def connect_some(links: Links, a: Ids, b: Ids, near: Mask) -> None:
+    """Where rows have many near pairs, check one of each row, and drop the pairs that are connected then.
+
+    In a clump this connects nearly all rows.
+    """
+    if np.count_nonzero(near) <= near.shape[0] + near.shape[1]:
+        return
+    near &= links.apart(a, b)
+    i = np.append(np.arange(len(a)), near.argmax(axis=0))
+    j = np.append(near.argmax(axis=1), np.arange(len(b)))
+    some = near[i, j]
+    links.check(a[i[some]], b[j[some]])
+    near &= links.apart(a, b)
 
 
 def pairs_of(mask: Mask) -> tuple[Ids, Ids]:

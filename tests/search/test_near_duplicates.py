@@ -10,7 +10,7 @@ from scipy.sparse.csgraph import connected_components
 
 from laion_assets.index import vectors as vectors_module
 from laion_assets.index.vectors import decoded_codes, unit
-from laion_assets.search.near_duplicates import SIZES, Sizes, components, components_of_lists
+from laion_assets.search.near_duplicates import SIZES, Links, Sizes, components, components_of_lists
 
 ALMOST_ALL = {"small": 0, "sample": 40, "cell_width": 3, "chunk": 6, "cap": 2, "tile": (4, 8), "batch": 5}
 BY_CAPS = {"widths": (6,), **ALMOST_ALL}
@@ -60,6 +60,62 @@ def test_any_rows_have_the_components_that_brute_force_finds(way, seed, n, thres
     rows = clumps(np.random.default_rng(seed), n)
     found = components(rows, threshold, WAYS[way])
     np.testing.assert_array_equal(found, brute_force(rows, threshold))
+
+
+def near_copies(random: np.random.Generator, originals: np.ndarray, n: int) -> np.ndarray:
+    """Unit rows, each near to one of the originals: some pairs of copies are linked, some are not."""
+    noise = random.standard_normal((n, originals.shape[1])) / np.sqrt(originals.shape[1])
+    rows = originals[random.integers(len(originals), size=n)]
+    rows = rows + random.choice([0.01, 0.1, 0.3], size=(n, 1)) * noise
+    return unit(rows.astype(np.float32))
+
+
+def all_different(random: np.random.Generator, n: int) -> np.ndarray:
+    """Random directions, of which no two are alike."""
+    return unit(random.standard_normal((n, 48)).astype(np.float32))
+
+
+def cone(random: np.random.Generator, n: int) -> np.ndarray:
+    """Copies of originals with cosines about 0.6, which differ evenly in all directions."""
+    originals = unit(1.2 * all_different(random, 1) + all_different(random, n // 2 + 1))
+    return near_copies(random, originals, n)
+
+
+def one_clump(random: np.random.Generator, n: int) -> np.ndarray:
+    """Copies of one original."""
+    return near_copies(random, all_different(random, 1), n)
+
+
+def clumps_that_nearly_touch(random: np.random.Generator, n: int) -> np.ndarray:
+    """Copies of three originals with cosines about the default threshold."""
+    return near_copies(random, unit(4 * all_different(random, 1) + all_different(random, 3)), n)
+
+
+GEOMETRIES = [all_different, cone, one_clump, clumps_that_nearly_touch]
+
+
+@settings(deadline=None, max_examples=10)
+@given(seed=st.integers(0, 1 << 30), n=st.integers(1, 150), threshold=st.sampled_from([0.6, 0.94, 0.99]))
+@pytest.mark.parametrize("geometry", GEOMETRIES)
+@pytest.mark.parametrize("way", WAYS)
+def test_rows_of_any_geometry_have_the_components_that_brute_force_finds(
+    way, geometry, seed, n, threshold
+) -> None:
+    rows = geometry(np.random.default_rng(seed), n)
+    found = components(rows, threshold, WAYS[way])
+    np.testing.assert_array_equal(found, brute_force(rows, threshold))
+
+
+@pytest.mark.parametrize("geometry", GEOMETRIES)
+def test_few_pairs_are_compared_at_full_width_whatever_the_geometry(geometry, monkeypatch) -> None:
+    rows = geometry(np.random.default_rng(0), 5000)
+    expected = components(rows, 0.94, Sizes(small=len(rows)))
+    find, linked, compared = Links.find, Links.linked, []
+    monkeypatch.setattr(Links, "find", lambda s, a, b: compared.append(len(a) * len(b)) or find(s, a, b))
+    monkeypatch.setattr(Links, "linked", lambda s, a, b: compared.append(len(a)) or linked(s, a, b))
+    sizes = Sizes(small=0, sample=400, widths=(8, 16, 24, 32, 40), chunk=64)
+    np.testing.assert_array_equal(components(rows, 0.94, sizes), expected)
+    assert sum(compared) < len(rows) ** 2 / 16
 
 
 @settings(deadline=None, max_examples=60)
