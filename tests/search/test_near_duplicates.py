@@ -197,5 +197,5 @@ def test_rows_decoded_on_every_access_have_the_same_components(monkeypatch) -> N
 def test_rows_opposite_to_a_cap_wider_than_half_the_sphere_are_not_missed() -> None:
     angles = np.radians([0, 50, -50, 100, -100, 180])
     rows = np.stack([np.cos(angles), np.sin(angles)], axis=1).astype(np.float32)
-    sizes = Sizes(small=0, sample=6, cell_width=1, chunk=5, cap=0)
+    sizes = Sizes(small=0, sample=6, cell_width=1, chunk=5, cap=0, tile=(1, 8))
     assert not components(rows, 0.0, sizes).any()

@@ -1,0 +1,136 @@
+"""What finding near-duplicates costs as the rows grow, in several geometries of the vectors.
+
+Prints a Markdown table. Each measurement is a process of its own, which ends when its CPU time is spent.
+What must not live here: another way to find near-duplicates than users have.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import resource
+import subprocess
+import sys
+import time
+
+import numpy as np
+from generate import BLOCK, DIMENSION, Matrix, Recipe, World, unit
+from memory import PeakMemory
+
+from laion_assets.search.near_duplicates import DEDUP_THRESHOLD, components
+
+ROWS = (10_000, 30_000, 100_000)
+CONE = 0.61  # the cosine of images that have nothing in common, as in the results of a large search
+COPIES = (1e-3, 2e-2)  # one minus the cosine of a copy with its original
+
+
+def different(rows: int, decay: float, random: np.random.Generator) -> Matrix:
+    """Differences of length one on average; the larger the decay, the fewer directions matter."""
+    scale = np.arange(1, DIMENSION + 1) ** -decay
+    scale = (scale / np.linalg.norm(scale)).astype(np.float32)
+    return random.standard_normal((rows, DIMENSION), np.float32) * scale
+
+
+def copies_of(originals: Matrix, decay: float, random: np.random.Generator) -> Matrix:
+    """A copy of each."""
+    distances = np.exp(random.uniform(*np.log(COPIES), size=(len(originals), 1)))
+    change = np.sqrt(2 * distances).astype(np.float32)
+    return unit(originals + change * different(len(originals), decay, random))
+
+
+def in_a_cone(rows: int, random: np.random.Generator) -> Matrix:
+    """Images that have much in common with each other, and differ in many directions."""
+    shared = unit(different(1, 0, random))
+    own = different(rows, 0.15, random)
+    return unit(np.float32(np.sqrt(CONE)) * shared + np.float32(np.sqrt(1 - CONE)) * own)
+
+
+def topics(rows: int) -> Matrix:
+    """The data of the other benchmarks: images of topics, with copies; a few have thousands."""
+    world = World(Recipe(rows=rows))
+    return np.concatenate([world.vectors(block) for block in range(-(-rows // BLOCK))])
+
+
+def cone(rows: int) -> Matrix:
+    """Copies of images in a cone, 1.7 of each on average."""
+    random = np.random.default_rng(0)
+    originals = in_a_cone(rows * 6 // 10, random)
+    return copies_of(originals[random.integers(len(originals), size=rows)], 0.15, random)
+
+
+def cone_of_eights(rows: int) -> Matrix:
+    """Copies of images in a cone, eight of each."""
+    random = np.random.default_rng(0)
+    originals = random.permutation(np.repeat(in_a_cone(-(-rows // 8), random), 8, axis=0))
+    return copies_of(originals[:rows], 0.15, random)
+
+
+def clump(rows: int) -> Matrix:
+    """Copies of one image."""
+    random = np.random.default_rng(0)
+    return copies_of(np.repeat(unit(different(1, 0.5, random)), rows, axis=0), 0.5, random)
+
+
+def all_different(rows: int) -> Matrix:
+    """Random directions."""
+    return unit(different(rows, 0, np.random.default_rng(0)))
+
+
+GEOMETRIES = {
+    "topics and copies": topics,
+    "a cone, few copies": cone,
+    "a cone, eight copies of each": cone_of_eights,
+    "copies of one image": clump,
+    "all different": all_different,
+}
+
+
+def measure(geometry: str, rows: int) -> dict[str, float]:
+    """Find the near-duplicates once."""
+    vectors = GEOMETRIES[geometry](rows)
+    components(vectors[:5000], DEDUP_THRESHOLD)  # what is loaded at the first call
+    with PeakMemory() as memory:
+        started = time.process_time()
+        labels = components(vectors, DEDUP_THRESHOLD)
+        seconds = time.process_time() - started
+    kept = len(np.unique(labels))
+    return {"seconds": seconds, "bytes": memory.peak - memory.before, "kept": kept}
+
+
+def in_process(geometry: str, rows: int, limit: int) -> dict[str, float] | None:
+    """Measure in a process of its own; None if it exceeds the limit of CPU seconds."""
+
+    def limit_cpu() -> None:
+        resource.setrlimit(resource.RLIMIT_CPU, (limit, limit))
+
+    command = [sys.executable, __file__, "--one", geometry, "--rows", str(rows)]
+    done = subprocess.run(command, stdout=subprocess.PIPE, preexec_fn=limit_cpu, text=True)
+    return json.loads(done.stdout) if done.returncode == 0 else None
+
+
+def main() -> None:
+    """Measure everything, or what the arguments ask for."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--rows", type=int, nargs="+", default=ROWS)
+    parser.add_argument("--geometries", nargs="+", choices=GEOMETRIES, default=list(GEOMETRIES))
+    parser.add_argument("--limit", type=int, default=120, help="CPU seconds of a measurement")
+    parser.add_argument("--one", choices=GEOMETRIES, help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    if arguments.one:
+        json.dump(measure(arguments.one, *arguments.rows), sys.stdout)
+        return
+    print(f"{DIMENSION}-dimensional vectors, threshold {DEDUP_THRESHOLD}; memory beside the vectors.\n")
+    print("| geometry | rows | kept | CPU seconds | peak memory |\n|---|---|---|---|---|")
+    for geometry in arguments.geometries:
+        for rows in arguments.rows:
+            found = in_process(geometry, rows, arguments.limit)
+            result = (
+                f"{found['kept']:,} | {found['seconds']:.1f} | {found['bytes'] / 1e6:.0f} MB"
+                if found
+                else f"| not done after {arguments.limit} |"
+            )
+            print(f"| {geometry} | {rows:,} | {result} |", flush=True)
+
+
+if __name__ == "__main__":
+    main()
