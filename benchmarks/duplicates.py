@@ -1,6 +1,6 @@
 """What finding near-duplicates costs as the rows grow, in several geometries of the vectors.
 
-Prints a Markdown table. Each measurement is a process of its own, which ends when its CPU time is spent.
+Writes a Markdown table. Each measurement is a process of its own, which ends when its CPU time is spent.
 What must not live here: another way to find near-duplicates than users have.
 """
 
@@ -8,10 +8,14 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
+import os
 import resource
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
+from pathlib import Path
 
 import numpy as np
 from generate import BLOCK, DIMENSION, Matrix, Recipe, World, unit
@@ -19,6 +23,21 @@ from memory import PeakMemory
 
 from laion_assets.search.near_duplicates import DEDUP_THRESHOLD, components
 
+REPORT = """# Near-duplicates
+
+CPU seconds for finding the near-duplicates among vectors of {dimension} numbers, at a threshold of
+{threshold}, on a machine with {cores} cores; one run each, in a process of its own. *Power* is the
+exponent with which the seconds grow from the line above. Peak memory excludes the vectors. Comparing all
+pairs of 100,000 rows in full would take {pairs:,.0f} GFLOP. `make bench-duplicates` measures again.
+
+| geometry | rows | kept | CPU seconds | power | peak memory |
+|---|---|---|---|---|---|
+{lines}
+
+The geometries are:
+
+{geometries}
+"""
 ROWS = (10_000, 30_000, 100_000)
 CONE = 0.61  # the cosine of images that have nothing in common, as in the results of a large search
 COPIES = (1e-3, 2e-2)  # one minus the cosine of a copy with its original
@@ -46,33 +65,33 @@ def in_a_cone(rows: int, random: np.random.Generator) -> Matrix:
 
 
 def topics(rows: int) -> Matrix:
-    """The data of the other benchmarks: images of topics, with copies; a few have thousands."""
+    """The data of the other benchmarks: images of topics, and copies of them; a few have hundreds."""
     world = World(Recipe(rows=rows))
     return np.concatenate([world.vectors(block) for block in range(-(-rows // BLOCK))])
 
 
 def cone(rows: int) -> Matrix:
-    """Copies of images in a cone, 1.7 of each on average."""
+    """Images with a cosine of 0.61 that differ in many directions, and one or two copies of most."""
     random = np.random.default_rng(0)
     originals = in_a_cone(rows * 6 // 10, random)
     return copies_of(originals[random.integers(len(originals), size=rows)], 0.15, random)
 
 
 def cone_of_eights(rows: int) -> Matrix:
-    """Copies of images in a cone, eight of each."""
+    """The same with eight copies of each."""
     random = np.random.default_rng(0)
     originals = random.permutation(np.repeat(in_a_cone(-(-rows // 8), random), 8, axis=0))
     return copies_of(originals[:rows], 0.15, random)
 
 
 def clump(rows: int) -> Matrix:
-    """Copies of one image."""
+    """All rows are copies of one image."""
     random = np.random.default_rng(0)
     return copies_of(np.repeat(unit(different(1, 0.5, random)), rows, axis=0), 0.5, random)
 
 
 def all_different(rows: int) -> Matrix:
-    """Random directions."""
+    """Random directions without any copies."""
     return unit(different(rows, 0, np.random.default_rng(0)))
 
 
@@ -108,28 +127,48 @@ def in_process(geometry: str, rows: int, limit: int) -> dict[str, float] | None:
     return json.loads(done.stdout) if done.returncode == 0 else None
 
 
+def lines(geometry: str, sizes: list[int], limit: int) -> Iterator[str]:
+    """The lines of the table for one geometry."""
+    before = None
+    for rows in sizes:
+        found = in_process(geometry, rows, limit)
+        if found is None:
+            yield f"| {geometry} | {rows:,} | | more than {limit} | | |"
+            return
+        power = f"{math.log(found['seconds'] / before[1], rows / before[0]):.1f}" if before else ""
+        before = rows, found["seconds"]
+        yield (
+            f"| {geometry} | {rows:,} | {found['kept']:,} | {found['seconds']:.1f} | {power} "
+            f"| {found['bytes'] / 1e6:.0f} MB |"
+        )
+
+
 def main() -> None:
     """Measure everything, or what the arguments ask for."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--rows", type=int, nargs="+", default=ROWS)
     parser.add_argument("--geometries", nargs="+", choices=GEOMETRIES, default=list(GEOMETRIES))
     parser.add_argument("--limit", type=int, default=120, help="CPU seconds of a measurement")
+    parser.add_argument("--output", type=Path, default=Path(__file__).with_suffix(".md"))
     parser.add_argument("--one", choices=GEOMETRIES, help=argparse.SUPPRESS)
-    arguments = parser.parse_args()
-    if arguments.one:
-        json.dump(measure(arguments.one, *arguments.rows), sys.stdout)
+    asked = parser.parse_args()
+    if asked.one:
+        json.dump(measure(asked.one, *asked.rows), sys.stdout)
         return
-    print(f"{DIMENSION}-dimensional vectors, threshold {DEDUP_THRESHOLD}; memory beside the vectors.\n")
-    print("| geometry | rows | kept | CPU seconds | peak memory |\n|---|---|---|---|---|")
-    for geometry in arguments.geometries:
-        for rows in arguments.rows:
-            found = in_process(geometry, rows, arguments.limit)
-            result = (
-                f"{found['kept']:,} | {found['seconds']:.1f} | {found['bytes'] / 1e6:.0f} MB"
-                if found
-                else f"| not done after {arguments.limit} |"
-            )
-            print(f"| {geometry} | {rows:,} | {result} |", flush=True)
+    table = []
+    for geometry in asked.geometries:
+        for line in lines(geometry, asked.rows, asked.limit):
+            print(line, file=sys.stderr)
+            table.append(line)
+    report = REPORT.format(
+        dimension=DIMENSION,
+        threshold=DEDUP_THRESHOLD,
+        cores=os.cpu_count(),
+        pairs=100_000**2 / 2 * 2 * DIMENSION / 1e9,
+        lines="\n".join(table),
+        geometries="\n".join(f"- {name}: {GEOMETRIES[name].__doc__}" for name in asked.geometries),
+    )
+    asked.output.write_text(report)
 
 
 if __name__ == "__main__":

@@ -52,8 +52,8 @@ likewise.
 loose rows^2 / 2 * w for (f): quadratic in the number of different images. The spread of the vectors
 determines w. The more they have in common and the more evenly they differ in all directions, the more
 axes are needed until sketches tell them apart. Pairs that no sketch tells apart are compared at full
-width. Memory is 4 * w bytes a row for the sketches, some 60 bytes a row for components and order, and
-some 30 MB a thread.
+width. Memory beside the vectors is at most 8 * w bytes a row for the sketches, in the order of the rows
+and in that of the comparisons; some 60 bytes a row for components and orders; and 30 MB a thread.
 
 **Many short lists over the same vectors** (the results of each seed) share their sketches and the
 decided links. In each list all sketches are compared. Each row that may be linked to others is first
@@ -83,7 +83,7 @@ class Sizes:
 
     small: int = 4096  # up to this many rows, all pairs are compared
     sample: int = 2048  # rows from which axes and cells are chosen
-    widths: tuple[int, ...] = (64, 96, 128, 192, 256, 384)  # numbers of axes to choose from
+    widths: tuple[int, ...] = (64, 96, 128, 160, 192, 256, 384)  # numbers of axes to choose from
     cell_width: int = 32  # coordinates of a sketch that determine the cell
     chunk: int = 384  # rows of a cell of which all pairs are compared
     cap: int = 3  # rows that are worth a cap, and as many more for each row of the sample that it meets
