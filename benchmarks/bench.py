@@ -299,7 +299,7 @@ def limits(one: Compared) -> list[str]:
     return [
         f"Of our {total:.2f} s for {one.what}, comparing the sketches of {rows:,} loose rows takes "
         f"{steps['find_links_of_loose_rows']:.2f} s. That is {operations:,.0f} GFLOP in products of "
-        f"1024 x {width} by {width} x 2048, in which this machine reaches {rate:,.0f} GFLOP/s: "
+        f"512 x {width} by {width} x 2048, in which this machine reaches {rate:,.0f} GFLOP/s: "
         f"{operations / rate:.2f} s if nothing else were done."
     ]
 

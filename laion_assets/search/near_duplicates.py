@@ -87,7 +87,7 @@ class Sizes:
     cell_width: int = 32  # coordinates of a sketch that determine the cell
     chunk: int = 384  # rows of a cell of which all pairs are compared
     cap: int = 3  # rows that are worth a cap, and as many more for each row of the sample that it meets
-    tile: tuple[int, int] = (1024, 2048)  # sketches that are compared in one product
+    tile: tuple[int, int] = (512, 2048)  # sketches that are compared in one product
     single: int = 80  # pairs that one product compares in the time of one pair that is fetched alone
     many_of_row: int = 8  # near pairs for each row of a short list above which one product is cheaper
     batch: int = 1024  # rows, or pairs of rows, that are fetched at once
@@ -219,7 +219,7 @@ class Forest:
     def roots(self, rows: Ids) -> Ids:
         """Return the root of each row; it may be outdated while other threads connect rows."""
         roots = self.parents[rows]
-        while not np.array_equal(parents := self.parents[roots], roots):
+        while ((parents := self.parents[roots]) != roots).any():
             roots = parents
         return roots
 
@@ -505,7 +505,8 @@ def candidates(links: Links, a: Sketched, b: Sketched) -> tuple[Ids, Ids]:
     """Return the pairs of rows of a and b that may be linked; if there are many, decide them at once."""
     near = near_pairs(links, a.sketches, b.sketches)
     connect_some(links, a.rows, b.rows, near)
-    if np.count_nonzero(near) * links.sizes.single > near.size:
+    count = np.count_nonzero(near)
+    if count > links.sizes.batch and count * links.sizes.single > near.size:
         links.find(a.rows[near.any(axis=1)], b.rows[near.any(axis=0)])
         return a.rows[:0], b.rows[:0]
     i, j = pairs_of(near)
