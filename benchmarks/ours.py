@@ -43,9 +43,9 @@ LOOSE: dict[str, int] = {"rows": 0, "width": 0}  # of the last request
 def count_loose_rows(plain: Callable[..., None] = near_duplicates.find_links_of_loose_rows) -> None:
     """Make the comparison of loose rows record how many sketches of which width it compares."""
 
-    def counted(links: Any, sketches: Any, rows: Any) -> None:
-        LOOSE.update(rows=len(rows), width=sketches.shape[1])
-        plain(links, sketches, rows)
+    def counted(links: Any, loose: Any) -> None:
+        LOOSE.update(rows=len(loose), width=loose.sketches.shape[1])
+        plain(links, loose)
 
     near_duplicates.find_links_of_loose_rows = counted
 
