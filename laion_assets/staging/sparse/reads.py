@@ -14,7 +14,7 @@ PAGE_SIZE = 4096  # bytes; the unit in which file systems allocate and free
 MERGE_GAP = 4  # pages: closer reads are merged, since a request costs more than 16 KiB
 MAX_READ = 2048  # pages, 8 MiB: longer reads are split, and read in parallel
 BATCH_PAGES = 32_768  # pages, 128 MiB, that are made durable and marked together
-BATCH_READS = 4_096  # limits a batch of short reads: what is not durable yet when the last read ends
+BATCH_READS = 4_096  # limits a batch of short reads, and so what is left to sync after the last
 
 
 def pages_of(ranges: Ranges) -> Ranges:
