@@ -466,7 +466,7 @@ def _stage(index: LaionIndex, log: Callable[[str], None]) -> None:
     if missing and index.lost_index == "fail":
         raise InputError(missing)
     log(f"staging {index.index_uri} to {index.cache_dir}")
-    index.stage(log)
+    index.stage(log, replace_other=False)
 
 
 def _filters(settings: Settings, index: LaionIndex) -> Filters:

@@ -92,14 +92,15 @@ class LaionIndex:
             block_list_uri=places.block_list,
         )
 
-    def stage(self, log: Callable[[str], None]) -> Staged:
-        """Make the index available on the local disk."""
+    def stage(self, log: Callable[[str], None], *, replace_other: bool = True) -> Staged:
+        """Make the index available on the local disk, see `laion_assets.staging.stage`."""
         return stage(
             self.index_uri,
             self.metadata_uri,
             self.cache_dir,
             in_place=self.staging == "in-place",
             sparse=self.staging == "sparse",
+            replace_other=replace_other,
             log=log,
         )
 

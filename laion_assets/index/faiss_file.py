@@ -41,7 +41,6 @@ def read_with_lists_beside(path: Path) -> Any:
         return faiss.read_index(str(path), LISTS_BESIDE)
     with path.open("rb") as file:
         pages = mmap.mmap(file.fileno(), 0, prot=mmap.PROT_READ)
-    pages.madvise(mmap.MADV_RANDOM)
     mapped = np.frombuffer(pages, np.uint8)
     reader = faiss.ZeroCopyIOReader(faiss.swig_ptr(mapped), mapped.size)
     start = _start_of_quantizer(mapped, reader)
@@ -55,6 +54,7 @@ def read_with_lists_beside(path: Path) -> Any:
     ivf.quantizer.this.own(True)  # the empty one is deleted with its last reference, here
     ivf.quantizer, ivf.own_fields = quantizer, False
     index.referenced_objects = (quantizer, mapped)
+    pages.madvise(mmap.MADV_RANDOM)  # from here on: a search visits centres all over the file
     return index
 
 

@@ -30,7 +30,8 @@ MIN_NPROBE = 64
 CANDIDATES_PER_RESULT = 16  # rows in the probed lists for each row requested, as with clip-retrieval
 SCORE_ROUNDING = 1e-6  # scores of the same row in two scans differ by less
 FURTHER = 4  # a check of the recall probes this many times as many lists
-MIN_SAMPLED_LISTS = 32  # of them, for each query
+SAMPLED = 4  # it looks into the quotient of nprobe and this number of further lists
+MIN_SAMPLED_LISTS = 16  # but into no fewer
 UNSUPPORTED = (faiss.IndexIDMap, faiss.IndexRefine, faiss.IndexFastScan, faiss.IndexIVFFastScan)
 
 
@@ -235,9 +236,9 @@ class Index:
     def recall(self, queries: Floats, hits: Hits, nprobe: int | None) -> float:
         """Estimate which share of the results remains when `FURTHER` times as many lists are probed.
 
-        A result remains unless better rows push it out. They are looked for in half as many further lists
-        as were probed: in the nearest of them, and in a sample of the rest, each of which stands for the
-        lists between it and the next. NaN where the lists are not all on the disk: the check would fetch
+        A result remains unless better rows push it out. They are looked for in a quarter as many lists as
+        were probed: in the nearest further lists, and in a sample of the rest, each of which stands for
+        the lists between it and the next. NaN where the lists are not all on the disk: the check would fetch
         lists that no request needs.
 
         Args:
@@ -261,7 +262,7 @@ class Index:
             rounding = SCORE_ROUNDING * max(1, abs(float(found[0])))
             further = np.flatnonzero((lists[number] >= 0) & ~np.isin(lists[number], hits.lists[number]))
             better, weight = np.empty(0, np.float32), np.empty(0)
-            for sampled, each in _sample(further, max(nprobe // 2, MIN_SAMPLED_LISTS)):
+            for sampled, each in _sample(further, max(nprobe // SAMPLED, MIN_SAMPLED_LISTS)):
                 rows = self._rows_above(
                     rotated[number],
                     lists[number][sampled],

@@ -25,11 +25,13 @@ from laion_assets.index import arrow_layout
 from laion_assets.index.batch_tables import BatchTable, BatchTables
 from laion_assets.io.arrays import Ids, Mask
 from laion_assets.io.errors import InputError
+from laion_assets.io.parallel import slices
 from laion_assets.io.ranges import NO_RANGES, Disk, Hold, Ranges, WholeFiles, ranges_of, union
 
 URL_COLUMNS = ("url", "URL", "image_url", "image_path")
 CAPTION_COLUMNS = ("caption", "TEXT", "text", "alt")
 THUMBNAIL_COLUMN = "thumbnail"
+BATCHES_AT_ONCE = 4  # record batches from which a thread takes rows
 READS = 32  # that wait for the disk at a time: many more than cores
 TEXT_TYPES = (pa.string(), pa.null())
 THUMBNAIL_TYPES = (pa.binary(), pa.null())
@@ -63,8 +65,8 @@ class MetadataFile(Protocol):
 
         """
 
-    def batch(self, number: int, columns: Sequence[str]) -> pa.Table:
-        """Return the named columns of one batch."""
+    def batch(self, number: int, columns: Sequence[str]) -> pa.RecordBatch | pa.Table:
+        """Return one batch with at least the named columns."""
 
 
 class ArrowFile:
@@ -129,11 +131,10 @@ class ArrowFile:
             spans = [ranges_of(*span) for column in batch.columns for span in spans_of(column, rows)]
             yield union(*spans) - self._all.address
 
-    def batch(self, number: int, columns: Sequence[str]) -> pa.Table:
-        """Return one record batch without copying it."""
+    def batch(self, number: int, columns: Sequence[str]) -> pa.RecordBatch:  # noqa: ARG002
+        """Return one record batch; nothing of it is read or copied before its columns are."""
         with self._one_at_a_time:
-            batch = self._reader.get_batch(number).select(list(columns))
-        return pa.Table.from_batches([batch])
+            return self._reader.get_batch(number)
 
 
 class ParquetFile:
@@ -163,8 +164,7 @@ class ParquetFile:
     def batch(self, number: int, columns: Sequence[str]) -> pa.Table:
         """Return one row group, unpacked."""
         with self._one_at_a_time:
-            table = self._file.read_row_group(number, columns=list(columns))
-        return table.select(list(columns))
+            return self._file.read_row_group(number, columns=list(columns))
 
 
 class Metadata:
@@ -239,10 +239,11 @@ class Metadata:
         }
         with self._disk.hold() as held:
             self._fetch(held, rows_by_batch, wanted)
-            take = partial(self._take_from_batch, wanted=wanted)
-            parts = list(_readers().map(take, rows_by_batch.keys(), rows_by_batch.values()))
-        schema = pa.schema([self.schema.field(name) for name in wanted])
-        table = pa.concat_tables(parts) if parts else schema.empty_table()
+            schema = pa.schema([self.schema.field(name) for name in wanted])
+            take = partial(self._take_from_batches, schema=schema)
+            some = list(rows_by_batch.items())
+            parts = _readers().map(take, [some[part] for part in slices(len(some), BATCHES_AT_ONCE)])
+            table = pa.concat_tables([schema.empty_table(), *parts])
         return table.take(pa.array(back))
 
     def _wanted(self, columns: Sequence[str] | None) -> list[str]:
@@ -281,18 +282,20 @@ class Metadata:
         file = int(np.searchsorted(self._first_batch, number, side="right")) - 1
         return self._files[file], number - int(self._first_batch[file])
 
-    def _take_from_batch(self, number: int, rows: Ids, wanted: list[str]) -> pa.Table:
+    def _take_from_batches(self, batches: Sequence[tuple[int, Ids]], schema: pa.Schema) -> pa.Table:
+        return pa.concat_tables([self._take_from_batch(*batch, schema) for batch in batches])
+
+    def _take_from_batch(self, number: int, rows: Ids, schema: pa.Schema) -> pa.Table:
         file, number_in_file = self._batch(number)
-        present = [name for name in wanted if name in self._names]
-        batch = file.batch(number_in_file, [self._names[name] for name in present])
-        batch = batch.rename_columns(present)
+        batch = file.batch(number_in_file, [self._names[n] for n in schema.names if n in self._names])
+        places = pa.array(rows)
         columns = [
-            _without_views(batch.column(field.name)).take(pa.array(rows)).cast(field.type)
-            if field.name in present
+            _taken(batch.column(self._names[field.name]), places, field.type)
+            if field.name in self._names
             else pa.nulls(len(rows), field.type)
-            for field in (self.schema.field(name) for name in wanted)
+            for field in schema
         ]
-        return pa.table(columns, names=wanted)
+        return pa.Table.from_arrays(columns, schema=schema)
 
 
 @cache
@@ -362,11 +365,14 @@ def _common_schema(files: Sequence[MetadataFile], names: Mapping[str, str]) -> p
     return common
 
 
-def _without_views(column: pa.ChunkedArray) -> pa.ChunkedArray:
-    """Cast text and binary views, of which Arrow cannot take rows, to plain columns."""
+def _taken(
+    column: pa.Array | pa.ChunkedArray, rows: pa.Array, kind: pa.DataType
+) -> pa.Array | pa.ChunkedArray:
+    """Take rows of a column as a type. Of views of text and binary Arrow cannot take rows."""
     if pa.types.is_string_view(column.type) or pa.types.is_binary_view(column.type):
-        return column.cast(plain_type(column.type))
-    return column
+        column = column.cast(plain_type(column.type))
+    taken = column.take(rows)
+    return taken if taken.type == kind else taken.cast(kind)
 
 
 def plain_type(kind: pa.DataType) -> pa.DataType:

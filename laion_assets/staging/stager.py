@@ -66,6 +66,7 @@ def stage(
     *,
     in_place: bool = False,
     sparse: bool = False,
+    replace_other: bool = True,
     options: TransferOptions | None = None,
     log: Callable[[str], None] = lambda _: None,
 ) -> Staged:
@@ -85,6 +86,7 @@ def stage(
         cache: local directory for the copy; with `in_place`, only for the manifest.
         in_place: whether to use the files in place, which requires a local disk.
         sparse: whether to copy only files that are read whole; parts of others are fetched as needed.
+        replace_other: whether a copy of another index may be removed from the cache.
         options: options for reading.
         log: called with lines about progress, retries and waits.
 
@@ -103,7 +105,9 @@ def stage(
         _check_apart(source.list(), cache)
     _create(cache)
     try:
-        return _Stager(source, cache, in_place, sparse, options or TransferOptions(), log).run()
+        return _Stager(
+            source, cache, in_place, sparse, replace_other, options or TransferOptions(), log
+        ).run()
     except OSError as error:
         if error.errno not in DISK_FULL_ERRORS:
             raise
@@ -118,6 +122,7 @@ class _Stager:
     cache: Path
     in_place: bool
     sparse: bool
+    replace_other: bool
     options: TransferOptions
     log: Callable[[str], None]
     stats: TransferStats = field(default_factory=TransferStats)
@@ -140,6 +145,7 @@ class _Stager:
                     if manifest.files != todo.keep:  # the same bytes were uploaded again
                         manifest = self._write(todo.keep, complete=True)
                     return self._report(manifest, todo, files, started)
+                self._check_other(todo, manifest)
                 self._remove_strays(todo)
                 self._make_room(todo, manifest, held)
                 copied = self._copy(todo)
@@ -172,6 +178,17 @@ class _Stager:
             StagedFile(f.name, f.name, f.url, f.size, f.version, checksum)
             for f, checksum in zip(todo.fetch, checksums, strict=True)
         ]
+
+    def _check_other(self, todo: Plan, manifest: Manifest | None) -> None:
+        """Check that no copy of another index is removed that should be kept."""
+        if manifest is None or manifest.source == self.source.index_uri or self.replace_other:
+            return
+        if stale := self._stale(todo):
+            raise InputError(
+                f"{self.cache} holds {sum(map(allocated_bytes, stale)):,} bytes of {manifest.source}, "
+                f"which would be removed to stage {self.source.index_uri}: set another cache directory",
+                "cache_dir",
+            )
 
     def _make_room(self, todo: Plan, manifest: Manifest | None, held: ExitStack) -> None:
         """Make room for the copy, beside the old version or else in its place."""
@@ -241,12 +258,14 @@ class _Stager:
 
     def _remove(self, todo: Plan, stale: Sequence[Path]) -> None:
         manifest = Manifest.read(self.cache)
+        other = manifest is not None and manifest.source != self.source.index_uri
+        why = f"of {manifest.source}" if manifest and other else "outdated"
         if manifest is None or manifest.complete or stale:
             # Files stay in the manifest until they are removed: if this process is killed here, the next
             # one removes them.
             self._write((*todo.keep, *todo.remove), complete=False)
         for path in stale:
-            self.log(f"removing {path}, which is outdated")
+            self.log(f"removing {path}, which is {why}")
             path.unlink()
         _remove_empty_folders(self.cache)
 

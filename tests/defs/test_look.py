@@ -271,11 +271,15 @@ def test_a_lost_index_is_not_staged_where_that_is_forbidden(place, demo, tmp_pat
     assert not (tmp_path / "cache").exists()
 
 
-def test_a_cache_of_another_index_is_staged_anew(place, demo, tmp_path):
+def test_the_copy_of_another_index_stays(place, demo, tmp_path):
     image = str(min((demo.images / "fruit").iterdir()))
     look(image, place)
     other, lines = shutil.copytree(demo.index, tmp_path / "other"), []
-    look(image, place | {"LAION_INDEX_URI": str(other)}, log=lines.append)
+    with pytest.raises(InputError, match=r"of .*, which would be removed .*another cache directory"):
+        look(image, place | {"LAION_INDEX_URI": str(other)})
+    look(image, place)
+    elsewhere = {"LAION_INDEX_URI": str(other), "LAION_CACHE_DIR": str(tmp_path / "elsewhere")}
+    look(image, place | elsewhere, log=lines.append)
     assert lines[0].startswith(f"staging {other} ")
 
 

@@ -83,6 +83,22 @@ def test_the_fingerprint_is_of_the_contents_and_not_of_places_or_times(source, t
     assert stage(str(other), None, tmp_path / "d").manifest.fingerprint != first
 
 
+@pytest.mark.parametrize("in_place", [False, True])
+def test_a_copy_of_another_index_is_removed_only_where_it_may_be(source, cache, tmp_path, in_place):
+    other = write_source(tmp_path / "other", seed=1)
+    stage(str(source), None, cache)
+    with pytest.raises(InputError, match=r"would be removed .*: set another cache directory") as refused:
+        stage(str(other), None, cache, in_place=in_place, replace_other=False)
+    assert refused.value.about == "cache_dir"
+    assert str(source) in str(refused.value)
+    assert staged_data(cache) == contents(source)
+    assert is_readable(cache)
+    lines: list[str] = []
+    stage(str(other), None, cache, in_place=in_place, log=lines.append)
+    assert any(f"which is of {source}" in line for line in lines)
+    assert is_readable(cache)
+
+
 def test_metadata_may_lie_elsewhere(source, cache, tmp_path):
     elsewhere = (source / "metadata").rename(tmp_path / "english")
     with pytest.raises(InputError, match="source/metadata") as missing:
