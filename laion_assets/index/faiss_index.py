@@ -238,8 +238,8 @@ class Index:
 
         A result remains unless better rows push it out. They are looked for in a quarter as many lists as
         were probed: in the nearest further lists, and in a sample of the rest, each of which stands for
-        the lists between it and the next. NaN where the lists are not all on the disk: the check would fetch
-        lists that no request needs.
+        the lists between it and the next. NaN if the lists are not all on the disk: the check would
+        fetch lists that no request needs.
 
         Args:
             queries: (q, dimension) float32.
