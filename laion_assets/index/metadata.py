@@ -8,13 +8,13 @@ the pages that hold the rows.
 from __future__ import annotations
 
 import mmap
+import threading
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache, partial
 from itertools import pairwise
 from pathlib import Path
-from threading import Lock
 from typing import Protocol
 
 import numpy as np
@@ -93,12 +93,11 @@ class ArrowFile:
         self._all = pa.py_buffer(mapped)
         footer = arrow_layout.footer(size, self._all[max(size - arrow_layout.TAIL, 0) :])
         held.need({self.path: footer})
-        self._reader = pa.ipc.open_file(pa.BufferReader(self._all))
-        self.schema: pa.Schema = self._reader.schema
+        self._of_thread = threading.local()
+        self.schema: pa.Schema = self._reader().schema
         self._blocks = arrow_layout.blocks(self._all[int(footer[0, 0]) :])
         # The reader keeps neither in memory and reads both again for every batch.
         self._always = union(footer, self._blocks.dictionaries)
-        self._one_at_a_time = Lock()  # no reader of Arrow's may be used by two threads
         kept = tables and tables.read(self.path, len(self._blocks.headers))
         if not kept:
             kept = self._read_headers(held)
@@ -106,6 +105,12 @@ class ArrowFile:
                 tables.write(self.path, kept)
         self.batch_lengths = kept.rows
         self._compressed = kept.compressed
+
+    def _reader(self) -> pa.ipc.RecordBatchFileReader:
+        """Return the reader of this thread: Arrow's are not safe for two, and would be waited for."""
+        if not hasattr(self._of_thread, "reader"):
+            self._of_thread.reader = pa.ipc.open_file(pa.BufferReader(self._all))
+        return self._of_thread.reader
 
     def _read_headers(self, held: Hold) -> BatchTable:
         held.need({self.path: self.describing(np.arange(len(self._blocks.headers)))})
@@ -126,15 +131,14 @@ class ArrowFile:
         if self._compressed[number]:
             yield self._blocks.bodies[number : number + 1]
             return
-        batch = self._reader.get_batch(number).select(list(columns))
+        batch = self._reader().get_batch(number).select(list(columns))
         for spans_of in (arrow_layout.row_spans, arrow_layout.value_spans):
             spans = [ranges_of(*span) for column in batch.columns for span in spans_of(column, rows)]
             yield union(*spans) - self._all.address
 
     def batch(self, number: int, columns: Sequence[str]) -> pa.RecordBatch:  # noqa: ARG002
         """Return one record batch; nothing of it is read or copied before its columns are."""
-        with self._one_at_a_time:
-            return self._reader.get_batch(number)
+        return self._reader().get_batch(number)
 
 
 class ParquetFile:
@@ -144,7 +148,7 @@ class ParquetFile:
         self.path = path
         try:
             self._file = pq.ParquetFile(path)
-            self._one_at_a_time = Lock()
+            self._one_at_a_time = threading.Lock()
         except (pa.ArrowInvalid, OSError) as error:
             raise _incomplete(path, "Parquet", error) from error
         self.schema: pa.Schema = self._file.schema_arrow
