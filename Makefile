@@ -7,7 +7,7 @@ IMG2DATASET := tests/handover/.venv
 TRANSFORMERS := tests/embed/.venv
 PORT ?= 3000
 
-.PHONY: help demo dev test test-ui screenshots test-peer test-k8s test-embed test-handover golden lint bench bench-quick bench-cold bench-embed bench-staging bench-sensor bench-sparse bench-build bench-duplicates settings-docs docs docs-links lock clean
+.PHONY: help demo dev test test-ui screenshots test-peer test-k8s test-embed test-handover golden lint bench bench-quick bench-cold bench-embed bench-staging bench-sensor bench-sparse bench-build bench-duplicates bench-truesize settings-docs docs docs-links lock clean
 
 help: ## List the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -85,6 +85,9 @@ bench-sensor: $(READY) ## Measure a tick of the sensor over 100,000 seed files i
 
 bench-sparse: $(READY) ## Measure what sparse staging reads, a few minutes; writes benchmarks/sparse.md
 	$(BIN)/python benchmarks/sparse.py
+
+bench-truesize: $(READY) ## Requests on a stand-in of LAION-5B's true size, an hour, 40 GB of disk; writes benchmarks/truesize.md
+	$(BIN)/python benchmarks/truesize.py
 
 bench-build: $(READY) ## Build the same index as autofaiss, about an hour; ROWS= for another size
 	$(BIN)/python benchmarks/build.py --rows $(or $(ROWS),1000000)
