@@ -52,7 +52,7 @@ from laion_assets.io.ranges import Ranges, members, split, total
 from laion_assets.io.storage import open_storage
 from laion_assets.io.tables import new_table
 from laion_assets.search.retrieval import RECALL_QUERIES, Request, columns_found, retrieve
-from laion_assets.staging import open_staged, stage
+from laion_assets.staging import open_staged, opening, stage
 from laion_assets.staging.sparse.reads import PAGE_SIZE, pages_of, reads_for
 
 REPOSITORY = Path(__file__).parents[1]
@@ -63,7 +63,7 @@ READS = 32  # at a time, by the probe
 READ_SIZE = 8 << 20  # bytes at most
 SAMPLE = 200  # rows that are compared with what Arrow reads
 COMPARED_QUERIES = 2  # with what faiss finds
-OPENING = {"open the index": (in_place, "Index"), "open the metadata": (in_place, "Metadata")}
+OPENING = {"open the index": (opening, "Index"), "open the metadata": (opening, "Metadata")}
 
 
 CASES = {
@@ -239,22 +239,46 @@ def bytes_read(process: int | str) -> int:
     return int(found[1])
 
 
-def measure_open(bench: Bench, _: str) -> dict[str, Any]:
-    """Open the index in place."""
+def measure_folder(bench: Bench, _: str) -> dict[str, Any]:
+    """Open the folder of the index as a script does."""
     kept = []
 
     def work() -> dict[str, Any]:
         kept.append(open_folder(bench.stand_in.folder))
         return {}
 
+    return Meter({name: (in_place, what) for name, (_, what) in OPENING.items()}).run(work)
+
+
+def measure_stage(bench: Bench, kind: str) -> dict[str, Any]:
+    """Stage in place, or sparse from a bucket to an empty cache."""
+    in_place = kind == "in-place"
+    uri = str(bench.stand_in.folder) if in_place else f"gs://{BUCKET}/{FOLDER}"
+
+    def work() -> dict[str, Any]:
+        done = stage(uri, None, bench.notes / kind, in_place=in_place, sparse=not in_place)
+        return {"fetched": done.bytes_fetched}
+
+    return Meter({}).run(work)
+
+
+def measure_open(bench: Bench, kind: str) -> dict[str, Any]:
+    """Open what is staged, as every step of a run does."""
+
+    def work() -> dict[str, Any]:
+        with open_staged(bench.notes / kind) as opened:
+            return {"fetched": opened.fetched.fetched, "reads": opened.fetched.reads}
+
     return Meter(OPENING).run(work)
 
 
-def measure_request(bench: Bench, name: str) -> dict[str, Any]:
-    """Open the index in place and ask."""
+def measure_request(bench: Bench, name: str, kind: str = "in-place") -> dict[str, Any]:
+    """Open what is staged, and ask."""
 
     def work() -> dict[str, Any]:
-        return ask(*open_folder(bench.stand_in.folder), bench, name)
+        with open_staged(bench.notes / kind) as opened:
+            told = ask(opened.index, opened.metadata, bench, name)
+            return {"fetched": opened.fetched.fetched, "reads": opened.fetched.reads, **told}
 
     return Meter(OPENING | PHASES).run(work)
 
@@ -344,37 +368,6 @@ def describe_objects(stand_in: StandIn, root: Path) -> None:
         checksum = file_crc32c(path) if path == stand_in.index else checksum_text(number)
         told = {"Crc32c": checksum, "Generation": like["Generation"], "Md5Hash": "", "Etag": ""}
         os.setxattr(path, "user.metadata", json.dumps(like | told).encode())
-
-
-def measure_stage(bench: Bench, _: str) -> dict[str, Any]:
-    """Stage sparse, to an empty cache."""
-
-    def work() -> dict[str, Any]:
-        done = stage(f"gs://{BUCKET}/{FOLDER}", None, bench.notes / "sparse", sparse=True)
-        return {"fetched": done.bytes_fetched}
-
-    return Meter({}).run(work)
-
-
-def measure_sparse_open(bench: Bench, _: str) -> dict[str, Any]:
-    """Open what is staged sparse: the headers are there."""
-
-    def work() -> dict[str, Any]:
-        with open_staged(bench.notes / "sparse") as opened:
-            return {"fetched": opened.fetched.fetched, "reads": opened.fetched.reads}
-
-    return Meter({}).run(work)
-
-
-def measure_sparse(bench: Bench, name: str) -> dict[str, Any]:
-    """Open what is staged sparse, and ask."""
-
-    def work() -> dict[str, Any]:
-        with open_staged(bench.notes / "sparse") as opened:
-            told = ask(opened.index, opened.metadata, bench, name)
-            return {"fetched": opened.fetched.fetched, "reads": opened.fetched.reads, **told}
-
-    return Meter(PHASES).run(work)
 
 
 def planned_reads(bench: Bench, name: str) -> dict[str, int]:
@@ -493,12 +486,12 @@ def plain_faiss(bench: Bench, name: str, table: pa.Table) -> float:
 
 STEPS: dict[str, Callable[[Bench, str], dict[str, Any]]] = {
     "fill": fill,
+    "folder": measure_folder,
+    "stage": measure_stage,
     "open": measure_open,
     "request": measure_request,
     "disk": measure_disk,
-    "stage": measure_stage,
-    "sparse-open": measure_sparse_open,
-    "sparse": measure_sparse,
+    "sparse": partial(measure_request, kind="sparse"),
     "check": check,
 }
 
@@ -525,40 +518,54 @@ def forget(stand_in: StandIn) -> None:
 
 def run_in_place(bench: Bench, name: str) -> dict[str, Any]:
     """The disk alone, then the request cold and warm, then what it found."""
+    child(bench, "stage", "in-place")
     found = {}
     forget(bench.stand_in)
     found["disk"] = child(bench, "disk", name)
     forget(bench.stand_in)
-    found["cold"] = child(bench, "request", name)
-    found["warm"] = child(bench, "request", name)
+    for state in ("cold", "warm"):
+        found[state] = child(bench, "request", name)
+        log(summary(f"{bench.cases[name].title}, {state}", found[state]))
     found["check"] = child(bench, "check", name)
     return found
 
 
 def run_open(bench: Bench, _: str) -> dict[str, Any]:
-    """Open cold and warm."""
-    forget(bench.stand_in)
-    return {"cold": child(bench, "open"), "warm": child(bench, "open")}
+    """Stage in place, and open cold and warm, as steps do and as scripts do."""
+    shutil.rmtree(bench.notes / "in-place", ignore_errors=True)
+    found = {}
+    for title, step, cold in (
+        ("stage in place", "stage", True),
+        ("open for the first time, cold", "open", True),
+        ("open, cold", "open", True),
+        ("open, warm", "open", False),
+        ("`open_folder`, cold", "folder", True),
+        ("`open_folder`, warm", "folder", False),
+    ):
+        if cold:
+            forget(bench.stand_in)
+        found[title] = child(bench, step, "in-place")
+        log(summary(title, found[title]))
+    return found
 
 
 def run_sparse(bench: Bench, _: str) -> dict[str, Any]:
     """Stage from a bucket, open, and ask, all with the same cache."""
     found = {}
-    cache = bench.notes / "sparse"
-    shutil.rmtree(cache, ignore_errors=True)
+    shutil.rmtree(bench.notes / "sparse", ignore_errors=True)
+    steps = [("stage", "sparse"), ("open", "sparse")]
+    steps += [("sparse", name) for name in SPARSE for _ in ("first", "again")]
     with served(bench.stand_in) as server:
-        steps = [("stage", ""), ("sparse-open", "")]
-        steps += [("sparse", name) for name in SPARSE for _ in ("first", "again")]
         for step, name in steps:
             before = bytes_read(server)
-            key = f"{step} {name}".strip()
+            key = f"{step} {name}"
             key += " again" if key in found else ""
             found[key] = child(bench, step, name)
             found[key]["served"] = bytes_read(server) - before
             log(summary(key, found[key]))
     for name in SPARSE:
         found[f"sparse {name}"] |= planned_reads(bench, name)
-    shutil.rmtree(cache)
+    shutil.rmtree(bench.notes / "sparse")
     return found
 
 

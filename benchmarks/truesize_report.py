@@ -118,8 +118,8 @@ def opening_table(opened: Mapping[str, Any]) -> str:
     """Cold and warm."""
     rows = []
     for state, took in opened.items():
-        seconds = against(took["seconds"], OPEN_SECONDS if state == "warm" else None)
-        phases = [f"{took['phases'][name][0]:.2f}" for name in ("open the index", "open the metadata")]
+        seconds = against(took["seconds"], OPEN_SECONDS if state == "open, warm" else None)
+        phases = [f"{spent[0]:.2f}" for spent in took["phases"].values()] or ["", ""]
         memory = against(took["anonymous"] / 1e6, OPEN_MEMORY / 1e6, "{:.0f}")
         rows.append(
             [state, seconds, *phases, f"{took['read'] / 1e6:,.0f}", f"{took['faults']:,}", memory]
@@ -180,9 +180,8 @@ def sparse_table(cases: Mapping[str, Case], found: Mapping[str, Any]) -> str:
     """What was fetched, and the plan."""
     rows = []
     for step, took in found.items():
-        kind, _, name = step.partition(" ")
-        first = name.removesuffix(" again")
-        title = {"stage": "stage", "sparse-open": "open: headers"}.get(kind) or cases[first].title
+        name = step.removesuffix(" again").removeprefix("sparse ")
+        title = cases[name].title if name in cases else name.removesuffix(" sparse")
         phases = took["phases"]
         rows.append(
             [
