@@ -19,7 +19,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -172,13 +172,14 @@ def lists_probed(stand_in: StandIn, queries: np.ndarray, k: int) -> tuple[Ids, I
     return found[0], found[1]
 
 
-def build(bench: Bench) -> None:
-    """Write what is missing of the stand-in."""
+def build(bench: Bench, measured: Iterable[str]) -> None:
+    """Write what is missing of the stand-in for some measurements."""
     started = time.perf_counter()
     bench.stand_in.create()
     log(f"frames of all files after {time.perf_counter() - started:.0f} s")
     for name, case in (bench.cases | bench.graph).items():
-        if not (bench.notes / f"{name}.npz").exists():
+        users = {name, "sparse" if name in SPARSE else "", "graph" if name in bench.graph else ""}
+        if not users.isdisjoint(measured) and not (bench.notes / f"{name}.npz").exists():
             told = child(bench, "fill", name)
             log(f"wrote {told['lists']:,} lists and {told['rows']:,} rows for {case.title}")
     written = sum(path.stat().st_blocks * 512 for path in bench.stand_in.paths)
@@ -313,7 +314,7 @@ def measure_disk(bench: Bench, name: str) -> dict[str, Any]:
 
 def read_all(jobs: Sequence[tuple[Path, int, int]]) -> None:
     """Read some parts of files, without what the kernel would read ahead."""
-    files = {path: os.open(path, os.O_RDONLY) for path, _, _ in jobs}
+    files = {path: os.open(path, os.O_RDONLY) for path in {job[0] for job in jobs}}
     for descriptor in files.values():
         os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_RANDOM)
     for path, start, length in jobs:
@@ -603,12 +604,12 @@ def log(line: str) -> None:
     print(f"{time.strftime('%H:%M:%S')} {line}", file=sys.stderr, flush=True)
 
 
-def measure(bench: Bench, only: Sequence[str] | None, output: Path) -> None:
+def measure(bench: Bench, only: Sequence[str], output: Path) -> None:
     """Measure everything or some of it, and write the report of all that was ever measured."""
     path = bench.notes / "results.json"
     results = json.loads(path.read_text()) if path.exists() else {}
     for name, run in measurements(bench).items():
-        if only is None or name in only:
+        if name in only:
             results[name] = run(bench, name)
             path.write_text(json.dumps(results, indent=1, default=float))
     output.write_text(report(about(bench.stand_in), bench.cases, results))
@@ -650,9 +651,10 @@ def main() -> None:
     if asked.refill:
         for path in one.notes.glob("*.npz"):
             path.unlink()
-    build(one)
+    only = asked.only or list(measurements(one))
+    build(one, only)
     if not asked.build:
-        measure(one, asked.only, asked.output)
+        measure(one, only, asked.output)
 
 
 def run_step(bench: Bench, step: str, case: str, *, profile: bool) -> None:
