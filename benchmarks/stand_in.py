@@ -10,10 +10,10 @@ What must not live here: anything that searches or measures.
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from functools import cache, cached_property
+from functools import cache, cached_property, partial
 from pathlib import Path
 
 import faiss
@@ -34,7 +34,7 @@ DIMENSION, ROTATED = 768, 896
 PARTS, PART = 128, 7  # a code has a byte for each part of a rotated vector
 ROW_BYTES = PARTS + ID_SIZE
 BUCKET, FOLDER = "truesize", "laion"
-ROUNDS = 4  # of the Feistel network
+ROUNDS = 4  # of the Feistel network, even
 
 # Geometry. Squared lengths: a row is the centre of its list and a residual. Centres lie around styles,
 # some nearer than others, so that seeds of one style share lists, and the order of lists matters.
@@ -49,7 +49,9 @@ MOST_CHANGED = 72
 
 BATCH = 65_536
 TEXT_LENGTHS = (37, 110)  # bytes of a URL or of a caption: 73 on average
+TWO_OFFSETS = 8  # bytes
 SCHEMA = pa.schema({"url": pa.string(), "caption": pa.string()})
+EMPTY = pa.record_batch([[], []], schema=SCHEMA)
 LONGEST = "of a thing " * 10
 
 
@@ -58,14 +60,14 @@ class Recipe:
     """Everything the data follows from.
 
     Attributes:
-        sides: the rows are as many as the numbers in a rectangle of this height and width.
+        batches: record batches of metadata, of `BATCH` rows each.
         lists: inverted lists.
         styles: around which their centres lie.
         files: of metadata.
 
     """
 
-    sides: tuple[int, int] = (78_000, 75_000)  # 5.85e9
+    batches: int = 89_264
     lists: int = 131_072
     styles: int = 64
     files: int = 3
@@ -73,7 +75,7 @@ class Recipe:
     @property
     def rows(self) -> int:
         """Of the index."""
-        return self.sides[0] * self.sides[1]
+        return self.batches * BATCH
 
     def rng(self, *purpose: int) -> np.random.Generator:
         """A generator of its own for each purpose."""
@@ -81,7 +83,7 @@ class Recipe:
 
 
 LAION_5B = Recipe()
-QUICK = Recipe(sides=(9_750, 9_375), lists=16_384, styles=8)  # 1/64 of the rows, lists 1/8 as long
+QUICK = Recipe(batches=1_395, lists=16_384, styles=8)  # 1/64 of the rows, lists 1/8 as long
 
 
 # --- where vectors lie ----------------------------------------------------------------------------
@@ -186,26 +188,20 @@ class Lists:
         return codes[order], ids[order]
 
     def _ids_at(self, places: Ids) -> Ids:
-        """A Feistel network: a permutation of the rows that scatters each list over all ids."""
-        high, wide = self.recipe.sides
-        left, right = np.divmod(places, wide)
-        for turn in range(ROUNDS):
-            if turn % 2:
-                right = (right + hashed(left, turn)) % wide
-            else:
-                left = (left + hashed(right, turn)) % high
-        return left * wide + right
+        """A Feistel network: a permutation of the rows that scatters each list over all batches."""
+        batch, row = np.divmod(places, BATCH)
+        for key in range(0, ROUNDS, 2):
+            batch = (batch + hashed(row, key)) % self.recipe.batches
+            row = (row + hashed(batch, key + 1)) % BATCH
+        return batch * BATCH + row
 
     def _places_of(self, ids: Ids) -> Ids:
         """The inverse of `_ids_at`."""
-        high, wide = self.recipe.sides
-        left, right = np.divmod(ids, wide)
-        for turn in reversed(range(ROUNDS)):
-            if turn % 2:
-                right = (right - hashed(left, turn)) % wide
-            else:
-                left = (left - hashed(right, turn)) % high
-        return left * wide + right
+        batch, row = np.divmod(ids, BATCH)
+        for key in reversed(range(0, ROUNDS, 2)):
+            row = (row - hashed(batch, key + 1)) % BATCH
+            batch = (batch - hashed(row, key)) % self.recipe.batches
+        return batch * BATCH + row
 
 
 def hashed(numbers: Ids, key: int) -> Ids:
@@ -220,45 +216,43 @@ def hashed(numbers: Ids, key: int) -> Ids:
 
 
 @dataclass(frozen=True)
-class RecordBatch:
-    """What all record batches of as many rows have in common, for their texts are equally long.
+class Layout:
+    """What all record batches have in common, for row i of one has texts as long as row i of any other.
 
     Attributes:
         header: its bytes.
         size: of header and body.
-        offsets: for each column the first byte of its offsets, from the beginning of the header.
-        texts: the same for its texts.
-        edges: for each column where each row's text begins, and where the last ends.
+        offsets: (2,) where the offsets of URL and caption begin, from the beginning of the header.
+        texts: (2,) where the texts themselves begin.
+        edges: (2, rows + 1) where each row's text begins among these, and where the last ends.
 
     """
 
     header: bytes
     size: int
-    offsets: tuple[int, ...]
-    texts: tuple[int, ...]
-    edges: tuple[Ids, ...]
+    offsets: Ids
+    texts: Ids
+    edges: Ids
 
 
 @cache
-def record_batch(rows: int) -> RecordBatch:
-    """The layout of a batch, as Arrow writes it."""
-    lengths = np.random.default_rng(rows).integers(*TEXT_LENGTHS, size=(2, rows))
-    edges = tuple(np.concatenate([[0], np.cumsum(column)]) for column in lengths)
+def layout() -> Layout:
+    """Let Arrow write a batch, and see where everything is."""
+    lengths = np.random.default_rng(0).integers(*TEXT_LENGTHS, size=(2, BATCH))
+    edges = np.pad(np.cumsum(lengths, axis=1), ((0, 0), (1, 0)))
     columns = [
         pa.StringArray.from_buffers(
-            rows, pa.py_buffer(edge.astype(np.int32)), pa.py_buffer(bytes(edge[-1]))
+            BATCH, pa.py_buffer(some.astype(np.int32)), pa.py_buffer(bytes(some[-1]))
         )
-        for edge in edges
+        for some in edges
     ]
     written = arrow_file([pa.record_batch(columns, schema=SCHEMA)])
-    first, body = table_of_blocks(written).headers[0]
-    stop = table_of_blocks(written).bodies[0, 1]
+    found = blocks_of(written)
+    (start, body), (_, stop) = found.headers[0].tolist(), found.bodies[0].tolist()
     read = pa.ipc.open_file(pa.BufferReader(written)).get_batch(0)
-    places = [
-        [buffer.address - written.address - first for buffer in c.buffers()[1:]] for c in read.columns
-    ]
-    offsets, texts = zip(*places, strict=True)
-    return RecordBatch(bytes(written[first:body]), stop - first, offsets, texts, edges)
+    buffers = np.array([[buffer.address for buffer in column.buffers()[1:]] for column in read.columns])
+    offsets, texts = (buffers - written.address - start).T
+    return Layout(bytes(written[start:body]), stop - start, offsets, texts, edges)
 
 
 def arrow_file(batches: Iterable[pa.RecordBatch]) -> pa.Buffer:
@@ -270,16 +264,17 @@ def arrow_file(batches: Iterable[pa.RecordBatch]) -> pa.Buffer:
     return sink.getvalue()
 
 
-def table_of_blocks(written: pa.Buffer) -> arrow.Blocks:
-    """Where the batches of a file are."""
+def blocks_of(written: pa.Buffer) -> arrow.Blocks:
+    """Where the batches of a file are, by its footer."""
     tail = bytes(written[written.size - arrow.TAIL :])
     return arrow.blocks(bytes(written[int(arrow.footer(written.size, tail)[0, 0]) :]))
 
 
-def as_blocks(starts: Ids, headers: Ids, bodies: Ids) -> bytes:
-    """The footer's table of batches."""
-    blocks = np.zeros(len(starts), arrow.FOOTER_BLOCK)
-    blocks["offset"], blocks["header"], blocks["body"] = starts, headers, bodies
+def as_in_footer(headers: Ids, bodies: Ids) -> bytes:
+    """Starts and stops of batches, (n, 2), as a footer states them."""
+    blocks = np.zeros(len(headers), arrow.FOOTER_BLOCK)
+    blocks["offset"] = headers[:, 0]
+    blocks["header"], blocks["body"] = (stops - starts for starts, stops in (headers.T, bodies.T))
     return blocks.tobytes()
 
 
@@ -290,126 +285,83 @@ class Texts:
     recipe: Recipe
 
     @property
-    def batches(self) -> int:
-        """Of all files."""
-        return -(-self.recipe.rows // BATCH)
-
-    @property
     def batches_of_a_file(self) -> int:
         """But for the last one, which may have fewer."""
-        return -(-self.batches // self.recipe.files)
-
-    def of(self, ids: Ids) -> pa.Table:
-        """The texts of some rows."""
-        ends = self._lengths(ids)
-        return pa.table(
-            [[text[:end] for text, end in zip(texts, column, strict=True)] for texts, column in
-             zip((map(url, ids.tolist()), map(caption, ids.tolist())), ends.T.tolist(), strict=True)],
-            schema=SCHEMA,
-        )  # fmt: skip
-
-    def _lengths(self, ids: Ids) -> Ids:
-        """(n, 2): bytes of each row's URL and caption."""
-        found = np.empty((len(ids), 2), np.int64)
-        for some, rows, batch in self._by_batch_length(ids):
-            found[some] = np.stack([edge[rows + 1] - edge[rows] for edge in batch.edges], axis=1)
-        return found
-
-    def places(self, ids: Ids) -> tuple[Ids, Ids, Ids]:
-        """Where rows lie: the file of each, its offsets and its texts, a column of the table each.
-
-        Returns:
-            (n,) files, (n, 2, 2) starts and stops of two offsets, (n, 2, 2) those of the text.
-
-        """
-        file, number = np.divmod(ids // BATCH, self.batches_of_a_file)
-        offsets, texts = np.empty((2, len(ids), 2, 2), np.int64)
-        for some, rows, batch in self._by_batch_length(ids):
-            start = self.first_batch + number[some] * record_batch(BATCH).size
-            for column, edge in enumerate(batch.edges):
-                at = start + batch.offsets[column] + rows * 4
-                offsets[some, column] = np.stack([at, at + 8], axis=1)
-                at = start + batch.texts[column]
-                texts[some, column] = at[:, None] + np.stack([edge[rows], edge[rows + 1]], axis=1)
-        return file, offsets, texts
-
-    def ranges(self, ids: Ids, file: int) -> Ranges:
-        """The bytes of one file that hold rows."""
-        found, *places = self.places(ids)
-        spans = np.concatenate([each[found == file].reshape(-1, 2) for each in places])
-        return ranges_of(spans[:, 0], spans[:, 1])
-
-    def _by_batch_length(self, ids: Ids) -> Iterator[tuple[NDArray[np.bool_], Ids, RecordBatch]]:
-        """Yield which ids are in batches of one length, their rows there, and the layout."""
-        last = ids // BATCH == self.batches - 1
-        for some, length in ((~last, BATCH), (last, self.recipe.rows - (self.batches - 1) * BATCH)):
-            if some.any():
-                yield some, ids[some] % BATCH, record_batch(length)
+        return -(-self.recipe.batches // self.recipe.files)
 
     @cached_property
     def first_batch(self) -> int:
-        """Where the first batch of each file begins."""
-        return int(table_of_blocks(arrow_file([pa.record_batch([[], []], schema=SCHEMA)])).headers[0, 0])
+        """Where it begins, in every file."""
+        return int(blocks_of(arrow_file([EMPTY])).headers[0, 0])
 
-    def header_ranges(self, file: int) -> Ids:
-        """(n, 2): starts and stops of the headers of a file."""
-        starts, headers, _ = self._blocks(file)
-        return np.stack([starts, starts + headers], axis=1)
+    def of(self, ids: Ids) -> pa.Table:
+        """The texts of some rows."""
+        lengths = np.diff(layout().edges)[:, ids % BATCH].tolist()
+        columns = [map(url, ids.tolist()), map(caption, ids.tolist())]
+        cut = [[t[:n] for t, n in zip(*both, strict=True)] for both in zip(columns, lengths, strict=True)]
+        return pa.table(cut, schema=SCHEMA)
 
-    def _blocks(self, file: int) -> tuple[Ids, Ids, Ids]:
-        """Starts of batches, and the lengths of their headers and bodies."""
-        numbers = np.arange(
-            file * self.batches_of_a_file, min((file + 1) * self.batches_of_a_file, self.batches)
+    def places(self, ids: Ids) -> tuple[Ids, Ids, Ids, Ids]:
+        """Where URL and caption of rows lie.
+
+        Returns:
+            (n,) the file of each row; (n, 2) where its offsets begin, of which two are read; (n, 2)
+            starts of its texts; (n, 2) their stops.
+
+        """
+        number, row = np.divmod(ids, BATCH)
+        file, number = np.divmod(number, self.batches_of_a_file)
+        batch = (self.first_batch + number * layout().size)[:, None]
+        edges = layout().edges.T
+        texts = batch + layout().texts
+        return (
+            file,
+            batch + layout().offsets + 4 * row[:, None],
+            texts + edges[row],
+            texts + edges[row + 1],
         )
-        layouts = [
-            record_batch(min(BATCH, self.recipe.rows - number * BATCH)) for number in numbers.tolist()
-        ]
-        sizes = np.array([layout.size for layout in layouts])
-        headers = np.array([len(layout.header) for layout in layouts])
-        return self.first_batch + np.cumsum(sizes) - sizes, headers, sizes - headers
+
+    def ranges(self, ids: Ids, file: int) -> Ranges:
+        """The bytes of one file that taking rows reads."""
+        of, offsets, starts, stops = self.places(ids)
+        some = of == file
+        starts = np.concatenate([offsets[some], starts[some]]).ravel()
+        return ranges_of(starts, np.concatenate([offsets[some] + TWO_OFFSETS, stops[some]]).ravel())
 
     def write_frame(self, file: int, path: Path) -> None:
-        """Write a file without its texts: the schema, all headers, and the footer."""
-        starts, headers, bodies = self._blocks(file)
-        empty = pa.record_batch([[], []], schema=SCHEMA)
-        small = arrow_file([empty] * len(starts))
-        blocks = table_of_blocks(small)
-        lengths = (blocks.headers[:, 1] - blocks.headers[:, 0], blocks.bodies[:, 1] - blocks.bodies[:, 0])
-        tail = bytes(small[int(blocks.bodies[-1, 1]) :])
-        old, new = as_blocks(blocks.headers[:, 0], *lengths), as_blocks(starts, headers, bodies)
-        assert tail.count(old) == 1
+        """Write a file without its texts: the schema, all headers, and the footer.
+
+        The footer is that of as many empty batches, with other places.
+        """
+        first = file * self.batches_of_a_file
+        count = min(self.batches_of_a_file, self.recipe.batches - first)
+        small = arrow_file([EMPTY] * count)
+        before = blocks_of(small)
+        starts = self.first_batch + np.arange(count) * layout().size
+        edges = np.stack([starts, starts + len(layout().header), starts + layout().size], axis=1)
+        ending = bytes(small[int(before.bodies[-1, 1]) :])
+        old = as_in_footer(before.headers, before.bodies)
+        assert ending.count(old) == 1
         with path.open("wb") as out:
             out.write(small[: self.first_batch])
-            header_of = {length: record_batch(length).header for length in (BATCH, self._last_length)}
-            last = file == self.recipe.files - 1
-            for number, start in enumerate(starts.tolist()):
-                length = self._last_length if last and number == len(starts) - 1 else BATCH
-                os.pwrite(out.fileno(), header_of[length], start)
-            out.seek(int(starts[-1] + headers[-1] + bodies[-1]))
-            out.write(tail.replace(old, new))
+            for start in starts.tolist():
+                os.pwrite(out.fileno(), layout().header, start)
+            out.seek(int(edges[-1, 2]))
+            out.write(ending.replace(old, as_in_footer(edges[:, :2], edges[:, 1:])))
 
-    @property
-    def _last_length(self) -> int:
-        return self.recipe.rows - (self.batches - 1) * BATCH
-
-    def write(self, ids: Ids, paths: list[Path]) -> None:
+    def write(self, ids: Ids, paths: Sequence[Path]) -> None:
         """Write the texts of rows, and the offsets that lead to them."""
-        texts = self.of(ids)
-        file, offsets, places = self.places(ids)
-        edges = np.empty((len(ids), 2, 2), np.int32)
-        for some, rows, batch in self._by_batch_length(ids):
-            for column, edge in enumerate(batch.edges):
-                edges[some, column] = np.stack([edge[rows], edge[rows + 1]], axis=1)
+        columns = [column.to_pylist() for column in self.of(ids).columns]
+        file, *places = self.places(ids)
+        edges = layout().edges[:, ids % BATCH + np.arange(2)[:, None]].astype(np.int32)
         for number, path in enumerate(paths):
-            with path.open("r+b") as out:
-                for column, name in enumerate(SCHEMA.names):
-                    mine = np.flatnonzero(file == number)
-                    some = texts[name].take(pa.array(mine)).to_pylist()
-                    for row, text in zip(mine.tolist(), some, strict=True):
-                        os.pwrite(
-                            out.fileno(), edges[row, column].tobytes(), int(offsets[row, column, 0])
-                        )
-                        os.pwrite(out.fileno(), text.encode(), int(places[row, column, 0]))
+            mine = np.flatnonzero(file == number).tolist()
+            with path.open("r+b", buffering=0) as out:
+                for column, texts in enumerate(columns):
+                    offsets, starts, _ = (each[:, column].tolist() for each in places)
+                    for row in mine:
+                        os.pwrite(out.fileno(), edges[column, :, row].tobytes(), offsets[row])
+                        os.pwrite(out.fileno(), texts[row].encode(), starts[row])
 
 
 def url(number: int) -> str:
@@ -440,12 +392,8 @@ class StandIn:
     """
 
     def __init__(self, place: Path, recipe: Recipe) -> None:
-        self.recipe, self.space, self.lists, self.texts = (
-            recipe,
-            Space(recipe),
-            Lists(recipe),
-            Texts(recipe),
-        )
+        self.recipe = recipe
+        self.space, self.lists, self.texts = Space(recipe), Lists(recipe), Texts(recipe)
         self.buckets, self.notes = place / "buckets", place / "notes"
         self.folder = self.buckets / BUCKET / FOLDER
         self.index, self.ivfdata = self.folder / POPULATED_INDEX, self.folder / INVERTED_LISTS
@@ -464,7 +412,7 @@ class StandIn:
             with self.ivfdata.open("wb") as file:
                 file.truncate(self.recipe.rows * ROW_BYTES)
         for number, path in enumerate(self.metadata):
-            written_once(path, lambda at, number=number: self.texts.write_frame(number, at))
+            written_once(path, partial(self.texts.write_frame, number))
         written_once(self.index, self._write_index)
 
     def _write_index(self, path: Path) -> None:
@@ -515,10 +463,10 @@ class StandIn:
         np.save(self.notes / f"{what}.npy", np.union1d(self._written(what), numbers))
 
 
-def written_once(path: Path, write: object) -> None:
+def written_once(path: Path, write: Callable[[Path], None]) -> None:
     """Write a file under another name, and rename it."""
     if path.exists():
         return
     unfinished = path.with_name(f".{path.name}")
-    write(unfinished)  # type: ignore[operator]
+    write(unfinished)
     unfinished.replace(path)

@@ -33,7 +33,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from memory import PeakMemory
 from ours import PHASES
-from stand_in import BUCKET, FOLDER, LAION_5B, QUICK, SCHEMA, Ids, StandIn
+from stand_in import BATCH, BUCKET, FOLDER, LAION_5B, QUICK, SCHEMA, Ids, StandIn
 from truesize_report import Case, report
 
 from laion_assets.index import (
@@ -454,7 +454,7 @@ def plain_arrow(stand_in: StandIn, ids: Ids) -> pa.Table:
     first = np.cumsum([0, *(reader.num_record_batches for reader in readers)])
     rows = []
     for number in ids.tolist():
-        batch, row = divmod(number, 65_536)
+        batch, row = divmod(number, BATCH)
         file = int(np.searchsorted(first, batch, side="right")) - 1
         rows.append(readers[file].get_batch(batch - int(first[file])).slice(row, 1))
     return pa.Table.from_batches(rows).take(pa.array(range(len(rows))))
@@ -623,7 +623,7 @@ def about(stand_in: StandIn) -> dict[str, Any]:
         "memory": memory / 2**30,
         "rows": stand_in.recipe.rows,
         "lists": stand_in.recipe.lists,
-        "batches": stand_in.texts.batches,
+        "batches": stand_in.recipe.batches,
         "apparent": sum(path.stat().st_size for path in stand_in.paths),
         "written": sum(path.stat().st_blocks * 512 for path in stand_in.paths) / 1e9,
         "reads": READS,
