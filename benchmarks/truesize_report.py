@@ -191,12 +191,20 @@ def sparse_table(cases: Mapping[str, Case], found: Mapping[str, Any]) -> str:
                 f"{took['fetched'] / 1e9:.2f} in {took.get('reads', 1):,}",
                 f"{took['planned'] / 1e9:.2f} in {took['planned_reads']:,}" if "planned" in took else "",
                 f"{took['read'] / 1e9:.2f}",
+                f"{took['served'] / 1e9:.2f}",
                 f"{took['anonymous'] / 1e6:,.0f}",
                 ", ".join(f"{n.replace('_', ' ')} {s:.1f}" for n, (s, _) in phases.items() if s >= 0.1),
             ]
         )
-    head = ["step", "seconds", "of CPU", "GB fetched, reads", "planned, reads", "GB read from the disk"]
-    return markdown([*head, "memory, MB", "phases, seconds"], rows)
+    head = [
+        "step",
+        "seconds",
+        "of CPU",
+        "GB fetched, reads",
+        "planned, reads",
+        "GB read from the cache's disk",
+    ]
+    return markdown([*head, "GB the server read", "memory, MB", "phases, seconds"], rows)
 
 
 def graph_table(took: Mapping[str, Any] | None) -> str:
