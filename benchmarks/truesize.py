@@ -220,6 +220,7 @@ class Meter:
             "faults": after.ru_majflt - usage.ru_majflt,
             "anonymous": memory.peak,
             "resident": after.ru_maxrss << 10,
+            "load": os.getloadavg()[0],
             "phases": self.phases,
             **told,
         }
@@ -502,7 +503,11 @@ def child(bench: Bench, step: str, name: str = "") -> dict[str, Any]:
 
 
 def forget(stand_in: StandIn) -> None:
-    """Let the page cache forget the index's files; nobody may have them mapped."""
+    """Let the page cache forget the index's files, which it does not while a process has them mapped."""
+    for maps in Path("/proc").glob("[0-9]*/maps"):
+        with suppress(OSError):  # the process has ended
+            if str(stand_in.buckets) in maps.read_text():
+                sys.exit(f"process {maps.parent.name} has files of {stand_in.buckets} mapped: end it")
     os.sync()
     for path in stand_in.paths:
         descriptor = os.open(path, os.O_RDONLY)

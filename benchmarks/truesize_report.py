@@ -41,7 +41,8 @@ class Case:
 
 REPORT = """# LAION-5B's true size
 
-`make bench-truesize` builds and measures again, on {cores} cores and {memory:.0f} GB of memory.
+`make bench-truesize` builds and measures again, here on {cores} cores and {memory:.0f} GB of memory. The
+load of the machine was {load:.0f} at most: above {cores}, seconds are upper bounds, bytes and counts are not.
 
 {rows:,} rows in {lists:,} inverted lists, and {batches:,} record batches in three Arrow
 files: {apparent:,} bytes, of which {written:.1f} GB are really written: what these requests read.
@@ -90,8 +91,10 @@ def report(about: Mapping[str, Any], cases: Mapping[str, Case], results: Mapping
 
     """
     requests = {name: results[name] for name in cases if name in results}
+    took = [each for step in results.values() for each in step.values() if isinstance(each, dict)]
     return REPORT.format(
         **about,
+        load=max((each.get("load", 0) for each in took), default=0),
         opening=opening_table(results.get("open", {})),
         requests=request_table(cases, requests),
         phases=phase_table(cases, requests),
