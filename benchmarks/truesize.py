@@ -30,7 +30,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -89,6 +89,7 @@ class Bench:
     stand_in: StandIn
     cases: Mapping[str, Case]
     graph: Mapping[str, Case]
+    states: Sequence[str] = ("cold", "warm")
 
     @property
     def notes(self) -> Path:
@@ -522,7 +523,7 @@ def run_in_place(bench: Bench, name: str) -> dict[str, Any]:
     forget(bench.stand_in)
     found["disk"] = child(bench, "disk", name)
     forget(bench.stand_in)
-    for state in ("cold", "warm"):
+    for state in bench.states:
         found[state] = child(bench, "request", name)
         log(summary(f"{bench.cases[name].title}, {state}", found[state]))
     found["check"] = child(bench, "check", name)
@@ -604,12 +605,13 @@ def log(line: str) -> None:
 
 def measure(bench: Bench, only: Sequence[str], output: Path) -> None:
     """Measure everything or some of it, and write the report of all that was ever measured."""
-    path = bench.notes / "results.json"
-    results = json.loads(path.read_text()) if path.exists() else {}
+    results = {}
     for name, run in measurements(bench).items():
+        path = bench.notes / f"{name}.json"
         if name in only:
-            results[name] = run(bench, name)
-            path.write_text(json.dumps(results, indent=1, default=float))
+            path.write_text(json.dumps(run(bench, name), indent=1, default=float))
+        if path.exists():
+            results[name] = json.loads(path.read_text())
     output.write_text(report(about(bench.stand_in), bench.cases, results))
 
 
@@ -637,12 +639,15 @@ def main() -> None:
     )
     parser.add_argument("--build", action="store_true", help="only build what is missing")
     parser.add_argument("--refill", action="store_true", help="find anew which rows requests take")
-    parser.add_argument("--output", type=Path, default=REPOSITORY / "benchmarks" / "truesize.md")
+    parser.add_argument("--output", type=Path, help="of the report; benchmarks/truesize.md if not quick")
+    parser.add_argument("--cold", action="store_true", help="ask only once, cold")
     parser.add_argument("--step", choices=STEPS, help="one step, in this process")
     parser.add_argument("--case", default="", help="of the step")
     parser.add_argument("--profile", action="store_true", help="of the step: where its CPU goes")
     asked = parser.parse_args()
     one = bench(quick=asked.quick)
+    if asked.cold:
+        one = replace(one, states=("cold",))
     if asked.step:
         run_step(one, asked.step, asked.case, profile=asked.profile)
         return
@@ -652,7 +657,8 @@ def main() -> None:
     only = asked.only or list(measurements(one))
     build(one, only)
     if not asked.build:
-        measure(one, only, asked.output)
+        usual = one.notes if asked.quick else REPOSITORY / "benchmarks"
+        measure(one, only, asked.output or usual / "truesize.md")
 
 
 def run_step(bench: Bench, step: str, case: str, *, profile: bool) -> None:

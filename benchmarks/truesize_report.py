@@ -41,8 +41,8 @@ class Case:
 
 REPORT = """# LAION-5B's true size
 
-`make bench-truesize` builds and measures again, here on {cores} cores and {memory:.0f} GB of memory. The
-load of the machine was {load:.0f} at most: above {cores}, seconds are upper bounds, bytes and counts are not.
+`make bench-truesize` builds and measures again, here on {cores} cores and {memory:.0f} GB of memory.
+The load of the machine was up to {load:.0f}; above {cores}, seconds are upper bounds.
 
 {rows:,} rows in {lists:,} inverted lists, and {batches:,} record batches in three Arrow
 files: {apparent:,} bytes, of which {written:.1f} GB are really written: what these requests read.
@@ -136,7 +136,7 @@ def request_table(cases: Mapping[str, Case], requests: Mapping[str, Any]) -> str
     rows = []
     for name, found in requests.items():
         case, disk = cases[name], found["disk"]
-        for state in ("cold", "warm"):
+        for state in sorted(found.keys() & {"cold", "warm"}):
             took = found[state]
             cold = state == "cold"
             of_disk = SLOWER_THAN_THE_DISK * disk["seconds"]
@@ -166,7 +166,7 @@ def phase_table(cases: Mapping[str, Case], requests: Mapping[str, Any]) -> str:
     names = list(next(iter(requests.values()))["cold"]["phases"]) if requests else []
     rows = []
     for name, found in requests.items():
-        for state in ("cold", "warm"):
+        for state in sorted(found.keys() & {"cold", "warm"}):
             took = found[state]
             cells = [phase_cell(*took["phases"][phase]) for phase in names]
             other = took["seconds"] - sum(seconds for seconds, _ in took["phases"].values())
