@@ -86,7 +86,7 @@ bench-sensor: $(READY) ## Measure a tick of the sensor over 100,000 seed files i
 bench-sparse: $(READY) ## Measure what sparse staging reads, a few minutes; writes benchmarks/sparse.md
 	$(BIN)/python benchmarks/sparse.py
 
-bench-truesize: $(READY) ## Requests on a stand-in of LAION-5B's true size, an hour, 40 GB of disk; writes benchmarks/truesize.md
+bench-truesize: $(READY) ## Requests on a stand-in of LAION-5B's true size, an hour, 25 GB of disk; writes benchmarks/truesize.md
 	$(BIN)/python benchmarks/truesize.py
 
 bench-build: $(READY) ## Build the same index as autofaiss, about an hour; ROWS= for another size
