@@ -5,6 +5,7 @@ disk's own speed is measured in the same run, by plain reads of the same bytes.
 
     truesize.py --quick                                  the tool itself, in two minutes
     truesize.py --only c100k open                        some measurements again, and the report of all
+    truesize.py --only                                   the report alone
     truesize.py --step request --case c100k --profile    one step, and where its CPU goes
 
 The files are in LAION_BENCH_CACHE, by default in `.cache` beside this file: 15 GB, and 10 more while
@@ -654,7 +655,7 @@ def main() -> None:
     if asked.refill:
         for path in one.notes.glob("*.npz"):
             path.unlink()
-    only = asked.only or list(measurements(one))
+    only = list(measurements(one)) if asked.only is None else asked.only
     build(one, only)
     if not asked.build:
         usual = one.notes if asked.quick else REPOSITORY / "benchmarks"
