@@ -79,6 +79,7 @@ INCLUDED = {
     "benchmarks/results": "benchmarks",
     "benchmarks/sparse": "benchmarks",
     "benchmarks/staging": "benchmarks",
+    "benchmarks/truesize": "benchmarks",
     "k8s/README": "kubernetes",
 }
 
