@@ -31,7 +31,7 @@ from laion_assets.io.ranges import NO_RANGES, Disk, Hold, Ranges, WholeFiles, ra
 URL_COLUMNS = ("url", "URL", "image_url", "image_path")
 CAPTION_COLUMNS = ("caption", "TEXT", "text", "alt")
 THUMBNAIL_COLUMN = "thumbnail"
-BATCHES_AT_ONCE = 4  # record batches from which a thread takes rows
+BATCHES_AT_ONCE = 4  # record batches, at most, from which a thread takes rows
 READS = 32  # that wait for the disk at a time: many more than cores
 TEXT_TYPES = (pa.string(), pa.null())
 THUMBNAIL_TYPES = (pa.binary(), pa.null())
@@ -246,7 +246,8 @@ class Metadata:
             schema = pa.schema([self.schema.field(name) for name in wanted])
             take = partial(self._take_from_batches, schema=schema)
             some = list(rows_by_batch.items())
-            parts = _readers().map(take, [some[part] for part in slices(len(some), BATCHES_AT_ONCE)])
+            at_once = min(max(len(some) // READS, 1), BATCHES_AT_ONCE)
+            parts = _readers().map(take, [some[part] for part in slices(len(some), at_once)])
             table = pa.concat_tables([schema.empty_table(), *parts])
         return table.take(pa.array(back))
 
