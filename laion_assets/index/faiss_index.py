@@ -18,7 +18,7 @@ import numpy as np
 
 from laion_assets.index.decoder import Decoder, list_bytes, list_numbers
 from laion_assets.index.faiss_file import read_with_lists_beside
-from laion_assets.index.inverted_lists import QUERIES_AT_ONCE, InvertedLists
+from laion_assets.index.inverted_lists import ID_SIZE, QUERIES_AT_ONCE, InvertedLists
 from laion_assets.index.vectors import unit
 from laion_assets.io.arrays import Bytes, Floats, Ids
 from laion_assets.io.console import silent_stdout
@@ -148,6 +148,19 @@ class Index:
         order = np.lexsort((ids, -similarity), axis=1)  # faiss orders ties differently in batches
         return Hits(ids[query, order], similarity[query, order], code[query, order], codes, lists)
 
+    def nearest_lists(self, queries: Floats, nprobe: int) -> Ids:
+        """Return the inverted lists that a search probes, (q, nprobe); -1 for none.
+
+        Args:
+            queries: (q, dimension) float32.
+            nprobe: inverted lists to probe; an index without lists counts as one.
+
+        """
+        if self._ivf is None:
+            return np.zeros((len(queries), 1), np.int64)
+        parameters = self._set_search_depth(nprobe)
+        return self._nearest_lists(transformed(self._index, queries), parameters.nprobe)[1]
+
     def _search_lists(
         self,
         held: Hold,
@@ -262,7 +275,7 @@ class Index:
             rounding = SCORE_ROUNDING * max(1, abs(float(found[0])))
             further = np.flatnonzero((lists[number] >= 0) & ~np.isin(lists[number], hits.lists[number]))
             better, weight = np.empty(0, np.float32), np.empty(0)
-            for sampled, each in _sample(further, max(nprobe // SAMPLED, MIN_SAMPLED_LISTS)):
+            for sampled, each in _sample(further, sampled_lists(nprobe)):
                 rows = self._rows_above(
                     rotated[number],
                     lists[number][sampled],
@@ -308,7 +321,7 @@ class Index:
                 ids, codes = self._rows_at(held, drawn)
                 yield ids, unit(decode(codes))
                 return
-            lengths = self._list_sizes()
+            lengths = self.list_sizes()
             filled = np.flatnonzero(lengths)
             for number in np.sort(random.permutation(filled)[:lists]):
                 start = random.integers(max(lengths[number] - rows, 0) + 1)
@@ -316,10 +329,18 @@ class Index:
                 ids, codes = self._rows_at(held, (number << 32) + np.arange(start, stop))
                 yield ids, unit(decode(codes))
 
-    def _list_sizes(self) -> Ids:
+    def list_sizes(self) -> Ids:
+        """Return the rows of each inverted list, (lists,); an index without lists counts as one."""
+        if self._ivf is None:
+            return np.array([self.rows])
         if self._lists is not None:
             return self._lists.size
         return np.array([self._ivf.invlists.list_size(number) for number in range(self.nlist)])
+
+    @property
+    def row_size(self) -> int:
+        """Bytes of a row in the file: in a list its PQ code and its id, else its vector."""
+        return self.dimension * 4 if self._ivf is None else int(self._ivf.code_size) + ID_SIZE
 
     @property
     def code_size(self) -> int:
@@ -359,6 +380,11 @@ class Index:
         nprobe = min(nprobe or self._ivf.nprobe, self.nlist)
         set_search_depth(self._ivf, nprobe)
         return faiss.SearchParametersIVF(nprobe=nprobe)
+
+
+def sampled_lists(nprobe: int) -> int:
+    """Return how many further lists a check of the recall searches for each query, at most."""
+    return max(nprobe // SAMPLED, MIN_SAMPLED_LISTS)
 
 
 def _sample(lists: Ids, most: int) -> list[tuple[Ids, float]]:

@@ -12,6 +12,7 @@ import threading
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from functools import cache, partial
 from itertools import pairwise
 from pathlib import Path
@@ -26,7 +27,7 @@ from laion_assets.index.batch_tables import BatchTable, BatchTables
 from laion_assets.io.arrays import Ids, Mask
 from laion_assets.io.errors import InputError
 from laion_assets.io.parallel import slices
-from laion_assets.io.ranges import NO_RANGES, Disk, Hold, Ranges, WholeFiles, ranges_of, union
+from laion_assets.io.ranges import NO_RANGES, Disk, Hold, Ranges, WholeFiles, ranges_of, total, union
 
 URL_COLUMNS = ("url", "URL", "image_url", "image_path")
 CAPTION_COLUMNS = ("caption", "TEXT", "text", "alt")
@@ -67,6 +68,25 @@ class MetadataFile(Protocol):
 
     def batch(self, number: int, columns: Sequence[str]) -> pa.RecordBatch | pa.Table:
         """Return one batch with at least the named columns."""
+
+    def layout(self, columns: Sequence[str]) -> BatchLayout:
+        """Return what reading rows of the first batch reads; what describes it must be on the disk."""
+
+
+@dataclass(frozen=True)
+class BatchLayout:
+    """What reading some rows of a batch reads.
+
+    Attributes:
+        rows: rows of the batch.
+        always: bytes that are read for any row: its header, or all of a compressed batch.
+        buffers: sizes in bytes of the buffers of which only the pages of the rows are read.
+
+    """
+
+    rows: int
+    always: int
+    buffers: tuple[int, ...] = ()
 
 
 class ArrowFile:
@@ -140,6 +160,16 @@ class ArrowFile:
         """Return one record batch; nothing of it is read or copied before its columns are."""
         return self._reader().get_batch(number)
 
+    def layout(self, columns: Sequence[str]) -> BatchLayout:
+        """Return what reading rows of the first batch reads."""
+        rows = int(self.batch_lengths[0])
+        if self._compressed[0]:
+            return BatchLayout(rows, total(self._blocks.bodies[:1]))
+        batch = self._reader().get_batch(0).select(list(columns))
+        buffers = (buffer for column in batch.columns for buffer in column.buffers())
+        header = total(self._blocks.headers[:1])
+        return BatchLayout(rows, header, tuple(each.size for each in buffers if each is not None))
+
 
 class ParquetFile:
     """A Parquet file; its batches are its row groups."""
@@ -169,6 +199,13 @@ class ParquetFile:
         """Return one row group, unpacked."""
         with self._one_at_a_time:
             return self._file.read_row_group(number, columns=list(columns))
+
+    def layout(self, columns: Sequence[str]) -> BatchLayout:
+        """Return what reading rows of the first row group reads: all of its columns."""
+        group = self._file.metadata.row_group(0)
+        chunks = (group.column(number) for number in range(group.num_columns))
+        read = sum(c.total_compressed_size for c in chunks if c.path_in_schema.split(".")[0] in columns)
+        return BatchLayout(group.num_rows, read)
 
 
 class Metadata:
@@ -215,6 +252,21 @@ class Metadata:
     def __len__(self) -> int:
         """Rows; the highest id with metadata is one less."""
         return int(self._starts[-1])
+
+    @property
+    def batches(self) -> int:
+        """Record batches or row groups of all files."""
+        return len(self._starts) - 1
+
+    def layout(self) -> BatchLayout:
+        """Return what `take` reads of a batch, by the first batch."""
+        file = next((file for file in self._files if len(file.batch_lengths)), None)
+        if file is None:
+            return BatchLayout(0, 0)
+        columns = [self._names[name] for name in self._wanted(None) if name in self._names]
+        with self._disk.hold() as held:
+            held.need({file.path: file.describing(np.array([0]))})
+            return file.layout(columns)
 
     def covers(self, ids: Ids) -> Mask:
         """Return which ids have a metadata row, shape (n,)."""

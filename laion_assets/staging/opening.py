@@ -19,6 +19,7 @@ from laion_assets.staging.sparse.store import SparseFiles
 from laion_assets.staging.transfer import locks
 from laion_assets.staging.transfer.fetch import TransferStats
 from laion_assets.staging.transfer.files import SourceFile
+from laion_assets.staging.transfer.range_readers import RangeReader
 from laion_assets.staging.transfer.source import open_files
 from laion_assets.staging.verify import verified_manifest
 
@@ -117,17 +118,23 @@ def open_sparse_files(
 
     If the source has changed, the manifest is marked incomplete, so that the index is not opened again.
     """
-    staged = [file for file in manifest.files if file.sparse]
-    reader, paths = open_files([file.source for file in staged])
+    reader, files = sources_of(manifest)
     return SparseFiles(
         cache,
-        [
-            SourceFile(file.name, file.source, path, file.size, file.version, file.checksum)
-            for file, path in zip(staged, paths, strict=True)
-        ],
+        files,
         reader,
         budget=budget,
         log=log,
         on_change=lambda: replace(manifest, complete=False).write(cache),
         clock=clock,
     )
+
+
+def sources_of(manifest: Manifest) -> tuple[RangeReader, list[SourceFile]]:
+    """Return a reader of the source, and what the sparse files of a manifest are there."""
+    staged = [file for file in manifest.files if file.sparse]
+    reader, paths = open_files([file.source for file in staged])
+    return reader, [
+        SourceFile(file.name, file.source, path, file.size, file.version, file.checksum)
+        for file, path in zip(staged, paths, strict=True)
+    ]

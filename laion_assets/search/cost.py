@@ -1,0 +1,373 @@
+"""Estimate what a request reads and how long it takes: pure functions of its numbers and of the index's.
+
+The counts of lists, rows, pages and pairs follow from laws, which are stated with each function. Seconds
+follow from the counts and from `Rates`, which `probe` measures. Counts are expectations, so they are
+floats. Where queries may share what they read, the counts are upper bounds.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import numpy as np
+
+from laion_assets.index.faiss_index import FURTHER, sampled_lists
+from laion_assets.index.inverted_lists import WORTH_READING_AHEAD
+from laion_assets.index.metadata import BatchLayout
+from laion_assets.io.arrays import Ids
+from laion_assets.search.near_duplicates import SIZES
+from laion_assets.search.retrieval import RECALL_QUERIES
+from laion_assets.staging.sparse.reads import MAX_READ, MERGE_GAP, PAGE_SIZE
+
+
+@dataclass(frozen=True)
+class Shape:
+    """The numbers of an index from which the counts follow.
+
+    Attributes:
+        rows: rows of the index.
+        lists: inverted lists; 1 for an index without lists.
+        probed_rows: rows of a probed list, on average, see `mean_probed_rows`.
+        row_size: bytes of a row in its list, code and id.
+        batches: record batches of the metadata.
+        layout: what reading rows of a batch reads.
+        centres: bytes of the index beside its lists, which are mapped and soon read.
+        window: bytes that the kernel reads around a page fault.
+        sparse: whether only what requests need is on the disk.
+
+    """
+
+    rows: int
+    lists: int
+    probed_rows: float
+    row_size: int
+    batches: int
+    layout: BatchLayout
+    centres: int = 0
+    window: int = 0
+    sparse: bool = False
+
+
+@dataclass(frozen=True)
+class Search:
+    """A search around one query or many.
+
+    Attributes:
+        queries: number of queries.
+        k: images requested for each query.
+        nprobe: lists probed for each query; 1 for an index without lists.
+        read: share of the requested images whose metadata is read: all but near-duplicates.
+
+    """
+
+    queries: int
+    k: int
+    nprobe: int
+    read: float
+
+
+@dataclass(frozen=True)
+class Pairwise:
+    """The law of near-duplicates: ``linear * n + quadratic * n^2`` seconds of a core for n rows.
+
+    The linear part decodes, sketches and compares rows within cells; the quadratic part compares the
+    different images among them, see `near_duplicates`.
+    """
+
+    linear: float
+    quadratic: float
+
+    def seconds(self, rows: float) -> float:
+        """Return the seconds of a core for so many rows, which are compared with each other."""
+        return self.linear * rows + self.quadratic * rows**2
+
+    @classmethod
+    def through(cls, few: float, seconds_of_few: float, many: float, seconds_of_many: float) -> Pairwise:
+        """Return the law through two measurements; neither part is negative."""
+        if many <= few:
+            return cls(seconds_of_many / many, 0.0)
+        quadratic = (seconds_of_many / many - seconds_of_few / few) / (many - few)
+        quadratic = min(max(quadratic, 0.0), seconds_of_many / many**2)
+        return cls(seconds_of_many / many - quadratic * many, quadratic)
+
+
+@dataclass(frozen=True)
+class Rates:
+    """What a machine takes, in seconds. Those of the processor are of one core, with all in memory.
+
+    Attributes:
+        cores: cores that the work is divided among.
+        opening: to open the index and its metadata, and to search for the first time.
+        query: to choose the lists of a query, however many.
+        list: for each list chosen.
+        scanned: for each row of a list.
+        found: for each row returned.
+        short: near-duplicates within a result of at most `SIZES.small` rows.
+        long: near-duplicates within a longer one.
+        batch: to take rows from a record batch, however many.
+        taken: for each row taken.
+        written: for each row written to a table.
+        combined: for each row that is combined, without near-duplicates.
+        page: to read a page at a random place of the disk, while many are read.
+        byte: to read a byte of a long run from the disk.
+        request: to request a range from the source, while many are requested; 0 unless staged sparse.
+        fetched: to read a byte of a long range from the source; likewise.
+
+    """
+
+    cores: int
+    opening: float
+    query: float
+    list: float
+    scanned: float
+    found: float
+    short: Pairwise
+    long: Pairwise
+    batch: float
+    taken: float
+    written: float
+    combined: float
+    page: float
+    byte: float
+    request: float = 0.0
+    fetched: float = 0.0
+
+
+@dataclass(frozen=True)
+class Step:
+    """What a step takes.
+
+    Attributes:
+        size: bytes that it reads, if none of them is in memory or, staged sparse, on the disk.
+        reads: requests to the source for them; 0 unless staged sparse.
+        cold: seconds if it reads them all.
+        warm: seconds if it reads none.
+
+    """
+
+    size: float = 0.0
+    reads: float = 0.0
+    cold: float = 0.0
+    warm: float = 0.0
+
+    def __add__(self, other: Step) -> Step:
+        """Return what both take, one after the other."""
+        return Step(
+            self.size + other.size,
+            self.reads + other.reads,
+            self.cold + other.cold,
+            self.warm + other.warm,
+        )
+
+
+Steps = Mapping[str, Step]
+
+
+def total(steps: Steps) -> Step:
+    """Return what all steps take."""
+    return sum(steps.values(), Step())
+
+
+def together(*some: Steps) -> Steps:
+    """Add up the steps of the same name."""
+    names = dict.fromkeys(name for steps in some for name in steps)
+    return {name: sum((steps.get(name, Step()) for steps in some), Step()) for name in names}
+
+
+# --- lists ----------------------------------------------------------------------------------------
+
+
+def mean_probed_rows(sizes: Ids) -> float:
+    """Return the rows of a probed list, on average: E[s^2] / E[s], where s is the size of a list.
+
+    A query lies near rows, so it finds a list the more often the more rows that has. The sizes of a
+    trained index are lognormal, so this is more than the mean.
+
+    Args:
+        sizes: (lists,) rows of each list.
+
+    """
+    wide = sizes.astype(np.float64)
+    return float(wide @ wide / max(wide.sum(), 1))
+
+
+def rows_scanned(shape: Shape, lists: float) -> float:
+    """Return the rows in so many lists: ``lists * probed_rows``, and no more than the index has."""
+    return min(lists * shape.probed_rows, shape.rows)
+
+
+def distinct_lists(shape: Shape, nprobe: float, queries: float) -> float:
+    """Return how many different lists queries probe: at most ``lists * (1 - (1 - nprobe/lists)^q)``.
+
+    This is the expectation for queries that have nothing in common; similar queries share lists. 1,000
+    seeds of random styles probe 50,343 of 131,072 lists at 64 each, where this is 50,600.
+    """
+    missed: float = (1 - min(nprobe / shape.lists, 1)) ** queries
+    return shape.lists * (1 - missed)
+
+
+def list_bytes(shape: Shape, lists: float, window: int) -> float:
+    """Return the bytes read of so many lists, of b bytes each.
+
+    A page fault reads a window of w bytes around it, so a list takes ``1 + b/w`` windows at random
+    places. Lists that are read ahead take b bytes.
+
+    Args:
+        shape: of the index.
+        lists: number of different lists.
+        window: w; 0 if they are read ahead.
+
+    """
+    size = rows_scanned(shape, lists) * shape.row_size
+    if not window:
+        return size
+    return window * touched(shape.rows * shape.row_size / window, lists + size / window)
+
+
+def recall_lists(shape: Shape, nprobe: int) -> int:
+    """Return the further lists that the check of the recall searches for a query, see `Index.recall`.
+
+    Sparse staging has no such check.
+    """
+    return 0 if shape.sparse else min(sampled_lists(nprobe), shape.lists - nprobe)
+
+
+# --- metadata -------------------------------------------------------------------------------------
+
+
+def touched(places: float, visits: float) -> float:
+    """Return how many of some places are visited at random at least once: ``p * (1 - exp(-v/p))``."""
+    return places * -math.expm1(-visits / places) if places else 0.0
+
+
+def buffer_reads(size: float, rows_of_batch: float, rows: float, gap: int) -> tuple[float, float]:
+    """Return reads and pages for some rows of one buffer of a record batch.
+
+    A row of b bytes lies on ``1 + b/4096`` pages. Each page is needed with the same probability p. Pages
+    at most `gap` apart are read together with those between them, so a read begins at a page that is
+    needed with probability ``p * (1-p)^(gap+1)``, and a page is read without need with probability
+    ``sum of j * p^2 * (1-p)^j for j up to gap``.
+
+    Args:
+        size: bytes of the buffer.
+        rows_of_batch: rows whose elements it holds.
+        rows: rows that are read, at random.
+        gap: pages between two reads that are merged; 0 for page faults, which are never merged.
+
+    """
+    pages = max(size / PAGE_SIZE, 1.0)
+    p = touched(pages, rows * (1 + size / rows_of_batch / PAGE_SIZE)) / pages
+    between = sum(j * p**2 * (1 - p) ** j for j in range(1, gap + 1))
+    read = pages * min(p + between, 1.0)
+    if not gap:
+        return read, read
+    return max(pages * p * (1 - p) ** (gap + 1), read / MAX_READ, min(rows, 1.0)), read
+
+
+def metadata_reads(shape: Shape, rows: float) -> tuple[float, float]:
+    """Return the reads and bytes of taking rows from the metadata, whose ids are random.
+
+    For each row, every column takes a page of offsets or numbers and, if it is text, one of values, and
+    each batch with such a row its header. For LAION, URL and caption of 2,500 rows take 4.7 page faults
+    a row; sparse staging merges near pages, and has read the headers before.
+    """
+    layout, gap = shape.layout, MERGE_GAP if shape.sparse else 0
+    batches = touched(shape.batches, rows)
+    if not batches:
+        return 0.0, 0.0
+    header = 0 if shape.sparse and layout.buffers else math.ceil(layout.always / PAGE_SIZE)
+    of_buffers = [buffer_reads(size, layout.rows, rows / batches, gap) for size in layout.buffers]
+    reads, pages = (sum(each) for each in zip((0.0, 0.0), *of_buffers, strict=True))
+    header_reads = min(header, 1) if shape.sparse else header
+    return batches * (header_reads + reads), batches * (header + pages) * PAGE_SIZE
+
+
+# --- the steps of a request -----------------------------------------------------------------------
+
+
+def search_steps(shape: Shape, rates: Rates, search: Search) -> Steps:
+    """Return what the steps of a search take, by name."""
+    found, read = rows_found(shape, search), rows_read(shape, search)
+    return {
+        "opening": _opening_step(shape, rates),
+        "search": _search_step(shape, rates, search),
+        "metadata": _metadata_step(shape, rates, read),
+        "near-duplicates": _near_duplicates_step(rates, search.queries, found / search.queries),
+        "tables": _computed(rates.written * read),
+    }
+
+
+def combine_steps(rates: Rates, rows: float) -> Steps:
+    """Return what combining tables with so many rows takes, at most: all may be different images."""
+    return {
+        "near-duplicates": _near_duplicates_step(rates, 1, rows),
+        "tables": _computed(rates.combined * rows),
+    }
+
+
+def rows_found(shape: Shape, search: Search) -> float:
+    """Return the rows that a search returns at most: no more than the probed lists have."""
+    return search.queries * min(search.k, rows_scanned(shape, search.nprobe))
+
+
+def rows_read(shape: Shape, search: Search) -> float:
+    """Return the rows whose metadata is read, which are written at most."""
+    return min(rows_found(shape, search), search.queries * search.k * search.read)
+
+
+def _computed(seconds: float) -> Step:
+    return Step(cold=seconds, warm=seconds)
+
+
+def _opening_step(shape: Shape, rates: Rates) -> Step:
+    """Sparse staging has copied the centres before."""
+    size = 0 if shape.sparse else shape.centres
+    return Step(size, 0, rates.opening + size * rates.byte, rates.opening)
+
+
+def _search_step(shape: Shape, rates: Rates, search: Search) -> Step:
+    """Search, and check the recall. Lists are read while others are searched, or fetched before."""
+    nprobe, further = search.nprobe, recall_lists(shape, search.nprobe)
+    sample = min(search.queries, RECALL_QUERIES)
+    computing = _searching(shape, rates, search.queries, nprobe, nprobe, search.k)
+    if further:
+        chosen = min(FURTHER * nprobe, shape.lists)
+        computing += _searching(shape, rates, sample, chosen, further, 0)
+    lists = distinct_lists(shape, nprobe, search.queries)
+    of_a_query = rows_scanned(shape, nprobe) * shape.row_size
+    window = 0 if shape.sparse or of_a_query >= WORTH_READING_AHEAD else shape.window
+    size = list_bytes(shape, lists, window)
+    size += list_bytes(shape, distinct_lists(shape, further, sample), shape.window)
+    size = min(size, shape.rows * shape.row_size)
+    if not shape.sparse:
+        return Step(size, 0, max(size * rates.byte, computing), computing)
+    reads = max(lists, size / PAGE_SIZE / MAX_READ)
+    return Step(size, reads, computing + _fetching(rates, reads, size), computing)
+
+
+def _searching(shape: Shape, rates: Rates, queries: int, chosen: int, lists: int, k: int) -> float:
+    """Return the seconds to choose lists for each query and to scan some; each query takes one core."""
+    rows = rows_scanned(shape, lists)
+    of_a_query = rates.query + rates.list * chosen + rates.scanned * rows + rates.found * min(k, rows)
+    return of_a_query * queries / min(rates.cores, queries)
+
+
+def _metadata_step(shape: Shape, rates: Rates, rows: float) -> Step:
+    reads, size = metadata_reads(shape, rows)
+    computing = rates.batch * touched(shape.batches, rows) + rates.taken * rows
+    if shape.sparse:
+        return Step(size, reads, computing + _fetching(rates, reads, size), computing)
+    reading = reads * rates.page if shape.layout.buffers else size * rates.byte
+    return Step(size, 0, max(reading, computing), computing)
+
+
+def _near_duplicates_step(rates: Rates, results: int, rows: float) -> Step:
+    """Near-duplicates are removed within each result."""
+    law = rates.short if rows <= SIZES.small else rates.long
+    return _computed(results * law.seconds(rows) / rates.cores)
+
+
+def _fetching(rates: Rates, reads: float, size: float) -> float:
+    return reads * rates.request + size * rates.fetched
