@@ -21,7 +21,7 @@ import numpy as np
 
 from laion_assets.io.tables import new_table
 from laion_assets.search.combined import DECODER
-from laion_assets.search.cost import Search, search_steps, total
+from laion_assets.search.cost import search_of, search_steps, total
 from laion_assets.search.near_duplicates import DEDUP_THRESHOLD
 from laion_assets.search.probe import bytes_read, keep_rates, kept_rates, measured_rates, shape_of
 from laion_assets.search.retrieval import Request, columns_found, retrieve
@@ -78,7 +78,7 @@ def planned(cache: Path) -> dict[str, Plan]:
         rates, shape = kept_rates(cache, opened.manifest.fingerprint), shape_of(opened, cache)
         print(f"probe: {wall:.1f} s, {cpu:.1f} of CPU\n{rates}\n")
         for what, (seeds, k) in REQUESTS.items():
-            search = Search(max(seeds, 1), k, opened.index.nprobe_for(k) or 1, USUAL_SHARE)
+            search = search_of(shape, max(seeds, 1), k, USUAL_SHARE)
             whole = total(search_steps(shape, rates, search))
             alone = total(search_steps(shape, replace(rates, cores=1), search))
             plans[what] = Plan(whole.cold, whole.warm, alone.warm, whole.size)

@@ -25,13 +25,14 @@ from laion_assets.build import Build, Request, cost_of, embed_folder, index_key_
 from laion_assets.definitions import JOB, build_defs
 from laion_assets.defs.build_sensor import ENCODE_JOB, PUBLISH_JOB, TRAIN_JOB
 from laion_assets.defs.dagster_internals import RunFailureReason
+from laion_assets.defs.estimate import measured_machine
 from laion_assets.defs.failures import sentence
 from laion_assets.defs.kubernetes.placement import NvmeNode
 from laion_assets.defs.launcher import fail_abandoned_runs, process_lock
 from laion_assets.defs.look import SHEETS, TOP, look
 from laion_assets.defs.partitions import SEED_SETS, SHARDS
 from laion_assets.defs.places import DATA, Places
-from laion_assets.defs.request_plan import as_yaml, plan_request, read_history
+from laion_assets.defs.request_plan import as_yaml, estimated, plan_request, read_history, scaled
 from laion_assets.defs.resources import Embedder, IndexBuilder, LaionIndex, SeedFolder
 from laion_assets.defs.settings import FIELDS, Defaults, RetrievalConfig, kind_of
 from laion_assets.defs.terminal import count, one_line
@@ -226,7 +227,12 @@ def _plan(parsed: argparse.Namespace, environment: Mapping[str, str]) -> int:
     settings = RetrievalConfig().resolve(Defaults.from_environment(environment), own, name, block_list)
     with instance(environment) as kept:
         known = read_history(kept, parsed.seed_set, settings.asked())
-    print(*as_yaml(plan_request(parsed.target, seeds, known), parsed.target, seeds), sep="\n")
+    plan = plan_request(parsed.target, seeds, known)
+    try:
+        times = estimated(plan, seeds, measured_machine(LaionIndex.at(places)), settings.values.nprobe)
+    except InputError as error:  # above all, an index that is not staged
+        times = [f"# reads: unknown, because {one_line(str(error))}", *scaled(plan)]
+    print(*as_yaml(plan, parsed.target, seeds, times), sep="\n")
     return 0
 
 

@@ -1,13 +1,17 @@
-"""Plan a request for a target: images to request, and time and disk space scaled from the last run."""
+"""Plan a request for a target: images to request, what they take on this machine, and disk space.
+
+Without a staged index, time is scaled from the set's last run.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import dagster as dg
 
+from laion_assets.defs.estimate import Machine, as_bytes, as_comments, share_read
 from laion_assets.defs.history import PastMaterialization, materializations, measured_yield
 from laion_assets.defs.terminal import count
 from laion_assets.io.progress import format_duration
@@ -105,12 +109,38 @@ def plan_request(target: int, seeds: int, known: History) -> RequestPlan:
     )
 
 
-def as_yaml(plan: RequestPlan, target: int, seeds: int) -> list[str]:
-    """Return a plan as YAML to paste, with the two numbers as settings and the rest as comments."""
+def estimated(plan: RequestPlan, seeds: int, machine: Machine, nprobe: int | None) -> list[str]:
+    """Return what the request is expected to take on this machine, as comments.
+
+    Args:
+        plan: the numbers of images to request.
+        seeds: number of seeds.
+        machine: this machine.
+        nprobe: lists to probe; chosen if None.
+
+    """
+    counts, known = plan.counts, plan.known
+    knn, centroid, _ = (share_read(known.last_run.get(name), known.yielded.share) for name in TABLES)
+    steps = machine.request(
+        seeds, counts.nb_images_knn, counts.nb_images_centroid, nprobe, (knn, centroid)
+    )
+    return as_comments(steps, machine)
+
+
+def as_yaml(plan: RequestPlan, target: int, seeds: int, times: Sequence[str] = ()) -> list[str]:
+    """Return a plan as YAML to paste, with the two numbers as settings and the rest as comments.
+
+    Args:
+        plan: the plan.
+        target: number of images wanted.
+        seeds: number of seeds.
+        times: comments about reads and time, see `estimated`; those of `scaled` if empty.
+
+    """
     counts, requested, rows = plan.counts, plan.requested, plan.known.index_rows
     size = plan.known.index_size
-    index = "not staged yet" if size is None else _as_bytes(size)
-    sizes = ", ".join(f"{name} {_as_bytes(size)}" for name, size in plan.sizes.items())
+    index = "not staged yet" if size is None else as_bytes(size)
+    sizes = ", ".join(f"{name} {as_bytes(size)}" for name, size in plan.sizes.items())
     bounded = rows is not None and (
         target > rows or rows in (counts.nb_images_knn, counts.nb_images_centroid)
     )
@@ -121,12 +151,13 @@ def as_yaml(plan: RequestPlan, target: int, seeds: int) -> list[str]:
         f"nb_images_knn: {counts.nb_images_knn}",
         f"nb_images_centroid: {counts.nb_images_centroid}",
         *([f"# the index has only {rows:,} rows, which caps requests"] if bounded else []),
-        *_times(plan),
+        *(times or scaled(plan)),
         f"# disk: tables {sizes or 'unknown before the first run of the set'}; index {index}",
     ]
 
 
-def _times(plan: RequestPlan) -> list[str]:
+def scaled(plan: RequestPlan) -> list[str]:
+    """Return the time of the set's last run, scaled to the request, as comments."""
     if not plan.seconds:
         return ["# time: unknown before the first run of the set"]
     times = ", ".join(f"{name} {format_duration(seconds)}" for name, seconds in plan.seconds.items())
@@ -147,10 +178,3 @@ def _last_run(instance: dg.DagsterInstance, seed_set: str) -> dict[str, PastMate
         if made.asked is not None and all(run in by_run[name] for name in TABLES):
             return {name: by_run[name][run] for name in TABLES}
     return {}
-
-
-def _as_bytes(size: int) -> str:
-    for unit, name in ((10**12, "TB"), (10**9, "GB"), (10**6, "MB")):
-        if size >= unit:
-            return f"{size / unit:.3g} {name}"
-    return f"{max(1, round(size / 1000))} kB"

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from laion_assets.index.faiss_index import FURTHER, sampled_lists
+from laion_assets.index.faiss_index import FURTHER, nprobe_rule, sampled_lists
 from laion_assets.index.inverted_lists import WORTH_READING_AHEAD
 from laion_assets.index.metadata import BatchLayout
 from laion_assets.io.arrays import Ids
@@ -163,6 +163,21 @@ class Step:
 
 
 Steps = Mapping[str, Step]
+
+
+def search_of(shape: Shape, queries: int, k: int, read: float, nprobe: int | None = None) -> Search:
+    """Return a search with the lists that it probes, see `nprobe_rule`.
+
+    Args:
+        shape: of the index.
+        queries: number of queries.
+        k: images requested for each query.
+        read: share of the requested images whose metadata is read.
+        nprobe: the user's choice, capped at the number of lists.
+
+    """
+    lists = min(nprobe, shape.lists) if nprobe else nprobe_rule(k, shape.lists, shape.rows)
+    return Search(queries, k, lists, read)
 
 
 def total(steps: Steps) -> Step:

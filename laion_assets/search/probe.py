@@ -29,6 +29,7 @@ from laion_assets.index.layout import METADATA_FOLDER
 from laion_assets.index.metadata import READS, Metadata
 from laion_assets.index.vectors import decoded_codes, unit
 from laion_assets.io.arrays import Bytes, Floats, Ids
+from laion_assets.io.errors import InputError
 from laion_assets.io.ranges import read_ahead
 from laion_assets.io.tables import fixed_size_binary
 from laion_assets.search.combined import combine
@@ -76,7 +77,7 @@ def shape_of(opened: OpenIndex, cache: Path) -> Shape:
         opened.metadata.layout(),
         max(sum(file.size for file in files) - index.rows * index.row_size, 0),
         _window(cache / files[0].path),
-        is_sparse(opened),
+        not opened.whole,
     )
 
 
@@ -88,11 +89,6 @@ def _window(path: Path) -> int:
         return int(setting.read_text()) << 10
     except (OSError, ValueError):  # no such disk, as in some containers
         return USUAL_WINDOW
-
-
-def is_sparse(opened: OpenIndex) -> bool:
-    """Return whether an index is staged sparse."""
-    return any(file.sparse for file in opened.manifest.files)
 
 
 # --- kept rates -----------------------------------------------------------------------------------
@@ -153,11 +149,15 @@ def measured_rates(opened: OpenIndex, cache: Path) -> Rates:
         opened: the staged index.
         cache: its cache directory.
 
+    Raises:
+        InputError: the index is empty, or its source cannot be read.
+
     """
+    if not opened.index.rows or not len(opened.metadata):
+        raise InputError(f"the index in {cache} is empty", "staged_index")
     opening = _opening_seconds(cache)  # the first calls of a process take longer
-    sparse = is_sparse(opened)
-    request, fetched = _source_rates(opened) if sparse else (0.0, 0.0)
-    page, byte = (0.0, 0.0) if sparse else _disk_rates(opened, cache)
+    request, fetched = (0.0, 0.0) if opened.whole else _source_rates(opened)
+    page, byte = _disk_rates(opened, cache) if opened.whole else (0.0, 0.0)
     query, a_list = _choosing_rates(opened.index)
     scanned, found, hits = _search_rates(opened.index)
     short, long = _near_duplicate_laws(opened.index, hits)

@@ -43,6 +43,11 @@ class OpenIndex:
     manifest: Manifest
     fetched: TransferStats
 
+    @property
+    def whole(self) -> bool:
+        """Whether all of it is on the disk, not only what requests needed."""
+        return not any(file.sparse for file in self.manifest.files)
+
 
 def is_staged(cache: Path) -> bool:
     """Return whether an index was staged to a directory, completely or not."""

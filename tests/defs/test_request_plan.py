@@ -1,7 +1,9 @@
 """`laion-assets plan`: images to request, time, disk space, and the basis of the estimate."""
 
+import itertools
 import re
 import shutil
+from dataclasses import replace
 from typing import Any
 
 import dagster as dg
@@ -9,9 +11,13 @@ import pytest
 import yaml
 
 from laion_assets.cli import instance, main
+from laion_assets.defs.estimate import Machine, as_comments, share_read
 from laion_assets.defs.history import PastMaterialization, materializations
 from laion_assets.defs.request_plan import TABLES, History, as_yaml, plan_request
+from laion_assets.index.metadata import BatchLayout
+from laion_assets.search.cost import Pairwise, Rates, Shape, Step
 from laion_assets.search.sizing import USUAL, Yield, counts_for
+from laion_assets.staging import stage
 
 # --- the plan, a pure function --------------------------------------------------------------------
 
@@ -46,6 +52,34 @@ def test_a_plan_says_when_the_index_bounds_it(rows):
     assert "index 5 GB" in told
 
 
+@pytest.mark.parametrize(
+    ("received", "duplicates", "share"), [(300, 100, 2 / 3), (150, 150, 0.0), (None, None, 0.3)]
+)
+def test_metadata_is_read_of_all_but_near_duplicates(received, duplicates, share):
+    counts = {} if received is None else {"received": received, "near duplicates": duplicates}
+    assert share_read(measured(**counts), 0.3) == pytest.approx(share)
+    assert share_read(None, 0.3) == 0.3
+
+
+def test_a_plan_names_the_steps_that_take_long():
+    shape = Shape(10**9, 1000, 10**6, 136, 1000, BatchLayout(10**6, 4096))
+    rates = Rates(1, 0.0, *[0.0] * 4, Pairwise(0, 0), Pairwise(0, 0), *[0.0] * 8)
+    steps = {
+        "search": Step(8.1e9, 0, 300, 100),
+        "metadata": Step(0, 0, 240, 20),
+        "tables": Step(0, 0, 1, 1),
+    }
+    assert as_comments(steps, Machine(shape, rates))[:2] == [
+        "# reads: at most 8.1 GB cold",
+        "# time: about 9 min (search 5 min, metadata 4 min), 2 min if the index is in memory",
+    ]
+    sparse = Machine(replace(shape, sparse=True), rates)
+    assert as_comments({"metadata": Step(1e6, 1234, 1, 1)}, sparse)[:2] == [
+        "# reads: at most 1 MB cold, in 1,234 requests to the source",
+        "# time: about 1 s (metadata 1 s), 1 s if the index is on the disk",
+    ]
+
+
 # --- the command ----------------------------------------------------------------------------------
 
 
@@ -60,13 +94,23 @@ def test_without_a_run_a_plan_rests_on_the_usual_yield_and_guesses_no_times(
     assert main(["plan", "--target", "5000", "--seed-set", "flower"]) == 0
     for told in (printed, capsys.readouterr().out):
         assert str(USUAL) in told
+        assert "reads: unknown, because nothing is staged" in told
         assert "time: unknown" in told
         assert "tables unknown" in told
         assert "index not staged yet" in told
         assert " s," not in told
 
 
-def test_a_plan_for_a_set_rests_on_its_last_run(demo, tmp_path, monkeypatch, capsys):
+def test_a_plan_for_a_sparse_index_counts_requests(demo, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    stage(str(demo.index), None, tmp_path / "data" / "cache", sparse=True)
+    assert main(["plan", "--target", "5000", "--seeds", "10"]) == 0
+    printed = capsys.readouterr().out
+    assert re.search(r"# reads: at most [\d.]+ MB cold, in [\d,]+ requests to the source", printed)
+    assert "if the index is on the disk" in printed
+
+
+def test_a_plan_for_a_set_rests_on_its_last_run_and_on_this_machine(demo, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("LAION_INDEX_URI", str(demo.index))
     shutil.copytree(demo.seeds, tmp_path / "data" / "seeds")
@@ -78,9 +122,12 @@ def test_a_plan_for_a_set_rests_on_its_last_run(demo, tmp_path, monkeypatch, cap
     found = re.search(r"from (\d+) seeds, at a yield of ([\d.]+) \(measured by run (\w+)\)", printed)
     assert found
     seeds, share, run = int(found[1]), float(found[2]), found[3]
-    for fact in (f"run {run}", f"requested {20 * seeds + 400};", *(f"{name} " for name in TABLES)):
+    for fact in (f"run {run}", *(f"{name} " for name in TABLES)):
         assert fact in printed
     assert "rows" not in printed
+    assert re.search(r"^# reads: at most [\d.]+ [kM]B cold$", printed, re.MULTILINE)
+    assert re.search(r"^# time: about \d+ s.*, \d+ s if the index is in memory$", printed, re.MULTILINE)
+    assert "unknown" not in printed
     expected = counts_for(target, seeds, share)
     planned = yaml.safe_load(printed)  # from the yield that was measured; four digits of it are printed
     assert planned["nb_images_knn"] == pytest.approx(expected.nb_images_knn, abs=1)
@@ -91,7 +138,8 @@ def test_a_plan_for_a_set_rests_on_its_last_run(demo, tmp_path, monkeypatch, cap
     assert int(told[1]) == pytest.approx(size * planned["nb_images_knn"] / 20 / 1000, abs=1)
     assert re.search(r"index [\d.]+ MB$", printed, re.MULTILINE)
 
-    # What lies there now may be of another run, and the disk may have lost the index since.
+    # The rates of this machine are kept. What lies there now may be of another run.
+    monkeypatch.setattr("laion_assets.defs.estimate.measured_rates", None)
     (tmp_path / "data/output/knn_urls/flower.parquet").unlink()
     with instance({}) as kept:
         rows = staged_again(kept)
@@ -100,10 +148,24 @@ def test_a_plan_for_a_set_rests_on_its_last_run(demo, tmp_path, monkeypatch, cap
     assert re.search(r"tables knn_urls [\d.]+ [kMG]B", bounded)
     assert yaml.safe_load(bounded) == {"nb_images_knn": rows, "nb_images_centroid": rows}
     assert f"{rows:,} rows" in bounded
+    assert "# reads: at most" in bounded
 
     (tmp_path / "data/seeds/flower/settings.yaml").write_text(printed)  # ready to paste
     assert main(["materialize", "flower"]) == 0
     assert f"{planned['nb_images_knn']:,} images around each" in capsys.readouterr().out
+    took = r"planned at most [\d.]+ [kM]B, \d+ s cold and \d+ s warm; took ([\d.]+ \w+, )?\d+ s"
+    with instance({}) as kept:
+        for name in TABLES[:2]:
+            last, before = itertools.islice(materializations(kept, name, "flower"), 2)
+            assert re.fullmatch(took, last.figures["planned and taken"])
+            assert "planned and taken" not in before.figures
+
+    (tmp_path / "data/cache/manifest.json").unlink()  # the disk has lost the index since
+    assert main(["plan", "--target", "100", "--seed-set", "flower"]) == 0
+    lost = capsys.readouterr().out
+    assert "# reads: unknown, because nothing is staged" in lost
+    for fact in ("scaled from run", *(f"{name} " for name in TABLES)):
+        assert fact in lost
 
 
 def staged_again(kept: dg.DagsterInstance) -> int:

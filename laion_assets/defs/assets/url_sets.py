@@ -11,8 +11,9 @@ import pyarrow as pa
 
 from laion_assets.defs import checks, report
 from laion_assets.defs.assets.staged_laion_index import open_index
+from laion_assets.defs.estimate import Meter, known_machine, share_read
 from laion_assets.defs.failures import as_failures
-from laion_assets.defs.history import yield_for
+from laion_assets.defs.history import materializations, yield_for
 from laion_assets.defs.io_manager import Tables
 from laion_assets.defs.kubernetes.placement import Placement
 from laion_assets.defs.partitions import seed_sets
@@ -27,12 +28,15 @@ from laion_assets.io.arrays import Floats
 from laion_assets.io.progress import Progress
 from laion_assets.io.tables import StoredTable
 from laion_assets.search.combined import DECODER, CombinedFunnel, combine
+from laion_assets.search.cost import Step
 from laion_assets.search.filters import BlockList, Filters, conditions_in
 from laion_assets.search.retrieval import Found, Funnel, Request, columns_found, retrieve
+from laion_assets.search.sizing import USUAL
 from laion_assets.seeds import embeddings_of
 from laion_assets.staging import OpenIndex
 
 LOW_RECALL = 0.9
+PLANNED = "planned and taken"
 SEARCH_VERSION = "3"  # increment it if a search now finds other rows
 
 
@@ -205,6 +209,7 @@ class _SearchStep:
 
     def materialize(self) -> Materialized:
         """Search, then write and report the table."""
+        meter = Meter.start()
         origin = Provenance.of(self.vectors)
         block_list = self.laion_index.block_list()
         settings = self._settings(origin, block_list)
@@ -213,10 +218,20 @@ class _SearchStep:
             settings = self._sized(settings, origin.seed_set, self._seeds(queries), opened.index.rows)
             request = self._request(settings, block_list)
             self.context.log.info(_looking(request.k, queries, opened.index.rows, per_seed=self.per_seed))
+            planned = self._planned(opened, origin.seed_set, len(queries), request)
             written = self._write(opened, queries, request, replace(origin, settings=settings))
-            fetched = _fetched(opened)
+            fetched = _fetched(opened) | ({PLANNED: meter.against(planned, opened)} if planned else {})
             self._log(written.found, request.k, opened.index.rows)
         return self._report(written, fetched)
+
+    def _planned(self, opened: OpenIndex, seed_set: str, queries: int, request: Request) -> Step | None:
+        """Return what the search is expected to take; None if this machine was not measured."""
+        machine = known_machine(opened, self.laion_index)
+        if machine is None:
+            return None
+        past = materializations(self.context.instance, self.context.asset_key.path[-1], seed_set)
+        share = share_read(next(past, None), USUAL.share)
+        return machine.search(queries, request.k, request.nprobe, share)
 
     def _seeds(self, queries: Floats) -> int:
         """Return the number of seeds: one per query, or those whose mean is the query."""
@@ -263,7 +278,7 @@ class _SearchStep:
     def _schema(self, opened: OpenIndex) -> pa.Schema:
         return columns_found(opened.index, opened.metadata, per_seed=self.per_seed)
 
-    def _report(self, written: _Written, fetched: Mapping[str, int]) -> Materialized:
+    def _report(self, written: _Written, fetched: Mapping[str, int | str]) -> Materialized:
         """Return the metadata of the table, and the results of its checks."""
         stored = self.tables.written(self.context)
         metadata = report.describe_search(
@@ -328,9 +343,9 @@ def _looking(k: int, queries: Floats, rows: int, *, per_seed: bool) -> str:
     return f"searching for {k:,} images around {around} among {rows:,} rows"
 
 
-def _fetched(opened: OpenIndex) -> dict[str, int]:
+def _fetched(opened: OpenIndex) -> dict[str, int | str]:
     """Return what this request read from the source; empty unless the index is staged sparse."""
-    if not any(file.sparse for file in opened.manifest.files):
+    if opened.whole:
         return {}
     return {"bytes fetched": opened.fetched.fetched, "reads of the bucket": opened.fetched.reads}
 

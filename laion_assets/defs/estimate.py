@@ -1,0 +1,165 @@
+"""What a request is expected to take on this machine, and what a step of it took."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+
+from laion_assets.defs.history import PastMaterialization
+from laion_assets.defs.resources import LaionIndex
+from laion_assets.io.progress import format_duration
+from laion_assets.search.cost import (
+    Rates,
+    Shape,
+    Step,
+    Steps,
+    combine_steps,
+    rows_read,
+    search_of,
+    search_steps,
+    together,
+    total,
+)
+from laion_assets.search.probe import bytes_read, keep_rates, kept_rates, measured_rates, shape_of
+from laion_assets.staging import OpenIndex
+
+SHOWN_SECONDS, SHOWN_SHARE = 0.5, 0.01  # of the time; shorter steps are not named
+
+
+@dataclass(frozen=True)
+class Machine:
+    """A machine with a staged index.
+
+    Attributes:
+        shape: numbers of the index.
+        rates: what the machine takes.
+
+    """
+
+    shape: Shape
+    rates: Rates
+
+    def request(
+        self, seeds: int, k_seeds: int, k_centroid: int, nprobe: int | None, read: tuple[float, float]
+    ) -> Steps:
+        """Estimate a whole request, with the search around the seeds and the centroid.
+
+        Args:
+            seeds: number of seeds.
+            k_seeds: images requested around each seed.
+            k_centroid: images requested around the centroid.
+            nprobe: lists to probe; chosen if None.
+            read: share of the images whose metadata is read, for both searches.
+
+        """
+        searches = [
+            search_of(self.shape, queries, k, share, nprobe)
+            for queries, k, share in zip((seeds, 1), (k_seeds, k_centroid), read, strict=True)
+        ]
+        rows = sum(rows_read(self.shape, search) for search in searches)
+        return together(
+            *(search_steps(self.shape, self.rates, search) for search in searches),
+            combine_steps(self.rates, rows),
+        )
+
+    def search(self, queries: int, k: int, nprobe: int | None, read: float) -> Step:
+        """Estimate one of the searches."""
+        return total(
+            search_steps(self.shape, self.rates, search_of(self.shape, queries, k, read, nprobe))
+        )
+
+
+def known_machine(opened: OpenIndex, laion_index: LaionIndex) -> Machine | None:
+    """Return this machine if it was measured before."""
+    rates = kept_rates(laion_index.cache_dir, opened.manifest.fingerprint)
+    return Machine(shape_of(opened, laion_index.cache_dir), rates) if rates else None
+
+
+def measured_machine(laion_index: LaionIndex) -> Machine:
+    """Return this machine, which is measured if it was not.
+
+    Raises:
+        InputError: the index is not staged, is empty or cannot be read.
+
+    """
+    cache = laion_index.cache_dir
+    with laion_index.open(lambda _: None) as opened:
+        known = known_machine(opened, laion_index)
+        if known:
+            return known
+        rates = measured_rates(opened, cache)
+        keep_rates(cache, opened.manifest.fingerprint, rates)
+        return Machine(shape_of(opened, cache), rates)
+
+
+def share_read(past: PastMaterialization | None, usual: float) -> float:
+    """Return which share of the requested images has its metadata read: that of the last search.
+
+    Args:
+        past: the last search; None if there is none.
+        usual: the share without one.
+
+    """
+    figures = past.figures if past else {}
+    if not {"received", "near duplicates", "requested"} <= figures.keys():
+        return usual
+    share: float = (figures["received"] - figures["near duplicates"]) / max(figures["requested"], 1)
+    return share
+
+
+def as_comments(steps: Steps, machine: Machine) -> list[str]:
+    """Describe the steps of a request as comments of a plan."""
+    whole, sparse = total(steps), machine.shape.sparse
+    shortest = max(SHOWN_SECONDS, SHOWN_SHARE * whole.cold)
+    named = [f"{name} {_duration(each.cold)}" for name, each in steps.items() if each.cold >= shortest]
+    of_it = f" ({', '.join(named)})" if named else ""
+    requests = f", in {whole.reads:,.0f} requests to the source" if sparse else ""
+    where = "on the disk" if sparse else "in memory"
+    return [
+        f"# reads: at most {as_bytes(whole.size)} cold{requests}",
+        f"# time: about {_duration(whole.cold)}{of_it}, {_duration(whole.warm)} if the index is {where}",
+        f"#   at the speed of this machine, measured on the index with {machine.rates.cores} cores",
+    ]
+
+
+@dataclass(frozen=True)
+class Meter:
+    """Measures a step from when it began.
+
+    Attributes:
+        started: seconds of a monotonic clock.
+        read: bytes that this process had read from disks; None if that is not known.
+
+    """
+
+    started: float
+    read: int | None
+
+    @classmethod
+    def start(cls) -> Meter:
+        """Begin to measure."""
+        return cls(time.monotonic(), bytes_read())
+
+    def against(self, planned: Step, opened: OpenIndex) -> str:
+        """Describe what the step was planned to take and took: bytes from the disk or the source."""
+        seconds, read = time.monotonic() - self.started, bytes_read()
+        size = None if read is None or self.read is None else read - self.read
+        if not opened.whole:
+            size = opened.fetched.fetched
+        took = f"{as_bytes(size)}, " if size is not None else ""
+        return (
+            f"planned at most {as_bytes(planned.size)}, {_duration(planned.cold)} cold and "
+            f"{_duration(planned.warm)} warm; took {took}{_duration(seconds)}"
+        )
+
+
+def as_bytes(size: float) -> str:
+    """Return a size with its unit: "8.1 GB"."""
+    for unit, name in ((10**12, "TB"), (10**9, "GB"), (10**6, "MB")):
+        if size >= unit:
+            return f"{size / unit:.3g} {name}"
+    return f"{max(1, round(size / 1000))} kB" if size else "0 bytes"
+
+
+def _duration(seconds: float) -> str:
+    return format_duration(max(seconds, 1))
