@@ -7,7 +7,7 @@ IMG2DATASET := tests/handover/.venv
 TRANSFORMERS := tests/embed/.venv
 PORT ?= 3000
 
-.PHONY: help demo dev test test-ui screenshots test-peer test-k8s test-embed test-handover golden lint bench bench-quick bench-cold bench-embed bench-staging bench-sensor bench-sparse bench-build bench-duplicates bench-truesize settings-docs docs docs-links lock clean
+.PHONY: help demo dev test test-ui screenshots test-peer test-k8s test-embed test-handover golden lint bench bench-quick bench-cold bench-embed bench-staging bench-sensor bench-sparse bench-build bench-duplicates bench-truesize bench-plan settings-docs docs docs-links lock clean
 
 help: ## List the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -94,6 +94,9 @@ bench-build: $(READY) ## Build the same index as autofaiss, about an hour; ROWS=
 
 bench-duplicates: $(READY) ## CPU time and memory of finding near-duplicates, a few minutes; writes benchmarks/duplicates.md
 	$(BIN)/python benchmarks/duplicates.py
+
+bench-plan: $(READY) ## Compare planned requests with measured ones, two minutes; needs the data of bench-build
+	$(BIN)/python benchmarks/plan.py
 
 settings-docs: $(READY) ## Write the tables of settings in docs/settings.md, and .env.example
 	$(BIN)/python -m laion_assets.defs.settings_docs

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from dataclasses import dataclass
+from functools import partial
 
 from laion_assets.defs.history import PastMaterialization
 from laion_assets.defs.resources import LaionIndex
@@ -82,12 +83,12 @@ def measured_machine(laion_index: LaionIndex) -> Machine:
         InputError: the index is not staged, is empty or cannot be read.
 
     """
-    cache = laion_index.cache_dir
-    with laion_index.open(lambda _: None) as opened:
+    cache, open_index = laion_index.cache_dir, partial(laion_index.open, lambda _: None)
+    with open_index() as opened:
         known = known_machine(opened, laion_index)
         if known:
             return known
-        rates = measured_rates(opened, cache)
+        rates = measured_rates(open_index, cache)
         keep_rates(cache, opened.manifest.fingerprint, rates)
         return Machine(shape_of(opened, cache), rates)
 

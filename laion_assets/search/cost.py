@@ -86,8 +86,8 @@ class Pairwise:
     @classmethod
     def through(cls, few: float, seconds_of_few: float, many: float, seconds_of_many: float) -> Pairwise:
         """Return the law through two measurements; neither part is negative."""
-        if many <= few:
-            return cls(seconds_of_many / many, 0.0)
+        if not 0 < few < many:
+            return cls(seconds_of_many / max(many, 1), 0.0)
         quadratic = (seconds_of_many / many - seconds_of_few / few) / (many - few)
         quadratic = min(max(quadratic, 0.0), seconds_of_many / many**2)
         return cls(seconds_of_many / many - quadratic * many, quadratic)

@@ -13,6 +13,7 @@ import os
 import time
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -36,7 +37,7 @@ from laion_assets.search.combined import combine
 from laion_assets.search.cost import Pairwise, Rates, Shape, mean_probed_rows, touched
 from laion_assets.search.near_duplicates import DEDUP_THRESHOLD, components_of_lists
 from laion_assets.search.retrieval import Request, retrieve_table
-from laion_assets.staging import OpenIndex, open_staged
+from laion_assets.staging import OpenIndex
 from laion_assets.staging.opening import sources_of
 from laion_assets.staging.sparse.reads import MAX_READ, PAGE_SIZE
 from laion_assets.staging.sparse.store import READ_THREADS
@@ -45,10 +46,10 @@ from laion_assets.staging.transfer.fetch import Fetcher, TransferStats
 KEPT = ".rates.json"  # in the cache directory
 VERSION = 1  # increment it if rates are measured in another way
 QUERIES = 8
-SCANNED = 1 << 19  # rows in the lists that a query probes
+SCANNED = 1 << 20  # rows in the lists that they probe together
 FOUND = 1 << 14  # rows found around each
-SHORT = 640, 1280  # rows of short results, and
-LONG = FOUND // 2, FOUND  # of a long one
+SHORT = 1100, 2200  # rows of short results; of half the queries, more than are compared at once
+LONG = FOUND // 2, FOUND  # rows of a long result
 MANY_LISTS = 1024  # chosen for a query
 SCATTERED, DENSE = 256, 1 << 14  # rows taken from many batches, and from few
 PAGES = 1024  # read at random
@@ -140,46 +141,47 @@ def bytes_read() -> int | None:
 # --- measuring ------------------------------------------------------------------------------------
 
 
-def measured_rates(opened: OpenIndex, cache: Path) -> Rates:
+def measured_rates(open_index: Callable[[], AbstractContextManager[OpenIndex]], cache: Path) -> Rates:
     """Measure the rates of this machine, in about 5 seconds.
 
-    Staged sparse, this fetches the lists of a search of half a million rows, and a few hundred pages.
+    Staged sparse, this fetches lists with about a million rows, and reads the source a few hundred times.
 
     Args:
-        opened: the staged index.
+        open_index: opens the staged index.
         cache: its cache directory.
 
     Raises:
         InputError: the index is empty, or its source cannot be read.
 
     """
-    if not opened.index.rows or not len(opened.metadata):
-        raise InputError(f"the index in {cache} is empty", "staged_index")
-    opening = _opening_seconds(cache)  # the first calls of a process take longer
-    request, fetched = (0.0, 0.0) if opened.whole else _source_rates(opened)
-    page, byte = _disk_rates(opened, cache) if opened.whole else (0.0, 0.0)
-    query, a_list = _choosing_rates(opened.index)
-    scanned, found, hits = _search_rates(opened.index)
-    short, long = _near_duplicate_laws(opened.index, hits)
-    batch, taken = _take_rates(opened.metadata)
-    written, combined = _table_rates(opened.metadata, hits.codes)
+    with open_index() as opened:
+        if not opened.index.rows or not len(opened.metadata):
+            raise InputError(f"the index in {cache} is empty", "staged_index")
+        opening = _opening_seconds(open_index)  # first, because the first calls of a process take longer
+        page, byte = _disk_rates(opened, cache) if opened.whole else (0.0, 0.0)
+        request, fetched = (0.0, 0.0) if opened.whole else _source_rates(opened)
+        query, a_list = _choosing_rates(opened.index)
+        scanned, found, hits = _search_rates(opened.index)
+        short, long = _near_duplicate_laws(opened.index, hits)
+        batch, taken = _take_rates(opened.metadata)
+        written, combined = _table_rates(opened.metadata, hits.codes)
     return Rates(
-        faiss.omp_get_max_threads(),
-        opening,
-        query,
-        a_list,
-        scanned,
-        found,
-        short,
-        long,
-        batch,
-        taken,
-        written,
-        combined,
-        page,
-        byte,
-        request,
-        fetched,
+        cores=faiss.omp_get_max_threads(),
+        opening=opening,
+        query=query,
+        list=a_list,
+        scanned=scanned,
+        found=found,
+        short=short,
+        long=long,
+        batch=batch,
+        taken=taken,
+        written=written,
+        combined=combined,
+        page=page,
+        byte=byte,
+        request=request,
+        fetched=fetched,
     )
 
 
@@ -191,10 +193,10 @@ def _seconds(work: Callable[[], object]) -> float:
     return time.process_time() - started
 
 
-def _opening_seconds(cache: Path) -> float:
+def _opening_seconds(open_index: Callable[[], AbstractContextManager[OpenIndex]]) -> float:
     """Open the index, and search for one image."""
     started = time.process_time()
-    with open_staged(cache) as opened:
+    with open_index() as opened:
         query = np.ones((1, opened.index.dimension), np.float32)
         request = Request(1, DEDUP_THRESHOLD, 1)
         retrieve_table(opened.index, opened.metadata, unit(query), request, per_seed=False)
@@ -218,7 +220,7 @@ def _search_rates(index: Index) -> tuple[float, float, Hits]:
 
     """
     queries, sizes = _rows_as_queries(index), index.list_sizes()
-    nprobe = int(np.clip(SCANNED / max(mean_probed_rows(sizes), 1), 1, len(sizes)))
+    nprobe = _probed_lists(sizes)
     lists, hits = index.nearest_lists(queries, nprobe), index.search(queries, FOUND, nprobe)
     choosing = _seconds(lambda: index.nearest_lists(queries, nprobe))
     one, many = (_seconds(partial(index.search, queries, k, nprobe)) for k in (1, FOUND))
@@ -226,33 +228,46 @@ def _search_rates(index: Index) -> tuple[float, float, Hits]:
     return max(one - choosing, 0) / max(scanned, 1), max(many - one, 0) / max(found, 1), hits
 
 
+def _probed_lists(sizes: Ids) -> int:
+    of_a_query = SCANNED / QUERIES / max(mean_probed_rows(sizes), 1)
+    return int(np.clip(of_a_query, 1, len(sizes)))
+
+
 def _rows_as_queries(index: Index) -> Floats:
     """Return rows near random directions."""
     random = np.random.default_rng(0).standard_normal((QUERIES, index.dimension), np.float32)
-    hits = index.search(unit(random), 1, 1)
+    hits = index.search(unit(random), 1, _probed_lists(index.list_sizes()))
     return unit(index.decoder().decode(hits.codes[hits.code[hits.code >= 0]]))
 
 
 def _near_duplicate_laws(index: Index, hits: Hits) -> tuple[Pairwise, Pairwise]:
     """Find the near-duplicates in the short results of some queries, and in a long one of one query."""
 
-    def law(code: Ids, few: int, many: int) -> Pairwise:
-        return Pairwise.through(*measured(code[:, :few]), *measured(code[:, :many]))
-
-    def measured(code: Ids) -> tuple[float, float]:
-        """Return the rows of a result and the seconds that it takes; `code` is (results, rows)."""
+    def seconds(code: Ids) -> float:
+        """Of the results whose rows have these codes, (results, rows)."""
         result, place = np.nonzero(code >= 0)
         distinct, members = np.unique(code[result, place], return_inverse=True)
-        seconds = _seconds(lambda: compare(hits.codes[distinct], members, result))
-        return len(result) / len(code), seconds / len(code)
+        return _seconds(lambda: compare(hits.codes[distinct], members, result))
 
     def compare(codes: Bytes, members: Ids, results: Ids) -> None:
         vectors = decoded_codes(codes, decode)
         components_of_lists(vectors, members, results, DEDUP_THRESHOLD)
 
+    def of_a_short_result(rows: int) -> tuple[float, float]:
+        """Return rows and seconds of each further result: what all results share is done once."""
+        code, half = hits.code[:, :rows], len(hits.code) // 2
+        further = max(seconds(code) - seconds(code[:half]), 0)
+        return (code[half:] >= 0).sum() / (len(code) - half), further / (len(code) - half)
+
+    def of_a_long_result(rows: int) -> tuple[float, float]:
+        code = hits.code[longest : longest + 1, :rows]
+        return float((code >= 0).sum()), seconds(code)
+
     decode = index.decoder().decode_to_compare
-    longest = np.argmax((hits.code >= 0).sum(axis=1))
-    return law(hits.code, *SHORT), law(hits.code[longest : longest + 1], *LONG)
+    longest = int(np.argmax((hits.code >= 0).sum(axis=1)))
+    laws = ((of_a_short_result, SHORT), (of_a_long_result, LONG))
+    short, long = (Pairwise.through(*of(few), *of(many)) for of, (few, many) in laws)
+    return short, long
 
 
 def _take_rates(metadata: Metadata) -> tuple[float, float]:

@@ -178,6 +178,8 @@ def test_the_law_of_near_duplicates_goes_through_two_measurements(rows, linear, 
 def test_the_law_is_linear_where_more_rows_take_no_longer_and_where_there_are_no_more():
     assert Pairwise.through(10, 1.0, 20, 1.0) == Pairwise(0.05, 0)
     assert Pairwise.through(10, 1.0, 10, 1.0) == Pairwise(0.1, 0)
+    assert Pairwise.through(0, 0.0, 10, 1.0) == Pairwise(0.1, 0)
+    assert Pairwise.through(0, 0.0, 0, 0.0) == Pairwise(0, 0)
 
 
 def test_combining_compares_all_images_with_each_other():

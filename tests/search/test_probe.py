@@ -2,6 +2,7 @@
 
 import json
 from dataclasses import asdict, replace
+from functools import partial
 
 import faiss
 import numpy as np
@@ -24,10 +25,12 @@ RATES = Rates(2, *np.arange(1.0, 6), Pairwise(6, 7), Pairwise(8, 9), *np.arange(
 def index(tmp_path):
     """Write an index of a form, with metadata of a kind."""
 
-    def write(form: str = indices.MERGED, suffix: str = indices.ARROW, rows: int = ROWS):
+    def write(
+        form: str = indices.MERGED, suffix: str = indices.ARROW, rows: int = ROWS, url: str = "url"
+    ):
         folder = tmp_path / "index"
         indices.write_index(folder, indices.random_rows(np.random.default_rng(1), rows), form)
-        table = pa.table({"url": [f"https://example.org/{row}" for row in range(rows)]})
+        table = pa.table({url: [f"https://example.org/{row}" for row in range(rows)]})
         indices.write_files(folder / "metadata", [np.arange(rows)], table, 50, suffix)
         return folder
 
@@ -41,12 +44,13 @@ def test_every_form_of_index_is_measured(index, tmp_path, form, suffix):
     cache = tmp_path / "cache"
     stage(str(index(form, suffix)), None, cache)
     with open_staged(cache) as opened:
-        rates, shape = measured_rates(opened, cache), shape_of(opened, cache)
+        shape = shape_of(opened, cache)
         assert (shape.rows, shape.batches, shape.sparse) == (ROWS, ROWS // 50, False)
         assert shape.lists == max(opened.index.nlist, 1)
         _, found = retrieve_table(
             opened.index, opened.metadata, opened_queries(opened), Request(20, 0.94), per_seed=True
         )
+    rates = measured_rates(partial(open_staged, cache), cache)
     of_laws = [each for law in (rates.short, rates.long) for each in asdict(law).values()]
     numbers = [each for each in asdict(rates).values() if not isinstance(each, dict)]
     assert min(numbers + of_laws) >= 0
@@ -68,17 +72,24 @@ def test_a_sparse_index_is_measured_at_its_source(index, tmp_path):
     cache = tmp_path / "cache"
     stage(str(index()), None, cache, sparse=True)
     with open_staged(cache) as opened:
-        rates, shape = measured_rates(opened, cache), shape_of(opened, cache)
+        shape = shape_of(opened, cache)
+    rates = measured_rates(partial(open_staged, cache), cache)
     assert shape.sparse
     assert min(rates.request, rates.fetched) > 0
     assert (rates.page, rates.byte) == (0, 0)
 
 
+def test_metadata_with_unusual_columns_is_measured(index, tmp_path):
+    cache = tmp_path / "cache"
+    stage(str(index("Flat", url="link")), None, cache)
+    assert measured_rates(partial(open_staged, cache, {"url": "link"}), cache).taken > 0
+
+
 def test_an_empty_index_is_refused(index, tmp_path):
     cache = tmp_path / "cache"
     stage(str(index("Flat", rows=0)), None, cache)
-    with open_staged(cache) as opened, pytest.raises(InputError, match="empty"):
-        measured_rates(opened, cache)
+    with pytest.raises(InputError, match="empty"):
+        measured_rates(partial(open_staged, cache), cache)
 
 
 # --- kept rates -----------------------------------------------------------------------------------
