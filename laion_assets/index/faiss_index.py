@@ -339,7 +339,7 @@ class Index:
 
     @property
     def row_size(self) -> int:
-        """Bytes of a row in the file: in a list its PQ code and its id, else its vector."""
+        """Bytes that a row takes in the file, with its id if it is in a list."""
         return self.dimension * 4 if self._ivf is None else int(self._ivf.code_size) + ID_SIZE
 
     @property
