@@ -343,7 +343,10 @@ def _opening_step(shape: Shape, rates: Rates) -> Step:
 
 
 def _search_step(shape: Shape, rates: Rates, search: Search) -> Step:
-    """Search, and check the recall. Lists are read while others are searched, or fetched before."""
+    """Search, and check the recall.
+
+    Reading overlaps with computing only where lists are read ahead, so the sum is at most twice too much.
+    """
     nprobe, further = search.nprobe, recall_lists(shape, search.nprobe)
     sample = min(search.queries, RECALL_QUERIES)
     computing = _searching(shape, rates, search.queries, nprobe, nprobe, search.k)
@@ -357,7 +360,7 @@ def _search_step(shape: Shape, rates: Rates, search: Search) -> Step:
     size += list_bytes(shape, distinct_lists(shape, further, sample), shape.window)
     size = min(size, shape.rows * shape.row_size)
     if not shape.sparse:
-        return Step(size, 0, max(size * rates.byte, computing), computing)
+        return Step(size, 0, computing + size * rates.byte, computing)
     reads = max(lists, size / PAGE_SIZE / MAX_READ)
     return Step(size, reads, computing + _fetching(rates, reads, size), computing)
 
@@ -375,7 +378,7 @@ def _metadata_step(shape: Shape, rates: Rates, rows: float) -> Step:
     if shape.sparse:
         return Step(size, reads, computing + _fetching(rates, reads, size), computing)
     reading = reads * rates.page if shape.layout.buffers else size * rates.byte
-    return Step(size, 0, max(reading, computing), computing)
+    return Step(size, 0, computing + reading, computing)
 
 
 def _near_duplicates_step(rates: Rates, results: int, rows: float) -> Step:

@@ -95,6 +95,19 @@ def test_scattered_rows_take_4_7_page_faults_each():
     assert size == pytest.approx(reads * PAGE)
 
 
+@pytest.mark.parametrize(("kept", "read"), [(36_201, 0.74 * GB), (278_103, 4.52 * GB)])
+def test_metadata_in_place_reads_what_was_measured(kept, read):
+    assert metadata_reads(LAION, kept)[1] == pytest.approx(read, rel=0.2)
+
+
+@pytest.mark.parametrize(
+    ("k", "kept", "read"), [(100_000, 36_201, 1.40 * GB), (830_000, 278_103, 7.46 * GB)]
+)
+def test_a_request_in_place_reads_at_most_a_third_more_than_was_measured(k, kept, read):
+    whole = total(search_steps(LAION, RATES, search_of(LAION, 1, k, kept / k)))
+    assert read < whole.size < 1.34 * read
+
+
 def test_the_check_of_the_recall_searches_a_quarter_as_many_further_lists_but_not_sparse():
     assert recall_lists(LAION, 298) == 74
     assert recall_lists(replace(LAION, lists=300), 298) == 2
@@ -192,7 +205,7 @@ def test_sparse_requests_wait_for_the_source_and_others_for_the_disk():
     search = search_of(LAION, 1, 830_000, 0.36)
     whole, sparse = (search_steps(shape, RATES, search)["metadata"] for shape in (LAION, SPARSE))
     assert whole.reads == 0
-    assert whole.cold == pytest.approx(whole.size / PAGE * RATES.page)
+    assert whole.cold - whole.warm == pytest.approx(whole.size / PAGE * RATES.page)
     assert sparse.cold - sparse.warm == pytest.approx(
         sparse.reads * RATES.request + sparse.size * RATES.fetched
     )
