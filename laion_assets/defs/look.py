@@ -170,7 +170,7 @@ def look(
     _stage(index, log)
     with index.open(log) as opened:
         ModelRecord(dimension=opened.index.dimension).check(model.name, model.dimension)
-        rows = best_rows(
+        rows, blocking = best_rows(
             opened.index,
             opened.metadata,
             query.vectors,
@@ -181,7 +181,7 @@ def look(
         )
         about = query.heading(len(rows), opened.index.rows)
     thumbnails, notes = _thumbnails(rows, remote=places.show_remote_pictures)
-    notes = query.notes + notes
+    notes = query.notes + notes + ((f"block list: {blocking}",) if blocking else ())
     if not any(thumbnails):
         return Look(about, rows, None, notes)
     captions = [caption or "" for caption in rows["caption"].to_pylist()]

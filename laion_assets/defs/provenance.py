@@ -39,6 +39,7 @@ class Provenance:
         index: fingerprint of the staged index; None for tables made without it.
         model: fingerprint of the model that embedded the seeds; None if the seeds are vectors.
         counts: counts of a search, from requested to kept, by name.
+        block_list_matches: fields of a `BlockListMatches` of a search with a block list.
         written: time of writing in UTC, in ISO 8601.
 
     """
@@ -51,6 +52,7 @@ class Provenance:
     index: str | None = None
     model: str | None = None
     counts: Mapping[str, int] = field(default_factory=dict)
+    block_list_matches: Mapping[str, int] = field(default_factory=dict)
     written: str = field(default_factory=now)
 
     @property
@@ -68,6 +70,7 @@ class Provenance:
             "settings": self.settings.to_json(),
             "own": dict(self.own),
             "counts": dict(self.counts),
+            "block_list_matches": dict(self.block_list_matches),
             "run": self.run,
             "written": self.written,
         }

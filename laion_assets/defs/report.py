@@ -93,6 +93,7 @@ def describe_search(
         "settings": table(provenance.settings.rows()),
         **_labelled(counts),
         YIELD: found.funnel.yielded,
+        **({"block list": str(found.block_list)} if found.block_list else {}),
         "recall of nprobe": _recall(found),
         **describe_table(stored, seconds),
         PROVENANCE: provenance.to_json(),

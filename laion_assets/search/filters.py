@@ -143,6 +143,37 @@ def _is_number(kind: pa.DataType) -> bool:
     return bool(pa.types.is_integer(kind) or pa.types.is_floating(kind) or pa.types.is_decimal(kind))
 
 
+@dataclass(frozen=True)
+class BlockListMatches:
+    """How many entries of a block list match the index, and the rows of one request.
+
+    Attributes:
+        ids: number of ids on the list.
+        ids_in_the_index: number of these that are rows of the index.
+        urls: number of URLs on the list.
+        urls_found: number of these that blocked a row of the request.
+
+    """
+
+    ids: int
+    ids_in_the_index: int
+    urls: int
+    urls_found: int
+
+    @property
+    def can_match(self) -> bool:
+        """Whether any entry can block a row of the index."""
+        return bool(self.urls or self.ids_in_the_index)
+
+    def __str__(self) -> str:
+        """Describe the numbers in one sentence."""
+        parts = [f"{self.ids_in_the_index:,} of {self.ids:,} listed ids in the index"] if self.ids else []
+        if self.urls:
+            parts.append(f"{self.urls_found:,} of {self.urls:,} listed URLs found")
+        none = "" if self.can_match else "; it blocks nothing: check that its ids are of this index"
+        return f"{', '.join(parts)}{none}"
+
+
 @dataclass(frozen=True, eq=False)
 class BlockList:
     """Images that must not appear in any table, by id or by exact URL.
@@ -164,6 +195,22 @@ class BlockList:
     def holds(self, ids: Ids, urls: pa.ChunkedArray) -> Mask:
         """Return which images are on the list, shape (n,)."""
         return _among(ids, self.ids) | (_among(hashes(urls), self.urls) if len(self.urls) else False)
+
+    def found_among(self, urls: pa.ChunkedArray) -> Ids:
+        """Return the hashes of the listed URLs that occur among some URLs, ascending."""
+        found = np.unique(hashes(urls))
+        return found[_among(found, self.urls)]
+
+    def matches(self, rows: int, urls_found: int) -> BlockListMatches:
+        """Count the entries that match an index.
+
+        Args:
+            rows: number of rows of the index.
+            urls_found: number of listed URLs that blocked a row.
+
+        """
+        first, last = np.searchsorted(self.ids, [0, rows])
+        return BlockListMatches(len(self.ids), int(last - first), len(self.urls), urls_found)
 
     def __str__(self) -> str:
         """Describe the list: location, length, and a fingerprint that ignores order and file format."""

@@ -21,7 +21,7 @@ from laion_assets.io.arrays import Bytes, Floats, Ids, Mask
 from laion_assets.io.errors import InputError
 from laion_assets.io.parallel import one_blas_thread
 from laion_assets.io.tables import fixed_size_binary
-from laion_assets.search.filters import NO_FILTERS, Filters
+from laion_assets.search.filters import NO_FILTERS, BlockListMatches, Filters
 from laion_assets.search.near_duplicates import components_of_lists
 from laion_assets.search.sizing import share_kept
 
@@ -123,6 +123,7 @@ class Found:
             where that was not measured.
         removed: examples of near-duplicates, of the first queries.
         decoder: serialised `Decoder` of the codes that were written.
+        block_list: how many entries of the block list match; None without one.
 
     """
 
@@ -131,6 +132,7 @@ class Found:
     recall: float
     removed: Removed | None
     decoder: bytes
+    block_list: BlockListMatches | None = None
 
 
 def columns_found(index: Index, metadata: Metadata, *, per_seed: bool) -> pa.Schema:
@@ -201,7 +203,7 @@ def retrieve(
             write(batch)
         progress(len(some) / 2)
     decoder = index.decoder(search.lists).to_bytes()
-    return Found(search.funnel, search.nprobe, recall, search.removed, decoder)
+    return Found(search.funnel, search.nprobe, recall, search.removed, decoder, search.block_list())
 
 
 def retrieve_table(
@@ -227,6 +229,12 @@ class _Search:
         self.lists = np.empty(0, np.int64)
         self.funnel = Funnel()
         self.removed: Removed | None = None
+        self._blocked_urls: Ids = np.empty(0, np.int64)
+
+    def block_list(self) -> BlockListMatches | None:
+        """Count the entries of the block list that match the index and the rows so far."""
+        listed = self._request.filters.block_list
+        return None if listed is None else listed.matches(self._index.rows, len(self._blocked_urls))
 
     def kept_rows(self, hits: Hits, first: int, queries: int) -> pa.Table:
         """Return the rows that are kept of a batch of queries, the first of which has number `first`."""
@@ -265,6 +273,7 @@ class _Search:
         best = np.flatnonzero(labels == np.arange(len(labels)))
         columns = self._metadata.take(ids[best])
         outcome = self._outcomes(ids[best], columns)
+        self._note_blocked(outcome, columns)
         allowed = outcome == KEPT
         counts = np.bincount(outcome, minlength=OUTCOMES)
         if allowed.all():
@@ -272,6 +281,7 @@ class _Search:
         others = np.setdiff1d(np.flatnonzero(np.isin(labels, best[~allowed])), best)
         looked_at = self._metadata.take(ids[others], self._request.filters.columns)
         outcome = self._outcomes(ids[others], looked_at)
+        self._note_blocked(outcome, looked_at)
         counts += np.bincount(outcome, minlength=OUTCOMES)
         candidates = others[outcome == KEPT]
         _, first = np.unique(labels[candidates], return_index=True)
@@ -285,6 +295,13 @@ class _Search:
         filters = self._request.filters
         reasons = [~_has_url(columns), filters.blocked(ids, columns), filters.failed(columns)]
         return np.select(reasons, [WITHOUT_URL, BLOCKED, FILTERED], KEPT)
+
+    def _note_blocked(self, outcome: Ids, columns: pa.Table) -> None:
+        """Collect the listed URLs of blocked rows, which are few, so that hashing them again is cheap."""
+        listed, blocked = self._request.filters.block_list, outcome == BLOCKED
+        if listed is not None and len(listed.urls) and blocked.any():
+            found = listed.found_among(columns["url"].filter(pa.array(blocked)))
+            self._blocked_urls = np.union1d(self._blocked_urls, found)
 
     def _examples(self, rows: _FoundRows, labels: Ids, best: Ids, codes: Bytes) -> Removed:
         """Choose near-duplicates to show: one of each group, of every query in turn, all allowed."""

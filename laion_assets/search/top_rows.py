@@ -10,7 +10,7 @@ from laion_assets.index.metadata import THUMBNAIL_COLUMN, Metadata
 from laion_assets.index.vectors import decoded_codes
 from laion_assets.io.arrays import Floats, Ids
 from laion_assets.io.tables import code_bytes
-from laion_assets.search.filters import NO_FILTERS, Filters
+from laion_assets.search.filters import NO_FILTERS, BlockListMatches, Filters
 from laion_assets.search.near_duplicates import components
 from laion_assets.search.retrieval import Request, retrieve_table
 
@@ -29,7 +29,7 @@ def best_rows(
     dedup_threshold: float,
     nprobe: int | None = None,
     filters: Filters = NO_FILTERS,
-) -> pa.Table:
+) -> tuple[pa.Table, BlockListMatches | None]:
     """Find the best rows around some queries, without near-duplicates.
 
     Rows are sorted by their rank in a query's results, then by similarity, then by id: ranks of different
@@ -46,7 +46,7 @@ def best_rows(
 
     Returns:
         At most `top` rows of id, url, caption, similarity, rank (from 1), seed (the number of the query)
-        and the other metadata columns.
+        and the other metadata columns; and how many entries of the block list match.
 
     Raises:
         InputError: see `retrieve`.
@@ -55,12 +55,12 @@ def best_rows(
     k = max(MIN_PER_QUERY, -(-OVERSAMPLING * top // len(queries)))
     for _ in range(MAX_ROUNDS):
         request = Request(min(k, index.rows), dedup_threshold, nprobe, filters)
-        found, _ = retrieve_table(index, metadata, queries, request, per_seed=True)
-        rows = found.take(pa.array(_distinct(index, found, dedup_threshold)[:top]))
+        rows, found = retrieve_table(index, metadata, queries, request, per_seed=True)
+        rows = rows.take(pa.array(_distinct(index, rows, dedup_threshold)[:top]))
         if len(rows) == top or k >= index.rows:
             break
         k *= GROWTH
-    return _as_shown(rows, metadata)
+    return _as_shown(rows, metadata), found.block_list
 
 
 def _distinct(index: Index, found: pa.Table, threshold: float) -> Ids:

@@ -1,6 +1,7 @@
 """Filters and the block list in runs: no table holds what they exclude, and every row is counted."""
 
 import json
+import logging
 
 import numpy as np
 import pyarrow as pa
@@ -74,3 +75,33 @@ def test_a_filter_on_a_column_that_is_not_there_fails_with_those_that_are(scored
     message = failures(scored.run("mine", "knn_urls", filters="NSFW == 'UNLIKELY'"))["knn_urls"]
     assert "'NSFW'" in message
     assert "url, caption, punsafe, width" in message
+
+
+def test_a_search_reports_how_many_entries_of_the_block_list_match(scored):
+    listed = scored.root / "some.txt"
+    listed.write_text("3\n299\n300\nhttps://a/5.jpg\nhttps://a/5.jpeg\n")
+    project = scored.with_environment(LAION_BLOCK_LIST=str(listed))
+    result = project.run("mine", "knn_urls", nb_images_knn=300)
+    assert reported(result, "knn_urls")["block list"] == (
+        "2 of 3 listed ids in the index, 1 of 2 listed URLs found"
+    )
+    footer = pq.read_metadata(project.table("knn_urls", "mine")).metadata[b"laion_assets"]
+    assert json.loads(footer)["block_list_matches"] == {
+        "ids": 3,
+        "ids_in_the_index": 2,
+        "urls": 2,
+        "urls_found": 1,
+    }
+
+
+def test_a_block_list_that_can_block_nothing_is_a_warning(scored):
+    listed = scored.root / "none.txt"
+    listed.write_text("300\n4000\n")
+    project = scored.with_environment(LAION_BLOCK_LIST=str(listed))
+    result = project.run("mine", "knn_urls")
+    warnings = [
+        entry.user_message
+        for entry in project.instance.all_logs(result.run_id)
+        if entry.level == logging.WARNING
+    ]
+    assert any("0 of 2 listed ids in the index; it blocks nothing" in line for line in warnings)

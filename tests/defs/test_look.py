@@ -100,7 +100,9 @@ def test_the_settings_of_the_environment_hold(place, demo, tmp_path):
         "LAION_BLOCK_LIST": "blocked.txt",
         "LAION_FILTERS": f'caption != "{unwanted["caption"]}"',
     }
-    rows = look(image, place | filters, top=10).rows
+    found = look(image, place | filters, top=10)
+    assert "block list: 1 of 1 listed ids in the index" in found.notes
+    rows = found.rows
     assert blocked["id"] not in rows["id"].to_pylist()
     assert unwanted["caption"] not in rows["caption"].to_pylist()
     found = {

@@ -146,7 +146,9 @@ def combined_urls_asset(placement: Placement) -> dg.AssetsDefinition:
         """
         with as_failures():
             origin = check_same_origin(knn_urls, centroid_urls, seed_embeddings)
-            provenance = replace(origin, run=context.run.run_id, counts={}, written=now())
+            provenance = replace(
+                origin, run=context.run.run_id, counts={}, block_list_matches={}, written=now()
+            )
             threshold = origin.settings.values.dedup_threshold
             combined = combine(knn_urls, centroid_urls, threshold)
             context.log.info(_united(combined.funnel))
@@ -268,6 +270,7 @@ class _SearchStep:
                 settings=origin.settings.with_nprobe(found.nprobe),
                 index=opened.manifest.fingerprint,
                 counts=asdict(found.funnel),
+                block_list_matches=asdict(found.block_list) if found.block_list else {},
                 run=self.context.run.run_id,
                 written=now(),
             )
@@ -323,6 +326,8 @@ class _SearchStep:
     def _log(self, found: Found, k: int, rows: int) -> None:
         log, funnel = self.context.log, found.funnel
         log.info(_sentence(funnel))
+        if blocking := found.block_list:
+            (log.info if blocking.can_match else log.warning)(f"block list: {blocking}")
         if k > rows:
             log.warning(f"{k:,} images were requested per query, but the index has only {rows:,} rows")
         elif missing := funnel.requested - funnel.received:
