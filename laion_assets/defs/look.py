@@ -144,8 +144,8 @@ def look(
         log: called with lines about staging.
 
     Raises:
-        InputError: a path does not exist, no image is usable, there is no model or index, or a setting
-            cannot be used.
+        InputError: a path does not exist, no image is usable, there is no index, or no model for images
+            and prompts, or a setting cannot be used.
 
     """
     if not 1 <= top <= MAX_TOP:
@@ -162,14 +162,15 @@ def look(
         .resolve(Defaults.from_environment(environment), own, text if seed_set else "")
         .values
     )
-    model = _model(embedder, index, log)
+    model = None if seed_set and not seed_set.needs_model else _model(embedder, index, log)
     if seed_set:
         query = _seeds(model, seeds.uri, seed_set, log)
-    else:
+    elif model:
         query = _prompt(model, text, seeds) if images is None else _images(model, text, images, log)
     _stage(index, log)
     with index.open(log) as opened:
-        ModelRecord(dimension=opened.index.dimension).check(model.name, model.dimension)
+        if model:
+            ModelRecord(dimension=opened.index.dimension).check(model.name, model.dimension)
         rows, blocking = best_rows(
             opened.index,
             opened.metadata,
@@ -374,8 +375,13 @@ def _local_images(folder: SeedFolder, seed_set: SeedSet | None) -> list[Path]:
     return [Path(file.path) for file in seed_set.images]
 
 
-def _seeds(model: Model, uri: str, seed_set: SeedSet, log: Callable[[str], None]) -> _Query:
-    """Read the seeds of a set, but only some of its images if there are many."""
+def _seeds(
+    model: Model | None, uri: str, seed_set: SeedSet, log: Callable[[str], None]
+) -> _Query:
+    """Read the seeds of a set, but only some of its images if there are many.
+
+    Only images and prompts need a model.
+    """
     images = tuple(_evenly(seed_set.images))
     with Progress("images", len(images), "", log) as progress:
         seeds = read_seeds(

@@ -15,6 +15,7 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 import pytest
+from helpers import indices
 from helpers.onnx_models import clip_tokenizer, text_model
 from helpers.project import Demo, contents
 from helpers.seed_files import write
@@ -160,6 +161,27 @@ def test_a_seed_set_is_named_as_in_materialize(place, demo):
         look("no-set", place)
     with pytest.raises(InputError, match=r"'fruti' is taken for a prompt, not for 'fruit'.* images only"):
         look("fruti", place)
+
+
+def test_a_seed_set_of_embeddings_needs_no_model(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    rows = indices.random_rows(np.random.default_rng(3), 300)
+    indices.write_index(tmp_path / "index", rows, "Flat")
+    indices.write_metadata(tmp_path / "index", pa.table({"url": [f"https://a/{i}.jpg" for i in range(300)]}))
+    for name, vectors in (("mine", rows[[5, 17]]), ("narrow", rows[:2, :-1])):
+        (tmp_path / "seeds" / name).mkdir(parents=True)
+        np.save(tmp_path / "seeds" / name / "a.npy", vectors)
+    (tmp_path / "seeds" / "texts").mkdir()
+    (tmp_path / "seeds" / "texts" / "prompts.txt").write_text("a red house")
+    environment = {"LAION_INDEX_URI": "index", "LAION_SEEDS_URI": "seeds"}
+    found = look("mine", environment, top=10)
+    assert set(found.rows["id"].to_pylist()[:2]) == {5, 17}
+    assert "(2 vectors)" in found.about
+    with pytest.raises(InputError, match="dimensions"):
+        look("narrow", environment)
+    for query in ("texts", "a red house"):
+        with pytest.raises(InputError, match="no model is set"):
+            look(query, environment)
 
 
 def test_a_seed_set_may_hold_vectors_and_settings(place, tmp_path):
