@@ -21,7 +21,7 @@ from typing import Any
 import dagster as dg
 from dotenv import load_dotenv
 
-from laion_assets.build import Build, Request, cost_of, embed_folder, index_key_for, measured
+from laion_assets.build import Build, Request, check_key, cost_of, embed_folder, index_key_for, measured
 from laion_assets.definitions import JOB, build_defs
 from laion_assets.defs.build_sensor import ENCODE_JOB, PUBLISH_JOB, TRAIN_JOB
 from laion_assets.defs.dagster_internals import RunFailureReason
@@ -293,6 +293,7 @@ def _plan_build(parsed: argparse.Namespace, environment: Mapping[str, str]) -> i
             cost = build.cost()
     else:
         key = places.index_key or index_key_for(parsed.rows, parsed.dimension, places.bytes_per_row)
+        check_key(key, parsed.dimension, parsed.rows)
         rates = measured(key, parsed.dimension)
         cost = cost_of(parsed.rows, parsed.dimension, key, rates, shard_rows=places.shard_rows)
     print(*cost.lines(parsed.core_price), sep="\n")

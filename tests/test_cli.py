@@ -487,6 +487,18 @@ def test_a_wrong_key_ends_a_build_in_a_sentence(monkeypatch, capsys) -> None:
     assert told.endswith("(LAION_INDEX_KEY)")
 
 
+@pytest.mark.parametrize("key", ["nonsense", "IVF16,PQ7", "IVF64,Flat", "IVF2,PQ8x8"])
+def test_plan_build_refuses_the_keys_that_build_refuses(key, to_build, monkeypatch, capsys) -> None:
+    monkeypatch.setenv("LAION_INDEX_KEY", key)
+    told = []
+    for command in (["build"], ["plan-build"], ["plan-build", "--rows", "2400", "--dimension", "24"]):
+        assert main(command) == 1
+        told.append(capsys.readouterr().err.replace("trained_index: ", ""))
+    assert told[0] == told[1] == told[2]
+    assert f'"{key}"' in told[0]
+    assert '"IVF1,Flat"' in told[0]
+
+
 @pytest.mark.parametrize("sent", [signal.SIGTERM])
 def test_a_build_that_is_interrupted_goes_on_where_it_was(sent, to_build, monkeypatch, capsys) -> None:
     encode = builder.encode_shard

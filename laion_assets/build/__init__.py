@@ -7,7 +7,7 @@ only their own shards and a merge.
 
 from laion_assets.build.builder import Build, Built, Request, Wanted
 from laion_assets.build.cost import Cost, cost_of, measured
-from laion_assets.build.index_key import index_key_for
+from laion_assets.build.index_key import check_key, index_key_for
 from laion_assets.build.own_images import embed_folder
 from laion_assets.build.plan import SHARD_ROWS, Plan, Shard
 from laion_assets.build.publish import BUILT
@@ -22,6 +22,7 @@ __all__ = [
     "Request",
     "Shard",
     "Wanted",
+    "check_key",
     "cost_of",
     "embed_folder",
     "index_key_for",

@@ -27,7 +27,7 @@ from laion_assets.build.embeddings import (
     metadata_schema,
     pair_version,
 )
-from laion_assets.build.index_key import ROWS_PER_LIST
+from laion_assets.build.index_key import ROWS_PER_LIST, check_key
 from laion_assets.build.merge import write_index
 from laion_assets.build.plan import SHARD_ROWS, Part, Plan, Shard, check_planned, extended
 from laion_assets.build.publish import BUILT, Place
@@ -268,9 +268,17 @@ class Build:
         return plan
 
     def cost(self) -> Cost:
-        """Estimate the cost of the whole build; measuring this machine takes a few seconds."""
+        """Estimate the cost of the whole build; measuring this machine takes a few seconds.
+
+        Raises:
+            InputError: the input cannot be used, or the key is not supported or needs more rows.
+
+        """
         files = self.embeddings.files
         key = self.index_key()
+        check_key(
+            key, self.embeddings.dimension, self.embeddings.rows, self.request.rows_per_centre
+        )
         one_file = all(file.vectors == file.metadata for file in files)
         return cost_of(
             self.embeddings.rows,

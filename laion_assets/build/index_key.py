@@ -48,30 +48,41 @@ class IndexKey:
     pq: int = 0
 
     @classmethod
-    def parse(cls, text: str, dimension: int) -> IndexKey:
+    def parse(cls, text: str, dimension: int, rows: int | None = None) -> IndexKey:
         """Parse a key.
+
+        Args:
+            text: the key.
+            dimension: dimension of the vectors.
+            rows: number of rows, so that an error names a key that fits them.
 
         Raises:
             InputError: the key is not supported, or not with this dimension.
 
         """
+        example = EXAMPLE if rows is None else index_key_for(rows, dimension)
+
+        def refused(reason: str) -> InputError:
+            return InputError(
+                f'the index "{text}" {reason}: give a faiss key such as "{example}"', "index_key"
+            )
+
         found = _KEY.fullmatch(text) or _NO_LISTS.fullmatch(text)
         if found is None:
-            raise _refused(
-                text,
+            raise refused(
                 "has a type that is not supported; supported are Flat, HNSW, IVF + Flat and IVF + PQ "
                 "(8 bits), optionally with OPQ",
             )
         numbers = {name: int(number) for name, number in found.groupdict().items() if number}
         if 0 in numbers.values():
-            raise _refused(text, "has a 0")
+            raise refused("has a 0")
         key = cls(text, **numbers)
         if key.graph == 1:
-            raise _refused(text, "has HNSW1, but HNSW needs 2 links or more")
+            raise refused("has HNSW1, but HNSW needs 2 links or more")
         after = key.width or dimension
         for name, parts in (("OPQ", key.opq), ("PQ", key.pq)):
             if parts and after % parts:
-                raise _refused(text, f"has {name}{parts}, which does not divide the dimension {after}")
+                raise refused(f"has {name}{parts}, which does not divide the dimension {after}")
         return key
 
     def fewest_rows(self, per_centre: int = ROWS_PER_LIST) -> int:
@@ -102,8 +113,22 @@ class IndexKey:
             )
 
 
-def _refused(text: str, reason: str) -> InputError:
-    return InputError(f'the index "{text}" {reason}: give a faiss key such as "{EXAMPLE}"', "index_key")
+def check_key(text: str, dimension: int, rows: int, per_centre: int = ROWS_PER_LIST) -> IndexKey:
+    """Parse a key and check that there are enough rows to train it.
+
+    Args:
+        text: the key.
+        dimension: dimension of the vectors.
+        rows: number of rows in the index.
+        per_centre: see `IndexKey.fewest_rows`.
+
+    Raises:
+        InputError: the key is not supported, not with this dimension, or not with so few rows.
+
+    """
+    key = IndexKey.parse(text, dimension, rows)
+    key.check_rows(rows, per_centre)
+    return key
 
 
 def index_key_for(rows: int, dimension: int, bytes_per_row: int | None = None) -> str:

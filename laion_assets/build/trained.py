@@ -11,7 +11,7 @@ import faiss
 import numpy as np
 
 from laion_assets.build.answers import Answers
-from laion_assets.build.index_key import ROWS_PER_LIST
+from laion_assets.build.index_key import ROWS_PER_LIST, check_key
 from laion_assets.build.quantizer import IndexKey, train, training_rows
 from laion_assets.build.workspace import Workspace
 from laion_assets.index import nprobe_rule, set_search_depth, transformed
@@ -168,9 +168,7 @@ def train_index(
     """
     started = time.perf_counter()
     expected = key_for(rows)
-    IndexKey.parse(expected, dimension).check_rows(
-        rows, rows_per_centre
-    )  # fail before reading, which may take long
+    check_key(expected, dimension, rows, rows_per_centre)  # before reading, which may take long
     sampled, ids = sample(training_rows(expected, rows) + QUERIES)
     vectors, order = _shuffled_unit_rows(sampled)
     if not len(vectors):
