@@ -20,6 +20,7 @@ import dagster as dg
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
+from helpers.builds import write_parts
 from helpers.project import REPOSITORY, Demo, contents
 from helpers.published import publish, publish_all
 from PIL import Image
@@ -497,6 +498,37 @@ def test_plan_build_refuses_the_keys_that_build_refuses(key, to_build, monkeypat
     assert told[0] == told[1] == told[2]
     assert f'"{key}"' in told[0]
     assert '"IVF1,Flat"' in told[0]
+
+
+def test_plan_build_estimates_what_is_left_of_a_build(tmp_path, monkeypatch, capsys) -> None:
+    write_parts(tmp_path / "embeddings", [400, 300])
+    for name, value in {"EMBEDDINGS_URI": "embeddings", "SHARD_ROWS": "300", "INDEX_KEY": "IVF8,Flat"}.items():
+        monkeypatch.setenv(f"LAION_{name}", value)
+    monkeypatch.chdir(tmp_path)
+
+    def planned() -> dict[str, str]:
+        before = written(tmp_path)
+        assert main(["plan-build"]) == 0
+        assert written(tmp_path) == before
+        lines = capsys.readouterr().out.splitlines()
+        return {line[:10].strip(): line[10:] for line in lines}
+
+    fresh = planned()
+    assert (fresh["rows"], fresh["shards"]) == ("700", "2, which can be encoded in parallel")
+    assert "700 rows" in fresh["training"]
+    assert main(["build"]) == 0
+    capsys.readouterr()
+    done = planned()
+    assert (done["rows"], done["shards"]) == ("700, 700 of them encoded already", "0 left")
+    assert (done["training"], done["encoding"]) == ("done already", "done already")
+    write_parts(tmp_path / "embeddings", [100], first=2)
+    more = planned()
+    assert (more["rows"], more["shards"]) == ("800, 700 of them encoded already", "1 left")
+    assert more["training"] == "done already"
+    assert "3.20kB of vectors" in more["encoding"]
+    assert "4.00kB of codes" in more["encoding"]
+    monkeypatch.setenv("LAION_INDEX_KEY", "IVF4,Flat")  # another index: everything again
+    assert (planned()["rows"], planned()["shards"]) == ("800", "3, which can be encoded in parallel")
 
 
 @pytest.mark.parametrize("sent", [signal.SIGTERM])

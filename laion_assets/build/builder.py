@@ -16,7 +16,7 @@ import pyarrow as pa
 
 from laion_assets.build import shards as shard_files
 from laion_assets.build.answers import Answers, merged, read_answers, recall
-from laion_assets.build.cost import Cost, cost_of, measured
+from laion_assets.build.cost import Cost, Rates, cost_of, measured
 from laion_assets.build.embeddings import (
     EmbeddingFile,
     EmbeddingReader,
@@ -249,10 +249,10 @@ class Build:
 
         """
         self._place.check()
-        parts = [_part(file) for file in self.embeddings.files]
+        _ = self.embeddings  # read before the lock, which others wait for
         with self.workspace.locked(self._log):
             planned = self.stored_plan()
-            plan = extended(planned, parts, self.request.shard_rows, self._is_encoded)
+            plan = self._extended(planned)
             found = _Input(
                 self.embeddings.layout,
                 self.embeddings.key,
@@ -268,27 +268,48 @@ class Build:
         return plan
 
     def cost(self) -> Cost:
-        """Estimate the cost of the whole build; measuring this machine takes a few seconds.
+        """Estimate the cost of the build, or of what is left of it.
+
+        Nothing is written. Measuring this machine takes a few seconds.
 
         Raises:
-            InputError: the input cannot be used, or the key is not supported or needs more rows.
+            InputError: the input cannot be used, planned files are gone or have changed, or the key is
+                not supported or needs more rows.
 
         """
-        files = self.embeddings.files
-        key = self.index_key()
-        check_key(
-            key, self.embeddings.dimension, self.embeddings.rows, self.request.rows_per_centre
-        )
+        found, files = self.embeddings, self.embeddings.files
+        plan = self._extended(self.stored_plan())
+        trained = read_trained_record(self.workspace)
+        if trained is None or not self._is_trained_for_input(trained):
+            trained = None
+            check_key(self.index_key(), found.dimension, found.rows, self.request.rows_per_centre)
+        key = trained.index_key if trained else self.index_key()
+        missing = set(self.missing(plan) if trained else (shard.name for shard in plan.shards))
+        left = [shard for shard in plan.shards if shard.name in missing]
+        to_read = {part.name for shard in left for part in shard.parts}
         one_file = all(file.vectors == file.metadata for file in files)
         return cost_of(
-            self.embeddings.rows,
-            self.embeddings.dimension,
+            found.rows,
+            found.dimension,
             key,
-            measured(key, self.embeddings.dimension),
+            measured(key, found.dimension) if left or trained is None else Rates(0.0, 0.0),
             shard_rows=self.request.shard_rows,
-            vector_bytes=sum(file.vector_bytes for file in files),
+            vector_bytes=sum(file.vector_bytes for file in files if file.name in to_read),
             metadata_bytes=None if one_file else sum(file.metadata.size for file in files),
+            encoded_rows=found.rows - sum(shard.rows for shard in left),
+            shards=len(left),
+            is_trained=trained is not None,
         )
+
+    def _extended(self, planned: Plan) -> Plan:
+        """Return a plan with the files of the input that it lacks as new shards."""
+        parts = [_part(file) for file in self.embeddings.files]
+        return extended(planned, parts, self.request.shard_rows, self._is_encoded)
+
+    def _is_trained_for_input(self, trained: Record) -> bool:
+        """Return whether a trained index is the requested one, and of the input's vectors."""
+        found = self.embeddings.key, self.embeddings.dimension
+        return (trained.vectors, trained.dimension) == found and self._is_wanted(trained)
 
     def index_key(self) -> str:
         """Return the request's faiss key, or choose one for the number of rows."""
@@ -352,11 +373,7 @@ class Build:
         with (self.workspace / TRAINED).locked(self._log):
             found = read_trained_record(self.workspace)
             # The best key may change with the number of rows, but that does not justify a new start.
-            if (
-                found
-                and (found.vectors, found.dimension) == (vectors, dimension)
-                and self._is_wanted(found)
-            ):
+            if found and self._is_trained_for_input(found):
                 return self._trained()
             return train_index(
                 self.workspace,

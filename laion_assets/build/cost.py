@@ -43,17 +43,20 @@ class Rates:
 
 @dataclass(frozen=True)
 class Cost:
-    """The estimated cost of a build.
+    """The estimated cost of a build, or of what is left of it.
 
     Attributes:
         index_key: faiss factory key.
         rows: number of rows in the index.
-        shards: number of shards; they can be encoded in parallel.
+        encoded_rows: number of these that are encoded already.
+        shards: number of shards to encode; this can be done in parallel.
+        is_trained: whether the index is trained already.
         sample: number of rows that training reads.
         training_memory: size of that sample in bytes.
         vectors: bytes of vectors that encoding reads.
         metadata: bytes of metadata, written as Arrow.
-        lists: bytes of codes and ids. Encoding writes them; merging reads and writes them again.
+        lists: bytes of codes and ids of the whole index, which merging reads and writes.
+        codes: the bytes of these that encoding writes.
         training: core-hours of training.
         encoding: core-hours of encoding.
 
@@ -61,12 +64,15 @@ class Cost:
 
     index_key: str
     rows: int
+    encoded_rows: int
     shards: int
+    is_trained: bool
     sample: int
     training_memory: int
     vectors: int
     metadata: int
     lists: int
+    codes: int
     training: float
     encoding: float
 
@@ -79,14 +85,20 @@ class Cost:
         """
         hours = self.training + self.encoding
         size = partial(tqdm.format_sizeof, suffix="B")
+        before = f", {self.encoded_rows:,} of them encoded already" if self.encoded_rows else ""
+        parallel = ", which can be encoded in parallel" if self.shards > 1 else ""
         facts = {
-            "rows": f"{self.rows:,}",
+            "rows": f"{self.rows:,}{before}",
             "index": self.index_key,
-            "shards": f"{self.shards:,}, which can be encoded in parallel",
-            "training": f"{self.sample:,} rows, {size(self.training_memory)} in memory, "
+            "shards": f"{self.shards:,}{' left' if before else ''}{parallel}",
+            "training": "done already"
+            if self.is_trained
+            else f"{self.sample:,} rows, {size(self.training_memory)} in memory, "
             f"{self.training:,.2f} core-hours",
             "encoding": f"reads {size(self.vectors)} of vectors and the metadata, writes "
-            f"{size(self.lists)} of codes, {self.encoding:,.2f} core-hours",
+            f"{size(self.codes)} of codes, {self.encoding:,.2f} core-hours"
+            if self.shards
+            else "done already",
             "merging": f"reads and writes {size(self.lists)}",
             "disk": f"index {size(self.lists)}, metadata {size(self.metadata)}; {size(self.disk)} with "
             "the codes needed to add rows later",
@@ -110,8 +122,11 @@ def cost_of(
     shard_rows: int,
     vector_bytes: int | None = None,
     metadata_bytes: int | None = None,
+    encoded_rows: int = 0,
+    shards: int | None = None,
+    is_trained: bool = False,
 ) -> Cost:
-    """Compute the cost of a build; a pure function.
+    """Compute the cost of a build, or of what is left of it; a pure function.
 
     Args:
         rows: number of rows in the index.
@@ -119,24 +134,33 @@ def cost_of(
         index_key: faiss factory key.
         rates: rates returned by `measured`.
         shard_rows: number of rows per shard.
-        vector_bytes: size of all vectors at the source; that of float16 by default.
+        vector_bytes: size of the vectors to encode at the source; that of float16 by default.
         metadata_bytes: size of all metadata; by default LAION-5B's size per row.
+        encoded_rows: number of rows that are encoded already.
+        shards: number of shards to encode; by default it follows from the rows.
+        is_trained: whether the index is trained already.
 
     """
     key = IndexKey.parse(index_key, dimension)
-    sample = training_rows(index_key, rows)
+    sample = 0 if is_trained else training_rows(index_key, rows)
+    left = rows - encoded_rows
     code = key.pq or 4 * dimension
     return Cost(
         index_key,
         rows,
-        shards=-(-rows // shard_rows),
+        encoded_rows=encoded_rows,
+        shards=-(-left // shard_rows) if shards is None else shards,
+        is_trained=is_trained,
         sample=sample,
         training_memory=4 * sample * dimension,
-        vectors=vector_bytes or 2 * rows * dimension,
+        vectors=2 * left * dimension if vector_bytes is None else vector_bytes,
         metadata=metadata_bytes or METADATA_BYTES * rows,
         lists=rows * (code + ID_BYTES),
-        training=(TRAINING_ROUNDS * sample * rates.assigning + CODEBOOK_SECONDS * bool(key.pq)) / 3600,
-        encoding=rows * (rates.assigning + rates.coding) / 3600,
+        codes=left * (code + ID_BYTES),
+        training=(TRAINING_ROUNDS * sample * rates.assigning + CODEBOOK_SECONDS * bool(key.pq)) / 3600
+        if not is_trained
+        else 0.0,
+        encoding=left * (rates.assigning + rates.coding) / 3600,
     )
 
 
