@@ -99,14 +99,14 @@ class Listed:
     checksum: str | None
 
 
-def list_files(fs: Any, root: str) -> Iterator[Listed]:
-    """Yield all files below a folder; none if the folder does not exist.
+def list_files(fs: Any, root: str, depth: int | None = None) -> Iterator[Listed]:
+    """Yield all files below a folder, or those in its first `depth` levels; none if it does not exist.
 
     A bucket is listed page by page with only the needed fields, because gcsfs's own listing keeps several
     kilobytes per object in memory.
     """
     if not {"gs", "gcs"} & _protocols(fs):
-        for path, info in fs.find(root, detail=True).items():
+        for path, info in fs.find(root, maxdepth=depth, detail=True).items():
             name = path.removeprefix(root).lstrip("/")
             yield Listed(name, path, info["size"], str(info.get("mtime", "")), info.get("crc32c"))
         return
@@ -118,6 +118,8 @@ def list_files(fs: Any, root: str) -> Iterator[Listed]:
         page = fs.call("GET", "b/{}/o", bucket, json_out=True, pageToken=token, **query)
         for item in page.get("items", ()):
             name = item["name"].removeprefix(prefix)
+            if depth is not None and name.count("/") >= depth:
+                continue
             path = f"{bucket}/{item['name']}"
             yield Listed(name, path, int(item["size"]), item["updated"], item.get("crc32c"))
         token = page.get("nextPageToken")

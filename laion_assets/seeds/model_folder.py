@@ -12,10 +12,12 @@ of more than 2 GB are in a separate file (`vision_model.onnx_data`).
 from __future__ import annotations
 
 import hashlib
+import os
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from itertools import chain, islice
 from pathlib import Path
 
 from laion_assets.io.checksums import fingerprint
@@ -31,6 +33,9 @@ PREPROCESSOR, TOKENIZER, TOKENIZER_CONFIG = (
     "tokenizer_config.json",
 )
 CONFIG = "config.json"
+DEPTH = 2  # levels of folders that a model's files are in
+OTHER_FILES_LISTED = 1000  # in subfolders other than onnx
+NAMES_SHOWN = 5
 CONFIGS = (PREPROCESSOR, TOKENIZER, TOKENIZER_CONFIG, CONFIG)
 # Part of every fingerprint. Increment it if the same model now gives other vectors, for example after a
 # change to image decoding.
@@ -80,8 +85,15 @@ def find_model(folder: Path) -> ModelFiles:
         raise InputError(
             f"the model {folder} is not a folder: name one that holds onnx/{VISION}.onnx", MODEL
         )
-    here = [path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()]
-    return choose_files(folder, here, str(folder))
+    return choose_files(folder, _files_in(folder), str(folder))
+
+
+def _files_in(folder: Path) -> list[str]:
+    """Return the files in a folder and its subfolders, of which any folder may have too many."""
+    found = chain(
+        folder.glob("*"), folder.glob("onnx/*"), islice(folder.glob("*/*"), OTHER_FILES_LISTED)
+    )
+    return [path.relative_to(folder).as_posix() for path in found if os.path.isfile(path)]  # noqa: PTH113  # False without permission
 
 
 def published_name(files: ModelFiles) -> str | None:
@@ -114,7 +126,7 @@ def choose_files(folder: Path, names: Iterable[str], where: str) -> ModelFiles:
     there = set(names)
     vision, text = (_fullest(part, there) for part in (VISION, TEXT))
     if vision is None:
-        found = ", ".join(sorted(name for name in there if name.endswith(".onnx"))) or "none"
+        found = _shortly(sorted(name for name in there if name.endswith(".onnx")))
         raise InputError(
             f"the model {where} has no onnx/{VISION}.onnx (ONNX files found: {found}): export the model "
             "in the layout of transformers.js",
@@ -130,6 +142,11 @@ def choose_files(folder: Path, names: Iterable[str], where: str) -> ModelFiles:
     weights = [name for name in there if any(_is_data_of(model, name) for model in models)]
     configs = [name for name in CONFIGS if name in there]
     return ModelFiles(folder, vision, text, tuple(sorted([*models, *weights, *configs])))
+
+
+def _shortly(names: Sequence[str]) -> str:
+    more = len(names) - NAMES_SHOWN
+    return ", ".join([*names[:NAMES_SHOWN], *([f"{more:,} more"] if more > 0 else [])]) or "none"
 
 
 def _fullest(part: str, there: set[str]) -> str | None:

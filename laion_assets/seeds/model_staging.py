@@ -24,7 +24,7 @@ from laion_assets.io.storage import (
     open_storage,
     reaching,
 )
-from laion_assets.seeds.model_folder import MODEL, choose_files
+from laion_assets.seeds.model_folder import DEPTH, MODEL, choose_files
 
 RECORD = "staged.json"
 LOCK = ".lock"
@@ -109,7 +109,7 @@ class _Source:
         self._fs, root = open_storage(uri, MODEL)
         try:
             with reaching(uri, MODEL):
-                listed = {file.name: file for file in list_files(self._fs, root)}
+                listed = {file.name: file for file in list_files(self._fs, root, DEPTH)}
                 if not listed:  # a recursive listing ignores errors
                     with suppress(FileNotFoundError):
                         self._fs.ls(root)

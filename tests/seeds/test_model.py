@@ -179,6 +179,24 @@ def test_what_is_missing_or_damaged_is_named(breaks, tmp_path):
     assert error.about == "model"
 
 
+@pytest.mark.parametrize("remote", [False, True])
+def test_a_folder_that_holds_many_other_files_is_an_error_of_bounded_length(remote, tmp_path):
+    for number in range(30):
+        folder = tmp_path / "work" / f"model-{number}" / "onnx"
+        folder.mkdir(parents=True)
+        for name in (folder / "vision_model.onnx", tmp_path / "work" / f"{number:02}.onnx"):
+            name.write_bytes(b"")
+    if remote:
+        put("memory://work", tmp_path / "work")
+        with pytest.raises(InputError) as refused:
+            stage_model("memory://work", tmp_path / "cache", print)
+        told = str(refused.value)
+    else:
+        told = str(refusal(tmp_path / "work"))
+    assert "00.onnx, 01.onnx, 02.onnx, 03.onnx, 04.onnx, 25 more)" in told
+    assert len(told) < 300
+
+
 def test_a_folder_that_is_not_there_is_named(tmp_path):
     assert f"{tmp_path / 'none'} is not a folder" in str(refusal(tmp_path / "none"))
 
