@@ -488,8 +488,9 @@ def test_a_wrong_key_ends_a_build_in_a_sentence(monkeypatch, capsys) -> None:
     assert told.endswith("(LAION_INDEX_KEY)")
 
 
+@pytest.mark.usefixtures("to_build")
 @pytest.mark.parametrize("key", ["nonsense", "IVF16,PQ7", "IVF64,Flat", "IVF2,PQ8x8"])
-def test_plan_build_refuses_the_keys_that_build_refuses(key, to_build, monkeypatch, capsys) -> None:
+def test_plan_build_refuses_the_keys_that_build_refuses(key, monkeypatch, capsys) -> None:
     monkeypatch.setenv("LAION_INDEX_KEY", key)
     told = []
     for command in (["build"], ["plan-build"], ["plan-build", "--rows", "2400", "--dimension", "24"]):
@@ -502,7 +503,9 @@ def test_plan_build_refuses_the_keys_that_build_refuses(key, to_build, monkeypat
 
 def test_plan_build_estimates_what_is_left_of_a_build(tmp_path, monkeypatch, capsys) -> None:
     write_parts(tmp_path / "embeddings", [400, 300])
-    for name, value in {"EMBEDDINGS_URI": "embeddings", "SHARD_ROWS": "300", "INDEX_KEY": "IVF8,Flat"}.items():
+    for name, value in {
+        "EMBEDDINGS_URI": "embeddings", "SHARD_ROWS": "300", "INDEX_KEY": "IVF8,Flat",
+    }.items():  # fmt: skip
         monkeypatch.setenv(f"LAION_{name}", value)
     monkeypatch.chdir(tmp_path)
 

@@ -136,8 +136,12 @@ def check_planned(
     """
     if lost := [part.name for part in plan.parts() if part.name not in versions]:
         raise InputError(
-            f"{_named(lost)} {'is' if len(lost) == 1 else 'are'} gone, but the rows have ids in the "
-            "index: put the files back, or build a new index elsewhere",
+            (
+                f"{_named(lost)} is gone, but its rows have ids in the index: put the file back"
+                if len(lost) == 1
+                else f"{_named(lost)} are gone, but their rows have ids in the index: put the files back"
+            )
+            + ", or build a new index elsewhere",
             "embeddings_uri",
         )
     changed = [
@@ -150,9 +154,12 @@ def check_planned(
 
 
 def _changed(names: Sequence[str]) -> InputError:
+    one = len(names) == 1
     return InputError(
-        f"{_named(names)} changed after their rows got ids: put the old files back and add new ones "
-        "under new names, or build a new index elsewhere",
+        f"{_named(names)} changed after {'its' if one else 'their'} rows got ids (on a disk, size and "
+        f"modification time are compared): put the old {'file' if one else 'files'} back, with the old "
+        "time (`cp -p` keeps it, `touch -r` sets it), and add new ones under new names; or build a new "
+        "index elsewhere",
         "embeddings_uri",
     )
 

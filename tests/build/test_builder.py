@@ -489,6 +489,20 @@ def test_a_planned_file_that_is_gone_or_changed_is_named_and_the_index_stays(roo
     assert same(index_in(root / "index"), expected)
 
 
+def test_a_file_that_was_touched_is_accepted_once_its_time_is_restored(root):
+    before = built(request(root))
+    path = root / "embeddings" / "part-1.parquet"
+    copy = root / "copy"
+    shutil.copy2(path, copy)  # as `cp -p` does
+    path.touch()
+    with pytest.raises(InputError, match="modification time"):
+        built(request(root))
+    shutil.copystat(copy, path)  # as `touch -r` does
+    assert built(request(root)) == before
+    shutil.copytree(root / "embeddings", root / "elsewhere")
+    assert built(request(root, embeddings_uri=f"{root}/elsewhere")) == before
+
+
 @pytest.mark.parametrize("where", ["disk", "bucket"])
 def test_a_place_that_holds_other_files_is_refused_before_any_work_and_stays(where, request_of):
     asked, write, read = request_of(where)

@@ -45,7 +45,8 @@ def test_ids_go_on_from_shard_to_shard_and_stay_when_files_are_added_before_or_b
         ([], "part-0, part-1 are gone"),
         ([Part("renamed", 3, "v0"), *parts([3, 4])[1:]], "part-0 is gone"),
         ([Part("part-0", 3, "other"), *parts([3, 4])[1:]], "part-0 changed"),
-        (parts([3, 5]), "part-1 changed"),
+        (parts([3, 5]), "part-1 changed after its rows"),
+        (parts([4, 5]), "part-0, part-1 changed after their rows .*`cp -p` .*`touch -r`"),
     ],
 )
 def test_a_planned_file_that_is_gone_or_changed_is_named(now, problem):

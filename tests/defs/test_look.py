@@ -167,7 +167,8 @@ def test_a_seed_set_of_embeddings_needs_no_model(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     rows = indices.random_rows(np.random.default_rng(3), 300)
     indices.write_index(tmp_path / "index", rows, "Flat")
-    indices.write_metadata(tmp_path / "index", pa.table({"url": [f"https://a/{i}.jpg" for i in range(300)]}))
+    urls = [f"https://a/{i}.jpg" for i in range(300)]
+    indices.write_metadata(tmp_path / "index", pa.table({"url": urls}))
     for name, vectors in (("mine", rows[[5, 17]]), ("narrow", rows[:2, :-1])):
         (tmp_path / "seeds" / name).mkdir(parents=True)
         np.save(tmp_path / "seeds" / name / "a.npy", vectors)
