@@ -102,7 +102,7 @@ def pair_files(layout: str, names: Iterable[str], where: str, key: str | None = 
     elif layout == DATACOMP:
         archives = [(name, _stem(name)) for name in names if name.endswith(".npz")]
         tables = [(name, _stem(name)) for name in names if name.endswith(".parquet")]
-        pairs = _paired(archives, tables, lambda stem, suffix: f"{stem}{suffix}", ".npz", where)
+        pairs = _paired(archives, tables, lambda name, suffix: _stem(name) + suffix, ".npz", where)
     else:
         vectors = _numbered(names, str(key), ".npy")
         metadata = _numbered(names, "metadata", ".parquet")
@@ -112,10 +112,13 @@ def pair_files(layout: str, names: Iterable[str], where: str, key: str | None = 
                 (name, n) for name, n in metadata if str(PurePosixPath(name).parent) == "metadata"
             ]
         vectors.sort(key=lambda named: int(named[1]))
-        stems = {".npy": key, ".parquet": "metadata"}
-        pairs = _paired(
-            vectors, metadata, lambda n, suffix: f"{stems[suffix]}_{n}{suffix}", ".npy", where
-        )
+        stems = {".npy": str(key), ".parquet": "metadata"}
+
+        def partner(name: str, suffix: str) -> str:
+            file = f"{stems[suffix]}_{_stem(name).rpartition('_')[2]}{suffix}"  # with leading zeros
+            return f"{stems[suffix]}/{file}" if layout == CLIP_RETRIEVAL else file
+
+        pairs = _paired(vectors, metadata, partner, ".npy", where)
     if not pairs:
         raise _nothing_found(names, where, {layout: LAYOUTS[layout]})
     return pairs
@@ -131,6 +134,14 @@ def _numbered(names: Iterable[str], stem: str, suffix: str) -> list[tuple[str, s
     """Return the files named <stem>_<number><suffix>, with their numbers without leading zeros."""
     pattern = re.compile(rf"(?:.*/)?{re.escape(stem)}_0*([0-9]+){re.escape(suffix)}")
     return [(name, found[1]) for name in names if (found := pattern.fullmatch(name))]
+
+
+def _in_folder_of(others: Sequence[tuple[str, str]], partner: str, name: str) -> str:
+    """Put a partner without a folder into that of all other partners, or else into that of the file."""
+    if "/" in partner:
+        return partner
+    folders = {PurePosixPath(other).parent for other, _ in others}
+    return str((folders.pop() if len(folders) == 1 else PurePosixPath(name).parent) / partner)
 
 
 def _stem(name: str) -> str:
@@ -149,7 +160,8 @@ def _paired(
     Args:
         vectors: names of vector files, each with the number or stem that it shares with its partner.
         metadata: the same for metadata files.
-        partner: returns a file's name from its number or stem and its suffix.
+        partner: returns the usual name of a file's partner with a suffix; without a folder if it may be
+            in any.
         suffix: suffix of the vector files.
         where: the folder, for messages.
 
@@ -168,13 +180,13 @@ def _paired(
             URI,
         )
     alone = [
-        f"{name} without {partner(common, other_suffix)}"
-        for side, other, other_suffix in (
-            (vectors, by_common[1], ".parquet"),
-            (metadata, by_common[0], suffix),
+        f"{name} without {_in_folder_of(others, partner(name, other_suffix), name)}"
+        for side, others, by_other, other_suffix in (
+            (vectors, metadata, by_common[1], ".parquet"),
+            (metadata, vectors, by_common[0], suffix),
         )
         for name, common in side
-        if common not in other
+        if common not in by_other
     ]
     if alone:
         raise InputError(

@@ -333,6 +333,21 @@ def test_files_without_partner_are_named_the_first_few_of_them(tmp_path, layout)
     assert names_of(layout, 2)[0] in refused(tmp_path)
 
 
+@pytest.mark.parametrize("gone", [0, 1])
+@pytest.mark.parametrize("layout", ["clip-retrieval", "laion", "datacomp"])
+def test_the_missing_partner_is_named_as_it_must_be_called(tmp_path, layout, gone):
+    write(tmp_path, layout, [2, 2, 2])
+    files = names_of(layout, 1)
+    (tmp_path / files[gone]).unlink()
+    assert f"has {files[1 - gone]} without {files[gone]}: add" in refused(tmp_path)
+
+
+def test_the_missing_partner_is_named_though_no_file_has_one(tmp_path):
+    write(tmp_path, "clip-retrieval", [2])
+    (tmp_path / "metadata" / "metadata_0.parquet").unlink()
+    assert "img_emb_0.npy without metadata/metadata_0.parquet:" in refused(tmp_path)
+
+
 def test_files_that_share_a_number_are_refused_and_so_are_mixed_layouts(tmp_path):
     rows = write(tmp_path, "clip-retrieval", [2, 3])
     np.savez(tmp_path / "a.npz", l14_img=rows)
