@@ -174,8 +174,8 @@ def list_embeddings(
         layout: "clip-retrieval", "laion", "datacomp" or "parquet"; detected from the file names by
             default. With a named layout, files that are not part of it are ignored.
         key: which vectors to use. This is the prefix of .npy file names (by default "img_emb"), the
-            member of .npz files ("l14_img"), or the column of Parquet files (`embedding`, or else the
-            only column of lists of floats).
+            member of .npz files ("l14_img"), or the column of Parquet files (the only column of lists of
+            floats).
         log: called with a line about each retry, from any thread; by default Python's logging.
         only: names of the vector files to list; other files are not read.
         dimension: dimension of the vectors, if known; the files may then be empty.

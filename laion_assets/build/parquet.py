@@ -16,7 +16,6 @@ from laion_assets.build.input_files import BadFileError, InputFiles, RangeFile, 
 from laion_assets.io.storage import first_line
 from laion_assets.staging.transfer.files import SourceFile
 
-USUAL_COLUMN = "embedding"
 VECTOR_BUFFER = 16 << 20  # bytes per request for a vector column
 METADATA_BUFFER = 4 << 20  # bytes per request for a metadata column
 FIRST_ROWS_BUFFER = 1 << 16  # bytes per request that only looks for the first vector
@@ -63,17 +62,19 @@ def choose_column(schema: pa.Schema, url: str, key: str | None) -> str:
     Args:
         schema: schema of the file.
         url: URL of the file, for messages.
-        key: the column's name; None for `embedding`, or else the only column of vectors.
+        key: the column's name; None for the only column of vectors.
 
     Raises:
         InputError: the column is missing, or there are several columns of vectors.
 
     """
     columns = [field.name for field in schema if is_vectors(field.type)]
-    name = key or (USUAL_COLUMN if USUAL_COLUMN in columns else columns[0] if len(columns) == 1 else None)
+    name = key or (columns[0] if len(columns) == 1 else None)
     if name is None and columns:
         raise BadFileError(
-            f"{url} has several columns of vectors ({list_shortly(columns, limit=20)}): name one", "key"
+            f"{url} has several columns of vectors ({list_shortly(columns, limit=20)}): name the one to "
+            "use",
+            "key",
         )
     if name is None or name not in schema.names:
         missing = f"no column {name!r}" if name else "no column of vectors, which are lists of floats"

@@ -448,10 +448,11 @@ def test_a_column_of_vectors_is_chosen_or_has_to_be_named(tmp_path):
     assert "a, b, ids, url" in refused(tmp_path, key="c")
     pq.write_table(pa.table({"url": ["x"], "ids": whole}), path)
     assert "url, ids" in refused(tmp_path)
-    pq.write_table(pa.table({"a": floats, "embedding": floats}), path)
-    assert list_embeddings(str(tmp_path)).key == "embedding"
+    pq.write_table(pa.table({"text_embedding": floats, "embedding": floats}), path)
+    assert "text_embedding, embedding" in refused(tmp_path)
+    assert list_embeddings(str(tmp_path), key="embedding").key == "embedding"
     pq.write_table(pa.table({"a": floats}), tmp_path / "1.parquet")
-    assert "1.parquet" in refused(tmp_path)
+    assert "1.parquet" in refused(tmp_path, key="embedding")
 
 
 @pytest.mark.parametrize("layout", ["compressed", "parquet"])
