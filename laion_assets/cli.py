@@ -278,8 +278,7 @@ def _build(_: argparse.Namespace, environment: Mapping[str, str]) -> int:
             if not run(PUBLISH_JOB):
                 return 1
         if built := build.published():
-            rows = f"{built.stored:,} of {built.rows:,} rows"
-            print(f"{rows} in {built.index_key}, at {build.request.index_uri}")
+            print(f"{built.summary} in {built.index_key}, at {build.request.index_uri}")
     return 0
 
 
@@ -321,7 +320,7 @@ def _index_images(parsed: argparse.Namespace, environment: Mapping[str, str]) ->
         model=ModelRecord(model.name, model_uri),
     )
     built = Build(request, print).run()
-    print(f"{built.stored:,} of {built.rows:,} rows in {built.index_key}, at {request.index_uri}")
+    print(f"{built.summary} in {built.index_key}, at {request.index_uri}")
     variables = {"LAION_INDEX_URI": request.index_uri, "LAION_MODEL": model_uri}
     if found.example and on_this_machine(folder):
         print(f"images most like {found.example}:\n")

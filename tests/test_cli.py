@@ -20,7 +20,7 @@ import dagster as dg
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
-from helpers.builds import write_parts
+from helpers.builds import vectors_of, write_part, write_parts
 from helpers.project import REPOSITORY, Demo, contents
 from helpers.published import publish, publish_all
 from PIL import Image
@@ -440,7 +440,7 @@ def test_an_index_is_built_shard_by_shard_and_once(to_build, monkeypatch, capsys
         r"index_shards: rows: 600 of 600, [\d,.e+]+/s, 0 s left",
         *(rf"index_shards: 00000{n}: 600 rows in [\d.]+ s, .* vectors per second" for n in range(4)),
         r"laion_index: merging the shards \(4\)",
-        r"laion_index: 2,400 rows merged; 100\.0% of the 100 best rows are found .*",
+        r"laion_index: 2,400 of 2,400 rows can be found; 100\.0% of the 100 best rows are found .*",
         rf"2,400 of 2,400 rows in IVF16,Flat, at {to_build}/data/index",
     )
     for expected in story:
@@ -450,11 +450,23 @@ def test_an_index_is_built_shard_by_shard_and_once(to_build, monkeypatch, capsys
     before = written(to_build)
     assert main(["build"]) == 0
     assert written(to_build) == before
-    assert "index_shards" not in capsys.readouterr().out
+    again = capsys.readouterr().out
+    assert "index_shards" not in again
+    assert "laion_index: nothing is new" in again
     with history(to_build, "data/dagster") as instance:
         assert instance.get_materialized_partitions(dg.AssetKey("index_shards")) == {
             f"00000{n}" for n in range(4)
         }
+
+
+def test_rows_without_a_usable_vector_are_counted_in_the_output(tmp_path, monkeypatch, capsys) -> None:
+    write_part(tmp_path / "embeddings", 0, vectors_of(60), null=(3, 40))
+    monkeypatch.setenv("LAION_EMBEDDINGS_URI", "embeddings")
+    monkeypatch.chdir(tmp_path)
+    assert main(["build"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert any("000000: 60 rows (2 without a usable vector) in" in line for line in lines)
+    assert lines[-1].startswith("58 of 60 rows (2 without a usable vector) in IVF1,Flat, at ")
 
 
 def test_a_shard_that_fails_is_named_and_the_others_are_built(to_build, capsys) -> None:

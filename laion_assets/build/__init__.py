@@ -5,7 +5,7 @@ result exists. So a killed build resumes, several machines can encode shards, an
 only their own shards and a merge.
 """
 
-from laion_assets.build.builder import Build, Built, Request, Wanted
+from laion_assets.build.builder import Build, Built, Request, Wanted, without_vector
 from laion_assets.build.cost import Cost, cost_of, measured
 from laion_assets.build.index_key import check_key, index_key_for
 from laion_assets.build.own_images import embed_folder
@@ -27,4 +27,5 @@ __all__ = [
     "embed_folder",
     "index_key_for",
     "measured",
+    "without_vector",
 ]

@@ -120,6 +120,11 @@ class Built:
     recall: Mapping[str, Mapping[str, float]]
     nprobe_of_a_search: int
 
+    @property
+    def summary(self) -> str:
+        """The number of rows that a search can find, and of those that it cannot."""
+        return f"{self.stored:,} of {self.rows:,} rows{without_vector(self.unusable)}"
+
 
 @dataclass(frozen=True)
 class Wanted:
@@ -438,6 +443,7 @@ class Build:
             built = place.here.read_record(BUILT, Built) if place.is_complete() else None
             if built and built.fingerprint == wanted.index:
                 place.discard_new()  # left behind by a killed build
+                self._log("nothing is new: the index is up to date")
                 return built
             built = place.new.read_record(BUILT, Built)
             if not built or built.fingerprint != wanted.index:
@@ -591,6 +597,11 @@ class Build:
         )
         new.write_json(BUILT, asdict(built))
         return built
+
+
+def without_vector(rows: int) -> str:
+    """Return an addition to a number of rows, of which some have no usable vector; empty if none."""
+    return f" ({rows:,} without a usable vector)" if rows else ""
 
 
 def _part(file: EmbeddingFile) -> Part:

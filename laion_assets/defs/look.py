@@ -375,9 +375,7 @@ def _local_images(folder: SeedFolder, seed_set: SeedSet | None) -> list[Path]:
     return [Path(file.path) for file in seed_set.images]
 
 
-def _seeds(
-    model: Model | None, uri: str, seed_set: SeedSet, log: Callable[[str], None]
-) -> _Query:
+def _seeds(model: Model | None, uri: str, seed_set: SeedSet, log: Callable[[str], None]) -> _Query:
     """Read the seeds of a set, but only some of its images if there are many.
 
     Only images and prompts need a model.

@@ -90,9 +90,7 @@ def find_model(folder: Path) -> ModelFiles:
 
 def _files_in(folder: Path) -> list[str]:
     """Return the files in a folder and its subfolders, of which any folder may have too many."""
-    found = chain(
-        folder.glob("*"), folder.glob("onnx/*"), islice(folder.glob("*/*"), OTHER_FILES_LISTED)
-    )
+    found = chain(folder.glob("*"), folder.glob("onnx/*"), islice(folder.glob("*/*"), OTHER_FILES_LISTED))
     return [path.relative_to(folder).as_posix() for path in found if os.path.isfile(path)]  # noqa: PTH113  # False without permission
 
 

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 
 import dagster as dg
 
+from laion_assets.build import without_vector
 from laion_assets.defs import checks
 from laion_assets.defs.drawing.charts import recall_curves
 from laion_assets.defs.drawing.markup import embedded, table
@@ -104,7 +105,8 @@ def index_shards_asset(placement: Placement) -> dg.AssetsDefinition:
                 record = build.encode(_number_of(context.partition_key))
             speed = round(record.rows / max(record.encoding_seconds, 1e-3))
             context.log.info(
-                f"{context.partition_key}: {record.rows:,} rows in {record.seconds:,.1f} s, of which "
+                f"{context.partition_key}: {count(record.rows, 'row')}{without_vector(record.unusable)} "
+                f"in {record.seconds:,.1f} s, of which "
                 f"{record.encoding_seconds:,.1f} s encoding, {speed:,} vectors per second"
             )
             return dg.MaterializeResult(
@@ -155,7 +157,7 @@ def laion_index_asset(placement: Placement) -> dg.AssetsDefinition:
             with index_builder.open(context.log.info) as build:
                 built = build.finish()
             results = list(checks.of_built_index(built, index_builder.min_recall))
-            context.log.info(f"{built.stored:,} rows merged; {results[0].description}")
+            context.log.info(f"{built.summary} can be found; {results[0].description}")
             chart = recall_curves(built.recall)
             searched = checks.nprobe_of_a_search(built)
             return dg.MaterializeResult(
