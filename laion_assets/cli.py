@@ -304,7 +304,11 @@ def _index_images(parsed: argparse.Namespace, environment: Mapping[str, str]) ->
     places = Places.from_environment(environment)
     folder = parsed.folder.rstrip("/")
     into = Path(parsed.into or DATA / "indices" / (folder.rpartition("/")[2] or "images")).absolute()
-    embedder, model_uri = Embedder.at(places), places.model or str(DEMO_MODEL)
+    model_uri = places.model or str(DEMO_MODEL)
+    if "://" not in model_uri:  # the printed variables hold in any folder
+        model_uri = str(Path(model_uri).expanduser().absolute())
+    own = {"LAION_CACHE_DIR": str(into / "cache"), "LAION_OUTPUT_URI": str(into / "output")}
+    embedder = Embedder.at(Places.from_environment({**environment, **own}))
     model = Model(stage_model(model_uri, embedder.cache_dir, print), embedder.device)
     found = embed_folder(folder, str(into / "embeddings"), model, print)
     print(f"{count(found.images, 'image')} embedded, {found.new:,} of them now")
@@ -321,13 +325,12 @@ def _index_images(parsed: argparse.Namespace, environment: Mapping[str, str]) ->
     )
     built = Build(request, print).run()
     print(f"{built.summary} in {built.index_key}, at {request.index_uri}")
-    variables = {"LAION_INDEX_URI": request.index_uri, "LAION_MODEL": model_uri}
+    variables = {"LAION_INDEX_URI": request.index_uri, "LAION_MODEL": model_uri, **own}
     if found.example and on_this_machine(folder):
         print(f"images most like {found.example}:\n")
-        in_place = {"LAION_STAGING": "in-place", "LAION_CACHE_DIR": str(into / "cache")}
         _look(
             argparse.Namespace(what=found.example, top=EXAMPLES, output=None),
-            {**environment, **variables, **in_place},
+            {**environment, **variables, "LAION_STAGING": "in-place"},
         )
     print("\nto use it with `laion-assets look IMAGE` and all other commands, set these variables:\n")
     print("\n".join(f"export {name}={shlex.quote(value)}" for name, value in variables.items()))

@@ -381,6 +381,10 @@ def test_images_are_indexed_and_looked_into_though_the_first_is_broken(demo, tmp
     (tmp_path / "other").mkdir()
     looked = run_here(tmp_path / "other", "look", str(sorted(mine.iterdir())[1]), **variables)
     assert (looked.status, looked.out.count(mine.as_uri())) == (0, images)
+    made = tmp_path / "data" / "indices" / "mine"
+    assert variables["LAION_CACHE_DIR"] == str(made / "cache")
+    assert variables["LAION_OUTPUT_URI"] == str(made / "output")
+    assert sorted(path.name for path in (tmp_path / "other" / "data").iterdir()) == ["look"]
 
 
 def test_make_dev_builds_no_demo_beside_an_index_of_ones_own(tmp_path, monkeypatch, capsys) -> None:
