@@ -22,6 +22,7 @@ from laion_assets.build import Built
 from laion_assets.defs.history import PROVENANCE, YIELD, materializations
 from laion_assets.defs.partitions import seed_sets
 from laion_assets.defs.settings import ResolvedSettings
+from laion_assets.defs.terminal import count
 from laion_assets.index.decoder import Decoder
 from laion_assets.index.vectors import decoded_codes
 from laion_assets.io.arrays import Floats
@@ -98,8 +99,8 @@ _URL_SETS = [
             asset,
             "yield_stable",
             f"The yield is within {YIELD_TOLERANCE:.0%} of that of the seed set's past runs with the "
-            "same settings. A warning. Remedy: find the loss that grew in the funnel. New seeds, a new "
-            "index or another block list explain a change; anything else is a problem.",
+            "same settings and index. A warning. Remedy: find the loss that grew in the funnel. New "
+            "seeds or another block list explain a change; anything else is a problem.",
         ),
     )
 ]
@@ -179,7 +180,7 @@ _ALL = [
         "urls_well_formed",
         "Every URL is http or https, names a host and has no spaces. Whether it still works is not "
         "checked. A warning: img2dataset cannot download other URLs. Remedy: name the right column in "
-        "LAION_METADATA_COLUMNS; none is possible if the metadata has such URLs.",
+        "LAION_METADATA_COLUMNS; none is needed for an index of your own images, whose URLs are files.",
     ),
 ]
 BUILT, STAGED, CENTROID, KNN_URLS, CENTROID_URLS, COMBINED = map(
@@ -217,15 +218,15 @@ def of_built_index(built: Built, min_recall: float) -> Results:
         else "every search compares all rows",
         {"recall@100": found},
     )
-    count = next((n for n in ("1000", "100", "10", "1") if n in by_nprobe.get(most, {})), "")
-    further = by_nprobe[most][count] - by_nprobe[chosen][count] if count else 0.0
+    best = next((n for n in ("1000", "100", "10", "1") if n in by_nprobe.get(most, {})), "")
+    further = by_nprobe[most][best] - by_nprobe[chosen][best] if best else 0.0
     yield _result(
         "nprobe_is_sufficient",
         further <= FOUND_BY_PROBING_MORE,
         WARN,
-        f"of the {int(count):,} best rows, probing {most} lists instead of {chosen} finds {further:.1%} "
+        f"of the {int(best):,} best rows, probing {most} lists instead of {chosen} finds {further:.1%} "
         "more"
-        if count
+        if best
         else "every search compares all rows",
         {"more": round(further, 4)},
     )
@@ -317,7 +318,7 @@ def _agreement(captions: audit.Agreement) -> str:
     )
     if captions.silent:
         described += f"; {captions.silent} of {audit.PARTS} quarters of the rows have too few captions"
-    return described if captions.is_aligned else f"{described}: metadata and index are misaligned"
+    return described if captions.is_aligned else f"{described}: metadata and index may be misaligned"
 
 
 # --- tables ---------------------------------------------------------------------------------------
@@ -391,7 +392,7 @@ def of_combined(table: StoredTable, knn: StoredTable, centroid: StoredTable, thr
         not any(repeated.values()),
         ERROR,
         f"{len(table):,} rows, {repeated['id']} repeated ids, {repeated['url']} repeated URLs",
-        {f"repeated {name}s": count for name, count in repeated.items()},
+        {f"repeated {name}s": number for name, number in repeated.items()},
     )
     wrong = images.not_web
     yield _result(
@@ -428,23 +429,26 @@ def _near_duplicates(codes: Any, groups: Any, decoder: Decoder, threshold: float
 
 
 def yield_stable(context: dg.AssetExecutionContext, report: Mapping[str, Any]) -> dg.AssetCheckResult:
-    """Compare the yield with that of the set's past runs with the same settings."""
+    """Compare the yield with that of the set's past runs with the same settings and index."""
     asset, now = context.asset_key.to_user_string(), float(report[YIELD])
-    asked = ResolvedSettings.from_json(report[PROVENANCE]["settings"]).asked()
+    provenance = report[PROVENANCE]
+    asked = ResolvedSettings.from_json(provenance["settings"]).asked()
     before = [
         float(past.figures[YIELD])
         for past in materializations(context.instance, asset, context.partition_key)
-        if past.run != context.run.run_id and past.asked == asked
+        if past.run != context.run.run_id and (past.index, past.asked) == (provenance["index"], asked)
     ]
     if not before:
-        return _result("yield_stable", True, WARN, f"{now:.1%}; the first run with these settings")
+        return _result(
+            "yield_stable", True, WARN, f"{now:.1%}; the first run with these settings and this index"
+        )
     low, high = min(before) * (1 - YIELD_TOLERANCE), max(before) * (1 + YIELD_TOLERANCE)
     return _result(
         "yield_stable",
         low <= now <= high,
         WARN,
-        f"{now:.1%}; {min(before):.1%} to {max(before):.1%} in {len(before)} past runs with these "
-        "settings",
+        f"{now:.1%}; {min(before):.1%} to {max(before):.1%} in {count(len(before), 'past run')} with "
+        "these settings and this index",
         {YIELD: now},
     )
 

@@ -35,6 +35,12 @@ class PastMaterialization:
     figures: Mapping[str, Any]
 
     @property
+    def index(self) -> str | None:
+        """The fingerprint of its index; None if it has none."""
+        provenance = self.figures.get(PROVENANCE)
+        return provenance.get("index") if isinstance(provenance, Mapping) else None
+
+    @property
     def asked(self) -> Mapping[str, Any] | None:
         """The requested settings; None if another release did not record them."""
         try:

@@ -28,7 +28,7 @@ from laion_assets.defs.settings import Defaults, RetrievalConfig
 from laion_assets.index.faiss_index import Index
 from laion_assets.io.tables import StoredTable
 from laion_assets.search import audit
-from laion_assets.staging import OpenIndex, open_staged, stage
+from laion_assets.staging import OpenIndex, open_staged, stage, verified_manifest
 
 WARN, ERROR = dg.AssetCheckSeverity.WARN, dg.AssetCheckSeverity.ERROR
 SPECS = [spec for asset in build_assets(Placement.from_environment({})) for spec in asset.check_specs]
@@ -259,10 +259,13 @@ def search(project: Project) -> Callable[..., dg.AssetCheckEvaluation]:
     return run
 
 
-def report_past(project: Project, asset: str, share: float, **settings: Any) -> None:
+def report_past(
+    project: Project, asset: str, share: float, index: str | None = None, **settings: Any
+) -> None:
     """Report to Dagster's history that a run kept this share of the requested images."""
     asked = RetrievalConfig(**settings).resolve(Defaults({}))
-    made = Provenance("fruit", "seeds", asked, "an earlier run", own={}).to_json()
+    index = index or verified_manifest(project.cache).fingerprint
+    made = Provenance("fruit", "seeds", asked, "an earlier run", own={}, index=index).to_json()
     project.instance.report_runless_asset_event(
         dg.AssetMaterialization(asset, partition="fruit", metadata={YIELD: share, PROVENANCE: made})
     )
@@ -275,6 +278,13 @@ def test_a_yield_that_differs_from_past_ones_with_the_same_settings_is_told(proj
     check = search(nb_images_knn=21)
     assert (check.passed, check.severity) == (False, WARN)
     assert "1.0% to 1.0% in 1 past run" in (check.description or "")
+
+
+def test_a_run_on_another_index_is_not_compared_with(project, search):
+    report_past(project, "knn_urls", 0.01, index="another", nb_images_knn=21)
+    check = search(nb_images_knn=21)
+    assert check.passed
+    assert "the first run with these settings and this index" in (check.description or "")
 
 
 def test_a_run_of_another_release_is_not_compared_with(project, search):
