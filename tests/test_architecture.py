@@ -123,7 +123,7 @@ def test_every_variable_that_the_package_names_is_declared():
         ("LAION_BLOCK_LISTS", "LAION_BLOCK_LIST"),
         ("LAION_FILTER", "LAION_FILTERS"),
         ("LAION_NVME_LABLE", "LAION_NVME_LABEL"),
-        ("LAION_INDEX", "LAION_INDEX_.*"),
+        ("LAION_INDEX", "LAION_INDEX_KEY or LAION_INDEX_URI"),
         ("LAION_SEEDS", "LAION_SEEDS_URI"),
     ],
 )

@@ -374,7 +374,7 @@ def test_images_are_indexed_and_looked_into_though_the_first_is_broken(demo, tmp
     done = run_here(tmp_path, "index-images", "mine")
     images = len(list(mine.iterdir())) - 1
     assert done.status == 0
-    assert done.err.splitlines()[0] == f"left out: {mine / '0.jpg'} is empty (0 bytes)"
+    assert done.err.splitlines()[0] == f"left out: {mine / '0.jpg'} is empty (0 bytes): remove it"
     assert f"{images} of {images} rows in IVF1,Flat" in done.out
     assert f"images most like {sorted(mine.iterdir())[1]}" in done.out
     variables = dict(re.findall(r"^export (\w+)=(\S+)$", done.out, re.M))

@@ -51,6 +51,7 @@ from laion_assets.index import (
 from laion_assets.io.arrays import Ids
 from laion_assets.io.errors import InputError
 from laion_assets.io.progress import Progress, format_duration
+from laion_assets.io.text import count
 
 PLAN, INPUT, PREPARED = "plan.json", "input.json", "prepared.json"
 RECALL_AT = (1, 10, 100, 1000)
@@ -456,8 +457,7 @@ class Build:
         """Run all steps in order."""
         started = time.perf_counter()
         plan = self.plan()
-        shards = f"{len(plan.shards):,} shard{'' if len(plan.shards) == 1 else 's'}"
-        self._log(f"{plan.rows:,} rows in {shards}")
+        self._log(f"{count(plan.rows, 'row')} in {count(len(plan.shards), 'shard')}")
         self.train()
         for shard in plan.shards:
             self.encode(shard.number)

@@ -114,7 +114,7 @@ def read_npz_header(files: InputFiles, file: SourceFile, key: str) -> Matrix | D
     begin = files.read(file, at, min(at + 2 * HEADER_READ, file.size)).tobytes()
     if len(begin) < LOCAL_HEADER.size or not begin.startswith(LOCAL_SIGNATURE):
         raise BadFileError(
-            f"{file.url} is not a complete .npz file (its directory is wrong): {SAVE_AGAIN}"
+            f"{file.url} is truncated or not an .npz file (its directory is wrong): {SAVE_AGAIN}"
         )
     *_, name_length, extra_length = LOCAL_HEADER.unpack_from(begin)
     skipped = LOCAL_HEADER.size + name_length + extra_length
@@ -204,9 +204,7 @@ def _member(files: InputFiles, file: SourceFile, key: str) -> zipfile.ZipInfo:
     except InputError:
         raise
     except (zipfile.BadZipFile, struct.error, ValueError, OSError, NotImplementedError) as error:
-        raise BadFileError(
-            f"{file.url} is not a complete .npz file ({first_line(error)}): {SAVE_AGAIN}"
-        ) from error
+        raise BadFileError(f"{file.url} is truncated or not an .npz file: {SAVE_AGAIN}") from error
     member = members.get(f"{key}.npy") or members.get(key)
     if member is None:
         keys = [name.removesuffix(".npy") for name in members]

@@ -17,6 +17,7 @@ from laion_assets.io.errors import InputError
 from laion_assets.io.progress import Progress
 from laion_assets.io.storage import is_local, is_regular, list_files, open_storage, reaching
 from laion_assets.io.tables import SUFFIX, StoredTable, new_table, vector_column
+from laion_assets.io.text import count
 from laion_assets.seeds import KnownImages, Model, UnfinishedImages
 from laion_assets.seeds.decoding import EXTENSIONS
 from laion_assets.seeds.folder import is_hidden, is_image
@@ -92,7 +93,7 @@ def embed_folder(uri: str, into: str, model: Model, log: Callable[[str], None]) 
     unfinished.remove()
     if not new + len(known):
         named = "; ".join(map(str, bad[:5]))
-        raise InputError(f"none of the {len(paths):,} images in {uri} can be embedded: {named}")
+        raise InputError(f"no image in {uri} can be embedded ({count(len(paths), 'image')}): {named}")
     unusable = {image.name for image in bad}
     example = next((path for path in paths if path not in unusable), None)
     return EmbeddedFolder(new + len(known), new, tuple(bad), example)

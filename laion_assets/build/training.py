@@ -19,6 +19,7 @@ from laion_assets.build.nearest import Centres, unit_or_zero
 from laion_assets.build.rotation import main_directions, rotation_of
 from laion_assets.io.arrays import Floats
 from laion_assets.io.errors import InputError
+from laion_assets.io.text import count
 
 ROTATION_ROUNDS, ROTATION_ROWS = 4, 32_768
 CODEBOOK_ROUNDS = 8
@@ -66,7 +67,7 @@ def train(
     if parsed.width and parsed.width < dimension:
         base = main_directions(sample[coded], parsed.width)
         rows = sample @ base.T
-    log(f"placing the centres of {parsed.lists:,} lists among {len(rows):,} rows")
+    log(f"placing the centres of {count(parsed.lists, 'list')} among {len(rows):,} rows")
     centres = centres_of(rows, parsed.lists, random)
     ivf = faiss.downcast_index(faiss.extract_index_ivf(index))
     if parsed.opq or parsed.pq:

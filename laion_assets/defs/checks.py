@@ -224,8 +224,8 @@ def of_built_index(built: Built, min_recall: float) -> Results:
         "nprobe_is_sufficient",
         further <= FOUND_BY_PROBING_MORE,
         WARN,
-        f"of the {int(best):,} best rows, probing {most} lists instead of {chosen} finds {further:.1%} "
-        "more"
+        f"of the {int(best):,} best rows, probing {count(most, 'list')} instead of {chosen} finds "
+        f"{further:.1%} more"
         if best
         else "every search compares all rows",
         {"more": round(further, 4)},
@@ -347,7 +347,7 @@ def of_centroid(seeds: int, norm_of_mean: float, mean: Floats, prompts: Floats) 
         "centroid_of_all_seeds",
         not len(prompts),
         WARN,
-        f"{len(prompts):,} prompts are left out; their mean cosine with the images' centroid is {gap:.2f}"
+        f"left out: {count(len(prompts), 'prompt')}; mean cosine with the images' centroid {gap:.2f}"
         if len(prompts)
         else "it is the mean of all seeds",
         {"mean cosine of prompts": gap} if len(prompts) else None,

@@ -219,5 +219,8 @@ def _refuse_misspelt(environment: Mapping[str, str]) -> None:
     for name in environment:
         if name.startswith("LAION_") and name not in known:
             longer = [each for each in sorted(known) if each.startswith(f"{name}_")]
-            for meant in longer or difflib.get_close_matches(name, known, n=1, cutoff=SIMILAR_NAMES):
-                raise InputError(f"{name} is set, but it is not a setting: did you mean {meant}?")
+            near = longer or difflib.get_close_matches(name, known, n=1, cutoff=SIMILAR_NAMES)
+            if near:
+                raise InputError(
+                    f"{name} is set, but it is not a setting: did you mean {' or '.join(near)}?"
+                )

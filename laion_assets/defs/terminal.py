@@ -5,14 +5,11 @@ from __future__ import annotations
 import unicodedata
 from collections.abc import Iterator, Sequence
 
+from laion_assets.io.text import count as count  # re-exported
+
 MAX_TEXT = 500  # characters of a text that are read
 MARKS = 2  # combining marks kept per letter
 CUT = "…"
-
-
-def count(number: int, noun: str) -> str:
-    """Return a number and its noun: "1 image", "2,000 images"."""
-    return f"{number:,} {noun}" if number == 1 else f"{number:,} {noun}s"
 
 
 def one_line(text: str, longest: int = MAX_TEXT) -> str:

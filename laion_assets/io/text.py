@@ -1,9 +1,14 @@
-"""Handle untrusted text: file names and JSON."""
+"""Handle untrusted text, file names and JSON, and count things in words."""
 
 from __future__ import annotations
 
 import json
 from typing import Any
+
+
+def count(number: int, noun: str) -> str:
+    """Return a number and its noun: "1 image", "2,000 images"."""
+    return f"{number:,} {noun}" if number == 1 else f"{number:,} {noun}s"
 
 
 def printable(text: str) -> str:

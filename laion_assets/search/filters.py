@@ -27,6 +27,7 @@ from laion_assets.index.metadata import URL_COLUMNS
 from laion_assets.io.arrays import Ids, Mask
 from laion_assets.io.errors import InputError
 from laion_assets.io.storage import open_storage, reaching
+from laion_assets.io.text import count
 
 ABOUT_BLOCK_LIST = "block_list"  # the setting that errors name
 ENTRIES_AT_ONCE = 1 << 16  # entries of a block list read at a time
@@ -167,9 +168,11 @@ class BlockListMatches:
 
     def __str__(self) -> str:
         """Describe the numbers in one sentence."""
-        parts = [f"{self.ids_in_the_index:,} of {self.ids:,} listed ids in the index"] if self.ids else []
+        parts = []
+        if self.ids:
+            parts.append(f"{self.ids_in_the_index:,} of {count(self.ids, 'listed id')} in the index")
         if self.urls:
-            parts.append(f"{self.urls_found:,} of {self.urls:,} listed URLs found")
+            parts.append(f"{self.urls_found:,} of {count(self.urls, 'listed URL')} found")
         none = "" if self.can_match else "; it blocks nothing: check that its ids are of this index"
         return f"{', '.join(parts)}{none}"
 
@@ -215,7 +218,7 @@ class BlockList:
     def __str__(self) -> str:
         """Describe the list: location, length, and a fingerprint that ignores order and file format."""
         content = google_crc32c.Checksum(self.ids.tobytes() + self.urls.tobytes()).digest().hex()
-        return f"{self.uri}, {len(self.ids):,} ids, {len(self.urls):,} URLs, {content}"
+        return f"{self.uri}, {count(len(self.ids), 'id')}, {count(len(self.urls), 'URL')}, {content}"
 
 
 def block_list_version(uri: str) -> str:

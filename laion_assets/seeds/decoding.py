@@ -127,7 +127,7 @@ def thumbnail(image: Image.Image) -> bytes:
 def _opened(data: bytes) -> Image.Image:
     """Read the header."""
     if not data:
-        raise BadImageError("is empty (0 bytes)")
+        raise BadImageError("is empty (0 bytes): remove it")
     try:
         image = Image.open(io.BytesIO(data), formats=FORMATS)
     except Image.DecompressionBombError as error:

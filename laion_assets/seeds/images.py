@@ -62,7 +62,7 @@ class BadImage:
 
     Attributes:
         name: the file's name.
-        reason: a phrase that follows the name, such as "is empty (0 bytes)".
+        reason: a phrase that follows the name, such as "is empty (0 bytes): remove it".
 
     """
 

@@ -415,6 +415,13 @@ def test_a_file_that_is_cut_anywhere_is_refused_before_any_row_is_read(tmp_path,
     list_embeddings(str(tmp_path))
 
 
+def test_an_npz_file_that_is_none_is_named_in_plain_words(tmp_path):
+    write(tmp_path, "datacomp", [2])
+    path = tmp_path / names_of("datacomp", 0)[0]
+    path.write_bytes(path.read_bytes()[:-30])
+    assert f"{path.name} is truncated or not an .npz file: " in refused(tmp_path)
+
+
 def test_of_many_bad_files_the_first_are_named_and_all_are_counted(tmp_path):
     write(tmp_path, "laion", [2] * 12)
     for number in range(2, 12):

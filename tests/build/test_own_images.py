@@ -41,7 +41,7 @@ def test_each_image_is_the_best_row_for_itself_and_images_that_are_added_get_the
     found, index = built(tmp_path, model)
     count = len(list((PICTURES / "bird").iterdir()))
     assert (found.images, found.new, [str(bad) for bad in found.bad]) == (
-        count, count, [f"{mine / 'broken.jpg'} is empty (0 bytes)"],
+        count, count, [f"{mine / 'broken.jpg'} is empty (0 bytes): remove it"],
     )  # fmt: skip
     assert index.stored == count
     first = vectors(tmp_path)
@@ -65,7 +65,7 @@ def test_without_images_or_with_another_model_it_says_what_to_do(tmp_path, model
     with pytest.raises(InputError, match="holds no image"):
         embed_folder(str(tmp_path / "mine"), str(tmp_path / "embeddings"), model, print)
     (tmp_path / "mine" / "a.png").write_bytes(b"no image")
-    with pytest.raises(InputError, match=r"none of the 1 images .* can be embedded: .*a\.png"):
+    with pytest.raises(InputError, match=r"no image in .* can be embedded \(1 image\): .*a\.png"):
         embed_folder(str(tmp_path / "mine"), str(tmp_path / "embeddings"), model, print)
     shutil.copy(sorted((PICTURES / "car").iterdir())[0], tmp_path / "mine")
     embed_folder(str(tmp_path / "mine"), str(tmp_path / "embeddings"), model, print)

@@ -53,7 +53,7 @@ def test_nothing_that_is_filtered_out_gets_into_any_table_and_the_funnel_has_no_
         lost = sum(report[reason] for reason in ("without url", "blocked", "filtered", "near duplicates"))
         assert report["received"] - lost == report["kept"]
         assert report["settings"]["filters"] == f"{filters} (mine/settings.yaml)"
-        assert "list.txt, 1 ids, 60 URLs, " in report["settings"]["block_list"]
+        assert "list.txt, 1 id, 60 URLs, " in report["settings"]["block_list"]
         assert report["settings"]["block_list"].endswith("(LAION_BLOCK_LIST)")
     footer = pq.read_metadata(scored.table("combined_urls", "mine")).metadata[b"laion_assets"]
     recorded = json.loads(footer)["settings"]

@@ -23,6 +23,7 @@ from laion_assets.defs.sources import observe, seed_folder, seeds_version
 from laion_assets.io.errors import InputError
 from laion_assets.io.progress import Progress
 from laion_assets.io.tables import StoredTable, vector_column
+from laion_assets.io.text import count
 from laion_assets.seeds import (
     PROMPT,
     KnownImages,
@@ -152,17 +153,17 @@ def _known_images(
 
 
 def _log(context: dg.AssetExecutionContext, seed_set: SeedSet, found: Seeds) -> None:
-    count, dimension = found.embeddings.shape
+    seeds, dimension = found.embeddings.shape
     reused = f", {found.reused:,} of them reused" if found.reused else ""
-    context.log.info(f"{count:,} seeds of {dimension} dimensions{reused}")
-    for what, names in (
-        ("images are not embedded because the set already has embeddings", seed_set.not_embedded),
-        ("images cannot be embedded", [str(image) for image in found.bad_images]),
-        ("prompts are cut", [str(prompt) for prompt in found.cut_prompts]),
-        ("files hold no seeds and are ignored", seed_set.ignored),
+    context.log.info(f"{count(seeds, 'seed')} of {dimension} dimensions{reused}")
+    for what, noun, names in (
+        ("not embedded because the set already has embeddings", "image", seed_set.not_embedded),
+        ("cannot be embedded", "image", [str(image) for image in found.bad_images]),
+        ("cut", "prompt", [str(prompt) for prompt in found.cut_prompts]),
+        ("ignored, without seeds", "file", seed_set.ignored),
     ):
         if names:
-            context.log.warning(f"{len(names):,} {what}: {'; '.join(names[:FILES_LOGGED])}")
+            context.log.warning(f"{count(len(names), noun)} {what}: {'; '.join(names[:FILES_LOGGED])}")
 
 
 def centroid_vector_asset(placement: Placement) -> dg.AssetsDefinition:
@@ -195,7 +196,7 @@ def centroid_vector_asset(placement: Placement) -> dg.AssetsDefinition:
             if not len(embeddings):
                 embeddings, prompts = prompts, embeddings
             mean, length = centroid(embeddings)
-            context.log.info(f"the mean of {len(embeddings):,} seeds has length {length:.3f}")
+            context.log.info(f"the mean of {count(len(embeddings), 'seed')} has length {length:.3f}")
             vector = vector_column(mean[None])
             row = pa.record_batch(
                 {"embedding": vector, "norm_of_mean": [length], "seeds": [len(embeddings)]}

@@ -18,6 +18,7 @@ from laion_assets.defs.report import Materialized
 from laion_assets.defs.resources import LaionIndex
 from laion_assets.defs.sources import Version, laion_index_source, last_version, observe
 from laion_assets.io.errors import InputError
+from laion_assets.io.text import count
 from laion_assets.staging import OpenIndex, Staged
 
 NAME = "staged_laion_index"
@@ -140,7 +141,7 @@ def _sentence(staged: Staged, laion_index: LaionIndex) -> str:
     in_place = laion_index.staging == "in-place"
     where = {"in-place": "used in place", "sparse": f"fetched to {laion_index.cache_dir} as needed"}
     parts = [
-        f"{len(staged.manifest.files)} files, {staged.manifest.size:,} bytes "
+        f"{count(len(staged.manifest.files), 'file')}, {staged.manifest.size:,} bytes "
         + where.get(laion_index.staging, f"in {laion_index.cache_dir}")
     ]
     if staged.bytes_fetched:

@@ -181,8 +181,9 @@ def combined_urls_asset(placement: Placement) -> dg.AssetsDefinition:
 
 def _united(funnel: CombinedFunnel) -> str:
     return (
-        f"{funnel.knn:,} + {funnel.centroid:,} rows: {funnel.repeated_ids:,} repeated ids, "
-        f"{funnel.repeated_urls:,} repeated URLs, {funnel.near_duplicates:,} near-duplicates, "
+        f"{funnel.knn:,} + {funnel.centroid:,} rows: {count(funnel.repeated_ids, 'repeated id')}, "
+        f"{count(funnel.repeated_urls, 'repeated URL')}, "
+        f"{count(funnel.near_duplicates, 'near-duplicate')}, "
         f"{funnel.kept:,} kept"
     )
 
@@ -320,7 +321,9 @@ class _SearchStep:
         if target is None:
             return settings
         expected = yield_for(self.context, seed_set, settings.asked())
-        self.context.log.info(f"to keep {target:,} images, from {count(seeds, 'seed')}, at {expected}")
+        self.context.log.info(
+            f"to keep {count(target, 'image')}, from {count(seeds, 'seed')}, at {expected}"
+        )
         return settings.sized(seeds, expected, rows)
 
     def _log(self, found: Found, k: int, rows: int) -> None:
@@ -329,12 +332,12 @@ class _SearchStep:
         if blocking := found.block_list:
             (log.info if blocking.can_match else log.warning)(f"block list: {blocking}")
         if k > rows:
-            log.warning(f"{k:,} images were requested per query, but the index has only {rows:,} rows")
+            log.warning(f"the index has only {count(rows, 'row')}, but {k:,} were requested per query")
         elif missing := funnel.requested - funnel.received:
             remedy = "request fewer" if found.nprobe is None else "set a higher nprobe, or request fewer"
             log.warning(
-                f"the index returned {missing:,} fewer images than requested (nprobe {found.nprobe}): "
-                f"{remedy}"
+                f"the index returned {count(missing, 'fewer image')} than requested (nprobe "
+                f"{found.nprobe}): {remedy}"
             )
         if found.recall < LOW_RECALL:
             log.warning(
@@ -344,8 +347,8 @@ class _SearchStep:
 
 
 def _looking(k: int, queries: Floats, rows: int, *, per_seed: bool) -> str:
-    around = f"each of {len(queries):,} seeds" if per_seed else "the centroid"
-    return f"searching for {k:,} images around {around} among {rows:,} rows"
+    around = f"each of {count(len(queries), 'seed')}" if per_seed else "the centroid"
+    return f"searching for {count(k, 'image')} around {around} among {count(rows, 'row')}"
 
 
 def _fetched(opened: OpenIndex) -> dict[str, int | str]:
@@ -356,7 +359,7 @@ def _fetched(opened: OpenIndex) -> dict[str, int | str]:
 
 
 def _sentence(funnel: Funnel) -> str:
-    lost = [f"{funnel.near_duplicates:,} near-duplicates", f"{funnel.without_url:,} without a URL"]
+    lost = [count(funnel.near_duplicates, "near-duplicate"), f"{funnel.without_url:,} without a URL"]
     lost += [f"{funnel.blocked:,} blocked"] if funnel.blocked else []
     lost += [f"{funnel.filtered:,} filtered out"] if funnel.filtered else []
     return f"{funnel.sentence()} ({', '.join(lost)}; yield {funnel.yielded:.0%})"

@@ -12,6 +12,7 @@ from typing import NamedTuple
 import numpy as np
 
 from laion_assets.io.arrays import Floats
+from laion_assets.io.text import count as counted
 
 WIDTH = 900
 BINS = 40
@@ -78,7 +79,7 @@ def histogram(similarities: Mapping[str, Floats]) -> str:
             f"fill-opacity='.28' stroke='{colour}' stroke-width='1.5'/>"
         )
         middle = float(np.median(there[name]))
-        label = f"{name}: {len(there[name]):,} images, median {middle:.2f}"
+        label = f"{name}: {counted(len(there[name]), 'image')}, median {middle:.2f}"
         parts.append(
             f"<rect x='{50 + 410 * number}' y='6' width='12' height='12' rx='2' fill='{colour}'/>"
         )
