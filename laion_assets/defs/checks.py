@@ -339,7 +339,7 @@ def of_centroid(seeds: int, norm_of_mean: float, mean: Floats, prompts: Floats) 
         "seeds_are_coherent",
         cosine >= COHERENT,
         WARN,
-        f"two seeds have a mean cosine of {cosine:.2f}",
+        f"the mean cosine of pairs of seeds is {cosine:.2f}; at least {COHERENT} is expected",
         {"mean cosine of two seeds": cosine},
     )
     gap = float((prompts @ mean).mean()) if len(prompts) else 1.0

@@ -28,6 +28,7 @@ from laion_assets.defs.places import DATA, Places
 from laion_assets.defs.resources import Embedder, LaionIndex, SeedFolder
 from laion_assets.defs.settings import Defaults, RetrievalConfig, Settings
 from laion_assets.defs.terminal import aligned, count, one_line
+from laion_assets.demo import DEMO_MODEL
 from laion_assets.index import ModelRecord
 from laion_assets.index.metadata import THUMBNAIL_COLUMN
 from laion_assets.io.arrays import Floats
@@ -410,10 +411,10 @@ def _seeds(model: Model | None, uri: str, seed_set: SeedSet, log: Callable[[str]
 
 def _check_reads_texts(model: Model, hint: str = "") -> None:
     if model.files.text is None:
+        folder = model.files.folder
+        named = "the demo's model" if folder == DEMO_MODEL else f"the model {folder}"
         raise InputError(
-            f"{hint}the model {model.files.folder} has no text model and embeds images only: use a model "
-            "that has one; the demo's model has none",
-            MODEL,
+            f"{hint}{named} has no text model and embeds images only: use a model that has one", MODEL
         )
 
 

@@ -31,7 +31,8 @@ DESCRIPTIONS = {
     "similarity": "inner product of the unit query and the row as the index stores it; a compressed row "
     "may be slightly longer than 1, so the similarity may be slightly above 1",
     "rank": "rank among the rows found for the same query; 1 is the nearest",
-    "seed": "row of the seed table; null if the centroid found the image, alone or at a better rank",
+    "seed": "row of the seed table; null if only the centroid found the image, or ranked it better than "
+    "any seed",
     "strategies": "strategies that found the image or a near-duplicate of it",
     "seed_set": "seed set for which the image was found",
     "code": "the row as the index stores it; the decoder beside the table turns it into a vector",

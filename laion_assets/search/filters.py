@@ -77,7 +77,8 @@ class Condition:
             meant = next((name for name in names if [name.lower()] == near), None)
             raise InputError(
                 f"filters name the column {self.column!r}, which the metadata does not have (it has "
-                f"{', '.join(names)}): " + (f"did you mean {meant}?" if meant else "remove it")
+                f"{', '.join(names)}): "
+                + (f"did you mean {meant}?" if meant else "remove this condition")
             )
         kind = schema.field(self.column).type
         fits = pa.types.is_string(kind) if isinstance(self.value, str) else _is_number(kind)
@@ -85,7 +86,11 @@ class Condition:
             other = "a number" if isinstance(self.value, str) else "a quoted word"
             raise InputError(
                 f"filters compare {self.column} with {self.value!r}, but it holds {kind}: "
-                + (f"give {other}" if pa.types.is_string(kind) or _is_number(kind) else "remove it")
+                + (
+                    f"give {other}"
+                    if pa.types.is_string(kind) or _is_number(kind)
+                    else "remove this condition"
+                )
             )
 
     def holds(self, rows: pa.Table) -> Mask:
@@ -119,9 +124,8 @@ def conditions_in(text: str) -> tuple[Condition, ...]:
         joined = AND.match(text, match.end()) if match else None
         if not match or not (at_the_end or joined):
             rest = text[match.end() if match else position :].strip()[:40]
-            problem = (
-                f"conditions cannot be read from {rest!r} on" if rest else "the last condition is missing"
-            )
+            unjoined = "; only `and` joins conditions" if match else ""
+            problem = f"cannot read {rest!r}{unjoined}" if rest else "the last condition is missing"
             raise InputError(
                 f"{problem}: write conditions such as "
                 "punsafe < 0.5 and NSFW == 'UNLIKELY', each a column, one of "

@@ -17,6 +17,7 @@ from laion_assets.io.arrays import Floats, unit_rows
 from laion_assets.io.errors import InputError
 from laion_assets.io.storage import first_line, open_storage, reaching
 from laion_assets.io.tables import vector_column
+from laion_assets.io.text import count
 from laion_assets.seeds.clip_retrieval import with_thumbnails
 from laion_assets.seeds.folder import SEEDS_URI, SeedSet
 from laion_assets.seeds.images import BadImage, EmbeddedImage, ImageFile, embed_images
@@ -217,9 +218,14 @@ def _embed_images(
     )  # rounded up, so that a small set may lose one
     if len(bad) > allowed or not good:
         named = _first([str(image) for image in bad], BAD_IMAGES_SHOWN)
+        share = f"{len(bad):,} of {count(len(seed_set.images), 'image')} of seed set {seed_set.name!r}"
+        are = "is" if len(bad) == 1 else "are"
+        if len(bad) <= allowed:  # the limit is not the problem
+            raise InputError(f"{share} {are} unusable, so none is left: replace them: {named}")
+        most = f"{allowed:,} ({100 * max_bad_images:g} %) {'is' if allowed == 1 else 'are'} allowed"
         raise InputError(
-            f"{len(bad):,} of {len(seed_set.images):,} images of seed set {seed_set.name!r} cannot be "
-            f"embedded, at most {allowed:,} may fail; replace, remove or allow for them: {named}",
+            f"{share} {are} unusable, at most {most}: replace or remove them, or raise max_bad_images: "
+            f"{named}",
             "max_bad_images",
         )
     reused = [image.content in known.vectors for image in good]

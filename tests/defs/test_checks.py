@@ -244,6 +244,7 @@ def test_seeds_that_point_everywhere_have_nothing_in_common(project):
         assert result.success  # a warning stops nothing
         check = evaluated(result)["centroid_vector", "seeds_are_coherent"]
         assert (check.passed, check.severity) == (name == "alike", WARN)
+        assert "at least 0.1 is expected" in (check.description or "")
 
 
 @pytest.fixture

@@ -102,7 +102,7 @@ def test_the_settings_of_the_environment_hold(place, demo, tmp_path):
         "LAION_FILTERS": f'caption != "{unwanted["caption"]}"',
     }
     found = look(image, place | filters, top=10)
-    assert "block list: 1 of 1 listed ids in the index" in found.notes
+    assert "block list: 1 of 1 listed id in the index" in found.notes
     rows = found.rows
     assert blocked["id"] not in rows["id"].to_pylist()
     assert unwanted["caption"] not in rows["caption"].to_pylist()
@@ -157,7 +157,7 @@ def test_a_seed_set_is_named_as_in_materialize(place, demo):
     assert look("fruit", place, top=1).about.startswith("the best of 3,0")  # the path comes first
     with pytest.raises(InputError, match=r"house\.jpg does not exist"):
         look("house.jpg", place)
-    with pytest.raises(InputError, match=r"^the model .* embeds images only"):
+    with pytest.raises(InputError, match=r"^the demo's model .* embeds images only"):
         look("no-set", place)
     with pytest.raises(InputError, match=r"'fruti' is taken for a prompt, not for 'fruit'.* images only"):
         look("fruti", place)
@@ -267,6 +267,9 @@ def test_what_is_no_file_is_named_and_the_others_are_looked_for(place, demo, mon
 
 
 def test_a_prompt_needs_a_model_of_texts(place, tmp_path):
+    other = shutil.copytree(DEMO_MODEL, tmp_path.parent / f"{tmp_path.name}-model")
+    with pytest.raises(InputError, match=f"^the model {other} has no text model"):
+        look("a red house", place | {"LAION_MODEL": str(other)})
     with pytest.raises(InputError, match=r"embeds images only.* use a model that has one") as refused:
         look("a red house", place)
     assert "remove" not in str(refused.value)

@@ -85,8 +85,10 @@ def test_the_text_that_cannot_be_parsed_is_quoted_with_an_example(text, rest):
     with pytest.raises(InputError) as refused:
         conditions_in(text)
     message = str(refused.value)
-    facts = [f" {rest!r} ", "punsafe < 0.5 and NSFW == 'UNLIKELY'", *COMPARE]
+    facts = [f"cannot read {rest!r}", "punsafe < 0.5 and NSFW == 'UNLIKELY'", *COMPARE]
     assert [fact for fact in facts if fact not in message] == []
+    is_after_a_condition = not text.startswith(rest)
+    assert ("only `and` joins conditions" in message) == is_after_a_condition
 
 
 def test_a_missing_condition_at_the_end_is_named():

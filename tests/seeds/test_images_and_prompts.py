@@ -272,7 +272,9 @@ def test_what_is_wrong_with_prompts_is_said_before_an_image_is_embedded(tmp_path
 def test_too_many_bad_images_fail_the_set_and_ten_are_named(tmp_path, model):
     write(tmp_path / "set", {f"{n:02}.png": encoded() for n in range(20)})
     write(tmp_path / "set", {f"bad{n:02}.jpg": b"" for n in range(12)})
-    with pytest.raises(InputError, match=r"12 of 32 images .*'set'.* at most 2 may fail") as refused:
+    with pytest.raises(
+        InputError, match=r"12 of 32 images .*'set' are .* at most 2 \(5 %\) are"
+    ) as refused:
         read(tmp_path, model)
     assert refused.value.about == "max_bad_images"
     assert "bad09.jpg" in str(refused.value)
@@ -283,10 +285,14 @@ def test_too_many_bad_images_fail_the_set_and_ten_are_named(tmp_path, model):
 def test_a_small_set_can_do_without_one_image_but_not_without_two(tmp_path, model):
     write(tmp_path / "set", {f"{n}.png": encoded() for n in range(5)} | {"phone.heic": BAD["phone.heic"]})
     assert len(read(tmp_path, model).bad_images) == 1
-    with pytest.raises(InputError, match=r"1 of 6 images .* at most 0 may fail"):
+    with pytest.raises(InputError, match=r"1 of 6 images .* is unusable, at most 0 \(0 %\)"):
         read(tmp_path, model, max_bad_images=0)
+    write(tmp_path / "none" / "set", {"empty.jpg": b""})
+    with pytest.raises(InputError, match=r"1 of 1 image .* is unusable, so none is left") as refused:
+        read(tmp_path / "none", model)
+    assert "max_bad_images" not in str(refused.value)
     write(tmp_path / "set", {"empty.jpg": b""})
-    with pytest.raises(InputError, match=r"2 of 7 images .* at most 1 may fail"):
+    with pytest.raises(InputError, match=r"2 of 7 images .* are unusable, at most 1 \(5 %\) is"):
         read(tmp_path, model)
 
 
