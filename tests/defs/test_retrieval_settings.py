@@ -161,7 +161,7 @@ def test_a_block_list_that_is_new_or_changed_or_unset_makes_what_was_made_before
     listed.write_text("3\n")
     without = made.project
     restarted(made, LAION_BLOCK_LIST=str(listed))
-    assert changed(made, "fruit").startswith(f"block_list none -> {listed}, 1 ids, 0 URLs")
+    assert changed(made, "fruit").startswith(f"block_list none -> {listed}, 1 id, 0 URLs")
     assert stale(made.project, "fruit") == stale(made.project, "flower") == URL_SETS
     searched(made.project, "fruit")
     assert stale(made.project, "fruit") == set()
@@ -173,7 +173,7 @@ def test_a_block_list_that_is_new_or_changed_or_unset_makes_what_was_made_before
     listed.write_text("3\n4\n")
     made.tick()
     told = changed(made, "fruit")
-    assert told.startswith(f"block_list {listed}, 1 ids, 0 URLs")
+    assert told.startswith(f"block_list {listed}, 1 id, 0 URLs")
     assert f" -> {listed}, 2 ids, 0 URLs" in told
     assert stale(made.project, "fruit") == URL_SETS
 

@@ -600,6 +600,7 @@ STEPS = [
 ]
 
 
+@pytest.mark.crash
 @settings(EXAMPLES, max_examples=40)
 @given(
     rounds=st.lists(
