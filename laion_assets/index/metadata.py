@@ -33,7 +33,7 @@ URL_COLUMNS = ("url", "URL", "image_url", "image_path")
 CAPTION_COLUMNS = ("caption", "TEXT", "text", "alt")
 THUMBNAIL_COLUMN = "thumbnail"
 BATCHES_AT_ONCE = 4  # record batches, at most, from which a thread takes rows
-READS = 32  # that wait for the disk at a time: many more than cores
+READS = 8  # threads that wait for the disk; of more, most wait for the interpreter
 TEXT_TYPES = (pa.string(), pa.null())
 THUMBNAIL_TYPES = (pa.binary(), pa.null())
 # Columns that people filter on; every table carries those that the metadata has.
