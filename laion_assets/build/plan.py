@@ -17,7 +17,7 @@ NAMED = 5  # files in an error message
 
 @dataclass(frozen=True)
 class Part:
-    """An input file as it was when planned.
+    """An input file at the time of planning.
 
     Attributes:
         name: name of the file.

@@ -9,9 +9,7 @@ them, all over two terabytes, and every step that opens the index would read the
 
 from __future__ import annotations
 
-import errno
 import json
-import os
 import struct
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -21,11 +19,11 @@ import numpy as np
 
 from laion_assets.io.arrays import Ids, Mask
 from laion_assets.io.checksums import crc32c
+from laion_assets.io.derived import keep
 from laion_assets.io.errors import InputError
 from laion_assets.io.text import json_object
 
 CHECKSUM = struct.Struct("<I")  # crc32c, before everything else
-CANNOT_BE_KEPT = {errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOSPC, errno.EDQUOT}
 
 
 @dataclass(frozen=True)
@@ -81,17 +79,9 @@ class BatchTables:
 
     def write(self, path: Path, table: BatchTable) -> None:
         """Keep the table of a file; a folder that is read-only or full does without it."""
-        kept = self._kept(path)
         head = self._head(path, len(table.rows))
         body = table.rows.astype("<i8").tobytes() + table.compressed.astype(np.bool_).tobytes()
-        try:
-            kept.parent.mkdir(parents=True, exist_ok=True)
-            new = kept.with_name(f"{kept.name}.{os.getpid()}")
-            new.write_bytes(_with_checksum(head + body))
-            new.replace(kept)
-        except OSError as error:
-            if error.errno not in CANNOT_BE_KEPT:
-                raise
+        keep(self._kept(path), _with_checksum(head + body))
 
     def _head(self, path: Path, batches: int) -> bytes:
         return f"{self._contents[path]} {batches}\n".encode()

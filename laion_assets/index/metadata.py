@@ -311,7 +311,7 @@ class Metadata:
     def _fetch(self, held: Hold, rows_by_batch: Mapping[int, Ids], wanted: list[str]) -> None:
         """Fetch the bytes that the rows need, in rounds: one range of every batch at a time.
 
-        Of whole files only what describes the batches is read ahead: readers take turns to read it.
+        Of whole files only what describes the batches is read ahead; threads wait for the rows.
         """
         numbers = defaultdict(list)
         for number in rows_by_batch:

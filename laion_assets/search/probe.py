@@ -24,12 +24,12 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from laion_assets.index.batch_tables import CANNOT_BE_KEPT
 from laion_assets.index.faiss_index import MIN_NPROBE, Hits, Index
 from laion_assets.index.layout import METADATA_FOLDER
 from laion_assets.index.metadata import READS, Metadata
 from laion_assets.index.vectors import decoded_codes, unit
 from laion_assets.io.arrays import Bytes, Floats, Ids
+from laion_assets.io.derived import keep
 from laion_assets.io.errors import InputError
 from laion_assets.io.ranges import read_ahead
 from laion_assets.io.tables import fixed_size_binary
@@ -115,14 +115,8 @@ def kept_rates(cache: Path, fingerprint: str) -> Rates | None:
 
 def keep_rates(cache: Path, fingerprint: str, rates: Rates) -> None:
     """Keep rates for `kept_rates`; a cache that is read-only or full does without."""
-    new = cache / f"{KEPT}.{os.getpid()}"
-    try:
-        new.write_text(json.dumps({"measured": _measured(fingerprint), "rates": asdict(rates)}, indent=1))
-        new.replace(cache / KEPT)
-    except OSError as error:
-        new.unlink(missing_ok=True)
-        if error.errno not in CANNOT_BE_KEPT:
-            raise
+    content = json.dumps({"measured": _measured(fingerprint), "rates": asdict(rates)}, indent=1)
+    keep(cache / KEPT, content.encode())
 
 
 def _measured(fingerprint: str) -> dict[str, Any]:

@@ -181,14 +181,21 @@ class _Stager:
 
     def _check_other(self, todo: Plan, manifest: Manifest | None) -> None:
         """Check that no copy of another index is removed that should be kept."""
-        if manifest is None or manifest.source == self.source.index_uri or self.replace_other:
+        other = self._other_source(manifest)
+        if other is None or self.replace_other:
             return
         if stale := self._stale(todo):
             raise InputError(
-                f"{self.cache} holds {sum(map(allocated_bytes, stale)):,} bytes of {manifest.source}, "
+                f"{self.cache} holds {sum(map(allocated_bytes, stale)):,} bytes of {other}, "
                 f"which would be removed to stage {self.source.index_uri}: set another cache directory",
                 "cache_dir",
             )
+
+    def _other_source(self, manifest: Manifest | None) -> str | None:
+        """Return the source of the staged copy, if it is another index."""
+        if manifest is None or manifest.source == self.source.index_uri:
+            return None
+        return manifest.source
 
     def _make_room(self, todo: Plan, manifest: Manifest | None, held: ExitStack) -> None:
         """Make room for the copy, beside the old version or else in its place."""
@@ -258,8 +265,8 @@ class _Stager:
 
     def _remove(self, todo: Plan, stale: Sequence[Path]) -> None:
         manifest = Manifest.read(self.cache)
-        other = manifest is not None and manifest.source != self.source.index_uri
-        why = f"of {manifest.source}" if manifest and other else "outdated"
+        other = self._other_source(manifest)
+        why = f"of {other}" if other else "outdated"
         if manifest is None or manifest.complete or stale:
             # Files stay in the manifest until they are removed: if this process is killed here, the next
             # one removes them.

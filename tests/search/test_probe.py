@@ -125,7 +125,7 @@ def test_a_folder_that_cannot_be_written_does_without(tmp_path, monkeypatch):
     def refuse(*_: object) -> None:
         raise PermissionError(13, "Permission denied")
 
-    monkeypatch.setattr(probe.Path, "write_text", refuse)
+    monkeypatch.setattr(probe.Path, "write_bytes", refuse)
     keep_rates(tmp_path, "one", RATES)
     assert list(tmp_path.iterdir()) == []
 

@@ -128,7 +128,7 @@ class SparseFile:
     Args:
         path: of the file.
         size: bytes.
-        content: as it was allocated with.
+        content: what identified its content when it was allocated.
 
     Attributes:
         path: as given.
