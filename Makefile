@@ -7,7 +7,7 @@ IMG2DATASET := tests/handover/.venv
 TRANSFORMERS := tests/embed/.venv
 PORT ?= 3000
 
-.PHONY: help demo dev test test-crash test-ui screenshots test-peer test-k8s test-embed test-handover golden lint bench bench-quick bench-cold bench-embed bench-staging bench-sensor bench-sparse bench-build bench-duplicates bench-truesize bench-plan settings-docs docs docs-links lock clean
+.PHONY: help demo dev test test-faults test-ui screenshots test-peer test-k8s test-embed test-handover golden lint bench bench-quick bench-cold bench-embed bench-staging bench-sensor bench-sparse bench-build bench-duplicates bench-truesize bench-plan settings-docs docs docs-links lock clean
 
 help: ## List the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -25,10 +25,10 @@ dev: $(READY) ## Start the Dagster UI on http://127.0.0.1:3000, with the same da
 	@$(BIN)/laion-assets dev --port $(PORT)
 
 test: $(READY) ## Run the tests; three workers keep two cores busy, because some tests wait for processes
-	$(BIN)/python -m pytest --numprocesses 3 --dist loadscope --no-loadscope-reorder -m "not crash"
+	$(BIN)/python -m pytest --numprocesses 3 --dist loadscope --no-loadscope-reorder -m "not faults"
 
-test-crash: $(READY) ## Kill staging, builds and runs, some at every step; a minute
-	$(BIN)/python -m pytest --numprocesses 3 --dist loadscope --no-loadscope-reorder -m crash
+test-faults: $(READY) ## Kill processes, damage files, answer as hostile servers and senders do; minutes
+	$(BIN)/python -m pytest --numprocesses 3 --dist loadscope --no-loadscope-reorder -m faults
 
 test-k8s: $(READY) ## Run the graph on a stand-in for a Kubernetes cluster; needs PostgreSQL
 	$(BIN)/python -m pytest tests/k8s

@@ -550,7 +550,7 @@ def test_plan_build_estimates_what_is_left_of_a_build(tmp_path, monkeypatch, cap
     assert (planned()["rows"], planned()["shards"]) == ("800", "3, which can be encoded in parallel")
 
 
-@pytest.mark.crash
+@pytest.mark.faults
 @pytest.mark.parametrize("sent", [signal.SIGTERM])
 def test_a_build_that_is_interrupted_goes_on_where_it_was(sent, to_build, monkeypatch, capsys) -> None:
     encode = builder.encode_shard
@@ -573,7 +573,7 @@ def test_a_build_that_is_interrupted_goes_on_where_it_was(sent, to_build, monkey
     assert re.findall(r"^index_shards: (\d+)", capsys.readouterr().out, re.M) == ["000002", "000003"]
 
 
-@pytest.mark.crash
+@pytest.mark.faults
 def test_a_build_that_is_killed_goes_on_where_it_was(to_build, capsys) -> None:
     for number in range(4, 7):
         publish(to_build / "embeddings", "clip-retrieval", number, 600, 600 * number)
@@ -594,7 +594,7 @@ def test_a_build_that_is_killed_goes_on_where_it_was(to_build, capsys) -> None:
     assert {path: written(to_build)[path] for path in kept} == {path: before[path] for path in kept}
 
 
-@pytest.mark.crash
+@pytest.mark.faults
 @pytest.mark.parametrize("sent", [signal.SIGINT, signal.SIGTERM])
 def test_a_run_that_is_interrupted_while_it_embeds_ends_in_a_sentence(sent, demo, tmp_path) -> None:
     folder = checkout(tmp_path, demo)

@@ -140,7 +140,7 @@ def test_shards_orders_crashes_and_later_files_make_no_difference(trained, data)
         assert not [path.name for path in often.iterdir() if path.name.endswith((".new", ".old"))]
 
 
-@pytest.mark.crash
+@pytest.mark.faults
 def test_a_build_that_is_killed_again_and_again_ends_with_the_same_index(root):
     expected = shutil.copytree(root, root / "expected")
     built(request(expected))
@@ -153,7 +153,7 @@ def test_a_build_that_is_killed_again_and_again_ends_with_the_same_index(root):
     assert same(index_in(root / "index"), index_in(expected / "index"))
 
 
-@pytest.mark.crash
+@pytest.mark.faults
 def test_killed_at_any_step_of_publishing_the_old_index_or_the_new_one_is_there_whole(root):
     asked = request(root, shard_rows=100)
     built(asked)

@@ -248,7 +248,7 @@ def test_a_source_that_never_rests_is_an_error(bucket, source, cache):
 # --- killed, or the disk damaged ------------------------------------------------------------------
 
 
-@pytest.mark.crash
+@pytest.mark.faults
 def test_killed_at_any_point_it_goes_on_and_fetches_only_what_is_missing(bucket, source, cache):
     write_many_chunks(bucket, source, mib=24)
     total = sum(map(len, contents(source).values()))

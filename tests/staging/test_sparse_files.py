@@ -600,7 +600,7 @@ STEPS = [
 ]
 
 
-@pytest.mark.crash
+@pytest.mark.faults
 @settings(EXAMPLES, max_examples=40)
 @given(
     rounds=st.lists(

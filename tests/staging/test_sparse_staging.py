@@ -194,7 +194,7 @@ class Searches:
         self.process.join(60)
 
 
-@pytest.mark.crash
+@pytest.mark.faults
 def test_several_processes_some_of_them_killed_all_find_what_a_full_copy_has(scattered, memory):
     cache = memory / "cache"
     stage(str(scattered), None, memory / "full")

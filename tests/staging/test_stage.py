@@ -153,7 +153,7 @@ def verified_or_none(cache: Path) -> Manifest | None:
         return None
 
 
-@pytest.mark.crash
+@pytest.mark.faults
 def test_a_stager_that_is_killed_goes_on_where_it_was(source, cache):
     (source / LISTS).write_bytes(random.Random(0).randbytes(16 << 20))
     total = sum(len(held) for held in contents(source).values())
@@ -178,7 +178,7 @@ def test_a_stager_that_is_killed_goes_on_where_it_was(source, cache):
     assert verified_manifest(cache) == done.manifest
 
 
-@pytest.mark.crash
+@pytest.mark.faults
 def test_killed_while_files_take_their_names_nothing_is_lost(source, memory, tmp_path, monkeypatch):
     """Whichever step of the exchange it was killed at, the next run finishes it and fetches nothing."""
 
@@ -207,7 +207,7 @@ def test_killed_while_files_take_their_names_nothing_is_lost(source, memory, tmp
     assert step > 10
 
 
-@pytest.mark.crash
+@pytest.mark.faults
 def test_what_a_killed_stager_left_is_gone_when_the_source_no_longer_has_it(source, cache, tmp_path):
     big = source / "metadata" / "000.arrow"
     big.write_bytes(bytes(64 << 20))
