@@ -28,6 +28,7 @@ from laion_assets.index.vectors import decoded_codes
 from laion_assets.io.arrays import Floats
 from laion_assets.io.tables import StoredTable, code_bytes
 from laion_assets.search import audit
+from laion_assets.search.block_list import BlockListMatches
 from laion_assets.search.combined import DECODER
 from laion_assets.staging import OpenIndex
 
@@ -79,6 +80,14 @@ _SEARCH = [
             "similarity_is_in_range",
             "Similarities are inner products of unit vectors, so at most slightly above 1. A warning. "
             "Remedy: build the index from vectors of length 1; otherwise long vectors outrank near ones.",
+        ),
+        _spec(
+            asset,
+            "block_list_matches",
+            "At least one entry of the block list matches: an id is a row of the index, or a URL or host "
+            "blocked a row of this request. Passes without a block list. A warning: the list may be that "
+            "of another index, or name its images in another way. Remedy: compare its entries with the "
+            "ids and URLs in this table; none is needed for a short list of images of another style.",
         ),
     )
 ]
@@ -409,6 +418,17 @@ def of_combined(table: StoredTable, knn: StoredTable, centroid: StoredTable, thr
     codes = audit.codes_of(batches, schema, wanted)
     one, other = (Decoder.from_bytes(each.attachment(DECODER)) for each in (knn, centroid))
     yield _near_duplicates(codes, np.zeros(len(codes)), one.merged(other), threshold)
+
+
+def block_list_matches(matches: BlockListMatches | None) -> dg.AssetCheckResult:
+    """Check that the block list of a search is not one that blocks nothing."""
+    return _result(
+        "block_list_matches",
+        matches is None or matches.matching > 0,
+        WARN,
+        "no block list is set" if matches is None else str(matches),
+        {"matching entries": matches.matching} if matches else None,
+    )
 
 
 def _near_duplicates(codes: Any, groups: Any, decoder: Decoder, threshold: float) -> dg.AssetCheckResult:

@@ -107,7 +107,9 @@ class Places(BaseModel):
         "`fail`",
     )
     block_list: str | None = Field(
-        None, description="File of ids and URLs to exclude from every table: one per line, or Parquet"
+        None,
+        description="File of ids, URLs and hosts to exclude from every table: one per line, or with "
+        "columns as CSV or Parquet",
     )
     model: str | None = Field(
         None,

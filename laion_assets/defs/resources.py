@@ -23,7 +23,8 @@ from laion_assets.demo import DEMO_MODEL, is_demo
 from laion_assets.index import MODEL_RECORD, ModelRecord, read_model_record
 from laion_assets.io.errors import InputError
 from laion_assets.io.storage import open_storage, reaching
-from laion_assets.search.filters import BlockList, block_list_version, read_block_list
+from laion_assets.search.block_list import BlockList
+from laion_assets.search.block_list_file import block_list_version, read_block_list
 from laion_assets.seeds import (
     Listing,
     Model,

@@ -5,6 +5,9 @@ from __future__ import annotations
 import json
 from typing import Any
 
+import pyarrow as pa
+import pyarrow.compute as pc
+
 
 def count(number: int, noun: str) -> str:
     """Return a number and its noun: "1 image", "2,000 images"."""
@@ -32,3 +35,24 @@ def json_object(content: bytes) -> dict[str, Any]:
     if not isinstance(read, dict):
         raise ValueError("it is not an object")
     return read
+
+
+def decoded(texts: pa.Array) -> tuple[pa.Array, pa.Array]:
+    """Return texts as UTF-8, and which of them were not.
+
+    Arrow does not validate the files that it reads, so a column of strings may hold any bytes.
+
+    Args:
+        texts: (n,) strings or bytes.
+
+    Returns:
+        (n,) large strings in which bytes that are not UTF-8 are replaced; (n,) whether any were.
+
+    """
+    raw = texts.cast(pa.large_binary())
+    try:
+        return raw.cast(pa.large_string()), pa.repeat(False, len(raw))
+    except pa.ArrowInvalid:
+        values = [None if value is None else value.decode(errors="replace") for value in raw.to_pylist()]
+    text = pa.array(values, pa.large_string())
+    return text, pc.fill_null(pc.not_equal(text.cast(pa.large_binary()), raw), False)

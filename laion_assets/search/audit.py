@@ -20,7 +20,7 @@ from laion_assets.index.vectors import Vectors
 from laion_assets.io.arrays import Bytes, Floats, Ids, Mask
 from laion_assets.io.checksums import file_crc32c
 from laion_assets.io.tables import code_bytes
-from laion_assets.search.filters import hashes
+from laion_assets.search.block_list import hashes
 
 SAMPLED_LISTS = 64  # inverted lists
 ROWS_OF_A_LIST = 4096

@@ -21,7 +21,8 @@ from laion_assets.io.arrays import Bytes, Floats, Ids, Mask
 from laion_assets.io.errors import InputError
 from laion_assets.io.parallel import one_blas_thread
 from laion_assets.io.tables import fixed_size_binary
-from laion_assets.search.filters import NO_FILTERS, BlockListMatches, Filters
+from laion_assets.search.block_list import BlockListMatches
+from laion_assets.search.filters import NO_FILTERS, Filters
 from laion_assets.search.near_duplicates import components_of_lists
 from laion_assets.search.sizing import share_kept
 
@@ -229,12 +230,12 @@ class _Search:
         self.lists = np.empty(0, np.int64)
         self.funnel = Funnel()
         self.removed: Removed | None = None
-        self._blocked_urls: Ids = np.empty(0, np.int64)
+        self._blocked_by: Ids = np.empty(0, np.int64)
 
     def block_list(self) -> BlockListMatches | None:
         """Count the entries of the block list that match the index and the rows so far."""
         listed = self._request.filters.block_list
-        return None if listed is None else listed.matches(self._index.rows, len(self._blocked_urls))
+        return None if listed is None else listed.matches(self._index.rows, self._blocked_by)
 
     def kept_rows(self, hits: Hits, first: int, queries: int) -> pa.Table:
         """Return the rows that are kept of a batch of queries, the first of which has number `first`."""
@@ -297,11 +298,11 @@ class _Search:
         return np.select(reasons, [WITHOUT_URL, BLOCKED, FILTERED], KEPT)
 
     def _note_blocked(self, outcome: Ids, columns: pa.Table) -> None:
-        """Collect the listed URLs of blocked rows, which are few, so that hashing them again is cheap."""
+        """Collect the entries that block rows, which are few, so that hashing them again is cheap."""
         listed, blocked = self._request.filters.block_list, outcome == BLOCKED
-        if listed is not None and len(listed.urls) and blocked.any():
+        if listed is not None and blocked.any():
             found = listed.found_among(columns["url"].filter(pa.array(blocked)))
-            self._blocked_urls = np.union1d(self._blocked_urls, found)
+            self._blocked_by = np.union1d(self._blocked_by, found)
 
     def _examples(self, rows: _FoundRows, labels: Ids, best: Ids, codes: Bytes) -> Removed:
         """Choose near-duplicates to show: one of each group, of every query in turn, all allowed."""

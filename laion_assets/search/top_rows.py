@@ -10,7 +10,8 @@ from laion_assets.index.metadata import THUMBNAIL_COLUMN, Metadata
 from laion_assets.index.vectors import decoded_codes
 from laion_assets.io.arrays import Floats, Ids
 from laion_assets.io.tables import code_bytes
-from laion_assets.search.filters import NO_FILTERS, BlockListMatches, Filters
+from laion_assets.search.block_list import BlockListMatches
+from laion_assets.search.filters import NO_FILTERS, Filters
 from laion_assets.search.near_duplicates import components
 from laion_assets.search.retrieval import Request, retrieve_table
 

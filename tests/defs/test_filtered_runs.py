@@ -1,7 +1,6 @@
 """Filters and the block list in runs: no table holds what they exclude, and every row is counted."""
 
 import json
-import logging
 
 import numpy as np
 import pyarrow as pa
@@ -91,17 +90,26 @@ def test_a_search_reports_how_many_entries_of_the_block_list_match(scored):
         "ids_in_the_index": 2,
         "urls": 2,
         "urls_found": 1,
+        "hosts": 0,
+        "hosts_found": 0,
     }
 
 
-def test_a_block_list_that_can_block_nothing_is_a_warning(scored):
-    listed = scored.root / "none.txt"
-    listed.write_text("300\n4000\n")
-    project = scored.with_environment(LAION_BLOCK_LIST=str(listed))
+@pytest.mark.parametrize(
+    ("listed", "passed", "described"),
+    [
+        ("300\n4000\n", False, "0 of 2 listed ids in the index"),
+        ("https://a/300.jpg\n", False, "0 of 1 listed URL found"),
+        ("300\nhost:b\nhost:a\n", True, "0 of 1 listed id in the index, 1 of 2 listed hosts found"),
+    ],
+)
+def test_a_block_list_of_which_no_entry_matches_fails_a_check(scored, listed, passed, described):
+    (scored.root / "none.txt").write_text(listed)
+    project = scored.with_environment(LAION_BLOCK_LIST=str(scored.root / "none.txt"))
     result = project.run("mine", "knn_urls")
-    warnings = [
-        entry.user_message
-        for entry in project.instance.all_logs(result.run_id)
-        if entry.level == logging.WARNING
+    (check,) = [
+        found
+        for found in result.get_asset_check_evaluations()
+        if found.check_name == "block_list_matches"
     ]
-    assert any("0 of 2 listed ids in the index; it blocks nothing" in line for line in warnings)
+    assert (check.passed, check.description) == (passed, described)

@@ -1,12 +1,10 @@
 """Filters: what they can express and exclude, and that every dropped row is counted."""
 
-import gzip
 import re
 from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 import pytest
 from helpers import indices
 from hypothesis import example, given, settings
@@ -15,14 +13,12 @@ from hypothesis import strategies as st
 from laion_assets.index.faiss_index import Index
 from laion_assets.index.metadata import Metadata
 from laion_assets.io.errors import InputError
-from laion_assets.io.storage import open_storage
+from laion_assets.search.block_list_file import read_block_list
 from laion_assets.search.filters import (
     COMPARE,
-    BlockList,
     Condition,
     Filters,
     conditions_in,
-    read_block_list,
 )
 from laion_assets.search.retrieval import Found, Request, retrieve_table
 
@@ -139,109 +135,6 @@ def test_a_filter_that_could_do_nothing_is_refused(text, facts):
     Filters(conditions_in("NSFW != 'NSFW' and punsafe<.5 and WIDTH >= 5 and nothing < 1")).check(SCHEMA)
 
 
-# --- the block list -------------------------------------------------------------------------------
-
-
-def blocked(found: BlockList, *rows: tuple[int, str]) -> list[bool]:
-    ids, urls = zip(*rows, strict=True)
-    return found.holds(np.array(ids), pa.chunked_array([urls])).tolist()
-
-
-ROWS = [(1, "https://a/1.jpg"), (2, "https://a/2.jpg"), (3, "https://a/3.jpg"), (4, "https://a/4.jpg?é")]
-LINES = "\ufeff2\r\n\r\nhttps://a/4.jpg?é\nhttps://a/9.jpg\n77"
-
-
-@pytest.mark.parametrize("name", ["list.txt", "list", "list.txt.gz", "list.parquet"])
-@pytest.mark.parametrize("place", ["disk", "bucket"])
-def test_ids_and_urls_are_blocked_whatever_form_the_list_has(tmp_path, request, name, place):
-    file = tmp_path / name
-    if name.endswith(".parquet"):
-        table = {
-            "url": ["https://a/4.jpg?é", None, "https://a/9.jpg"],
-            "id": [2, 77, None],
-            "more": [1, 2, 3],
-        }
-        pq.write_table(pa.table(table), file)
-    else:
-        content = LINES.encode()
-        file.write_bytes(gzip.compress(content) if name.endswith(".gz") else content)
-    uri = str(file)
-    if place == "bucket":
-        bucket = request.getfixturevalue("new_bucket")
-        fs, root = open_storage(bucket, "")
-        fs.pipe(f"{root}/{name}", file.read_bytes())
-        uri = f"{bucket}/{name}"
-    found = read_block_list(uri)
-    assert blocked(found, *ROWS) == [False, True, False, True]
-    fingerprint = str(found).rpartition(", ")[2]
-    assert str(found) == f"{uri}, 2 ids, 2 URLs, {fingerprint}"
-    same = tmp_path / "same.txt"
-    same.write_text("\n".join(reversed(LINES.strip("\ufeff").splitlines())) + "\n2")
-    assert str(read_block_list(str(same))).endswith(fingerprint)
-    same.write_text("2")
-    assert not str(read_block_list(str(same))).endswith(fingerprint)
-
-
-@settings(deadline=None)
-@given(st.sets(st.integers(0, 2**63 - 1), max_size=30), st.sets(st.integers(0, 2**63 - 1), max_size=30))
-def test_exactly_the_ids_on_the_list_are_blocked(listed, asked):
-    found = BlockList("", np.array(sorted(listed), np.int64), np.empty(0, np.int64))
-    ids = np.array(sorted(listed | asked), np.int64)
-    assert found.holds(ids, pa.chunked_array([], pa.string())).tolist() == [
-        i in listed for i in ids.tolist()
-    ]
-
-
-def test_a_list_of_ones_own_table_blocks_its_images(tmp_path):
-    pq.write_table(
-        pa.table({"id": pa.array([3], pa.int64()), "url": ["https://a/1.jpg"]}), tmp_path / "t.parquet"
-    )
-    assert blocked(read_block_list(str(tmp_path / "t.parquet")), *ROWS) == [True, False, True, False]
-
-
-@pytest.mark.parametrize(
-    ("name", "content", "facts"),
-    [
-        ("none.txt", None, ["missing"]),
-        ("list.txt", b"", ["empty"]),
-        ("list.txt.gz", b"1\n2\n", ["cannot be read", "gzip"]),
-        ("list.parquet", b"1\n2\n", ["cannot be read", "Parquet"]),
-    ],
-)
-def test_a_list_that_is_missing_empty_or_damaged_is_refused(tmp_path, name, content, facts):
-    if content is not None:
-        (tmp_path / name).write_bytes(content)
-    with pytest.raises(InputError) as refused:
-        read_block_list(str(tmp_path / name))
-    facts = [str(tmp_path / name), *facts]
-    assert [fact for fact in facts if fact not in str(refused.value)] == []
-    assert refused.value.about == "block_list"
-
-
-@pytest.mark.parametrize(
-    ("content", "line", "quoted"),
-    [(b"1\n2\nurl\n", 3, "'url'"), (b"1\nhttp://\xff\n", 2, "'http://"), (b"9" * 30, 1, repr("9" * 30))],
-)
-def test_a_line_that_is_neither_id_nor_url_is_named(tmp_path, content, line, quoted):
-    path = tmp_path / "list.txt"
-    path.write_bytes(content)
-    with pytest.raises(InputError) as refused:
-        read_block_list(str(path))
-    facts = [str(path), f"line {line} ", quoted, "one id or URL per line"]
-    assert [fact for fact in facts if fact not in str(refused.value)] == []
-
-
-@pytest.mark.parametrize(
-    ("columns", "found"), [({"key": [1]}, "key (int64)"), ({"id": ["1"]}, "id (string)")]
-)
-def test_a_table_without_ids_or_urls_is_no_list(tmp_path, columns, found):
-    pq.write_table(pa.table(columns), tmp_path / "list.parquet")
-    with pytest.raises(InputError) as refused:
-        read_block_list(str(tmp_path / "list.parquet"))
-    facts = ["list.parquet", found, "column id or url"]
-    assert [fact for fact in facts if fact not in str(refused.value)] == []
-
-
 # --- in a search ----------------------------------------------------------------------------------
 
 
@@ -263,7 +156,7 @@ def test_any_filters_leave_what_the_obvious_way_leaves(tmp_path_factory, data):
     folder = tmp_path_factory.mktemp("index")
     n = data.draw(st.integers(1, 14))
     rows = indices.random_rows(np.random.default_rng(data.draw(st.integers(0, 9))), n)
-    urls = [data.draw(st.sampled_from([f"u/{i}", None, ""])) for i in range(n)]
+    urls = [data.draw(st.sampled_from([f"http://u/{i}", None, ""])) for i in range(n)]
     scores = [data.draw(st.sampled_from([0.1, 0.9, None])) for _ in range(n)]
     indices.write_index(folder, rows, "Flat")
     indices.write_metadata(
@@ -273,7 +166,7 @@ def test_any_filters_leave_what_the_obvious_way_leaves(tmp_path_factory, data):
     ids = data.draw(st.sets(st.integers(0, n - 1), max_size=3))
     names = data.draw(st.sets(st.integers(0, n - 1), max_size=3))
     listed = folder / "list.txt"
-    listed.write_text("\n".join(["999", *map(str, ids), *(f"u/{i}" for i in names)]))
+    listed.write_text("\n".join(["999", *map(str, ids), *(f"http://u/{i}" for i in names)]))
     filters = Filters(conditions_in("punsafe < 0.5"), read_block_list(str(listed)))
     threshold = 0.9
     kept, found = search(folder, rows[:1], n, threshold, filters)

@@ -27,9 +27,10 @@ from laion_assets.index.faiss_index import FURTHER
 from laion_assets.io.arrays import Floats
 from laion_assets.io.progress import Progress
 from laion_assets.io.tables import StoredTable
+from laion_assets.search.block_list import BlockList
 from laion_assets.search.combined import DECODER, CombinedFunnel, combine
 from laion_assets.search.cost import Step
-from laion_assets.search.filters import BlockList, Filters, conditions_in
+from laion_assets.search.filters import Filters, conditions_in
 from laion_assets.search.retrieval import Found, Funnel, Request, columns_found, retrieve
 from laion_assets.search.sizing import USUAL
 from laion_assets.seeds import embeddings_of
@@ -295,6 +296,7 @@ class _SearchStep:
         )
         results = [
             *checks.of_search(stored, written.provenance.settings.values.dedup_threshold),
+            checks.block_list_matches(written.found.block_list),
             checks.yield_stable(self.context, metadata),
         ]
         return dg.MaterializeResult(
@@ -329,8 +331,8 @@ class _SearchStep:
     def _log(self, found: Found, k: int, rows: int) -> None:
         log, funnel = self.context.log, found.funnel
         log.info(_sentence(funnel))
-        if blocking := found.block_list:
-            (log.info if blocking.can_match else log.warning)(f"block list: {blocking}")
+        if found.block_list:
+            log.info(f"block list: {found.block_list}")
         if k > rows:
             log.warning(f"the index has only {count(rows, 'row')}, but {k:,} were requested per query")
         elif missing := funnel.requested - funnel.received:
