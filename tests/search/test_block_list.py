@@ -312,7 +312,7 @@ def test_a_small_file_cannot_take_the_memory(tmp_path, form):
     if form == "list.parquet":
         big_parquet(path, 100_000)
     else:
-        with gzip.open(path, "wb", 1) as file:
+        with gzip.open(path, "wb", 6) as file:
             for _ in range(20 if form == "lines.gz" else 600):
                 file.write(BOMBS[form] * (megabyte // len(BOMBS[form])))
     done = limited(
