@@ -7,7 +7,7 @@ IMG2DATASET := tests/handover/.venv
 TRANSFORMERS := tests/embed/.venv
 PORT ?= 3000
 
-.PHONY: help demo dev test test-faults test-ui screenshots test-peer test-k8s test-embed test-handover golden lint bench bench-quick bench-cold bench-embed bench-staging bench-sensor bench-sparse bench-build bench-duplicates bench-truesize bench-plan settings-docs docs docs-links lock clean
+.PHONY: help demo dev test test-faults test-ui screenshots test-peer test-k8s test-embed test-handover golden lint bench bench-quick bench-cold bench-embed bench-staging bench-sensor bench-runs bench-sparse bench-build bench-duplicates bench-truesize bench-plan settings-docs docs docs-links lock clean
 
 help: ## List the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -85,6 +85,9 @@ bench-staging: $(READY) ## Measure how fast an index is copied from a bucket, a 
 
 bench-sensor: $(READY) ## Measure a tick of the sensor over 100,000 seed files in a bucket, a few minutes
 	$(BIN)/python benchmarks/sensor.py
+
+bench-runs: $(READY) ## Measure a run of a small seed set in `make dev`, against the command line, two minutes
+	$(BIN)/python benchmarks/runs.py
 
 bench-sparse: $(READY) ## Measure what sparse staging reads, a few minutes; writes benchmarks/sparse.md
 	$(BIN)/python benchmarks/sparse.py

@@ -68,10 +68,14 @@ def build_defs(
     )
 
 
-def _executor(environment: Mapping[str, str]) -> dg.ExecutorDefinition | None:
-    """Return the executor: a pod per step inside a cluster, Dagster's default elsewhere."""
+def _executor(environment: Mapping[str, str]) -> dg.ExecutorDefinition:
+    """Return the executor: a pod per step inside a cluster, one process per run elsewhere.
+
+    Dagster's default, a process per step, imports everything again for each of six steps. The process of
+    a run ends with it, and gives its memory back.
+    """
     if not is_cluster(environment):
-        return None
+        return dg.in_process_executor
     # Imported only if needed: it takes as long to load as all of Dagster, in the process of each step.
     from laion_assets.defs.kubernetes.step_pods import step_pods
 

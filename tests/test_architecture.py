@@ -97,7 +97,7 @@ def test_a_code_location_takes_no_notice_of_variables_that_it_was_not_given(monk
         monkeypatch.setenv(variable_of(name), "not usable")
     monkeypatch.setenv("KUBERNETES_SERVICE_HOST", "10.0.0.1")
     after = build_defs({})
-    assert after.executor is before.executor is None
+    assert after.executor is before.executor is dg.in_process_executor
     for name in ("laion_index", "seeds", "tables", "defaults", "pictures"):
         with dg.build_resources({name: (after.resources or {})[name]}) as given:
             assert "not usable" not in str(getattr(given, name))

@@ -193,7 +193,7 @@ def test_pods_only_inside_a_cluster():
     inside = build_defs(INSIDE | {"LAION_NVME_PENDING_SECONDS": "7"}).executor
     assert inside is not None
     assert inside.name == "k8s"
-    assert build_defs({}).executor is None
+    assert build_defs({}).executor is dg.in_process_executor
 
 
 # --- pods that do not start -----------------------------------------------------------------------

@@ -127,15 +127,12 @@ class Webserver:
             if event.get("stepKey") == step and event.get("eventType") == kind
         ]
 
-    def processes(self, run_id: str, step: str) -> tuple[int, int]:
-        """The process of a run, and the one of a step of it."""
+    def process(self, run_id: str) -> int:
+        """The process of a run, which executes all its steps."""
         told = [event["message"] for event in self.events(run_id) if "message" in event]
-        (of_run,) = [
-            int(*re.findall(r"\d+", text)) for text in told if text.startswith("Started process")
-        ]
-        (started,) = self.step_events(run_id, step, "STEP_WORKER_STARTED")
-        (of_step,) = [entry["text"] for entry in started["metadataEntries"] if entry["label"] == "pid"]
-        return int(of_run), int(of_step)
+        (started,) = (text for text in told if text.startswith("Started process for run"))
+        assert not any(event.get("eventType") == "STEP_WORKER_STARTED" for event in self.events(run_id))
+        return int(*re.findall(r"\d+", started))
 
     def partitions(self, asset: str) -> dict[str, set[str]]:
         """The partitions of an asset: all, and those that were materialized."""
