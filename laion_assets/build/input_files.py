@@ -14,7 +14,7 @@ import numpy as np
 
 from laion_assets.io.arrays import Bytes
 from laion_assets.io.errors import InputError
-from laion_assets.io.storage import BUCKETS, is_regular, open_storage, reaching
+from laion_assets.io.storage import BUCKETS, find_files, is_regular, open_storage, reaching
 from laion_assets.staging.transfer.fetch import TransferStats, read_range
 from laion_assets.staging.transfer.files import SourceFile
 from laion_assets.staging.transfer.range_readers import ChangedError
@@ -71,7 +71,7 @@ class InputFiles:
 
         """
         with reaching(self.uri, URI):
-            found = self._fs.find(self._root, maxdepth=DEPTH, detail=True)
+            found = find_files(self._fs, self._root, DEPTH)
             if not found and not self._fs.isdir(self._root):
                 raise InputError(
                     f"there is no folder {self.uri}: correct the address, or put embeddings there", URI

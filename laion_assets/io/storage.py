@@ -6,14 +6,14 @@ credentials. STORAGE_EMULATOR_HOST selects another server, which is used without
 
 from __future__ import annotations
 
-import asyncio
 import contextlib
 import errno
 import logging
 import os
 import re
 import stat
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from http import HTTPStatus
 from pathlib import Path
@@ -21,16 +21,20 @@ from typing import Any, BinaryIO
 
 import fsspec
 from fsspec.core import split_protocol
+from fsspec.spec import AbstractBufferedFile
 
 from laion_assets.io.errors import InputError
+from laion_assets.io.timeouts import request_limits, session_arguments
 
 # gcsfs also logs the errors that it raises; only the caller should report them.
 logging.getLogger("gcsfs").addHandler(logging.NullHandler())
 
 BUCKETS = ("gs://", "gcs://")
+WEB = ("http://", "https://")
 MAX_PAGE_RESULTS = 1000  # the most that Google Cloud Storage allows
 LISTED_FIELDS = "items(name,size,updated,crc32c),nextPageToken"
-UPLOAD_BLOCK = 16 << 20  # bytes of each upload request
+WEB_REQUESTS = 16  # at once, for the sizes of files
+UPLOAD_BLOCK = 8 << 20  # bytes of each upload request
 PARTIAL_SUFFIX = ".partial"
 WRITE_ERRORS = {
     errno.ENOENT,  # raised by folders that accept no new files, such as /proc
@@ -64,11 +68,14 @@ def open_storage(uri: str, about: str | None = None) -> tuple[Any, str]:
     if uri.startswith(BUCKETS):
         if not re.match(r"gc?s://[^/]", uri):
             raise InputError(f"{uri} names no bucket: write it as gs://bucket/folder", about)
+        options.update(requests_timeout=request_limits(), session_kwargs=session_arguments())
         options["token"] = "anon" if os.environ.get("STORAGE_EMULATOR_HOST") else "google_default"
         # By default gcsfs first queries the kind of each bucket, over gRPC and with a separate
         # permission. This takes most of a minute if gRPC is blocked, as with an emulator. Only zonal
         # buckets need it; their users set the variable to true.
         os.environ.setdefault("GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT", "false")
+    elif uri.startswith(WEB):
+        options["client_kwargs"] = session_arguments()
     elif re.match(r"gc?s(:/|//)", uri):
         raise InputError(f"{uri} is neither a path nor a URL: write it as gs://bucket/folder", about)
     with reaching(uri, about):
@@ -106,7 +113,7 @@ def list_files(fs: Any, root: str, depth: int | None = None) -> Iterator[Listed]
     kilobytes per object in memory.
     """
     if not {"gs", "gcs"} & _protocols(fs):
-        for path, info in fs.find(root, maxdepth=depth, detail=True).items():
+        for path, info in find_files(fs, root, depth).items():
             name = path.removeprefix(root).lstrip("/")
             yield Listed(name, path, info["size"], str(info.get("mtime", "")), info.get("crc32c"))
         return
@@ -127,13 +134,49 @@ def list_files(fs: Any, root: str, depth: int | None = None) -> Iterator[Listed]
             return
 
 
+def find_files(fs: Any, root: str, depth: int | None = None) -> dict[str, Mapping[str, Any]]:
+    """Return the details of all files below a folder, or those in its first `depth` levels, by path.
+
+    Folders of a web server are read from the links in its pages, which have no sizes: these take another
+    request for each file.
+    """
+    found: dict[str, Mapping[str, Any]]
+    if not is_web(fs):
+        found = fs.find(root, maxdepth=depth, detail=True)
+        return found
+    try:
+        paths = list(_linked_files(fs, root, depth))
+    except FileNotFoundError:
+        return {}
+    with ThreadPoolExecutor(WEB_REQUESTS) as pool:
+        found = dict(zip(paths, pool.map(fs.info, paths), strict=True))
+    for path, info in found.items():
+        if info["size"] is None:
+            raise InputError(
+                f"the server does not report the size of {path}: download the files, and name the local "
+                "folder"
+            )
+    return found
+
+
+def _linked_files(fs: Any, folder: str, depth: int | None) -> Iterator[str]:
+    """Yield the files that the pages of a folder link to. `fs.find` would ignore errors."""
+    for entry in sorted(fs.ls(f"{folder.rstrip('/')}/", detail=False)):
+        if "?" in entry or "#" in entry:  # the same page in another order
+            continue
+        if not entry.endswith("/"):
+            yield entry
+        elif depth is None or depth > 1:
+            yield from _linked_files(fs, entry, depth and depth - 1)
+
+
 @contextlib.contextmanager
 def reaching(uri: str, about: str | None = None) -> Iterator[None]:
-    """Convert errors of a bucket in the block to one sentence with the remedy.
+    """Convert errors of a bucket or a web server in the block to one sentence with the remedy.
 
     Raises:
-        InputError: credentials are missing, access is denied, the bucket does not exist, or it cannot be
-            reached.
+        InputError: credentials are missing, access is denied, the bucket does not exist, or the server
+            cannot be reached.
 
     """
     try:
@@ -141,22 +184,30 @@ def reaching(uri: str, about: str | None = None) -> Iterator[None]:
     except InputError:
         raise
     except Exception as error:
-        refusal = _refusal(uri, error) if uri.startswith(BUCKETS) else None
+        refusal = _refusal(uri, error) if uri.startswith((*BUCKETS, *WEB)) else None
         if refusal is None:
             raise
         raise InputError(refusal, about) from error
 
 
 def _refusal(uri: str, error: Exception) -> str | None:
-    """Explain an error of a bucket; None for other errors."""
+    """Explain an error of a bucket or a web server; None for other errors."""
     import aiohttp
     from google.auth.exceptions import GoogleAuthError
     from requests.exceptions import RequestException
 
+    if isinstance(error, FileNotFoundError) and uri.startswith(WEB):
+        # fsspec raises it for every error, of which 404 is the only one that says that nothing is there.
+        why = error.__cause__
+        if not isinstance(why, Exception) or _http_status(why) == HTTPStatus.NOT_FOUND:
+            return None
+        return _refusal(uri, why)
+    in_bucket = uri.startswith(BUCKETS)
     answer = first_line(error, last=True)
     status = _http_status(error)
     if isinstance(error, GoogleAuthError) or status == HTTPStatus.UNAUTHORIZED:
-        return f"there are no valid credentials for {uri} ({answer}): {LOG_IN}"
+        remedy = LOG_IN if in_bucket else "download it, and name the local folder"
+        return f"there are no valid credentials for {uri} ({answer}): {remedy}"
     if status == HTTPStatus.FORBIDDEN:
         return (
             f"access to {uri} is denied ({answer}): grant it to the account that runs this, or correct "
@@ -164,11 +215,10 @@ def _refusal(uri: str, error: Exception) -> str | None:
         )
     if isinstance(error, FileNotFoundError):
         return f"there is no bucket {'/'.join(uri.split('/')[:3])}: create it, or correct the address"
-    if isinstance(error, aiohttp.ClientError | RequestException | asyncio.TimeoutError | ConnectionError):
-        return (
-            f"{uri} cannot be reached ({answer}): check the network, and STORAGE_EMULATOR_HOST if it is "
-            "set, then try again"
-        )
+    unreachable = aiohttp.ClientError | RequestException | TimeoutError | ConnectionError
+    if status is None and isinstance(error, unreachable):
+        emulator = ", and STORAGE_EMULATOR_HOST if it is set" if in_bucket else ""
+        return f"{uri} cannot be reached ({answer}): check the network{emulator}, then try again"
     if status is None:
         return None
     if status == HTTPStatus.TOO_MANY_REQUESTS or status >= HTTPStatus.INTERNAL_SERVER_ERROR:
@@ -176,10 +226,13 @@ def _refusal(uri: str, error: Exception) -> str | None:
     return f"{uri} cannot be used ({answer}): correct the address"
 
 
-def _http_status(error: Exception) -> int | None:
-    """Return the HTTP status of a gcsfs error; None for other errors."""
+def _http_status(error: BaseException) -> int | None:
+    """Return the HTTP status of an error of gcsfs or aiohttp; None for other errors."""
+    import aiohttp
     from gcsfs.retry import HttpError
 
+    if isinstance(error, aiohttp.ClientResponseError):
+        return error.status
     if isinstance(error, HttpError):
         return int(error.code) if error.code else HTTPStatus.BAD_REQUEST
     # `gcsfs.retry.validate_response` raises these two as built-in classes that only the first words of
@@ -193,7 +246,8 @@ def _http_status(error: Exception) -> int | None:
 
 def first_line(error: Exception, *, last: bool = False) -> str:
     """Return the first line of an error's message, or the last, which contains a server's answer."""
-    lines = str(error).strip().splitlines() or [type(error).__name__]
+    text = str(error) or str(error.__cause__ or "")  # fsspec's own timeout has no message
+    lines = text.strip().splitlines() or [type(error).__name__]
     return lines[-1 if last else 0].strip()
 
 
@@ -245,6 +299,11 @@ def on_this_machine(uri: str) -> bool:
 def is_local(fs: Any) -> bool:
     """Return whether a file system is the local disk."""
     return "file" in _protocols(fs)
+
+
+def is_web(fs: Any) -> bool:
+    """Return whether a file system is a web server."""
+    return "http" in _protocols(fs)
 
 
 def is_regular(fs: Any, path: str) -> bool:
@@ -301,7 +360,10 @@ def _object(fs: Any, path: str) -> Iterator[BinaryIO]:
     try:
         yield sink
         sink.close()
-    except BaseException:
-        sink.discard()
+        sink.commit()
+    except BaseException as error:
+        if not isinstance(error, TimeoutError):  # an upload that the server does not answer expires
+            sink.discard()
+        if isinstance(sink, AbstractBufferedFile):
+            sink.closed = True  # otherwise its finalizer uploads the rest
         raise
-    sink.commit()

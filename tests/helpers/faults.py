@@ -30,6 +30,7 @@ class Proxy:
         url: of the proxy.
         rule: called with the path of each read of an object. It returns the name of a failure or the
             status to answer with, or None to forward the read.
+        bytes_per_second: speed of one read of an object; None if it is not limited.
         bytes_read: bytes of objects that were forwarded; listings are not counted.
         reads: number of reads of objects, failed ones included.
         authorizations: the Authorization headers of the reads.
@@ -39,6 +40,7 @@ class Proxy:
     def __init__(self, upstream: str) -> None:
         self.upstream = upstream.removeprefix("http://")
         self.rule: Callable[[str], str | int | None] = lambda _: None
+        self.bytes_per_second: int | None = None
         self.bytes_read = 0
         self.reads = 0
         self.authorizations: set[str | None] = set()
@@ -101,6 +103,8 @@ class Proxy:
             while piece := reply.read(min(COPY_SIZE, left)):
                 request.wfile.write(piece)
                 left -= len(piece)
+                if self.bytes_per_second:
+                    time.sleep(len(piece) / self.bytes_per_second)
                 if is_read and reply.status < 300:
                     with self.lock:
                         self.bytes_read += len(piece)

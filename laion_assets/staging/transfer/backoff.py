@@ -4,18 +4,20 @@ from __future__ import annotations
 
 import random
 import threading
+import time
 from collections.abc import Callable
 
 from laion_assets.io.errors import InputError
 from laion_assets.staging.transfer.range_readers import TransientError, reason
 
-MAX_TRIES = 8  # consecutive tries without a byte, about a minute
+MAX_TRIES = 8  # consecutive tries without a byte; with the pauses between them about a minute
+PATIENCE = 60.0  # seconds without a byte after which there is no further try
 FIRST_PAUSE = 0.5  # seconds
 LONGEST_PAUSE = 32.0
 
 
 class Backoff:
-    """Waits between the tries of a read, longer each time, and limits their number.
+    """Waits between the tries of a read, longer each time, and limits their number and duration.
 
     Args:
         url: URL that is read, for messages.
@@ -28,7 +30,7 @@ class Backoff:
         self._url = url
         self._stop = stop
         self._log = log
-        self._failures = 0
+        self.reset()
 
     def wait(self, error: TransientError) -> None:
         """Wait before the next try.
@@ -38,10 +40,12 @@ class Backoff:
 
         """
         self._failures += 1
-        if self._failures >= MAX_TRIES:
+        silence = time.monotonic() - self._progress
+        if self._failures >= MAX_TRIES or silence >= PATIENCE:
             raise InputError(
-                f"{self._url} could not be read in {MAX_TRIES} tries ({reason(error)}): check the source "
-                "and the connection, then try again; what was read so far is kept"
+                f"{self._url} could not be read in {self._failures} tries and {silence:.0f} s "
+                f"({reason(error)}): check the source and the connection, then try again; what was read "
+                "so far is kept"
             ) from error
         pause = min(FIRST_PAUSE * 2 ** (self._failures - 1), LONGEST_PAUSE)
         pause *= random.uniform(0.5, 1)  # so that clients do not retry simultaneously  # noqa: S311
@@ -51,3 +55,4 @@ class Backoff:
     def reset(self) -> None:
         """Start counting again, after a successful read."""
         self._failures = 0
+        self._progress = time.monotonic()

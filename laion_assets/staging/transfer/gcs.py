@@ -7,6 +7,7 @@ so reading an overwritten object fails, and two versions are never mixed.
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator
 from datetime import timedelta
 from threading import Lock
@@ -18,6 +19,7 @@ from obstore.exceptions import BaseError, GenericError, PermissionDeniedError, U
 from obstore.store import GCSStore
 
 from laion_assets.io.errors import InputError
+from laion_assets.io.timeouts import CONNECT, SILENCE
 from laion_assets.staging.transfer.files import SourceFile
 from laion_assets.staging.transfer.range_readers import (
     ChangedError,
@@ -26,9 +28,9 @@ from laion_assets.staging.transfer.range_readers import (
     reason,
 )
 
-STREAM_PIECE = 1 << 20  # bytes
-SILENCE_TIMEOUT = timedelta(seconds=30)  # without a byte from the server
-RANGE_TIMEOUT = timedelta(minutes=10)  # for one range
+STREAM_PIECE = 256 << 10  # bytes, the most that is lost if a request is cut
+SILENCE_TIMEOUT = timedelta(seconds=SILENCE)  # without a byte from the server
+REQUEST_TIMEOUT = timedelta(seconds=30)  # then another request reads the rest
 
 
 class GcsReader:
@@ -48,6 +50,26 @@ class GcsReader:
 
     def read(self, file: SourceFile, start: int, stop: int) -> Iterator[bytes]:
         """Yield the bytes from `start` to `stop` of the listed generation, see `RangeReader`.
+
+        A request that takes longer than `REQUEST_TIMEOUT` is cut. If it has brought anything, the next
+        one continues from there; if it has not, the server counts as silent.
+        """
+        at = start
+        while at < stop:
+            first, began = at, time.monotonic()
+            try:
+                for piece in self._request(file, at, stop):
+                    at += len(piece)
+                    yield piece
+            except TransientError:
+                was_cut = time.monotonic() - began >= REQUEST_TIMEOUT.total_seconds()
+                if at == first or not was_cut:
+                    raise
+            else:
+                return
+
+    def _request(self, file: SourceFile, start: int, stop: int) -> Iterator[bytes]:
+        """Yield the bytes from `start` to `stop` with one request.
 
         Errors are classified only by type. obstore has classes for 401, 403, 404, 409 and 412. Every
         other failure is a `GenericError`. Some are transient: a reset connection, a timeout, an
@@ -87,8 +109,9 @@ class GcsReader:
             skip_signature=credentials is None,
             client_options={
                 "allow_http": True,
+                "connect_timeout": timedelta(seconds=CONNECT),
                 "read_timeout": SILENCE_TIMEOUT,
-                "timeout": RANGE_TIMEOUT,
+                "timeout": REQUEST_TIMEOUT,
             },
             retry_config={"max_retries": 0},  # `Backoff` retries, counts and logs
         )
