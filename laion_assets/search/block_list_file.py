@@ -34,7 +34,7 @@ from laion_assets.search.block_list import BlockList, hashes, listed_forms
 
 BLOCK_LIST = "block_list"  # the setting that errors name
 ENTRIES_AT_ONCE = 1 << 16
-MERGED_AT = 1 << 22  # entries that are collected before repeated ones are removed
+MERGED_AT = 1 << 20  # entries that are collected before repeated ones are removed
 MAX_LINE = 1 << 14  # characters
 EXPANSION = 100  # most bytes or rows that a byte of a list may unpack to
 SMALL = 16 << 20  # bytes or rows that any list may unpack to
@@ -138,7 +138,7 @@ class _Collected:
     def add(self, entries: _Entries) -> None:
         """Add entries; repeated ones are removed now and then, so that they take no memory."""
         for parts, some in zip(self._parts, entries.hashed(), strict=True):
-            parts.append(some)
+            parts.append(np.unique(some))
             if sum(map(len, parts[1:])) > max(MERGED_AT, len(parts[0])):
                 parts[:] = [np.unique(np.concatenate(parts))]
 
