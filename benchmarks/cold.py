@@ -16,9 +16,9 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 
-from laion_assets.index.arrow_layout import row_spans, value_spans
+from laion_assets.index.arrow_file import ArrowFile
 from laion_assets.index.metadata import READS, Metadata
-from laion_assets.io.ranges import ranges_of
+from laion_assets.io.ranges import WholeFiles, members, union
 
 PAGE = 4096
 BATCH_ROWS = 65_536
@@ -55,18 +55,10 @@ def _read_bytes() -> int:
 
 def pages_of(path: Path, ids: np.ndarray) -> np.ndarray:
     """Return the numbers of the pages that hold the offsets and texts of some rows."""
-    mapped = pa.memory_map(str(path))
-    start = mapped.read_buffer().address
-    reader = pa.ipc.open_file(mapped)
-    pages = []
-    for number in range(reader.num_record_batches):
-        rows = np.sort(ids[ids // BATCH_ROWS == number] % BATCH_ROWS)
-        for column in reader.get_batch(number).columns if len(rows) else ():
-            for spans_of in (row_spans, value_spans):
-                for starts, stops in spans_of(column, rows):
-                    for first, stop in ranges_of(starts - start, stops - start).tolist():
-                        pages.append(np.arange(first // PAGE, -(-stop // PAGE)))
-    return np.unique(np.concatenate(pages))
+    file = ArrowFile(path, WholeFiles(), None)
+    batches, rows = np.divmod(np.sort(ids), BATCH_ROWS)
+    spans = union(*file.needs(batches, rows, file.schema.names))
+    return members(union(np.stack([spans[:, 0] // PAGE, -(-spans[:, 1] // PAGE)], axis=1)))
 
 
 def preads(path: Path, pages: np.ndarray, threads: int) -> Callable[[], object]:

@@ -14,10 +14,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from itertools import pairwise
 from pathlib import Path
-from types import SimpleNamespace
-from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -26,7 +23,6 @@ from generate import Recipe, generate
 from numpy.typing import NDArray
 from staging import LATENCY, far_away
 
-from laion_assets.index import arrow_layout
 from laion_assets.index.faiss_index import CANDIDATES_PER_RESULT, MIN_NPROBE
 from laion_assets.index.inverted_lists import InvertedLists
 from laion_assets.io.ranges import Ranges, members, ranges_of, total, union
@@ -201,25 +197,11 @@ class Layout:
         return ranges_of(starts, starts + self.header)
 
     def places(self, ids: NDArray[np.int64]) -> Ranges:
-        """What is needed to know where the texts of rows are, by the planner of metadata."""
-        spans = []
-        batch_of = ids // self.batch
-        edges = np.flatnonzero(np.diff(batch_of, prepend=-1, append=-1))
-        for first, last in pairwise(edges):
-            rows = ids[first:last] % self.batch
-            for column in self._columns(int(batch_of[first])):
-                spans += [np.stack(span, 1) for span in arrow_layout.row_spans(column, rows)]
-        every = np.concatenate(spans)
-        return ranges_of(every[:, 0], every[:, 1])
-
-    def _columns(self, number: int) -> Iterator[Any]:
-        """What a memory map would tell of the two columns of a batch: their kind, and where they are."""
-        for column in range(2):
-            start = number * self.record_batch + self.header + column * self.column
-            offsets = SimpleNamespace(address=start, size=(self.batch + 1) * 4)
-            texts = SimpleNamespace(address=start + offsets.size, size=self.batch * self.text)
-            buffers = [None, offsets, texts]
-            yield SimpleNamespace(type=pa.string(), buffers=lambda found=buffers: found)
+        """What is needed to know where the texts of rows are."""
+        number, row = np.divmod(ids, self.batch)
+        starts = number * self.record_batch + self.header + row * 4
+        starts = np.concatenate([starts, starts + self.column])
+        return ranges_of(starts, starts + 8)
 
     def values(self, ids: NDArray[np.int64], random: np.random.Generator) -> Ranges:
         """Where the texts are: at the mean length, give or take a half."""

@@ -46,7 +46,7 @@ from laion_assets.index import (
     SINGLE_INDEX,
     ModelRecord,
     nprobe_rule,
-    published_table,
+    published_tables,
 )
 from laion_assets.io.arrays import Ids
 from laion_assets.io.errors import InputError
@@ -580,7 +580,7 @@ class Build:
             name = f"{METADATA_FOLDER}/{shard.name}.arrow"
             self._place.put(folder, shard_files.METADATA, name, record.checksums[shard_files.METADATA])
         with new.new(PUBLISHED_TABLES) as sink:
-            sink.write(published_table(map(shard_files.metadata_batches, records)))
+            sink.write(published_tables(map(_batch_table, folders, records)))
         new.write_json(MODEL_RECORD, {k: v for k, v in asdict(self._model()).items() if v is not None})
         lists = 0 if trained.ivf is None else trained.lists
         built = Built(
@@ -667,6 +667,10 @@ def _check(
         start = int(offsets[number])
         if new.read(INVERTED_LISTS, start, start + len(expected)) != expected:
             raise new.damaged(INVERTED_LISTS, f"has a list {number} that differs from the shards")
+
+
+def _batch_table(folder: Workspace, record: ShardRecord) -> bytes:
+    return folder.read(shard_files.BATCHES, checksum=record.checksums[shard_files.BATCHES])
 
 
 def _recall(

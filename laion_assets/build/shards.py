@@ -17,13 +17,14 @@ from laion_assets.build.plan import Shard
 from laion_assets.build.quantizer import encode
 from laion_assets.build.trained import KEPT, Trained
 from laion_assets.build.workspace import Sink, Workspace
-from laion_assets.index import ID_SIZE
+from laion_assets.index import ID_SIZE, content_of, read_table, table_as_parquet
 from laion_assets.io.arrays import Bytes, Floats, Ids, unit_rows
 
 BLOCK_ROWS = 65_536  # rows encoded at a time
 BATCH_ROWS = 65_536  # rows per record batch of metadata
 CODES, IDS, SIZES = "codes.bin", "ids.bin", "sizes.npy"
-ANSWERS_FILE, METADATA, RECORD = "answers.npz", "metadata.arrow", "shard.json"
+ANSWERS_FILE, RECORD = "answers.npz", "shard.json"
+METADATA, BATCHES = "metadata.arrow", "batches.parquet"
 EXACT = "exact"  # name of the answers from the raw vectors; other names are values of nprobe
 WRITTEN_AT_ONCE = 64 << 20  # bytes
 
@@ -117,6 +118,9 @@ def encode_shard(
         write_metadata(sink, (batch for file in files for batch in reader.metadata(file, schema)), schema)
     checksums[METADATA] = sink.checksum
     metadata_bytes = folder.size(METADATA)
+    with folder.new(BATCHES) as sink:
+        sink.write(_batch_table(folder, metadata_bytes, checksums[METADATA]))
+    checksums[BATCHES] = sink.checksum
     record = ShardRecord(
         made_from,
         shard.first_id,
@@ -232,10 +236,10 @@ def _write(folder: Workspace, name: str, content: Bytes) -> str:
     return sink.checksum
 
 
-def metadata_batches(record: ShardRecord) -> tuple[int, str, list[int]]:
-    """Return size, crc32c and rows of each record batch of a shard's metadata, see `write_metadata`."""
-    whole, rest = divmod(record.rows, BATCH_ROWS)
-    return record.metadata_bytes, record.checksums[METADATA], [BATCH_ROWS] * whole + [rest] * bool(rest)
+def _batch_table(folder: Workspace, size: int, checksum: str) -> bytes:
+    """Read back where the record batches of the metadata and their buffers are."""
+    table = read_table(size, lambda start, stop: folder.read(METADATA, start, stop))
+    return table_as_parquet(content_of(size, checksum), table)
 
 
 def write_metadata(sink: Sink, batches: Iterator[pa.RecordBatch], schema: pa.Schema) -> None:

@@ -3,7 +3,8 @@
 `open_folder` opens a local folder in place. The index's `Decoder` turns codes of rows into vectors.
 """
 
-from laion_assets.index.batch_tables import published_table
+from laion_assets.index.arrow_layout import read_table
+from laion_assets.index.batch_tables import content_of, published_tables, table_as_parquet
 from laion_assets.index.decoder import Decoder
 from laion_assets.index.faiss_index import Index, nprobe_rule, set_search_depth, transformed
 from laion_assets.index.in_place import open_folder
@@ -33,11 +34,14 @@ __all__ = [
     "Index",
     "Metadata",
     "ModelRecord",
+    "content_of",
     "nprobe_rule",
     "open_folder",
-    "published_table",
+    "published_tables",
     "read_model_record",
+    "read_table",
     "set_search_depth",
+    "table_as_parquet",
     "transformed",
     "unit",
 ]

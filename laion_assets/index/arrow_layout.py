@@ -1,4 +1,4 @@
-"""The byte layout of an Arrow IPC file: locates its record batches and the bytes of a column's rows.
+"""The byte layout of an Arrow IPC file: locates its record batches and the buffers of their columns.
 
 The layout is specified in https://arrow.apache.org/docs/format/Columnar.html and in the flatbuffer
 schemas File.fbs and Message.fbs. Values are not decoded here.
@@ -6,7 +6,7 @@ schemas File.fbs and Message.fbs. Values are not decoded here.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,7 +14,7 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
-from laion_assets.io.arrays import Ids
+from laion_assets.io.arrays import Bytes, Ids, Mask
 from laion_assets.io.ranges import Ranges, ranges_of
 
 MAGIC = b"ARROW1"
@@ -23,7 +23,8 @@ CONTINUATION = 0xFFFFFFFF  # begins a message since Arrow 0.15
 FOOTER_BLOCK = np.dtype([("offset", "<i8"), ("header", "<i4"), ("_", "<i4"), ("body", "<i8")])
 FOOTER_DICTIONARIES, FOOTER_BATCHES = 2, 3  # field numbers in the flatbuffer tables
 MESSAGE_HEADER = 2
-BATCH_LENGTH, BATCH_COMPRESSION = 0, 3
+BATCH_LENGTH, BATCH_BUFFERS, BATCH_COMPRESSION = 0, 2, 3
+BUFFER_SIZE = 16  # bytes of the struct that locates a buffer: two int64, offset and size
 
 
 @dataclass(frozen=True)
@@ -75,15 +76,124 @@ def blocks(footer: bytes) -> Blocks:
     )
 
 
-def rows_and_compression(header: bytes) -> tuple[int, bool]:
-    """Read from a record batch's header its number of rows and whether its body is compressed."""
-    start = 8 if _uint32(header, 0) == CONTINUATION else 4
-    message = _table(header[start:], _uint32(header, start))
-    position = message(MESSAGE_HEADER)
-    batch = _table(header[start:], position + _uint32(header[start:], position))
-    length = batch(BATCH_LENGTH)
-    rows = int(np.frombuffer(header, "<i8", 1, start + length)[0]) if length else 0
-    return rows, bool(batch(BATCH_COMPRESSION))
+@dataclass(frozen=True)
+class BatchTable:
+    """The record batches of a file.
+
+    Attributes:
+        rows: (n,) int64 rows of each batch.
+        compressed: (n,) whether its body is compressed.
+        starts: (n, b) int64 positions in the file of the batches' buffers, in the order of the schema;
+            b is 0 if their number differs.
+        sizes: (n, b) int64 bytes of each buffer.
+
+    """
+
+    rows: Ids
+    compressed: Mask
+    starts: Ids
+    sizes: Ids
+
+
+def read_headers(blocks: Blocks, header: Callable[[int, int], bytes]) -> BatchTable:
+    """Read the record batches' headers.
+
+    Args:
+        blocks: where the batches are.
+        header: returns the bytes of the file from a start to a stop.
+
+    Raises:
+        ValueError: a header is damaged.
+
+    """
+    lengths = blocks.headers[:, 1] - blocks.headers[:, 0]
+    rows, compressed = np.zeros(len(lengths), np.int64), np.zeros(len(lengths), np.bool_)
+    of_length = {}
+    for length in np.unique(lengths).tolist():
+        some = np.flatnonzero(lengths == length)
+        texts = b"".join(header(*edges) for edges in blocks.headers[some].tolist())
+        messages = _Flatbuffers(np.frombuffer(texts, np.uint8).reshape(len(some), length))
+        rows[some], compressed[some], of_length[length] = _batches(messages)
+    counts = {buffers.shape[1] for buffers in of_length.values()}
+    buffers = np.zeros((len(lengths), counts.pop() if len(counts) == 1 else 0, 2), np.int64)
+    if buffers.size:
+        for length, found in of_length.items():
+            buffers[lengths == length] = found
+    starts, sizes = buffers[..., 0], buffers[..., 1]
+    bodies = blocks.bodies[:, 1:] - blocks.bodies[:, :1]
+    if (rows < 0).any() or (starts < 0).any() or (sizes < 0).any() or (starts > bodies - sizes).any():
+        raise ValueError("a record batch's header is damaged")
+    return BatchTable(rows, compressed, starts + blocks.bodies[:, :1], sizes)
+
+
+def read_table(size: int, read: Callable[[int, int], bytes]) -> BatchTable:
+    """Read the record batches of a file of which ranges can be read.
+
+    Args:
+        size: bytes of the file.
+        read: returns the bytes of the file from a start to a stop.
+
+    Raises:
+        ValueError: the file is damaged.
+
+    """
+    ((start, stop),) = footer(size, read(max(size - TAIL, 0), size)).tolist()
+    return read_headers(blocks(read(start, stop)), read)
+
+
+def _batches(messages: _Flatbuffers) -> tuple[Ids, Mask, Ids]:
+    """Return rows, compression, and (n, b, 2) offsets and sizes of buffers; b is 0 if it differs."""
+    start = np.where(messages.read("<u4", 0) == CONTINUATION, 8, 4)
+    batch = messages.follow(messages.field(messages.follow(start), MESSAGE_HEADER))
+    length, compression = messages.field(batch, BATCH_LENGTH), messages.field(batch, BATCH_COMPRESSION)
+    rows = np.where(length > 0, messages.read("<i8", length), 0)
+    vector = messages.follow(messages.field(batch, BATCH_BUFFERS))
+    counts = np.unique(messages.read("<u4", vector))
+    count = int(counts[0]) if len(counts) == 1 else 0
+    buffers = messages.read_many("<i8", vector + 4, 2 * count).reshape(len(rows), count, 2)
+    return rows, compression > 0, buffers
+
+
+class _Flatbuffers:
+    """Flatbuffers of one length, read side by side: positions are arrays with one for each.
+
+    Args:
+        content: (n, bytes of each) uint8.
+
+    """
+
+    def __init__(self, content: Bytes) -> None:
+        self._content = content
+
+    def read(self, kind: str, at: Ids | int) -> Ids:
+        """Read a number of each at its position.
+
+        Raises:
+            ValueError: a position is outside.
+
+        """
+        return self.read_many(kind, np.broadcast_to(at, len(self._content)), 1)[:, 0]
+
+    def read_many(self, kind: str, at: Ids, count: int) -> Ids:
+        """Read `count` numbers of each, (n, count)."""
+        dtype = np.dtype(kind)
+        width = count * dtype.itemsize
+        if len(at) and (at.min() < 0 or at.max() + width > self._content.shape[1]):
+            raise ValueError("a record batch's header is damaged")
+        found = np.take_along_axis(self._content, at[:, None] + np.arange(width), axis=1)
+        return np.ascontiguousarray(found).view(dtype).reshape(len(at), count).astype(np.int64)
+
+    def follow(self, at: Ids) -> Ids:
+        """Return the positions to which the offsets at some positions point."""
+        return at + self.read("<u4", at)
+
+    def field(self, table: Ids, number: int) -> Ids:
+        """Return the position of a field of tables, 0 where it is absent."""
+        vtable = table - self.read("<i4", table)
+        entry = 4 + 2 * number
+        present = entry < self.read("<u2", vtable)
+        offset = self.read("<u2", np.where(present, vtable + entry, vtable)) * present
+        return np.where(offset > 0, table + offset, 0)
 
 
 def _uint32(data: bytes, at: int) -> int:
@@ -110,51 +220,79 @@ def _blocks(footer: bytes, position: int) -> NDArray[np.void]:
     return np.frombuffer(footer, FOOTER_BLOCK, _uint32(footer, vector), vector + 4)
 
 
-# --- rows of a column -----------------------------------------------------------------------------
+# --- columns --------------------------------------------------------------------------------------
 
 
-def row_spans(column: pa.Array, rows: Ids) -> Iterator[tuple[Ids, Ids]]:
-    """Yield the addresses of some rows' validity bits, and of their numbers or text offsets.
+@dataclass(frozen=True)
+class Column:
+    """A column whose single rows can be located.
 
-    A column of numbers needs nothing else. The text of a text column is located by `value_spans`. Nested
-    columns and views are returned whole, because Arrow cannot take single rows of them.
-
-    Args:
-        column: a column of a memory-mapped batch; only its addresses are used, its data is not read.
-        rows: (n,) row numbers.
-
-    Yields:
-        (starts, stops), each (m,) addresses in memory.
+    Attributes:
+        validity: number of the buffer with a bit per row, which is empty if no row is null.
+        elements: number of the buffer with numbers, or with the offsets of texts.
+        bits: bits of an element.
+        texts: number of the buffer with texts; None for a column of numbers.
+        kind: type of the column.
 
     """
-    kind, buffers = column.type, column.buffers()
-    bits = _bits_of_an_element(kind)
-    if bits is None:
-        present = [buffer for buffer in buffers if buffer is not None]
-        starts = np.array([buffer.address for buffer in present], np.int64)
-        yield starts, starts + np.array([buffer.size for buffer in present], np.int64)
-        return
-    if buffers[0] is not None:  # validity: one bit per row
-        yield _bytes_of(buffers[0], rows, rows + 1, 1)
-    if bits:
-        yield _bytes_of(buffers[1], rows, rows + (2 if _offset_type(kind) else 1), bits)
+
+    validity: int
+    elements: int
+    bits: int
+    texts: int | None
+    kind: pa.DataType
 
 
-def value_spans(column: pa.Array, rows: Ids) -> Iterator[tuple[Ids, Ids]]:
-    """Yield the addresses of the text of some rows; the bytes at their `row_spans` must be present."""
-    offset_type = _offset_type(column.type)
-    if offset_type is None:
-        return
-    _, offsets_buffer, values = column.buffers()
-    if values is None:
-        return
-    offsets = np.frombuffer(offsets_buffer, offset_type)
-    yield tuple(values.address + offsets[edge].astype(np.int64) for edge in (rows, rows + 1))
+def buffer_numbers(schema: pa.Schema) -> dict[str, range] | None:
+    """Return the numbers of each column's buffers; None if they differ from batch to batch."""
+    numbers, first = {}, 0
+    for field in schema:
+        count = _buffers(field.type)
+        if count is None:
+            return None
+        numbers[field.name] = range(first, first + count)
+        first += count
+    return numbers
 
 
-def _bytes_of(buffer: pa.Buffer, first: Ids, stop: Ids, bits: int) -> tuple[Ids, Ids]:
-    """Return the addresses of elements `first` to `stop`, each `bits` bits wide."""
-    return buffer.address + first * bits // 8, buffer.address + (stop * bits + 7) // 8
+def column(kind: pa.DataType, buffers: Sequence[int]) -> Column | None:
+    """Return where the rows of a column are; None if single rows cannot be located.
+
+    Args:
+        kind: type of the column.
+        buffers: numbers of its buffers.
+
+    """
+    offset_type = _offset_type(kind)
+    if offset_type is not None:
+        validity, elements, texts = buffers
+        return Column(validity, elements, np.dtype(offset_type).itemsize * 8, texts, kind)
+    if pa.types.is_primitive(kind) or pa.types.is_fixed_size_binary(kind) or pa.types.is_decimal(kind):
+        validity, elements = buffers
+        return Column(validity, elements, int(kind.bit_width), None, kind)
+    return None
+
+
+def _buffers(kind: pa.DataType) -> int | None:
+    """Return the number of buffers of a column; None if batches may have different numbers of them."""
+    types = pa.types
+    if isinstance(kind, pa.BaseExtensionType):
+        return _buffers(kind.storage_type)
+    if types.is_null(kind):
+        return 0
+    if types.is_dictionary(kind) or types.is_primitive(kind) or types.is_decimal(kind):
+        return 2
+    if types.is_fixed_size_binary(kind):
+        return 2
+    if _offset_type(kind) is not None:
+        return 3
+    own = 1 if types.is_struct(kind) or types.is_fixed_size_list(kind) else 2
+    if types.is_nested(kind) and not (types.is_union(kind) or types.is_run_end_encoded(kind)):
+        if types.is_list_view(kind) or types.is_large_list_view(kind):
+            own = 3
+        children = [_buffers(kind.field(number).type) for number in range(kind.num_fields)]
+        return None if None in children else own + sum(filter(None, children))
+    return None
 
 
 def _offset_type(kind: pa.DataType) -> type[np.signedinteger[Any]] | None:
@@ -163,18 +301,4 @@ def _offset_type(kind: pa.DataType) -> type[np.signedinteger[Any]] | None:
         return np.int32
     if pa.types.is_large_string(kind) or pa.types.is_large_binary(kind):
         return np.int64
-    return None
-
-
-def _bits_of_an_element(kind: pa.DataType) -> int | None:
-    """Return the bits per element of the second buffer; None if it is not an array of elements."""
-    offset_type = _offset_type(kind)
-    if offset_type is not None:
-        return np.dtype(offset_type).itemsize * 8
-    if pa.types.is_null(kind):
-        return 0
-    if pa.types.is_dictionary(kind):
-        return int(kind.index_type.bit_width)
-    if pa.types.is_primitive(kind) or pa.types.is_fixed_size_binary(kind) or pa.types.is_decimal(kind):
-        return int(kind.bit_width)
     return None

@@ -1,47 +1,45 @@
-"""Row counts of the record batches of Arrow files, kept in small files.
+"""Positions of the record batches of Arrow files and of their buffers, kept in small files.
 
 The builder of an index publishes those of all its files; of other indices, whoever opens a file first
 reads its headers and keeps what they say.
 
-An Arrow file states the rows of a batch in a header before that batch. LAION-5B's metadata has 89,264 of
-them, all over two terabytes, and every step that opens the index would read them again.
+An Arrow file describes a batch in a header before that batch. LAION-5B's metadata has 89,264 of them, all
+over two terabytes, and every step that opens the index or takes rows would read them again.
 """
 
 from __future__ import annotations
 
-import json
+import io
 import struct
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
 
-from laion_assets.io.arrays import Ids, Mask
+from laion_assets.index.arrow_layout import BatchTable
+from laion_assets.io.arrays import Ids
 from laion_assets.io.checksums import crc32c
 from laion_assets.io.derived import keep
 from laion_assets.io.errors import InputError
-from laion_assets.io.text import json_object
 
 CHECKSUM = struct.Struct("<I")  # crc32c, before everything else
-
-
-@dataclass(frozen=True)
-class BatchTable:
-    """The record batches of a file.
-
-    Attributes:
-        rows: (n,) rows of each batch.
-        compressed: (n,) whether its body is compressed.
-
-    """
-
-    rows: Ids
-    compressed: Mask
+NUMBERS = pa.list_(pa.int64())
+SCHEMA = pa.schema(
+    [
+        ("file", pa.string()),
+        ("rows", pa.int64()),
+        ("compressed", pa.bool_()),
+        ("starts", NUMBERS),
+        ("sizes", NUMBERS),
+    ]
+)
 
 
 class BatchTables:
-    """Row counts of the batches of some files.
+    """Tables of the batches of some files.
 
     Args:
         folder: folder where they are kept; created when the first is written.
@@ -53,38 +51,36 @@ class BatchTables:
     def __init__(self, folder: Path, contents: Mapping[Path, str], published: Path | None = None) -> None:
         self._folder = folder
         self._contents = contents
-        self._published = _read_published(published) if published else {}
+        self._published = _read_published(published) if published else SCHEMA.empty_table()
 
     def read(self, path: Path, batches: int) -> BatchTable | None:
-        """Return the table of a file; None if only one of other content or a damaged one is kept.
+        """Return the table of a file; None if none is kept, or a damaged one, or one of other content.
 
         Args:
             path: the file.
             batches: how many record batches its footer lists.
 
         """
-        rows = self._published.get(self._contents[path])
-        if rows is not None and len(rows) == batches:
-            return BatchTable(rows, np.zeros(batches, np.bool_))
+        content = self._contents[path]
+        published = self._published.filter(pc.field("file") == content)
+        if len(published) == batches > 0:
+            return _of_table(published)
         try:
             kept = self._kept(path).read_bytes()
         except FileNotFoundError:
             return None
-        head = self._head(path, batches)
-        body = kept[CHECKSUM.size + len(head) :]
-        if kept != _with_checksum(head + body) or len(body) != 9 * batches:
+        table = kept[CHECKSUM.size :]
+        if kept != _with_checksum(table):
             return None
-        counts = np.frombuffer(body, "<i8", batches)
-        return BatchTable(counts, np.frombuffer(body, np.bool_, batches, 8 * batches))
+        try:
+            found = _read(table).filter(pc.field("file") == content)
+        except pa.ArrowException:  # another version of this package kept it
+            return None
+        return _of_table(found) if len(found) == batches else None
 
     def write(self, path: Path, table: BatchTable) -> None:
         """Keep the table of a file; a folder that is read-only or full does without it."""
-        head = self._head(path, len(table.rows))
-        body = table.rows.astype("<i8").tobytes() + table.compressed.astype(np.bool_).tobytes()
-        keep(self._kept(path), _with_checksum(head + body))
-
-    def _head(self, path: Path, batches: int) -> bytes:
-        return f"{self._contents[path]} {batches}\n".encode()
+        keep(self._kept(path), _with_checksum(table_as_parquet(self._contents[path], table)))
 
     def _kept(self, path: Path) -> Path:
         return self._folder / f"{path.name}.batches"
@@ -99,22 +95,61 @@ def content_of(size: int, checksum: str) -> str:
     return f"{size} {checksum}"
 
 
-def published_table(files: Iterable[tuple[int, str, Sequence[int]]]) -> bytes:
-    """Return the content of `PUBLISHED_TABLES`.
+def table_as_parquet(content: str, table: BatchTable) -> bytes:
+    """Return the table of a file as a Parquet file with a row for each batch.
 
     Args:
-        files: size, crc32c in base64, and rows of each uncompressed record batch, of each Arrow file.
+        content: identifies the content of the file, see `content_of`.
+        table: its record batches.
 
     """
-    return json.dumps({content_of(size, checksum): list(rows) for size, checksum, rows in files}).encode()
+    file = [content] * len(table.rows)
+    numbers = [_lists(table.starts), _lists(table.sizes)]
+    return _parquet(pa.table([file, table.rows, table.compressed, *numbers], schema=SCHEMA))
 
 
-def _read_published(path: Path) -> dict[str, Ids]:
+def published_tables(tables: Iterable[bytes]) -> bytes:
+    """Return the content of `PUBLISHED_TABLES`: the tables of all files in one.
+
+    Args:
+        tables: what `table_as_parquet` returned for each file.
+
+    """
+    return _parquet(pa.concat_tables([SCHEMA.empty_table(), *map(_read, tables)]))
+
+
+def _parquet(table: pa.Table) -> bytes:
+    file = io.BytesIO()
+    pq.write_table(table, file, compression="zstd", write_page_checksum=True)
+    return file.getvalue()
+
+
+def _read(content: bytes) -> pa.Table:
+    return pq.read_table(io.BytesIO(content), schema=SCHEMA, page_checksum_verification=True)
+
+
+def _lists(numbers: Ids) -> pa.Array:
+    edges = np.arange(len(numbers) + 1, dtype=np.int32) * numbers.shape[1]
+    return pa.ListArray.from_arrays(pa.array(edges), pa.array(numbers.ravel()))
+
+
+def _of_table(table: pa.Table) -> BatchTable:
+    starts, sizes = (_numbers(table[name]) for name in ("starts", "sizes"))
+    return BatchTable(table["rows"].to_numpy(), table["compressed"].to_numpy(), starts, sizes)
+
+
+def _numbers(lists: pa.ChunkedArray) -> Ids:
+    """Return lists of one length as (n, length)."""
+    whole = lists.combine_chunks()
+    numbers: Ids = whole.flatten().to_numpy().reshape(len(whole), -1)
+    return numbers
+
+
+def _read_published(path: Path) -> pa.Table:
     try:
-        tables = json_object(path.read_bytes())
-        return {content: np.array(rows, np.int64) for content, rows in tables.items()}
-    except (ValueError, TypeError, OverflowError) as error:
+        return _read(path.read_bytes())
+    except (pa.ArrowException, OSError) as error:
         raise InputError(
-            f"{path} does not hold the row counts of record batches ({error}): remove it from the index",
+            f"{path} does not hold the positions of record batches ({error}): remove it from the index",
             "staged_index",
         ) from error

@@ -9,7 +9,7 @@ SINGLE_INDEX = "image.index"
 POPULATED_INDEX = "image.index/populated.index"
 INVERTED_LISTS = "image.index/merged_index.ivfdata"
 METADATA_FOLDER = "metadata"
-PUBLISHED_TABLES = "batches.json"  # row counts of the metadata's record batches, see `batch_tables`
+PUBLISHED_TABLES = "batches.parquet"  # where the metadata's record batches are, see `batch_tables`
 PUBLISHING = ".publishing"  # marks a bucket's index while its objects are being replaced
 METADATA_SUFFIXES = (".arrow", ".parquet")  # Arrow is preferred: it needs no decompression
 

@@ -1,39 +1,35 @@
 """URL, caption and other columns of index rows, taken by id from Arrow or Parquet files.
 
-Arrow files are memory-mapped. Each record batch is visited once per request, and only the requested rows
-are copied. The kernel is told that reads are random, and threads wait for them: a cold read takes only
-the pages that hold the rows.
+Arrow files are memory-mapped, and only the requested rows are read. The kernel is told that reads are
+random, and threads wait for them: a cold read takes only the pages that hold the rows.
 """
 
 from __future__ import annotations
 
-import mmap
-import threading
-from collections import defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cache, partial
 from itertools import pairwise
 from pathlib import Path
-from typing import Protocol
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 
-from laion_assets.index import arrow_layout
-from laion_assets.index.batch_tables import BatchTable, BatchTables
+from laion_assets.index.arrow_file import ArrowFile
+from laion_assets.index.batch_tables import BatchTables
+from laion_assets.index.metadata_file import BatchLayout, MetadataFile
+from laion_assets.index.parquet_file import ParquetFile
 from laion_assets.io.arrays import Ids, Mask
 from laion_assets.io.errors import InputError
 from laion_assets.io.parallel import slices
-from laion_assets.io.ranges import NO_RANGES, Disk, Hold, Ranges, WholeFiles, ranges_of, total, union
+from laion_assets.io.ranges import Disk, Hold, WholeFiles
 
 URL_COLUMNS = ("url", "URL", "image_url", "image_path")
 CAPTION_COLUMNS = ("caption", "TEXT", "text", "alt")
 THUMBNAIL_COLUMN = "thumbnail"
-BATCHES_AT_ONCE = 4  # record batches, at most, from which a thread takes rows
-READS = 8  # threads that wait for the disk; of more, most wait for the interpreter
+ROWS_AT_ONCE = 512  # rows, at most, that a thread takes at a time
+READS = 32  # threads that wait for the disk
 TEXT_TYPES = (pa.string(), pa.null())
 THUMBNAIL_TYPES = (pa.binary(), pa.null())
 # Columns that people filter on; every table carries those that the metadata has.
@@ -41,171 +37,6 @@ CARRIED_METADATA = (
     "NSFW", "nsfw", "punsafe", "pwatermark", "LICENSE", "LANGUAGE", "language",
     "WIDTH", "HEIGHT", "width", "height", "original_width", "original_height", "aesthetic", "md5",
 )  # fmt: skip
-
-
-class MetadataFile(Protocol):
-    """One metadata file as a sequence of batches."""
-
-    path: Path
-    schema: pa.Schema
-    batch_lengths: Ids
-
-    def describing(self, numbers: Ids) -> Ranges:
-        """Return the byte ranges that describe some batches, by number: needed before anything else."""
-
-    def needs(self, number: int, rows: Ids, columns: Sequence[str]) -> Iterator[Ranges]:
-        """Yield the byte ranges that reading some rows of a batch needs.
-
-        What describes the batch, and each yielded range, must be on the disk before the next is
-        requested, because it holds the location of the next.
-
-        Args:
-            number: the batch.
-            rows: (n,) rows of the batch.
-            columns: the columns to read.
-
-        """
-
-    def batch(self, number: int, columns: Sequence[str]) -> pa.RecordBatch | pa.Table:
-        """Return one batch with at least the named columns."""
-
-    def layout(self, columns: Sequence[str]) -> BatchLayout:
-        """Return what reading rows of the first batch reads; what describes it must be on the disk."""
-
-
-@dataclass(frozen=True)
-class BatchLayout:
-    """What reading some rows of a batch reads.
-
-    Attributes:
-        rows: rows of the batch.
-        always: bytes that are read for any row: its header, or all of a compressed batch.
-        buffers: sizes in bytes of the buffers of which only the pages of the rows are read.
-
-    """
-
-    rows: int
-    always: int
-    buffers: tuple[int, ...] = ()
-
-
-class ArrowFile:
-    """An Arrow IPC file, memory-mapped for random reads.
-
-    Not with Arrow's own mapping: it asks the kernel for all of a record batch, of which a request needs a
-    few rows.
-    """
-
-    def __init__(self, path: Path, disk: Disk, tables: BatchTables | None) -> None:
-        self.path = path
-        try:
-            with disk.hold() as held:
-                self._open(held, tables)
-        except (pa.ArrowInvalid, OSError, ValueError) as error:  # an empty file cannot be mapped
-            raise _incomplete(path, "Arrow IPC", error) from error
-
-    def _open(self, held: Hold, tables: BatchTables | None) -> None:
-        size = self.path.stat().st_size
-        held.need({self.path: arrow_layout.ends(size)})
-        with self.path.open("rb") as file:
-            mapped = mmap.mmap(file.fileno(), 0, prot=mmap.PROT_READ)
-        mapped.madvise(mmap.MADV_RANDOM)
-        self._all = pa.py_buffer(mapped)
-        footer = arrow_layout.footer(size, self._all[max(size - arrow_layout.TAIL, 0) :])
-        held.need({self.path: footer})
-        self._of_thread = threading.local()
-        self.schema: pa.Schema = self._reader().schema
-        self._blocks = arrow_layout.blocks(self._all[int(footer[0, 0]) :])
-        # The reader keeps neither in memory and reads both again for every batch.
-        self._always = union(footer, self._blocks.dictionaries)
-        kept = tables and tables.read(self.path, len(self._blocks.headers))
-        if not kept:
-            kept = self._read_headers(held)
-            if tables:
-                tables.write(self.path, kept)
-        self.batch_lengths = kept.rows
-        self._compressed = kept.compressed
-
-    def _reader(self) -> pa.ipc.RecordBatchFileReader:
-        """Return the reader of this thread: Arrow's are not safe for two, and would be waited for."""
-        if not hasattr(self._of_thread, "reader"):
-            self._of_thread.reader = pa.ipc.open_file(pa.BufferReader(self._all))
-        return self._of_thread.reader
-
-    def _read_headers(self, held: Hold) -> BatchTable:
-        held.need({self.path: self.describing(np.arange(len(self._blocks.headers)))})
-        headers = (self._all[start:stop] for start, stop in self._blocks.headers)
-        rows, compressed = (
-            np.array([arrow_layout.rows_and_compression(header) for header in headers], np.int64)
-            .reshape(-1, 2)
-            .T
-        )
-        return BatchTable(rows, compressed.astype(np.bool_))
-
-    def describing(self, numbers: Ids) -> Ranges:
-        """Return the ranges of the batches' headers, and what the reader reads again for every batch."""
-        return union(self._always, ranges_of(*self._blocks.headers[numbers].T))
-
-    def needs(self, number: int, rows: Ids, columns: Sequence[str]) -> Iterator[Ranges]:
-        """Yield what describes the rows, then their values."""
-        if self._compressed[number]:
-            yield self._blocks.bodies[number : number + 1]
-            return
-        batch = self._reader().get_batch(number).select(list(columns))
-        for spans_of in (arrow_layout.row_spans, arrow_layout.value_spans):
-            spans = [ranges_of(*span) for column in batch.columns for span in spans_of(column, rows)]
-            yield union(*spans) - self._all.address
-
-    def batch(self, number: int, columns: Sequence[str]) -> pa.RecordBatch:  # noqa: ARG002
-        """Return one record batch; nothing of it is read or copied before its columns are."""
-        return self._reader().get_batch(number)
-
-    def layout(self, columns: Sequence[str]) -> BatchLayout:
-        """Return what reading rows of the first batch reads."""
-        rows = int(self.batch_lengths[0])
-        if self._compressed[0]:
-            return BatchLayout(rows, total(self._blocks.bodies[:1]))
-        batch = self._reader().get_batch(0).select(list(columns))
-        buffers = (buffer for column in batch.columns for buffer in column.buffers())
-        header = total(self._blocks.headers[:1])
-        return BatchLayout(rows, header, tuple(each.size for each in buffers if each is not None))
-
-
-class ParquetFile:
-    """A Parquet file; its batches are its row groups."""
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-        try:
-            self._file = pq.ParquetFile(path)
-            self._one_at_a_time = threading.Lock()
-        except (pa.ArrowInvalid, OSError) as error:
-            raise _incomplete(path, "Parquet", error) from error
-        self.schema: pa.Schema = self._file.schema_arrow
-        groups = self._file.metadata
-        self.batch_lengths = np.array(
-            [groups.row_group(i).num_rows for i in range(groups.num_row_groups)], np.int64
-        )
-
-    def describing(self, numbers: Ids) -> Ranges:  # noqa: ARG002
-        """Return nothing: the footer, which is in memory, describes all row groups."""
-        return NO_RANGES
-
-    def needs(self, number: int, rows: Ids, columns: Sequence[str]) -> Iterator[Ranges]:  # noqa: ARG002
-        """Yield nothing: Parquet files are only read where they are complete."""
-        return iter(())
-
-    def batch(self, number: int, columns: Sequence[str]) -> pa.Table:
-        """Return one row group, unpacked."""
-        with self._one_at_a_time:
-            return self._file.read_row_group(number, columns=list(columns))
-
-    def layout(self, columns: Sequence[str]) -> BatchLayout:
-        """Return what reading rows of the first row group reads: all of its columns."""
-        group = self._file.metadata.row_group(0)
-        chunks = (group.column(number) for number in range(group.num_columns))
-        read = sum(c.total_compressed_size for c in chunks if c.path_in_schema.split(".")[0] in columns)
-        return BatchLayout(group.num_rows, read)
 
 
 class Metadata:
@@ -216,7 +47,7 @@ class Metadata:
         columns: the file's names of `url` and `caption` where they are not among the usual ones, for
             example `{"url": "image_link"}`.
         disk: fetches the parts of the files that are about to be read, where they are not complete.
-        tables: keeps the row counts of the batches of Arrow files, which are then read once.
+        tables: keeps where the batches of Arrow files and their buffers are, which is then read once.
 
     Attributes:
         schema: the columns that `take` returns: `url`, `caption`, and those carried along.
@@ -264,9 +95,7 @@ class Metadata:
         if file is None:
             return BatchLayout(0, 0)
         columns = [self._names[name] for name in self._wanted(None) if name in self._names]
-        with self._disk.hold() as held:
-            held.need({file.path: file.describing(np.array([0]))})
-            return file.layout(columns)
+        return file.layout(columns)
 
     def covers(self, ids: Ids) -> Mask:
         """Return which ids have a metadata row, shape (n,)."""
@@ -285,22 +114,20 @@ class Metadata:
         """
         if not self.covers(ids).all():
             raise IndexError("an id without a metadata row")
-        wanted = self._wanted(columns)
         unique, back = np.unique(ids, return_inverse=True)
-        batch_of = np.searchsorted(self._starts, unique, side="right") - 1
-        edges = np.flatnonzero(np.diff(batch_of, prepend=-1, append=-1))
-        rows_by_batch = {
-            int(batch_of[first]): unique[first:last] - self._starts[batch_of[first]]
-            for first, last in pairwise(edges)
-        }
+        schema = pa.schema([self.schema.field(name) for name in self._wanted(columns)])
+        requests = self._by_file(unique)
         with self._disk.hold() as held:
-            self._fetch(held, rows_by_batch, wanted)
-            schema = pa.schema([self.schema.field(name) for name in wanted])
-            take = partial(self._take_from_batches, schema=schema)
-            some = list(rows_by_batch.items())
-            at_once = min(max(len(some) // READS, 1), BATCHES_AT_ONCE)
-            parts = _readers().map(take, [some[part] for part in slices(len(some), at_once)])
-            table = pa.concat_tables([schema.empty_table(), *parts])
+            if not self._disk.whole:
+                self._fetch(held, requests, schema)
+            at_once = min(max(len(unique) // READS, 1), ROWS_AT_ONCE)
+            parts = [
+                _Rows(rows.file, rows.batches[part], rows.rows[part])
+                for rows in requests
+                for part in slices(len(rows.rows), at_once)
+            ]
+            taken = _readers().map(partial(self._take_from_file, schema=schema), parts)
+            table = pa.concat_tables([schema.empty_table(), *taken])
         return table.take(pa.array(back))
 
     def _wanted(self, columns: Sequence[str] | None) -> list[str]:
@@ -308,51 +135,48 @@ class Metadata:
             return [name for name in self.schema.names if name != THUMBNAIL_COLUMN]
         return list(columns)
 
-    def _fetch(self, held: Hold, rows_by_batch: Mapping[int, Ids], wanted: list[str]) -> None:
-        """Fetch the bytes that the rows need, in rounds: one range of every batch at a time.
+    def _by_file(self, ids: Ids) -> list[_Rows]:
+        """Return where ascending ids are, one entry for each file that has some."""
+        batches = np.searchsorted(self._starts, ids, side="right") - 1
+        rows = ids - self._starts[batches]
+        edges = np.searchsorted(batches, self._first_batch)
+        return [
+            _Rows(file, batches[first:last] - first_batch, rows[first:last])
+            for file, first_batch, (first, last) in zip(
+                self._files, self._first_batch[:-1], pairwise(edges), strict=True
+            )
+            if last > first
+        ]
 
-        Of whole files only what describes the batches is read ahead; threads wait for the rows.
-        """
-        numbers = defaultdict(list)
-        for number in rows_by_batch:
-            file, number_in_file = self._batch(number)
-            numbers[file].append(number_in_file)
-        held.need({file.path: file.describing(np.array(some)) for file, some in numbers.items()})
-        if self._disk.whole:
-            return
-        columns = [self._names[name] for name in wanted if name in self._names]
-        remaining = []
-        for number, rows in rows_by_batch.items():
-            file, number_in_file = self._batch(number)
-            remaining.append((file.path, file.needs(number_in_file, rows, columns)))
-        while remaining:
-            needed = defaultdict(list)
-            following = [(path, needs, next(needs, None)) for path, needs in remaining]
-            for path, _, ranges in following:
-                if ranges is not None:
-                    needed[path].append(ranges)
-            held.need({path: union(*ranges) for path, ranges in needed.items()})
-            remaining = [(path, needs) for path, needs, ranges in following if ranges is not None]
+    def _fetch(self, held: Hold, requests: Sequence[_Rows], schema: pa.Schema) -> None:
+        """Fetch the bytes that rows need, in rounds: the next ranges of all files at a time."""
+        columns = [self._names[name] for name in schema.names if name in self._names]
+        needs = [(rows.file.path, rows.file.needs(rows.batches, rows.rows, columns)) for rows in requests]
+        while needs:
+            following = [(path, some, next(some, None)) for path, some in needs]
+            held.need({path: ranges for path, _, ranges in following if ranges is not None})
+            needs = [(path, some) for path, some, ranges in following if ranges is not None]
 
-    def _batch(self, number: int) -> tuple[MetadataFile, int]:
-        """Return the file of a batch, and its number there."""
-        file = int(np.searchsorted(self._first_batch, number, side="right")) - 1
-        return self._files[file], number - int(self._first_batch[file])
-
-    def _take_from_batches(self, batches: Sequence[tuple[int, Ids]], schema: pa.Schema) -> pa.Table:
-        return pa.concat_tables([self._take_from_batch(*batch, schema) for batch in batches])
-
-    def _take_from_batch(self, number: int, rows: Ids, schema: pa.Schema) -> pa.Table:
-        file, number_in_file = self._batch(number)
-        batch = file.batch(number_in_file, [self._names[n] for n in schema.names if n in self._names])
-        places = pa.array(rows)
+    def _take_from_file(self, rows: _Rows, schema: pa.Schema) -> pa.Table:
+        present = [field.name for field in schema if field.name in self._names]
+        names = [self._names[name] for name in present]
+        found = dict(zip(present, rows.file.take(rows.batches, rows.rows, names), strict=True))
         columns = [
-            _taken(batch.column(self._names[field.name]), places, field.type)
-            if field.name in self._names
-            else pa.nulls(len(rows), field.type)
+            found[field.name].cast(field.type)
+            if field.name in found
+            else pa.nulls(len(rows.rows), field.type)
             for field in schema
         ]
         return pa.Table.from_arrays(columns, schema=schema)
+
+
+@dataclass(frozen=True)
+class _Rows:
+    """Rows of a file, see `MetadataFile.take`."""
+
+    file: MetadataFile
+    batches: Ids
+    rows: Ids
 
 
 @cache
@@ -363,14 +187,6 @@ def _readers() -> ThreadPoolExecutor:
 
 def _open(path: Path, disk: Disk, tables: BatchTables | None) -> MetadataFile:
     return ArrowFile(path, disk, tables) if path.suffix == ".arrow" else ParquetFile(path)
-
-
-def _incomplete(path: Path, kind: str, error: Exception) -> InputError:
-    return InputError(
-        f"{path} is not a complete {kind} file ({error}): stage the index again, and if that does not "
-        "help, replace the file at the source",
-        "staged_index",
-    )
 
 
 def _column_names(schema: pa.Schema, given: Mapping[str, str], path: Path) -> dict[str, str]:
@@ -420,16 +236,6 @@ def _common_schema(files: Sequence[MetadataFile], names: Mapping[str, str]) -> p
                 "all metadata files must have the same columns"
             ) from error
     return common
-
-
-def _taken(
-    column: pa.Array | pa.ChunkedArray, rows: pa.Array, kind: pa.DataType
-) -> pa.Array | pa.ChunkedArray:
-    """Take rows of a column as a type. Of views of text and binary Arrow cannot take rows."""
-    if pa.types.is_string_view(column.type) or pa.types.is_binary_view(column.type):
-        column = column.cast(plain_type(column.type))
-    taken = column.take(rows)
-    return taken if taken.type == kind else taken.cast(kind)
 
 
 def plain_type(kind: pa.DataType) -> pa.DataType:

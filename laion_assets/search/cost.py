@@ -15,7 +15,7 @@ import numpy as np
 
 from laion_assets.index.faiss_index import FURTHER, nprobe_rule, sampled_lists
 from laion_assets.index.inverted_lists import WORTH_READING_AHEAD
-from laion_assets.index.metadata import BatchLayout
+from laion_assets.index.metadata_file import BatchLayout
 from laion_assets.io.arrays import Ids
 from laion_assets.search.near_duplicates import SIZES
 from laion_assets.search.retrieval import RECALL_QUERIES

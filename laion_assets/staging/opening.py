@@ -95,7 +95,7 @@ def open_staged(
 
 
 def _batch_tables(cache: Path, manifest: Manifest) -> BatchTables:
-    """Keep the row counts of record batches beside the manifest."""
+    """Keep where record batches and their buffers are beside the manifest."""
     contents = {cache / file.path: content_of(file.size, file.checksum) for file in manifest.files}
     published = {file.name: cache / file.path for file in manifest.files}.get(PUBLISHED_TABLES)
     return BatchTables(cache / BATCHES, contents, published)

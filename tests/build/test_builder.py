@@ -438,7 +438,7 @@ def test_a_damaged_file_of_the_workspace_is_made_again_or_named_with_the_remedy_
     assert {re.sub(r"schema-\w+", "schema", Path(name).name) for name in names} == {
         "plan.json", "input.json", "prepared.json", "schema.arrow", "trained.json", "trained.index",
         "queries.npy", "query_ids.npy", "shard.json", "codes.bin", "ids.bin", "sizes.npy", "answers.npz",
-        "metadata.arrow",
+        "metadata.arrow", "batches.parquet",
     }  # fmt: skip
     ready = shutil.copytree(work, root / "ready")
     named = 0

@@ -14,7 +14,7 @@ from laion_assets.cli import instance, main
 from laion_assets.defs.estimate import Machine, as_comments, share_read
 from laion_assets.defs.history import PastMaterialization, materializations
 from laion_assets.defs.request_plan import TABLES, History, as_yaml, plan_request
-from laion_assets.index.metadata import BatchLayout
+from laion_assets.index.metadata_file import BatchLayout
 from laion_assets.search.cost import Pairwise, Rates, Shape, Step
 from laion_assets.search.sizing import USUAL, Yield, counts_for
 from laion_assets.staging import stage

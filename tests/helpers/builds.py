@@ -62,7 +62,7 @@ def index_in(folder: Path) -> tuple[dict[str, bytes], pa.Table] | None:
         return None
     names = sorted(name for name in files if name.startswith("metadata/"))
     tables = [pa.ipc.open_file(files.pop(name)).read_all() for name in names]
-    files.pop("batches.json")  # one entry for each shard
+    files.pop("batches.parquet")  # one entry for each shard
     built = json.loads(files.pop("build.json"))
     for name in ("fingerprint", "recall"):  # of shards, and of ties among rows
         built.pop(name)

@@ -1,4 +1,6 @@
-"""The row counts of record batches are read from their headers once, and never believed blindly."""
+"""Where record batches are is read from their headers once, and never believed blindly."""
+
+import io
 
 import numpy as np
 import pyarrow as pa
@@ -9,7 +11,8 @@ from helpers.metadata import write
 from laion_assets.build import Build, Request
 from laion_assets.build.shards import BATCH_ROWS
 from laion_assets.index import arrow_layout
-from laion_assets.index.batch_tables import BatchTables, published_table
+from laion_assets.index.arrow_layout import BatchTable
+from laion_assets.index.batch_tables import BatchTables, published_tables, table_as_parquet
 from laion_assets.index.metadata import Metadata
 from laion_assets.io.errors import InputError
 from laion_assets.staging import open_staged, stage
@@ -33,6 +36,12 @@ def build_index(folder, rows):
     Build(Request(str(embeddings), str(folder), index_key="IVF4,Flat")).run()
 
 
+def parquet_of(columns):
+    file = io.BytesIO()
+    pq.write_table(pa.table(columns), file)
+    return file.getvalue()
+
+
 def opened(path, content="one"):
     metadata = Metadata([path], tables=BatchTables(path.parent / "kept", {path: content}))
     assert metadata.take(np.arange(100))["url"].to_pylist() == TABLE["url"].to_pylist()
@@ -40,7 +49,7 @@ def opened(path, content="one"):
 
 def test_headers_are_read_once(path, monkeypatch):
     opened(path)
-    monkeypatch.delattr(arrow_layout, "rows_and_compression")
+    monkeypatch.delattr(arrow_layout, "read_headers")
     opened(path)
     with pytest.raises(AttributeError):
         opened(path, "another content")
@@ -51,29 +60,29 @@ def test_headers_of_a_built_index_need_not_be_read(rows, tmp_path, monkeypatch):
     folder = tmp_path / "index"
     build_index(folder, rows)
     stage(str(folder), None, tmp_path / "cache")
-    monkeypatch.delattr(arrow_layout, "rows_and_compression")
+    monkeypatch.delattr(arrow_layout, "read_headers")
     with open_staged(tmp_path / "cache") as opened:
         assert len(opened.metadata) == rows
         assert opened.metadata.take(np.array([rows - 1]))["url"].to_pylist() == [str(rows - 1)]
 
 
-def test_published_counts_of_other_files_are_not_believed(path, tmp_path):
-    published = tmp_path / "batches.json"
-    right = [7] * 14 + [2]
-    for content, rows in [("5 other", right), ("5 one", right[:-1]), ("5 one", right)]:
-        published.write_bytes(published_table([(*content.split(), rows)]))
+def test_published_tables_of_other_files_are_not_believed(path, tmp_path):
+    published = tmp_path / "batches.parquet"
+    content = path.read_bytes()
+    right = arrow_layout.read_table(len(content), lambda start, stop: content[start:stop])
+    short = BatchTable(*(each[:-1] for each in vars(right).values()))
+    for content, table in [("5 other", right), ("5 one", short), ("5 one", right)]:
+        published.write_bytes(published_tables([table_as_parquet(content, table)]))
         tables = BatchTables(tmp_path / "kept", {path: "5 one"}, published)
         metadata = Metadata([path], tables=tables)
         assert metadata.take(np.arange(100))["url"].to_pylist() == TABLE["url"].to_pylist()
 
 
-@pytest.mark.parametrize(
-    "content", [b"", b"[]", b'{"1 a": "x"}', b'{"1 a": [1e400]}', b'{"1 a": [[1], []]}']
-)
-def test_published_counts_that_cannot_be_read_are_named(content, tmp_path):
-    published = tmp_path / "batches.json"
+@pytest.mark.parametrize("content", [b"", b"[]", b"PAR1PAR1", parquet_of({"rows": [[1]]})])
+def test_published_tables_that_cannot_be_read_are_named(content, tmp_path):
+    published = tmp_path / "batches.parquet"
     published.write_bytes(content)
-    with pytest.raises(InputError, match=r"batches\.json .*remove it from the index"):
+    with pytest.raises(InputError, match=r"batches\.parquet .*remove it from the index"):
         BatchTables(tmp_path / "kept", {}, published)
 
 

@@ -160,6 +160,31 @@ print(json.dumps(results))
 """
 
 
+FLIP_EVERY_BYTE = """
+import collections, json, sys
+from pathlib import Path
+import numpy as np
+from laion_assets.io.errors import InputError
+from laion_assets.index.metadata import Metadata
+
+path = Path(sys.argv[1])
+whole, wrong = path.read_bytes(), path.with_name("wrong" + path.suffix)
+results = collections.Counter()
+for place in range(len(whole)):
+    wrong.unlink(missing_ok=True)
+    wrong.write_bytes(whole[:place] + bytes([whole[place] ^ 1 << place % 8]) + whole[place + 1 :])
+    try:
+        metadata = Metadata([wrong])
+        metadata.take(np.arange(min(len(metadata), 12)), metadata.schema.names)
+        results["rows"] += 1
+    except InputError as error:
+        results["error" if wrong.name in str(error) else str(error)] += 1
+    except Exception as error:
+        results[f"{place}: {error!r}"] += 1
+print(json.dumps(results))
+"""
+
+
 @pytest.mark.parametrize("suffix", SUFFIXES)
 def test_a_file_cut_off_anywhere_is_named_and_nothing_crashes(tmp_path, suffix):
     table = pa.table({"url": [f"u{i}" for i in range(12)], "caption": ["c"] * 12})
@@ -203,3 +228,42 @@ def test_rows_of_many_row_groups_are_taken_side_by_side(tmp_path):
     for _ in range(5):
         taken = Metadata([tmp_path / "0.parquet"]).take(ids)
         assert taken["url"].to_pylist() == rows.take(ids)["url"].to_pylist()
+
+
+def test_a_text_that_would_lie_outside_its_batch_is_an_error_of_its_file(tmp_path):
+    (path,) = write(tmp_path, [pa.table({"url": [f"https://example.org/{n}" for n in range(40)]})])
+    content = path.read_bytes()
+    length = len("https://example.org/0")
+    offset = content.index(np.array([0, length, 2 * length], "<i4").tobytes())
+    for wrong in (-1, 1 << 20, 1):
+        damaged = content[: offset + 8] + np.int32(wrong).tobytes() + content[offset + 12 :]
+        path.unlink()
+        path.write_bytes(damaged)
+        with pytest.raises(
+            InputError, match=rf"{path.name} .*not within its batch.*stage the index again"
+        ):
+            Metadata([path]).take(np.array([1, 2]))
+
+
+@pytest.mark.faults
+@pytest.mark.parametrize("compressed", [False, True])
+def test_a_flipped_bit_gives_rows_or_an_error_and_no_crash(tmp_path, compressed):
+    table = pa.table({"url": [f"u{n}" for n in range(12)], "width": range(12), "LANGUAGE": [["a"]] * 12})
+    options = pa.ipc.IpcWriteOptions(compression="zstd" if compressed else None)
+    path = tmp_path / "0.arrow"
+    with pa.OSFile(str(path), "wb") as file, pa.ipc.new_file(file, table.schema, options=options) as out:
+        out.write_table(table, max_chunksize=5)
+    # In a process of its own, which a wrong address would end.
+    done = subprocess.run(
+        [sys.executable, "-c", FLIP_EVERY_BYTE, str(path)], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    results = json.loads(done.stdout)
+    assert sum(results.values()) == path.stat().st_size > 1000
+    assert set(results) <= {"rows", "error"}
+
+
+def test_text_that_is_not_utf8_is_replaced_and_the_others_stay(tmp_path):
+    texts = pa.array([b"caf\xe9.jpg", b"plain.jpg", None], pa.binary()).view(pa.string())
+    metadata = Metadata(write(tmp_path, [pa.table({"url": texts, "caption": texts})]))
+    assert metadata.take(np.array([2, 1, 0]))["url"].to_pylist() == [None, "plain.jpg", "caf\ufffd.jpg"]

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from laion_assets.index.metadata import BatchLayout
+from laion_assets.index.metadata_file import BatchLayout
 from laion_assets.search.cost import (
     Pairwise,
     Rates,
