@@ -27,6 +27,7 @@ from laion_assets.index import (
     PUBLISHING,
     SINGLE_INDEX,
 )
+from laion_assets.io.checksums import file_crc32c
 from laion_assets.io.errors import InputError
 from laion_assets.io.locks import locked
 from laion_assets.io.storage import is_local, list_files, open_storage, reaching, writing
@@ -160,13 +161,16 @@ class Place:
             source: folder that holds the file.
             name: name of the file in `source`.
             target: name of the file in the index.
-            checksum: crc32c of the file; a linked file is not read, so its checksum is not verified.
+            checksum: crc32c of the file.
 
         Raises:
             InputError: the file is missing or damaged, or there is too little space.
 
         """
-        if self._linked(source, name, target):
+        linked = self._linked(source, name, target)
+        if linked:
+            if file_crc32c(linked) != checksum:
+                raise source.damaged(name, "differs from what was written")
             return
         _, path = open_storage(self.new.where(target), INDEX_URI)
         source_fs, source_path = open_storage(source.where(name), INDEX_URI)
@@ -188,17 +192,18 @@ class Place:
         one, other = existing(source.local).stat(), existing(self.new.local).stat()
         return one.st_dev == other.st_dev
 
-    def _linked(self, source: Workspace, name: str, target: str) -> bool:
+    def _linked(self, source: Workspace, name: str, target: str) -> Path | None:
+        """Link a file and return its path in the new index; None if it cannot be linked."""
         if source.local is None or self.new.local is None:
-            return False
+            return None
         path = self.new.local / target
         with writing(self.uri, INDEX_URI):
             path.parent.mkdir(parents=True, exist_ok=True)
         try:
             os.link(source.local / name, path)
         except OSError:  # another disk, or one without links
-            return False
-        return True
+            return None
+        return path
 
 
 def _exchanged(one: Path, other: Path) -> bool:

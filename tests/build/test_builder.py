@@ -425,9 +425,7 @@ def damaged_ways(name: str, content: bytes) -> dict[str, bytes | None]:
     ways = {"gone": None, "truncated": content[: len(content) // 2]}
     if name.endswith(".json"):
         return ways | {"a list": b"[]", "other fields": b'{"colour": "red"}'}
-    if not name.endswith(".arrow"):  # the metadata is linked, and not read
-        ways["flipped"] = content[:-1] + bytes([content[-1] ^ 1])
-    return ways
+    return ways | {"flipped": content[:-1] + bytes([content[-1] ^ 1])}
 
 
 def test_a_damaged_file_of_the_workspace_is_made_again_or_named_with_the_remedy_which_works(root):
