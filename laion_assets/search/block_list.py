@@ -148,14 +148,18 @@ def listed_forms(urls: pa.Array) -> tuple[pa.Array, pa.Array]:
 
 def hashes(texts: pa.Array | pa.ChunkedArray) -> Ids:
     """Return a 64-bit hash of each text, shape (n,); null has the hash of the empty text."""
-    digests = b"".join(_digests(texts))
-    return np.frombuffer(digests, np.int64)
+    return np.frombuffer(b"".join(_digests(texts, 8)), np.int64)
 
 
-def _digests(texts: pa.Array | pa.ChunkedArray) -> Iterator[bytes]:
+def wide_hashes(texts: pa.Array | pa.ChunkedArray) -> Ids:
+    """Return a 128-bit hash of each text, shape (n, 2); null has the hash of the empty text."""
+    return np.frombuffer(b"".join(_digests(texts, 16)), np.int64).reshape(-1, 2)
+
+
+def _digests(texts: pa.Array | pa.ChunkedArray, size: int) -> Iterator[bytes]:
     for start in range(0, len(texts), HASHED_AT_ONCE):
         for text in texts.slice(start, HASHED_AT_ONCE).cast(pa.large_binary()).to_pylist():
-            yield hashlib.blake2b(text or b"", digest_size=8).digest()
+            yield hashlib.blake2b(text or b"", digest_size=size).digest()
 
 
 def _among(values: Ids, ascending: Ids) -> Mask:

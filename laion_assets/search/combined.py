@@ -2,9 +2,10 @@
 
 Rows belong to one image if they have the same id or URL, or are near-duplicates, directly or
 transitively. The row with the lowest rank represents the image: ranks of different queries are
-comparable, similarities are not. Only the two tables are needed, not the index. Memory holds the numeric
-columns of all rows (21 bytes per row), the code and URL of each image once, and the text columns of the
-rows that are kept.
+comparable, similarities are not. Only the two tables are needed, not the index.
+
+Memory holds numbers: some 100 bytes a row, most of them while rows are sorted. Codes, sketches and the
+text columns of the rows that are kept lie on the local disk, see `spill`.
 """
 
 from __future__ import annotations
@@ -15,15 +16,15 @@ from typing import Any, Protocol
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
 from numpy.typing import NDArray
-from scipy.sparse import coo_array
-from scipy.sparse.csgraph import connected_components
 
 from laion_assets.index.decoder import Decoder
 from laion_assets.index.vectors import decoded_codes
-from laion_assets.io.arrays import Floats, Ids
+from laion_assets.io.arrays import Bytes, Floats, Ids
+from laion_assets.io.spill import sorted_batches, spilled
 from laion_assets.io.tables import code_bytes
+from laion_assets.search.block_list import wide_hashes
+from laion_assets.search.links import Forest
 from laion_assets.search.near_duplicates import components
 
 COMBINED_ROWS = 1 << 16  # rows per batch of the combined table
@@ -73,8 +74,8 @@ class Combined:
     funnel: CombinedFunnel
 
 
-@dataclass
-class _AccumulatedRows:
+@dataclass(frozen=True)
+class _Rows:
     """The numeric columns of all rows of both sets, knn first."""
 
     ids: Ids
@@ -98,22 +99,16 @@ def combine(knn: Stored, centroid: Stored, threshold: float) -> Combined:
 
     """
     rows = _read_numbers(knn, centroid)
-    order = np.lexsort((rows.seed, rows.ids, rows.strategy, rows.rank))
-    place = np.empty_like(order)
-    place[order] = np.arange(len(order))  # lower is better; no two rows are equal
-
-    unique_ids, image = np.unique(rows.ids, return_inverse=True)
-    best = _lowest_by(image, place, len(unique_ids))  # position of the best row of each id
-    by_rank = np.argsort(best)
-    best, image = best[by_rank], np.argsort(by_rank)[image]
-    representative = order[best]  # row of each image, best-ranked image first
-
-    labels = _same_url(knn, centroid, representative)
-    distinct_urls = len(np.unique(labels))
+    representative, image = _images(rows)
+    urls, codes = _urls_and_codes(knn, centroid, representative, with_codes=threshold < 1)
+    forest = Forest(len(representative))
+    forest.connect(*_equal_urls(urls))
+    distinct_urls = forest.count()
     if threshold < 1:  # at 1 nothing is a near-duplicate
-        codes = code_bytes(_taken_in_order(knn, centroid, representative, ["code"])["code"])
-        vectors = decoded_codes(codes, _decoder(knn, centroid).decode_to_compare)
-        labels = _united(labels, components(vectors, threshold))
+        labels = components(decoded_codes(codes, _decoder(knn, centroid).decode_to_compare), threshold)
+        near = np.flatnonzero(labels != np.arange(len(labels)))
+        forest.connect(near, labels[near])
+    labels = forest.labels()
 
     stays = np.flatnonzero(labels == np.arange(len(labels)))
     found_by = np.zeros(len(labels), np.int8)
@@ -125,8 +120,8 @@ def combine(knn: Stored, centroid: Stored, threshold: float) -> Combined:
     funnel = CombinedFunnel(
         knn=int((rows.strategy == 0).sum()),
         centroid=int((rows.strategy == 1).sum()),
-        repeated_ids=len(rows.ids) - len(unique_ids),
-        repeated_urls=len(unique_ids) - distinct_urls,
+        repeated_ids=len(rows.ids) - len(representative),
+        repeated_urls=len(representative) - distinct_urls,
         near_duplicates=distinct_urls - len(stays),
         kept=len(stays),
     )
@@ -134,51 +129,56 @@ def combine(knn: Stored, centroid: Stored, threshold: float) -> Combined:
     return Combined(schema, _batches(knn, centroid, rows, kept, found_by[stays], schema), funnel)
 
 
-def _read_numbers(knn: Stored, centroid: Stored) -> _AccumulatedRows:
-    parts: list[tuple[NDArray[Any], ...]] = []
+def _read_numbers(knn: Stored, centroid: Stored) -> _Rows:
+    kinds = (np.int64, np.int32, np.int8, np.int32, np.float32)
+    columns: list[list[NDArray[Any]]] = [[np.empty(0, kind)] for kind in kinds]
     for number, table in enumerate((knn, centroid)):  # ties go to knn
         names = [name for name in table.schema.names if name in ("id", "rank", "seed", "similarity")]
         for batch in table.batches(names):
             n = len(batch)
-            parts.append(
-                (
-                    batch["id"].to_numpy(),
-                    batch["rank"].to_numpy(),
-                    np.full(n, number, np.int8),
-                    batch["seed"].to_numpy() if "seed" in names else np.full(n, -1, np.int32),
-                    batch["similarity"].to_numpy(),
-                )
+            parts = (
+                batch["id"].to_numpy(),
+                batch["rank"].to_numpy(),
+                np.full(n, number, np.int8),
+                batch["seed"].to_numpy() if "seed" in names else np.full(n, -1, np.int32),
+                batch["similarity"].to_numpy(),
             )
-    kinds = (np.int64, np.int32, np.int8, np.int32, np.float32)
-    parts.append(tuple(np.empty(0, kind) for kind in kinds))
-    columns: list[NDArray[Any]] = [np.concatenate(column) for column in zip(*parts, strict=True)]
-    return _AccumulatedRows(*columns)
+            for column, part in zip(columns, parts, strict=True):
+                column.append(part)
+    joined: list[NDArray[Any]] = []
+    while columns:  # one after the other, so that only one exists twice
+        joined.append(np.concatenate(columns.pop(0)))
+    return _Rows(*joined)
 
 
-def _lowest_by(group: Ids, values: Ids, groups: int) -> Ids:
-    lowest = np.full(groups, np.iinfo(np.int64).max)
-    np.minimum.at(lowest, group, values)
-    return lowest
+def _images(rows: _Rows) -> tuple[Ids, NDArray[np.int32]]:
+    """Return the best row of each id, best-ranked first; and for each row, the place of its id there."""
+    order = np.lexsort((rows.seed, rows.ids, rows.strategy, rows.rank))  # no two rows are equal
+    _, first, image = np.unique(rows.ids[order], return_index=True, return_inverse=True)
+    by_rank = np.argsort(first)
+    place = np.empty(len(first), np.int32)
+    place[by_rank] = np.arange(len(first), dtype=np.int32)
+    image_of = np.empty(len(order), np.int32)
+    image_of[order] = place[image]
+    return order[first[by_rank]], image_of
 
 
-def _same_url(knn: Stored, centroid: Stored, representative: Ids) -> Ids:
-    """Label each image with the first image that has the same URL."""
-    urls = _taken_in_order(knn, centroid, representative, ["url"])["url"]
-    codes = pc.dictionary_encode(urls).combine_chunks()
-    number = codes.indices.to_numpy()
-    first = _lowest_by(number, np.arange(len(number)), len(codes.dictionary))
-    labels: Ids = first[number]
-    return labels
+def _urls_and_codes(knn: Stored, centroid: Stored, rows: Ids, *, with_codes: bool) -> tuple[Ids, Bytes]:
+    """Return the hashes of the URLs (n, 2) of some rows, and their codes (n, code size)."""
+    size = knn.schema.field("code").type.byte_width if with_codes else 0
+    urls, codes = np.empty((len(rows), 2), np.int64), spilled((len(rows), size), np.uint8)
+    for places, batch in _picked(knn, centroid, rows, ["url", *(["code"] if with_codes else [])]):
+        urls[places] = wide_hashes(batch["url"])
+        if with_codes:
+            codes[places] = code_bytes(pa.chunked_array([batch["code"]]))
+    return urls, codes
 
 
-def _united(a: Ids, b: Ids) -> Ids:
-    """Merge two labelings: images joined by either one get the same label."""
-    n, rows = len(a), np.arange(len(a))
-    pairs = (np.tile(rows, 2), np.concatenate([a, b]))
-    graph = coo_array((np.ones(2 * n, np.bool_), pairs), shape=(n, n))
-    count, group = connected_components(graph, directed=False)
-    united: Ids = _lowest_by(group, rows, count)[group]
-    return united
+def _equal_urls(urls: Ids) -> tuple[Ids, Ids]:
+    """Return pairs of images that have the same URL, enough to connect all of them."""
+    order = np.lexsort((urls[:, 1], urls[:, 0]))
+    equal = (urls[order[1:]] == urls[order[:-1]]).all(axis=1)
+    return order[:-1][equal], order[1:][equal]
 
 
 def _decoder(knn: Stored, centroid: Stored) -> Decoder:
@@ -186,35 +186,23 @@ def _decoder(knn: Stored, centroid: Stored) -> Decoder:
     return one.merged(other)
 
 
-def _taken_in_order(knn: Stored, centroid: Stored, rows: Ids, columns: list[str]) -> pa.Table:
-    """Return the given rows of both sets in the order given; row numbers start with the knn rows."""
-    found, place = _gathered(knn, centroid, rows, columns)
-    return found.take(pa.array(place))
-
-
-def _gathered(
+def _picked(
     knn: Stored, centroid: Stored, rows: Ids, columns: list[str]
-) -> tuple[pa.Table, NDArray[np.int64]]:
-    """Return the given rows in the order of the tables, and the position of each among them."""
-    unsorted = np.argsort(rows, kind="stable")
-    wanted = rows[unsorted]
-    schema = pa.schema([(name, _wide(knn.schema.field(name).type)) for name in columns])
-    parts: list[pa.Table] = [schema.empty_table()]
+) -> Iterator[tuple[Ids, pa.RecordBatch]]:
+    """Yield some rows in the order of the tables, each with its place among those asked for.
+
+    Row numbers start with the knn rows.
+    """
+    by_row = np.argsort(rows)
+    wanted = rows[by_row]
     start = 0
     for table in (knn, centroid):
         for batch in table.batches(columns):
             low, high = np.searchsorted(wanted, [start, start + len(batch)])
             if high > low:
                 picked = batch.take(pa.array(wanted[low:high] - start))
-                parts.append(pa.Table.from_batches([picked]).select(columns).cast(schema))
+                yield by_row[low:high], picked.select(columns)
             start += len(batch)
-    return pa.concat_tables(parts).combine_chunks(), np.argsort(unsorted)
-
-
-def _wide(kind: pa.DataType) -> pa.DataType:
-    """Return a type whose arrays may exceed 2 GiB, as those of about 25 million URLs do."""
-    wider = {pa.string(): pa.large_string(), pa.binary(): pa.large_binary()}
-    return wider.get(kind, kind)
 
 
 def _schema(knn: pa.Schema) -> pa.Schema:
@@ -230,7 +218,7 @@ def _schema(knn: pa.Schema) -> pa.Schema:
 def _batches(
     knn: Stored,
     centroid: Stored,
-    rows: _AccumulatedRows,
+    rows: _Rows,
     kept: Ids,
     found_by: NDArray[np.int8],
     schema: pa.Schema,
@@ -238,18 +226,22 @@ def _batches(
     texts = [
         name for name in schema.names if name not in ("id", "similarity", "rank", "seed", "strategies")
     ]
-    found, place = _gathered(knn, centroid, kept, texts)
+    taken = sorted_batches(
+        _picked(knn, centroid, kept, texts),
+        pa.schema([schema.field(name) for name in texts]),
+        len(kept),
+        COMBINED_ROWS,
+    )
     strategies = pa.array([[], ["knn"], ["centroid"], ["knn", "centroid"]], pa.list_(pa.string()))
-    for start in range(0, len(kept), COMBINED_ROWS):
-        some = slice(start, start + COMBINED_ROWS)
-        taken = found.take(pa.array(place[some]))
+    start = 0
+    for batch in taken:
+        some = slice(start, start := start + len(batch))
         seed = rows.seed[kept[some]]
-        columns = {name: taken[name] for name in texts} | {
+        columns = {name: batch[name] for name in texts} | {
             "id": pa.array(rows.ids[kept[some]]),
             "similarity": pa.array(rows.similarity[kept[some]]),
             "rank": pa.array(rows.rank[kept[some]]),
             "seed": pa.array(seed, mask=seed < 0),
             "strategies": strategies.take(pa.array(found_by[some])),
         }
-        table = pa.table({name: columns[name] for name in schema.names})
-        yield from table.cast(schema).to_batches()
+        yield pa.RecordBatch.from_pydict({name: columns[name] for name in schema.names}, schema)

@@ -17,7 +17,7 @@ from laion_assets.index.faiss_index import FURTHER, nprobe_rule, sampled_lists
 from laion_assets.index.inverted_lists import WORTH_READING_AHEAD
 from laion_assets.index.metadata_file import BatchLayout
 from laion_assets.io.arrays import Ids
-from laion_assets.search.near_duplicates import SIZES
+from laion_assets.search.links import SIZES
 from laion_assets.search.retrieval import RECALL_QUERIES
 from laion_assets.staging.sparse.reads import MAX_READ, MERGE_GAP, PAGE_SIZE
 

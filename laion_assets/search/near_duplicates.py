@@ -20,15 +20,17 @@ The steps are:
 
 (a) Choose axes and up to a few thousand cells from a sample of rows, none of them near-duplicates of each
     other: otherwise a group of thousands of duplicates would determine the axes.
-(b) Sketch every row, and assign it to the nearest cell.
+(b) Assign every row to the nearest cell.
 (c) Within each cell compare rows at full width. This finds nearly all links.
 (d) Collect rows that are connected and were compared together in caps. Where a cap would not pay, its
-    rows stay loose.
+    rows stay loose. Order the rows: those of the caps, then the loose ones; and sketch them.
 (e) Compare each cap with all rows, and its own rows with those that it may be linked to.
 (f) Compare loose rows with each other.
 
 Steps (e) and (f) compare the sketches first. Of the pairs that may be linked, they drop those that are
-connected already, and compare the others at full width.
+connected already, and compare the others at full width. Both are cut in blocks, which threads share. They
+may also be cut in stripes, see `caps.Comparison`: the components of a union of links do not depend on
+where and in which order the links were found.
 
 **No link is missed.** Two rows of one cap are connected by construction. Two rows of different caps, or
 of a cap and a loose one, are visited in (e), two loose rows in (f). A pair is dropped only where both
@@ -52,8 +54,8 @@ likewise.
 loose rows^2 / 2 * w for (f): quadratic in the number of different images. The spread of the vectors
 determines w. The more they have in common and the more evenly they differ in all directions, the more
 axes are needed until sketches tell them apart. Pairs that no sketch tells apart are compared at full
-width. Memory beside the vectors is at most 8 * w bytes a row for the sketches, in the order of the rows
-and in that of the comparisons; some 60 bytes a row for components and orders; and 30 MB a thread.
+width. Memory beside the vectors is some 60 bytes a row for components and orders, and 30 MB a thread. The
+sketches, 4 * w bytes a row, lie on the disk if they are large, see `spill`.
 
 **Many short lists over the same vectors** (the results of each seed) share their sketches and the
 decided links. In each list all sketches are compared. Each row that may be linked to others is first
@@ -63,37 +65,18 @@ Then it is compared with those to which it may be linked and is not connected ye
 
 from __future__ import annotations
 
-import threading
 from dataclasses import dataclass
-from itertools import pairwise
 
 import numpy as np
 
-from laion_assets.index.vectors import Vectors, unit
-from laion_assets.io.arrays import Bytes, Floats, Ids, Mask
-from laion_assets.io.parallel import in_threads, one_blas_thread
+from laion_assets.index.vectors import Vectors
+from laion_assets.io.arrays import Bytes, Floats, Ids
+from laion_assets.io.parallel import in_threads
+from laion_assets.search.caps import find_links_by_caps
+from laion_assets.search.links import SIZES, Forest, Links, Sizes, pairs_of
+from laion_assets.search.sketches import choose_axes, distinct_rows, near_pairs, sketch_all
 
 DEDUP_THRESHOLD = 0.94  # the default cosine above which two images are near-duplicates
-SLACK = 1e-4  # relaxes every bound by more than float32's rounding, see above
-
-
-@dataclass(frozen=True)
-class Sizes:
-    """How the work is divided. The sizes affect the speed, never the result."""
-
-    small: int = 4096  # up to this many rows, all pairs are compared
-    sample: int = 2048  # rows from which axes and cells are chosen
-    widths: tuple[int, ...] = (64, 96, 128, 160, 192, 256, 384)  # numbers of axes to choose from
-    cell_width: int = 32  # coordinates of a sketch that determine the cell
-    chunk: int = 384  # rows of a cell of which all pairs are compared
-    cap: int = 3  # rows that are worth a cap, and as many more for each row of the sample that it meets
-    tile: tuple[int, int] = (512, 2048)  # sketches that are compared in one product
-    single: int = 80  # pairs that one product compares in the time of one pair that is fetched alone
-    many_of_row: int = 8  # near pairs for each row of a short list above which one product is cheaper
-    batch: int = 1024  # rows, or pairs of rows, that are fetched at once
-
-
-SIZES = Sizes()
 
 
 def components(vectors: Vectors, threshold: float, sizes: Sizes = SIZES) -> Ids:
@@ -207,333 +190,3 @@ class Gathered:
 
     def __getitem__(self, rows: slice | Ids, /) -> Floats:
         return self.vectors[self.rows[rows]]
-
-
-class Forest:
-    """A disjoint-set forest of connected rows; the root of a component is its lowest row."""
-
-    def __init__(self, rows: int) -> None:
-        self.parents = np.arange(rows)
-        self.lock = threading.Lock()
-
-    def roots(self, rows: Ids) -> Ids:
-        """Return the root of each row; it may be outdated while other threads connect rows."""
-        roots = self.parents[rows]
-        while ((parents := self.parents[roots]) != roots).any():
-            roots = parents
-        return roots
-
-    def apart(self, a: Ids, b: Ids) -> Mask:
-        """Return which pairs of a[i] and b[i] are not known to be connected."""
-        apart: Mask = self.roots(a) != self.roots(b)
-        return apart
-
-    def connect(self, a: Ids, b: Ids) -> None:
-        """Connect each a[i] with b[i]."""
-        with self.lock:
-            while len(a):
-                a, b = self.roots(a), self.roots(b)
-                a, b = a[a != b], b[a != b]
-                np.minimum.at(self.parents, np.maximum(a, b), np.minimum(a, b))
-
-    def labels(self) -> Ids:
-        """Return the root of every row."""
-        self.parents = self.roots(self.parents)
-        return self.parents
-
-
-class Links:
-    """The links found so far. Only `find` and `linked` decide whether two rows are linked."""
-
-    def __init__(self, vectors: Vectors, threshold: float, sizes: Sizes) -> None:
-        self.vectors, self.sizes = vectors, sizes
-        self.limit = float(np.float32(threshold))
-        self.forest = Forest(len(vectors))
-
-    def fetch(self, rows: slice | Ids) -> Floats:
-        """Return the vectors of some rows; non-finite ones as zeros, which are never linked."""
-        vectors = self.vectors[rows]
-        finite = np.isfinite(squares(vectors))
-        return vectors if finite.all() else np.where(finite[:, None], vectors, np.float32(0))
-
-    def find(self, a: Ids, b: Ids) -> None:
-        """Find the links between the rows of a and the rows of b, with one product."""
-        left = self.fetch(a)
-        cosines = left @ (left if b is a else self.fetch(b)).T
-        certain = cosines > self.limit + SLACK
-        first = certain.argmax(axis=1)  # one link per row connects most rows
-        sure = np.flatnonzero(certain[np.arange(len(a)), first])
-        self.forest.connect(a[sure], b[first[sure]])
-        i, j = pairs_of(self.apart(a, b) & (cosines > self.limit - SLACK))
-        self.check(a[i], b[j])
-
-    def apart(self, a: Ids, b: Ids) -> Mask:
-        """Return (a, b), which rows of a are not known to be connected with which rows of b."""
-        left, right = (self.forest.roots(rows).astype(np.int32) for rows in (a, b))
-        apart: Mask = left[:, None] != right
-        return apart
-
-    def check(self, a: Ids, b: Ids) -> None:
-        """Find the links among the pairs of a[i] and b[i]."""
-        for start in range(0, len(a), self.sizes.batch):
-            batch = slice(start, start + self.sizes.batch)
-            apart = self.forest.apart(a[batch], b[batch])
-            i, j = a[batch][apart], b[batch][apart]
-            linked = self.linked(i, j)
-            self.forest.connect(i[linked], j[linked])
-
-    def linked(self, a: Ids, b: Ids) -> Mask:
-        """Return which pairs of a[i] and b[i] are linked, decided in float64."""
-        linked = np.empty(len(a), np.bool_)
-
-        def decide_batch(start: int) -> None:
-            batch = slice(start, start + self.sizes.batch)
-            left, right = self.fetch(a[batch]), self.fetch(b[batch])
-            linked[batch] = np.einsum("ij,ij->i", left, right, dtype=np.float64) > self.limit
-
-        if len(a) <= self.sizes.batch:  # the caller may be one of many threads
-            decide_batch(0)
-        else:
-            in_threads(decide_batch, range(0, len(a), self.sizes.batch))
-        return linked
-
-
-def find_links_by_caps(links: Links) -> None:
-    """Find the links among all rows."""
-    sample = distinct_rows(links)
-    sketches = sketch_all(links, choose_axes(links, sample))
-    chunks = cut_into_chunks(*nearest_cells(links, sketches, sample), links.sizes.chunk)
-    in_threads(lambda chunk: links.find(chunk, chunk), chunks)
-    caps, loose = gather_in_caps(links, sketches, chunks, sample)
-    rows = np.concatenate([*(cap.rows for cap in caps), loose])
-    sketched = Sketched(rows, sketches[rows])
-    del sketches  # `sketched` holds them in the order in which they are compared
-    find_links_of_caps(links, sketched, caps)
-    find_links_of_loose_rows(links, sketched[len(rows) - len(loose) :])
-
-
-def distinct_rows(links: Links) -> Ids:
-    """Return evenly spaced rows, none of them near-duplicates of each other."""
-    rows = np.unique(np.linspace(0, len(links.vectors) - 1, links.sizes.sample).astype(np.int64))
-    labels = components(links.fetch(rows), links.limit, Sizes(small=len(rows)))
-    distinct: Ids = rows[labels == np.arange(len(rows))]
-    return distinct
-
-
-def choose_axes(links: Links, sample: Ids) -> Floats:
-    """Return (d, width) orthonormal columns: the directions of greatest variance of half the sample.
-
-    A wider sketch costs more in every product, a narrower one leaves more pairs to compare at full width.
-    The other half of the sample shows how many: on the rows that determine the axes, it would be too few.
-    """
-    fitted, tried = links.fetch(sample[::2]), links.fetch(sample[1::2])
-    with one_blas_thread():
-        axes = np.linalg.eigh(fitted.T @ fitted)[1][:, ::-1]
-        widths = [width for width in links.sizes.widths if width < len(axes)] or [len(axes)]
-        left = np.array([share_near(links, tried, axes[:, :width]) for width in widths])
-    cost = widths + len(axes) * links.sizes.single * left
-    return np.ascontiguousarray(axes[:, : widths[cost.argmin()]])
-
-
-def share_near(links: Links, vectors: Floats, axes: Floats) -> float:
-    """Return the share of pairs of different vectors whose sketches do not rule out a link."""
-    sketches = sketch(vectors, axes)
-    near = np.count_nonzero(near_pairs(links, sketches, sketches)) - len(vectors)
-    return near / max(1, len(vectors) * (len(vectors) - 1))
-
-
-def near_pairs(links: Links, a: Floats, b: Floats) -> Mask:
-    """Return (a, b), which sketches of a and b do not rule out a link."""
-    near: Mask = a @ b.T > links.limit - SLACK
-    return near
-
-
-def sketch_all(links: Links, axes: Floats) -> Floats:
-    """Return (n, width + 1) the sketch of every row."""
-    rows, size = len(links.vectors), links.sizes.batch
-    sketches = np.empty((rows, axes.shape[1] + 1), np.float32)
-
-    def sketch_batch(start: int) -> None:
-        batch = slice(start, start + size)
-        sketches[batch] = sketch(links.fetch(batch), axes)
-
-    in_threads(sketch_batch, range(0, rows, size))
-    return sketches
-
-
-def sketch(vectors: Floats, axes: Floats) -> Floats:
-    """Return coordinates on the axes and the length of the remainder, see facts 1 and *Rounding*."""
-    seen = vectors @ axes
-    rest = np.sqrt(np.maximum(squares(vectors) - squares(seen), 0) + np.float32(SLACK))
-    return unit(np.column_stack([seen, rest]))
-
-
-def nearest_cells(links: Links, sketches: Floats, sample: Ids) -> tuple[Ids, Floats]:
-    """Return the cell of each row, and the row's nearness to the centre of the cell."""
-    sizes, rows = links.sizes, len(sketches)
-    centres = unit(sketches[sample, : sizes.cell_width])
-    cells, nearness = np.empty(rows, np.int64), np.empty(rows, np.float32)
-
-    def assign_batch(start: int) -> None:
-        batch = slice(start, start + sizes.batch)
-        to_centres = sketches[batch, : sizes.cell_width] @ centres.T
-        cells[batch] = to_centres.argmax(axis=1)
-        nearness[batch] = to_centres.max(axis=1)
-
-    in_threads(assign_batch, range(0, rows, sizes.batch))
-    return cells, nearness
-
-
-def cut_into_chunks(cells: Ids, nearness: Floats, size: int) -> list[Ids]:
-    """Divide the rows of each cell into chunks of similar nearness to its centre."""
-    order = np.lexsort((-nearness, cells))
-    borders = [*np.flatnonzero(np.diff(cells[order], prepend=-1)), len(order)]
-    return [
-        order[start : min(start + size, stop)]
-        for first, stop in pairwise(borders)
-        for start in range(first, stop, size)
-    ]
-
-
-@dataclass(frozen=True)
-class Cap:
-    """Connected rows, and a cap of the sphere that holds their sketches.
-
-    Attributes:
-        rows: (m,) connected with each other.
-        centre: (width + 1,) the direction of their mean sketch.
-        reach: a lower bound of the cosine of the centre with the sketch of any row linked to one of them.
-
-    """
-
-    rows: Ids
-    centre: Floats
-    reach: np.float32
-
-
-def enclose(links: Links, sketches: Floats, rows: Ids) -> Cap:
-    """Return the cap of connected rows, see fact 2."""
-    members = sketches[rows]
-    centre = unit(members.mean(axis=0, keepdims=True))[0]
-    radius = np.arccos(np.clip((members @ centre).min() - SLACK, -1, 1))
-    widest = np.minimum(np.arccos(links.limit) + radius, np.pi)  # beyond pi the cosine rises again
-    return Cap(rows, centre, np.float32(np.cos(widest) - SLACK))
-
-
-def gather_in_caps(
-    links: Links, sketches: Floats, chunks: list[Ids], sample: Ids
-) -> tuple[list[Cap], Ids]:
-    """Return caps, each of connected rows of one chunk, and all other rows in order of their component.
-
-    A cap saves comparisons of its rows with others, but each row that it meets costs some. A cap of few
-    rows that meets many does not pay; the sample shows how many it meets.
-    """
-    labels, least = links.forest.labels(), links.sizes.cap
-    sampled, sampled_labels = sketches[sample], labels[sample]
-    chunk_of = np.empty_like(labels)
-    for number, rows in enumerate(chunks):
-        chunk_of[rows] = number
-    order = np.lexsort((chunk_of, labels, chunk_of[labels]))
-    group = labels[order] * len(chunks) + chunk_of[order]
-    borders = np.flatnonzero(np.diff(group, prepend=-1, append=-1))
-    loose, caps = np.ones(len(order), np.bool_), []
-    for first in np.flatnonzero(np.diff(borders) >= least):
-        members = slice(borders[first], borders[first + 1])
-        cap = enclose(links, sketches, order[members])
-        met = (sampled @ cap.centre > cap.reach) & (sampled_labels != labels[cap.rows[0]])
-        if len(cap.rows) >= least * (1 + np.count_nonzero(met)):
-            caps.append(cap)
-            loose[members] = False
-    caps.sort(key=lambda cap: -len(cap.rows))  # each is compared with the rows of those after it
-    return caps, order[loose]
-
-
-@dataclass(frozen=True)
-class Sketched:
-    """Rows and their sketches."""
-
-    rows: Ids
-    sketches: Floats
-
-    def __len__(self) -> int:
-        return len(self.rows)
-
-    def __getitem__(self, some: slice | Mask) -> Sketched:
-        return Sketched(self.rows[some], self.sketches[some])
-
-
-def find_links_of_caps(links: Links, sketched: Sketched, caps: list[Cap]) -> None:
-    """Find the links between the rows of each cap, with which all rows begin, and the rows after them."""
-    height, width = links.sizes.tile
-    borders = np.cumsum([0, *(len(cap.rows) for cap in caps)])
-    members = [sketched[start:end] for start, end in pairwise(borders)]
-    first_rows = sketched.rows[borders[:-1]]
-
-    def compare(top: int) -> None:
-        block = slice(top, top + height)
-        centres = np.stack([cap.centre for cap in caps[block]])
-        reach = np.array([[cap.reach] for cap in caps[block]])
-        for start in range(borders[top], len(sketched), width):
-            beside = sketched[start : start + width]
-            met = centres @ beside.sketches.T > reach
-            met &= links.apart(first_rows[block], beside.rows)
-            connect_some(links, first_rows[block], beside.rows, met)
-            pairs = [
-                candidates(links, members[top + number], beside[met[number]])
-                for number in np.flatnonzero(met.any(axis=1))
-            ]
-            if pairs:
-                links.check(*map(np.concatenate, zip(*pairs, strict=True)))
-
-    in_threads(compare, range(0, len(caps), height))
-
-
-def find_links_of_loose_rows(links: Links, sketched: Sketched) -> None:
-    """Find the links among rows, by tiles of the matrix of all pairs."""
-    height, width = links.sizes.tile
-
-    def compare(top: int) -> None:
-        for start in range(top, len(sketched), width):
-            above, beside = sketched[top : top + height], sketched[start : start + width]
-            if links.apart(above.rows[:1], np.append(above.rows, beside.rows)).any():
-                links.check(*candidates(links, above, beside))
-
-    in_threads(compare, range(0, len(sketched), height))
-
-
-def candidates(links: Links, a: Sketched, b: Sketched) -> tuple[Ids, Ids]:
-    """Return the pairs of rows of a and b that may be linked; if there are many, decide them at once."""
-    near = near_pairs(links, a.sketches, b.sketches)
-    connect_some(links, a.rows, b.rows, near)
-    count = np.count_nonzero(near)
-    if count > links.sizes.batch and count * links.sizes.single > near.size:
-        links.find(a.rows[near.any(axis=1)], b.rows[near.any(axis=0)])
-        return a.rows[:0], b.rows[:0]
-    i, j = pairs_of(near)
-    return a.rows[i], b.rows[j]
-
-
-def connect_some(links: Links, a: Ids, b: Ids, near: Mask) -> None:
-    """Where rows have many near pairs, check one of each row, and drop the pairs that are connected then.
-
-    In a clump this connects nearly all rows.
-    """
-    if np.count_nonzero(near) <= near.shape[0] + near.shape[1]:
-        return
-    near &= links.apart(a, b)
-    i = np.append(np.arange(len(a)), near.argmax(axis=0))
-    j = np.append(near.argmax(axis=1), np.arange(len(b)))
-    some = near[i, j]
-    links.check(a[i[some]], b[j[some]])
-    near &= links.apart(a, b)
-
-
-def pairs_of(mask: Mask) -> tuple[Ids, Ids]:
-    """Return row and column of true elements, four times as fast as a two-dimensional `nonzero`."""
-    return np.divmod(np.flatnonzero(mask), mask.shape[1])
-
-
-def squares(vectors: Floats) -> Floats:
-    """Return the squared length of each vector."""
-    found: Floats = np.einsum("ij,ij->i", vectors, vectors)
-    return found

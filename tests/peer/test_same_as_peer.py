@@ -22,7 +22,8 @@ from laion_assets.index.faiss_index import Index
 from laion_assets.index.metadata import Metadata
 from laion_assets.index.vectors import unit
 from laion_assets.io.errors import InputError
-from laion_assets.search.near_duplicates import SIZES, Sizes, components
+from laion_assets.search.links import SIZES, Sizes
+from laion_assets.search.near_duplicates import components
 from laion_assets.search.retrieval import Request, retrieve_table
 from laion_assets.seeds import find_seed_set, read_seeds
 

@@ -10,9 +10,13 @@ from scipy.sparse.csgraph import connected_components
 
 from laion_assets.index import vectors as vectors_module
 from laion_assets.index.vectors import decoded_codes, unit
-from laion_assets.search.near_duplicates import SIZES, Links, Sizes, components, components_of_lists
+from laion_assets.io import spill
+from laion_assets.search.caps import Comparison, find_links_of_stripe
+from laion_assets.search.links import SIZES, Links, Sizes
+from laion_assets.search.near_duplicates import components, components_of_lists
 
-ALMOST_ALL = {"small": 0, "sample": 40, "cell_width": 3, "chunk": 6, "cap": 2, "tile": (4, 8), "batch": 5}
+ALMOST_ALL = {"small": 0, "sample": 40, "cell_width": 3, "chunk": 6, "cap": 2, "batch": 5}
+ALMOST_ALL |= {"tile": (4, 8), "panel": 27}
 BY_CAPS = {"widths": (6,), **ALMOST_ALL}
 WAYS = {
     "as it is": SIZES,
@@ -118,6 +122,22 @@ def test_few_pairs_are_compared_at_full_width_whatever_the_geometry(geometry, mo
     assert sum(compared) < len(rows) ** 2 / 16
 
 
+@settings(deadline=None, max_examples=20)
+@given(seed=st.integers(0, 1 << 30), n=st.integers(1, 150), threshold=thresholds, many=st.integers(1, 7))
+def test_stripes_compared_apart_find_the_links_of_the_whole(seed, n, threshold, many) -> None:
+    random = np.random.default_rng(seed)
+    rows = clumps(random, n)
+    links = Links(rows, threshold, WAYS["by caps"])
+    comparison = Comparison.plan(links)
+    before = links.forest.labels().copy()
+    for stripe in random.permutation(many).tolist():
+        alone = Links(rows, threshold, WAYS["by caps"])
+        alone.forest.connect(np.arange(n), before)
+        find_links_of_stripe(alone, comparison, (stripe, many))
+        links.forest.connect(np.arange(n), alone.forest.labels())
+    np.testing.assert_array_equal(links.forest.labels(), brute_force(rows, threshold))
+
+
 @settings(deadline=None, max_examples=60)
 @given(seed=st.integers(0, 1 << 30), n=st.integers(1, 60), lists=st.integers(1, 8), threshold=thresholds)
 @pytest.mark.parametrize("way", WAYS_WITH_LISTS)
@@ -179,6 +199,7 @@ def test_a_threshold_of_one_keeps_equal_rows(way) -> None:
 
 
 def test_rows_decoded_on_every_access_have_the_same_components(monkeypatch) -> None:
+    monkeypatch.setattr(spill, "HELD_BYTES", 0)  # all sketches lie on the disk
     rows = 3 * clumps(np.random.default_rng(5), 300)
     monkeypatch.setattr(vectors_module, "ROWS_DECODED_AT_ONCE", 70)
     codes = rows.view(np.uint8)

@@ -1,0 +1,138 @@
+"""Links between near-duplicates, and the components that they connect; see `near_duplicates`."""
+
+from __future__ import annotations
+
+import threading
+from dataclasses import dataclass
+
+import numpy as np
+
+from laion_assets.index.vectors import Vectors
+from laion_assets.io.arrays import Floats, Ids, Mask
+from laion_assets.io.parallel import in_threads
+
+SLACK = 1e-4  # relaxes every bound by more than float32's rounding, see `near_duplicates`
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """How the work is divided. The sizes affect the speed, never the result."""
+
+    small: int = 4096  # up to this many rows, all pairs are compared
+    sample: int = 2048  # rows from which axes and cells are chosen
+    widths: tuple[int, ...] = (64, 96, 128, 160, 192, 256, 384)  # numbers of axes to choose from
+    cell_width: int = 32  # coordinates of a sketch that determine the cell
+    chunk: int = 384  # rows of a cell of which all pairs are compared
+    cap: int = 3  # rows that are worth a cap, and as many more for each row of the sample that it meets
+    tile: tuple[int, int] = (512, 2048)  # units and rows whose sketches are compared in one product
+    panel: int = 1 << 19  # rows whose sketches all units are compared with before the next
+    single: int = 80  # pairs that one product compares in the time of one pair that is fetched alone
+    many_of_row: int = 8  # near pairs for each row of a short list above which one product is cheaper
+    batch: int = 1024  # rows, or pairs of rows, that are fetched at once
+
+
+SIZES = Sizes()
+
+
+class Forest:
+    """A disjoint-set forest of connected rows; the root of a component is its lowest row."""
+
+    def __init__(self, rows: int) -> None:
+        self.parents = np.arange(rows)
+        self.lock = threading.Lock()
+
+    def roots(self, rows: Ids) -> Ids:
+        """Return the root of each row; it may be outdated while other threads connect rows."""
+        roots = self.parents[rows]
+        while ((parents := self.parents[roots]) != roots).any():
+            roots = parents
+        return roots
+
+    def apart(self, a: Ids, b: Ids) -> Mask:
+        """Return which pairs of a[i] and b[i] are not known to be connected."""
+        apart: Mask = self.roots(a) != self.roots(b)
+        return apart
+
+    def connect(self, a: Ids, b: Ids) -> None:
+        """Connect each a[i] with b[i]."""
+        with self.lock:
+            while len(a):
+                a, b = self.roots(a), self.roots(b)
+                a, b = a[a != b], b[a != b]
+                np.minimum.at(self.parents, np.maximum(a, b), np.minimum(a, b))
+
+    def count(self) -> int:
+        """Return the number of components."""
+        return int(np.count_nonzero(self.parents == np.arange(len(self.parents))))
+
+    def labels(self) -> Ids:
+        """Return the root of every row."""
+        self.parents = self.roots(self.parents)
+        return self.parents
+
+
+class Links:
+    """The links found so far. Only `find` and `linked` decide whether two rows are linked."""
+
+    def __init__(self, vectors: Vectors, threshold: float, sizes: Sizes) -> None:
+        self.vectors, self.sizes = vectors, sizes
+        self.limit = float(np.float32(threshold))
+        self.forest = Forest(len(vectors))
+
+    def fetch(self, rows: slice | Ids) -> Floats:
+        """Return the vectors of some rows; non-finite ones as zeros, which are never linked."""
+        vectors = self.vectors[rows]
+        finite = np.isfinite(squares(vectors))
+        return vectors if finite.all() else np.where(finite[:, None], vectors, np.float32(0))
+
+    def find(self, a: Ids, b: Ids) -> None:
+        """Find the links between the rows of a and the rows of b, with one product."""
+        left = self.fetch(a)
+        cosines = left @ (left if b is a else self.fetch(b)).T
+        certain = cosines > self.limit + SLACK
+        first = certain.argmax(axis=1)  # one link per row connects most rows
+        sure = np.flatnonzero(certain[np.arange(len(a)), first])
+        self.forest.connect(a[sure], b[first[sure]])
+        i, j = pairs_of(self.apart(a, b) & (cosines > self.limit - SLACK))
+        self.check(a[i], b[j])
+
+    def apart(self, a: Ids, b: Ids) -> Mask:
+        """Return (a, b), which rows of a are not known to be connected with which rows of b."""
+        left, right = (self.forest.roots(rows).astype(np.int32) for rows in (a, b))
+        apart: Mask = left[:, None] != right
+        return apart
+
+    def check(self, a: Ids, b: Ids) -> None:
+        """Find the links among the pairs of a[i] and b[i]."""
+        for start in range(0, len(a), self.sizes.batch):
+            batch = slice(start, start + self.sizes.batch)
+            apart = self.forest.apart(a[batch], b[batch])
+            i, j = a[batch][apart], b[batch][apart]
+            linked = self.linked(i, j)
+            self.forest.connect(i[linked], j[linked])
+
+    def linked(self, a: Ids, b: Ids) -> Mask:
+        """Return which pairs of a[i] and b[i] are linked, decided in float64."""
+        linked = np.empty(len(a), np.bool_)
+
+        def decide_batch(start: int) -> None:
+            batch = slice(start, start + self.sizes.batch)
+            left, right = self.fetch(a[batch]), self.fetch(b[batch])
+            linked[batch] = np.einsum("ij,ij->i", left, right, dtype=np.float64) > self.limit
+
+        if len(a) <= self.sizes.batch:  # the caller may be one of many threads
+            decide_batch(0)
+        else:
+            in_threads(decide_batch, range(0, len(a), self.sizes.batch))
+        return linked
+
+
+def pairs_of(mask: Mask) -> tuple[Ids, Ids]:
+    """Return row and column of true elements, four times as fast as a two-dimensional `nonzero`."""
+    return np.divmod(np.flatnonzero(mask), mask.shape[1])
+
+
+def squares(vectors: Floats) -> Floats:
+    """Return the squared length of each vector."""
+    found: Floats = np.einsum("ij,ij->i", vectors, vectors)
+    return found
