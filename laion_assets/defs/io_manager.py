@@ -76,7 +76,14 @@ class ParquetIOManager(dg.IOManager):
         self._tables = tables
 
     def handle_output(self, context: dg.OutputContext, obj: object) -> None:
-        """Raise an error: assets write their own tables and return no value."""
+        """Raise an error for a value: assets write their own tables, and checks have none.
+
+        Raises:
+            TypeError: a step returned a value.
+
+        """
+        if obj is None:
+            return
         raise TypeError(
             f"{context.asset_key.to_user_string()} returned {type(obj).__name__}: assets must write "
             "their table and return no value"

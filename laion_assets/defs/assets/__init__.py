@@ -12,6 +12,7 @@ from laion_assets.defs.assets.built_index import (
 from laion_assets.defs.assets.seed_embeddings import centroid_vector_asset, seed_embeddings_asset
 from laion_assets.defs.assets.staged_laion_index import staged_laion_index_asset
 from laion_assets.defs.assets.url_sets import centroid_urls_asset, combined_urls_asset, knn_urls_asset
+from laion_assets.defs.checks import Unannounced
 from laion_assets.defs.kubernetes.placement import Placement
 from laion_assets.defs.sources import laion_index_source
 
@@ -21,15 +22,22 @@ def build_assets(
 ) -> Sequence[dg.AssetsDefinition]:
     """Define the assets of a seed set, given where they run and the index that they search."""
     return [
-        staged_laion_index_asset(placement, index),
-        seed_embeddings_asset(placement),
-        centroid_vector_asset(placement),
-        knn_urls_asset(placement),
-        centroid_urls_asset(placement),
-        combined_urls_asset(placement),
+        Unannounced.of(asset)
+        for asset in (
+            staged_laion_index_asset(placement, index),
+            seed_embeddings_asset(placement),
+            centroid_vector_asset(placement),
+            knn_urls_asset(placement),
+            centroid_urls_asset(placement),
+            combined_urls_asset(placement),
+        )
     ]
 
 
 def index_assets(placement: Placement) -> Sequence[dg.AssetsDefinition]:
     """Define the assets that build an index, in order."""
-    return [trained_index_asset(placement), index_shards_asset(placement), laion_index_asset(placement)]
+    return [
+        trained_index_asset(placement),
+        index_shards_asset(placement),
+        Unannounced.of(laion_index_asset(placement)),
+    ]
