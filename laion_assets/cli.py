@@ -22,15 +22,17 @@ import dagster as dg
 from dotenv import load_dotenv
 
 from laion_assets.build import Build, Request, check_key, cost_of, embed_folder, index_key_for, measured
-from laion_assets.definitions import JOB, build_defs
+from laion_assets.definitions import build_defs
 from laion_assets.defs.build_sensor import ENCODE_JOB, PUBLISH_JOB, TRAIN_JOB
 from laion_assets.defs.dagster_internals import RunFailureReason
 from laion_assets.defs.estimate import measured_machine
 from laion_assets.defs.failures import sentence
+from laion_assets.defs.forget import belongings, forget
+from laion_assets.defs.io_manager import Tables
 from laion_assets.defs.kubernetes.placement import NvmeNode
 from laion_assets.defs.launcher import fail_abandoned_runs, process_lock
 from laion_assets.defs.look import SHEETS, TOP, look
-from laion_assets.defs.partitions import SEED_SETS, SHARDS
+from laion_assets.defs.partitions import JOB, SEED_SETS, SHARDS
 from laion_assets.defs.places import DATA, Places
 from laion_assets.defs.request_plan import as_yaml, estimated, plan_request, read_history, scaled
 from laion_assets.defs.resources import Embedder, IndexBuilder, LaionIndex, SeedFolder
@@ -196,6 +198,13 @@ def _parser() -> argparse.ArgumentParser:
     )
     own.set_defaults(command=_index_images)
 
+    forgotten = commands.add_parser(
+        "forget", help="delete the tables, pictures, runs and partition of a seed set; asks first"
+    )
+    forgotten.add_argument("seed_set", metavar="SEED_SET", help="folder under LAION_SEEDS_URI")
+    forgotten.add_argument("--yes", action="store_true", help="delete without asking")
+    forgotten.set_defaults(command=_forget)
+
     demo = commands.add_parser("demo", help="build the demo's index and seeds, and materialize one set")
     demo.add_argument("--data-only", action="store_true", help="only build the index and seeds")
     demo.set_defaults(command=_demo)
@@ -335,6 +344,35 @@ def _index_images(parsed: argparse.Namespace, environment: Mapping[str, str]) ->
     print("\nto use it with `laion-assets look IMAGE` and all other commands, set these variables:\n")
     print("\n".join(f"export {name}={shlex.quote(value)}" for name, value in variables.items()))
     return 0
+
+
+def _forget(parsed: argparse.Namespace, environment: Mapping[str, str]) -> int:
+    places = Places.from_environment(environment)
+    with instance(environment) as kept:
+        found = belongings(kept, Tables(places.output_uri), parsed.seed_set)
+        for uri in found.files:
+            _print_any(_from_here(uri))
+        with suppress(InputError):
+            SeedFolder(places.seeds_uri).find(parsed.seed_set)
+            print(f"its folder in {places.seeds_uri} is still there: the sensor will run it as a new set")
+        if not parsed.yes and not _agreed(f"delete {found}, and its partition?"):
+            print("nothing was deleted")
+            return 1
+        forget(kept, found)
+    print(f"deleted {found}, and its partition")
+    return 0
+
+
+def _agreed(question: str) -> bool:
+    """Ask before something is deleted.
+
+    Raises:
+        InputError: nobody can answer.
+
+    """
+    if not sys.stdin.isatty():
+        raise InputError("nobody can be asked, because the input is no terminal: give --yes")
+    return input(f"{question} [y/N] ").strip().lower() in ("y", "yes")
 
 
 def _to_stderr(line: str) -> None:

@@ -10,14 +10,15 @@ import dagster as dg
 
 from laion_assets.defs.assets import build_assets, index_assets
 from laion_assets.defs.build_sensor import build_embeddings_sensor, build_jobs
+from laion_assets.defs.forget import forget_job
 from laion_assets.defs.kubernetes.placement import NvmeNode, Placement, is_cluster
 from laion_assets.defs.launcher import end_with_parent
+from laion_assets.defs.partitions import JOB
 from laion_assets.defs.places import Places
 from laion_assets.defs.resources import resources_from, storage_kind
 from laion_assets.defs.sensors import build_laion_index_sensor, build_seed_sets_sensor
 from laion_assets.defs.sources import SOURCES, embedding_files, laion_index_source, seed_folder
 
-JOB = "seed_set_job"
 OWNER = "team:image_data"  # the owner of every asset in the UI
 
 
@@ -57,7 +58,7 @@ def build_defs(
 
     return dg.Definitions(
         assets=dg.map_asset_specs(as_shown, [*sources, *building, *assets]),
-        jobs=[job, *build],
+        jobs=[job, forget_job(), *build],
         sensors=[
             build_seed_sets_sensor(job, index if building else None),
             build_embeddings_sensor(build) if build else build_laion_index_sensor(),

@@ -642,7 +642,9 @@ def test_the_version_is_that_of_the_package(tmp_path) -> None:
     assert (done.status, done.out) == (0, f"laion-assets {version('laion_assets')}\n")
 
 
-def test_in_any_folder_the_history_is_kept_below_its_data(demo, tmp_path, run_here) -> None:
+def test_in_any_folder_the_history_is_kept_below_its_data_until_it_is_forgotten(
+    demo, tmp_path, run_here, monkeypatch
+) -> None:
     places = {"LAION_INDEX_URI": str(demo.index), "LAION_SEEDS_URI": str(demo.seeds)}
     done = end(start(tmp_path, "materialize", "fruit", "--nb-images-knn", "3", **places))
     assert (done.status, done.err) == (0, "")
@@ -663,6 +665,18 @@ def test_in_any_folder_the_history_is_kept_below_its_data(demo, tmp_path, run_he
     (home / "dagster.yaml").write_text(packaged.read_text() + "# mine\n")  # what is there is not replaced
     assert run_here(tmp_path, "plan", "--target", "50", "--seed-set", "fruit", **places).status == 0
     assert (home / "dagster.yaml").read_text().endswith("# mine\n")
+
+    before = contents(tmp_path / "data" / "output")
+    for options, answer, status in (([], None, 1), ([], "n", 1), ([], "y", 0), (["--yes"], None, 1)):
+        monkeypatch.setattr("sys.stdin", io.StringIO(answer or ""))
+        monkeypatch.setattr("sys.stdin.isatty", lambda answer=answer: answer is not None)
+        done = run_here(tmp_path, "forget", "fruit", *options, **places)
+        assert done.status == status
+        left = contents(tmp_path / "data" / "output")
+        assert left == (before if options == [] and status else {})
+    assert "nothing is stored of 'fruit'" in done.err
+    with history(tmp_path, "data/dagster") as instance:
+        assert (instance.get_runs(), instance.get_dynamic_partitions("seed_sets")) == ([], [])
 
 
 def test_dagster_home_decides_where_the_history_is(demo, tmp_path, run_here) -> None:

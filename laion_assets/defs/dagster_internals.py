@@ -7,6 +7,7 @@ test checks that each exists. After an upgrade, this is the only module to adapt
 from dagster._core.definitions.data_version import DATA_VERSION_TAG, extract_data_version_from_entry
 from dagster._core.definitions.executor_definition import multiple_process_executor_requirements
 from dagster._core.errors import DagsterUserCodeUnreachableError
+from dagster._core.event_api import PartitionKeyFilter
 from dagster._core.events import DagsterEvent, RunFailureReason
 from dagster._core.execution.plan.objects import StepFailureData, UserFailureData
 from dagster._core.executor.step_delegating import (
@@ -17,7 +18,12 @@ from dagster._core.executor.step_delegating import (
 )
 from dagster._core.launcher.base import CheckRunHealthResult, WorkerStatus
 from dagster._core.launcher.default_run_launcher import DefaultRunLauncher
-from dagster._core.storage.tags import GRPC_INFO_TAG, HIDDEN_TAG_PREFIX, RUN_KEY_TAG
+from dagster._core.storage.tags import (
+    GRPC_INFO_TAG,
+    HIDDEN_TAG_PREFIX,
+    PARTITION_NAME_TAG,
+    RUN_KEY_TAG,
+)
 from dagster._grpc.client import DagsterGrpcClient
 from dagster_shared.error import SerializableErrorInfo
 
@@ -25,6 +31,7 @@ __all__ = [
     "DATA_VERSION_TAG",
     "GRPC_INFO_TAG",
     "HIDDEN_TAG_PREFIX",
+    "PARTITION_NAME_TAG",
     "RUN_KEY_TAG",
     "CheckRunHealthResult",
     "CheckStepHealthResult",
@@ -32,6 +39,7 @@ __all__ = [
     "DagsterGrpcClient",
     "DagsterUserCodeUnreachableError",
     "DefaultRunLauncher",
+    "PartitionKeyFilter",
     "RunFailureReason",
     "SerializableErrorInfo",
     "StepDelegatingExecutor",

@@ -14,7 +14,11 @@ import pyarrow as pa
 
 from laion_assets.defs.failures import as_failures
 from laion_assets.io.storage import open_storage, reaching
-from laion_assets.io.tables import OUTPUT, SUFFIX, StoredTable, TableWriter, new_table
+from laion_assets.io.tables import OUTPUT, SUFFIX, StoredTable, TableWriter, attachments_of, new_table
+from laion_assets.search.combined import DECODER
+
+PICTURE = ".png"  # the contact sheet beside a table
+UNFINISHED = ".unfinished"
 
 
 @dataclass(frozen=True)
@@ -47,15 +51,24 @@ class Tables:
         with reaching(self.base, OUTPUT):
             return self.open(asset, seed_set) if fs.exists(path) else None
 
+    def files(self, asset: str, seed_set: str) -> list[str]:
+        """Return the locations of all that was written: table, decoders, picture, unfinished work."""
+        table = self.uri(asset, seed_set)
+        fs, path = open_storage(table, OUTPUT)
+        endings = (SUFFIX, PICTURE, UNFINISHED)
+        with reaching(table, OUTPUT):
+            there = [end for end in endings if fs.exists(path.removesuffix(SUFFIX) + end)]
+        return [*(table.removesuffix(SUFFIX) + end for end in there), *attachments_of(table, DECODER)]
+
     @contextmanager
     def new(self, context: dg.AssetExecutionContext, schema: pa.Schema) -> Iterator[TableWriter]:
         """Write the table of a step's asset and seed set, see `new_table`."""
         with new_table(self.uri(*_table_of(context)), schema) as table:
             yield table
 
-    def folder(self, context: dg.AssetExecutionContext, name: str) -> str:
+    def unfinished(self, context: dg.AssetExecutionContext) -> str:
         """Return the location of a folder beside a step's table, for unfinished work."""
-        return f"{self.uri(*_table_of(context)).removesuffix(SUFFIX)}.{name}"
+        return self.uri(*_table_of(context)).removesuffix(SUFFIX) + UNFINISHED
 
     def written(self, context: dg.AssetExecutionContext) -> StoredTable:
         """Open the table written by this step."""

@@ -8,6 +8,7 @@ import dagster as dg
 from laion_assets.io.errors import InputError
 
 SEED_SETS = "seed_sets"
+JOB = "seed_set_job"  # runs all assets of one seed set
 seed_sets = dg.DynamicPartitionsDefinition(name=SEED_SETS)
 SHARDS = "index_shards"
 index_shards = dg.DynamicPartitionsDefinition(name=SHARDS)

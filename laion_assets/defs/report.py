@@ -21,6 +21,7 @@ from laion_assets.defs.drawing.thumbnails import (
     strip_of_removed,
 )
 from laion_assets.defs.history import PROVENANCE, YIELD
+from laion_assets.defs.io_manager import PICTURE
 from laion_assets.defs.provenance import Provenance
 from laion_assets.defs.terminal import count
 from laion_assets.io.arrays import Floats
@@ -174,7 +175,7 @@ def _recall(found: Found) -> float | str:
 
 
 def _saved(stored: StoredTable, sheet: Any) -> str:
-    return save_png(sheet, stored.where.removesuffix(SUFFIX) + ".png")
+    return save_png(sheet, stored.where.removesuffix(SUFFIX) + PICTURE)
 
 
 def _labelled(counts: Mapping[str, int]) -> dict[str, int]:

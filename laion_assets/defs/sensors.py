@@ -15,7 +15,9 @@ from typing import Any
 
 import dagster as dg
 
+from laion_assets.defs.dagster_internals import PARTITION_NAME_TAG
 from laion_assets.defs.failures import sentence
+from laion_assets.defs.forget import IN_PROGRESS
 from laion_assets.defs.partitions import SEED_SETS, seed_sets
 from laion_assets.defs.provenance import files_version
 from laion_assets.defs.resources import LaionIndex, SeedFolder
@@ -23,6 +25,7 @@ from laion_assets.defs.settings import Defaults
 from laion_assets.defs.sources import (
     CHANGED,
     FIRST,
+    REMOVED,
     Version,
     current_settings,
     is_known,
@@ -43,7 +46,6 @@ INDEX_INTERVAL = 300  # seconds between ticks
 RUNS_PER_TICK = 5
 SETTINGS_PER_TICK = 100  # seed sets whose new settings are reported; each needs a database write
 NAMES_SHOWN = 10
-REMOVED = "removed"  # data version of a seed set whose folder is gone or empty
 
 
 @dataclass(frozen=True)
@@ -192,6 +194,8 @@ def build_seed_sets_sensor(
         )
         registered = instance.get_dynamic_partitions(SEED_SETS)
         removed = [name for name in registered if name not in listing.sets]
+        # Nothing was made of these, so nothing is lost with the partition.
+        forgotten = [name for name in removed if name not in done and not _is_running(instance, name)]
         unmade = [
             name for name, version in versions.items() if known.get(name) == version != done.get(name)
         ]
@@ -216,8 +220,8 @@ def build_seed_sets_sensor(
             "settings changed:": [
                 version.seed_set or "" for version in settings if version.metadata[CHANGED] != FIRST
             ],
-            "removed, tables kept until you delete them:": [name for name in removed if name in done],
-            "removed:": [name for name in removed if name not in done],
+            "removed, tables kept until you forget it:": [name for name in removed if name in done],
+            "removed:": forgotten,
             "invalid names:": [repr(name) for name in listing.sets if name not in present],
             "ignored files:": listing.ignored,
         }
@@ -237,7 +241,10 @@ def build_seed_sets_sensor(
                 )
                 for name in decision.run
             ],
-            dynamic_partitions_requests=[seed_sets.build_add_request(new)] if new else [],
+            dynamic_partitions_requests=[
+                *([seed_sets.build_add_request(new)] if new else []),
+                *([seed_sets.build_delete_request(forgotten)] if forgotten else []),
+            ],
             asset_events=[event for version in seen for event in version.events()],
             cursor=as_cursor(report, {name: astuple(seen) for name, seen in decision.pending.items()}),
             skip_reason=None if decision.run else report,
@@ -247,8 +254,16 @@ def build_seed_sets_sensor(
 
 
 def _last_run_failed(instance: dg.DagsterInstance, seed_set: str) -> bool:
-    last = instance.get_runs(dg.RunsFilter(tags={"dagster/partition": seed_set}), limit=1)
+    last = instance.get_runs(dg.RunsFilter(tags={PARTITION_NAME_TAG: seed_set}), limit=1)
     return bool(last) and last[0].status is dg.DagsterRunStatus.FAILURE
+
+
+def _is_running(instance: dg.DagsterInstance, seed_set: str) -> bool:
+    return bool(
+        instance.get_runs(
+            dg.RunsFilter(tags={PARTITION_NAME_TAG: seed_set}, statuses=IN_PROGRESS), limit=1
+        )
+    )
 
 
 def _changed_settings(

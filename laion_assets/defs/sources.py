@@ -20,6 +20,7 @@ from laion_assets.defs.settings import Defaults, ResolvedSettings, RetrievalConf
 from laion_assets.io.errors import InputError
 from laion_assets.seeds import SeedSet
 
+REMOVED = "removed"  # data version of a seed set whose folder is gone or empty
 SETTINGS = "settings"  # metadata of an observation: the settings that a run would use
 FIRST = "first observation"
 OBSERVATIONS_READ = 5  # the latest first; observations of unusable settings have no settings

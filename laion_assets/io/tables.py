@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 
 import numpy as np
 import pyarrow as pa
@@ -17,7 +17,7 @@ import pyarrow.parquet as pq
 from laion_assets.io.arrays import Bytes, Floats
 from laion_assets.io.checksums import checksum_text, crc32c
 from laion_assets.io.errors import InputError
-from laion_assets.io.storage import new_file, open_storage, reaching
+from laion_assets.io.storage import new_file, on_this_machine, open_storage, reaching
 
 SUFFIX = ".parquet"
 OUTPUT = "output_uri"  # the setting that errors name, see `InputError`
@@ -139,14 +139,31 @@ def new_table(uri: str, schema: pa.Schema) -> Iterator[TableWriter]:
     _remove_old_attachments(uri, writer._attachments)
 
 
-def _remove_old_attachments(uri: str, current: Mapping[str, Mapping[str, str]]) -> None:
+def attachments_of(uri: str, name: str) -> list[str]:
+    """List all attachments beside a table's location with a name, also those of previous tables."""
     fs, path = open_storage(uri, OUTPUT)
     stem = "".join(f"[{c}]" if c in "*?[" else c for c in path.removesuffix(SUFFIX))
+    folder = uri.rpartition("/")[0]
     with reaching(uri, OUTPUT):
-        for name, attachment in current.items():
-            for found in fs.glob(f"{stem}.{'?' * 8}.{name}"):
-                if _name_of(found) != attachment["file"]:
-                    fs.rm_file(found)
+        return [f"{folder}/{_name_of(found)}" for found in fs.glob(f"{stem}.{'?' * 8}.{name}")]
+
+
+def remove(uri: str) -> None:
+    """Remove a file, or a folder with its files; what is gone already is no error."""
+    fs, path = open_storage(uri, OUTPUT)
+    with reaching(uri, OUTPUT), suppress(FileNotFoundError):
+        is_folder = fs.isdir(path)
+        for found in fs.find(path) if is_folder else [path]:
+            fs.rm_file(found)  # `rm` would take brackets in a name for a pattern
+        if is_folder and on_this_machine(uri):
+            fs.rmdir(path)
+
+
+def _remove_old_attachments(uri: str, current: Mapping[str, Mapping[str, str]]) -> None:
+    for name, attachment in current.items():
+        for found in attachments_of(uri, name):
+            if _name_of(found) != attachment["file"]:
+                remove(found)
 
 
 def _name_of(uri: str) -> str:

@@ -167,7 +167,7 @@ def test_a_set_that_is_removed_is_reported_once_and_keeps_what_was_made_of_it(ti
     away = (ticks.project.seeds / "cats").rename(ticks.project.seeds.with_name("away"))
     ticks.reported.clear()
     assert [ticks.tick() for _ in range(3)] == [[]] * 3
-    assert ticks.said == "removed, tables kept until you delete them: cats; 1 seed set"
+    assert ticks.said == "removed, tables kept until you forget it: cats; 1 seed set"
     assert ticks.reported == [("seed_folder", "cats")]
     assert version_of_cats(ticks) == "removed"
     assert ticks.project.instance.get_dynamic_partitions("seed_sets") == ["cats", "dogs"]
@@ -178,13 +178,16 @@ def test_a_set_that_is_removed_is_reported_once_and_keeps_what_was_made_of_it(ti
     assert version_of_cats(ticks) == SeedFolder(str(ticks.project.seeds)).find("cats").fingerprint
 
 
-def test_a_set_that_is_removed_before_anything_was_made_of_it_has_no_tables(ticks):
+def test_a_set_that_is_removed_before_anything_was_made_of_it_leaves_no_partition(ticks):
     put(ticks, "cats")
     assert [ticks.tick() for _ in range(4)] == [[], ["cats"], [], []]
     assert ticks.said == "not materialized yet: cats; 1 seed set"
     shutil.rmtree(ticks.project.seeds / "cats")
     assert ticks.tick() == []
     assert ticks.said == "removed: cats; 0 seed sets"
+    assert ticks.project.instance.get_dynamic_partitions("seed_sets") == []
+    assert ticks.tick() == []
+    assert ticks.said == "nothing new; 0 seed sets"
 
 
 def test_a_folder_that_was_emptied_is_as_one_that_is_gone(ticks):
@@ -193,7 +196,7 @@ def test_a_folder_that_was_emptied_is_as_one_that_is_gone(ticks):
     (ticks.project.seeds / "cats" / "a.npy").unlink()
     (ticks.project.seeds / "cats" / "settings.yaml").write_text("nprobe: 5")
     assert ticks.tick() == []
-    assert ticks.said == "removed, tables kept until you delete them: cats; 0 seed sets"
+    assert ticks.said == "removed, tables kept until you forget it: cats; 0 seed sets"
     assert version_of_cats(ticks) == "removed"
 
 

@@ -23,7 +23,7 @@ from helpers.cluster import Cluster, running_cluster, wait_until
 from helpers.graphql import ask
 from helpers.project import REPOSITORY
 
-from laion_assets.definitions import JOB
+from laion_assets.defs.partitions import JOB
 from laion_assets.demo import DEMO_MODEL
 from laion_assets.demo.build import build_demo
 

@@ -14,7 +14,8 @@ import dagster as dg
 from dagster._core.definitions.data_version import CachingStaleStatusResolver, StaleStatus
 from dagster._core.loader import LoadingContextForTest
 
-from laion_assets.definitions import JOB, build_defs
+from laion_assets.definitions import build_defs
+from laion_assets.defs.partitions import JOB
 from laion_assets.demo import DemoReport
 
 REPOSITORY = Path(__file__).parents[2]
@@ -113,7 +114,11 @@ class Ticks:
         self.said = self.cursor.split("\n")[0]
         assert not seen.skip_reason or seen.skip_reason.skip_message == self.said
         for request in seen.dynamic_partitions_requests or []:
-            self.project.instance.add_dynamic_partitions("seed_sets", list(request.partition_keys))
+            names = list(request.partition_keys)
+            if isinstance(request, dg.AddDynamicPartitionsRequest):
+                self.project.instance.add_dynamic_partitions("seed_sets", names)
+            for name in [] if isinstance(request, dg.AddDynamicPartitionsRequest) else names:
+                self.project.instance.delete_dynamic_partition("seed_sets", name)
         requests = seen.run_requests or []
         launched = [request for request in requests if request.run_key not in self.run_keys]
         self.run_keys += [request.run_key or "" for request in launched]

@@ -84,7 +84,7 @@ def seed_embeddings_asset(placement: Placement) -> dg.AssetsDefinition:
             context.log.info(f"{seed_set.name} holds {seed_set.contents()}")
             model = _model_for(context, seed_set, embedder, laion_index)
             unfinished = UnfinishedImages(
-                tables.folder(context, "unfinished"),
+                tables.unfinished(context),
                 model.fingerprint if model else "",
                 context.log.warning,
             )
