@@ -44,6 +44,7 @@ from laion_assets.io.errors import InputError
 from laion_assets.io.storage import on_this_machine
 from laion_assets.io.text import printable
 from laion_assets.seeds import Model, count_seeds, stage_model
+from laion_assets.staging import Scrubbed
 
 DEMO_SET = "fruit"
 EXAMPLES = 8  # rows shown by `index-images`
@@ -185,6 +186,14 @@ def _parser() -> argparse.ArgumentParser:
     costs.add_argument("--core-price", type=float, metavar="X", help="price of a core-hour")
     costs.set_defaults(command=_plan_build)
 
+    verified = commands.add_parser(
+        "verify", help="read all of the staged index and compare it with its checksums"
+    )
+    verified.add_argument(
+        "--repair", action="store_true", help="fetch damaged parts from LAION_INDEX_URI again"
+    )
+    verified.set_defaults(command=_verify)
+
     own = commands.add_parser(
         "index-images", help="embed a folder of images, build an index of them, and run a first search"
     )
@@ -306,6 +315,26 @@ def _plan_build(parsed: argparse.Namespace, environment: Mapping[str, str]) -> i
         cost = cost_of(parsed.rows, parsed.dimension, key, rates, shard_rows=places.shard_rows)
     print(*cost.lines(parsed.core_price), sep="\n")
     return 0
+
+
+def _verify(parsed: argparse.Namespace, environment: Mapping[str, str]) -> int:
+    """Verify the staged index; an interrupted verification is continued by the next one."""
+    index = LaionIndex.at(Places.from_environment(environment))
+    found = index.verify(_to_stderr, repair=parsed.repair)
+    for damage in found.damaged:
+        _print_any(damage)
+    if found.unchecked:
+        _print_any(f"{count(found.unchecked, 'file')} used in place: no checksums to compare with")
+    print(f"{count(found.files, 'file')}, {found.size:,} bytes: {_verdict(found)}")
+    return 0 if found.mended else 1
+
+
+def _verdict(found: Scrubbed) -> str:
+    if not found.damaged:
+        return "intact"
+    if found.mended:
+        return "intact now, the damaged parts were fetched again"
+    return "damaged: run `laion-assets verify --repair`, or materialize staged_laion_index"
 
 
 def _index_images(parsed: argparse.Namespace, environment: Mapping[str, str]) -> int:

@@ -23,11 +23,13 @@ import pytest
 from helpers.builds import vectors_of, write_part, write_parts
 from helpers.project import REPOSITORY, Demo, contents
 from helpers.published import publish, publish_all
+from helpers.staging import write_source
 from PIL import Image
 
 from laion_assets.build import builder
 from laion_assets.cli import main
 from laion_assets.defs.launcher import LocalRunLauncher
+from laion_assets.staging import stage
 
 ASSETS = (
     "staged_laion_index", "seed_embeddings", "centroid_vector",
@@ -632,6 +634,25 @@ def test_an_error_cannot_act_on_a_terminal(tmp_path, monkeypatch, capsys) -> Non
     (told,) = capsys.readouterr().err.splitlines()
     assert told.isprintable()
     assert "\\x1b[2J\\x9b1m\\udcff\\nerror: none" in told
+
+
+def test_verify_names_the_damage_mends_it_and_says_so(tmp_path, monkeypatch, capsys) -> None:
+    index, cache = write_source(tmp_path / "index"), tmp_path / "cache"
+    monkeypatch.setenv("LAION_INDEX_URI", str(index))
+    monkeypatch.setenv("LAION_CACHE_DIR", str(cache))
+    monkeypatch.chdir(tmp_path)
+    stage(str(index), None, cache)
+    assert main(["verify"]) == 0
+    assert "5 files" in (intact := capsys.readouterr().out)
+    assert intact.endswith("intact\n")
+    path = cache / "metadata" / "001.arrow"
+    path.write_bytes(path.read_bytes().replace(b"example.org", b"examplf.org", 1))
+    assert main(["verify"]) == 1
+    assert f"{path} is damaged: bytes 0 to" in (damaged := capsys.readouterr().out)
+    assert "verify --repair" in damaged
+    assert main(["verify", "--repair"]) == 0
+    assert path.read_bytes() == (index / "metadata" / "001.arrow").read_bytes()
+    assert main(["verify"]) == 0
 
 
 # --- without a checkout ---------------------------------------------------------------------------

@@ -33,9 +33,10 @@ from laion_assets.io.tables import StoredTable, code_bytes
 from laion_assets.search import audit
 from laion_assets.search.block_list import BlockListMatches
 from laion_assets.search.combined import DECODER
-from laion_assets.staging import OpenIndex
+from laion_assets.staging import OpenIndex, sample_damage
 
 WARN, ERROR = dg.AssetCheckSeverity.WARN, dg.AssetCheckSeverity.ERROR
+SAMPLED_BLOCKS = 256
 COHERENT = 0.1  # mean cosine of two seeds; unrelated vectors have 0. Not calibrated on CLIP
 ROWS_COMPARED = 1 << 16  # number of first rows of a table that are searched for near-duplicates
 YIELD_TOLERANCE = 0.1  # relative to the past yield
@@ -182,10 +183,11 @@ _ALL = [
     _spec(
         "staged_laion_index",
         "staged_index_is_intact",
-        "A fixed sample of files (up to 256 MiB each, 1 GiB in total) still has the checksums recorded "
-        "at staging. Rows sampled from the whole index have valid ids, and at least one has a vector. An "
-        "error that blocks: every search would be useless. Remedy: delete the named files, or all of "
-        "LAION_CACHE_DIR if none is named, and materialize again.",
+        f"{SAMPLED_BLOCKS} random blocks of 1 MiB of all files still have the checksums recorded at "
+        "staging. Rows sampled from the whole index have valid ids, and at least one has a vector. An "
+        "error that blocks: every search would be useless. Remedy: materialize again, which fetches the "
+        "damaged blocks; `laion-assets verify` reads all blocks. If no file is named, replace the index "
+        "at the source.",
         blocking=True,
     ),
     _spec(
@@ -288,16 +290,14 @@ def of_staged_index(opened: OpenIndex, cache_dir: Any) -> list[dg.AssetCheckResu
     fetched.
     """
     rows, metadata_rows = opened.index.rows, len(opened.metadata)
-    whole = [file for file in opened.manifest.files if not file.sparse]
-    checksummed = [file for file in whole if file.has_checksum]
-    again = audit.to_read_again([(str(cache_dir / f.path), f.checksum, f.size) for f in checksummed])
-    partly = len(whole) < len(opened.manifest.files)
+    partly = not opened.whole
+    damage = sample_damage(opened.manifest.files, cache_dir, SAMPLED_BLOCKS)
     captions = None if partly else audit.agreement(opened.index, opened.metadata)
     sound = None if partly else audit.soundness(opened.index)
-    wrong = [*audit.changed(again), *(sound.wrong if sound else [])]
+    wrong = [*(found.describe(cache_dir) for found in damage), *(sound.wrong if sound else [])]
     read_again = (
-        f"{len(again):,} of {len(checksummed):,} files were read again and are unchanged"
-        if checksummed
+        f"random blocks of {count(len(copied), 'file')} were read again and are unchanged"
+        if (copied := [file for file in opened.manifest.files if file.is_copied])
         else "no file was read again: files that are used in place have no checksum"
     )
     return [

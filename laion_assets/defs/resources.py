@@ -37,9 +37,11 @@ from laion_assets.seeds import (
 from laion_assets.staging import (
     NotStagedError,
     OpenIndex,
+    Scrubbed,
     Source,
     Staged,
     open_staged,
+    scrub,
     stage,
     verified_manifest,
     version_of,
@@ -105,15 +107,22 @@ class LaionIndex:
             log=log,
         )
 
-    def what_is_missing(self, recorded: str | None) -> str | None:
+    def verify(self, log: Callable[[str], None], *, repair: bool) -> Scrubbed:
+        """Read all of the staged index, see `laion_assets.staging.scrub`."""
+        return scrub(self.cache_dir, repair=repair, budget=self.sparse_budget, log=log)
+
+    def what_is_missing(
+        self, recorded: str | None, log: Callable[[str], None] = lambda _: None
+    ) -> str | None:
         """Describe what the local disk lacks of the index; None if it is complete.
 
         Args:
             recorded: fingerprint in the last materialization; None if there is none.
+            log: called with lines about progress, if files have to be read again.
 
         """
         try:
-            held = verified_manifest(self.cache_dir).fingerprint
+            held = verified_manifest(self.cache_dir, log).fingerprint
         except NotStagedError as error:
             return str(error)
         if recorded in (None, held):

@@ -17,6 +17,7 @@ import faiss
 import numpy as np
 
 from laion_assets.index.decoder import Decoder, list_bytes, list_numbers
+from laion_assets.index.faiss_consistency import contradictions
 from laion_assets.index.faiss_file import read_with_lists_beside
 from laion_assets.index.inverted_lists import ID_SIZE, QUERIES_AT_ONCE, InvertedLists
 from laion_assets.index.vectors import unit
@@ -84,13 +85,15 @@ class Index:
                 'metric_type="ip"'
             )
         _check_kind(self._index, path)
+        for contradiction in contradictions(self._index):
+            raise _incomplete(path, contradiction)
         self._ivf = faiss.try_extract_index_ivf(self._index)
         self._lists: InvertedLists | None = None
         if self._ivf is not None:
             self._ivf = faiss.downcast_index(self._ivf)
             self._lists = InvertedLists.read(self._ivf, lists or path)
         if self._lists is not None:
-            self._lists.check_size()
+            self._lists.check(self._index.ntotal)
         self._disk = disk or WholeFiles()
         self.dimension: int = self._index.d
         self.rows: int = self._index.ntotal
@@ -448,13 +451,16 @@ def _read_index(path: Path, *, on_disk_lists: bool) -> Any:
                 return read_with_lists_beside(path)
             # READ_ONLY: lists would be mapped writable otherwise.
             return faiss.read_index(str(path), faiss.IO_FLAG_MMAP | faiss.IO_FLAG_READ_ONLY)
-    except RuntimeError as error:
-        reason = str(error).splitlines()[0].rpartition(": ")[2]
-        raise InputError(
-            f"{path} is not a complete faiss index ({reason}): stage the index again, and if that does "
-            "not help, replace the file at the source",
-            "staged_index",
-        ) from error
+    except (RuntimeError, MemoryError) as error:  # a damaged size may be larger than the memory
+        raise _incomplete(path, str(error).splitlines()[0].rpartition(": ")[2]) from error
+
+
+def _incomplete(path: Path, reason: str) -> InputError:
+    return InputError(
+        f"{path} is not a complete faiss index ({reason}): stage the index again, and if that does not "
+        "help, replace the file at the source",
+        "staged_index",
+    )
 
 
 def _check_kind(index: Any, path: Path) -> None:

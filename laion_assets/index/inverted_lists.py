@@ -56,22 +56,33 @@ class InvertedLists:
         # A list without capacity has an arbitrary offset.
         return cls(path, np.where(capacity > 0, offset, 0), capacity, size, stored.code_size)
 
-    @property
-    def end(self) -> int:
-        """The size that the file must have at least, in bytes."""
-        return int((self.offset + self.capacity * (self.code_size + ID_SIZE)).max(initial=0))
+    def check(self, rows: int) -> None:
+        """Check that the table can be right and the file is long enough.
 
-    def check_size(self) -> None:
-        """Check that the file is long enough: a read past the end would kill the process.
+        A read where a wrong table leads, or past the end, would kill the process.
+
+        Args:
+            rows: rows of the index.
 
         Raises:
-            InputError: the file is too short.
+            InputError: the table contradicts itself, or the file is too short.
 
         """
-        size = self.path.stat().st_size
-        if size < self.end:
+        has_room, largest = self.capacity > 0, np.iinfo(np.int64).max // 4
+        possible = (self.size >= 0) & (self.size <= self.capacity) & (self.offset >= 0)
+        possible &= self.capacity <= (largest - self.offset) // (self.code_size + ID_SIZE)
+        if not possible.all() or self.size.sum() != rows:
             raise InputError(
-                f"{self.path} is truncated: it has {size:,} bytes, its inverted lists need {self.end:,}; "
+                f"the table of the inverted lists in {self.path} is damaged: it does not describe "
+                f"{rows:,} rows; stage the index again, and if that does not help, replace the index at "
+                "the source",
+                "staged_index",
+            )
+        ends = (self.offset + self.capacity * (self.code_size + ID_SIZE))[has_room]
+        size, needed = self.path.stat().st_size, int(ends.max(initial=0))
+        if size < needed:
+            raise InputError(
+                f"{self.path} is truncated: it has {size:,} bytes, its inverted lists need {needed:,}; "
                 "stage the index again, and if that does not help, replace the file at the source",
                 "staged_index",
             )

@@ -34,6 +34,31 @@ def crc32c(data: bytes, before: int = 0) -> int:
     return checksum
 
 
+class PartChecksums:
+    """Computes the crc32c of each part of some bytes, from pieces of any length.
+
+    Args:
+        size: bytes of a part; the last one may be shorter.
+
+    """
+
+    def __init__(self, size: int) -> None:
+        self._size = size
+        self._found: list[int] = []
+        self._begun = b""
+
+    def add(self, piece: bytes) -> None:
+        """Add the next bytes."""
+        data = self._begun + bytes(piece) if self._begun else bytes(piece)
+        whole = len(data) - len(data) % self._size
+        self._found += [crc32c(data[at : at + self._size]) for at in range(0, whole, self._size)]
+        self._begun = data[whole:]
+
+    def finish(self) -> list[int]:
+        """Return the checksums of all parts."""
+        return [*self._found, crc32c(self._begun)] if self._begun else self._found
+
+
 def checksum_text(checksum: google_crc32c.Checksum | int) -> str:
     """Format a checksum as Google Cloud Storage does: base64 of its big-endian bytes."""
     digest = checksum.to_bytes(4, "big") if isinstance(checksum, int) else checksum.digest()

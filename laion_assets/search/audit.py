@@ -18,7 +18,6 @@ from laion_assets.index.faiss_index import Index
 from laion_assets.index.metadata import Metadata
 from laion_assets.index.vectors import Vectors
 from laion_assets.io.arrays import Bytes, Floats, Ids, Mask
-from laion_assets.io.checksums import file_crc32c
 from laion_assets.io.tables import code_bytes
 from laion_assets.search.block_list import hashes
 
@@ -33,8 +32,6 @@ FEWEST_PAIRS = 40
 ANCHORS = 256  # rows compared with all others
 COSINE_ROUNDING = 1e-5  # cosines from two decoders of the same codes differ by less
 SOUND_ROWS_OF_A_LIST = 16  # rows per list checked for damage
-LARGEST_READ_AGAIN = 256 << 20  # bytes of one file
-READ_AGAIN = 1 << 30  # bytes that each run reads again, in total
 HIGHEST = 1.1  # a decoded row may be a little longer than 1
 EXAMPLES = 5
 PLAIN_URL = r"^https?://[A-Za-z0-9][A-Za-z0-9.-]*(/[^\s[:cntrl:]]*)?$"
@@ -173,37 +170,6 @@ def _rows_with_vectors(index: Index) -> tuple[Ids, Mask]:
     ]
     ids, present = zip((np.empty(0, np.int64), np.empty(0, np.bool_)), *sample, strict=True)
     return np.concatenate(ids), np.concatenate(present)
-
-
-def changed(files: Iterable[tuple[str, str, int]]) -> list[str]:
-    """Read files again and return a sentence for each that differs from its staged checksum.
-
-    Args:
-        files: path, checksum and size of each file, as chosen by `to_read_again`.
-
-    """
-    return [
-        f"{path} has changed since it was staged: its checksum differs"
-        for path, checksum, _ in files
-        if file_crc32c(path) != checksum
-    ]
-
-
-def to_read_again(files: Sequence[tuple[str, str, int]]) -> list[tuple[str, str, int]]:
-    """Choose random files with a fixed seed: at most 256 MiB each and 1 GiB in total.
-
-    Args:
-        files: path, checksum when staged (crc32c in base64) and size of each file.
-
-    """
-    chosen: list[tuple[str, str, int]] = []
-    room = READ_AGAIN
-    for number in np.random.default_rng(0).permutation(len(files)):
-        size = files[number][2]
-        if size <= min(LARGEST_READ_AGAIN, room):
-            chosen.append(files[number])
-            room -= size
-    return chosen
 
 
 @dataclass(frozen=True)

@@ -385,7 +385,7 @@ def _source_rates(opened: OpenIndex) -> tuple[float, float]:
         The seconds of a request for a page, and of a byte of a long range.
 
     """
-    reader, files = sources_of(opened.manifest)
+    reader, files = sources_of([file for file in opened.manifest.files if file.sparse])
     file = max(files, key=lambda file: file.size)
     random = np.random.default_rng(0)
 

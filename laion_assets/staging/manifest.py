@@ -52,6 +52,11 @@ class StagedFile:
         """Whether the checksum is one of bytes, and not a version."""
         return not self.checksum.startswith(VERSION)
 
+    @property
+    def is_copied(self) -> bool:
+        """Whether it was copied whole, and so all of its bytes can be compared with checksums."""
+        return self.has_checksum and not self.sparse
+
 
 @dataclass(frozen=True)
 class Manifest:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -13,7 +13,7 @@ from laion_assets.index.faiss_index import Index
 from laion_assets.index.layout import METADATA_FOLDER, PUBLISHED_TABLES, index_files
 from laion_assets.index.metadata import Metadata
 from laion_assets.io.ranges import Disk, WholeFiles
-from laion_assets.staging.manifest import Manifest, NotStagedError
+from laion_assets.staging.manifest import Manifest, NotStagedError, StagedFile
 from laion_assets.staging.sparse.budget import DEFAULT_BUDGET
 from laion_assets.staging.sparse.store import SparseFiles
 from laion_assets.staging.transfer import locks
@@ -81,7 +81,7 @@ def open_staged(
     if not is_staged(cache):
         raise NotStagedError(f"nothing is staged in {cache}: stage the index first")
     with locks.reading(cache):
-        manifest = verified_manifest(cache)
+        manifest = verified_manifest(cache, log)
         paths = {file.name: cache / file.path for file in manifest.files}
         index, lists = index_files(paths, str(cache))
         metadata = [paths[name] for name in sorted(paths) if name.startswith(f"{METADATA_FOLDER}/")]
@@ -123,7 +123,7 @@ def open_sparse_files(
 
     If the source has changed, the manifest is marked incomplete, so that the index is not opened again.
     """
-    reader, files = sources_of(manifest)
+    reader, files = sources_of([file for file in manifest.files if file.sparse])
     return SparseFiles(
         cache,
         files,
@@ -135,11 +135,10 @@ def open_sparse_files(
     )
 
 
-def sources_of(manifest: Manifest) -> tuple[RangeReader, list[SourceFile]]:
-    """Return a reader of the source, and what the sparse files of a manifest are there."""
-    staged = [file for file in manifest.files if file.sparse]
-    reader, paths = open_files([file.source for file in staged])
+def sources_of(files: Sequence[StagedFile]) -> tuple[RangeReader, list[SourceFile]]:
+    """Return a reader of the source of an index, and what some staged files are there."""
+    reader, paths = open_files([file.source for file in files])
     return reader, [
         SourceFile(file.name, file.source, path, file.size, file.version, file.checksum)
-        for file, path in zip(staged, paths, strict=True)
+        for file, path in zip(files, paths, strict=True)
     ]

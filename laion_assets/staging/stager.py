@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import shutil
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from laion_assets.index.layout import METADATA_FOLDER, SINGLE_INDEX
 from laion_assets.io.errors import InputError
+from laion_assets.staging.full.blocks import remove_other_checksums
 from laion_assets.staging.full.copy import FullCopy
 from laion_assets.staging.full.journal import INCOMING, journal_path, partial_path, recorded_chunks
+from laion_assets.staging.full.mend import mend
 from laion_assets.staging.manifest import VERSION, Manifest, StagedFile
 from laion_assets.staging.plan import Plan, plan_staging
 from laion_assets.staging.sparse.leases import remove_leases
@@ -28,7 +30,14 @@ from laion_assets.staging.transfer.fetch import TransferOptions, TransferStats
 from laion_assets.staging.transfer.files import SourceFile, version_of
 from laion_assets.staging.transfer.range_readers import ChangedError
 from laion_assets.staging.transfer.source import Source
-from laion_assets.staging.verify import sizes_on_disk
+from laion_assets.staging.verify import (
+    Damage,
+    find_damage,
+    record_verified,
+    sample_damage,
+    sizes_on_disk,
+    times_of,
+)
 
 MAX_ROUNDS = 5  # copies started before a source that keeps changing is an error
 
@@ -41,6 +50,7 @@ class Staged:
         manifest: the current contents of the disk.
         source_version: version of the source that the disk matches, see `version_of`.
         fetched: number of files that were copied or allocated, or newly used in place.
+        mended: number of damaged files whose damaged blocks were fetched again.
         bytes_fetched: bytes read from the source.
         bytes_reused: bytes that were already on the disk, including those of an interrupted attempt.
         retries: number of reads that failed and were retried.
@@ -52,6 +62,7 @@ class Staged:
     manifest: Manifest
     source_version: str
     fetched: int
+    mended: int
     bytes_fetched: int
     bytes_reused: int
     retries: int
@@ -127,6 +138,7 @@ class _Stager:
     log: Callable[[str], None]
     stats: TransferStats = field(default_factory=TransferStats)
     readers_locked_out: bool = False
+    mended: int = 0
 
     def run(self) -> Staged:
         started = time.monotonic()
@@ -134,13 +146,17 @@ class _Stager:
             for _ in range(MAX_ROUNDS):
                 files = self.source.list()
                 manifest = Manifest.read(self.cache)
+                sizes = sizes_on_disk(manifest, self.cache)
+                damage = self._find_damage(manifest, sizes)
                 todo = plan_staging(
                     files,
                     manifest,
-                    sizes_on_disk(manifest, self.cache),
+                    {name: size for name, size in sizes.items() if not _must_be_copied(name, damage)},
                     in_place=self.in_place,
                     sparse=self.sparse,
                 )
+                if not self._mend(damage, todo, files, held):
+                    continue
                 if manifest and manifest.complete and not todo.changes:
                     if manifest.files != todo.keep:  # the same bytes were uploaded again
                         manifest = self._write(todo.keep, complete=True)
@@ -158,6 +174,34 @@ class _Stager:
             "finished, then stage the index again",
             "staged_index",
         )
+
+    def _find_damage(self, manifest: Manifest | None, sizes: Mapping[str, int]) -> list[Damage]:
+        """Find the damage in files that have changed, or of which a sample is damaged."""
+        files = manifest.files if manifest else ()
+        whole = [file for file in files if sizes.get(file.name) == file.size]
+        sample_damage(whole, self.cache)
+        return find_damage(whole, self.cache, self.log)
+
+    def _mend(
+        self, damage: Iterable[Damage], todo: Plan, files: Sequence[SourceFile], held: ExitStack
+    ) -> bool:
+        """Fetch the damaged blocks of files that stay; False if the source has changed meanwhile."""
+        kept, sources = {file.name for file in todo.keep}, {file.name: file for file in files}
+        for found in damage:
+            name = found.file.name
+            if name not in kept or found.blocks is None:
+                continue
+            self.log(f"{found.describe(self.cache)}; fetching them again")
+            self._lock_out_readers(held)
+            path, source = self.cache / found.file.path, sources[name]
+            try:
+                mend(path, found.blocks, found.numbers, source, self.source.reader, self.log, self.stats)
+            except ChangedError as changed:
+                self.log(f"{source.url} was overwritten while it was being read ({changed})")
+                return False
+            record_verified(self.cache, {name: times_of(path)})
+            self.mended += 1
+        return True
 
     def _copy(self, todo: Plan) -> list[StagedFile] | None:
         """Copy the files to fetch; None if the source has changed since it was listed."""
@@ -242,8 +286,11 @@ class _Stager:
             for folder in {(self.cache / file.path).parent for file in copied}:
                 sync_folder(folder)
             _remove_empty_folders(self.cache)
+            record_verified(self.cache, {file.name: times_of(self.cache / file.path) for file in copied})
         by_name = {file.name: file for file in (*todo.keep, *copied, *sparse)}
-        return self._write([by_name[file.name] for file in files], complete=True)
+        manifest = self._write([by_name[file.name] for file in files], complete=True)
+        remove_other_checksums(self.cache, [(file.name, file.checksum) for file in manifest.files])
+        return manifest
 
     def _rename(self, file: StagedFile) -> None:
         partial, path = partial_path(self.cache, file.name), self.cache / file.path
@@ -306,12 +353,18 @@ class _Stager:
             manifest,
             version_of(files),
             fetched=len(todo.fetch) + len(todo.allocate),
+            mended=self.mended,
             bytes_fetched=self.stats.fetched,
             bytes_reused=self.stats.reused + replace(manifest, files=todo.keep).bytes_on_disk(self.cache),
             retries=self.stats.retries,
             seconds=time.monotonic() - started,
             verified=_verified(files, manifest),
         )
+
+
+def _must_be_copied(name: str, damage: Iterable[Damage]) -> bool:
+    """Whether a file is damaged, and it is unknown where."""
+    return any(found.file.name == name and found.blocks is None for found in damage)
 
 
 def _known_by_version(file: SourceFile, path: str, *, sparse: bool = False) -> StagedFile:

@@ -86,9 +86,10 @@ class Proxy:
         else:
             if failure == "silence":
                 time.sleep(1)
-            self._forward(request, is_read, half=failure == "half")
+            self._forward(request, is_read, failure)
 
-    def _forward(self, request: BaseHTTPRequestHandler, is_read: bool, half: bool) -> None:
+    def _forward(self, request: BaseHTTPRequestHandler, is_read: bool, failure: str | int | None) -> None:
+        half = failure == "half"
         server = http.client.HTTPConnection(self.upstream, timeout=30)
         try:
             headers = {name: value for name, value in request.headers.items() if name.lower() != "host"}
@@ -101,6 +102,8 @@ class Proxy:
             self._reply(request, reply, b"", length)
             left = length // 2 if half else length
             while piece := reply.read(min(COPY_SIZE, left)):
+                if failure == "flip":
+                    piece, failure = bytes([piece[0] ^ 1]) + piece[1:], None
                 request.wfile.write(piece)
                 left -= len(piece)
                 if self.bytes_per_second:

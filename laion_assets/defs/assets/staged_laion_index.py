@@ -93,13 +93,17 @@ def open_index(context: dg.AssetExecutionContext, laion_index: LaionIndex) -> It
 
 
 def _what_is_missing(context: dg.AssetExecutionContext, laion_index: LaionIndex) -> str | None:
-    return laion_index.what_is_missing(last_version(context.instance, dg.AssetKey(NAME)))
+    return laion_index.what_is_missing(
+        last_version(context.instance, dg.AssetKey(NAME)), context.log.info
+    )
 
 
 def _restage(context: dg.AssetExecutionContext, laion_index: LaionIndex) -> None:
     staged = laion_index.stage(context.log.info)
     key = dg.AssetKey(NAME)
-    if staged.manifest.fingerprint == last_version(context.instance, key) and not staged.fetched:
+    if staged.manifest.fingerprint == last_version(context.instance, key) and not (
+        staged.fetched or staged.mended
+    ):
         return  # another step staged it while this one waited for the lock
     context.log_event(
         dg.AssetMaterialization(
@@ -128,6 +132,7 @@ def _figures(staged: Staged, laion_index: LaionIndex) -> dict[str, Any]:
         "files": len(staged.manifest.files),
         "bytes": staged.manifest.size,
         "bytes on the disk": staged.manifest.bytes_on_disk(laion_index.cache_dir),
+        "damaged files mended": staged.mended,
         "bytes fetched": staged.bytes_fetched,
         "bytes reused": staged.bytes_reused,
         "bytes per second": round(staged.bytes_fetched / staged.seconds),
@@ -148,6 +153,8 @@ def _sentence(staged: Staged, laion_index: LaionIndex) -> str:
         parts.append(f"{staged.bytes_fetched:,} of them fetched in {staged.seconds:.1f} s")
     elif not in_place:
         parts.append("nothing to do")
+    if staged.mended:
+        parts.append(f"{count(staged.mended, 'damaged file')} mended")
     if staged.retries:
         parts.append(f"{staged.retries} reads retried")
     return "; ".join(parts)

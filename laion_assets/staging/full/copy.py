@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 
-from laion_assets.io.checksums import crc32c
+from laion_assets.io.errors import InputError
 from laion_assets.io.progress import Progress
 from laion_assets.staging.full.partial import Chunk, PartialFile
 from laion_assets.staging.transfer.fetch import Fetcher, TransferOptions, TransferStats
@@ -33,13 +33,16 @@ class FullCopy:
         log: Callable[[str], None],
         stats: TransferStats,
     ) -> None:
-        self._fetcher = Fetcher(reader, options.threads, log, stats)
+        self._reader = reader
         self._cache = cache
-        self._chunk = options.chunk
+        self._options = options
+        self._log = log
         self._stats = stats
 
     def run(self, files: Sequence[SourceFile]) -> list[str]:
         """Copy files, make them durable, and compare them with the source's checksums.
+
+        The checksums of their blocks are kept, see `Blocks`.
 
         Returns:
             The crc32c of each file in base64.
@@ -50,32 +53,78 @@ class FullCopy:
             OSError: the disk is full or not writable.
 
         """
-        opened: list[PartialFile] = []
-        with Progress("staging", sum(file.size for file in files), "B", self._fetcher.log) as progress:
-            try:
-                self._fetcher.run(self._jobs(files, opened), lambda job: self._copy_chunk(*job, progress))
-            finally:
-                for partial in opened:
-                    partial.close()
-        return [partial.checksum for partial in opened]
+        copies: list[PartialFile] = []
+        try:
+            self._copy(files, copies)
+            for partial in copies:
+                if partial.differs:
+                    self._read_again(partial)
+        finally:
+            for partial in copies:
+                partial.close()
+        for partial in copies:
+            partial.blocks.write(self._cache, partial.file.name, partial.blocks.checksum)
+        return [partial.blocks.checksum for partial in copies]
 
-    def _jobs(
-        self, files: Sequence[SourceFile], opened: list[PartialFile]
-    ) -> Iterator[tuple[PartialFile, Chunk]]:
-        for file in files:
-            partial = PartialFile(file, self._chunk, self._cache)
-            opened.append(partial)
+    def _copy(self, files: Sequence[SourceFile], copies: list[PartialFile]) -> None:
+        """Copy files to `copies`, except for the chunks that an earlier attempt has copied."""
+        fetcher = self._fetcher()
+
+        def jobs() -> Iterator[tuple[PartialFile, Chunk]]:
+            for file in files:
+                partial = PartialFile(file, self._options.chunk, self._cache)
+                copies.append(partial)
+                for chunk in partial.chunks:
+                    yield partial, chunk
+
+        def copy(job: tuple[PartialFile, Chunk]) -> None:
+            partial, chunk = job
+            if partial.has(chunk):
+                self._stats.add(reused=chunk.size)
+                progress.advance(chunk.size)
+            else:
+                pieces = fetcher.read(partial.file, chunk.start, chunk.stop)
+                partial.write(chunk, counted(pieces, progress))
+            if partial.is_complete and not partial.differs:
+                partial.close()  # the number of open files is limited
+
+        with Progress("staging", sum(file.size for file in files), "B", fetcher.log) as progress:
+            fetcher.run(jobs(), copy)
+
+    def _read_again(self, partial: PartialFile) -> None:
+        """Read a file again that differs from its checksum, until its wrong part is replaced.
+
+        The source reports one checksum for the whole file, so it does not tell which part is wrong.
+        """
+        file, fetcher = partial.file, self._fetcher()
+        self._log(f"{file.url} differs from its checksum: reading it again to find the wrong part")
+
+        def jobs() -> Iterator[Chunk]:
             for chunk in partial.chunks:
-                yield partial, chunk
+                if not partial.differs:
+                    return
+                yield chunk
 
-    def _copy_chunk(self, partial: PartialFile, chunk: Chunk, progress: Progress) -> None:
-        if partial.has(chunk):
-            self._stats.add(reused=chunk.size)
-            progress.advance(chunk.size)
-            return
-        checksum = 0
-        for data, at in self._fetcher.read(partial.file, chunk.start, chunk.stop):
-            partial.write(data, at)
-            checksum = crc32c(data, checksum)
-            progress.advance(len(data))
-        partial.finish(chunk, checksum)
+        def copy(chunk: Chunk) -> None:
+            partial.write(chunk, counted(fetcher.read(file, chunk.start, chunk.stop), progress))
+
+        with Progress("reading again", file.size, "B", fetcher.log) as progress:
+            fetcher.run(jobs(), copy)
+        if partial.differs:
+            partial.discard()
+            raise InputError(
+                f"{file.url} differs from its checksum: the source reports crc32c {file.checksum}, its "
+                f"{file.size:,} bytes have {partial.blocks.checksum}, read twice: upload the file to the "
+                "source again",
+                "staged_index",
+            )
+
+    def _fetcher(self) -> Fetcher:
+        return Fetcher(self._reader, self._options.threads, self._log, self._stats)
+
+
+def counted(pieces: Iterable[tuple[bytes, int]], progress: Progress) -> Iterator[tuple[bytes, int]]:
+    """Count the bytes of pieces as progress."""
+    for data, at in pieces:
+        yield data, at
+        progress.advance(len(data))

@@ -1,22 +1,24 @@
 """The journal of a partial file lists its chunks that are on the disk, with their checksums.
 
-The first line describes the file. Each further line describes one chunk, and is written once the chunk is
-durable. A line is only trusted after the chunk is read back and compared, so a torn or outdated line
-costs one chunk.
+The first line describes the file. Each further line holds the number of a chunk and the checksums of its
+blocks, and is written once the chunk is durable. A line is only trusted after the chunk is read back and
+compared, so a torn or outdated line costs one chunk.
 """
 
 from __future__ import annotations
 
 import json
 import re
+from collections.abc import Sequence
 from pathlib import Path
 
+from laion_assets.staging.full.blocks import BLOCK
 from laion_assets.staging.transfer.files import SourceFile
 
 # A separate folder, because one form of an index has a file where another form has a folder.
 INCOMING = ".incoming"
 JOURNAL_SUFFIX = ".journal"
-JOURNAL_LINE = re.compile(r"(\d+) ([0-9a-f]{8})\n")
+JOURNAL_LINE = re.compile(r"(\d+)((?: [0-9a-f]{8})*)\n")
 
 
 def partial_path(cache: Path, name: str) -> Path:
@@ -38,7 +40,7 @@ class Journal:
         chunk: size of a chunk in bytes.
 
     Attributes:
-        recorded: checksums of the chunks of earlier attempts, by number.
+        recorded: checksums of the blocks of each chunk of earlier attempts, by its number.
 
     """
 
@@ -51,17 +53,18 @@ class Journal:
             path.write_text(_header(file, chunk))
         self._lines = path.open("ab", buffering=0)  # unbuffered: each line is one write of one thread
 
-    def record(self, number: int, checksum: int) -> None:
+    def record(self, number: int, checksums: Sequence[int]) -> None:
         """Record that a chunk is durable."""
-        self._lines.write(f"{number} {checksum:08x}\n".encode())
+        line = " ".join([str(number), *(f"{each:08x}" for each in checksums)])
+        self._lines.write(f"{line}\n".encode())
 
     def close(self) -> None:
         """Close the journal."""
         self._lines.close()
 
 
-def recorded_chunks(partial: Path, file: SourceFile, chunk: int) -> dict[int, int] | None:
-    """Return the checksums recorded for a partial file, by chunk number; None if it cannot be resumed.
+def recorded_chunks(partial: Path, file: SourceFile, chunk: int) -> dict[int, list[int]] | None:
+    """Return the checksums recorded for a partial file, see `Journal`; None if it cannot be resumed.
 
     This changes no file.
     """
@@ -72,9 +75,10 @@ def recorded_chunks(partial: Path, file: SourceFile, chunk: int) -> dict[int, in
     if header != _header(file, chunk):
         return None
     found = (JOURNAL_LINE.fullmatch(line) for line in lines)
-    return {int(match[1]): int(match[2], 16) for match in found if match}
+    return {int(match[1]): [int(each, 16) for each in match[2].split()] for match in found if match}
 
 
 def _header(file: SourceFile, chunk: int) -> str:
     header = {"source": file.url, "version": file.version, "size": file.size, "chunk": chunk}
+    header |= {"block": BLOCK}
     return json.dumps(header) + "\n"

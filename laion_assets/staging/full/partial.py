@@ -1,14 +1,18 @@
-"""Copy a file chunk by chunk, and compare it with the source's checksum."""
+"""Copy a file chunk by chunk."""
 
 from __future__ import annotations
 
+import math
 import os
 import threading
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
-from laion_assets.io.checksums import checksum_text, crc32c, crc32c_of_parts
-from laion_assets.io.errors import InputError
+import numpy as np
+
+from laion_assets.io.checksums import PartChecksums
+from laion_assets.staging.full.blocks import BLOCK, Blocks
 from laion_assets.staging.full.journal import Journal, journal_path, partial_path
 from laion_assets.staging.transfer.disk import write_at
 from laion_assets.staging.transfer.files import SourceFile
@@ -33,8 +37,7 @@ class Chunk:
 class PartialFile:
     """A file that is copied to a partial file, with a journal beside it.
 
-    Once all chunks are complete, its checksum is compared with the source's. May be used by several
-    threads.
+    May be used by several threads.
 
     Args:
         file: the file from the listing.
@@ -50,9 +53,10 @@ class PartialFile:
     def __init__(self, file: SourceFile, chunk: int, cache: Path) -> None:
         self.file = file
         self.chunks = chunks_of(file.size, chunk)
-        self._checksums: dict[int, int] = {}
+        self._block = math.gcd(BLOCK, chunk)  # so that no block lies in two chunks
+        self._checksums: dict[int, list[int]] = {}  # of the blocks of each complete chunk
+        self._blocks: Blocks | None = None
         self._lock = threading.Lock()
-        self._checksum: str | None = None
         self._partial = partial_path(cache, file.name)
         self._partial.parent.mkdir(parents=True, exist_ok=True)
         self._journal = Journal(self._partial, file, chunk)
@@ -61,67 +65,68 @@ class PartialFile:
     def has(self, chunk: Chunk) -> bool:
         """Return whether an earlier attempt recorded a chunk that is still intact on the disk."""
         recorded = self._journal.recorded.get(chunk.number)
-        if recorded is None or recorded != self._checksum_on_disk(chunk):
+        if recorded is None or recorded != self._checksums_on_disk(chunk):
             return False
-        self._check(chunk, recorded)
+        self._add(chunk, recorded)
         return True
 
-    def write(self, data: bytes, at: int) -> None:
-        """Write the bytes at an offset."""
-        write_at(self._file.fileno(), data, at)
+    def write(self, chunk: Chunk, pieces: Iterable[tuple[bytes, int]]) -> None:
+        """Write a chunk, make it durable and record it.
 
-    def finish(self, chunk: Chunk, checksum: int) -> None:
-        """Make a chunk durable and record it; after the last chunk, compare the checksum of the file.
-
-        Raises:
-            InputError: the checksum differs from the source's.
+        Args:
+            chunk: the chunk.
+            pieces: all of its bytes in order, each piece with its offset in the file.
 
         """
+        checksums = PartChecksums(self._block)
+        for data, at in pieces:
+            write_at(self._file.fileno(), data, at)
+            checksums.add(data)
         os.fdatasync(self._file.fileno())
-        self._journal.record(chunk.number, checksum)
-        self._check(chunk, checksum)
+        self._journal.record(chunk.number, checksums.finish())
+        self._add(chunk, checksums.finish())
 
     @property
-    def checksum(self) -> str:
-        """The crc32c of the file in base64, once all chunks are complete."""
-        if self._checksum is None:
+    def blocks(self) -> Blocks:
+        """The blocks of the file, once all chunks are complete."""
+        if self._blocks is None:
             raise AssertionError(f"{self.file.url} is incomplete")
-        return self._checksum
+        return self._blocks
+
+    @property
+    def is_complete(self) -> bool:
+        """Whether all chunks are complete."""
+        return self._blocks is not None
+
+    @property
+    def differs(self) -> bool:
+        """Whether the source reports another checksum than that of the complete file."""
+        return self.file.checksum not in (None, self.blocks.checksum)
 
     def close(self) -> None:
         """Close the partial file and its journal."""
         self._file.close()
         self._journal.close()
 
-    def _check(self, chunk: Chunk, checksum: int) -> None:
-        with self._lock:
-            self._checksums[chunk.number] = checksum
-            if len(self._checksums) < len(self.chunks):
-                return
-        found = checksum_text(crc32c_of_parts((self._checksums[c.number], c.size) for c in self.chunks))
-        file = self.file
-        if file.checksum not in (None, found):
-            self._discard()
-            raise InputError(
-                f"{file.url} differs from its checksum: the source reports crc32c {file.checksum}, its "
-                f"{file.size:,} bytes have {found}: stage the index again, and if that does not help, "
-                "upload the file to the source again",
-                "staged_index",
-            )
-        self._checksum = found
-        self.close()
-
-    def _checksum_on_disk(self, chunk: Chunk) -> int:
-        checksum = 0
-        for at in range(chunk.start, chunk.stop, READ_BACK_SIZE):
-            data = os.pread(self._file.fileno(), min(READ_BACK_SIZE, chunk.stop - at), at)
-            checksum = crc32c(data, checksum)
-        return checksum
-
-    def _discard(self) -> None:
-        """Discard the copy: one of its chunks is wrong, and it is unknown which."""
+    def discard(self) -> None:
+        """Discard the copy, which differs from its checksum."""
         journal_path(self._partial).unlink()
         self._partial.unlink()
+
+    def _add(self, chunk: Chunk, checksums: list[int]) -> None:
+        with self._lock:
+            if self._checksums.get(chunk.number) == checksums:
+                return
+            self._checksums[chunk.number] = checksums
+            if len(self._checksums) == len(self.chunks):
+                every = [each for c in self.chunks for each in self._checksums[c.number]]
+                self._blocks = Blocks(self.file.size, self._block, np.array(every, np.uint32))
+
+    def _checksums_on_disk(self, chunk: Chunk) -> list[int]:
+        checksums = PartChecksums(self._block)
+        for at in range(chunk.start, chunk.stop, READ_BACK_SIZE):
+            checksums.add(os.pread(self._file.fileno(), min(READ_BACK_SIZE, chunk.stop - at), at))
+        return checksums.finish()
 
 
 def chunks_of(size: int, chunk: int) -> list[Chunk]:

@@ -22,7 +22,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from laion_assets.io.arrays import Ids, Mask
-from laion_assets.io.checksums import crc32c
+from laion_assets.io.checksums import PartChecksums
 from laion_assets.io.errors import InputError
 from laion_assets.io.ranges import NO_RANGES, Ranges, WholeFiles, batched, members, outside, runs, split
 from laion_assets.staging.sparse.reads import MAX_READ, PAGE_SIZE
@@ -80,28 +80,9 @@ def leftover_maps(folder: Path, paths: Sequence[Path]) -> list[Path]:
     return sorted(found - set(map(map_path, paths)))
 
 
-def page_checksums(data: bytes) -> list[int]:
-    """Return the crc32c of each page in some bytes that begin with a page; the last one may be short."""
-    return [crc32c(data[at : at + PAGE_SIZE]) or 1 for at in range(0, len(data), PAGE_SIZE)]
-
-
-class PageChecksums:
-    """Computes the checksums of pages from pieces that may end within a page."""
-
-    def __init__(self) -> None:
-        self._found: list[int] = []
-        self._begun = b""
-
-    def add(self, piece: bytes) -> None:
-        """Add the next bytes."""
-        data = self._begun + bytes(piece)
-        whole = len(data) - len(data) % PAGE_SIZE
-        self._found += page_checksums(data[:whole])
-        self._begun = data[whole:]
-
-    def finish(self) -> list[int]:
-        """Return the checksums of all pages; the last one may be short."""
-        return self._found + page_checksums(self._begun)
+def page_checksums(found: Iterable[int]) -> list[int]:
+    """Return checksums as the map records them, in which 0 means that a page holds no data."""
+    return [checksum or 1 for checksum in found]
 
 
 def page_records(pages: Ids, checksums: Iterable[int], used: int) -> Records:
@@ -212,7 +193,9 @@ class SparseFile:
         WholeFiles().need({self.path: reads})  # all at a time: one by one, a cold disk takes minutes
         found: list[int] = []
         for start, stop in reads.tolist():
-            found += page_checksums(os.pread(self._file, stop - start, start))
+            pages = PartChecksums(PAGE_SIZE)
+            pages.add(os.pread(self._file, stop - start, start))
+            found += page_checksums(pages.finish())
         return np.array(found, np.uint32)
 
     # --- the map ----------------------------------------------------------------------------------
@@ -335,10 +318,13 @@ class SparseFile:
         numbers = (members(some) for some in batched(pages, RECORDS_AT_ONCE))
         return np.concatenate([NO_RANGES[:, 0], *(some[~self._find(some)[1]] for some in numbers)])
 
+    def present(self) -> Ranges:
+        """Return the ranges of pages that hold data."""
+        return runs(self._present["page"].astype(np.int64))
+
     def unmarked(self) -> Ranges:
         """Return the ranges of pages that hold no data."""
-        present = runs(self._present["page"].astype(np.int64)).ravel()
-        edges = np.concatenate([[0], present, [self.pages]]).reshape(-1, 2)
+        edges = np.concatenate([[0], self.present().ravel(), [self.pages]]).reshape(-1, 2)
         return edges[edges[:, 0] < edges[:, 1]]
 
     def unlisted(self) -> int:

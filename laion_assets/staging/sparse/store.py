@@ -20,17 +20,19 @@ from threading import Lock
 import numpy as np
 
 from laion_assets.io.arrays import Ids
+from laion_assets.io.checksums import PartChecksums
 from laion_assets.io.errors import InputError
 from laion_assets.io.progress import Progress
 from laion_assets.io.ranges import NO_RANGES, Hold, Ranges, batched, members, outside, runs, total, union
 from laion_assets.staging.sparse.budget import least_recently_used
 from laion_assets.staging.sparse.leases import LEASES, Lease, Pages, read_leases
 from laion_assets.staging.sparse.pages import (
+    PAGES_AT_ONCE,
     RECORD,
-    PageChecksums,
     SparseFile,
     leftover_maps,
     map_path,
+    page_checksums,
     page_records,
 )
 from laion_assets.staging.sparse.reads import MERGE_GAP, PAGE_SIZE, pages_of, read_batches, reads_for
@@ -161,6 +163,30 @@ class SparseFiles:
         return max(int(self._clock()), 1)
 
     # --- damage -----------------------------------------------------------------------------------
+
+    def find_damage(self, name: str, advance: Callable[[int], object] = lambda _: None) -> Ranges:
+        """Read all pages of a file that are on the disk, and return the ranges of bytes that are damaged.
+
+        Args:
+            name: name of the file.
+            advance: called with the bytes read since the last call.
+
+        """
+        number = [source.name for source in self._sources].index(name)
+        file, lease = self._files[number], Lease(self._cache)
+        wrong = [NO_RANGES[:, 0]]
+        with locks.ledger(self._cache):
+            file.refresh()
+        for some in batched(file.present(), PAGES_AT_ONCE):
+            try:
+                with locks.ledger(self._cache):
+                    lease.hold({number: some})  # or another process evicts them meanwhile
+                    file.refresh()
+                wrong.append(file.damaged(some))
+            finally:
+                lease.release()
+            advance(PAGE_SIZE * total(some))
+        return runs(np.concatenate(wrong)) * PAGE_SIZE
 
     def _damaged(self, pages: Pages) -> Pages:
         found = {number: self._files[number].damaged(some) for number, some in pages.items()}
@@ -321,13 +347,13 @@ class SparseFiles:
 
         def read(job: tuple[_Batch, int, int]) -> None:
             batch, first, stop = job
-            checksums = PageChecksums()
+            checksums = PartChecksums(PAGE_SIZE)
             stop = min(stop * PAGE_SIZE, batch.file.size)
             for data, at in fetcher.read(batch.source, first * PAGE_SIZE, stop):
                 batch.file.write(data, at)
                 checksums.add(data)
                 progress.advance(len(data))
-            if batch.finish_read(first, checksums.finish()):
+            if batch.finish_read(first, page_checksums(checksums.finish())):
                 self._mark(batch)
 
         try:

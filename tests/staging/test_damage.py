@@ -1,0 +1,176 @@
+"""Damage to a full copy: found when the index is opened or verified, and mended block by block."""
+
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+from helpers.faults import first
+from helpers.project import contents
+from helpers.staging import LISTS, POPULATED, SMALL, is_readable, staged_data, touched, write_many_chunks
+
+from laion_assets.io.errors import InputError
+from laion_assets.staging import NotStagedError, scrub, scrubber, stage, verified_manifest, verify
+from laion_assets.staging.verify import record_verified, times_of
+
+FIRST_ARROW = "metadata/000.arrow"
+
+
+def flip(path: Path, at: int) -> None:
+    """Change one bit of a file."""
+    with path.open("r+b") as file:
+        file.seek(at)
+        (byte,) = file.read(1)
+        file.seek(at)
+        file.write(bytes([byte ^ 1]))
+
+
+def rot(cache: Path, name: str, at: int) -> None:
+    """Change one bit as a failing disk does: no program has written, so the times do not change."""
+    flip(cache / name, at)
+    record_verified(cache, {name: times_of(cache / name)})
+
+
+@pytest.fixture
+def large(bucket: Any, source: Path, cache: Path) -> Path:
+    """A copy with a file of 128 blocks, and the cache that holds it."""
+    write_many_chunks(bucket, source)
+    stage(bucket.uri, None, cache, options=SMALL)
+    return cache
+
+
+# --- when it is opened, and when it is staged -----------------------------------------------------
+
+
+def test_damage_is_named_when_the_index_is_opened_and_staging_fetches_only_the_damaged_blocks(
+    bucket, source, large
+):
+    places = [5, 3 * SMALL.chunk - 1, 3 * SMALL.chunk]  # in three blocks
+    for at in places:
+        flip(large / LISTS, at)
+    flip(large / FIRST_ARROW, 700)
+    with pytest.raises(NotStagedError, match=f"{LISTS} is damaged: bytes 0 to 65,536 and 2 more blocks"):
+        verified_manifest(large)
+    read = bucket.proxy.bytes_read
+    done = stage(bucket.uri, None, large, options=SMALL)
+    assert staged_data(large) == contents(source)
+    assert (done.mended, done.fetched) == (2, 0)
+    arrow = (large / FIRST_ARROW).stat().st_size
+    assert done.bytes_fetched == bucket.proxy.bytes_read - read == 3 * SMALL.chunk + arrow
+    assert verified_manifest(large) == done.manifest
+
+
+def test_rot_that_changes_no_time_is_found_by_a_sample_and_then_mended(bucket, source, large):
+    rot(large, FIRST_ARROW, 700)
+    flips = [number * SMALL.chunk + 9 for number in range(128)]
+    for at in flips:  # of a sample of 16 MiB some are in this file
+        rot(large, LISTS, at)
+    with pytest.raises(NotStagedError, match="is damaged"):
+        verified_manifest(large)
+    rot(large, FIRST_ARROW, 701)
+    stage(bucket.uri, None, large, options=SMALL)
+    assert staged_data(large)[LISTS] == (source / LISTS).read_bytes()
+    scrub(large, repair=True)
+    assert staged_data(large) == contents(source)
+
+
+def test_an_intact_copy_is_not_read_again_and_nothing_is_written(large, monkeypatch):
+    verified_manifest(large)
+    before = touched(large)
+    read: list[str] = []
+    monkeypatch.setattr(verify, "verify_file", lambda file, *_: read.append(file.name))
+    verified_manifest(large)
+    assert (read, touched(large)) == ([], before)
+    os.utime(large / POPULATED)
+    verified_manifest(large)
+    assert read == [POPULATED]
+
+
+def test_a_copy_without_checksums_of_blocks_is_read_once_and_damage_costs_the_file(bucket, source, large):
+    for kept in (".checksums", ".verified"):  # as an earlier version leaves a cache
+        path = large / kept
+        shutil.rmtree(path) if path.is_dir() else path.unlink()
+    assert verified_manifest(large)
+    flip(large / LISTS, 100)
+    shutil.rmtree(large / ".checksums")
+    with pytest.raises(NotStagedError, match=f"{LISTS} is damaged"):
+        verified_manifest(large)
+    done = stage(bucket.uri, None, large, options=SMALL)
+    assert (done.fetched, staged_data(large)) == (1, contents(source))
+
+
+def test_a_source_that_returns_other_bytes_than_were_staged_mends_nothing(bucket, large):
+    flip(large / LISTS, 5)
+    damaged = (large / LISTS).read_bytes()
+    bucket.proxy.rule = first(1, "flip", "ivfdata")
+    with pytest.raises(InputError, match=f"{bucket.uri}/{LISTS} returns other bytes from 0 to 65,536"):
+        stage(bucket.uri, None, large, options=SMALL)
+    assert (large / LISTS).read_bytes() == damaged
+    stage(bucket.uri, None, large, options=SMALL)
+    assert verified_manifest(large)
+
+
+# --- a download -----------------------------------------------------------------------------------
+
+
+def test_a_bit_that_flips_in_a_download_costs_a_chunk_and_not_the_file(bucket, source, cache):
+    write_many_chunks(bucket, source)
+    bucket.proxy.rule = first(1, "flip", "ivfdata")
+    lines: list[str] = []
+    done = stage(bucket.uri, None, cache, options=SMALL, log=lines.append)
+    assert staged_data(cache) == contents(source)
+    assert any("reading it again to find the wrong part" in line for line in lines)
+    assert done.bytes_fetched < sum(map(len, contents(source).values())) * 2
+
+
+# --- all of it ------------------------------------------------------------------------------------
+
+
+def test_verification_finds_rot_and_goes_on_where_it_was_interrupted(source, large, monkeypatch):
+    monkeypatch.setattr(scrubber, "BLOCKS_AT_ONCE", 8)
+    rot(large, LISTS, 20 * SMALL.chunk)
+    rot(large, LISTS, 90 * SMALL.chunk)
+    real, reads = verify.Blocks.damaged, []
+
+    def interrupted(blocks: Any, path: Path, numbers: range, *more: Any) -> list[int]:
+        reads.append((path.name, numbers[0]))
+        if len(reads) == 8:
+            raise KeyboardInterrupt
+        return real(blocks, path, numbers, *more)
+
+    monkeypatch.setattr(verify.Blocks, "damaged", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        scrub(large)
+    found = scrub(large, repair=True)
+    assert len(set(reads)) == len(reads) - 1  # only the interrupted part is read twice
+    (damage,) = found.damaged
+    assert f"{large / LISTS} is damaged: bytes 1,310,720 to 1,376,256 and 1 more block" in damage
+    assert found.mended
+    assert staged_data(large) == contents(source)
+    assert not scrub(large).damaged
+
+
+def test_the_pages_of_a_sparse_copy_are_verified_too(bucket, source, cache):
+    stage(bucket.uri, None, cache, sparse=True)
+    assert is_readable(cache)
+    rows = (cache / FIRST_ARROW).read_bytes()
+    flip(cache / FIRST_ARROW, 700)
+    flip(cache / POPULATED, 700)
+    found = scrub(cache)
+    assert not found.mended
+    assert sorted(clause.split(" is damaged")[0] for clause in found.damaged) == sorted(
+        [str(cache / FIRST_ARROW), str(cache / POPULATED)]
+    )
+    assert scrub(cache, repair=True).mended
+    assert (cache / FIRST_ARROW).read_bytes() == rows
+    assert (cache / POPULATED).read_bytes() == (source / POPULATED).read_bytes()
+    assert not scrub(cache).damaged
+
+
+def test_verification_needs_no_right_to_write_and_says_what_it_cannot_check(source, cache):
+    with pytest.raises(NotStagedError, match="nothing is staged"):
+        scrub(cache)
+    done = stage(str(source), None, cache, in_place=True)
+    found = scrub(cache)
+    assert (found.files, found.unchecked, found.damaged) == (0, len(done.manifest.files), ())
