@@ -10,8 +10,8 @@ from typing import Any
 
 import numpy as np
 
-from laion_assets.build.workspace import Sink
 from laion_assets.io.arrays import Floats, Ids
+from laion_assets.io.storage import Sink
 
 NO_ROW = -1
 

@@ -15,10 +15,11 @@ import faiss
 import numpy as np
 
 from laion_assets.build.shards import CODES, IDS, SIZES
-from laion_assets.build.workspace import Sink, Workspace
+from laion_assets.build.workspace import Workspace
 from laion_assets.index import ID_SIZE, INVERTED_LISTS, POPULATED_INDEX
 from laion_assets.io.arrays import Bytes, Ids
 from laion_assets.io.checksums import checksum_text, crc32c
+from laion_assets.io.storage import Sink
 
 MERGED_AT_ONCE = 128 << 20  # bytes of lists; a single long list may be larger
 READERS = 32  # threads; with many shards, reads are small and a bucket's latency dominates

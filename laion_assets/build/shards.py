@@ -16,9 +16,10 @@ from laion_assets.build.embeddings import EmbeddingFile, EmbeddingReader
 from laion_assets.build.plan import Shard
 from laion_assets.build.quantizer import encode
 from laion_assets.build.trained import KEPT, Trained
-from laion_assets.build.workspace import Sink, Workspace
+from laion_assets.build.workspace import Workspace
 from laion_assets.index import ID_SIZE, content_of, read_table, table_as_parquet
 from laion_assets.io.arrays import Bytes, Floats, Ids, unit_rows
+from laion_assets.io.storage import Sink
 
 BLOCK_ROWS = 65_536  # rows encoded at a time
 BATCH_ROWS = 65_536  # rows per record batch of metadata

@@ -15,43 +15,13 @@ import numpy as np
 from laion_assets.io.checksums import checksum_text, crc32c
 from laion_assets.io.errors import InputError
 from laion_assets.io.locks import locked
-from laion_assets.io.storage import is_local, new_file, open_storage, reaching
+from laion_assets.io.storage import Sink, is_local, new_file, open_storage, reaching
 from laion_assets.io.text import json_object
 
 WORK_URI = "build_uri"  # the setting that errors name, see `InputError`
 LOCK = ".lock"
 
 Record = TypeVar("Record")
-
-
-class Sink(io.RawIOBase):
-    """Takes the bytes of a file and computes their crc32c.
-
-    Args:
-        file: takes the bytes.
-
-    """
-
-    def __init__(self, file: BinaryIO) -> None:
-        super().__init__()
-        self._file = file
-        self._checksum = 0
-
-    @property
-    def checksum(self) -> str:
-        """The crc32c of the bytes written so far, formatted by `checksum_text`."""
-        return checksum_text(self._checksum)
-
-    def writable(self) -> bool:
-        """Return True."""
-        return True
-
-    def write(self, data: Any) -> int:
-        """Write a bytes-like object and return its size in bytes."""
-        content = bytes(data)
-        self._checksum = crc32c(content, self._checksum)
-        self._file.write(content)
-        return len(content)
 
 
 class Workspace:
@@ -119,8 +89,8 @@ class Workspace:
             InputError: there is too little space, or the folder is not writable.
 
         """
-        with new_file(self.where(name), WORK_URI) as file:
-            yield Sink(file)
+        with new_file(self.where(name), WORK_URI) as sink:
+            yield sink
 
     def exists(self, name: str) -> bool:
         """Return whether a file exists."""

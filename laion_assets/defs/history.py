@@ -16,6 +16,7 @@ from laion_assets.search.sizing import USUAL, Yield
 
 MATERIALIZATIONS_READ = 20  # the latest first
 YIELD = "yield"
+CHECKSUM = "crc32c"  # of a table's file
 MOST_OF = 0.9  # share of the requested images; a search that returns fewer ran out of rows
 PROVENANCE = "provenance"
 DECIDE_THE_YIELD = ("dedup_threshold", "filters", BLOCK_LIST)

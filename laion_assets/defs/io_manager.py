@@ -13,6 +13,7 @@ import dagster as dg
 import pyarrow as pa
 
 from laion_assets.defs.failures import as_failures
+from laion_assets.defs.history import CHECKSUM, materializations
 from laion_assets.io.storage import open_storage, reaching
 from laion_assets.io.tables import OUTPUT, SUFFIX, StoredTable, TableWriter, attachments_of, new_table
 from laion_assets.search.combined import DECODER
@@ -36,14 +37,19 @@ class Tables:
         """Return the location of one table."""
         return f"{self.base.rstrip('/')}/{asset}/{seed_set}{SUFFIX}"
 
-    def open(self, asset: str, seed_set: str) -> StoredTable:
+    def open(self, asset: str, seed_set: str, checksum: str | None = None) -> StoredTable:
         """Open a table.
+
+        Args:
+            asset: name of the asset.
+            seed_set: the partition.
+            checksum: crc32c of the table when it was written; None if it is unknown.
 
         Raises:
             InputError: the table is missing or damaged; the message names the asset to materialize.
 
         """
-        return StoredTable(self.uri(asset, seed_set), f"materialize {asset} again")
+        return StoredTable(self.uri(asset, seed_set), f"materialize {asset} again", checksum)
 
     def find(self, asset: str, seed_set: str) -> StoredTable | None:
         """Open a table; None if there is none."""
@@ -82,7 +88,8 @@ def _table_of(context: dg.AssetExecutionContext) -> tuple[str, str]:
 class ParquetIOManager(dg.IOManager):
     """Opens the table of an upstream asset as the input of a later one.
 
-    If the recorded file no longer exists, the error names the asset to materialize.
+    If the file is missing, or is not the one that the last materialization recorded, the error names the
+    asset to materialize.
     """
 
     def __init__(self, tables: Tables) -> None:
@@ -104,5 +111,7 @@ class ParquetIOManager(dg.IOManager):
 
     def load_input(self, context: dg.InputContext) -> StoredTable:
         """Open a table written by an earlier step."""
+        asset, seed_set = context.asset_key.path[-1], context.partition_key
         with as_failures():
-            return self._tables.open(context.asset_key.path[-1], context.partition_key)
+            last = next(materializations(context.instance, asset, seed_set), None)
+            return self._tables.open(asset, seed_set, last.figures.get(CHECKSUM) if last else None)

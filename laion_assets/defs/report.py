@@ -20,12 +20,12 @@ from laion_assets.defs.drawing.thumbnails import (
     strip_of_combined,
     strip_of_removed,
 )
-from laion_assets.defs.history import PROVENANCE, YIELD
+from laion_assets.defs.history import CHECKSUM, PROVENANCE, YIELD
 from laion_assets.defs.io_manager import PICTURE
 from laion_assets.defs.provenance import Provenance
 from laion_assets.defs.terminal import count
 from laion_assets.io.arrays import Floats
-from laion_assets.io.tables import DESCRIPTIONS, SUFFIX, StoredTable
+from laion_assets.io.tables import DESCRIPTIONS, SUFFIX, StoredTable, TableWriter
 from laion_assets.search.combined import CombinedFunnel
 from laion_assets.search.retrieval import Found, Funnel
 from laion_assets.search.sizing import share_kept
@@ -44,7 +44,7 @@ PREVIEW_TEXT = 120  # characters; the event log keeps every preview forever
 
 
 def describe_seeds(
-    stored: StoredTable, seed_set: SeedSet, found: Seeds, provenance: Provenance, seconds: float
+    stored: StoredTable, seed_set: SeedSet, found: Seeds, provenance: Provenance, written: TableWriter
 ) -> dict[str, Any]:
     """Report the seeds of a set."""
     sheet = draw([strip(stored, provenance.seed_set, count(len(stored), "seed"))])
@@ -62,7 +62,7 @@ def describe_seeds(
         "images embedded before": found.reused,
         **{name: names[:NAMES_SHOWN] for name, names in lists.items() if names},
         "files": [file.name for file in seed_set.files[:NAMES_SHOWN]],
-        **describe_table(stored, seconds),
+        **describe_table(stored, written),
         PROVENANCE: provenance.to_json(),
     }
 
@@ -72,7 +72,7 @@ def describe_search(
     found: Found,
     provenance: Provenance,
     title: str,
-    seconds: float,
+    written: TableWriter,
     *,
     remote_pictures: bool,
 ) -> dict[str, Any]:
@@ -96,7 +96,7 @@ def describe_search(
         YIELD: found.funnel.yielded,
         **({"block list": str(found.block_list)} if found.block_list else {}),
         "recall of nprobe": _recall(found),
-        **describe_table(stored, seconds),
+        **describe_table(stored, written),
         PROVENANCE: provenance.to_json(),
     }
 
@@ -107,7 +107,7 @@ def describe_combined(
     provenance: Provenance,
     sources: Mapping[str, StoredTable],
     seeds: StoredTable,
-    seconds: float,
+    written: TableWriter,
     *,
     remote_pictures: bool,
 ) -> dict[str, Any]:
@@ -145,16 +145,17 @@ def describe_combined(
         YIELD: yielded,
         **({"target images": target, "target reached": round(funnel.kept / target, 4)} if target else {}),
         **({"picture": dg.MetadataValue.path(_saved(stored, sheet))} if sheet else {}),
-        **describe_table(stored, seconds),
+        **describe_table(stored, written),
         PROVENANCE: provenance.to_json(),
     }
 
 
-def describe_table(stored: StoredTable, seconds: float) -> dict[str, Any]:
-    """Report a table's file: duration, size, rows, location, columns, first rows."""
+def describe_table(stored: StoredTable, written: TableWriter) -> dict[str, Any]:
+    """Report a table's file: duration, size, checksum, rows, location, columns, first rows."""
     return {
-        "seconds": seconds,
+        "seconds": written.seconds,
         "bytes": stored.size,
+        CHECKSUM: written.checksum,
         "dagster/partition_row_count": len(stored),
         "dagster/uri": stored.where,
         "dagster/column_schema": _column_schema(stored.schema),

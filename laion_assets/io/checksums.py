@@ -9,6 +9,7 @@ import hashlib
 from collections.abc import Iterable
 from functools import lru_cache
 from pathlib import Path
+from typing import BinaryIO
 
 import google_crc32c
 
@@ -67,10 +68,15 @@ def checksum_text(checksum: google_crc32c.Checksum | int) -> str:
 
 def file_crc32c(path: str | Path) -> str:
     """Return the checksum of a local file, formatted by `checksum_text`."""
-    checksum = 0
     with Path(path).open("rb") as file:
-        while piece := file.read(READ_AT_ONCE):
-            checksum = crc32c(piece, checksum)
+        return crc32c_of(file)
+
+
+def crc32c_of(file: BinaryIO) -> str:
+    """Return the checksum of the rest of an open file, formatted by `checksum_text`."""
+    checksum = 0
+    while piece := file.read(READ_AT_ONCE):
+        checksum = crc32c(piece, checksum)
     return checksum_text(checksum)
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import io
 import logging
 import os
 import re
@@ -23,6 +24,7 @@ import fsspec
 from fsspec.core import split_protocol
 from fsspec.spec import AbstractBufferedFile
 
+from laion_assets.io.checksums import checksum_text, crc32c, crc32c_of
 from laion_assets.io.errors import InputError
 from laion_assets.io.timeouts import request_limits, session_arguments
 
@@ -112,7 +114,7 @@ def list_files(fs: Any, root: str, depth: int | None = None) -> Iterator[Listed]
     A bucket is listed page by page with only the needed fields, because gcsfs's own listing keeps several
     kilobytes per object in memory.
     """
-    if not {"gs", "gcs"} & _protocols(fs):
+    if not is_bucket(fs):
         for path, info in find_files(fs, root, depth).items():
             name = path.removeprefix(root).lstrip("/")
             yield Listed(name, path, info["size"], str(info.get("mtime", "")), info.get("crc32c"))
@@ -251,23 +253,64 @@ def first_line(error: Exception, *, last: bool = False) -> str:
     return lines[-1 if last else 0].strip()
 
 
+class Sink(io.RawIOBase):
+    """Takes the bytes of a file and computes their crc32c.
+
+    Args:
+        file: takes the bytes.
+
+    """
+
+    def __init__(self, file: BinaryIO) -> None:
+        super().__init__()
+        self._file = file
+        self._checksum = 0
+
+    @property
+    def checksum(self) -> str:
+        """The crc32c of the bytes written so far, formatted by `checksum_text`."""
+        return checksum_text(self._checksum)
+
+    def writable(self) -> bool:
+        """Return True."""
+        return True
+
+    def write(self, data: Any) -> int:
+        """Write a bytes-like object and return its size in bytes."""
+        content = bytes(data)
+        self._checksum = crc32c(content, self._checksum)
+        self._file.write(content)
+        return len(content)
+
+
 @contextlib.contextmanager
-def new_file(uri: str, about: str | None = None) -> Iterator[BinaryIO]:
+def new_file(uri: str, about: str | None = None) -> Iterator[Sink]:
     """Open a file that gets its name only if the block ends without an error.
 
-    In a bucket it is one upload, which creates the object only when it ends.
+    In a bucket it is one upload, which creates the object only when it ends, and whose bytes are compared
+    with the bucket's crc32c.
 
     Args:
         uri: a local path or any fsspec URL.
         about: see `InputError`.
 
     Raises:
-        InputError: the location is not writable.
+        InputError: the location is not writable, or the upload was damaged.
 
     """
     fs, path = open_storage(uri, about)
-    with writing(uri, about), _local_file(Path(path)) if is_local(fs) else _object(fs, path) as sink:
-        yield sink
+    with writing(uri, about):
+        with _local_file(Path(path)) if is_local(fs) else _object(fs, path) as file:
+            sink = Sink(file)
+            yield sink
+        stored = None if is_local(fs) else fs.info(path).get("crc32c")
+        if stored not in (None, sink.checksum):
+            fs.rm_file(path)
+            raise InputError(
+                f"{uri} was damaged while it was uploaded (crc32c {stored} instead of {sink.checksum}) "
+                "and is removed: try again",
+                about,
+            )
 
 
 @contextlib.contextmanager
@@ -291,6 +334,18 @@ def writing(uri: str, about: str | None = None) -> Iterator[None]:
         ) from error
 
 
+def stored_crc32c(fs: Any, path: str) -> str:
+    """Return the crc32c of a file, formatted by `checksum_text`.
+
+    It is that which a bucket keeps. Elsewhere the file is read.
+    """
+    kept: str | None = fs.info(path).get("crc32c")
+    if kept is not None:
+        return kept
+    with fs.open(path, "rb") as file:
+        return crc32c_of(file)
+
+
 def on_this_machine(uri: str) -> bool:
     """Return whether a URI is a path on the local disk, without opening it."""
     return split_protocol(uri)[0] in (None, "file", "local")
@@ -299,6 +354,11 @@ def on_this_machine(uri: str) -> bool:
 def is_local(fs: Any) -> bool:
     """Return whether a file system is the local disk."""
     return "file" in _protocols(fs)
+
+
+def is_bucket(fs: Any) -> bool:
+    """Return whether a file system is Google Cloud Storage."""
+    return bool({"gs", "gcs"} & _protocols(fs))
 
 
 def is_web(fs: Any) -> bool:
@@ -356,7 +416,9 @@ def _is_alive(process: int) -> bool:
 
 @contextlib.contextmanager
 def _object(fs: Any, path: str) -> Iterator[BinaryIO]:
-    sink = fs.open(path, "wb", block_size=UPLOAD_BLOCK, autocommit=False)
+    # `new_file` compares checksums itself; gcsfs compares MD5, and not of every upload.
+    options = {"consistency": "none"} if is_bucket(fs) else {}
+    sink = fs.open(path, "wb", block_size=UPLOAD_BLOCK, autocommit=False, **options)
     try:
         yield sink
         sink.close()

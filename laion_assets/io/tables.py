@@ -1,6 +1,7 @@
 """Parquet tables on a local path or in a bucket, written batch by batch.
 
-A table appears under its name only once it is complete.
+A table appears under its name only once it is complete. Each page has a checksum, which is verified when
+the page is read. A reader that knows the checksum of the file verifies all of it.
 """
 
 from __future__ import annotations
@@ -17,7 +18,13 @@ import pyarrow.parquet as pq
 from laion_assets.io.arrays import Bytes, Floats
 from laion_assets.io.checksums import checksum_text, crc32c
 from laion_assets.io.errors import InputError
-from laion_assets.io.storage import new_file, on_this_machine, open_storage, reaching
+from laion_assets.io.storage import (
+    new_file,
+    on_this_machine,
+    open_storage,
+    reaching,
+    stored_crc32c,
+)
 
 SUFFIX = ".parquet"
 OUTPUT = "output_uri"  # the setting that errors name, see `InputError`
@@ -76,6 +83,7 @@ class TableWriter:
         rows: number of rows written so far.
         footer: key-value metadata, written at the end.
         seconds: time from the computation of the first row to the end.
+        checksum: crc32c of the file, formatted by `checksum_text`; empty before the end.
 
     """
 
@@ -87,6 +95,7 @@ class TableWriter:
         self.rows = 0
         self.footer: dict[str, str] = {}
         self.seconds = 0.0
+        self.checksum = ""
 
     def write(self, batch: pa.RecordBatch) -> None:
         """Append rows."""
@@ -129,13 +138,14 @@ def new_table(uri: str, schema: pa.Schema) -> Iterator[TableWriter]:
         InputError: the location is not writable.
 
     """
-    with (
-        new_file(uri, OUTPUT) as sink,
-        pq.ParquetWriter(sink, described(schema), compression="zstd") as parquet,
-    ):
-        writer = TableWriter(uri, parquet)
-        yield writer
-        writer._end()
+    with new_file(uri, OUTPUT) as sink:
+        with pq.ParquetWriter(
+            sink, described(schema), compression="zstd", write_page_checksum=True
+        ) as parquet:
+            writer = TableWriter(uri, parquet)
+            yield writer
+            writer._end()
+        writer.checksum = sink.checksum
     _remove_old_attachments(uri, writer._attachments)
 
 
@@ -176,6 +186,7 @@ class StoredTable:
     Args:
         uri: a local path or any fsspec URL.
         remedy: remedy for a missing or damaged file, for error messages.
+        checksum: crc32c of the file when it was written, see `TableWriter`; None if it is unknown.
 
     Attributes:
         where: location of the file.
@@ -183,20 +194,25 @@ class StoredTable:
         schema: schema of the table.
 
     Raises:
-        InputError: the file is missing or not a complete Parquet file.
+        InputError: the file is missing, not a complete Parquet file, or differs from the checksum.
 
     """
 
-    def __init__(self, uri: str, remedy: str = "write it again") -> None:
+    def __init__(self, uri: str, remedy: str = "write it again", checksum: str | None = None) -> None:
         self.where = uri
         self.remedy = remedy
         with self._explained():
             fs, path = open_storage(uri, OUTPUT)
+            if checksum is not None and stored_crc32c(fs, path) != checksum:
+                raise InputError(f"{uri} differs from what was written: {remedy}")
             source = fs.open(path, "rb", cache_type="none")
             self.size = int(source.size)
             # The default would read the whole file ahead, whatever its size.
             self._file = pq.ParquetFile(
-                source, thrift_string_size_limit=MAX_FOOTER_TEXT, pre_buffer=False
+                source,
+                thrift_string_size_limit=MAX_FOOTER_TEXT,
+                pre_buffer=False,
+                page_checksum_verification=True,
             )
         self.schema: pa.Schema = self._file.schema_arrow.remove_metadata()
 

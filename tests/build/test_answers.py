@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from laion_assets.build.answers import NO_ROW, Answers, merged, read_answers, recall, write_answers
-from laion_assets.build.workspace import Sink
+from laion_assets.io.storage import Sink
 
 QUERIES = 3
 

@@ -17,8 +17,9 @@ from hypothesis import strategies as st
 from laion_assets.build import merge
 from laion_assets.build.merge import merge_lists, with_lists_on_disk
 from laion_assets.build.shards import BATCH_ROWS, CODES, IDS, SIZES, write_metadata
-from laion_assets.build.workspace import Sink, Workspace
+from laion_assets.build.workspace import Workspace
 from laion_assets.io.errors import InputError
+from laion_assets.io.storage import Sink
 
 WIDTH = 4
 

@@ -1,5 +1,7 @@
 """An asset writes its table and a later asset opens it; a failed step changes nothing."""
 
+import random
+
 import dagster as dg
 import pyarrow as pa
 import pytest
@@ -46,6 +48,28 @@ def test_a_step_that_fails_while_it_writes_keeps_the_old_table(tmp_path):
         fail.append(True)
         assert "the search failed" in failures(run())["knn_urls"]
         assert contents(tmp_path) == before
+
+
+@pytest.mark.faults
+def test_every_changed_bit_of_a_table_is_refused_by_the_next_asset(project):
+    assert failures(project.run("fruit")) == {}
+    path = project.table("knn_urls", "fruit")
+    manager = ParquetIOManager(Tables(str(project.output)))
+    context = dg.build_input_context(
+        asset_key=dg.AssetKey("knn_urls"), partition_key="fruit", instance=project.instance
+    )
+    seed = random.randrange(1 << 32)
+    print(f"random seed {seed}")
+    choice, whole = random.Random(seed), path.read_bytes()
+    for _ in range(300):
+        bit, damaged = choice.randrange(8 * len(whole)), bytearray(whole)
+        damaged[bit // 8] ^= 1 << bit % 8
+        path.write_bytes(damaged)
+        with pytest.raises(dg.Failure, match=rf"{path} differs .*: materialize knn_urls again"):
+            manager.load_input(context)
+    failed = failures(project.run("fruit", "combined_urls"))
+    assert f"{path} differs from what was written: materialize knn_urls again" in failed["combined_urls"]
+    assert failures(project.run("fruit", "knn_urls", "combined_urls")) == {}
 
 
 def test_an_asset_that_returns_a_value_is_a_mistake(tmp_path):

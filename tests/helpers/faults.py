@@ -34,6 +34,7 @@ class Proxy:
         bytes_read: bytes of objects that were forwarded; listings are not counted.
         reads: number of reads of objects, failed ones included.
         authorizations: the Authorization headers of the reads.
+        flips_a_bit_of_uploads: whether one bit of each upload changes on its way.
 
     """
 
@@ -44,6 +45,7 @@ class Proxy:
         self.bytes_read = 0
         self.reads = 0
         self.authorizations: set[str | None] = set()
+        self.flips_a_bit_of_uploads = False
         self.lock = threading.Lock()
         proxy = self
 
@@ -56,6 +58,11 @@ class Proxy:
 
             def do_GET(self) -> None:
                 proxy.answer(self)
+
+            def do_POST(self) -> None:
+                proxy.pass_on(self)
+
+            do_DELETE = do_POST  # noqa: N815
 
         self._server = ManyConnections(("127.0.0.1", 0), Handler)
         self.url = f"http://127.0.0.1:{self._server.server_port}"
@@ -87,6 +94,26 @@ class Proxy:
             if failure == "silence":
                 time.sleep(1)
             self._forward(request, is_read, failure)
+
+    def pass_on(self, request: BaseHTTPRequestHandler) -> None:
+        """Forward a request that changes the bucket; uploads go on through the proxy."""
+        body = bytearray(request.rfile.read(int(request.headers["Content-Length"] or 0)))
+        if self.flips_a_bit_of_uploads and "Content-Range" in request.headers and body:
+            body[len(body) // 2] ^= 1
+        server = http.client.HTTPConnection(self.upstream, timeout=30)
+        try:
+            server.request(request.command, request.path, bytes(body), dict(request.headers.items()))
+            reply = server.getresponse()
+            content = reply.read()
+        finally:
+            server.close()
+        request.send_response(reply.status)
+        for name, value in reply.getheaders():
+            if name.lower() not in HOP_BY_HOP:
+                request.send_header(name, value.replace(f"http://{self.upstream}", self.url))
+        request.send_header("Content-Length", str(len(content)))
+        request.end_headers()
+        request.wfile.write(content)
 
     def _forward(self, request: BaseHTTPRequestHandler, is_read: bool, failure: str | int | None) -> None:
         half = failure == "half"

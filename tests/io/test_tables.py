@@ -2,15 +2,18 @@
 
 import errno
 import os
+import random
 import subprocess
 from collections.abc import Iterable, Iterator
 from contextlib import suppress
+from pathlib import Path
 
 import fsspec
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from helpers.faults import proxy_before
 from helpers.project import contents, files_limited_to
 
 from laion_assets.io.errors import InputError
@@ -199,6 +202,47 @@ def test_an_attachment_that_is_missing_or_damaged_is_named_with_the_remedy(place
     fs.rm_file(path)
     with pytest.raises(InputError, match=f"{name} is missing: make it anew"):
         StoredTable(uri, "make it anew").attachment("decoder")
+
+
+def test_an_upload_that_is_damaged_on_its_way_is_refused_and_removed(gcs, new_bucket, monkeypatch):
+    with proxy_before(gcs) as proxy:
+        monkeypatch.setenv("STORAGE_EMULATOR_HOST", proxy.url)
+        uri = f"{new_bucket}/tables/set.parquet"
+        write_table(uri, [batch(0)])
+        proxy.flips_a_bit_of_uploads = True
+        with pytest.raises(InputError, match=rf"{uri} was damaged while it was uploaded .*: try again"):
+            write_table(uri, [batch(0)])
+        fs, path = open_storage(uri)
+        assert not fs.exists(path)
+
+
+def test_a_table_with_another_checksum_than_was_written_is_refused(place):
+    root, _ = place
+    uri = f"{root}/set.parquet"
+    with new_table(uri, SCHEMA) as table:
+        table.write(batch(0))
+    assert StoredTable(uri, checksum=table.checksum).read() == pa.Table.from_batches([batch(0)])
+    write_table(uri, [batch(1)])
+    with pytest.raises(InputError, match=rf"{uri} differs from what was written: make it anew"):
+        StoredTable(uri, "make it anew", table.checksum)
+
+
+@pytest.mark.faults
+def test_one_changed_bit_is_refused_or_changes_no_row(tmp_path):
+    """Without the file's checksum, those of the pages are left: the footer has none."""
+    uri, seed = str(tmp_path / "set.parquet"), random.randrange(1 << 32)
+    print(f"random seed {seed}")
+    write_table(uri, [batch(0)])
+    whole, right = Path(uri).read_bytes(), StoredTable(uri).read()
+    pages = len(whole) - int.from_bytes(whole[-8:-4], "little") - 8
+    for _ in range(300):
+        damaged = bytearray(whole)
+        bit = random.Random(seed).randrange(8 * pages)
+        damaged[bit // 8] ^= 1 << bit % 8
+        seed += 1
+        Path(uri).write_bytes(damaged)
+        with suppress(InputError):
+            assert StoredTable(uri).read() == right
 
 
 def test_a_table_that_is_gone_or_damaged_is_named_with_the_remedy(place):

@@ -117,7 +117,7 @@ def seed_embeddings_asset(placement: Placement) -> dg.AssetsDefinition:
             return dg.MaterializeResult(
                 data_version=dg.DataVersion(provenance.seeds_version),
                 metadata=report.describe_seeds(
-                    tables.written(context), seed_set, found, provenance, table.seconds
+                    tables.written(context), seed_set, found, provenance, table
                 ),
             )
 
@@ -206,7 +206,7 @@ def centroid_vector_asset(placement: Placement) -> dg.AssetsDefinition:
                 table.write(row)
             return dg.MaterializeResult(
                 metadata={"norm of mean": length, "seeds": len(embeddings)}
-                | report.describe_table(tables.written(context), table.seconds),
+                | report.describe_table(tables.written(context), table),
                 check_results=checks.logged(
                     context, checks.of_centroid(len(embeddings), length, mean, prompts)
                 ),

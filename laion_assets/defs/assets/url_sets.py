@@ -26,7 +26,7 @@ from laion_assets.defs.terminal import count
 from laion_assets.index.faiss_index import FURTHER
 from laion_assets.io.arrays import Floats
 from laion_assets.io.progress import Progress
-from laion_assets.io.tables import StoredTable
+from laion_assets.io.tables import StoredTable, TableWriter
 from laion_assets.search.block_list import BlockList
 from laion_assets.search.combined import DECODER, CombinedFunnel, combine
 from laion_assets.search.cost import Step
@@ -168,7 +168,7 @@ def combined_urls_asset(placement: Placement) -> dg.AssetsDefinition:
                 provenance,
                 sources,
                 seed_embeddings,
-                table.seconds,
+                table,
                 remote_pictures=pictures.remote,
             )
             results = [
@@ -191,11 +191,11 @@ def _united(funnel: CombinedFunnel) -> str:
 
 @dataclass(frozen=True)
 class _Written:
-    """A finished search: its result, the provenance in the table, and its duration in seconds."""
+    """A finished search: its result, the provenance in the table, and the table."""
 
     found: Found
     provenance: Provenance
-    seconds: float
+    table: TableWriter
 
 
 @dataclass(frozen=True)
@@ -278,7 +278,7 @@ class _SearchStep:
             )
             table.attach(DECODER, found.decoder)
             table.footer = provenance.to_footer()
-        return _Written(found, provenance, table.seconds)
+        return _Written(found, provenance, table)
 
     def _schema(self, opened: OpenIndex) -> pa.Schema:
         return columns_found(opened.index, opened.metadata, per_seed=self.per_seed)
@@ -291,7 +291,7 @@ class _SearchStep:
             written.found,
             written.provenance,
             report.AROUND_SEEDS if self.per_seed else report.AROUND_CENTROID,
-            written.seconds,
+            written.table,
             remote_pictures=self.pictures.remote,
         )
         results = [
