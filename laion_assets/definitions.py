@@ -16,6 +16,7 @@ from laion_assets.defs.launcher import end_with_parent
 from laion_assets.defs.partitions import JOB
 from laion_assets.defs.places import Places
 from laion_assets.defs.resources import resources_from, storage_kind
+from laion_assets.defs.seed_set_states import seed_sets_table
 from laion_assets.defs.sensors import build_laion_index_sensor, build_seed_sets_sensor
 from laion_assets.defs.sources import SOURCES, embedding_files, laion_index_source, seed_folder
 
@@ -47,7 +48,7 @@ def build_defs(
     uris = {index: places.index_uri, seed_folder.key: places.seeds_uri}
     if places.embeddings_uri:
         uris[embedding_files.key] = places.embeddings_uri
-    sources = [embedding_files if building else laion_index_source, *SOURCES]
+    sources = [embedding_files if building else laion_index_source, *SOURCES, seed_sets_table]
 
     def as_shown(spec: dg.AssetSpec) -> dg.AssetSpec:
         owned = spec.merge_attributes(owners=[OWNER])

@@ -56,7 +56,7 @@ def belongings(instance: dg.DagsterInstance, tables: Tables, seed_set: str) -> B
         InputError: nothing is, or one of its runs is still in progress.
 
     """
-    runs = [run for run in _runs(instance, seed_set) if _is_of_seed_sets(run)]
+    runs = [run for run in _runs(instance, seed_set) if is_of_seed_sets(run)]
     if waiting := [run.run_id for run in runs if run.status in IN_PROGRESS]:
         raise InputError(
             f"{count(len(waiting), 'run')} of {seed_set!r} ({waiting[0][:8]}) is queued or running: wait "
@@ -127,7 +127,7 @@ def _runs(instance: dg.DagsterInstance, seed_set: str) -> list[dg.DagsterRun]:
     return list(instance.get_runs(dg.RunsFilter(tags={PARTITION_NAME_TAG: seed_set})))
 
 
-def _is_of_seed_sets(run: dg.DagsterRun) -> bool:
+def is_of_seed_sets(run: dg.DagsterRun) -> bool:
     """Return whether a run is of a seed set's assets; a shard may have the name of a seed set."""
     chosen = {key.to_user_string() for key in run.asset_selection or ()}
     return run.job_name == JOB or bool(chosen.intersection(ASSETS))

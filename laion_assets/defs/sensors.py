@@ -17,10 +17,18 @@ import dagster as dg
 
 from laion_assets.defs.dagster_internals import PARTITION_NAME_TAG
 from laion_assets.defs.failures import sentence
-from laion_assets.defs.forget import IN_PROGRESS
 from laion_assets.defs.partitions import SEED_SETS, seed_sets
 from laion_assets.defs.provenance import files_version
 from laion_assets.defs.resources import LaionIndex, SeedFolder
+from laion_assets.defs.seed_set_states import (
+    Is,
+    State,
+    as_event,
+    by_state,
+    is_reported,
+    moment,
+    states_of,
+)
 from laion_assets.defs.settings import Defaults
 from laion_assets.defs.sources import (
     CHANGED,
@@ -38,6 +46,7 @@ from laion_assets.defs.sources import (
     settings_version,
     with_changes,
 )
+from laion_assets.defs.terminal import count
 from laion_assets.io.errors import InputError
 from laion_assets.seeds import SeedSet, check_name
 
@@ -161,7 +170,8 @@ def build_seed_sets_sensor(
         minimum_interval_seconds=SEEDS_INTERVAL,
         default_status=dg.DefaultSensorStatus.RUNNING,
         description="Registers seed sets as partitions, runs those whose seeds are new or changed, and "
-        "reports their versions and current settings. The Cursor column shows what each tick found.",
+        "reports their versions and current settings. The asset seed_sets shows what is so for each set, "
+        "and the Cursor column in short.",
     )
     def seed_sets_sensor(
         context: dg.SensorEvaluationContext,
@@ -183,8 +193,9 @@ def build_seed_sets_sensor(
         done = {name: files_version(version) for name, version in embedded.items()}
         restored = [n for n, v in versions.items() if known.get(n) != v and done.get(n) == v]
         is_index_there = built_index is None or last_version(instance, built_index) is not None
+        pending = {name: Pending(*seen) for name, seen in state.items()}
         decision = decide(
-            {name: Pending(*seen) for name, seen in state.items()},
+            pending,
             versions,
             known,
             done,
@@ -194,13 +205,6 @@ def build_seed_sets_sensor(
         )
         registered = instance.get_dynamic_partitions(SEED_SETS)
         removed = [name for name in registered if name not in listing.sets]
-        # Nothing was made of these, so nothing is lost with the partition.
-        forgotten = [name for name in removed if name not in done and not _is_running(instance, name)]
-        unmade = [
-            name for name, version in versions.items() if known.get(name) == version != done.get(name)
-        ]
-        # Only for the sets that are shown, because each needs a query.
-        failed = [name for name in unmade[:NAMES_SHOWN] if _last_run_failed(instance, name)]
         settings = list(
             _changed_settings(
                 instance,
@@ -210,23 +214,40 @@ def build_seed_sets_sensor(
                 defaults,
             )
         )
-        news = {
-            "running": [_with_contents(present[name]) for name in decision.run],
-            "waiting for" if is_index_there else "waiting until the index is built:": [
-                _with_contents(present[name]) for name in decision.waiting
-            ],
-            "failed, runs again once changed:": failed,
-            "not materialized yet:": [name for name in unmade if name not in failed],
-            "settings changed:": [
-                version.seed_set or "" for version in settings if version.metadata[CHANGED] != FIRST
-            ],
-            "removed, tables kept until you forget it:": [name for name in removed if name in done],
-            "removed:": forgotten,
-            "invalid names:": [repr(name) for name in listing.sets if name not in present],
-            "ignored files:": listing.ignored,
-        }
-        report = _summary(news, len(present))
+        stored = states_of(instance, list({*present, *removed}))
+        # Nothing was made of these, so nothing is lost with the partition.
+        forgotten = [
+            name
+            for name in removed
+            if name not in done and stored[name].state not in (Is.QUEUED, Is.RUNNING)
+        ]
+        states = [
+            *(
+                _state(
+                    stored[name], found, pending.get(name), decision, done, is_index_there=is_index_there
+                )
+                for name, found in present.items()
+            ),
+            *(_removed(stored[name], has_tables=name in done) for name in removed),
+            *(
+                State(repr(name), Is.REFUSED, about=_why_unusable(name))
+                for name in listing.sets
+                if name not in present
+            ),
+        ]
+        report = _summary(
+            states,
+            {
+                "settings changed:": [
+                    version.seed_set or "" for version in settings if version.metadata[CHANGED] != FIRST
+                ],
+                "ignored files:": listing.ignored,
+            },
+            len(present),
+        )
         context.log.info(report)
+        outside = [file for file in listing.ignored if file.partition("/")[0] not in present]
+        overview = as_event(states, outside)
         new = [name for name in present if name not in registered and name not in decision.waiting]
         seen = [
             *(seeds_version(present[name]) for name in decision.report),
@@ -245,7 +266,10 @@ def build_seed_sets_sensor(
                 *([seed_sets.build_add_request(new)] if new else []),
                 *([seed_sets.build_delete_request(forgotten)] if forgotten else []),
             ],
-            asset_events=[event for version in seen for event in version.events()],
+            asset_events=[
+                *(event for version in seen for event in version.events()),
+                *([] if is_reported(instance, overview) else [overview]),
+            ],
             cursor=as_cursor(report, {name: astuple(seen) for name, seen in decision.pending.items()}),
             skip_reason=None if decision.run else report,
         )
@@ -258,12 +282,50 @@ def _last_run_failed(instance: dg.DagsterInstance, seed_set: str) -> bool:
     return bool(last) and last[0].status is dg.DagsterRunStatus.FAILURE
 
 
-def _is_running(instance: dg.DagsterInstance, seed_set: str) -> bool:
-    return bool(
-        instance.get_runs(
-            dg.RunsFilter(tags={PARTITION_NAME_TAG: seed_set}, statuses=IN_PROGRESS), limit=1
-        )
-    )
+def _state(
+    stored: State,
+    found: SeedSet,
+    before: Pending | None,
+    decision: Decision,
+    done: Mapping[str, str],
+    *,
+    is_index_there: bool,
+) -> State:
+    """Return the state of a set whose folder is there: what Dagster knows, unless the set has changed.
+
+    Args:
+        stored: the state in Dagster.
+        found: its folder.
+        before: its state in the last tick, if it had changed.
+        decision: the decisions of this tick.
+        done: fingerprint of each set in its last materialization.
+        is_index_there: whether there is an index to search.
+
+    """
+    name, now = found.name, decision.pending.get(found.name)
+    described = replace(stored, contents=found.contents(), ignored=_ignored(found))
+    if name in decision.waiting and now is not None:
+        since = moment(now.since / 1000)
+        if before != now:
+            return replace(described, state=Is.SETTLING, since=since, about="", run="")
+        state = Is.NEXT if is_index_there else Is.NO_INDEX
+        return replace(described, state=state, since=since, about="", run="")
+    if name in decision.run:
+        return replace(described, state=Is.QUEUED, since="", about="", run="")
+    if stored.state is Is.DONE and done.get(name) != found.fingerprint:
+        return replace(described, state=Is.NOT_MADE, about="its tables are of earlier files")
+    return described
+
+
+def _removed(stored: State, *, has_tables: bool) -> State:
+    about = "its tables are kept until you forget it" if has_tables else ""
+    return State(stored.seed_set, Is.REMOVED, about=about)
+
+
+def _ignored(found: SeedSet) -> str:
+    """Name the ignored files of a set, with the reason."""
+    reasons = {"no seeds": found.ignored, "the set has embeddings": found.not_embedded}
+    return "; ".join(f"{some(names)} ({why})" for why, names in reasons.items() if names)
 
 
 def _changed_settings(
@@ -328,22 +390,40 @@ def nothing_to_do(report: str, state: Mapping[str, Any] | None = None) -> dg.Sen
     return dg.SensorResult(cursor=as_cursor(report, state), skip_reason=report)
 
 
-def _with_contents(seed_set: SeedSet) -> str:
-    return f"{seed_set.name} ({seed_set.contents()})"
-
-
 def _is_usable(name: str) -> bool:
+    return not _why_unusable(name)
+
+
+def _why_unusable(name: str) -> str:
     try:
         check_name(name)
-    except InputError:
-        return False
-    return True
+    except InputError as error:
+        return sentence(error)
+    return ""
 
 
-def _summary(news: Mapping[str, Sequence[str]], sets: int) -> str:
-    """Return the report of a tick in one line, changes first."""
-    parts = [f"{what} {some(names)}" for what, names in news.items() if names]
-    return "; ".join([*(parts or ["nothing new"]), f"{sets} seed set{'' if sets == 1 else 's'}"])
+def _summary(states: Sequence[State], news: Mapping[str, Sequence[str]], sets: int) -> str:
+    """Return the report of a tick in one line, what needs attention first."""
+    parts = [
+        f"{state}: {some([_named(each) for each in group])}"
+        for state, group in by_state(states).items()
+        if state is not Is.DONE
+    ]
+    parts += [f"{what} {some(names)}" for what, names in news.items() if names]
+    return "; ".join([*(parts or ["nothing new"]), count(sets, "seed set")])
+
+
+def _named(state: State) -> str:
+    """Name a set with the detail that matters in its state."""
+    step = state.about.partition(":")[0]
+    detail = {
+        Is.FAILED: step and f"in {step}",
+        Is.RUNNING: state.about,
+        Is.REMOVED: state.about,
+        Is.SETTLING: state.contents,
+        Is.QUEUED: state.contents,
+    }.get(state.state)
+    return f"{state.seed_set} ({detail})" if detail else state.seed_set
 
 
 def some(names: Sequence[str]) -> str:

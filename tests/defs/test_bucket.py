@@ -205,7 +205,7 @@ def test_an_upload_is_waited_for_and_the_same_bytes_again_are_nothing_new(
     assert "crc32c" in info
     assert not info.get("md5Hash")
     assert [ticks.tick() for _ in range(3)] == [[]] * 3
-    assert ticks.cursor == "nothing new; 1 seed set"
+    assert ticks.cursor == "not materialized: cats; 1 seed set"
 
 
 def test_names_of_every_kind_are_read_as_they_are(ticks: Ticks, new_bucket: str) -> None:

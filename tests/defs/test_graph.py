@@ -60,6 +60,7 @@ def test_the_graph_is_this():
         "laion_index_source": ("sources", "whole", set(), None, "anywhere"),
         "seed_folder": ("sources", "by seed set", set(), None, "anywhere"),
         "retrieval_settings": ("sources", "by seed set", set(), None, "anywhere"),
+        "seed_sets": ("sources", "whole", set(), None, "anywhere"),
         "staged_laion_index": ("index", "whole", {"laion_index_source"}, "staging", "on NVMe"),
         "seed_embeddings": ("seeds", "by seed set", {"seed_folder"}, None, "anywhere"),
         "centroid_vector": ("seeds", "by seed set", {"seed_embeddings"}, None, "anywhere"),

@@ -271,10 +271,8 @@ def test_a_set_that_was_removed_is_left_alone_until_it_is_back(made: Ticks) -> N
     assert made.tick() == []
     made.reported.clear()
     restarted(made, LAION_DEDUP_THRESHOLD="0.8")
-    assert (
-        made.said
-        == "settings changed: fruit; removed, tables kept until you delete them: flower; 1 seed set"
-    )
+    kept = "removed: flower (its tables are kept until you forget it)"
+    assert made.said == f"{kept}; settings changed: fruit; 1 seed set"
     assert ("retrieval_settings", "flower") not in made.reported
     away.rename(folder)
     made.tick()

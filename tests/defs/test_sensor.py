@@ -37,11 +37,11 @@ def test_a_seed_set_is_run_once_for_each_content_it_has(ticks):
     assert ticks.said == "nothing new; 0 seed sets"
     put(ticks, "cats", 1)
     assert ticks.tick() == []
-    assert "waiting for cats" in ticks.said
+    assert "waiting for unchanged files: cats" in ticks.said
     assert ticks.tick_and_work() == ["cats"]
-    assert ticks.said == "running cats (1 file of embeddings); 1 seed set"
+    assert ticks.said == "queued: cats (1 file of embeddings); 1 seed set"
     assert [ticks.tick() for _ in range(3)] == [[]] * 3
-    assert ticks.said == "nothing new; 1 seed set"
+    assert ticks.said == "not materialized: cats; 1 seed set"  # only its embeddings are
     put(ticks, "cats", 2)
     assert [ticks.tick_and_work() for _ in range(4)] == [[], ["cats"], [], []]
     put(ticks, "cats", 1)
@@ -69,7 +69,7 @@ def test_a_set_that_is_still_being_uploaded_is_waited_for(ticks):
     for number in range(3):
         put(ticks, "cats", number, f"{number}.npy")
         assert ticks.tick() == []
-        assert "waiting for cats" in ticks.said
+        assert "waiting for unchanged files: cats" in ticks.said
         assert not ticks.project.instance.get_dynamic_partitions("seed_sets")
     assert ticks.tick_and_work() == ["cats"]
     assert ticks.tick() == []
@@ -85,7 +85,7 @@ def test_a_broken_set_holds_up_no_other_and_runs_when_it_was_mended(ticks):
     assert "broken/a.npy" in failures(ticks.project.run("broken", "seed_embeddings"))["seed_embeddings"]
     assert ticks.project.run("good", "seed_embeddings").success
     assert [ticks.tick() for _ in range(3)] == [[]] * 3  # a failure is not tried again by itself
-    assert ticks.said == "failed, runs again once changed: broken; 2 seed sets"
+    assert ticks.said == "failed: broken (in seed_embeddings); not materialized: good; 2 seed sets"
     put(ticks, "broken", 5)
     assert [ticks.tick_and_work() for _ in range(3)] == [[], ["broken"], []]
 
@@ -105,10 +105,10 @@ def test_a_state_that_is_restored_runs_again_only_if_the_last_run_failed(ticks):
     told = failures(ticks.project.run("cats", "seed_embeddings"))["seed_embeddings"]
     assert "did you mean nprobe?" in told
     assert ticks.tick() == []
-    assert ticks.said == "failed, runs again once changed: cats; 1 seed set"
+    assert ticks.said == "failed: cats (in seed_embeddings); 1 seed set"
     settings.unlink()
     assert [ticks.tick_and_work() for _ in range(4)] == [[], ["cats"], [], []]
-    assert ticks.said == "nothing new; 1 seed set"
+    assert ticks.said == "not materialized: cats; 1 seed set"
 
 
 def test_a_folder_whose_name_cannot_be_used_is_named_and_blocks_nothing(ticks):
@@ -117,7 +117,7 @@ def test_a_folder_whose_name_cannot_be_used_is_named_and_blocks_nothing(ticks):
     assert ticks.tick() == []
     assert "'a..b'" in ticks.said
     assert "'what?'" in ticks.said
-    assert "invalid names:" in ticks.said
+    assert "name cannot be used:" in ticks.said
     assert ticks.tick_and_work() == ["good"]
     assert ticks.project.instance.get_dynamic_partitions("seed_sets") == ["good"]
 
@@ -127,7 +127,7 @@ def test_files_that_nobody_reads_are_named_in_every_tick_and_in_the_report(ticks
     for name in ("notes.txt", "cats/labels.json"):
         (ticks.project.seeds / name).write_text("no seeds")
     assert [ticks.tick_and_work() for _ in range(3)] == [[], ["cats"], []]
-    assert ticks.said == "ignored files: cats/labels.json, notes.txt; 1 seed set"
+    assert ticks.said == "not materialized: cats; ignored files: cats/labels.json, notes.txt; 1 seed set"
     told = reported(ticks.project.run("cats", "seed_embeddings"), "seed_embeddings")
     assert told["ignored files"] == ["labels.json"]
 
@@ -167,21 +167,23 @@ def test_a_set_that_is_removed_is_reported_once_and_keeps_what_was_made_of_it(ti
     away = (ticks.project.seeds / "cats").rename(ticks.project.seeds.with_name("away"))
     ticks.reported.clear()
     assert [ticks.tick() for _ in range(3)] == [[]] * 3
-    assert ticks.said == "removed, tables kept until you forget it: cats; 1 seed set"
+    assert ticks.said == (
+        "not materialized: dogs; removed: cats (its tables are kept until you forget it); 1 seed set"
+    )
     assert ticks.reported == [("seed_folder", "cats")]
     assert version_of_cats(ticks) == "removed"
     assert ticks.project.instance.get_dynamic_partitions("seed_sets") == ["cats", "dogs"]
     assert ticks.project.table("seed_embeddings", "cats").exists()
     away.rename(ticks.project.seeds / "cats")  # with the same bytes
     assert [ticks.tick() for _ in range(3)] == [[]] * 3
-    assert ticks.said == "nothing new; 2 seed sets"
+    assert ticks.said == "not materialized: cats, dogs; 2 seed sets"
     assert version_of_cats(ticks) == SeedFolder(str(ticks.project.seeds)).find("cats").fingerprint
 
 
 def test_a_set_that_is_removed_before_anything_was_made_of_it_leaves_no_partition(ticks):
     put(ticks, "cats")
     assert [ticks.tick() for _ in range(4)] == [[], ["cats"], [], []]
-    assert ticks.said == "not materialized yet: cats; 1 seed set"
+    assert ticks.said == "not materialized: cats; 1 seed set"
     shutil.rmtree(ticks.project.seeds / "cats")
     assert ticks.tick() == []
     assert ticks.said == "removed: cats; 0 seed sets"
@@ -196,7 +198,7 @@ def test_a_folder_that_was_emptied_is_as_one_that_is_gone(ticks):
     (ticks.project.seeds / "cats" / "a.npy").unlink()
     (ticks.project.seeds / "cats" / "settings.yaml").write_text("nprobe: 5")
     assert ticks.tick() == []
-    assert ticks.said == "removed, tables kept until you forget it: cats; 0 seed sets"
+    assert ticks.said == "removed: cats (its tables are kept until you forget it); 0 seed sets"
     assert version_of_cats(ticks) == "removed"
 
 
@@ -208,6 +210,63 @@ def test_a_set_whose_partition_was_deleted_is_no_longer_missed(ticks):
     ticks.project.instance.delete_dynamic_partition("seed_sets", "cats")
     assert ticks.tick() == []
     assert ticks.said == "nothing new; 0 seed sets"
+
+
+def table_of_sets(ticks: Ticks) -> dict[str, tuple[str, str, str]]:
+    """State, explanation and ignored files of each seed set on the page of `seed_sets`."""
+    event = ticks.project.instance.get_latest_materialization_event(dg.AssetKey("seed_sets"))
+    rows = [record.data for record in event.asset_materialization.metadata["table"].records]
+    return {row["seed set"]: (row["state"], row["about"], row["ignored"]) for row in rows}
+
+
+def new_run(ticks: Ticks, seed_set: str, status: dg.DagsterRunStatus) -> None:
+    """A run of all assets, as the daemon starts it or leaves it behind."""
+    ticks.project.instance.create_run_for_job(
+        ticks.project.job, tags={"dagster/partition": seed_set}, status=status
+    )
+
+
+def test_the_table_of_seed_sets_says_what_is_so_for_each_and_is_reported_when_it_changes(ticks):
+    instance, names = ticks.project.instance, ("broken", "killed", "queued", "running", "gone")
+    for name in names:
+        put(ticks, name)
+    (ticks.project.seeds / "broken" / "a.npy").write_bytes(b"no array")
+    (ticks.project.seeds / "queued" / "notes.txt").write_text("no seeds")
+    assert ticks.tick() == []
+    assert {state for state, *_ in table_of_sets(ticks).values()} == {"waiting for unchanged files"}
+    assert sorted(ticks.tick()) == sorted(names)
+    assert {state for state, *_ in table_of_sets(ticks).values()} == {"queued"}
+    ticks.project.run("broken")
+    new_run(ticks, "killed", dg.DagsterRunStatus.FAILURE)
+    new_run(ticks, "queued", dg.DagsterRunStatus.NOT_STARTED)
+    new_run(ticks, "running", dg.DagsterRunStatus.STARTED)
+    assert ticks.project.run("gone", "seed_embeddings").success
+    shutil.rmtree(ticks.project.seeds / "gone")
+    (ticks.project.seeds / "a..b").mkdir()
+    np.save(ticks.project.seeds / "a..b" / "a.npy", np.eye(4, dtype=np.float32))
+    put(ticks, "new")
+    assert ticks.tick() == []
+    found = table_of_sets(ticks)
+    assert {name: state for name, (state, *_) in found.items()} == {
+        "broken": "failed",
+        "killed": "failed",
+        "'a..b'": "name cannot be used",
+        "running": "running",
+        "queued": "queued",
+        "new": "waiting for unchanged files",
+        "gone": "removed",
+    }
+    assert [*found][:2] == ["broken", "killed"]  # what needs attention first
+    assert "broken/a.npy" in found["broken"][1]
+    assert found["broken"][1].startswith("seed_embeddings: ")
+    assert found["killed"][1] == "the run ended before its steps did"
+    assert found["queued"][2] == "notes.txt (no seeds)"
+    assert "forget" in found["gone"][1]
+    overview = dg.AssetKey("seed_sets")
+    reported = [
+        instance.fetch_materializations(overview, limit=10).records for _ in range(3) if not ticks.tick()
+    ]
+    assert len(reported[-1]) == len(reported[-2])
 
 
 def version_of_cats(ticks: Ticks) -> str | None:
