@@ -134,7 +134,7 @@ def test_seed_sets_wait_for_the_first_index(build):
     write_seeds(build.project.seeds / "mine")
     seeds = Ticks(build.project)
     assert [seeds.tick() for _ in range(3)] == [[], [], []]
-    assert "waiting until the index is built: mine" in seeds.said
+    assert "waiting for the index: mine" in seeds.said
     build.settle()
     assert seeds.tick() == ["mine"]
 
