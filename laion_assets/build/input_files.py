@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import io
 import logging
 import threading
@@ -99,6 +100,12 @@ class InputFiles:
                 raise BadFileError(
                     f"{self._fs.unstrip_protocol(path)} is gone or a dangling link: run again once "
                     "all files are there"
+                ) from error
+            except OSError as error:
+                if error.errno != errno.ELOOP:
+                    raise
+                raise BadFileError(
+                    f"{self._fs.unstrip_protocol(path)} is a link to itself: remove it"
                 ) from error
         if info["type"] != "file" or not is_regular(self._fs, path):
             raise BadFileError(f"{self._fs.unstrip_protocol(path)} is not a regular file: remove it")
