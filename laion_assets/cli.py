@@ -41,6 +41,7 @@ from laion_assets.defs.terminal import count, one_line
 from laion_assets.demo import DEMO_MODEL, build_demo
 from laion_assets.index import ModelRecord
 from laion_assets.io.errors import InputError
+from laion_assets.io.locks import locked_folder
 from laion_assets.io.storage import on_this_machine
 from laion_assets.io.text import printable
 from laion_assets.seeds import Model, count_seeds, stage_model
@@ -534,7 +535,10 @@ def _kept_instance(
 @contextmanager
 def instance(environment: Mapping[str, str]) -> Iterator[dg.DagsterInstance]:
     """Open the Dagster instance of this folder, which `laion-assets dev` uses too."""
-    with dg.DagsterInstance.from_config(str(_home(environment))) as opened:
+    home = _home(environment)
+    with locked_folder(home):  # two processes that create the tables of a new history fail
+        opened = dg.DagsterInstance.from_config(str(home))
+    with opened:
         yield opened
 
 

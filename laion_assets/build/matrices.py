@@ -162,7 +162,7 @@ def matrix_rows(
         offsets = (matrix.start + row * matrix.row_bytes for row in (first, last))
         content = files.read(file, *offsets)
         if expected is not None:
-            crc = zlib.crc32(content, crc)
+            crc = zlib.crc32(content.data, crc)
         yield content.view(matrix.dtype).reshape(-1, matrix.dimension)
     if expected is not None and (start, stop) == (0, matrix.rows) and crc != expected:
         raise _damaged(file.url, ValueError("its checksum is wrong"))
