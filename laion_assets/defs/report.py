@@ -53,6 +53,7 @@ def describe_seeds(
         "cut prompts": [str(prompt) for prompt in found.cut_prompts],
         "images not embedded": list(seed_set.not_embedded),
         "ignored files": list(seed_set.ignored),
+        "notes": list(found.notes),
     }
     return {
         **({"contact sheet": as_markdown(sheet)} if sheet else {}),

@@ -179,9 +179,9 @@ class SeedFolder:
 
     uri: str
 
-    def listing(self) -> Listing:
-        """List the seed sets, and the ignored files."""
-        return list_folder(self.uri)
+    def listing(self, seconds: float | None = None) -> Listing:
+        """List the seed sets and the ignored files, see `list_folder`."""
+        return list_folder(self.uri, seconds)
 
     def find(self, name: str) -> SeedSet:
         """Find one seed set by name."""

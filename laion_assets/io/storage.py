@@ -26,6 +26,7 @@ from fsspec.spec import AbstractBufferedFile
 
 from laion_assets.io.checksums import checksum_text, crc32c, crc32c_of
 from laion_assets.io.errors import InputError
+from laion_assets.io.local_files import walk
 from laion_assets.io.timeouts import request_limits, session_arguments
 
 # gcsfs also logs the errors that it raises; only the caller should report them.
@@ -143,6 +144,8 @@ def find_files(fs: Any, root: str, depth: int | None = None) -> dict[str, Mappin
     request for each file.
     """
     found: dict[str, Mapping[str, Any]]
+    if is_local(fs):
+        return {path: _local_details(fs, path) for path in walk(root, depth)}
     if not is_web(fs):
         found = fs.find(root, maxdepth=depth, detail=True)
         return found
@@ -159,6 +162,14 @@ def find_files(fs: Any, root: str, depth: int | None = None) -> dict[str, Mappin
                 "folder"
             )
     return found
+
+
+def _local_details(fs: Any, path: str) -> Mapping[str, Any]:
+    try:
+        details: Mapping[str, Any] = fs.info(path)
+    except OSError:  # a broken link, or a file that is gone again; reading it reports the problem
+        return {"name": path, "size": 0, "type": "other"}
+    return details
 
 
 def _linked_files(fs: Any, folder: str, depth: int | None) -> Iterator[str]:
