@@ -11,6 +11,7 @@ from typing import Any
 
 import dagster as dg
 
+from laion_assets.defs.dagster_internals import DATA_VERSION_TAG
 from laion_assets.defs.settings import BLOCK_LIST, ResolvedSettings
 from laion_assets.search.sizing import EXPECT_ALIVE, USUAL, Yield
 
@@ -20,6 +21,7 @@ CHECKSUM = "crc32c"  # of a table's file
 URLS_ALIVE = "URLs that work"  # a share
 MOST_OF = 0.9  # share of the requested images; a search that returns fewer ran out of rows
 PROVENANCE = "provenance"
+NODE = "node"  # metadata of a staged index on a cluster: the node that holds the copy
 DECIDE_THE_YIELD = ("dedup_threshold", "filters", BLOCK_LIST)
 
 
@@ -70,6 +72,23 @@ def materializations(
         if not page.has_more:
             return
         cursor = page.cursor
+
+
+def nodes_with_a_copy(instance: dg.DagsterInstance) -> list[str]:
+    """Return the cluster's nodes on which the current index was staged or found, the latest first.
+
+    It is a record, not the state of their disks: a node may be gone or empty.
+    """
+    staged = dg.AssetKey("staged_laion_index")
+    records = instance.fetch_materializations(staged, limit=MATERIALIZATIONS_READ).records
+    made = [record.asset_materialization for record in records if record.asset_materialization]
+    versions = [(one.tags or {}).get(DATA_VERSION_TAG) for one in made]
+    nodes = [
+        str(one.metadata[NODE].value)
+        for one, version in zip(made, versions, strict=True)
+        if version == versions[0] and NODE in one.metadata
+    ]
+    return list(dict.fromkeys(nodes))
 
 
 def measured_yield(

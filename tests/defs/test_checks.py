@@ -28,7 +28,7 @@ from laion_assets.search import audit
 from laion_assets.staging import OpenIndex, open_staged, stage
 
 WARN, ERROR = dg.AssetCheckSeverity.WARN, dg.AssetCheckSeverity.ERROR
-SPECS = [spec for asset in build_assets(Placement.from_environment({})) for spec in asset.check_specs]
+SPECS = [spec for asset in build_assets(Placement.from_environment({}, 0)) for spec in asset.check_specs]
 BLOCKING = {"staged_index_is_intact", "similarity_falls_with_rank", "one_row_per_image"}
 
 
