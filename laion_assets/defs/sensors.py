@@ -29,7 +29,7 @@ from laion_assets.defs.seed_set_states import (
     moment,
     states_of,
 )
-from laion_assets.defs.settings import Defaults
+from laion_assets.defs.settings import Defaults, team_of
 from laion_assets.defs.sources import (
     CHANGED,
     FIRST,
@@ -57,6 +57,7 @@ LISTING_SECONDS = 20.0  # of a tick; Dagster ends a tick after 60 seconds
 RUNS_PER_TICK = 5
 SETTINGS_PER_TICK = 100  # seed sets whose new settings are reported; each needs a database write
 NAMES_SHOWN = 10
+TEAM_TAG = "laion_assets/team"  # counted by tag_concurrency_limits in dagster.yaml
 
 
 @dataclass(frozen=True)
@@ -265,6 +266,7 @@ def build_seed_sets_sensor(
                 dg.RunRequest(
                     partition_key=name,
                     run_key=f"{name}:{versions[name]}:{decision.pending[name].since}",
+                    tags=_team_tag(seeds, present[name]),
                 )
                 for name in decision.run
             ],
@@ -285,6 +287,15 @@ def build_seed_sets_sensor(
         )
 
     return seed_sets_sensor
+
+
+def _team_tag(seeds: SeedFolder, seed_set: SeedSet) -> Mapping[str, str]:
+    """Return the tag with the set's team; none if its settings are unusable, which the run reports."""
+    try:
+        team = team_of(seeds.settings(seed_set), seed_set.name)
+    except InputError:
+        return {}
+    return {TEAM_TAG: team} if team else {}
 
 
 def _last_run_failed(instance: dg.DagsterInstance, seed_set: str) -> bool:

@@ -11,6 +11,7 @@ Dagster's concept: https://docs.dagster.io/guides/build/external-resources
 from __future__ import annotations
 
 import difflib
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Annotated, Any, get_args
@@ -36,6 +37,7 @@ from laion_assets.seeds.settings_file import SETTINGS_FILE
 
 COUNTS = ("nb_images_knn", "nb_images_centroid")
 TARGET, ALIVE = "target_images", "expect_alive"
+TEAM = "team"  # in settings.yaml only; it tags runs, and changes no table
 BLOCK_LIST = "block_list"  # set per deployment; recorded with the settings
 OF_SEEDS = {"max_bad_images"}  # settings of seeds, which no search uses
 THIS_RUN = "Launchpad or command line"
@@ -341,7 +343,29 @@ class RetrievalConfig(_Launchpad):  # type: ignore[misc]  # its fields are those
         return {name: _Given(value, THIS_RUN) for name, value in given.items() if value is not None}
 
 
+def team_of(values: Mapping[str, Any], origin: str) -> str | None:
+    """Return the team that a seed set's settings.yaml names, which tags its runs; None without one.
+
+    Raises:
+        InputError: it is not a name.
+
+    """
+    if TEAM not in values:
+        return None
+    team = values[TEAM]
+    if not isinstance(team, str) or not _TEAM.fullmatch(team):
+        raise InputError(
+            f"{TEAM} is {_shown(team)} (from {origin}): give at most 60 letters, digits, - and _"
+        )
+    return team
+
+
+_TEAM = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,59}")
+
+
 def _file_level(values: Mapping[str, Any], origin: str) -> _Level:
+    team_of(values, origin)
+    values = {name: value for name, value in values.items() if name != TEAM}
     for name in values:
         if name not in FIELDS:
             near = difflib.get_close_matches(name, FIELDS, n=1)

@@ -696,6 +696,58 @@ def nvme_variables() -> set[str]:
     return {f"LAION_NVME_{name.upper()}" for name in vars(NvmeNode())}
 
 
+def commands_of_the_recipe(*words: str) -> list[str]:
+    """The commands in README.md that begin with some words, continued lines joined."""
+    blocks = re.findall(r"^```\n(.*?)^```", (K8S / "README.md").read_text(), re.MULTILINE | re.DOTALL)
+    lines = [line.strip() for block in blocks for line in block.replace("\\\n", " ").splitlines()]
+    return [" ".join(line.split()) for line in lines if line.split()[: len(words)] == list(words)]
+
+
+def test_the_cluster_upgrades_on_a_channel_with_an_exclusion_and_both_pools_are_autoscaled():
+    (cluster,) = commands_of_the_recipe("gcloud", "container", "clusters", "create")
+    assert "--release-channel stable" in cluster
+    assert "--enable-dataplane-v2" in cluster, "without it, network policies are not enforced"
+    (exclusion,) = commands_of_the_recipe("gcloud", "container", "clusters", "update")
+    assert "--add-maintenance-exclusion-scope no_minor_or_node_upgrades" in exclusion
+    (nvme,) = commands_of_the_recipe("gcloud", "container", "node-pools", "create", "nvme")
+    assert "--enable-autoscaling --num-nodes 0 --min-nodes 0" in nvme
+    assert "--enable-autoscaling" in cluster
+    (limit,) = re.findall(r"--max-nodes (\d+)", nvme)
+    for pool in ("retrieval", "staging"):
+        (command,) = [one for one in commands_of_the_recipe("kubectl", "exec") if f"set {pool}" in one]
+        assert command.endswith(f"concurrency set {pool} {limit}")
+
+
+def test_the_chart_is_updated_before_it_is_used_and_an_upgrade_migrates_the_database():
+    commands = commands_of_the_recipe("helm")
+    uses = [number for number, one in enumerate(commands) if "dagster/dagster" in one]
+    updates = [number for number, one in enumerate(commands) if one == "helm repo update"]
+    assert all(any(update < use for update in updates) for use in uses)
+    (migration,) = commands_of_the_recipe("helm", "template")
+    assert "--set migrate.enabled=true --show-only templates/job-instance-migrate.yaml" in migration
+    (stop,) = commands_of_the_recipe("kubectl", "scale")
+    assert "--replicas 0" in stop
+
+
+def test_every_image_is_ours():
+    ours = yaml.safe_load((K8S / "kustomization.yaml").read_text())["images"][0]["name"]
+    used = re.findall(
+        r"^\s*image: (\S+)", "".join(p.read_text() for p in K8S.glob("*.yaml")), re.MULTILINE
+    )
+    assert set(used) <= {ours, "&image", "*image"}
+    assert VALUES["busybox"]["image"].items() <= DEPLOYMENT["image"].items()
+
+
+def test_the_proxy_uses_google_s_own_client():
+    assert of_kind("BackendConfig")["spec"]["iap"] == {"enabled": True}
+
+
+def test_ticks_expire_and_nobody_is_asked_for_an_address():
+    assert VALUES["retention"]["enabled"]
+    assert VALUES["additionalInstanceConfig"]["nux"] == {"enabled": False}
+    assert VALUES["telemetry"] == {"enabled": False}
+
+
 def test_dagster_and_its_chart_have_one_version():
     (locked,) = re.findall(
         r"^dagster==(.+)$", (REPOSITORY / "requirements.lock").read_text(), re.MULTILINE

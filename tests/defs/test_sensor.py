@@ -15,7 +15,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from laion_assets.defs.resources import SeedFolder
-from laion_assets.defs.sensors import RUNS_PER_TICK, Pending, decide
+from laion_assets.defs.sensors import RUNS_PER_TICK, TEAM_TAG, Pending, decide
 from laion_assets.defs.sources import last_version
 from laion_assets.io.errors import InputError
 from laion_assets.seeds import folder
@@ -53,6 +53,23 @@ def test_a_seed_set_is_run_once_for_each_content_it_has(ticks):
     assert len(set(ticks.run_keys)) == 3
     (ticks.project.seeds / "cats" / "a.npy").touch()  # written again with the same content
     assert [ticks.tick() for _ in range(3)] == [[]] * 3
+
+
+@pytest.mark.parametrize(
+    ("settings", "tags"),
+    [
+        ("team: vision", {TEAM_TAG: "vision"}),
+        ("nprobe: 3", {}),
+        ("team: [a, b]", {}),
+        ("not yaml: [", {}),
+    ],
+)
+def test_a_run_is_tagged_with_the_team_of_its_set(ticks, settings, tags):
+    put(ticks, "cats")
+    (ticks.project.seeds / "cats" / "settings.yaml").write_text(settings)
+    ticks.tick()
+    (request,) = ticks.evaluate("seed_sets_sensor", ticks.cursor).run_requests
+    assert request.tags == tags
 
 
 def test_a_run_is_not_asked_for_again_while_it_is_under_way(ticks):

@@ -216,8 +216,8 @@ def test_changes_between_two_requests_are_named_with_both_values():
 
 
 def test_a_seed_set_brings_its_settings_along(tmp_path):
-    own = own_settings(tmp_path, "# for the client\nnb_images_knn: 200\ndedup_threshold: 1\n")
-    assert own == {"nb_images_knn": 200, "dedup_threshold": 1}
+    own = own_settings(tmp_path, "# for the client\nnb_images_knn: 200\ndedup_threshold: 1\nteam: a\n")
+    assert own == {"nb_images_knn": 200, "dedup_threshold": 1, "team": "a"}
     found = resolved(own=own)
     assert (found.values.nb_images_knn, found.origins["nb_images_knn"]) == (200, OWN)
     assert type(found.values.dedup_threshold) is float
@@ -242,6 +242,8 @@ REFUSED = {
     "filters: width >> 5": ("filters", "'width >> 5'"),
     "nb_images_knn: 0": ("nb_images_knn is 0", "1 or more"),
     "target_images: 5\nnb_images_knn: 5": ("target_images is 5", "nb_images_knn is 5", "not both"),
+    "team: a/b": ("team is 'a/b'", "60 letters, digits"),
+    "team:": ("team is None", "60 letters, digits"),
     "\n".join(["a: &a [x]", *LAUGHS]): ("'a'", "not a setting"),
 }
 

@@ -96,7 +96,10 @@ def instance_config(
                 "default_limit": concurrency["pools"]["defaultLimit"],
                 "granularity": concurrency["pools"]["granularity"],
             },
-            "runs": {"max_concurrent_runs": concurrency["runs"]["maxConcurrentRuns"]},
+            "runs": {
+                "max_concurrent_runs": concurrency["runs"]["maxConcurrentRuns"],
+                "tag_concurrency_limits": concurrency["runs"]["tagConcurrencyLimits"],
+            },
         },
         "sensors": {"use_threads": sensors["useThreads"], "num_workers": sensors["numWorkers"]},
         "retention": {"sensor": {"purge_after_days": VALUES["retention"]["sensor"]["purgeAfterDays"]}},

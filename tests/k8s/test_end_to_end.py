@@ -25,6 +25,8 @@ RETRY = dg.DagsterEventType.STEP_UP_FOR_RETRY
 @pytest.fixture(scope="module")
 def platform(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Platform]:
     with installed(tmp_path_factory.mktemp("platform")) as platform:
+        platform.cluster.add_node("any", nvme=False)
+        platform.cluster.pool_size = 1
         yield platform
 
 
@@ -37,8 +39,6 @@ def test_each_step_is_a_pod_and_those_that_need_the_index_run_on_a_pool_that_gro
     platform: Platform,
 ):
     cluster = platform.cluster
-    cluster.add_node("any", nvme=False)
-    cluster.pool_size = 1
     platform.succeed(platform.launch("fruit"))
     hosts = {name: [pod["spec"]["nodeName"] for pod in cluster.pods_of(name)] for name in NAMES}
     assert hosts == {name: ["pool-1" if name in ON_NVME else "any"] for name in NAMES}
@@ -129,6 +129,7 @@ def test_a_step_that_was_killed_evicted_or_out_of_memory_is_tried_again(platform
 
 
 def test_a_run_that_was_cancelled_gives_its_place_to_the_next(platform: Platform):
+    platform.instance.event_log_storage.set_concurrency_slots("retrieval", 1)
     first = platform.launch("fruit", "knn_urls")
     pod = platform.running_pod("knn_urls")
     second = platform.launch("fruit", "centroid_urls")
@@ -151,3 +152,5 @@ def test_a_run_whose_own_pod_was_lost_starts_again_from_where_it_was(platform: P
 
 def test_no_pod_writes_outside_its_volumes(platform: Platform):
     assert {name: files for name, files in platform.cluster.written.items() if files} == {}
+    home = {path.name for path in (platform.root / "home").iterdir()}
+    assert home == {"dagster.yaml", "workspace.yaml"}, "the webserver and the daemon may not write here"

@@ -9,8 +9,8 @@ Dagster's concept: https://docs.dagster.io/deployment/oss/deployment-options/kub
 from __future__ import annotations
 
 import json
+import time
 from collections.abc import Iterator, Mapping, Sequence
-from datetime import UTC, datetime
 from typing import Any
 
 import dagster as dg
@@ -93,6 +93,7 @@ class IndexStepHandler(StepHandler):
 
     def __init__(self, handler: StepHandler, core: CoreV1Api, node: NvmeNode) -> None:
         self._handler, self._core, self._node = handler, core, node
+        self._launched: dict[str, float] = {}  # by step without a pod so far, time of its launch
 
     @property
     def name(self) -> str:
@@ -101,6 +102,8 @@ class IndexStepHandler(StepHandler):
 
     def launch_step(self, step_handler_context: StepHandlerContext) -> Iterator[DagsterEvent]:
         """Launch a step with Dagster's handler, near a copy if it reads one."""
+        (step,) = step_handler_context.execute_step_args.step_keys_to_execute or ()
+        self._launched[step] = time.time()
         nodes = nodes_with_a_copy(step_handler_context.instance)
         return self._handler.launch_step(NearCopies(step_handler_context, nodes))  # type: ignore[arg-type]
 
@@ -111,12 +114,10 @@ class IndexStepHandler(StepHandler):
     def check_step_health(self, step_handler_context: StepHandlerContext) -> CheckStepHealthResult:
         """Check the pod of a step; fail the step if the pod has waited too long."""
         pod = self._newest_pod(step_handler_context)
-        if pod is not None and self._has_waited_too_long(pod):
-            self._fail_step(step_handler_context, pod)
-            return (
-                CheckStepHealthResult.healthy()
-            )  # the failure is already reported; a second report would retry the step
         health = self._handler.check_step_health(step_handler_context)
+        if health.is_healthy and self._has_waited_too_long(step_handler_context, pod):
+            self._fail_step(step_handler_context, pod)
+            return health  # the failure is already reported; a second report would retry the step
         if health.is_healthy or pod is None:
             return health
         return CheckStepHealthResult.unhealthy(f"{health.unhealthy_reason}{_how_it_ended(pod)}")
@@ -131,9 +132,18 @@ class IndexStepHandler(StepHandler):
         pods = self._core.list_namespaced_pod(namespace, label_selector=selector).items
         return max(pods, key=lambda pod: pod.metadata.creation_timestamp, default=None)
 
-    def _has_waited_too_long(self, pod: Any) -> bool:
-        age = (datetime.now(UTC) - pod.metadata.creation_timestamp).total_seconds()
-        return bool(pod.status.phase == "Pending" and age > int(self._node.pending_seconds))
+    def _has_waited_too_long(self, context: StepHandlerContext, pod: Any) -> bool:
+        since = self._waiting_since(context, pod)
+        return since is not None and time.time() - since > int(self._node.pending_seconds)
+
+    def _waiting_since(self, context: StepHandlerContext, pod: Any) -> float | None:
+        """Return since when a step waits for its pod; None if the pod has started."""
+        (step,) = context.execute_step_args.step_keys_to_execute or ()
+        if pod is None:
+            return self._launched.get(step)
+        self._launched.pop(step, None)  # a pod that is gone later is not one that never existed
+        started: bool = pod.status.phase != "Pending"
+        return None if started else float(pod.metadata.creation_timestamp.timestamp())
 
     def _fail_step(self, context: StepHandlerContext, pod: Any) -> None:
         """Fail the step without retries, and delete its pod, which could still start later."""
@@ -150,7 +160,10 @@ class IndexStepHandler(StepHandler):
 
 
 def why_it_cannot_start(node: NvmeNode, step: str, pod: Any) -> str:
-    """Return a sentence with the reason why a step's pod is still Pending, and the remedy."""
+    """Return a sentence with the reason why a step's pod is still Pending or missing, and the remedy."""
+    if pod is None:
+        waited = f"Kubernetes created no pod for its job in {node.pending_seconds} s"
+        return f"{step} cannot start: {waited}. The events of the job say why (kubectl describe job)"
     waited = f"its pod was Pending for {node.pending_seconds} s, {_reason(pod)}"
     remedy = "Add a node that fits, or allow more time with LAION_NVME_PENDING_SECONDS"
     return f"{step} cannot start: {waited}. {remedy}"
