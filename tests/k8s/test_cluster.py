@@ -138,6 +138,14 @@ def test_a_pool_grows_from_zero_only_for_pods_that_fit_its_nodes(cluster: Cluste
 
 def test_a_pod_above_its_memory_limit_is_killed(cluster: Cluster):
     cluster.add_node("nvme-1", nvme=True)
-    submit(job("greedy", "python", "-c", "x = b'1' * 200_000_000; input()", memory_limit="100Mi"))
+    submit(
+        job(
+            "greedy",
+            "python",
+            "-c",
+            "import time; x = b'1' * 200_000_000; time.sleep(60)",
+            memory_limit="100Mi",
+        )
+    )
     (status,) = pod_of("greedy", "Failed").status.container_statuses
     assert (status.state.terminated.reason, status.state.terminated.exit_code) == ("OOMKilled", 137)
