@@ -21,6 +21,7 @@ from typing import TypeVar
 import numpy as np
 import pyarrow as pa
 
+from laion_assets.defs.crashes import reported
 from laion_assets.defs.drawing.contact_sheet import Strip, contact_sheet
 from laion_assets.defs.drawing.remote_thumbnails import FETCHED, reasons, remote_thumbnails
 from laion_assets.defs.places import DATA, Places
@@ -169,7 +170,7 @@ def look(
     elif model:
         query = _prompt(model, text, seeds) if images is None else _images(model, text, images, log)
     _stage(index, log)
-    with index.open(log) as opened:
+    with reported("look"), index.open(log) as opened:
         if model:
             ModelRecord(dimension=opened.index.dimension).check(model.name, model.dimension)
         rows, blocking = best_rows(

@@ -11,6 +11,7 @@ from typing import Any
 import dagster as dg
 
 from laion_assets.defs import checks
+from laion_assets.defs.crashes import reported
 from laion_assets.defs.failures import as_failures
 from laion_assets.defs.history import NODE
 from laion_assets.defs.kubernetes.placement import Placement
@@ -60,7 +61,7 @@ def staged_laion_index_asset(placement: Placement, source: dg.AssetKey) -> dg.As
             staged = laion_index.stage(context.log.info)
             if source == laion_index_source.key:
                 observe(context, Version(source, staged.source_version))
-            with laion_index.open(context.log.info) as opened:
+            with _opened(context, laion_index) as opened:
                 metadata = _figures(staged, laion_index) | _shape(opened)
                 results = checks.of_staged_index(opened, laion_index.cache_dir)
         context.log.info(_sentence(staged, laion_index))
@@ -89,7 +90,14 @@ def open_index(context: dg.AssetExecutionContext, laion_index: LaionIndex) -> It
         time.sleep(RECORD_SECONDS)
         if missing := _what_is_missing(context, laion_index):
             raise InputError(missing, "staged_index")
-    with laion_index.open(context.log.info) as index:
+    with _opened(context, laion_index) as index:
+        yield index
+
+
+@contextmanager
+def _opened(context: dg.AssetExecutionContext, laion_index: LaionIndex) -> Iterator[OpenIndex]:
+    step = context.op_execution_context.get_step_execution_context().step.key
+    with reported(step, context.run_id), laion_index.open(context.log.info) as index:
         yield index
 
 
