@@ -83,12 +83,13 @@ def open_staged(
     """
     if not is_staged(cache):
         raise NotStagedError(f"nothing is staged in {cache}: stage the index first")
-    with locks.reading(cache), enough_descriptors(), _noticing_damage(cache):
+    with locks.reading(cache), enough_descriptors():
         manifest = verified_manifest(cache, log)
         paths = {file.name: cache / file.path for file in manifest.files}
         index, lists = index_files(paths, str(cache))
         metadata = [paths[name] for name in sorted(paths) if name.startswith(f"{METADATA_FOLDER}/")]
-        with _open_disk(cache, manifest, budget, log) as (disk, stats):
+        opened = _open_disk(cache, manifest, budget, log)
+        with _noticing_damage(cache), opened as (disk, stats):
             yield OpenIndex(
                 Index(paths[index], paths[lists] if lists else None, disk),
                 Metadata(metadata, columns, disk, _batch_tables(cache, manifest)),
