@@ -236,7 +236,7 @@ REFUSED = {
     "nb_images_knn:": ("nb_images_knn is empty", "a whole number", "remove it"),
     "nb_images_knn: [1, 2]": ("nb_images_knn is a list", "a whole number"),
     "dedup_threshold: 2001-01-01": ("dedup_threshold is ", "2001", "a number above 0 up to 1"),
-    f"dedup_threshold: 1{'0' * 400}": ("dedup_threshold is 1000", "a number above 0 up to 1"),
+    f"dedup_threshold: 1{'0' * 400}": ("a number of 1,329 bits for dedup_threshold",),
     "dedup_threshold: .nan": ("dedup_threshold is nan", "a number above 0 up to 1"),
     "filters: 5": ("filters is 5", "give text"),
     "filters: width >> 5": ("filters", "'width >> 5'"),
@@ -244,7 +244,7 @@ REFUSED = {
     "target_images: 5\nnb_images_knn: 5": ("target_images is 5", "nb_images_knn is 5", "not both"),
     "team: a/b": ("team is 'a/b'", "60 letters, digits"),
     "team:": ("team is None", "60 letters, digits"),
-    "\n".join(["a: &a [x]", *LAUGHS]): ("'a'", "not a setting"),
+    "\n".join(["a: &a [x]", *LAUGHS]): ("uses an alias",),
 }
 
 
