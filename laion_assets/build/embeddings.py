@@ -170,7 +170,7 @@ def list_embeddings(
     Only headers and footers are read.
 
     Args:
-        uri: a folder or one Parquet file, a local path or any fsspec URL.
+        uri: a folder or one Parquet file, a local path or a URL.
         layout: "clip-retrieval", "laion", "datacomp" or "parquet"; detected from the file names by
             default. With a named layout, files that are not part of it are ignored.
         key: which vectors to use. This is the prefix of .npy file names (by default "img_emb"), the

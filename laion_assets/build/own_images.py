@@ -52,8 +52,8 @@ def embed_folder(uri: str, into: str, model: Model, log: Callable[[str], None]) 
     and get higher ids. A killed call loses at most two minutes of work.
 
     Args:
-        uri: folder of the images, a local path or any fsspec URL.
-        into: folder of the embeddings, a local path or any fsspec URL.
+        uri: folder of the images, a local path or a URL.
+        into: folder of the embeddings, a local path or a URL.
         model: embeds the images.
         log: called with lines about the progress.
 

@@ -52,7 +52,7 @@ class Place:
     """The destination of an index, and the folder beside it where its files are assembled.
 
     Args:
-        uri: folder of the index, a local path or any fsspec URL.
+        uri: folder of the index, a local path or a URL.
 
     Attributes:
         uri: the folder; the absolute path with links resolved if it is local.

@@ -28,7 +28,7 @@ class Workspace:
     """A folder in which files appear only once they are complete.
 
     Args:
-        uri: a local path or any fsspec URL; the folder need not exist.
+        uri: a local path or a URL; the folder need not exist.
 
     """
 

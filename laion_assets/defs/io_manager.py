@@ -27,7 +27,7 @@ class Tables:
     """The tables, which are Parquet files at `<base>/<asset>/<seed set>.parquet`.
 
     Attributes:
-        base: a local path or any fsspec URL.
+        base: a local path or a URL.
 
     """
 

@@ -12,12 +12,13 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
 from laion_assets.build import SHARD_ROWS
 from laion_assets.defs.kubernetes.placement import NvmeNode
 from laion_assets.defs.settings import FIELDS, variable_of
 from laion_assets.io.errors import InputError
+from laion_assets.io.public_urls import public
 from laion_assets.io.storage import on_this_machine
 from laion_assets.staging import DEFAULT_BUDGET, parse_size
 
@@ -56,6 +57,9 @@ def _true_or_false(text: Any) -> Any:
     return text == "true"
 
 
+Location = Annotated[str, AfterValidator(public)]  # a URL without secrets, which nothing then can show
+
+
 def _place(default: str, help_text: str) -> Any:
     """Declare a folder that defaults to one below `DATA` in the working directory."""
     return Field(
@@ -70,8 +74,8 @@ class Places(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    index_uri: str = _place("index", "Folder of the index, a local path or any fsspec URL")
-    metadata_uri: str | None = Field(
+    index_uri: Location = _place("index", "Folder of the index, a local path or a URL")
+    metadata_uri: Location | None = Field(
         None,
         description="Folder of the metadata, if not `metadata` in the index folder",
         json_schema_extra={"shown": "`metadata` in the index folder"},
@@ -106,14 +110,14 @@ class Places(BaseModel):
         description="What a step does if the disk lacks the index or holds another one: `restage` it or "
         "`fail`",
     )
-    block_list: str | None = Field(
+    block_list: Location | None = Field(
         None,
         description="File of ids, URLs and hosts to exclude from every table: one per line, or with "
         "columns as CSV or Parquet",
     )
-    model: str | None = Field(
+    model: Location | None = Field(
         None,
-        description="Folder of the model that embeds images and prompts, a local path or any fsspec URL: "
+        description="Folder of the model that embeds images and prompts, a local path or a URL: "
         "ONNX files in the layout of transformers.js",
         json_schema_extra={"shown": "the demo's with the demo's index, none with any other"},
     )
@@ -122,9 +126,9 @@ class Places(BaseModel):
         description="Where the model runs: `cuda` needs onnxruntime-gpu, `auto` uses the GPU if "
         "available",
     )
-    embeddings_uri: str | None = Field(
+    embeddings_uri: Location | None = Field(
         None,
-        description="Folder of published embeddings, a local path or any fsspec URL. If set, the index "
+        description="Folder of published embeddings, a local path or a URL. If set, the index "
         "at LAION_INDEX_URI is built from them",
     )
     embeddings_layout: Literal["clip-retrieval", "laion", "datacomp", "parquet"] | None = Field(
@@ -148,9 +152,9 @@ class Places(BaseModel):
         description="Name of the model that made the embeddings, written to `model.json`",
         json_schema_extra={"shown": "known for DataComp", "example": "openai/clip-vit-large-patch14"},
     )
-    build_uri: str | None = Field(
+    build_uri: Location | None = Field(
         None,
-        description="Workspace of a build, for intermediate results: a local path or any fsspec URL",
+        description="Workspace of a build, for intermediate results: a local path or a URL",
         json_schema_extra={"shown": "`<LAION_INDEX_URI>.build`"},
     )
     index_key: str | None = Field(
@@ -173,10 +177,10 @@ class Places(BaseModel):
     min_recall: float = Field(
         0.5, ge=0, le=1, description="The check of a built index warns below this recall@100"
     )
-    seeds_uri: str = _place(
-        "seeds", "Folder of the seed sets, one subfolder each: a local path or any fsspec URL"
+    seeds_uri: Location = _place(
+        "seeds", "Folder of the seed sets, one subfolder each: a local path or a URL"
     )
-    output_uri: str = _place("output", "Folder of the tables, a local path or any fsspec URL")
+    output_uri: Location = _place("output", "Folder of the tables, a local path or a URL")
     show_remote_pictures: Annotated[bool, BeforeValidator(_true_or_false)] = Field(
         False,
         description="If the index has no thumbnails, `true` loads images from their hosts in the UI and "

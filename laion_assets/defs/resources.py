@@ -17,7 +17,6 @@ import dagster as dg
 
 from laion_assets.build import Build, Request
 from laion_assets.defs.io_manager import ParquetIOManager, Tables
-from laion_assets.defs.kubernetes.placement import NODE_VARIABLE
 from laion_assets.defs.places import Places
 from laion_assets.defs.settings import Defaults, RetrievalConfig
 from laion_assets.demo import DEMO_MODEL, is_demo
@@ -62,7 +61,7 @@ class LaionIndex:
     """The LAION index: its source and its staged copy.
 
     Attributes:
-        index_uri: folder of the index, a local path or any fsspec URL.
+        index_uri: folder of the index, a local path or a URL.
         metadata_uri: folder of the metadata, if it is elsewhere or only a part.
         cache_dir: local directory for the staged index.
         staging: `full`, `sparse` or `in-place`.
@@ -70,7 +69,6 @@ class LaionIndex:
         metadata_columns: names of the url and caption columns, if they are unusual.
         lost_index: what a step does on a disk that lacks the index: `restage` or `fail`.
         block_list_uri: file of images to exclude from every table.
-        node: node of the cluster whose disk holds the copy; None elsewhere.
 
     """
 
@@ -82,10 +80,9 @@ class LaionIndex:
     metadata_columns: Mapping[str, str]
     lost_index: str
     block_list_uri: str | None
-    node: str | None = None
 
     @classmethod
-    def at(cls, places: Places, node: str | None = None) -> LaionIndex:
+    def at(cls, places: Places) -> LaionIndex:
         """Create it from the platform's locations."""
         return cls(
             index_uri=places.index_uri,
@@ -96,7 +93,6 @@ class LaionIndex:
             metadata_columns=places.metadata_columns,
             lost_index=places.lost_index,
             block_list_uri=places.block_list,
-            node=node,
         )
 
     def stage(self, log: Callable[[str], None], *, replace_other: bool = True) -> Staged:
@@ -177,15 +173,15 @@ class SeedFolder:
     """The folder of the seed sets: every subfolder is one.
 
     Attributes:
-        uri: a local path or any fsspec URL.
+        uri: a local path or a URL.
 
     """
 
     uri: str
 
-    def listing(self, seconds: float | None = None) -> Listing:
-        """List the seed sets and the ignored files, see `list_folder`."""
-        return list_folder(self.uri, seconds)
+    def listing(self) -> Listing:
+        """List the seed sets, and the ignored files."""
+        return list_folder(self.uri)
 
     def find(self, name: str) -> SeedSet:
         """Find one seed set by name."""
@@ -206,7 +202,7 @@ class Embedder:
     """The model that embeds images and prompts, which must be the model of the index.
 
     Attributes:
-        model_uri: its folder, a local path or any fsspec URL; None if none is set.
+        model_uri: its folder, a local path or a URL; None if none is set.
         device: `auto`, `cpu` or `cuda`.
         cache_dir: local directory for staged models.
 
@@ -314,7 +310,7 @@ def resources_from(environment: Mapping[str, str]) -> dict[str, Any]:
     places = Places.from_environment(environment)
     tables = Tables(places.output_uri)
     return {
-        "laion_index": _shown(LaionIndex.at(places, environment.get(NODE_VARIABLE))),
+        "laion_index": _shown(LaionIndex.at(places)),
         "seeds": _shown(SeedFolder(places.seeds_uri)),
         "embedder": _shown(Embedder.at(places)),
         "index_builder": _shown(IndexBuilder.at(places)),

@@ -1,7 +1,8 @@
 """Open, list and write folders on the local disk or in a bucket, with errors in one sentence.
 
-All access is through fsspec, and gs:// is gcsfs. Credentials are Google Cloud's application default
-credentials. STORAGE_EMULATOR_HOST selects another server, which is used without credentials.
+All access is through fsspec, with gcsfs for gs:// and `WebFiles` for https://. Credentials are Google
+Cloud's application default credentials. STORAGE_EMULATOR_HOST selects another server, which is used
+without credentials.
 """
 
 from __future__ import annotations
@@ -13,8 +14,7 @@ import logging
 import os
 import re
 import stat
-from collections.abc import Iterator, Mapping
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterator
 from dataclasses import dataclass
 from http import HTTPStatus
 from pathlib import Path
@@ -26,17 +26,17 @@ from fsspec.spec import AbstractBufferedFile
 
 from laion_assets.io.checksums import checksum_text, crc32c, crc32c_of
 from laion_assets.io.errors import InputError
-from laion_assets.io.local_files import walk
+from laion_assets.io.public_urls import WEB, public, without_secrets
 from laion_assets.io.timeouts import request_limits, session_arguments
+from laion_assets.io.web import WebFiles
 
 # gcsfs also logs the errors that it raises; only the caller should report them.
 logging.getLogger("gcsfs").addHandler(logging.NullHandler())
 
 BUCKETS = ("gs://", "gcs://")
-WEB = ("http://", "https://")
+PROTOCOLS = {"file", "local", "memory", "gs", "gcs", "http", "https", "hf"}
 MAX_PAGE_RESULTS = 1000  # the most that Google Cloud Storage allows
 LISTED_FIELDS = "items(name,size,updated,crc32c),nextPageToken"
-WEB_REQUESTS = 16  # at once, for the sizes of files
 UPLOAD_BLOCK = 8 << 20  # bytes of each upload request
 PARTIAL_SUFFIX = ".partial"
 WRITE_ERRORS = {
@@ -60,13 +60,20 @@ def open_storage(uri: str, about: str | None = None) -> tuple[Any, str]:
     Listings are not cached, because other processes write to the same folders.
 
     Args:
-        uri: a local path or any fsspec URL.
+        uri: a local path, or a URL with one of `PROTOCOLS`.
         about: see `InputError`.
 
     Raises:
-        InputError: the kind of storage is unknown, or credentials for it are missing.
+        InputError: the kind of storage is not supported, or credentials for it are missing.
 
     """
+    if split_protocol(uri)[0] not in (None, *PROTOCOLS):
+        raise InputError(
+            f"{public(uri)} is on a kind of storage that is not supported: copy it to a local folder or "
+            "to a bucket of Google Cloud Storage (gs://), or mount it, for example with `rclone mount`, "
+            "and name the folder",
+            about,
+        )
     options: dict[str, Any] = {"use_listings_cache": False}
     if uri.startswith(BUCKETS):
         if not re.match(r"gc?s://[^/]", uri):
@@ -78,13 +85,13 @@ def open_storage(uri: str, about: str | None = None) -> tuple[Any, str]:
         # buckets need it; their users set the variable to true.
         os.environ.setdefault("GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT", "false")
     elif uri.startswith(WEB):
-        options["client_kwargs"] = session_arguments()
+        return WebFiles(client_kwargs=session_arguments(), **options), public(uri).rstrip("/")
     elif re.match(r"gc?s(:/|//)", uri):
         raise InputError(f"{uri} is neither a path nor a URL: write it as gs://bucket/folder", about)
     with reaching(uri, about):
         try:
             fs, path = fsspec.url_to_fs(uri, **options)
-        except (ValueError, ImportError) as error:  # the protocol is unknown or not installed
+        except (ValueError, ImportError) as error:  # hf:// names no repository, or is not installed
             raise InputError(f"{uri} cannot be opened ({error}): correct it", about) from error
     return fs, path.rstrip("/") or "/"
 
@@ -116,7 +123,7 @@ def list_files(fs: Any, root: str, depth: int | None = None) -> Iterator[Listed]
     kilobytes per object in memory.
     """
     if not is_bucket(fs):
-        for path, info in find_files(fs, root, depth).items():
+        for path, info in fs.find(root, maxdepth=depth, detail=True).items():
             name = path.removeprefix(root).lstrip("/")
             yield Listed(name, path, info["size"], str(info.get("mtime", "")), info.get("crc32c"))
         return
@@ -135,52 +142,6 @@ def list_files(fs: Any, root: str, depth: int | None = None) -> Iterator[Listed]
         token = page.get("nextPageToken")
         if not token:
             return
-
-
-def find_files(fs: Any, root: str, depth: int | None = None) -> dict[str, Mapping[str, Any]]:
-    """Return the details of all files below a folder, or those in its first `depth` levels, by path.
-
-    Folders of a web server are read from the links in its pages, which have no sizes: these take another
-    request for each file.
-    """
-    found: dict[str, Mapping[str, Any]]
-    if is_local(fs):
-        return {path: _local_details(fs, path) for path in walk(root, depth)}
-    if not is_web(fs):
-        found = fs.find(root, maxdepth=depth, detail=True)
-        return found
-    try:
-        paths = list(_linked_files(fs, root, depth))
-    except FileNotFoundError:
-        return {}
-    with ThreadPoolExecutor(WEB_REQUESTS) as pool:
-        found = dict(zip(paths, pool.map(fs.info, paths), strict=True))
-    for path, info in found.items():
-        if info["size"] is None:
-            raise InputError(
-                f"the server does not report the size of {path}: download the files, and name the local "
-                "folder"
-            )
-    return found
-
-
-def _local_details(fs: Any, path: str) -> Mapping[str, Any]:
-    try:
-        details: Mapping[str, Any] = fs.info(path)
-    except OSError:  # a broken link, or a file that is gone again; reading it reports the problem
-        return {"name": path, "size": 0, "type": "other"}
-    return details
-
-
-def _linked_files(fs: Any, folder: str, depth: int | None) -> Iterator[str]:
-    """Yield the files that the pages of a folder link to. `fs.find` would ignore errors."""
-    for entry in sorted(fs.ls(f"{folder.rstrip('/')}/", detail=False)):
-        if "?" in entry or "#" in entry:  # the same page in another order
-            continue
-        if not entry.endswith("/"):
-            yield entry
-        elif depth is None or depth > 1:
-            yield from _linked_files(fs, entry, depth and depth - 1)
 
 
 @contextlib.contextmanager
@@ -260,7 +221,7 @@ def _http_status(error: BaseException) -> int | None:
 def first_line(error: Exception, *, last: bool = False) -> str:
     """Return the first line of an error's message, or the last, which contains a server's answer."""
     text = str(error) or str(error.__cause__ or "")  # fsspec's own timeout has no message
-    lines = text.strip().splitlines() or [type(error).__name__]
+    lines = without_secrets(text).strip().splitlines() or [type(error).__name__]
     return lines[-1 if last else 0].strip()
 
 
@@ -302,7 +263,7 @@ def new_file(uri: str, about: str | None = None) -> Iterator[Sink]:
     with the bucket's crc32c.
 
     Args:
-        uri: a local path or any fsspec URL.
+        uri: a local path or a URL.
         about: see `InputError`.
 
     Raises:
@@ -370,11 +331,6 @@ def is_local(fs: Any) -> bool:
 def is_bucket(fs: Any) -> bool:
     """Return whether a file system is Google Cloud Storage."""
     return bool({"gs", "gcs"} & _protocols(fs))
-
-
-def is_web(fs: Any) -> bool:
-    """Return whether a file system is a web server."""
-    return "http" in _protocols(fs)
 
 
 def is_regular(fs: Any, path: str) -> bool:

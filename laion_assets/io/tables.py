@@ -131,7 +131,7 @@ def new_table(uri: str, schema: pa.Schema) -> Iterator[TableWriter]:
     """Write a table that replaces the previous one only if the block ends without an error.
 
     Args:
-        uri: location of the Parquet file, a local path or any fsspec URL.
+        uri: location of the Parquet file, a local path or a URL.
         schema: schema of every batch.
 
     Raises:
@@ -184,7 +184,7 @@ class StoredTable:
     """A Parquet file, opened once. In a bucket, each column of a row group is one request.
 
     Args:
-        uri: a local path or any fsspec URL.
+        uri: a local path or a URL.
         remedy: remedy for a missing or damaged file, for error messages.
         checksum: crc32c of the file when it was written, see `TableWriter`; None if it is unknown.
 

@@ -27,6 +27,7 @@ import pyarrow.parquet as pq
 from laion_assets.index.metadata import URL_COLUMNS, plain_type
 from laion_assets.io.arrays import Ids
 from laion_assets.io.errors import InputError
+from laion_assets.io.public_urls import public
 from laion_assets.io.storage import first_line, is_regular, open_storage, reaching
 from laion_assets.io.text import decoded
 from laion_assets.io.urls import comparable_host
@@ -65,6 +66,7 @@ def block_list_version(uri: str) -> str:
         InputError: the file does not exist or cannot be accessed.
 
     """
+    uri = public(uri)
     with _reading(uri):
         fs, path = open_storage(uri, BLOCK_LIST)
         details = sorted((name, str(value)) for name, value in fs.info(path).items())
@@ -85,6 +87,7 @@ def read_block_list(uri: str) -> BlockList:
 
     """
     found = _Collected()
+    uri = public(uri)
     with _reading(uri):
         fs, path = open_storage(uri, BLOCK_LIST)
         if not is_regular(fs, path):

@@ -15,6 +15,7 @@ from laion_assets.io.checksums import checksum_text, crc32c, file_crc32c
 from laion_assets.io.errors import InputError
 from laion_assets.io.locks import lock_exclusively
 from laion_assets.io.progress import Progress
+from laion_assets.io.public_urls import public
 from laion_assets.io.storage import (
     Listed,
     first_line,
@@ -41,7 +42,7 @@ def stage_model(uri: str, cache_dir: Path, log: Callable[[str], None]) -> Path:
     existing copy is verified by its checksums and kept if the source is unchanged or cannot be reached.
 
     Args:
-        uri: a local path or any fsspec URL.
+        uri: a local path or a URL.
         cache_dir: folder for the copies of all models.
         log: called with each log line.
 
@@ -52,6 +53,7 @@ def stage_model(uri: str, cache_dir: Path, log: Callable[[str], None]) -> Path:
     """
     if on_this_machine(uri):
         return Path(uri.removeprefix("file://").removeprefix("local://")).expanduser()
+    uri = public(uri)
     folder = cache_dir / hashlib.sha256(uri.encode()).hexdigest()[:16]
     folder.mkdir(parents=True, exist_ok=True)
     with _alone(folder, log):

@@ -25,7 +25,7 @@ class UnfinishedImages:
     On leaving its context, even on an error, it writes the images that wait. Runs may share a folder.
 
     Args:
-        uri: the folder, a local path or any fsspec URL; it need not exist.
+        uri: the folder, a local path or a URL; it need not exist.
         model: fingerprint of the model.
         say: called with a line about each file that cannot be read.
         seconds: most work that is lost if the process is killed.

@@ -1,4 +1,4 @@
-"""The index on the local disk: copied from any fsspec URL or used in place, verified, and opened.
+"""The index on the local disk: copied from a folder or a URL or used in place, verified, and opened.
 
 `stage` mirrors the source to a cache directory, in full or sparse, and `open_staged` opens it. A manifest
 records the contents of the directory. It is marked incomplete before the first byte changes, and complete

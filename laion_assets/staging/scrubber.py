@@ -98,8 +98,7 @@ def scrub(
             found.read_all()
         damaged = tuple(found.describe())
         mended = found.mend() if repair else not damaged
-    if (cache / POSITION).exists():  # which it never does where the cache is read-only
-        (cache / POSITION).unlink()
+    (cache / POSITION).unlink(missing_ok=True)
     size = sum(found.bytes_of(file) for file in found.files)
     return Scrubbed(len(found.files), size, len(manifest.files) - len(found.files), damaged, mended)
 

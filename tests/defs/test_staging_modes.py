@@ -17,7 +17,9 @@ def test_a_bucket_is_read_sparse_and_a_folder_copied_by_default():
         return Places.from_environment(environment).staging_mode
 
     assert staging() == staging(LAION_INDEX_URI="/data/index") == "full"
-    assert staging(LAION_INDEX_URI="gs://b/index") == staging(LAION_INDEX_URI="s3://b/index") == "sparse"
+    assert (
+        staging(LAION_INDEX_URI="gs://b/index") == staging(LAION_INDEX_URI="https://b/index") == "sparse"
+    )
     assert staging(LAION_INDEX_URI="gs://b/index", LAION_STAGING="full") == "full"
 
 

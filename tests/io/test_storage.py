@@ -7,7 +7,8 @@ import pytest
 from gcsfs.retry import validate_response
 
 from laion_assets.io.errors import InputError
-from laion_assets.io.storage import reaching
+from laion_assets.io.public_urls import public
+from laion_assets.io.storage import open_storage, reaching
 
 
 @pytest.mark.parametrize(
@@ -29,6 +30,15 @@ def test_an_answer_is_explained_in_one_line_with_the_words_of_the_server(status,
     assert "gs://bucket/x" in str(refused.value)
     assert "\n" not in str(refused.value)
     assert refused.value.about == "seeds_uri"
+
+
+@pytest.mark.parametrize("url", ["s3://bucket/x", "abfs://c@host/x", "az://c/x", "ftp://me:pass@host/x"])
+def test_a_kind_of_storage_that_is_not_supported_is_refused_with_the_remedy(url):
+    with pytest.raises(InputError, match=r"not supported: copy it .*gs://.*rclone mount") as refused:
+        open_storage(url, "index_uri")
+    assert public(url) in str(refused.value)
+    assert "pass" not in str(refused.value)
+    assert refused.value.about == "index_uri"
 
 
 def test_a_bucket_that_does_not_exist_is_named():

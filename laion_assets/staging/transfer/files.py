@@ -9,7 +9,15 @@ from typing import Any
 from laion_assets.io.checksums import fingerprint
 
 # Details that change when a file is overwritten, best first; file systems use different names.
-VERSION_KEYS = ("generation", "etag", "mtime", "last_modified", "lastmodified", "created")
+VERSION_KEYS = (
+    "generation",
+    "etag",
+    "mtime",
+    "last_modified",
+    "last-modified",
+    "lastmodified",
+    "created",
+)
 
 
 @dataclass(frozen=True)

@@ -8,6 +8,7 @@ from typing import Any, Protocol
 import aiohttp
 
 from laion_assets.io.errors import InputError
+from laion_assets.io.public_urls import without_secrets
 from laion_assets.staging.transfer.files import SourceFile, file_version
 
 FSSPEC_READ_SIZE = 8 << 20  # bytes; fsspec does not return partial reads
@@ -98,4 +99,4 @@ def access_denied(url: str, error: Exception) -> InputError:
 def reason(error: Exception) -> str:
     """Return an error's message on one line, without obstore's debug output."""
     message, _, _ = str(error).partition("\n\nDebug source:")
-    return " ".join(message.split()) or repr(error)
+    return without_secrets(" ".join(message.split()) or repr(error))

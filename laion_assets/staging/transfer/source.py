@@ -13,7 +13,8 @@ from laion_assets.index.layout import (
     metadata_files,
 )
 from laion_assets.io.errors import InputError
-from laion_assets.io.storage import BUCKETS, find_files, is_local, open_storage, reaching
+from laion_assets.io.public_urls import public
+from laion_assets.io.storage import BUCKETS, is_local, open_storage, reaching
 from laion_assets.staging.transfer.files import SourceFile, file_version
 from laion_assets.staging.transfer.gcs import GcsReader
 from laion_assets.staging.transfer.range_readers import FsspecReader, RangeReader
@@ -26,7 +27,7 @@ class Source:
     """The source of an index.
 
     Args:
-        index_uri: folder of the index, any fsspec URL.
+        index_uri: folder of the index, a local path or a URL.
         metadata_uri: folder of the metadata; by default `metadata` in the index folder.
 
     Attributes:
@@ -37,8 +38,8 @@ class Source:
     """
 
     def __init__(self, index_uri: str, metadata_uri: str | None) -> None:
-        self.index_uri = index_uri
-        self._metadata_uri = metadata_uri or f"{index_uri.rstrip('/')}/{METADATA_FOLDER}"
+        self.index_uri = index_uri = public(index_uri)
+        self._metadata_uri = public(metadata_uri or f"{index_uri.rstrip('/')}/{METADATA_FOLDER}")
         self._fs, self._root = open_storage(index_uri, INDEX_URI)
         metadata_fs, self._metadata_root = open_storage(self._metadata_uri, METADATA_URI)
         if type(metadata_fs) is not type(self._fs):
@@ -81,7 +82,7 @@ class Source:
     def _find(self, root: str, uri: str, about: str) -> dict[str, tuple[str, Mapping[str, Any]]]:
         """Return path and details of the files in a folder and its subfolders, by relative path."""
         with reaching(uri, about):
-            found = find_files(self._fs, root, depth=2)
+            found = self._fs.find(root, maxdepth=2, detail=True)
             if not found and not self._fs.isdir(root):
                 raise InputError(f"there is no folder {uri}: create it, or correct the address", about)
         return {path.removeprefix(root).lstrip("/"): (path, info) for path, info in found.items()}
