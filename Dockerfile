@@ -10,7 +10,10 @@ RUN /venv/bin/pip install --no-cache-dir --constraint requirements.lock ".[clust
 FROM python:3.11-slim-bookworm
 RUN groupadd --gid 1000 laion \
     && useradd --uid 1000 --gid 1000 --create-home laion \
-    && install --directory --owner laion --group laion /opt/dagster/dagster_home
+    && install --directory --owner laion --group laion /opt/dagster/dagster_home \
+    # The chart's init containers wait for the code server with nslookup, which needs no image of its own.
+    && printf '#!/bin/sh\nexec getent hosts "$1"\n' > /usr/local/bin/nslookup \
+    && chmod 755 /usr/local/bin/nslookup
 COPY --from=build /venv /venv
 ENV PATH=/venv/bin:$PATH PYTHONUNBUFFERED=1 DAGSTER_HOME=/opt/dagster/dagster_home
 # A number, because Kubernetes could not verify that a name is not root.

@@ -230,7 +230,7 @@ def report(
                 + " | ".join(f"{spent.get(name, 0):.2f}" for name in PHASES)
                 + " |"
             )
-    lines += ["", "The peer decodes while it searches.", "", *limits(biggest(compared, "centroid"))]
+    lines += ["", "The peer decodes while it searches."]
     lines += [
         "",
         "## How the cost grows",
@@ -287,21 +287,6 @@ def phases(runs: list[dict[str, Any]]) -> dict[str, float]:
 def biggest(compared: list[Compared], kind: str) -> Compared:
     """The last of a kind, which is the one the aim is set for."""
     return [one for one in compared if one.kind == kind][-1]
-
-
-def limits(one: Compared) -> list[str]:
-    """What the hardware would allow for the products that the largest centroid request needs."""
-    request = one.ours[0]["requests"][0]
-    steps, total = request["steps"], request["seconds"]["total"]
-    rows, width = request["loose"]["rows"], request["loose"]["width"]
-    rate = run("gemm.py", width)["gflops"]
-    operations = 2 * width * rows**2 / 2 / 1e9
-    return [
-        f"Of our {total:.2f} s for {one.what}, comparing the sketches of {rows:,} loose rows takes "
-        f"{steps['find_links_of_loose_rows']:.2f} s. That is {operations:,.0f} GFLOP in products of "
-        f"512 x {width} by {width} x 2048, in which this machine reaches {rate:,.0f} GFLOP/s: "
-        f"{operations / rate:.2f} s if nothing else were done."
-    ]
 
 
 def predicted(compared: list[Compared], k: int) -> float:

@@ -22,7 +22,6 @@ from memory import PeakMemory
 
 from laion_assets.index.faiss_index import Index
 from laion_assets.index.metadata import Metadata
-from laion_assets.search import near_duplicates
 from laion_assets.search import retrieval as retrieval
 from laion_assets.search.retrieval import Request, retrieve_table
 
@@ -33,21 +32,6 @@ PHASES = {
     "near_duplicates": (retrieval, "components_of_lists"),
     "metadata": (Metadata, "take"),
 }
-STEPS = {  # of finding near-duplicates
-    name: (near_duplicates, name)
-    for name in ("find_links_of_caps", "find_links_of_loose_rows", "components_of_short_lists")
-}
-LOOSE: dict[str, int] = {"rows": 0, "width": 0}  # of the last request
-
-
-def count_loose_rows(plain: Callable[..., None] = near_duplicates.find_links_of_loose_rows) -> None:
-    """Make the comparison of loose rows record how many sketches of which width it compares."""
-
-    def counted(links: Any, loose: Any) -> None:
-        LOOSE.update(rows=len(loose), width=loose.sketches.shape[1])
-        plain(links, loose)
-
-    near_duplicates.find_links_of_loose_rows = counted
 
 
 @contextmanager
@@ -85,7 +69,7 @@ def open_folder(folder: Path) -> tuple[Index, Metadata]:
 def ask(index: Index, metadata: Metadata, queries: Any, request: Request) -> dict[str, Any]:
     """All queries as one request, and what it took."""
     started = time.perf_counter()
-    with clocks(PHASES) as seconds, clocks(STEPS) as steps:
+    with clocks(PHASES) as seconds:
         table, found = retrieve_table(index, metadata, queries, request, per_seed=len(queries) > 1)
     total = time.perf_counter() - started
     return {
@@ -95,8 +79,6 @@ def ask(index: Index, metadata: Metadata, queries: Any, request: Request) -> dic
         "seeds": table["seed"].to_pylist() if "seed" in table.column_names else [],
         "similarities": table["similarity"].to_pylist(),
         "seconds": {"total": total, **seconds, "other": total - sum(seconds.values())},
-        "steps": steps,
-        "loose": dict(LOOSE),
     }
 
 
@@ -109,7 +91,6 @@ def main() -> None:
     parser.add_argument("--nprobe", type=int)
     parser.add_argument("--first", type=int, help="only so many of the queries")
     arguments = parser.parse_args()
-    count_loose_rows()
     queries = np.atleast_2d(np.load(arguments.queries))[: arguments.first]
     request = Request(arguments.k, 0.94, arguments.nprobe)
     with PeakMemory() as memory:

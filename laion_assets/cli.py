@@ -28,6 +28,7 @@ from laion_assets.defs.dagster_internals import RunFailureReason
 from laion_assets.defs.estimate import measured_machine
 from laion_assets.defs.failures import sentence
 from laion_assets.defs.forget import belongings, forget
+from laion_assets.defs.history import expected_alive
 from laion_assets.defs.io_manager import Tables
 from laion_assets.defs.kubernetes.placement import NvmeNode
 from laion_assets.defs.launcher import fail_abandoned_runs, process_lock
@@ -41,6 +42,7 @@ from laion_assets.defs.terminal import count, one_line
 from laion_assets.demo import DEMO_MODEL, build_demo
 from laion_assets.index import ModelRecord
 from laion_assets.io.errors import InputError
+from laion_assets.io.locks import locked_folder
 from laion_assets.io.storage import on_this_machine
 from laion_assets.io.text import printable
 from laion_assets.seeds import Model, count_seeds, stage_model
@@ -145,7 +147,9 @@ def _parser() -> argparse.ArgumentParser:
     planned = commands.add_parser(
         "plan", help="print how many images to request, as YAML, with the expected time and disk space"
     )
-    planned.add_argument("--target", type=int, metavar="N", required=True, help="images wanted in total")
+    planned.add_argument(
+        "--target", type=int, metavar="N", required=True, help="images wanted whose URLs work"
+    )
     which = planned.add_mutually_exclusive_group(required=True)
     which.add_argument("--seeds", type=int, metavar="N", help="number of seeds")
     which.add_argument(
@@ -240,15 +244,17 @@ def _plan(parsed: argparse.Namespace, environment: Mapping[str, str]) -> int:
         own = dict(folder.settings(seed_set))
         seeds = count_seeds(folder.uri, seed_set)
         block_list = LaionIndex.at(places).block_list_description()
-    settings = RetrievalConfig().resolve(Defaults.from_environment(environment), own, name, block_list)
+    config = RetrievalConfig(target_images=parsed.target)
+    settings = config.resolve(Defaults.from_environment(environment), own, name, block_list)
     with instance(environment) as kept:
         known = read_history(kept, parsed.seed_set, settings.asked())
-    plan = plan_request(parsed.target, seeds, known)
+        alive = settings.values.expect_alive or expected_alive(kept, parsed.seed_set)[0]
+    plan = plan_request(parsed.target, seeds, known, alive)
     try:
         times = estimated(plan, seeds, measured_machine(LaionIndex.at(places)), settings.values.nprobe)
     except InputError as error:  # above all, an index that is not staged
         times = [f"# reads: unknown, because {one_line(str(error))}", *scaled(plan)]
-    print(*as_yaml(plan, parsed.target, seeds, times), sep="\n")
+    print(*as_yaml(plan, seeds, times), sep="\n")
     return 0
 
 
@@ -532,7 +538,10 @@ def _kept_instance(
 @contextmanager
 def instance(environment: Mapping[str, str]) -> Iterator[dg.DagsterInstance]:
     """Open the Dagster instance of this folder, which `laion-assets dev` uses too."""
-    with dg.DagsterInstance.from_config(str(_home(environment))) as opened:
+    home = _home(environment)
+    with locked_folder(home):  # two processes that create the tables of a new history fail
+        opened = dg.DagsterInstance.from_config(str(home))
+    with opened:
         yield opened
 
 
@@ -609,7 +618,10 @@ def _print_report(result: dg.ExecuteInProcessResult) -> None:
     combined = reported["combined_urls"]
     print(f"{'combined_urls':34}{combined['kept']:>10,}   {shown['combined_urls']}")
     if "target images" in combined:
-        print(f"target {combined['target images']:,}: {combined['kept']:,} kept")
+        print(
+            f"target {combined['target images']:,}: {combined['kept']:,} kept of the "
+            f"{combined['images for the target']:,} that it needs"
+        )
     if "picture" in combined:
         print(f"\ncontact sheet: {_from_here(combined['picture'])}")
 

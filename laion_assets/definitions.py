@@ -34,7 +34,7 @@ def build_defs(
 
     """
     places = Places.from_environment(environment)
-    placement = Placement.from_environment(environment)
+    placement = Placement.from_environment(environment, places.sparse_budget)
     building = index_assets(placement) if places.embeddings_uri else []
     index = building[-1].key if building else laion_index_source.key
     assets = build_assets(placement, index)

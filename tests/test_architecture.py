@@ -68,10 +68,8 @@ def test_the_library_names_no_variable_and_no_asset_of_the_platform(path):
     assert sorted({found for text in texts_in(path) for found in platform.findall(text)}) == []
 
 
-@pytest.mark.parametrize(
-    "leaf", ["laion_assets.defs.kubernetes.placement", "laion_assets.defs.kubernetes.claim"]
-)
-def test_where_assets_run_depends_on_nothing_of_ours_but_the_error(leaf):
+def test_where_assets_run_depends_on_nothing_of_ours_but_the_error():
+    leaf = "laion_assets.defs.kubernetes.placement"
     there = imported_by(leaf)
     parents = {"laion_assets", "laion_assets.defs", "laion_assets.defs.kubernetes"}
     error = {"laion_assets.io", "laion_assets.io.errors"}

@@ -711,3 +711,13 @@ def test_dagster_home_decides_where_the_history_is(demo, tmp_path, run_here) -> 
     assert (done.status, done.err) == (0, "")
     with history(home) as instance:
         assert len(instance.get_runs()) == 1
+
+
+@pytest.mark.faults
+def test_commands_that_start_a_history_at_once_do_not_disturb_each_other(tmp_path):
+    command = [sys.executable, "-c", "from laion_assets.cli import instance\nwith instance({}): pass"]
+    options = {"cwd": tmp_path, "stderr": subprocess.PIPE, "text": True}
+    started = [subprocess.Popen(command, **options) for _ in range(4)]
+    for each in started:
+        errors = each.communicate()[1]
+        assert each.returncode == 0, errors

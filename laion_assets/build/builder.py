@@ -28,6 +28,7 @@ from laion_assets.build.embeddings import (
     pair_version,
 )
 from laion_assets.build.index_key import ROWS_PER_LIST, check_key
+from laion_assets.build.input_files import list_shortly
 from laion_assets.build.merge import write_index
 from laion_assets.build.plan import SHARD_ROWS, Part, Plan, Shard, check_planned, extended
 from laion_assets.build.publish import BUILT, Place
@@ -44,6 +45,7 @@ from laion_assets.index import (
     MODEL_RECORD,
     PUBLISHED_TABLES,
     SINGLE_INDEX,
+    URL_COLUMNS,
     ModelRecord,
     nprobe_rule,
     published_tables,
@@ -489,6 +491,7 @@ class Build:
                 "add one with the URLs of the images",
                 "columns",
             )
+        _check_urls(schema, self.request.embeddings_uri)
         with self.workspace.new(self._schema_file()) as sink:
             sink.write(schema.serialize().to_pybytes())
 
@@ -667,6 +670,22 @@ def _check(
         start = int(offsets[number])
         if new.read(INVERTED_LISTS, start, start + len(expected)) != expected:
             raise new.damaged(INVERTED_LISTS, f"has a list {number} that differs from the shards")
+
+
+def _check_urls(schema: pa.Schema, uri: str) -> None:
+    """Check that a column of the metadata can hold URLs, under whatever name.
+
+    Raises:
+        InputError: none can.
+
+    """
+    named = [name for name in URL_COLUMNS if name in schema.names][:1] or schema.names
+    if not any(schema.field(name).type == pa.string() for name in named):
+        found = [f"{name} of type {schema.field(name).type}" for name in named]
+        raise InputError(
+            f"the metadata in {uri} has no text column with URLs (found {list_shortly(found)}): add one",
+            "columns",
+        )
 
 
 def _batch_table(folder: Workspace, record: ShardRecord) -> bytes:

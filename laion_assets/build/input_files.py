@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import io
 import logging
 import threading
@@ -14,7 +15,7 @@ import numpy as np
 
 from laion_assets.io.arrays import Bytes
 from laion_assets.io.errors import InputError
-from laion_assets.io.storage import BUCKETS, is_regular, open_storage, reaching
+from laion_assets.io.storage import BUCKETS, find_files, is_regular, open_storage, reaching
 from laion_assets.staging.transfer.fetch import TransferStats, read_range
 from laion_assets.staging.transfer.files import SourceFile
 from laion_assets.staging.transfer.range_readers import ChangedError
@@ -71,7 +72,7 @@ class InputFiles:
 
         """
         with reaching(self.uri, URI):
-            found = self._fs.find(self._root, maxdepth=DEPTH, detail=True)
+            found = find_files(self._fs, self._root, DEPTH)
             if not found and not self._fs.isdir(self._root):
                 raise InputError(
                     f"there is no folder {self.uri}: correct the address, or put embeddings there", URI
@@ -99,6 +100,12 @@ class InputFiles:
                 raise BadFileError(
                     f"{self._fs.unstrip_protocol(path)} is gone or a dangling link: run again once "
                     "all files are there"
+                ) from error
+            except OSError as error:
+                if error.errno != errno.ELOOP:
+                    raise
+                raise BadFileError(
+                    f"{self._fs.unstrip_protocol(path)} is a link to itself: remove it"
                 ) from error
         if info["type"] != "file" or not is_regular(self._fs, path):
             raise BadFileError(f"{self._fs.unstrip_protocol(path)} is not a regular file: remove it")

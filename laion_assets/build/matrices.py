@@ -7,7 +7,7 @@ import struct
 import zipfile
 import zlib
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -42,6 +42,8 @@ class Matrix:
         dimension: numbers in each row.
         dtype: type of the numbers; float16, float32 or float64, in either byte order.
         start: offset of the first number in the file.
+        checksums: CRC-32 of the bytes of a member before the first number, and of all; None in a file
+            that keeps none.
 
     """
 
@@ -49,6 +51,7 @@ class Matrix:
     dimension: int
     dtype: np.dtype[Any]
     start: int
+    checksums: tuple[int, int] | None = field(default=None, kw_only=True)
 
     @property
     def row_bytes(self) -> int:
@@ -125,7 +128,8 @@ def read_npz_header(files: InputFiles, file: SourceFile, key: str) -> Matrix | D
     if member.compress_type == zipfile.ZIP_STORED:
         matrix = _parse_header(packed, where)
         _check_size(matrix, member.file_size, where)
-        return Matrix(matrix.rows, matrix.dimension, matrix.dtype, start + matrix.start)
+        header = zlib.crc32(packed[: matrix.start])
+        return replace(matrix, start=start + matrix.start, checksums=(header, member.CRC))
     try:
         unpacked = zlib.decompressobj(-zlib.MAX_WBITS).decompress(packed, HEADER_READ)
     except zlib.error as error:
@@ -142,6 +146,8 @@ def matrix_rows(
 ) -> Iterator[NDArray[Any]]:
     """Yield the rows from `start` to `stop` as stored, in pieces (n, d) of bounded size.
 
+    Of an .npz file, the checksum is compared when all rows are read.
+
     Raises:
         InputError: the file cannot be read, has changed, or is damaged.
 
@@ -150,10 +156,16 @@ def matrix_rows(
         yield from _inflated_rows(files, file, matrix, start, stop)
         return
     step = max(STREAM_WINDOW // matrix.row_bytes, 1)
+    crc, expected = matrix.checksums or (0, None)
     for first in range(start, stop, step):
         last = min(first + step, stop)
         offsets = (matrix.start + row * matrix.row_bytes for row in (first, last))
-        yield files.read(file, *offsets).view(matrix.dtype).reshape(-1, matrix.dimension)
+        content = files.read(file, *offsets)
+        if expected is not None:
+            crc = zlib.crc32(content.data, crc)
+        yield content.view(matrix.dtype).reshape(-1, matrix.dimension)
+    if expected is not None and (start, stop) == (0, matrix.rows) and crc != expected:
+        raise _damaged(file.url, ValueError("its checksum is wrong"))
 
 
 def _inflated_rows(

@@ -181,7 +181,7 @@ def train_index(
     needed = IndexKey.parse(index_key, dimension).fewest_rows(rows_per_centre)
     queries, query_ids = vectors[:QUERIES].copy(), ids[order[:QUERIES]]
     training = vectors[QUERIES:]
-    if len(training) < max(len(vectors) // 2, needed):
+    if len(training) < max(len(vectors) // 2, needed, 1):
         training = vectors  # with few rows, all are needed
     log(f"training {index_key} on {len(training):,} rows")
     index = train(index_key, dimension, training, rows_per_centre=rows_per_centre, log=log)

@@ -22,9 +22,7 @@ import numpy as np
 import pyarrow as pa
 
 from laion_assets.build import Built
-from laion_assets.defs.history import PROVENANCE, YIELD, materializations
 from laion_assets.defs.partitions import seed_sets
-from laion_assets.defs.settings import ResolvedSettings
 from laion_assets.defs.terminal import count
 from laion_assets.index.decoder import Decoder
 from laion_assets.index.vectors import decoded_codes
@@ -39,7 +37,6 @@ WARN, ERROR = dg.AssetCheckSeverity.WARN, dg.AssetCheckSeverity.ERROR
 SAMPLED_BLOCKS = 256
 COHERENT = 0.1  # mean cosine of two seeds; unrelated vectors have 0. Not calibrated on CLIP
 ROWS_COMPARED = 1 << 16  # number of first rows of a table that are searched for near-duplicates
-YIELD_TOLERANCE = 0.1  # relative to the past yield
 ONLY_A_PART = "only a part of the index is on the disk"
 SEARCHES = ("knn_urls", "centroid_urls")
 WITHOUT_SEED_SETS = ("laion_index", "staged_laion_index")
@@ -133,13 +130,6 @@ _URL_SETS = [
             + (" found for the same query" if asset in SEARCHES else "")
             + ". An error that blocks nothing: the rows are right, but too many. Remedy: report it; "
             "until it is fixed, a lower dedup_threshold removes more.",
-        ),
-        _spec(
-            asset,
-            "yield_stable",
-            f"The yield is within {YIELD_TOLERANCE:.0%} of that of the seed set's past runs with the "
-            "same settings and index. A warning. Remedy: find the loss that grew in the funnel. New "
-            "seeds or another block list explain a change; anything else is a problem.",
         ),
     )
 ]
@@ -474,31 +464,6 @@ def _near_duplicates(codes: Any, groups: Any, decoder: Decoder, threshold: float
         f"of {looked_at:,} rows, compared with {len(codes):,}, {left:,} have a near-duplicate (cosine "
         f"above {threshold})",
         {"rows compared": looked_at, "near-duplicates left": left},
-    )
-
-
-def yield_stable(context: dg.AssetExecutionContext, report: Mapping[str, Any]) -> dg.AssetCheckResult:
-    """Compare the yield with that of the set's past runs with the same settings and index."""
-    asset, now = context.asset_key.to_user_string(), float(report[YIELD])
-    provenance = report[PROVENANCE]
-    asked = ResolvedSettings.from_json(provenance["settings"]).asked()
-    before = [
-        float(past.figures[YIELD])
-        for past in materializations(context.instance, asset, context.partition_key)
-        if past.run != context.run.run_id and (past.index, past.asked) == (provenance["index"], asked)
-    ]
-    if not before:
-        return _result(
-            "yield_stable", True, WARN, f"{now:.1%}; the first run with these settings and this index"
-        )
-    low, high = min(before) * (1 - YIELD_TOLERANCE), max(before) * (1 + YIELD_TOLERANCE)
-    return _result(
-        "yield_stable",
-        low <= now <= high,
-        WARN,
-        f"{now:.1%}; {min(before):.1%} to {max(before):.1%} in {count(len(before), 'past run')} with "
-        "these settings and this index",
-        {YIELD: now},
     )
 
 

@@ -11,14 +11,17 @@ from typing import Any
 
 import dagster as dg
 
+from laion_assets.defs.dagster_internals import DATA_VERSION_TAG
 from laion_assets.defs.settings import BLOCK_LIST, ResolvedSettings
-from laion_assets.search.sizing import USUAL, Yield
+from laion_assets.search.sizing import EXPECT_ALIVE, USUAL, Yield
 
 MATERIALIZATIONS_READ = 20  # the latest first
 YIELD = "yield"
 CHECKSUM = "crc32c"  # of a table's file
+URLS_ALIVE = "URLs that work"  # a share
 MOST_OF = 0.9  # share of the requested images; a search that returns fewer ran out of rows
 PROVENANCE = "provenance"
+NODE = "node"  # metadata of a staged index on a cluster: the node that holds the copy
 DECIDE_THE_YIELD = ("dedup_threshold", "filters", BLOCK_LIST)
 
 
@@ -34,12 +37,6 @@ class PastMaterialization:
 
     run: str
     figures: Mapping[str, Any]
-
-    @property
-    def index(self) -> str | None:
-        """The fingerprint of its index; None if it has none."""
-        provenance = self.figures.get(PROVENANCE)
-        return provenance.get("index") if isinstance(provenance, Mapping) else None
 
     @property
     def asked(self) -> Mapping[str, Any] | None:
@@ -77,10 +74,27 @@ def materializations(
         cursor = page.cursor
 
 
+def nodes_with_a_copy(instance: dg.DagsterInstance) -> list[str]:
+    """Return the cluster's nodes on which the current index was staged or found, the latest first.
+
+    It is a record, not the state of their disks: a node may be gone or empty.
+    """
+    staged = dg.AssetKey("staged_laion_index")
+    records = instance.fetch_materializations(staged, limit=MATERIALIZATIONS_READ).records
+    made = [record.asset_materialization for record in records if record.asset_materialization]
+    versions = [(one.tags or {}).get(DATA_VERSION_TAG) for one in made]
+    nodes = [
+        str(one.metadata[NODE].value)
+        for one, version in zip(made, versions, strict=True)
+        if version == versions[0] and NODE in one.metadata
+    ]
+    return list(dict.fromkeys(nodes))
+
+
 def measured_yield(
     instance: dg.DagsterInstance, seed_set: str, asked: Mapping[str, Any], before: float | None = None
 ) -> Yield:
-    """Return the combined yield of a set's last run with the same threshold, filters and block list.
+    """Return the yield of a set's last run with the same threshold, filters and block list.
 
     Runs that kept nothing are skipped. So are runs that requested more than the index holds, because
     their yield says nothing about smaller requests. If no run is left, the usual yield is returned.
@@ -110,8 +124,15 @@ def _exhausted_the_index(past: PastMaterialization) -> bool:
     return "received" in figures and figures["received"] < MOST_OF * figures["requested"]
 
 
-def yield_for(context: dg.AssetExecutionContext, seed_set: str, asked: Mapping[str, Any]) -> Yield:
-    """Return the yield that a run assumes, as of the run's start, so that all its steps agree."""
-    record = context.instance.get_run_record_by_id(context.run.run_id)
-    began = record.create_timestamp.timestamp() if record else None
-    return measured_yield(context.instance, seed_set, asked, began)
+def expected_alive(instance: dg.DagsterInstance, seed_set: str | None) -> tuple[float, str]:
+    """Return the share of a set's URLs that is expected to work, and where it comes from.
+
+    Args:
+        instance: the instance with the history.
+        seed_set: the partition; None for a set that is not known yet.
+
+    """
+    for past in materializations(instance, "combined_urls", seed_set) if seed_set else ():
+        if past.figures.get(URLS_ALIVE):  # a share of 0 says nothing about how many to request
+            return past.figures[URLS_ALIVE], f"measured by run {past.run[:8]}"
+    return EXPECT_ALIVE, "default"

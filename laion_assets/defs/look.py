@@ -8,7 +8,6 @@ from __future__ import annotations
 import difflib
 import errno
 import io
-import os
 import re
 import shutil
 import stat
@@ -17,11 +16,12 @@ from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path, PurePosixPath
-from typing import NoReturn, TypeVar
+from typing import TypeVar
 
 import numpy as np
 import pyarrow as pa
 
+from laion_assets.defs.crashes import reported
 from laion_assets.defs.drawing.contact_sheet import Strip, contact_sheet
 from laion_assets.defs.drawing.remote_thumbnails import FETCHED, reasons, remote_thumbnails
 from laion_assets.defs.places import DATA, Places
@@ -33,6 +33,7 @@ from laion_assets.index import ModelRecord
 from laion_assets.index.metadata import THUMBNAIL_COLUMN
 from laion_assets.io.arrays import Floats
 from laion_assets.io.errors import InputError
+from laion_assets.io.local_files import walk
 from laion_assets.io.progress import Progress
 from laion_assets.io.storage import new_file, on_this_machine, open_storage, reaching
 from laion_assets.search.filters import Filters, conditions_in
@@ -169,7 +170,7 @@ def look(
     elif model:
         query = _prompt(model, text, seeds) if images is None else _images(model, text, images, log)
     _stage(index, log)
-    with index.open(log) as opened:
+    with reported("look"), index.open(log) as opened:
         if model:
             ModelRecord(dimension=opened.index.dimension).check(model.name, model.dimension)
         rows, blocking = best_rows(
@@ -246,15 +247,9 @@ def _mode(path: Path) -> int | None:
 
 
 def _images_below(folder: Path) -> Iterable[Path]:
-    """Yield files with an image extension, and links to folders, which are not followed."""
-    for root, folders, names in os.walk(folder, onerror=_refuse_folder):
-        folders[:] = [name for name in folders if not is_hidden(name)]
-        yield from (path for name in folders if (path := Path(root, name)).is_symlink())
-        yield from (Path(root, name) for name in names if is_image(name) and not is_hidden(name))
-
-
-def _refuse_folder(error: OSError) -> NoReturn:
-    raise InputError(f"{error.filename} cannot be listed ({error.strerror}): check its permissions")
+    """Yield files with an image extension; links to folders are followed."""
+    names = (Path(path).relative_to(folder) for path in walk(str(folder)))
+    return (folder / name for name in names if is_image(name.name) and not is_hidden(str(name)))
 
 
 def _why_no_file(path: Path) -> str | None:
@@ -267,8 +262,6 @@ def _why_no_file(path: Path) -> str | None:
         with suppress(OSError):  # if it is not a link
             return f"is a link to {path.readlink()}, which cannot be followed ({error.strerror})"
         return None if error.errno in NOTHING else f"cannot be read ({error.strerror})"
-    if stat.S_ISDIR(mode):
-        return "is a link to a folder, which is not followed"
     return None if stat.S_ISREG(mode) else "is neither a file nor a folder"
 
 

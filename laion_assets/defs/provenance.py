@@ -8,7 +8,7 @@ from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from typing import Any
 
-from laion_assets.defs.settings import ResolvedSettings, Settings
+from laion_assets.defs.settings import ALIVE, TARGET, ResolvedSettings, Settings, changes
 from laion_assets.io.errors import InputError
 from laion_assets.io.tables import StoredTable
 
@@ -132,8 +132,28 @@ def check_same_origin(knn: StoredTable, centroid: StoredTable, seeds: StoredTabl
     return replace(one, settings=_of_both(one.settings, other.settings))
 
 
+def check_continues(knn: Provenance, centroid: Provenance) -> None:
+    """Check that a search around the centroid may add to what was found around the seeds.
+
+    Raises:
+        InputError: other seeds, another model or index, or other settings; the message says which.
+
+    """
+    if differs := changes(_inputs(knn), _inputs(centroid)):
+        raise InputError(
+            f"centroid_urls adds to knn_urls what the target of {knn.seed_set!r} still needs, but "
+            f"knn_urls was made differently ({'; '.join(differs)}): materialize knn_urls again"
+        )
+
+
+def _inputs(made: Provenance) -> dict[str, Any]:
+    """Return what both searches for a target must have in common; the lists probed may differ."""
+    origin = {"seeds": made.seeds, "model": made.model, "index": made.index}
+    return origin | made.settings.asked() | {"nprobe": None}
+
+
 def _of_both(knn: ResolvedSettings, centroid: ResolvedSettings) -> ResolvedSettings:
-    """Combine settings: each set's own count, the lower threshold, and target and nprobe if equal."""
+    """Combine settings: each set's own count, the lower threshold, and what else is equal."""
     from_centroid = {"nb_images_centroid"}
     if centroid.values.dedup_threshold < knn.values.dedup_threshold:
         from_centroid.add("dedup_threshold")
@@ -141,10 +161,11 @@ def _of_both(knn: ResolvedSettings, centroid: ResolvedSettings) -> ResolvedSetti
     origins = dict(knn.origins)
     for name in from_centroid:
         values[name] = theirs[name]
-        origins[name] = centroid.origins[name]
-    for name in ("target_images", "nprobe"):
+        origins.pop(name, None)
+        if name in centroid.origins:
+            origins[name] = centroid.origins[name]
+    for name in (TARGET, ALIVE, "nprobe"):
         if values[name] != theirs[name]:
             values[name] = None
             origins.pop(name, None)
-    computed = (knn.computed - from_centroid) | (centroid.computed & from_centroid)
-    return replace(knn, values=Settings(**values), origins=origins, computed=computed)
+    return replace(knn, values=Settings(**values), origins=origins)

@@ -23,6 +23,7 @@ from laion_assets.defs.drawing.thumbnails import (
 from laion_assets.defs.history import CHECKSUM, PROVENANCE, YIELD
 from laion_assets.defs.io_manager import PICTURE
 from laion_assets.defs.provenance import Provenance
+from laion_assets.defs.settings import ResolvedSettings
 from laion_assets.defs.terminal import count
 from laion_assets.io.arrays import Floats
 from laion_assets.io.tables import DESCRIPTIONS, SUFFIX, StoredTable, TableWriter
@@ -53,6 +54,7 @@ def describe_seeds(
         "cut prompts": [str(prompt) for prompt in found.cut_prompts],
         "images not embedded": list(seed_set.not_embedded),
         "ignored files": list(seed_set.ignored),
+        "notes": list(found.notes),
     }
     return {
         **({"contact sheet": as_markdown(sheet)} if sheet else {}),
@@ -115,7 +117,6 @@ def describe_combined(
     searches = {title: Provenance.of(source).counts for title, source in sources.items()}
     total, united = summed(searches.values()), asdict(funnel)
     yielded = share_kept(funnel.kept, total["requested"])
-    target = provenance.settings.values.target_images
     sheet = draw(
         [
             strip(seeds, provenance.seed_set, count(len(seeds), "seed")),
@@ -129,7 +130,7 @@ def describe_combined(
     return {
         "about": dg.MetadataValue.md(
             f"**{count(funnel.kept, 'image')}** like the {count(len(seeds), 'seed')} of "
-            f"{plain(provenance.seed_set)}, a row each{_of_target(funnel.kept, target)}\n\n"
+            f"{plain(provenance.seed_set)}, a row each{_of_target(funnel.kept, provenance.settings)}\n\n"
             f"{total['requested']:,} requested, yield {yielded:.0%}\n\n"
             f"{_made_from(provenance)}"
         ),
@@ -143,7 +144,7 @@ def describe_combined(
         "received": total["received"],
         **_labelled(united),
         YIELD: yielded,
-        **({"target images": target, "target reached": round(funnel.kept / target, 4)} if target else {}),
+        **_target(provenance.settings),
         **({"picture": dg.MetadataValue.path(_saved(stored, sheet))} if sheet else {}),
         **describe_table(stored, written),
         PROVENANCE: provenance.to_json(),
@@ -184,8 +185,20 @@ def _labelled(counts: Mapping[str, int]) -> dict[str, int]:
     return {name.replace("_", " "): count for name, count in counts.items()}
 
 
-def _of_target(kept: int, target: int | None) -> str:
-    return f": {kept / target:.0%} of the target of {target:,}" if target else ""
+def _target(settings: ResolvedSettings) -> dict[str, int]:
+    if settings.images is None:
+        return {}
+    return {"target images": settings.values.target_images or 0, "images for the target": settings.images}
+
+
+def _of_target(kept: int, settings: ResolvedSettings) -> str:
+    if settings.images is None:
+        return ""
+    needed = (
+        f"{settings.images:,} that the target of {settings.values.target_images:,} needs, if "
+        f"{settings.values.expect_alive:.0%} of the URLs work"
+    )
+    return f": the {needed}" if kept >= settings.images else f": all there is of the {needed}"
 
 
 def _made_from(provenance: Provenance) -> str:

@@ -1,6 +1,7 @@
-"""Plan a request for a target: images to request, what they take on this machine, and disk space.
+"""Plan a request for a target: about how many images it requests, in what time and disk space.
 
-Without a staged index, time is scaled from the set's last run.
+A run goes on requesting until its target is reached. A plan expects the yield of the set's last run, and
+without a staged index scales the time of that run.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from laion_assets.defs.estimate import Machine, as_bytes, as_comments, share_rea
 from laion_assets.defs.history import PastMaterialization, materializations, measured_yield
 from laion_assets.defs.terminal import count
 from laion_assets.io.progress import format_duration
-from laion_assets.search.sizing import USUAL, Counts, Yield, counts_for
+from laion_assets.search.sizing import USUAL, Counts, Yield, expected_counts, images_wanted
 
 TABLES = ("knn_urls", "centroid_urls", "combined_urls")
 ROW_COUNT = "dagster/row_count"
@@ -41,10 +42,12 @@ class History:
 
 @dataclass(frozen=True)
 class RequestPlan:
-    """The numbers of images to request, and the expected cost.
+    """The images that a run is expected to request, and the expected cost.
 
     Attributes:
-        counts: numbers of images to request.
+        target: images wanted whose URLs work.
+        expect_alive: share of URLs that is expected to work.
+        counts: images expected to be requested around each seed and around the centroid.
         requested: images requested for each table.
         seconds: expected duration for each table, scaled from the last run; empty without one.
         sizes: expected size of each table in bytes, scaled from the last run; empty without one.
@@ -52,6 +55,8 @@ class RequestPlan:
 
     """
 
+    target: int
+    expect_alive: float
     counts: Counts
     requested: Mapping[str, int]
     seconds: Mapping[str, float]
@@ -86,21 +91,25 @@ def read_history(instance: dg.DagsterInstance, seed_set: str | None, asked: Mapp
     )
 
 
-def plan_request(target: int, seeds: int, known: History) -> RequestPlan:
-    """Plan a run that keeps `target` images; a pure function.
+def plan_request(target: int, seeds: int, known: History, expect_alive: float) -> RequestPlan:
+    """Plan a run for a target; a pure function.
 
     Args:
-        target: number of images wanted in the combined table.
+        target: images wanted whose URLs work.
         seeds: number of seeds.
         known: measurements of past runs.
+        expect_alive: share of URLs that is expected to work.
 
     """
-    counts = counts_for(target, seeds, known.yielded.share, known.index_rows)
+    images = images_wanted(target, expect_alive)
+    counts = expected_counts(images, seeds, known.yielded.share, known.index_rows)
     searches = counts.nb_images_knn * seeds, counts.nb_images_centroid
     requested = dict(zip(TABLES, (*searches, sum(searches)), strict=True))
     last = {name: past.figures for name, past in known.last_run.items()}
     scale = {name: requested[name] / int(figures["requested"]) for name, figures in last.items()}
     return RequestPlan(
+        target,
+        expect_alive,
         counts,
         requested,
         {name: factor * last[name]["seconds"] for name, factor in scale.items()},
@@ -127,29 +136,28 @@ def estimated(plan: RequestPlan, seeds: int, machine: Machine, nprobe: int | Non
     return as_comments(steps, machine)
 
 
-def as_yaml(plan: RequestPlan, target: int, seeds: int, times: Sequence[str] = ()) -> list[str]:
-    """Return a plan as YAML to paste, with the two numbers as settings and the rest as comments.
+def as_yaml(plan: RequestPlan, seeds: int, times: Sequence[str] = ()) -> list[str]:
+    """Return a plan as YAML to paste, with the target as setting and the rest as comments.
 
     Args:
         plan: the plan.
-        target: number of images wanted.
         seeds: number of seeds.
         times: comments about reads and time, see `estimated`; those of `scaled` if empty.
 
     """
     counts, requested, rows = plan.counts, plan.requested, plan.known.index_rows
+    images = images_wanted(plan.target, plan.expect_alive)
     size = plan.known.index_size
     index = "not staged yet" if size is None else as_bytes(size)
     sizes = ", ".join(f"{name} {as_bytes(size)}" for name, size in plan.sizes.items())
     bounded = rows is not None and (
-        target > rows or rows in (counts.nb_images_knn, counts.nb_images_centroid)
+        images > rows or rows in (counts.nb_images_knn, counts.nb_images_centroid)
     )
     return [
-        f"# {target:,} images from {count(seeds, 'seed')}, at {plan.known.yielded}:",
-        f"# {requested['knn_urls']:,} requested around the seeds and {requested['centroid_urls']:,} "
-        "around their mean",
-        f"nb_images_knn: {counts.nb_images_knn}",
-        f"nb_images_centroid: {counts.nb_images_centroid}",
+        f"target_images: {plan.target}",
+        f"# {images:,} images from {count(seeds, 'seed')}, if {plan.expect_alive:.0%} of the URLs work",
+        f"# about {requested['knn_urls']:,} requested around the seeds, {counts.nb_images_knn:,} each,",
+        f"#   and {requested['centroid_urls']:,} around their mean, at {plan.known.yielded}",
         *([f"# the index has only {rows:,} rows, which caps requests"] if bounded else []),
         *(times or scaled(plan)),
         f"# disk: tables {sizes or 'unknown before the first run of the set'}; index {index}",

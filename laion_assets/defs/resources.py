@@ -17,6 +17,7 @@ import dagster as dg
 
 from laion_assets.build import Build, Request
 from laion_assets.defs.io_manager import ParquetIOManager, Tables
+from laion_assets.defs.kubernetes.placement import NODE_VARIABLE
 from laion_assets.defs.places import Places
 from laion_assets.defs.settings import Defaults, RetrievalConfig
 from laion_assets.demo import DEMO_MODEL, is_demo
@@ -69,6 +70,7 @@ class LaionIndex:
         metadata_columns: names of the url and caption columns, if they are unusual.
         lost_index: what a step does on a disk that lacks the index: `restage` or `fail`.
         block_list_uri: file of images to exclude from every table.
+        node: node of the cluster whose disk holds the copy; None elsewhere.
 
     """
 
@@ -80,9 +82,10 @@ class LaionIndex:
     metadata_columns: Mapping[str, str]
     lost_index: str
     block_list_uri: str | None
+    node: str | None = None
 
     @classmethod
-    def at(cls, places: Places) -> LaionIndex:
+    def at(cls, places: Places, node: str | None = None) -> LaionIndex:
         """Create it from the platform's locations."""
         return cls(
             index_uri=places.index_uri,
@@ -93,6 +96,7 @@ class LaionIndex:
             metadata_columns=places.metadata_columns,
             lost_index=places.lost_index,
             block_list_uri=places.block_list,
+            node=node,
         )
 
     def stage(self, log: Callable[[str], None], *, replace_other: bool = True) -> Staged:
@@ -179,9 +183,9 @@ class SeedFolder:
 
     uri: str
 
-    def listing(self) -> Listing:
-        """List the seed sets, and the ignored files."""
-        return list_folder(self.uri)
+    def listing(self, seconds: float | None = None) -> Listing:
+        """List the seed sets and the ignored files, see `list_folder`."""
+        return list_folder(self.uri, seconds)
 
     def find(self, name: str) -> SeedSet:
         """Find one seed set by name."""
@@ -310,7 +314,7 @@ def resources_from(environment: Mapping[str, str]) -> dict[str, Any]:
     places = Places.from_environment(environment)
     tables = Tables(places.output_uri)
     return {
-        "laion_index": _shown(LaionIndex.at(places)),
+        "laion_index": _shown(LaionIndex.at(places, environment.get(NODE_VARIABLE))),
         "seeds": _shown(SeedFolder(places.seeds_uri)),
         "embedder": _shown(Embedder.at(places)),
         "index_builder": _shown(IndexBuilder.at(places)),

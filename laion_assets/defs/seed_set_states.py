@@ -47,6 +47,7 @@ class Is(StrEnum):
 
     FAILED = "failed"
     REFUSED = "name cannot be used"
+    UNLISTED = "cannot be listed"
     RUNNING = "running"
     QUEUED = "queued"
     SETTLING = "waiting for unchanged files"

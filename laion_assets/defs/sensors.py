@@ -29,7 +29,7 @@ from laion_assets.defs.seed_set_states import (
     moment,
     states_of,
 )
-from laion_assets.defs.settings import Defaults
+from laion_assets.defs.settings import Defaults, team_of
 from laion_assets.defs.sources import (
     CHANGED,
     FIRST,
@@ -48,13 +48,16 @@ from laion_assets.defs.sources import (
 )
 from laion_assets.defs.terminal import count
 from laion_assets.io.errors import InputError
+from laion_assets.io.text import printable
 from laion_assets.seeds import SeedSet, check_name
 
 SEEDS_INTERVAL = 15  # seconds between ticks
 INDEX_INTERVAL = 300  # seconds between ticks
+LISTING_SECONDS = 20.0  # of a tick; Dagster ends a tick after 60 seconds
 RUNS_PER_TICK = 5
 SETTINGS_PER_TICK = 100  # seed sets whose new settings are reported; each needs a database write
 NAMES_SHOWN = 10
+TEAM_TAG = "laion_assets/team"  # counted by tag_concurrency_limits in dagster.yaml
 
 
 @dataclass(frozen=True)
@@ -181,7 +184,7 @@ def build_seed_sets_sensor(
     ) -> dg.SensorResult:
         state, instance = state_in(context.cursor), context.instance
         try:
-            listing = seeds.listing()
+            listing = seeds.listing(LISTING_SECONDS)
         except InputError as error:
             return nothing_to_do(sentence(error), state)
         present = {name: found for name, found in listing.sets.items() if _is_usable(name)}
@@ -204,7 +207,7 @@ def build_seed_sets_sensor(
             failed=[name for name in restored if _last_run_failed(instance, name)],
         )
         registered = instance.get_dynamic_partitions(SEED_SETS)
-        removed = [name for name in registered if name not in listing.sets]
+        removed = [name for name in registered if name not in listing.sets and name not in listing.failed]
         settings = list(
             _changed_settings(
                 instance,
@@ -234,6 +237,10 @@ def build_seed_sets_sensor(
                 for name in listing.sets
                 if name not in present
             ),
+            *(
+                State(printable(name), Is.UNLISTED, about=reason)
+                for name, reason in listing.failed.items()
+            ),
         ]
         report = _summary(
             states,
@@ -259,6 +266,7 @@ def build_seed_sets_sensor(
                 dg.RunRequest(
                     partition_key=name,
                     run_key=f"{name}:{versions[name]}:{decision.pending[name].since}",
+                    tags=_team_tag(seeds, present[name]),
                 )
                 for name in decision.run
             ],
@@ -270,11 +278,24 @@ def build_seed_sets_sensor(
                 *(event for version in seen for event in version.events()),
                 *([] if is_reported(instance, overview) else [overview]),
             ],
-            cursor=as_cursor(report, {name: astuple(seen) for name, seen in decision.pending.items()}),
+            cursor=as_cursor(
+                report,
+                {name: seen for name, seen in state.items() if name in listing.failed}
+                | {name: astuple(seen) for name, seen in decision.pending.items()},
+            ),
             skip_reason=None if decision.run else report,
         )
 
     return seed_sets_sensor
+
+
+def _team_tag(seeds: SeedFolder, seed_set: SeedSet) -> Mapping[str, str]:
+    """Return the tag with the set's team; none if its settings are unusable, which the run reports."""
+    try:
+        team = team_of(seeds.settings(seed_set), seed_set.name)
+    except InputError:
+        return {}
+    return {TEAM_TAG: team} if team else {}
 
 
 def _last_run_failed(instance: dg.DagsterInstance, seed_set: str) -> bool:
@@ -420,6 +441,7 @@ def _named(state: State) -> str:
         Is.FAILED: step and f"in {step}",
         Is.RUNNING: state.about,
         Is.REMOVED: state.about,
+        Is.UNLISTED: state.about,
         Is.SETTLING: state.contents,
         Is.QUEUED: state.contents,
     }.get(state.state)

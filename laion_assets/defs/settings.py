@@ -11,6 +11,7 @@ Dagster's concept: https://docs.dagster.io/guides/build/external-resources
 from __future__ import annotations
 
 import difflib
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Annotated, Any, get_args
@@ -31,11 +32,12 @@ from pydantic.fields import FieldInfo
 from laion_assets.io.errors import InputError
 from laion_assets.search.filters import conditions_in
 from laion_assets.search.near_duplicates import DEDUP_THRESHOLD
-from laion_assets.search.sizing import Yield, counts_for
+from laion_assets.search.sizing import EXPECT_ALIVE, images_wanted
 from laion_assets.seeds.settings_file import SETTINGS_FILE
 
 COUNTS = ("nb_images_knn", "nb_images_centroid")
-TARGET = "target_images"
+TARGET, ALIVE = "target_images", "expect_alive"
+TEAM = "team"  # in settings.yaml only; it tags runs, and changes no table
 BLOCK_LIST = "block_list"  # set per deployment; recorded with the settings
 OF_SEEDS = {"max_bad_images"}  # settings of seeds, which no search uses
 THIS_RUN = "Launchpad or command line"
@@ -60,8 +62,15 @@ class Settings(BaseModel):
     target_images: int | None = Field(
         None,
         ge=1,
-        description="Images wanted in the combined table, half from each strategy. Replaces the two "
-        "numbers above, which are then computed from the yield of the set's last run",
+        description="Images wanted whose URLs work. Replaces the two numbers above: each search goes on "
+        "until the combined table holds target_images / expect_alive images, or the index has no more",
+    )
+    expect_alive: float | None = Field(
+        None,
+        gt=0,
+        le=1,
+        description="Expected share of URLs that work; if unset, what the check urls_alive measured in "
+        f"the set's last run, or {EXPECT_ALIVE}. Only used with target_images",
     )
     dedup_threshold: float = Field(
         DEDUP_THRESHOLD,
@@ -134,29 +143,24 @@ class ResolvedSettings:
     block_list: str | None = None
 
     def asked(self) -> dict[str, Any]:
-        """Return the requested settings, including the block list; computed values are None."""
+        """Return the requested settings, with the block list; computed and unused values are None."""
         values = self.values.model_dump(exclude=OF_SEEDS)
-        return {name: None if name in self.computed else values[name] for name in values} | {
+        left_out = self.computed | ({ALIVE} if self.values.target_images is None else set())
+        return {name: None if name in left_out else values[name] for name in values} | {
             BLOCK_LIST: self.block_list
         }
 
-    def sized(self, seeds: int, yielded: Yield, rows: int) -> ResolvedSettings:
-        """Compute the two counts from the target; given counts stay unchanged.
+    @property
+    def images(self) -> int | None:
+        """Number of images that the target requires in the combined table; None without a target."""
+        target, alive = self.values.target_images, self.values.expect_alive
+        return None if target is None or alive is None else images_wanted(target, alive)
 
-        Args:
-            seeds: number of seeds.
-            yielded: share of the requested images that is kept.
-            rows: number of rows in the index, which caps requests.
-
-        """
-        if self.values.target_images is None:
+    def with_expect_alive(self, share: float, origin: str) -> ResolvedSettings:
+        """Return the settings with the share of URLs that is expected to work, unless it was given."""
+        if self.values.target_images is None or self.values.expect_alive is not None:
             return self
-        counts = counts_for(self.values.target_images, seeds, yielded.share, rows)
-        found = {name: getattr(counts, name) for name in COUNTS}
-        origin = f"half of {TARGET}, at {yielded}"
-        if rows in found.values():
-            origin += f", capped at the {rows:,} rows of the index"
-        return self._with(found, origin)
+        return self._with({ALIVE: share}, origin)
 
     def with_nprobe(self, nprobe: int | None) -> ResolvedSettings:
         """Return the settings with the actual number of probed lists."""
@@ -339,7 +343,29 @@ class RetrievalConfig(_Launchpad):  # type: ignore[misc]  # its fields are those
         return {name: _Given(value, THIS_RUN) for name, value in given.items() if value is not None}
 
 
+def team_of(values: Mapping[str, Any], origin: str) -> str | None:
+    """Return the team that a seed set's settings.yaml names, which tags its runs; None without one.
+
+    Raises:
+        InputError: it is not a name.
+
+    """
+    if TEAM not in values:
+        return None
+    team = values[TEAM]
+    if not isinstance(team, str) or not _TEAM.fullmatch(team):
+        raise InputError(
+            f"{TEAM} is {_shown(team)} (from {origin}): give at most 60 letters, digits, - and _"
+        )
+    return team
+
+
+_TEAM = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,59}")
+
+
 def _file_level(values: Mapping[str, Any], origin: str) -> _Level:
+    team_of(values, origin)
+    values = {name: value for name, value in values.items() if name != TEAM}
     for name in values:
         if name not in FIELDS:
             near = difflib.get_close_matches(name, FIELDS, n=1)

@@ -17,7 +17,7 @@ from laion_assets.index.layout import (
     PUBLISHING,
     SINGLE_INDEX,
 )
-from laion_assets.index.metadata import Metadata
+from laion_assets.index.metadata import URL_COLUMNS, Metadata
 from laion_assets.index.model_record import MODEL_RECORD, ModelRecord, read_model_record
 from laion_assets.index.vectors import unit
 
@@ -30,6 +30,7 @@ __all__ = [
     "PUBLISHED_TABLES",
     "PUBLISHING",
     "SINGLE_INDEX",
+    "URL_COLUMNS",
     "Decoder",
     "Index",
     "Metadata",

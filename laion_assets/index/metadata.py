@@ -28,7 +28,7 @@ from laion_assets.io.ranges import Disk, Hold, WholeFiles
 URL_COLUMNS = ("url", "URL", "image_url", "image_path")
 CAPTION_COLUMNS = ("caption", "TEXT", "text", "alt")
 THUMBNAIL_COLUMN = "thumbnail"
-ROWS_AT_ONCE = 512  # rows, at most, that a thread takes at a time
+ROWS_AT_ONCE = (64, 512)  # rows that a thread takes; with fewer it waits longer for the interpreter
 READS = 32  # threads that wait for the disk
 TEXT_TYPES = (pa.string(), pa.null())
 THUMBNAIL_TYPES = (pa.binary(), pa.null())
@@ -120,7 +120,7 @@ class Metadata:
         with self._disk.hold() as held:
             if not self._disk.whole:
                 self._fetch(held, requests, schema)
-            at_once = min(max(len(unique) // READS, 1), ROWS_AT_ONCE)
+            at_once = int(np.clip(len(unique) // READS, *ROWS_AT_ONCE))
             parts = [
                 _Rows(rows.file, rows.batches[part], rows.rows[part])
                 for rows in requests

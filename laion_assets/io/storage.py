@@ -14,7 +14,7 @@ import logging
 import os
 import re
 import stat
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from http import HTTPStatus
 from pathlib import Path
@@ -26,6 +26,7 @@ from fsspec.spec import AbstractBufferedFile
 
 from laion_assets.io.checksums import checksum_text, crc32c, crc32c_of
 from laion_assets.io.errors import InputError
+from laion_assets.io.local_files import walk
 from laion_assets.io.public_urls import WEB, public, without_secrets
 from laion_assets.io.timeouts import request_limits, session_arguments
 from laion_assets.io.web import WebFiles
@@ -123,7 +124,7 @@ def list_files(fs: Any, root: str, depth: int | None = None) -> Iterator[Listed]
     kilobytes per object in memory.
     """
     if not is_bucket(fs):
-        for path, info in fs.find(root, maxdepth=depth, detail=True).items():
+        for path, info in find_files(fs, root, depth).items():
             name = path.removeprefix(root).lstrip("/")
             yield Listed(name, path, info["size"], str(info.get("mtime", "")), info.get("crc32c"))
         return
@@ -142,6 +143,22 @@ def list_files(fs: Any, root: str, depth: int | None = None) -> Iterator[Listed]
         token = page.get("nextPageToken")
         if not token:
             return
+
+
+def find_files(fs: Any, root: str, depth: int | None = None) -> dict[str, Mapping[str, Any]]:
+    """Return the details of all files below a folder, or those in its first `depth` levels, by path."""
+    if is_local(fs):
+        return {path: _local_details(fs, path) for path in walk(root, depth)}
+    found: dict[str, Mapping[str, Any]] = fs.find(root, maxdepth=depth, detail=True)
+    return found
+
+
+def _local_details(fs: Any, path: str) -> Mapping[str, Any]:
+    try:
+        details: Mapping[str, Any] = fs.info(path)
+    except OSError:  # a broken link, or a file that is gone again; reading it reports the problem
+        return {"name": path, "size": 0, "type": "other"}
+    return details
 
 
 @contextlib.contextmanager

@@ -55,6 +55,7 @@ class CombinedFunnel:
     repeated_ids: int
     repeated_urls: int
     near_duplicates: int
+    beyond_target: int
     kept: int
 
 
@@ -85,13 +86,14 @@ class _Rows:
     similarity: Floats
 
 
-def combine(knn: Stored, centroid: Stored, threshold: float) -> Combined:
+def combine(knn: Stored, centroid: Stored, threshold: float, most: int | None = None) -> Combined:
     """Combine two URL sets into one table with a row per image.
 
     Args:
         knn: rows found around each seed.
         centroid: rows found around the centroid.
         threshold: cosine above which two images are near-duplicates.
+        most: images to keep, the first in the order of the table; None keeps all.
 
     Returns:
         A table with id, url, caption, similarity, rank, seed, strategies and the other metadata columns,
@@ -113,8 +115,9 @@ def combine(knn: Stored, centroid: Stored, threshold: float) -> Combined:
     stays = np.flatnonzero(labels == np.arange(len(labels)))
     found_by = np.zeros(len(labels), np.int8)
     np.bitwise_or.at(found_by, labels[image], np.int8(1) << rows.strategy)
+    images = len(stays)
     kept = representative[stays]
-    final = np.lexsort((rows.ids[kept], rows.rank[kept]))
+    final = np.lexsort((rows.ids[kept], rows.rank[kept]))[:most]
     kept, stays = kept[final], stays[final]
 
     funnel = CombinedFunnel(
@@ -122,7 +125,8 @@ def combine(knn: Stored, centroid: Stored, threshold: float) -> Combined:
         centroid=int((rows.strategy == 1).sum()),
         repeated_ids=len(rows.ids) - len(representative),
         repeated_urls=len(representative) - distinct_urls,
-        near_duplicates=distinct_urls - len(stays),
+        near_duplicates=distinct_urls - images,
+        beyond_target=images - len(stays),
         kept=len(stays),
     )
     schema = _schema(knn.schema)

@@ -7,7 +7,7 @@ depends on the rows of a batch and not on the number of queries.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -24,29 +24,36 @@ from laion_assets.io.tables import fixed_size_binary
 from laion_assets.search.block_list import BlockListMatches
 from laion_assets.search.filters import NO_FILTERS, Filters
 from laion_assets.search.near_duplicates import components_of_lists
-from laion_assets.search.sizing import share_kept
+from laion_assets.search.sizing import further, share_kept
 
 RESULT_BYTES = 1 << 30  # of results held in memory, unless one query alone asks for more
 COPIES = 4  # of a row's code, at most, at a time
 WRITTEN_ROWS = 1 << 16  # in one batch
 RECALL_QUERIES = 16  # whose recall is measured
+MOST_REQUESTED = 100  # images for each one to keep; a search that keeps fewer than 1 % ends there
+ALWAYS_REQUESTED = 10_000  # images of a query, before it ends there
 THUMBNAILS = 48  # that travel with a table
 PAIRS = 24  # of near-duplicates that are shown
-KEPT, WITHOUT_URL, BLOCKED, FILTERED = range(OUTCOMES := 4)  # of a row whose metadata was read
+NEAR_DUPLICATE, KEPT, WITHOUT_URL, BLOCKED, FILTERED = range(OUTCOMES := 5)  # of a row received
 
 
 @dataclass(frozen=True)
 class Request:
     """What to look for around each query.
 
+    With `keep`, k is only where a search starts. For each query that keeps fewer images, it goes on with
+    a larger k and more lists until that many are kept, or the index is exhausted. The rows are then the
+    first `keep` of those that one request for the last k gives.
+
     Attributes:
         k: images requested for each query.
         dedup_threshold: cosine above which two images are near-duplicates; 1.0 keeps all.
         nprobe: inverted lists to probe; chosen from k when None.
         filters: what keeps images out.
+        keep: images to keep for each query; None keeps what is left of k.
 
     Raises:
-        InputError: `k` or `nprobe` is below 1, or the threshold is not above 0 and at most 1.
+        InputError: `k`, `nprobe` or `keep` is below 1, or the threshold is not above 0 and at most 1.
 
     """
 
@@ -54,9 +61,12 @@ class Request:
     dedup_threshold: float
     nprobe: int | None = None
     filters: Filters = NO_FILTERS
+    keep: int | None = None
 
     def __post_init__(self) -> None:
         """Check the numbers."""
+        if self.keep is not None and self.keep < 1:
+            raise InputError(f"keep is {self.keep}: keep at least 1 image", "keep")
         if self.k < 1:
             raise InputError(f"k is {self.k}: request at least 1 image", "k")
         if self.nprobe is not None and self.nprobe < 1:
@@ -76,7 +86,8 @@ class Funnel:
 
     A dropped row is counted once, under the first reason that applies: it has no URL, is on the block
     list, fails a condition, or is a near-duplicate of a row that is kept. The metadata of a
-    near-duplicate is not read, so it counts as a near-duplicate whatever else it is.
+    near-duplicate is not read, so it counts as a near-duplicate whatever else it is. A search that ends
+    when enough images are kept counts the images up to the last one that it keeps.
     """
 
     requested: int = 0
@@ -119,12 +130,13 @@ class Found:
 
     Attributes:
         funnel: counts from requested to kept.
-        nprobe: inverted lists probed; None where the index has none.
+        nprobe: inverted lists probed, for the largest k; None where the index has none.
         recall: share of a sample's results that remains when `FURTHER` times the lists are probed; NaN
             where that was not measured.
         removed: examples of near-duplicates, of the first queries.
         decoder: serialised `Decoder` of the codes that were written.
         block_list: how many entries of the block list match; None without one.
+        short: queries that keep fewer images than `Request.keep`, because the index has no more for them.
 
     """
 
@@ -134,6 +146,7 @@ class Found:
     removed: Removed | None
     decoder: bytes
     block_list: BlockListMatches | None = None
+    short: int = 0
 
 
 def columns_found(index: Index, metadata: Metadata, *, per_seed: bool) -> pa.Schema:
@@ -191,20 +204,22 @@ def retrieve(
             f"the seeds have {queries.shape[1]} dimensions, the index has {index.dimension}: embed the "
             "seeds with the model the index was made with"
         )
-    search = _Search(index, metadata, request, columns_found(index, metadata, per_seed=per_seed))
-    row = COPIES * index.code_size + 4 * index.dimension
-    at_once = max(1, RESULT_BYTES // (row * request.k))
-    recall = math.nan
-    for first in range(0, len(queries), at_once):
-        some = queries[first : first + at_once]
-        hits = index.search(some, request.k, search.nprobe, lambda searched: progress(searched / 2))
-        if first == 0:
-            recall = index.recall(some[:RECALL_QUERIES], hits, search.nprobe)
-        for batch in search.kept_rows(hits, first, len(queries)).to_batches(WRITTEN_ROWS):
+    schema = columns_found(index, metadata, per_seed=per_seed)
+    search = _Search(index, metadata, queries, request, schema, progress)
+    for numbers in search.batches(np.arange(len(queries)), search.k):
+        for batch in search.rows_of(numbers).to_batches(WRITTEN_ROWS):
             write(batch)
-        progress(len(some) / 2)
+        progress(len(numbers) / 2)
     decoder = index.decoder(search.lists).to_bytes()
-    return Found(search.funnel, search.nprobe, recall, search.removed, decoder, search.block_list())
+    return Found(
+        search.funnel,
+        search.nprobe,
+        search.recall,
+        search.removed,
+        decoder,
+        search.block_list(),
+        search.short,
+    )
 
 
 def retrieve_table(
@@ -220,42 +235,156 @@ def retrieve_table(
 class _Search:
     """What accumulates over the batches of queries."""
 
-    def __init__(self, index: Index, metadata: Metadata, request: Request, schema: pa.Schema) -> None:
+    def __init__(
+        self,
+        index: Index,
+        metadata: Metadata,
+        queries: Floats,
+        request: Request,
+        schema: pa.Schema,
+        progress: Callable[[float], None],
+    ) -> None:
         self._index = index
         self._decode = index.decoder().decode_to_compare
         self._metadata = metadata
+        self._queries = queries
         self._request = request
         self._schema = schema
-        self.nprobe = index.nprobe_for(request.k, request.nprobe)
+        self._progress = progress
+        self.k = request.k if request.keep is None else min(request.k, index.rows)
+        self.nprobe = index.nprobe_for(self.k, request.nprobe)
+        self.recall = math.nan
         self.lists = np.empty(0, np.int64)
         self.funnel = Funnel()
+        self.short = 0
         self.removed: Removed | None = None
         self._blocked_by: Ids = np.empty(0, np.int64)
+
+    def batches(self, numbers: Ids, k: int) -> Iterator[Ids]:
+        """Cut numbers of queries into batches whose results fit into memory."""
+        row = COPIES * self._index.code_size + 4 * self._index.dimension
+        at_once = max(1, RESULT_BYTES // (row * k))
+        for first in range(0, len(numbers), at_once):
+            yield numbers[first : first + at_once]
+
+    def rows_of(self, numbers: Ids) -> pa.Table:
+        """Return the rows that are kept of a batch of queries, in order of query and rank."""
+        parts = list(self._rounds(numbers, self.k))
+        if len(parts) == 1:
+            return parts[0].table
+        query = np.concatenate([part.query for part in parts])
+        table = pa.concat_tables([part.table for part in parts])
+        return table.take(pa.array(np.argsort(query, kind="stable")))
+
+    def _rounds(self, numbers: Ids, k: int) -> Iterator[_Kept]:
+        """Search for k rows, and go on with a larger k for the queries that keep too few of them."""
+        kept, going_on, deeper = self._round(numbers, k)
+        yield kept
+        for some in self.batches(going_on, deeper):
+            yield from self._rounds(some, deeper)
+
+    def _round(self, numbers: Ids, k: int) -> tuple[_Kept, Ids, int]:
+        """Return the rows of the queries that end here, the queries that go on, and their next k."""
+        queries, nprobe = self._queries[numbers], self._index.nprobe_for(k, self._request.nprobe)
+        is_first = k == self.k
+        hits = self._index.search(
+            queries, k, nprobe, lambda searched: self._progress(searched / 2 if is_first else 0)
+        )
+        received = _FoundRows.of(hits, numbers)
+        query = np.searchsorted(numbers, received.query)  # place of each row's query in `numbers`
+        outcome = np.full(len(received), NEAR_DUPLICATE)
+        distinct = _first_of_each(received.query, received.ids)
+        covers = self._metadata.covers(received.ids[distinct])
+        outcome[distinct[~covers]] = WITHOUT_URL
+        rows = distinct[covers]
+        labels = self._labels(received[rows], hits.codes)
+
+        # Metadata is the slowest to read, so it is not read for queries that go on in any case.
+        images = np.bincount(query[rows[labels == np.arange(len(labels))]], minlength=len(numbers))
+        ends = self._has_all(np.bincount(query, minlength=len(numbers)), k)
+        ended = ends | self._is_enough(images)
+        here = ended[query[rows]]
+        rows, labels = rows[here], (np.cumsum(here) - 1)[labels[here]]
+        best, columns, outcome[rows] = self._best_allowed(received.ids[rows], labels)
+        images = np.where(ended, np.bincount(query[rows[best]], minlength=len(numbers)), images)
+        ended = ends | self._is_enough(images)
+
+        wanted, depth = self._cut(received.rank[rows[best]], query[rows[best]], ended, k)
+        if not wanted.all():
+            best, columns = best[wanted], columns.filter(pa.array(wanted))
+        counted = ended[query] & (received.rank <= depth[query])
+        self._count(np.bincount(outcome[counted], minlength=OUTCOMES), int(depth[ended].sum()))
+        if self._request.keep is not None:
+            self.short += int((ended & ~self._is_enough(images)).sum())
+        if self.removed is None and ended.any():
+            self.removed = self._examples(received[rows], labels, best, hits.codes)
+        if nprobe is not None:
+            self.nprobe = max(nprobe, self.nprobe or 0)
+        if math.isnan(self.recall) and ended.all():
+            self.recall = self._index.recall(queries[:RECALL_QUERIES], hits, nprobe)
+        kept = received[rows[best]]
+        table = self._as_table(kept, columns, hits.codes)
+        return _Kept(kept.query, table), numbers[~ended], self._next_k(k, images[~ended])
+
+    def _has_all(self, received: Ids, k: int) -> Mask:
+        """Return whether queries that received so many rows of k would receive no more of a larger k."""
+        if k >= self._largest_k:
+            return np.ones(len(received), np.bool_)
+        cannot_probe_more = self._request.nprobe is not None
+        has_all: Mask = (received < k) & cannot_probe_more
+        return has_all
+
+    @property
+    def _largest_k(self) -> int:
+        keep = self._request.keep
+        if keep is None:
+            return self.k
+        return min(self._index.rows, max(self.k, MOST_REQUESTED * keep, ALWAYS_REQUESTED))
+
+    def _is_enough(self, images: Ids) -> Mask:
+        enough: Mask = images >= (self._request.keep or 0)
+        return enough
+
+    def _next_k(self, k: int, images: Ids) -> int:
+        """Return the k for queries that keep so many images of k rows."""
+        if not len(images):
+            return k
+        return min(further(k, float(images.mean()), self._request.keep or 1), self._largest_k)
+
+    def _cut(self, rank: Ids, query: Ids, ended: Mask, k: int) -> tuple[Mask, Ids]:
+        """Return which kept rows are wanted, and the rank at which each query has enough; k if never.
+
+        Args:
+            rank: (n,) of rows, ascending within each query.
+            query: (n,) ascending places in `ended`.
+            ended: (q,) which queries go on no further.
+            k: rows requested.
+
+        """
+        depth = np.full(len(ended), k)
+        wanted: Mask = ended[query]
+        if self._request.keep is not None:
+            turn = np.arange(len(query)) - np.searchsorted(query, query)
+            last = turn == self._request.keep - 1
+            depth[query[last]] = rank[last]
+            wanted &= turn < self._request.keep
+        return wanted, depth
+
+    def _count(self, outcomes: Ids, requested: int) -> None:
+        """Add images to the funnel, where `outcomes` holds the rows of each outcome."""
+        funnel = self.funnel
+        funnel.requested += requested
+        funnel.received += int(outcomes.sum())
+        funnel.without_url += int(outcomes[WITHOUT_URL])
+        funnel.blocked += int(outcomes[BLOCKED])
+        funnel.filtered += int(outcomes[FILTERED])
+        funnel.near_duplicates += int(outcomes[NEAR_DUPLICATE])
+        funnel.kept += int(outcomes[KEPT])
 
     def block_list(self) -> BlockListMatches | None:
         """Count the entries of the block list that match the index and the rows so far."""
         listed = self._request.filters.block_list
         return None if listed is None else listed.matches(self._index.rows, self._blocked_by)
-
-    def kept_rows(self, hits: Hits, first: int, queries: int) -> pa.Table:
-        """Return the rows that are kept of a batch of queries, the first of which has number `first`."""
-        received = _FoundRows.of(hits, first)
-        distinct = received[_first_of_each(received.query, received.ids)]
-        covered = distinct[self._metadata.covers(distinct.ids)]
-        labels = self._labels(covered, hits.codes)
-        best, columns, outcomes = self._best_allowed(covered.ids, labels)
-        if self.removed is None:
-            self.removed = self._examples(covered, labels, best, hits.codes)
-        without_url = int(outcomes[WITHOUT_URL]) + len(distinct) - len(covered)
-        dropped = without_url + int(outcomes[BLOCKED] + outcomes[FILTERED])
-        self.funnel.requested += self._request.k * len(hits.ids)
-        self.funnel.received += len(received)
-        self.funnel.without_url += without_url
-        self.funnel.blocked += int(outcomes[BLOCKED])
-        self.funnel.filtered += int(outcomes[FILTERED])
-        self.funnel.near_duplicates += len(received) - dropped - len(best)
-        self.funnel.kept += len(best)
-        return self._as_table(covered[best], columns, hits.codes, queries)
 
     def _labels(self, rows: _FoundRows, codes: Bytes) -> Ids:
         """Label each row with its best-ranked near-duplicate; at a threshold of 1 there are none."""
@@ -266,31 +395,31 @@ class _Search:
         return np.arange(len(rows))
 
     def _best_allowed(self, ids: Ids, labels: Ids) -> tuple[Ids, pa.Table, Ids]:
-        """Return the best-ranked allowed row of each component, its metadata, and outcomes counted.
+        """Return the best-ranked allowed row of each component, its metadata, and each row's outcome.
 
         A row without a URL is of no use and a filtered one is unwanted: neither displaces its
         near-duplicate that is allowed.
         """
+        outcome = np.full(len(ids), NEAR_DUPLICATE)
         best = np.flatnonzero(labels == np.arange(len(labels)))
         columns = self._metadata.take(ids[best])
-        outcome = self._outcomes(ids[best], columns)
-        self._note_blocked(outcome, columns)
-        allowed = outcome == KEPT
-        counts = np.bincount(outcome, minlength=OUTCOMES)
+        outcome[best] = self._outcomes(ids[best], columns)
+        self._note_blocked(outcome[best], columns)
+        allowed = outcome[best] == KEPT
         if allowed.all():
-            return best, columns, counts
+            return best, columns, outcome
         others = np.setdiff1d(np.flatnonzero(np.isin(labels, best[~allowed])), best)
         looked_at = self._metadata.take(ids[others], self._request.filters.columns)
-        outcome = self._outcomes(ids[others], looked_at)
-        self._note_blocked(outcome, looked_at)
-        counts += np.bincount(outcome, minlength=OUTCOMES)
-        candidates = others[outcome == KEPT]
+        outcome[others] = self._outcomes(ids[others], looked_at)
+        self._note_blocked(outcome[others], looked_at)
+        candidates = others[outcome[others] == KEPT]
         _, first = np.unique(labels[candidates], return_index=True)
         instead = candidates[first]
+        outcome[np.setdiff1d(candidates, instead)] = NEAR_DUPLICATE
         columns = pa.concat_tables([columns.filter(pa.array(allowed)), self._metadata.take(ids[instead])])
         best = np.concatenate([best[allowed], instead])
         order = np.argsort(best)
-        return best[order], columns.take(pa.array(order)), counts
+        return best[order], columns.take(pa.array(order)), outcome
 
     def _outcomes(self, ids: Ids, columns: pa.Table) -> Ids:
         filters = self._request.filters
@@ -330,7 +459,7 @@ class _Search:
             cosine=np.einsum("ij,ij->i", *ends),
         )
 
-    def _as_table(self, kept: _FoundRows, columns: pa.Table, codes: Bytes, queries: int) -> pa.Table:
+    def _as_table(self, kept: _FoundRows, columns: pa.Table, codes: Bytes) -> pa.Table:
         kept_codes = codes[kept.code]
         self.lists = np.union1d(self.lists, self._index.lists_of(kept_codes))
         found = {name: columns[name] for name in columns.column_names} | {
@@ -341,12 +470,12 @@ class _Search:
             "code": fixed_size_binary(kept_codes),
         }
         if THUMBNAIL_COLUMN in self._schema.names:
-            found[THUMBNAIL_COLUMN] = self._thumbnails(kept, queries)
+            found[THUMBNAIL_COLUMN] = self._thumbnails(kept)
         return pa.table({name: found[name] for name in self._schema.names}, schema=self._schema)
 
-    def _thumbnails(self, kept: _FoundRows, queries: int) -> pa.ChunkedArray:
+    def _thumbnails(self, kept: _FoundRows) -> pa.ChunkedArray:
         """Return thumbnails of the first rows of the first queries, null for all others."""
-        each = math.ceil(THUMBNAILS / min(queries, THUMBNAILS))
+        each = math.ceil(THUMBNAILS / min(len(self._queries), THUMBNAILS))
         starts = np.flatnonzero(np.diff(kept.query, prepend=-1))
         lengths = np.diff(starts, append=len(kept.query))
         place = np.arange(len(kept.query)) - np.repeat(starts, lengths)
@@ -354,6 +483,14 @@ class _Search:
         thumbnails = self._metadata.take(kept.ids[shown], [THUMBNAIL_COLUMN])[THUMBNAIL_COLUMN]
         slot = np.cumsum(shown) - 1
         return thumbnails.take(pa.array(slot, mask=~shown))
+
+
+@dataclass(frozen=True)
+class _Kept:
+    """The rows that are kept, in order of query and rank, and the query of each."""
+
+    query: Ids
+    table: pa.Table
 
 
 @dataclass(frozen=True)
@@ -367,14 +504,14 @@ class _FoundRows:
     code: Ids
 
     @classmethod
-    def of(cls, hits: Hits, first: int) -> _FoundRows:
-        """Return all rows found, where the first query has number `first`."""
+    def of(cls, hits: Hits, numbers: Ids) -> _FoundRows:
+        """Return all rows found, where the queries have these numbers."""
         query, place = np.nonzero(hits.ids >= 0)
         return cls(
             hits.ids[query, place],
             hits.similarity[query, place],
             place + 1,
-            query + first,
+            numbers[query],
             hits.code[query, place],
         )
 

@@ -23,7 +23,7 @@ from laion_assets.seeds.decoding import BadImageError, PixelBudget, thumbnail_of
 from laion_assets.seeds.folder import SeedSet
 
 PICTURED = 48  # seeds of a set that get thumbnails
-VECTORS = re.compile(r"img_emb/img_emb_(\d+)\.npy")
+VECTORS = re.compile(r"(.*/)?img_emb/img_emb_(\d+)\.npy")
 PATHS = "image_path"
 MAX_IMAGE = 256 << 20  # bytes
 
@@ -60,7 +60,7 @@ def _image_paths(folder: Path, name: str, rows: int) -> list[Path | None]:
     """Return the image paths of the first rows of a vector file; None if unknown."""
     known: list[str | None] = []
     number = VECTORS.fullmatch(name)
-    metadata = folder / f"metadata/metadata_{number[1]}.parquet" if number else None
+    metadata = folder / f"{number[1] or ''}metadata/metadata_{number[2]}.parquet" if number else None
     try:
         if metadata is not None and metadata.is_file():
             known = _first_paths(metadata, rows)

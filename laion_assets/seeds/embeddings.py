@@ -13,7 +13,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from laion_assets.io.arrays import Floats, unit_rows
+from laion_assets.io.arrays import Floats
 from laion_assets.io.errors import InputError
 from laion_assets.io.storage import first_line, open_storage, reaching
 from laion_assets.io.tables import vector_column
@@ -24,7 +24,7 @@ from laion_assets.seeds.images import BadImage, EmbeddedImage, ImageFile, embed_
 from laion_assets.seeds.model import Model
 from laion_assets.seeds.model_folder import MODEL
 from laion_assets.seeds.prompts import PROMPTS_FILE, CutPrompt, Prompt, embed_prompts, read_prompts
-from laion_assets.seeds.readers import READERS, Columns, matrix_of
+from laion_assets.seeds.readers import MAX_UNPACKED, READERS, VectorFile, matrix_of
 from laion_assets.seeds.seed_files import SeedFile, UnusableFileError, read_files, verified
 
 PROBLEMS_SHOWN = 20
@@ -43,6 +43,7 @@ class Seeds:
         bad_images: images that could not be embedded.
         cut_prompts: prompts that are longer than the model reads.
         reused: number of images whose vectors were already known.
+        notes: values that were left out or replaced, each with its file.
 
     """
 
@@ -51,6 +52,7 @@ class Seeds:
     bad_images: tuple[BadImage, ...] = ()
     cut_prompts: tuple[CutPrompt, ...] = ()
     reused: int = 0
+    notes: tuple[str, ...] = ()
 
     def to_table(self) -> pa.Table:
         """Return a table with one row per seed and its vector in `embedding`."""
@@ -138,11 +140,12 @@ def read_seeds(
             "dimensions: use one model for all of them"
         )
     return Seeds(
-        np.concatenate([part.embeddings for part in parts]),
+        _joined([part.embeddings for part in parts]),
         pa.concat_tables([part.columns for part in parts], promote_options="default"),
         tuple(bad for part in parts for bad in part.bad_images),
         tuple(cut for part in parts for cut in part.cut_prompts),
         sum(part.reused for part in parts),
+        tuple(note for part in parts for note in part.notes),
     )
 
 
@@ -164,25 +167,42 @@ def count_seeds(uri: str, seed_set: SeedSet) -> int:
 def _read_vectors(uri: str, seed_set: SeedSet) -> Seeds:
     fs, _ = open_storage(uri, SEEDS_URI)
     problems: list[str] = []
+    more = unpacked = 0
     parts: dict[str, tuple[Floats, pa.Table]] = {}
+    notes: list[str] = []
     with reaching(uri, SEEDS_URI):
         for file, content in read_files(fs, seed_set.vectors):
             where = f"{seed_set.name}/{file.name}"
             try:
-                data = verified(content, file)
-                raw, columns = READERS[PurePosixPath(file.name).suffix.lower()](data)
-                parts[where] = checked_unit_rows(raw), _with_location(columns, file.name, len(raw))
+                found = READERS[PurePosixPath(file.name).suffix.lower()](verified(content, file))
             except UnusableFileError as error:
                 problems += [f"{where} {problem}" for problem in error.problems]
+                more += error.more
+                continue
+            parts[where] = found.vectors, _with_location(found, file.name)
+            notes += [f"{where} {note}" for note in found.notes]
+            unpacked += found.vectors.nbytes
+            if unpacked > MAX_UNPACKED:
+                raise InputError(
+                    f"seed set {seed_set.name!r} has more than {MAX_UNPACKED:,} bytes of vectors: split "
+                    "it"
+                )
     problems += _differing_dimensions({where: vectors for where, (vectors, _) in parts.items()})
     if problems:
         raise InputError(
-            f"seed set {seed_set.name!r} cannot be used; correct or remove these: {_first(problems)}"
+            f"seed set {seed_set.name!r} cannot be used; correct or remove these: "
+            f"{_first(problems, more=more)}"
         )
     return Seeds(
-        np.concatenate([vectors for vectors, _ in parts.values()]),
+        _joined([vectors for vectors, _ in parts.values()]),
         pa.concat_tables([columns for _, columns in parts.values()], promote_options="default"),
+        notes=tuple(notes),
     )
+
+
+def _joined(parts: Sequence[Floats]) -> Floats:
+    """Concatenate arrays; a single one is not copied."""
+    return parts[0] if len(parts) == 1 else np.concatenate(parts)
 
 
 def _with_thumbnails(uri: str, seed_set: SeedSet, seeds: Seeds) -> Seeds:
@@ -294,40 +314,9 @@ def _prompts_of(uri: str, seed_set: SeedSet) -> Sequence[Prompt]:
     return prompts
 
 
-def _first(problems: Sequence[str], shown: int = PROBLEMS_SHOWN) -> str:
-    more = len(problems) - shown
+def _first(problems: Sequence[str], shown: int = PROBLEMS_SHOWN, more: int = 0) -> str:
+    more += max(len(problems) - shown, 0)
     return "; ".join([*problems[:shown], *([f"and {more:,} more"] if more > 0 else [])])
-
-
-def checked_unit_rows(raw: Any) -> Floats:
-    """Check the vectors of one file and scale them to unit length.
-
-    Args:
-        raw: (n, d) of any floating-point dtype.
-
-    Returns:
-        (n, d) float32.
-
-    Raises:
-        UnusableFileError: the shape or dtype is wrong, or a row is zero or not finite.
-
-    """
-    if raw.dtype.kind != "f":
-        raise UnusableFileError(f"has dtype {raw.dtype}, not floating-point numbers")
-    if raw.ndim != 2:
-        raise UnusableFileError(f"has shape {raw.shape}: one vector (d,) or a matrix (n, d) is needed")
-    if raw.size == 0:
-        raise UnusableFileError(f"is empty (shape {raw.shape})")
-    vectors, usable = unit_rows(raw)
-    if not usable.all():
-        raise UnusableFileError(*(_problem(row, raw[row]) for row in np.flatnonzero(~usable).tolist()))
-    return vectors
-
-
-def _problem(number: int, row: Any) -> str:
-    with np.errstate(over="ignore"):
-        is_zero = not np.square(row.astype(np.float64)).any()  # in float64, as in `unit_rows`
-    return f"row {number} is all zeros" if is_zero else f"row {number} holds NaN or infinite values"
 
 
 def centroid(embeddings: Floats) -> tuple[Floats, float]:
@@ -347,13 +336,14 @@ def centroid(embeddings: Floats) -> tuple[Floats, float]:
     return (mean / length).astype(np.float32), length
 
 
-def _with_location(columns: Columns, name: str, rows: int) -> pa.Table:
+def _with_location(found: VectorFile, name: str) -> pa.Table:
+    rows = len(found.vectors)
     location = {
         "file": pa.array([name] * rows),
         "row": pa.array(np.arange(rows, dtype=np.int32)),
         "kind": pa.array([VECTOR] * rows),
     }
-    return pa.table(location | dict(columns))
+    return pa.table(location | dict(found.columns))
 
 
 def _differing_dimensions(vectors_by_file: Mapping[str, Floats]) -> list[str]:

@@ -8,36 +8,29 @@ from __future__ import annotations
 import difflib
 import re
 from collections import defaultdict
-from collections.abc import Sequence
-from dataclasses import dataclass
-from functools import lru_cache
-from pathlib import PurePosixPath
-from typing import Any
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import partial
+from pathlib import Path, PurePosixPath
+from typing import Any, TypeAlias
 
-import google_crc32c
-
-from laion_assets.io.checksums import checksum_text, fingerprint
+from laion_assets.io.checksums import fingerprint
 from laion_assets.io.errors import InputError
-from laion_assets.io.storage import (
-    Listed,
-    first_line,
-    is_local,
-    is_regular,
-    list_files,
-    open_storage,
-    reaching,
-)
+from laion_assets.io.storage import Listed, is_local, list_files, open_storage, reaching
 from laion_assets.io.text import printable
 from laion_assets.seeds.decoding import EXTENSIONS
 from laion_assets.seeds.prompts import PROMPTS_FILE
 from laion_assets.seeds.readers import READERS
-from laion_assets.seeds.seed_files import NOT_REGULAR, SeedFile
+from laion_assets.seeds.seed_files import SeedFile
+from laion_assets.seeds.stored_checksums import Deadline, checksum_of
 
 SEEDS_URI = "seeds_uri"  # the setting that errors name
-CLIP_RETRIEVAL_FOLDER = "img_emb/"
+MAX_NAME = 200  # bytes of the name of a seed set, which is part of the names of its tables
+OF_CLIP_RETRIEVAL = re.compile(r"(.*/)?img_emb/")
 UNREADABLE_IMAGES = (".svg", ".heic", ".heif")  # listed as images; embedding them reports why they fail
-LINKED = "(a linked folder, which is not followed)"
-CLIP_RETRIEVAL_OTHERS = ("text_emb/", "metadata/", "stats/")  # in the same output folder
+BESIDE_CLIP_RETRIEVAL = re.compile(r"(.*/)?(text_emb|metadata|stats)/")  # in the same output folder
+# Names of what others write beside data: Spark, Hadoop, Delta Lake, Databricks and macOS.
+MARKERS = re.compile(r"_(SUCCESS|temporary|(common_)?metadata|delta_log|(started|committed)_.*|_MACOSX)")
 
 
 @dataclass(frozen=True)
@@ -99,11 +92,13 @@ class Listing:
     Attributes:
         sets: the seed sets, by name.
         ignored: ignored files, with paths relative to the folder.
+        failed: why some seed sets cannot be listed, by name; they are neither present nor gone.
 
     """
 
     sets: dict[str, SeedSet]
     ignored: tuple[str, ...]
+    failed: dict[str, str] = field(default_factory=dict)
 
 
 def _counted(count: int, what: str) -> str:
@@ -111,30 +106,74 @@ def _counted(count: int, what: str) -> str:
     return f"{count:,} {what}" if count == 1 else f"{count:,} {noun}s {rest}".rstrip()
 
 
-def list_folder(uri: str) -> Listing:
+def list_folder(uri: str, seconds: float | None = None) -> Listing:
     """List the folder of the seed sets.
+
+    On a local disk, a set that cannot be listed holds up no other.
 
     Args:
         uri: a local path or a URL.
+        seconds: time after which sets that are not listed count as failed; a later call continues.
 
     Raises:
         InputError: the folder does not exist or cannot be accessed.
 
     """
     fs, root = open_storage(uri, SEEDS_URI)
-    folders: defaultdict[str, _Folder] = defaultdict(_Folder)
+    deadline = Deadline(seconds)
+    found, failed = [], dict[str, str]()
     with reaching(uri, SEEDS_URI):
-        for listed in list_files(fs, root):
-            if not is_hidden(listed.name):
-                set_name, _, name = listed.name.partition("/")
-                folders[set_name].add(fs, name, listed)
-        if not folders and not fs.isdir(root):
+        listings, loose = _local_listings(uri, fs, root) if is_local(fs) else _listings(fs, root)
+        if not listings and not loose and not fs.isdir(root):
             raise InputError(f"{uri} is not a folder: name the folder of the seed sets", SEEDS_URI)
-    found = [folder.seed_set(name) for name, folder in sorted(folders.items())]
+        for name, listing in sorted(listings.items()):
+            try:
+                found.append(_seed_set(fs, name, listing(), deadline.share(len(listings))))
+            except InputError as error:
+                failed[name] = printable(str(error))
+    ignored = [str(PurePosixPath(one.name, file)) for one in found for file in one.ignored]
     return Listing(
         {seed_set.name: seed_set for seed_set in found if seed_set.files},
-        tuple(str(PurePosixPath(seed_set.name, file)) for seed_set in found for file in seed_set.ignored),
+        tuple(printable(name) for name in sorted(ignored + loose)),
+        failed,
     )
+
+
+Listings: TypeAlias = Mapping[str, Callable[[], Iterable[Listed]]]  # what lists each set, by its name
+
+
+def _local_listings(uri: str, fs: Any, root: str) -> tuple[Listings, list[str]]:
+    """Return what lists each set, and the files beside the sets."""
+    try:
+        names = [path.name for path in Path(root).iterdir() if not is_hidden(path.name)]
+    except (FileNotFoundError, NotADirectoryError):
+        return {}, []
+    except OSError as error:
+        raise InputError(f"{uri} cannot be listed ({error.strerror}): grant access", SEEDS_URI) from error
+    sets = [name for name in names if fs.isdir(f"{root}/{name}")]
+    return {name: partial(list_files, fs, f"{root}/{name}") for name in sets}, list(
+        set(names) - set(sets)
+    )
+
+
+def _listings(fs: Any, root: str) -> tuple[Listings, list[str]]:
+    """Return what is in each set, and the files beside the sets, from one listing of a bucket."""
+    folders: defaultdict[str, list[Listed]] = defaultdict(list)
+    for listed in list_files(fs, root):
+        if not is_hidden(listed.name):
+            set_name, _, name = listed.name.partition("/")
+            folders[set_name].append(replace(listed, name=name))
+    loose = [name for name, files in folders.items() if not files[0].name]
+    return {name: partial(iter, files) for name, files in folders.items() if name not in loose}, loose
+
+
+def _seed_set(fs: Any, name: str, listing: Iterable[Listed], deadline: Deadline) -> SeedSet:
+    folder = _Folder(fs, deadline)
+    for listed in listing:
+        deadline.check(name)
+        if not is_hidden(listed.name):
+            folder.add(listed)
+    return folder.seed_set(name)
 
 
 def find_seed_set(uri: str, name: str) -> SeedSet:
@@ -153,11 +192,7 @@ def find_seed_set(uri: str, name: str) -> SeedSet:
     fs, root = open_storage(uri, SEEDS_URI)
     path = f"{root}/{name}"
     with reaching(uri, SEEDS_URI):
-        folder = _Folder()
-        for listed in list_files(fs, path):
-            if not is_hidden(listed.name):
-                folder.add(fs, listed.name, listed)
-        found = folder.seed_set(name)
+        found = _seed_set(fs, name, list_files(fs, path), Deadline())
         if found.files:
             return found
         if fs.isdir(path):
@@ -178,16 +213,19 @@ def check_name(name: str) -> None:
         InputError: the name is not valid.
 
     """
-    if not re.fullmatch(r"[^\W_][\w .+-]{0,99}", name) or ".." in name:
+    is_short = len(name.encode(errors="replace")) <= MAX_NAME
+    if not re.fullmatch(r"\w[\w .+-]{0,99}", name) or ".." in name or is_hidden(name) or not is_short:
         raise InputError(
             f"{name!r} cannot name a seed set: use letters, digits, '_', '-', '.', '+' and spaces, no "
-            "'/' and no '..', a letter or digit first, at most 100 characters"
+            "'/' and no '..', a letter, digit or '_' first, at most 100 characters and "
+            f"{MAX_NAME} bytes"
         )
 
 
 def is_hidden(name: str) -> bool:
-    """Return whether a file is hidden, temporary, or a bucket's placeholder for a folder."""
-    return not name or name.endswith("/") or any(part[:1] in (".", "_") for part in name.split("/"))
+    """Return whether a file is hidden, a marker of another program, or a bucket's mark of a folder."""
+    parts = name.split("/")
+    return not parts[-1] or any(part.startswith(".") or MARKERS.fullmatch(part) for part in parts)
 
 
 def _holds_vectors(name: str) -> bool:
@@ -207,26 +245,28 @@ def _may_hold_settings(name: str) -> bool:
 class _Folder:
     """The files of one folder by kind, with checksums for those that are read."""
 
-    def __init__(self) -> None:
+    def __init__(self, fs: Any, deadline: Deadline) -> None:
+        self._fs = fs
+        self._deadline = deadline
         self._vectors: list[SeedFile] = []
-        self._images: list[tuple[Any, str, Listed]] = []
+        self._images: list[Listed] = []
         self._prompts: list[SeedFile] = []
         self._settings: list[SeedFile] = []
         self._others: list[str] = []
 
-    def add(self, fs: Any, name: str, listed: Listed) -> None:
+    def add(self, listed: Listed) -> None:
         """Add a file, by its name in this folder."""
+        name = listed.name
         if _holds_vectors(name):
-            self._vectors.append(_seed_file(fs, name, listed))
+            self._vectors.append(self._seed_file(listed))
         elif is_image(name):
-            self._images.append((fs, name, listed))
+            self._images.append(listed)
         elif name == PROMPTS_FILE:
-            self._prompts.append(_seed_file(fs, name, listed))
+            self._prompts.append(self._seed_file(listed))
         elif _may_hold_settings(name):
-            self._settings.append(_seed_file(fs, name, listed))
+            self._settings.append(self._seed_file(listed))
         else:
-            is_linked_folder = is_local(fs) and fs.isdir(listed.path)
-            self._others.append(str(PurePosixPath(printable(name), LINKED if is_linked_folder else "")))
+            self._others.append(printable(name))
 
     def seed_set(self, name: str) -> SeedSet:
         """Return the set.
@@ -234,12 +274,12 @@ class _Folder:
         Vectors take precedence over images. Of clip-retrieval's output, only the image vectors are used.
         """
         vectors, ignored = self._vectors, self._others
-        of_images = [file for file in vectors if file.name.startswith(CLIP_RETRIEVAL_FOLDER)]
+        of_images = [file for file in vectors if OF_CLIP_RETRIEVAL.match(file.name)]
         if of_images:
-            beside = [file.name for file in vectors if not file.name.startswith(CLIP_RETRIEVAL_FOLDER)]
-            ignored = [file for file in ignored + beside if not file.startswith(CLIP_RETRIEVAL_OTHERS)]
+            beside = [file.name for file in vectors if not OF_CLIP_RETRIEVAL.match(file.name)]
+            ignored = [file for file in ignored + beside if not BESIDE_CLIP_RETRIEVAL.match(file)]
             vectors = of_images
-        images = () if vectors else _in_order([_seed_file(*image) for image in self._images])
+        images = () if vectors else _in_order([self._seed_file(image) for image in self._images])
         return SeedSet(
             name,
             vectors=_in_order(vectors),
@@ -247,32 +287,15 @@ class _Folder:
             ignored=tuple(sorted(ignored)),
             images=images,
             prompts=tuple(self._prompts),
-            not_embedded=tuple(sorted(printable(image) for _, image, _ in self._images))
+            not_embedded=tuple(sorted(printable(image.name) for image in self._images))
             if vectors
             else (),
         )
 
+    def _seed_file(self, listed: Listed) -> SeedFile:
+        checksum = listed.checksum or checksum_of(self._fs, listed, self._deadline)
+        return SeedFile(printable(listed.name), listed.path, listed.size, checksum)
+
 
 def _in_order(files: Sequence[SeedFile]) -> tuple[SeedFile, ...]:
     return tuple(sorted(files, key=lambda file: file.name))
-
-
-def _seed_file(fs: Any, name: str, listed: Listed) -> SeedFile:
-    return SeedFile(printable(name), listed.path, listed.size, _listed_checksum(fs, listed))
-
-
-def _listed_checksum(fs: Any, listed: Listed) -> str:
-    """Return the bucket's crc32c, or compute it; a local file is only read again if it changed."""
-    if listed.checksum:
-        return listed.checksum
-    try:
-        return _computed_checksum(fs, listed.path, listed.size, listed.written)
-    except OSError as error:  # must not block other sets; reading this set reports the file
-        return f"unreadable: {first_line(error)}"
-
-
-@lru_cache(maxsize=1 << 18)
-def _computed_checksum(fs: Any, path: str, size: int, written: str) -> str:  # noqa: ARG001
-    if not is_regular(fs, path):
-        raise OSError(NOT_REGULAR)
-    return checksum_text(google_crc32c.Checksum(fs.cat_file(path)))

@@ -13,6 +13,7 @@ from laion_assets.io.storage import first_line, is_local, is_regular
 
 SEED_FILES_AT_ONCE = 64
 SEED_BYTES_AT_ONCE = 64 << 20
+MAX_BYTES = 4 << 30  # of one file
 NOT_REGULAR = "neither a file nor a link to one: remove it"
 
 
@@ -39,12 +40,14 @@ class UnusableFileError(Exception):
 
     Attributes:
         problems: phrases such as "row 3 is all zeros".
+        more: number of further problems.
 
     """
 
-    def __init__(self, *problems: str) -> None:
+    def __init__(self, *problems: str, more: int = 0) -> None:
         super().__init__("; ".join(problems))
         self.problems = problems
+        self.more = more
 
 
 def read_files(fs: Any, files: Sequence[SeedFile]) -> Iterator[tuple[SeedFile, bytes | OSError]]:
@@ -59,13 +62,20 @@ def read_files(fs: Any, files: Sequence[SeedFile]) -> Iterator[tuple[SeedFile, b
     """
     unreadable = OSError if is_local(fs) else FileNotFoundError
     for batch in _batches(files):
-        regular = [file.path for file in batch if is_regular(fs, file.path)]
-        contents = dict(zip(regular, fs.cat_ranges(regular, None, None), strict=True))
+        refused = {file.path: refusal for file in batch if (refusal := _refusal(fs, file))}
+        wanted = [file.path for file in batch if file.path not in refused]
+        contents = dict(zip(wanted, fs.cat_ranges(wanted, None, None), strict=True)) | refused
         for file in batch:
-            content = contents.get(file.path, OSError(NOT_REGULAR))
+            content = contents.pop(file.path)
             if isinstance(content, Exception) and not isinstance(content, unreadable):
                 raise content
             yield file, content
+
+
+def _refusal(fs: Any, file: SeedFile) -> OSError | None:
+    if file.size > MAX_BYTES:
+        return OSError(f"{file.size:,} bytes, at most {MAX_BYTES:,} are read: split the file")
+    return None if is_regular(fs, file.path) else OSError(NOT_REGULAR)
 
 
 def verified(content: bytes | OSError, file: SeedFile) -> bytes:

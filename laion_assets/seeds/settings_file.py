@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from typing import Any
 
 import yaml
@@ -13,6 +14,7 @@ from laion_assets.seeds.seed_files import SeedFile, UnusableFileError, read_file
 
 SETTINGS_FILE = "settings.yaml"
 MAX_SETTINGS_BYTES = 16 << 10
+MAX_BITS = 1024  # of a number; settings have lower bounds of their own
 
 
 def read_settings(uri: str, seed_set: SeedSet) -> dict[str, Any]:
@@ -54,8 +56,10 @@ def _settings_in(uri: str, seed_set: SeedSet, file: SeedFile) -> dict[str, Any]:
 
 
 def _parsed(content: bytes) -> dict[str, Any]:
-    """Parse `name: value` lines; YAML tags that would construct objects are refused."""
+    """Parse `name: value` lines; tags that construct objects and aliases that multiply are refused."""
     try:
+        if any(isinstance(event, yaml.AliasEvent) for event in yaml.parse(content, yaml.SafeLoader)):
+            raise UnusableFileError("uses an alias (*): write each value where it is used")
         values = yaml.safe_load(content)
         root = yaml.compose(content, yaml.SafeLoader)
     except (yaml.YAMLError, ValueError, RecursionError) as error:
@@ -67,8 +71,11 @@ def _parsed(content: bytes) -> dict[str, Any]:
         return {}
     if not isinstance(values, dict) or not all(isinstance(name, str) for name in values):
         raise UnusableFileError("is not a list of settings: write one per line, as name: value")
-    names = [key.value for key, _ in root.value]
-    for name in names:
-        if names.count(name) > 1:
+    counts = Counter(key.value for key, _ in root.value)
+    for name, times in counts.items():
+        if times > 1:
             raise UnusableFileError(f"has {name} twice: remove one of them")
+    for name, value in values.items():
+        if isinstance(value, int) and value.bit_length() > MAX_BITS:
+            raise UnusableFileError(f"has a number of {value.bit_length():,} bits for {name}: correct it")
     return values

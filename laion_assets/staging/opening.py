@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
@@ -12,6 +13,8 @@ from laion_assets.index.batch_tables import BatchTables, content_of
 from laion_assets.index.faiss_index import Index
 from laion_assets.index.layout import METADATA_FOLDER, PUBLISHED_TABLES, index_files
 from laion_assets.index.metadata import Metadata
+from laion_assets.io.descriptors import enough_descriptors
+from laion_assets.io.errors import InputError
 from laion_assets.io.ranges import Disk, WholeFiles
 from laion_assets.staging.manifest import Manifest, NotStagedError, StagedFile
 from laion_assets.staging.sparse.budget import DEFAULT_BUDGET
@@ -21,7 +24,7 @@ from laion_assets.staging.transfer.fetch import TransferStats
 from laion_assets.staging.transfer.files import SourceFile
 from laion_assets.staging.transfer.range_readers import RangeReader
 from laion_assets.staging.transfer.source import open_files
-from laion_assets.staging.verify import verified_manifest
+from laion_assets.staging.verify import forget_all_verified, verified_manifest
 
 BATCHES = ".batches"  # folder in the cache directory, see `BatchTables`
 
@@ -80,18 +83,41 @@ def open_staged(
     """
     if not is_staged(cache):
         raise NotStagedError(f"nothing is staged in {cache}: stage the index first")
-    with locks.reading(cache):
+    with locks.reading(cache), enough_descriptors():
         manifest = verified_manifest(cache, log)
         paths = {file.name: cache / file.path for file in manifest.files}
         index, lists = index_files(paths, str(cache))
         metadata = [paths[name] for name in sorted(paths) if name.startswith(f"{METADATA_FOLDER}/")]
-        with _open_disk(cache, manifest, budget, log) as (disk, stats):
+        opened = _open_disk(cache, manifest, budget, log)
+        with _noticing_damage(cache), opened as (disk, stats):
             yield OpenIndex(
                 Index(paths[index], paths[lists] if lists else None, disk),
                 Metadata(metadata, columns, disk, _batch_tables(cache, manifest)),
                 manifest,
                 stats,
             )
+
+
+@contextmanager
+def _noticing_damage(cache: Path) -> Iterator[None]:
+    """Let all files be verified by the next staging if one turns out to be unusable while it is read."""
+    try:
+        yield
+    except NotStagedError:
+        raise
+    except InputError as error:
+        if error.about == "staged_index":
+            forget_all_verified(cache)
+        raise
+    except OSError as error:
+        if error.errno != errno.EIO:
+            raise
+        forget_all_verified(cache)
+        raise InputError(
+            f"the disk that holds {error.filename or cache} returned an error ({error.strerror}): check "
+            "it, and stage the index again to fetch the parts that cannot be read",
+            "staged_index",
+        ) from error
 
 
 def _batch_tables(cache: Path, manifest: Manifest) -> BatchTables:

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from laion_assets.index.layout import METADATA_FOLDER, SINGLE_INDEX
+from laion_assets.io.descriptors import enough_descriptors
 from laion_assets.io.errors import InputError
 from laion_assets.staging.full.blocks import remove_other_checksums
 from laion_assets.staging.full.copy import FullCopy
@@ -114,11 +115,16 @@ def stage(
         )
     if source.is_local and not in_place:
         _check_apart(source.list(), cache)
-    _create(cache)
+    stager = _Stager(source, cache, in_place, sparse, replace_other, options or TransferOptions(), log)
     try:
-        return _Stager(
-            source, cache, in_place, sparse, replace_other, options or TransferOptions(), log
-        ).run()
+        _create(cache)
+    except InputError:
+        if current := stager.if_current():  # the cache may be read-only if there is nothing to do
+            return current
+        raise
+    try:
+        with enough_descriptors():
+            return stager.run()
     except OSError as error:
         if error.errno not in DISK_FULL_ERRORS:
             raise
@@ -145,16 +151,7 @@ class _Stager:
         with locks.staging(self.cache, self.log), ExitStack() as held:
             for _ in range(MAX_ROUNDS):
                 files = self.source.list()
-                manifest = Manifest.read(self.cache)
-                sizes = sizes_on_disk(manifest, self.cache)
-                damage = self._find_damage(manifest, sizes)
-                todo = plan_staging(
-                    files,
-                    manifest,
-                    {name: size for name, size in sizes.items() if not _must_be_copied(name, damage)},
-                    in_place=self.in_place,
-                    sparse=self.sparse,
-                )
+                manifest, todo, damage = self._compare(files)
                 if not self._mend(damage, todo, files, held):
                     continue
                 if manifest and manifest.complete and not todo.changes:
@@ -174,6 +171,28 @@ class _Stager:
             "finished, then stage the index again",
             "staged_index",
         )
+
+    def if_current(self) -> Staged | None:
+        """Describe the copy if it is current, without writing; None if there is anything to do."""
+        started = time.monotonic()
+        if not (self.cache / locks.INDEX_LOCK).exists():
+            return None
+        with locks.reading(self.cache):
+            files = self.source.list()
+            manifest, todo, damage = self._compare(files)
+            if manifest is None or not manifest.complete or todo.changes or damage:
+                return None
+            return self._report(manifest, todo, files, started)
+
+    def _compare(self, files: Sequence[SourceFile]) -> tuple[Manifest | None, Plan, list[Damage]]:
+        """Compare source and disk: return the manifest, what is to do, and damaged files."""
+        manifest = Manifest.read(self.cache)
+        sizes = sizes_on_disk(manifest, self.cache)
+        damage = self._find_damage(manifest, sizes)
+        lost = {found.file.name for found in damage if found.blocks is None}  # it is unknown where
+        intact = {name: size for name, size in sizes.items() if name not in lost}
+        todo = plan_staging(files, manifest, intact, in_place=self.in_place, sparse=self.sparse)
+        return manifest, todo, damage
 
     def _find_damage(self, manifest: Manifest | None, sizes: Mapping[str, int]) -> list[Damage]:
         """Find the damage in files that have changed, or of which a sample is damaged."""
@@ -360,11 +379,6 @@ class _Stager:
             seconds=time.monotonic() - started,
             verified=_verified(files, manifest),
         )
-
-
-def _must_be_copied(name: str, damage: Iterable[Damage]) -> bool:
-    """Whether a file is damaged, and it is unknown where."""
-    return any(found.file.name == name and found.blocks is None for found in damage)
 
 
 def _known_by_version(file: SourceFile, path: str, *, sparse: bool = False) -> StagedFile:

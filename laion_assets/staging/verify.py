@@ -209,6 +209,11 @@ def forget_verified(cache: Path, names: Iterable[str]) -> None:
         keep(cache / VERIFIED, json.dumps(left).encode())
 
 
+def forget_all_verified(cache: Path) -> None:
+    """Let all files be read again when they are next opened or staged."""
+    forget_verified(cache, _recorded(cache))
+
+
 def _recorded(cache: Path) -> dict[str, Times]:
     try:
         return json_object((cache / VERIFIED).read_bytes())

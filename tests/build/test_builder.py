@@ -707,3 +707,32 @@ def test_two_builds_at_once_wait_for_each_other_and_never_mix(root):
     assert same(index_in(root / "index"), index_in(expected / "index"))
     assert builder.PLAN in contents(root / "other")
     assert LISTS in contents(root / "index")
+
+
+def test_an_index_of_a_single_image_is_built(root):
+    shutil.rmtree(root / "embeddings")
+    write_parts(root / "embeddings", [1])
+    assert built(request(root, index_key=None)).rows == 1
+
+
+@pytest.mark.parametrize("urls", [{"x": [1, 2, 3]}, {"url": [1, 2, 3], "caption": ["a", "b", "c"]}])
+def test_metadata_without_urls_is_refused_before_anything_is_trained(root, urls):
+    path = root / "embeddings/part-0.parquet"
+    vectors = pq.read_table(path, columns=["embedding"]).slice(0, 3)
+    shutil.rmtree(root / "embeddings")
+    path.parent.mkdir()
+    pq.write_table(pa.table({"embedding": vectors["embedding"], **urls}), path)
+    with pytest.raises(InputError, match=r"no text column with URLs \(found (x|url) of type int64"):
+        Build(request(root)).plan()
+
+
+def test_a_flipped_bit_in_an_archive_is_noticed(root):
+    shutil.rmtree(root / "embeddings")
+    (root / "embeddings").mkdir()
+    np.savez(root / "embeddings/0.npz", l14_img=np.random.default_rng(0).normal(size=(300, 16)))
+    pq.write_table(pa.table({"url": ["u"] * 300}), root / "embeddings/0.parquet")
+    content = bytearray((root / "embeddings/0.npz").read_bytes())
+    content[5000] ^= 1
+    (root / "embeddings/0.npz").write_bytes(content)
+    with pytest.raises(InputError, match=r"0\.npz is damaged \(its checksum is wrong\)"):
+        built(request(root, index_key=None))

@@ -21,17 +21,14 @@ from hypothesis import strategies as st
 
 from laion_assets.defs import checks
 from laion_assets.defs.assets import build_assets
-from laion_assets.defs.history import PROVENANCE, YIELD
 from laion_assets.defs.kubernetes.placement import Placement
-from laion_assets.defs.provenance import Provenance
-from laion_assets.defs.settings import Defaults, RetrievalConfig
 from laion_assets.index.faiss_index import Index
 from laion_assets.io.tables import StoredTable
 from laion_assets.search import audit
-from laion_assets.staging import OpenIndex, open_staged, stage, verified_manifest
+from laion_assets.staging import OpenIndex, open_staged, stage
 
 WARN, ERROR = dg.AssetCheckSeverity.WARN, dg.AssetCheckSeverity.ERROR
-SPECS = [spec for asset in build_assets(Placement.from_environment({})) for spec in asset.check_specs]
+SPECS = [spec for asset in build_assets(Placement.from_environment({}, 0)) for spec in asset.check_specs]
 BLOCKING = {"staged_index_is_intact", "similarity_falls_with_rank", "one_row_per_image"}
 
 
@@ -245,59 +242,6 @@ def test_seeds_that_point_everywhere_have_nothing_in_common(project):
         check = evaluated(result)["centroid_vector", "seeds_are_coherent"]
         assert (check.passed, check.severity) == (name == "alike", WARN)
         assert "at least 0.1 is expected" in (check.description or "")
-
-
-@pytest.fixture
-def search(project: Project) -> Callable[..., dg.AssetCheckEvaluation]:
-    """Search around each seed of a set and return the result of the yield check."""
-    assert project.run("fruit", "staged_laion_index", "seed_embeddings", "centroid_vector").success
-
-    def run(**settings: Any) -> dg.AssetCheckEvaluation:
-        result = project.run("fruit", "knn_urls", **settings)
-        assert result.success
-        return evaluated(result)["knn_urls", "yield_stable"]
-
-    return run
-
-
-def report_past(
-    project: Project, asset: str, share: float, index: str | None = None, **settings: Any
-) -> None:
-    """Report to Dagster's history that a run kept this share of the requested images."""
-    asked = RetrievalConfig(**settings).resolve(Defaults({}))
-    index = index or verified_manifest(project.cache).fingerprint
-    made = Provenance("fruit", "seeds", asked, "an earlier run", own={}, index=index).to_json()
-    project.instance.report_runless_asset_event(
-        dg.AssetMaterialization(asset, partition="fruit", metadata={YIELD: share, PROVENANCE: made})
-    )
-
-
-def test_a_yield_that_differs_from_past_ones_with_the_same_settings_is_told(project, search):
-    assert "the first run" in (search(nb_images_knn=20).description or "")
-    assert "1 past run" in (search(nb_images_knn=20).description or "")
-    report_past(project, "knn_urls", 0.01, nb_images_knn=21)
-    check = search(nb_images_knn=21)
-    assert (check.passed, check.severity) == (False, WARN)
-    assert "1.0% to 1.0% in 1 past run" in (check.description or "")
-
-
-def test_a_run_on_another_index_is_not_compared_with(project, search):
-    report_past(project, "knn_urls", 0.01, index="another", nb_images_knn=21)
-    check = search(nb_images_knn=21)
-    assert check.passed
-    assert "the first run with these settings and this index" in (check.description or "")
-
-
-def test_a_run_of_another_release_is_not_compared_with(project, search):
-    event = dg.AssetMaterialization("knn_urls", partition="fruit", metadata={YIELD: 0.01})
-    project.instance.report_runless_asset_event(event)
-    assert "the first run" in (search(nb_images_knn=20).description or "")
-
-
-def test_runs_with_the_same_target_compare_though_the_numbers_that_follow_from_it_differ(project, search):
-    assert "the first run" in (search(target_images=200).description or "")
-    report_past(project, "combined_urls", 0.6)  # from now on fewer images are asked for
-    assert "1 past run" in (search(target_images=200).description or "")
 
 
 # --- the staged index -----------------------------------------------------------------------------

@@ -111,7 +111,13 @@ def test_pictures_from_elsewhere_are_shown_only_when_asked_for_and_only_from_the
 SEARCH = Funnel(requested=600, received=590, without_url=10, near_duplicates=80, kept=500)
 OTHER = Funnel(requested=400, received=400, without_url=0, near_duplicates=100, kept=300)
 UNITED = CombinedFunnel(
-    knn=500, centroid=300, repeated_ids=150, repeated_urls=20, near_duplicates=30, kept=600
+    knn=500,
+    centroid=300,
+    repeated_ids=150,
+    repeated_urls=20,
+    near_duplicates=20,
+    beyond_target=10,
+    kept=600,
 )
 
 
@@ -129,6 +135,7 @@ def test_what_was_lost_lies_between_what_was_there_before_and_after() -> None:
         "repeated ids",
         "repeated URLs",
         "near-duplicates across",
+        "beyond the target",
     }
 
 

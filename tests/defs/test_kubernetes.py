@@ -8,7 +8,6 @@ import os
 import re
 import subprocess
 from collections.abc import Callable
-from types import SimpleNamespace
 from typing import Any
 
 import dagster as dg
@@ -21,19 +20,19 @@ from dagster._core.instance.config import dagster_instance_config_schema
 from dagster_k8s import K8sRunLauncher, construct_dagster_k8s_job
 from dagster_k8s.container_context import K8sContainerContext
 from dagster_k8s.job import get_user_defined_k8s_config
-from helpers.chart import DEPLOYMENT, IMAGE, VALUES, container_context, instance_config, run_launcher
+from helpers import cluster as stand_in
+from helpers.chart import DEPLOYMENT, IMAGE, VALUES, deployments, instance_config, run_launcher
+from helpers.policy import denials
 from helpers.project import REPOSITORY, Demo, failures, new_project
-from kubernetes.client import ApiException
 
 from laion_assets.definitions import build_defs
 from laion_assets.defs.assets import build_assets, index_assets
-from laion_assets.defs.kubernetes import claim, placement
+from laion_assets.defs.kubernetes import placement
 from laion_assets.defs.kubernetes.placement import NvmeNode, Placement, on_nvme_node
-from laion_assets.defs.kubernetes.step_pods import RENEW, why_it_cannot_start
+from laion_assets.defs.kubernetes.step_pods import prefer_nodes
 from laion_assets.defs.places import Places
 from laion_assets.defs.settings import FIELDS, variable_of
 from laion_assets.io.errors import InputError
-from laion_assets.staging import parse_size
 
 ON_NVME = {"staged_laion_index", "knn_urls", "centroid_urls"}
 BUILDING = {"trained_index", "index_shards", "laion_index"}
@@ -47,27 +46,18 @@ def validate(manifest: dict[str, Any]) -> None:
 
 def assets_for(**environment: str) -> dict[str, dg.AssetsDefinition]:
     """The assets by name, as defined on a cluster."""
-    placed = Placement.from_environment(INSIDE | environment)
+    given = INSIDE | environment
+    placed = Placement.from_environment(given, Places.from_environment(given).sparse_budget)
     made = [*build_assets(placed), *index_assets(placed)]
     return {asset.key.path[-1]: asset for asset in made}
 
 
 def step_pod(asset: dg.AssetsDefinition) -> dict[str, Any]:
-    """The Job of a step from `k8s_job_executor`, merged from launcher, code location and step."""
-    launcher = K8sRunLauncher(
-        **run_launcher(),
-        load_incluster_config=False,
-        k8s_client_batch_api=object(),
-        k8s_client_core_api=object(),
-    )
+    """The Job of a step from `k8s_job_executor`, merged from launcher and step."""
+    launcher = launcher_of()
     context = K8sContainerContext.create_for_run(
         dg.DagsterRun(job_name="seed_set_job"), launcher, include_run_tags=False
-    )
-    for more in (
-        K8sContainerContext.create_from_config(container_context()),
-        K8sContainerContext(run_k8s_config=get_user_defined_k8s_config(asset.op.tags)),
-    ):
-        context = context.merge(more)
+    ).merge(K8sContainerContext(run_k8s_config=get_user_defined_k8s_config(asset.op.tags)))
     job = construct_dagster_k8s_job(
         context.get_k8s_job_config(IMAGE, launcher),
         args=["dagster", "api", "execute_step"],
@@ -77,6 +67,15 @@ def step_pod(asset: dg.AssetsDefinition) -> dict[str, Any]:
     )
     made: dict[str, Any] = kubernetes.client.ApiClient().sanitize_for_serialization(job)
     return made
+
+
+def launcher_of() -> K8sRunLauncher:
+    return K8sRunLauncher(
+        **run_launcher(),
+        load_incluster_config=False,
+        k8s_client_batch_api=object(),
+        k8s_client_core_api=object(),
+    )
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -100,19 +99,42 @@ def test_every_step_is_a_job_that_kubernetes_accepts(step_pods):
         validate(job)
 
 
-def test_steps_that_touch_the_index_share_one_claim_and_the_others_have_none(step_pods):
+def test_steps_that_touch_the_index_have_the_folder_of_their_node_and_the_others_nothing(step_pods):
     for asset, job in step_pods.items():
         pod = job["spec"]["template"]["spec"]
         (container,) = pod["containers"]
-        claims = [v["persistentVolumeClaim"] for v in pod["volumes"] if "persistentVolumeClaim" in v]
+        folders = [volume["hostPath"] for volume in pod["volumes"] if "hostPath" in volume]
         if asset in ON_NVME:
-            assert claims == [{"claimName": "laion-index"}]
-            assert pod["nodeSelector"] == {"cloud.google.com/gke-local-nvme-ssd": "true"}
+            assert folders == [{"path": NvmeNode().folder, "type": "Directory"}]
+            assert pod["nodeSelector"] == {"laion-assets/nvme": "true"}
             (mount,) = [m for m in container["volumeMounts"] if m["name"] == placement.VOLUME]
             assert {"name": "LAION_CACHE_DIR", "value": mount["mountPath"]} in container["env"]
         else:
-            assert not claims
+            assert not folders
             assert not {"nodeSelector", "tolerations", "affinity"} & pod.keys()
+
+
+def test_steps_prefer_nodes_with_a_copy_and_then_nodes_without_other_such_steps():
+    op_tags = on_nvme_node("knn_urls", NvmeNode(), NvmeNode().searching)
+    tags = {key: json.dumps(value) for key, value in op_tags.items()}
+    config = json.loads(prefer_nodes(tags, ["nvme-1", "nvme-2"])["dagster-k8s/config"])
+    affinity = config["pod_spec_config"]["affinity"]
+    (near,) = affinity["node_affinity"]["preferred_during_scheduling_ignored_during_execution"]
+    (apart,) = affinity["pod_anti_affinity"]["preferred_during_scheduling_ignored_during_execution"]
+    (expression,) = near["preference"]["match_expressions"]
+    assert expression["values"] == ["nvme-1", "nvme-2"]
+    assert near["weight"] > apart["weight"]
+    selected = apart["pod_affinity_term"]["label_selector"]["match_labels"]
+    assert selected.items() <= config["pod_template_spec_metadata"]["labels"].items()
+    assert prefer_nodes(tags, []) == tags
+    elsewhere = {key: json.dumps(value) for key, value in placement.on_any_node("x").items()}
+    assert prefer_nodes(elsewhere, ["nvme-1"]) == elsewhere
+
+
+def test_a_node_runs_one_search_and_beside_it_staging_steps():
+    node = NvmeNode()
+    search, stage = float(node.cpu), float(placement.STAGING_RESOURCES["requests"]["cpu"])
+    assert 2 * search > stand_in.GKE_16_CORES > search + 2 * stage
 
 
 def test_steps_request_what_they_need_and_those_with_the_index_are_not_evicted(step_pods):
@@ -121,10 +143,9 @@ def test_steps_request_what_they_need_and_those_with_the_index_are_not_evicted(s
         template = job["spec"]["template"]
         (container,) = template["spec"]["containers"]
         expected = (
-            {
-                "requests": {"cpu": node.cpu, "memory": node.memory},
-                "limits": {"memory": node.memory_limit},
-            }
+            placement.STAGING_RESOURCES
+            if asset == "staged_laion_index"
+            else node.searching
             if asset in ON_NVME
             else placement.BUILDING_RESOURCES
             if asset in BUILDING
@@ -134,10 +155,6 @@ def test_steps_request_what_they_need_and_those_with_the_index_are_not_evicted(s
         stays = "cluster-autoscaler.kubernetes.io/safe-to-evict"
         annotations = template["metadata"].get("annotations", {})
         assert annotations.get(stays) == ("false" if asset in ON_NVME else None)
-        if asset in ON_NVME:
-            assert container["securityContext"]["allowPrivilegeEscalation"] is False
-            assert template["spec"]["securityContext"]["runAsNonRoot"] is True
-            assert template["spec"]["securityContext"]["fsGroup"] == int(node.group)
 
 
 def test_the_pod_that_embeds_gets_the_model_and_no_cache_on_a_volume(step_pods):
@@ -162,17 +179,18 @@ def test_every_setting_reaches_the_pod():
     settings = {
         "LAION_NVME_LABEL": "disk=fast",
         "LAION_NVME_TAINT": "example/disk",
-        "LAION_NVME_CLAIM": "other-claim",
+        "LAION_NVME_FOLDER": "/other/folder",
         "LAION_NVME_MOUNT": "/other/mount",
         "LAION_NVME_CPU": "3",
         "LAION_NVME_MEMORY": "5Gi",
         "LAION_NVME_MEMORY_LIMIT": "7Gi",
         "LAION_NVME_GROUP": "4321",
     }
-    tags = json.dumps(on_nvme_node("knn_urls", NvmeNode.from_environment(settings)))
+    node = NvmeNode.from_environment(settings)
+    tags = json.dumps(on_nvme_node("knn_urls", node, node.searching))
     for value in ("fast", *list(settings.values())[1:-1], "4321"):
         assert f'"{value}"' in tags or f" {value}" in tags
-    default = json.dumps(on_nvme_node("knn_urls", NvmeNode()))
+    default = json.dumps(on_nvme_node("knn_urls", NvmeNode(), NvmeNode().searching))
     assert not [value for value in settings.values() if f'"{value}"' in default]
 
 
@@ -180,6 +198,8 @@ def test_every_setting_reaches_the_pod():
     ("variable", "value", "remedy"),
     [
         ("LAION_NVME_LABEL", "fast", "key=value"),
+        ("LAION_NVME_FOLDER", "laion", "an absolute path"),
+        ("LAION_NVME_FOLDER", "/mnt/../etc", "an absolute path without .."),
         ("LAION_NVME_GROUP", "staff", "a whole number"),
         ("LAION_NVME_PENDING_SECONDS", "5m", "a whole number"),
     ],
@@ -196,22 +216,48 @@ def test_pods_only_inside_a_cluster():
     assert build_defs({}).executor is dg.in_process_executor
 
 
-# --- pods that do not start -----------------------------------------------------------------------
+def test_steps_on_a_cluster_must_be_able_to_stage_on_an_empty_node():
+    fail = INSIDE | {"LAION_LOST_INDEX": "fail"}
+    with pytest.raises(InputError, match=r"LAION_LOST_INDEX is 'fail'.*LAION_NVME_CLAIM"):
+        build_defs(fail)
+    assert build_defs(fail | {"LAION_NVME_CLAIM": "laion-index"})
+    assert build_defs({"LAION_LOST_INDEX": "fail"})
 
 
-def test_a_step_that_may_not_look_at_the_claim_names_the_file_that_lets_it():
-    def forbidden(*_: Any) -> None:
-        raise ApiException(403, "Forbidden")
+# --- sparse copies and claims ---------------------------------------------------------------------
 
-    core = SimpleNamespace(read_namespaced_persistent_volume_claim=forbidden)
-    claimed = SimpleNamespace(persistent_volume_claim=SimpleNamespace(claim_name="laion-index"))
-    pod = SimpleNamespace(
-        metadata=SimpleNamespace(namespace="laion"), spec=SimpleNamespace(volumes=[claimed])
-    )
-    told = why_it_cannot_start(core, NvmeNode(), "knn_urls", pod)
-    for fact in ("the claim laion-index", "Forbidden", "apply k8s/dagster-may-look.yaml"):
-        assert fact in told
-    assert (K8S / "dagster-may-look.yaml").exists()
+
+def test_sparse_pods_go_to_any_node_with_room_for_the_budget():
+    sparse = assets_for(LAION_STAGING="sparse", LAION_SPARSE_BUDGET="50GB")
+    for name in ON_NVME:
+        job = step_pod(sparse[name])
+        validate(job)
+        pod = job["spec"]["template"]["spec"]
+        assert not {"nodeSelector", "tolerations", "affinity"} & pod.keys()
+        room = int(pod["containers"][0]["resources"]["requests"]["ephemeral-storage"])
+        assert 50 * 10**9 < room < 70 * 10**9
+        (volume,) = [volume for volume in pod["volumes"] if volume["name"] == placement.VOLUME]
+        assert volume["emptyDir"] == {"sizeLimit": str(room)}
+
+
+@pytest.mark.parametrize("staging", ["full", "sparse"])
+def test_with_a_claim_pods_go_to_any_node_but_together(staging):
+    (claim,) = manifests("claim.yaml")
+    claimed = assets_for(LAION_STAGING=staging, LAION_NVME_CLAIM=claim["metadata"]["name"])
+    assert claim["spec"]["accessModes"] == ["ReadWriteOnce"]
+    for name in ON_NVME:
+        job = step_pod(claimed[name])
+        validate(job)
+        template = job["spec"]["template"]
+        assert "nodeSelector" not in template["spec"]
+        claims = [v["persistentVolumeClaim"] for v in template["spec"]["volumes"] if "emptyDir" not in v]
+        assert claims == [{"claimName": claim["metadata"]["name"]}]
+        assert template["spec"]["securityContext"]["fsGroup"] == int(NvmeNode().group)
+        (term,) = template["spec"]["affinity"]["podAffinity"][
+            "requiredDuringSchedulingIgnoredDuringExecution"
+        ]
+        assert term["topologyKey"] == "kubernetes.io/hostname"
+        assert term["labelSelector"]["matchLabels"].items() <= template["metadata"]["labels"].items()
 
 
 # --- retries --------------------------------------------------------------------------------------
@@ -219,7 +265,7 @@ def test_a_step_that_may_not_look_at_the_claim_names_the_file_that_lets_it():
 
 def test_steps_are_tried_again_in_a_cluster_and_only_there():
     for environment, tried_again in (({}, False), (INSIDE, True)):
-        placed = Placement.from_environment(environment)
+        placed = Placement.from_environment(environment, 0)
         assets = [*build_assets(placed), *index_assets(placed)]
         assert {bool(asset.op.retry_policy) for asset in assets} == {tried_again}
 
@@ -277,47 +323,23 @@ def test_every_manifest_is_one_that_kubernetes_accepts():
             validate(manifest)
 
 
-def test_the_kustomization_has_all_of_it_but_the_proxy_and_the_other_claim():
+def test_the_kustomization_has_all_of_it_but_the_proxy_and_the_claim():
     listed = set(yaml.safe_load((K8S / "kustomization.yaml").read_text())["resources"])
     there = {path.name for path in K8S.glob("*.yaml")}
-    assert listed == there - {"kustomization.yaml", "values.yaml", "iap.yaml", "sparse-claim.yaml"}
-
-
-def test_the_claim_of_sparse_staging_has_the_same_name_and_room_for_the_budget():
-    (claim,), (usual,) = manifests("sparse-claim.yaml"), manifests("claim.yaml")
-    assert claim["metadata"] == usual["metadata"]
-    assert claim["spec"]["accessModes"] == ["ReadWriteOnce"]
-    readme = (K8S / "README.md").read_text()
-    (budget,) = re.findall(r"name: LAION_SPARSE_BUDGET, value: (\w+)", readme)
-    room = parse_size(claim["spec"]["resources"]["requests"]["storage"] + "B")
-    assert 0.7 * room < parse_size(budget) < 0.9 * room
-
-
-def test_sparse_pods_go_to_any_node_but_together():
-    sparse = assets_for(LAION_STAGING="sparse")
-    for name in ON_NVME:
-        job = step_pod(sparse[name])
-        validate(job)
-        template = job["spec"]["template"]
-        assert not {"nodeSelector", "tolerations"} & template["spec"].keys()
-        (term,) = template["spec"]["affinity"]["podAffinity"][
-            "requiredDuringSchedulingIgnoredDuringExecution"
-        ]
-        assert term["topologyKey"] == "kubernetes.io/hostname"
-        assert term["labelSelector"]["matchLabels"].items() <= template["metadata"]["labels"].items()
+    assert listed == there - {"kustomization.yaml", "values.yaml", "iap.yaml", "claim.yaml"}
 
 
 @pytest.mark.parametrize(("said", "read_by_pods"), [(None, "full"), ("full", None), ("in-place", None)])
 def test_pods_on_nvme_stage_fully_unless_it_is_said_otherwise(said, read_by_pods):
     given = {"LAION_STAGING": said} if said else {}
-    pod = Placement.from_environment(given).with_index("knn_urls")
+    pod = Placement.from_environment(given, 0).with_index("knn_urls")
     tags = pod.op_tags["dagster-k8s/config"]
-    told = {variable["name"]: variable["value"] for variable in tags["container_config"]["env"]}
+    told = {variable["name"]: variable.get("value") for variable in tags["container_config"]["env"]}
     assert told.get("LAION_STAGING") == read_by_pods
     assert "node_selector" in tags["pod_spec_config"]
 
 
-@pytest.mark.parametrize(("staging", "where"), [("full", "nvme_node"), ("sparse", "node_with_claim")])
+@pytest.mark.parametrize(("staging", "where"), [("full", "nvme_node"), ("sparse", "any_node")])
 def test_where_an_asset_runs_can_be_searched_for_in_the_ui(staging, where):
     defs = build_defs(
         INSIDE | {"LAION_STAGING": staging, "LAION_EMBEDDINGS_URI": "gs://bucket/embeddings"}
@@ -337,22 +359,17 @@ def test_the_steps_of_a_build_share_a_pool_of_their_own_and_wait_for_no_search()
         assert '"building"' in folder.read_text()
 
 
-def test_claim_class_label_and_taint_are_the_same_everywhere():
+def test_label_taint_and_folder_are_the_same_everywhere():
     node = NvmeNode()
-    (wanted,) = manifests("claim.yaml")
-    assert wanted["metadata"]["name"] == node.claim
-    storage = of_kind("StorageClass")
-    assert wanted["spec"]["storageClassName"] == storage["metadata"]["name"]
-    assert storage["volumeBindingMode"] == "WaitForFirstConsumer"
-    classes = yaml.safe_load(of_kind("ConfigMap")["data"]["storageClassMap"])
-    assert set(classes) == {storage["metadata"]["name"]}
-    cleanup = of_kind("Deployment", "node-cleanup")["spec"]["template"]["spec"]["containers"][0]
-    assert f"--storageclass-names={storage['metadata']['name']}" in cleanup["args"]
-    for name in ("raid", "volume-provisioner"):
-        pod = of_kind("DaemonSet", name)["spec"]["template"]["spec"]
-        assert pod["nodeSelector"] == dict([node.label.split("=")])
-        assert [toleration["key"] for toleration in pod["tolerations"]] == [node.taint]
-    assert f"--node-taints {node.taint}=true:NoSchedule" in (K8S / "README.md").read_text()
+    pod = of_kind("DaemonSet", "disks")["spec"]["template"]["spec"]
+    assert pod["nodeSelector"] == dict([node.label.split("=")])
+    assert [toleration["key"] for toleration in pod["tolerations"]] == [node.taint]
+    readme = (K8S / "README.md").read_text()
+    assert f"--node-labels {node.label}" in readme
+    assert f"--node-taints {node.taint}=true:NoSchedule" in readme
+    assert node.folder in (K8S / "policy.yaml").read_text()
+    assert dict([node.label.split("=")]) == {stand_in.NVME: "true"}
+    assert (node.taint, node.folder) == (stand_in.NVME, stand_in.FOLDER)
 
 
 # What the script that prepares disks calls; each notes its arguments, and does what matters of it.
@@ -362,14 +379,15 @@ STUBS = {
     "blkid": '[ -e "$ROOT/formatted" ]',
     "mkfs.ext4": 'touch "$ROOT/formatted"',
     "mount": '[ ! -e "$ROOT/broken" ] && touch "$ROOT/mounted"',
+    "install": "true",
 }
 
 
 @pytest.fixture
 def prepare_disks(tmp_path) -> Callable[..., tuple[int, list[str]]]:
     """Run the real script on a node with some files; return its exit code and the commands it ran."""
-    pod = of_kind("DaemonSet", "raid")["spec"]["template"]["spec"]
-    (script,) = (variable["value"] for variable in pod["containers"][0]["env"])
+    pod = of_kind("DaemonSet", "disks")["spec"]["template"]["spec"]
+    (script,) = pod["initContainers"][0]["args"]
     script = script.replace("/dev/", f"{tmp_path}/dev/").replace("/mnt/", f"{tmp_path}/mnt/")
     programs = tmp_path / "bin"
     programs.mkdir()
@@ -395,23 +413,24 @@ def prepare_disks(tmp_path) -> Callable[..., tuple[int, list[str]]]:
 
 DISKS = [f"dev/disk/by-id/google-local-ssd-block{number}" for number in range(3)]
 CREATE = "mdadm --create /dev/md/laion --level=0 --force --run --raid-devices=3 /" + " /".join(DISKS)
+FOLDER = "install --directory --owner 1000 --group 1000 --mode 2775 " + NvmeNode().folder
 MOUNT = "mount -o discard,defaults /dev/md/{} /mnt/disks/raid/0"
 
 
 def test_the_disks_of_a_fresh_node_become_one_and_are_mounted_once(prepare_disks):
     failed, ran = prepare_disks(*DISKS)
     assert (failed, ran[1], ran[3:]) == (
-        0, CREATE, ["mkfs.ext4 -m 0 -F /dev/md/laion", MOUNT.format("laion")]
+        0, CREATE, ["mkfs.ext4 -m 0 -F /dev/md/laion", MOUNT.format("laion"), FOLDER]
     )  # fmt: skip
-    assert prepare_disks() == (0, ["mountpoint --quiet /mnt/disks/raid/0"])
+    assert prepare_disks() == (0, ["mountpoint --quiet /mnt/disks/raid/0", FOLDER])
 
 
 def test_an_array_that_survived_a_reboot_is_used_with_what_it_holds(prepare_disks):
     failed, ran = prepare_disks(*DISKS, "dev/md/127", "formatted")
-    assert (failed, ran[1:]) == (0, ["blkid /dev/md/127", MOUNT.format("127")])
+    assert (failed, ran[1:]) == (0, ["blkid /dev/md/127", MOUNT.format("127"), FOLDER])
 
 
-def test_a_node_without_disks_or_whose_file_system_is_broken_gets_no_volume(prepare_disks, tmp_path):
+def test_a_node_without_disks_or_whose_file_system_is_broken_gets_no_folder(prepare_disks, tmp_path):
     assert prepare_disks()[0] == 1
     assert prepare_disks(*DISKS, "broken")[0] == 1
     assert not (tmp_path / "mnt" / "disks" / "raid" / "0").exists()
@@ -423,45 +442,192 @@ def test_the_proxy_is_asked_for_before_the_ui_can_be_reached_through_it():
     assert asked == {"default": of_kind("BackendConfig")["metadata"]["name"]}
 
 
-def test_whoever_looks_at_the_claim_may():
-    for file, kind in (("renew-claim.yaml", "delete"), ("dagster-may-look.yaml", "get")):
-        allowed = {
-            (resource, verb)
-            for manifest in manifests(file)
-            for rule in manifest.get("rules", ())
-            for resource in rule["resources"]
-            for verb in rule["verbs"]
-        }
-        assert allowed >= {
-            ("persistentvolumeclaims", kind),
-            ("persistentvolumes", kind),
-            ("nodes", "list"),
-        }
-    accounts = {
-        subject["name"]
-        for manifest in manifests("dagster-may-look.yaml")
-        for subject in manifest.get("subjects", ())
-    }
-    assert accounts == {VALUES["serviceAccount"]["name"]} == {VALUES["global"]["serviceAccountName"]}
+# --- what may not happen --------------------------------------------------------------------------
 
 
-def test_the_job_that_renews_the_claim_runs_what_there_is():
-    job = of_kind("CronJob")
-    pod = job["spec"]["jobTemplate"]["spec"]["template"]["spec"]
-    (container,) = pod["containers"]
-    assert container["args"][:3] == ["python", "-m", claim.__name__]
-    kustomization = yaml.safe_load((K8S / "kustomization.yaml").read_text())
-    (generated,), (image,) = kustomization["configMapGenerator"], kustomization["images"]
-    assert pod["volumes"][0]["configMap"]["name"] == generated["name"]
-    assert container["args"][3] == f"{container['volumeMounts'][0]['mountPath']}/{generated['files'][0]}"
-    assert container["image"] == image["name"] == image["name"].lower(), "or a new name would miss it"
-    assert f"{image['newName']}:{image['newTag']}" == IMAGE
-    assert f"--from=cronjob/{job['metadata']['name']}" in RENEW
-    assert RENEW in (K8S / "README.md").read_text()
-    assert (
-        pod["serviceAccountName"]
-        == of_kind("ServiceAccount", job["metadata"]["name"])["metadata"]["name"]
+def as_pod(job: dict[str, Any]) -> dict[str, Any]:
+    """The pod that Kubernetes makes for a job."""
+    template = job["spec"]["template"]
+    return {"apiVersion": "v1", "kind": "Pod"} | template
+
+
+def test_the_policy_admits_every_pod_that_we_start(step_pods):
+    assert set(deployments()) == {"user-deployments", "dagster-webserver", "dagster-daemon"}
+    for pod in deployments().values():
+        validate(pod)
+        assert denials(pod) == []
+    for job in step_pods.values():
+        assert denials(as_pod(job)) == []
+    for environment in ({"LAION_STAGING": "sparse"}, {"LAION_NVME_CLAIM": "laion-index"}):
+        assert denials(as_pod(step_pod(assets_for(**environment)["knn_urls"]))) == []
+
+
+def with_volume(pod: dict[str, Any], path: str, kind: str) -> None:
+    pod["spec"]["volumes"].append({"name": "more", "hostPath": {"path": path, "type": kind}})
+
+
+def in_container(field: str, value: Any) -> Callable[[dict[str, Any]], None]:
+    def change(pod: dict[str, Any]) -> None:
+        (container,) = pod["spec"]["containers"]
+        if field in ("ports", "livenessProbe", "lifecycle"):
+            container[field] = value
+        else:
+            container["securityContext"][field] = value
+
+    return change
+
+
+def in_pod(field: str, value: Any) -> Callable[[dict[str, Any]], None]:
+    return lambda pod: pod["spec"]["securityContext"].update({field: value})
+
+
+NOT_ALLOWED: dict[str, tuple[str, Callable[[dict[str, Any]], None]]] = {
+    "another folder": ("hostPath", lambda pod: with_volume(pod, "/etc", "Directory")),
+    "the disk itself": ("hostPath", lambda pod: with_volume(pod, "/mnt/disks/raid/0", "Directory")),
+    "a way out": ("hostPath", lambda pod: with_volume(pod, f"{NvmeNode().folder}/../..", "Directory")),
+    "another type": ("hostPath", lambda pod: with_volume(pod, NvmeNode().folder, "DirectoryOrCreate")),
+    "another account": ("hostPath", lambda pod: pod["spec"].update(serviceAccountName="laion-code")),
+    "root with the folder": ("hostPath", in_container("runAsUser", 0)),
+    "maybe root with the folder": ("hostPath", in_pod("runAsNonRoot", False)),
+    "the node's network": ("hostNetwork", lambda pod: pod["spec"].update(hostNetwork=True)),
+    "the node's processes": ("hostPID", lambda pod: pod["spec"].update(hostPID=True)),
+    "privileged": ("privileged", in_container("privileged", True)),
+    "a capability": ("capability", in_container("capabilities", {"add": ["SYS_ADMIN"]})),
+    "a port of the node": ("hostPort", in_container("ports", [{"containerPort": 1, "hostPort": 1}])),
+    "a probe elsewhere": (
+        "host field", in_container("livenessProbe", {"httpGet": {"host": "169.254.169.254", "port": 80}}),
+    ),
+    "a hook elsewhere": (
+        "host field", in_container("lifecycle", {"preStop": {"httpGet": {"host": "10.0.0.1", "port": 1}}})
+    ),
+    "no AppArmor": ("AppArmor", in_container("appArmorProfile", {"type": "Unconfined"})),
+    "no AppArmor, as it was said before": (
+        "AppArmor", lambda pod: pod["metadata"].setdefault("annotations", {}).update(
+            {"container.apparmor.security.beta.kubernetes.io/dagster": "unconfined"}
+        ),
+    ),
+    "SELinux": ("SELinux", in_container("seLinuxOptions", {"type": "spc_t"})),
+    "unmasked /proc": ("procMount", in_container("procMount", "Unmasked")),
+    "no seccomp": ("seccomp", in_pod("seccompProfile", {"type": "Unconfined"})),
+    "a sysctl of the node": ("sysctls", in_pod("sysctls", [{"name": "kernel.msgmax", "value": "1"}])),
+    "a Windows host process": ("Windows", in_container("windowsOptions", {"hostProcess": True})),
+    "an init container": (
+        "privileged", lambda pod: pod["spec"].update(
+            initContainers=[{"name": "i", "image": "i", "securityContext": {"privileged": True}}]
+        ),
+    ),
+    "an ephemeral container": (
+        "privileged", lambda pod: pod["spec"].update(
+            ephemeralContainers=[{"name": "i", "image": "i", "securityContext": {"privileged": True}}]
+        ),
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("what", NOT_ALLOWED)
+def test_the_policy_denies(what, step_pods):
+    told, change = NOT_ALLOWED[what]
+    pod = json.loads(json.dumps(as_pod(step_pods["knn_urls"])))
+    change(pod)
+    validate(pod)
+    (denied,) = denials(pod)
+    assert told in denied
+
+
+def test_the_policy_covers_every_pod_of_the_namespace_and_fails_closed():
+    policy = of_kind("ValidatingAdmissionPolicy")["spec"]
+    (rule,) = policy["matchConstraints"]["resourceRules"]
+    assert set(rule["resources"]) == {"pods", "pods/ephemeralcontainers"}
+    assert set(rule["operations"]) == {"CREATE", "UPDATE"}
+    binding = of_kind("ValidatingAdmissionPolicyBinding")["spec"]
+    assert binding["policyName"] == of_kind("ValidatingAdmissionPolicy")["metadata"]["name"]
+    assert binding["validationActions"] == ["Deny"]
+    selected = binding["matchResources"]["namespaceSelector"]["matchLabels"]
+    assert selected == {"kubernetes.io/metadata.name": run_launcher()["job_namespace"]}
+
+
+def test_all_containers_are_confined_beyond_the_baseline(step_pods):
+    run_pod = K8sContainerContext.create_for_run(
+        dg.DagsterRun(job_name="seed_set_job"), launcher_of(), include_run_tags=True
     )
+    run_job = construct_dagster_k8s_job(
+        run_pod.get_k8s_job_config(IMAGE, launcher_of()),
+        args=["dagster", "api", "execute_run"],
+        job_name="dagster-run",
+        user_defined_k8s_config=run_pod.run_k8s_config,
+    )
+    jobs = [kubernetes.client.ApiClient().sanitize_for_serialization(run_job), *step_pods.values()]
+    for pod in [*deployments().values(), *map(as_pod, jobs)]:
+        spec = pod["spec"]
+        assert spec["securityContext"]["runAsNonRoot"] is True
+        assert spec["securityContext"]["seccompProfile"] == {"type": "RuntimeDefault"}
+        for container in (*spec["containers"], *spec.get("initContainers", ())):
+            context = container["securityContext"]
+            assert context["readOnlyRootFilesystem"] is True
+            assert context["allowPrivilegeEscalation"] is False
+            assert context["capabilities"] == {"drop": ["ALL"]}
+            assert re.fullmatch(r".*@sha256:DIGEST", container["image"])
+        (main,) = spec["containers"]
+        assert {"/tmp", "/home/laion"} <= {mount["mountPath"] for mount in main["volumeMounts"]}
+        assert {"requests", "limits"} <= main["resources"].keys()
+
+
+def test_each_kind_of_pod_has_its_own_account_and_steps_have_no_token(step_pods):
+    accounts = {
+        pod["metadata"]["name"] for pod in manifests("accounts.yaml") if pod["kind"] == "ServiceAccount"
+    }
+    used = {name: pod["spec"]["serviceAccountName"] for name, pod in deployments().items()}
+    assert used == {
+        "user-deployments": "laion-code",
+        "dagster-webserver": "laion-dagster",
+        "dagster-daemon": "laion-dagster",
+    }  # fmt: skip
+    assert run_launcher()["service_account_name"] == "laion-code"
+    for job in step_pods.values():
+        spec = job["spec"]["template"]["spec"]
+        assert spec["serviceAccountName"] == placement.STEP_ACCOUNT
+        assert spec["automountServiceAccountToken"] is False
+    assert accounts == {*used.values(), placement.STEP_ACCOUNT}
+    assert (VALUES["rbacEnabled"], VALUES["serviceAccount"]["create"]) == (False, False)
+    subjects = {subject["name"] for subject in of_kind("RoleBinding")["subjects"]}
+    assert subjects == accounts - {placement.STEP_ACCOUNT}, "steps need nothing from the cluster"
+    readme = (K8S / "README.md").read_text()
+    assert all(f"/sa/{account}" in readme for account in accounts)
+
+
+def test_a_run_s_tags_change_nothing_of_its_pods():
+    tag = {"dagster-k8s/config": json.dumps({"container_config": {"env": [{"name": "A", "value": "B"}]}})}
+    with pytest.raises(Exception, match=r"violated the allowed list: container_config\.env"):
+        K8sContainerContext.create_for_run(
+            dg.DagsterRun(job_name="seed_set_job", tags=tag), launcher_of(), include_run_tags=True
+        )
+
+
+def test_only_the_proxy_reaches_the_ui_and_only_the_ui_and_the_daemon_the_code_server():
+    policies = [one for one in manifests("network.yaml") if one["metadata"]["namespace"] == "laion"]
+    (closed,) = [
+        one for one in policies if one["spec"]["podSelector"] == {} and "egress" not in one["spec"]
+    ]
+    assert closed["spec"]["policyTypes"] == ["Ingress", "Egress"]
+    assert "ingress" not in closed["spec"]
+    entries = {
+        one["spec"]["podSelector"]["matchLabels"]["component"]: one["spec"]["ingress"]
+        for one in policies
+        if "ingress" in one["spec"]
+    }
+    assert entries.keys() == {"user-deployments", "dagster-webserver"} <= deployments().keys()
+    (code,), (web,) = entries["user-deployments"], entries["dagster-webserver"]
+    assert code["ports"] == [{"port": DEPLOYMENT["port"]}]
+    (peers,) = code["from"][0]["podSelector"]["matchExpressions"]
+    assert set(peers["values"]) == deployments().keys() - {"user-deployments"}
+    assert all(set(peer) == {"ipBlock"} for peer in web["from"])
+
+
+def test_actions_of_ci_are_pinned_by_commit():
+    workflows = [path.read_text() for path in (REPOSITORY / ".github" / "workflows").iterdir()]
+    used = [action for text in workflows for action in re.findall(r"uses: (\S+)", text)]
+    assert used
+    assert [action for action in used if not re.fullmatch(r"[\w/-]+@[0-9a-f]{40}", action)] == []
 
 
 def test_the_image_s_user_is_the_one_who_may_write():
@@ -469,16 +635,30 @@ def test_the_image_s_user_is_the_one_who_may_write():
     (user, group) = re.findall(r"^USER (\d+):(\d+)$", dockerfile, re.MULTILINE)[0]
     assert user != "0"
     assert group == NvmeNode().group
-    launched = VALUES["runLauncher"]["config"]["k8sRunLauncher"]["runK8sConfig"]
-    assert launched["podSpecConfig"]["securityContext"]["fsGroup"] == int(group)
+    assert run_launcher()["run_k8s_config"]["pod_spec_config"]["security_context"]["fsGroup"] == int(
+        group
+    )
+    assert f"--owner {user} --group {group} --mode 2775" in FOLDER
     assert "--constraint requirements.lock" in dockerfile
+    assert "/usr/local/bin/nslookup" in dockerfile, "the chart's init containers call it"
 
 
 def test_the_same_module_and_image_serve_the_code_location_and_the_steps():
     workspace = yaml.safe_load((REPOSITORY / "workspace.yaml").read_text())
     module = workspace["load_from"][0]["python_module"]["module_name"]
     assert DEPLOYMENT["dagsterApiGrpcArgs"] == ["-m", module]
-    assert DEPLOYMENT["includeConfigInLaunchedRuns"] == {"enabled": True}
+    assert DEPLOYMENT["includeConfigInLaunchedRuns"] == {"enabled": False}
+    launched = run_launcher()["run_k8s_config"]["container_config"]
+    assert (launched["env"], launched["resources"]) == (DEPLOYMENT["env"], DEPLOYMENT["resources"])
+    kustomization = yaml.safe_load((K8S / "kustomization.yaml").read_text())
+    (image,) = kustomization["images"]
+    assert f"{image['newName']}@{image['digest']}" == IMAGE
+    (init, main) = [
+        container["image"]
+        for kind in ("initContainers", "containers")
+        for container in of_kind("DaemonSet")["spec"]["template"]["spec"][kind]
+    ]
+    assert init == main == image["name"]
     for part in ("dagsterWebserver", "dagsterDaemon"):
         assert VALUES[part]["image"] == DEPLOYMENT["image"]
 
@@ -508,12 +688,64 @@ def test_every_variable_in_the_values_is_one_that_is_read():
     known = {variable_of(name) for name in (*Places.model_fields, *FIELDS)} | nvme_variables()
     assert {variable["name"] for variable in DEPLOYMENT["env"]} <= known
     readme = (K8S / "README.md").read_text()
-    told = dict(re.findall(r"^\| `(LAION_NVME_\w+)` \| `([^`]+)` \|", readme, re.MULTILINE))
-    assert told == {f"LAION_NVME_{n.upper()}": value for n, value in vars(NvmeNode()).items()}
+    told = dict(re.findall(r"^\| `(LAION_NVME_\w+)` \| `?([^`|]+?)`? \|", readme, re.MULTILINE))
+    assert told == {f"LAION_NVME_{n.upper()}": value or "none" for n, value in vars(NvmeNode()).items()}
 
 
 def nvme_variables() -> set[str]:
     return {f"LAION_NVME_{name.upper()}" for name in vars(NvmeNode())}
+
+
+def commands_of_the_recipe(*words: str) -> list[str]:
+    """The commands in README.md that begin with some words, continued lines joined."""
+    blocks = re.findall(r"^```\n(.*?)^```", (K8S / "README.md").read_text(), re.MULTILINE | re.DOTALL)
+    lines = [line.strip() for block in blocks for line in block.replace("\\\n", " ").splitlines()]
+    return [" ".join(line.split()) for line in lines if line.split()[: len(words)] == list(words)]
+
+
+def test_the_cluster_upgrades_on_a_channel_with_an_exclusion_and_both_pools_are_autoscaled():
+    (cluster,) = commands_of_the_recipe("gcloud", "container", "clusters", "create")
+    assert "--release-channel stable" in cluster
+    assert "--enable-dataplane-v2" in cluster, "without it, network policies are not enforced"
+    (exclusion,) = commands_of_the_recipe("gcloud", "container", "clusters", "update")
+    assert "--add-maintenance-exclusion-scope no_minor_or_node_upgrades" in exclusion
+    (nvme,) = commands_of_the_recipe("gcloud", "container", "node-pools", "create", "nvme")
+    assert "--enable-autoscaling --num-nodes 0 --min-nodes 0" in nvme
+    assert "--enable-autoscaling" in cluster
+    (limit,) = re.findall(r"--max-nodes (\d+)", nvme)
+    for pool in ("retrieval", "staging"):
+        (command,) = [one for one in commands_of_the_recipe("kubectl", "exec") if f"set {pool}" in one]
+        assert command.endswith(f"concurrency set {pool} {limit}")
+
+
+def test_the_chart_is_updated_before_it_is_used_and_an_upgrade_migrates_the_database():
+    commands = commands_of_the_recipe("helm")
+    uses = [number for number, one in enumerate(commands) if "dagster/dagster" in one]
+    updates = [number for number, one in enumerate(commands) if one == "helm repo update"]
+    assert all(any(update < use for update in updates) for use in uses)
+    (migration,) = commands_of_the_recipe("helm", "template")
+    assert "--set migrate.enabled=true --show-only templates/job-instance-migrate.yaml" in migration
+    (stop,) = commands_of_the_recipe("kubectl", "scale")
+    assert "--replicas 0" in stop
+
+
+def test_every_image_is_ours():
+    ours = yaml.safe_load((K8S / "kustomization.yaml").read_text())["images"][0]["name"]
+    used = re.findall(
+        r"^\s*image: (\S+)", "".join(p.read_text() for p in K8S.glob("*.yaml")), re.MULTILINE
+    )
+    assert set(used) <= {ours, "&image", "*image"}
+    assert VALUES["busybox"]["image"].items() <= DEPLOYMENT["image"].items()
+
+
+def test_the_proxy_uses_google_s_own_client():
+    assert of_kind("BackendConfig")["spec"]["iap"] == {"enabled": True}
+
+
+def test_ticks_expire_and_nobody_is_asked_for_an_address():
+    assert VALUES["retention"]["enabled"]
+    assert VALUES["additionalInstanceConfig"]["nux"] == {"enabled": False}
+    assert VALUES["telemetry"] == {"enabled": False}
 
 
 def test_dagster_and_its_chart_have_one_version():

@@ -52,7 +52,7 @@ def test_it_is_staged_again_and_that_is_on_record(demo: Demo, tmp_path):
         project.cache.mkdir()
         assert project.run("fruit", "knn_urls").success
         again, _ = materializations(project.instance)
-        assert "staged again by knn_urls" in again.asset_materialization.description
+        assert "staged by knn_urls" in again.asset_materialization.description
         assert again.asset_materialization.metadata["bytes fetched"].value > 0
         assert version(again) == version(first)
 

@@ -7,11 +7,10 @@ from typing import Any
 import pyarrow as pa
 import pytest
 
-from laion_assets.defs.provenance import Provenance, check_same_origin, files_version
+from laion_assets.defs.provenance import Provenance, check_continues, check_same_origin, files_version
 from laion_assets.defs.settings import Defaults, RetrievalConfig
 from laion_assets.io.errors import InputError
 from laion_assets.io.tables import StoredTable, new_table
-from laion_assets.search.sizing import USUAL
 
 SCHEMA = pa.schema({"id": pa.int64()})
 
@@ -21,7 +20,7 @@ def made(**given: Any) -> Provenance:
     config = {name: given.pop(name) for name in [*given] if name in RetrievalConfig.model_fields}
     block_list = given.pop("block_list", None)
     settings = RetrievalConfig(**config).resolve(Defaults({}), block_list=block_list)
-    settings = settings.sized(10, USUAL, 10**6)  # as a search records it
+    settings = settings.with_expect_alive(0.75, "default")  # as a search records it
     about = {"seeds": "s1", "index": "i1", "model": "m1", "run": "run", "own": {}, "settings": settings}
     about["written"] = "2026-01-02"
     return Provenance("cats", **(about | given))
@@ -156,8 +155,16 @@ def test_an_nprobe_or_a_target_that_only_one_set_has_is_not_one_of_both(checked)
     assert not {"nprobe", "target_images"} & found.origins.keys()
 
 
-def test_a_count_is_computed_only_where_its_own_set_computed_it(checked):
-    sized, given = made(target_images=100), made(nb_images_centroid=9)
-    assert sized.settings.computed == {"nb_images_knn", "nb_images_centroid"}
-    assert checked(sized, given).settings.computed == {"nb_images_knn"}
-    assert checked(given, sized).settings.computed == {"nb_images_centroid"}
+def test_a_search_for_a_target_adds_only_to_what_was_found_for_the_same_request():
+    knn = made(target_images=100)
+    check_continues(knn, made(target_images=100))
+    others = {
+        "seeds s1 -> s2": {"seeds": "s2"},
+        "index i1 -> i2": {"index": "i2"},
+        "model m1 -> none": {"model": None},
+        "expect_alive none -> 0.5": {"expect_alive": 0.5},
+        "dedup_threshold 0.94 -> 0.9": {"dedup_threshold": 0.9},
+    }
+    for fact, other in others.items():
+        with pytest.raises(InputError, match=f"{fact}.*materialize knn_urls again"):
+            check_continues(knn, made(target_images=100, **other))

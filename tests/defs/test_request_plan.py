@@ -16,7 +16,7 @@ from laion_assets.defs.history import PastMaterialization, materializations
 from laion_assets.defs.request_plan import TABLES, History, as_yaml, plan_request
 from laion_assets.index.metadata_file import BatchLayout
 from laion_assets.search.cost import Pairwise, Rates, Shape, Step
-from laion_assets.search.sizing import USUAL, Yield, counts_for
+from laion_assets.search.sizing import EXPECT_ALIVE, USUAL, Yield, expected_counts, images_wanted
 from laion_assets.staging import stage
 
 # --- the plan, a pure function --------------------------------------------------------------------
@@ -32,11 +32,11 @@ def test_time_and_disk_are_those_of_the_last_run_scaled_by_what_is_requested():
         "centroid_urls": measured(requested=200, seconds=1.0, bytes=500),
         "combined_urls": measured(requested=300, seconds=4.0, bytes=900),
     }
-    plan = plan_request(3000, 10, History(Yield(0.5, "measured"), last))
+    plan = plan_request(3000, 10, History(Yield(0.5, "measured"), last), 1.0)
     assert plan.requested == {"knn_urls": 3000, "centroid_urls": 3000, "combined_urls": 6000}
     assert plan.seconds == {"knn_urls": 60.0, "centroid_urls": 15.0, "combined_urls": 80.0}
     assert plan.sizes == {"knn_urls": 30_000, "centroid_urls": 7_500, "combined_urls": 18_000}
-    told = "\n".join(as_yaml(plan, 3000, 10))
+    told = "\n".join(as_yaml(plan, 10))
     assert re.search(r"# time: knn_urls .*, centroid_urls .*, combined_urls ", told)
     for fact in ("scaled from run 01234567,", "requested 300;", "knn_urls 30 kB", "combined_urls 18 kB"):
         assert fact in told
@@ -44,10 +44,10 @@ def test_time_and_disk_are_those_of_the_last_run_scaled_by_what_is_requested():
 
 @pytest.mark.parametrize("rows", [None, 10**9, 500])
 def test_a_plan_says_when_the_index_bounds_it(rows):
-    plan = plan_request(3000, 10, History(index_rows=rows, index_size=5 * 10**9))
+    plan = plan_request(3000, 10, History(index_rows=rows, index_size=5 * 10**9), 0.75)
     bounded = rows == 500
-    assert (plan.counts == counts_for(3000, 10, USUAL.share)) != bounded
-    told = "\n".join(as_yaml(plan, 3000, 10))
+    assert (plan.counts == expected_counts(4000, 10, USUAL.share)) != bounded
+    told = "\n".join(as_yaml(plan, 10))
     assert ("500 rows" in told) == bounded
     assert "index 5 GB" in told
 
@@ -90,7 +90,9 @@ def test_without_a_run_a_plan_rests_on_the_usual_yield_and_guesses_no_times(
     monkeypatch.setenv("LAION_SEEDS_URI", str(demo.seeds))
     assert main(["plan", "--target", "500000", "--seeds", "1000"]) == 0
     printed = capsys.readouterr().out
-    assert yaml.safe_load(printed) == {"nb_images_knn": 834, "nb_images_centroid": 833_334}
+    assert yaml.safe_load(printed) == {"target_images": 500_000}
+    assert "1,112 each" in printed
+    assert "1,111,112 around their mean" in printed
     assert main(["plan", "--target", "5000", "--seed-set", "flower"]) == 0
     for told in (printed, capsys.readouterr().out):
         assert str(USUAL) in told
@@ -119,23 +121,28 @@ def test_a_plan_for_a_set_rests_on_its_last_run_and_on_this_machine(demo, tmp_pa
     target = 100
     assert main(["plan", "--target", str(target), "--seed-set", "flower"]) == 0
     printed = capsys.readouterr().out
-    found = re.search(r"from (\d+) seeds, at a yield of ([\d.]+) \(measured by run (\w+)\)", printed)
+    assert yaml.safe_load(printed) == {"target_images": target}
+    found = re.search(
+        r"# 134 images from (\d+) seeds, if 75% of the URLs work\n"
+        r"# about [\d,]+ requested around the seeds, (\d+) each,\n"
+        r"#   and (\d+) around their mean, at a yield of ([\d.]+) \(measured by run (\w+)\)",
+        printed,
+    )
     assert found
-    seeds, share, run = int(found[1]), float(found[2]), found[3]
+    seeds, each, mean, share, run = int(found[1]), int(found[2]), int(found[3]), float(found[4]), found[5]
     for fact in (f"run {run}", *(f"{name} " for name in TABLES)):
         assert fact in printed
     assert "rows" not in printed
     assert re.search(r"^# reads: at most [\d.]+ [kM]B cold$", printed, re.MULTILINE)
     assert re.search(r"^# time: about \d+ s.*, \d+ s if the index is in memory$", printed, re.MULTILINE)
     assert "unknown" not in printed
-    expected = counts_for(target, seeds, share)
-    planned = yaml.safe_load(printed)  # from the yield that was measured; four digits of it are printed
-    assert planned["nb_images_knn"] == pytest.approx(expected.nb_images_knn, abs=1)
-    assert planned["nb_images_centroid"] == pytest.approx(expected.nb_images_centroid, abs=1)
+    expected = expected_counts(images_wanted(target, EXPECT_ALIVE), seeds, share)
+    assert each == pytest.approx(expected.nb_images_knn, abs=1)  # four digits of the yield are printed
+    assert mean == pytest.approx(expected.nb_images_centroid, abs=1)
     size = (tmp_path / "data/output/knn_urls/flower.parquet").stat().st_size
     told = re.search(r"knn_urls (\d+) kB", printed)
     assert told
-    assert int(told[1]) == pytest.approx(size * planned["nb_images_knn"] / 20 / 1000, abs=1)
+    assert int(told[1]) == pytest.approx(size * each / 20 / 1000, abs=1)
     assert re.search(r"index [\d.]+ MB$", printed, re.MULTILINE)
 
     # The rates of this machine are kept. What lies there now may be of another run.
@@ -146,13 +153,12 @@ def test_a_plan_for_a_set_rests_on_its_last_run_and_on_this_machine(demo, tmp_pa
     assert main(["plan", "--target", str(10**9), "--seed-set", "flower"]) == 0
     bounded = capsys.readouterr().out
     assert re.search(r"tables knn_urls [\d.]+ [kMG]B", bounded)
-    assert yaml.safe_load(bounded) == {"nb_images_knn": rows, "nb_images_centroid": rows}
     assert f"{rows:,} rows" in bounded
     assert "# reads: at most" in bounded
 
     (tmp_path / "data/seeds/flower/settings.yaml").write_text(printed)  # ready to paste
     assert main(["materialize", "flower"]) == 0
-    assert f"{planned['nb_images_knn']:,} images around each" in capsys.readouterr().out
+    assert "target 100: 134 kept of the 134 that it needs" in capsys.readouterr().out
     took = r"planned at most [\d.]+ [kM]B, \d+ s cold and \d+ s warm; took ([\d.]+ \w+, )?\d+ s"
     with instance({}) as kept:
         for name in TABLES[:2]:

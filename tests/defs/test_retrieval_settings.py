@@ -195,13 +195,13 @@ def test_what_is_given_for_one_run_in_the_launchpad_changes_no_settings(made: Ti
 
 
 def test_what_is_computed_for_a_request_is_no_change(made: Ticks) -> None:
-    """The index has fewer lists than that, and the two counts follow from the target."""
+    """The index has fewer lists than that, and no share of URLs that work was given."""
     made.project = made.project.with_environment(LAION_NPROBE="1000000", LAION_TARGET_IMAGES="600")
     result = searched(made.project, "fruit")
     for asset in (*URL_SETS, "combined_urls"):
         settings = reported(result, asset)["provenance"]["settings"]
         assert settings["values"]["nprobe"] < 1_000_000
-        assert set(settings["computed"]) == {"nb_images_knn", "nb_images_centroid", "nprobe"}
+        assert set(settings["computed"]) == {"expect_alive", "nprobe"}
     assert stale(made.project, "fruit") == set()
     made.tick()
     assert made.said == "settings changed: flower; 2 seed sets"
@@ -304,16 +304,13 @@ def test_a_yield_counts_only_for_the_block_list_it_was_measured_with(made: Ticks
     listed = tmp_path / "list.txt"
     listed.write_text("3\n")
     project = made.project.with_environment(LAION_BLOCK_LIST=str(listed))
-    first = searched(project, "fruit", target_images=50)
-    assert str(USUAL) in reported(first, "knn_urls")["settings"]["nb_images_knn"]
-    second = searched(project, "fruit", target_images=50)
-    assert f"by run {first.run_id[:8]}" in reported(second, "knn_urls")["settings"]["nb_images_knn"]
+    run = searched(project, "fruit", target_images=50)
     asked = RetrievalConfig().resolve(Defaults({})).asked()
-    assert second.run_id[:8] not in measured_yield(project.instance, "fruit", asked).basis
+    assert run.run_id[:8] not in measured_yield(project.instance, "fruit", asked).basis
     assert measured_yield(project.instance, "fruit", {**asked, BLOCK_LIST: "another"}) == USUAL
     with_list = {**asked, BLOCK_LIST: LaionIndex.block_list_description(index_of(project))}
     found = measured_yield(project.instance, "fruit", with_list)
-    assert found.share == reported(second, "combined_urls")[YIELD]
+    assert found.share == reported(run, "combined_urls")[YIELD]
 
 
 def test_a_request_beyond_the_index_is_told_so_and_says_nothing_of_smaller_ones(made: Ticks) -> None:

@@ -1,9 +1,11 @@
 """New seed data starts one run per content, once it is unchanged across two ticks."""
 
 import itertools
+import os
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import dagster as dg
 import numpy as np
@@ -13,8 +15,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from laion_assets.defs.resources import SeedFolder
-from laion_assets.defs.sensors import RUNS_PER_TICK, Pending, decide
+from laion_assets.defs.sensors import RUNS_PER_TICK, TEAM_TAG, Pending, decide
 from laion_assets.defs.sources import last_version
+from laion_assets.io.errors import InputError
+from laion_assets.seeds import folder
 
 # --- the sensor, tick by tick ---------------------------------------------------------------------
 
@@ -49,6 +53,23 @@ def test_a_seed_set_is_run_once_for_each_content_it_has(ticks):
     assert len(set(ticks.run_keys)) == 3
     (ticks.project.seeds / "cats" / "a.npy").touch()  # written again with the same content
     assert [ticks.tick() for _ in range(3)] == [[]] * 3
+
+
+@pytest.mark.parametrize(
+    ("settings", "tags"),
+    [
+        ("team: vision", {TEAM_TAG: "vision"}),
+        ("nprobe: 3", {}),
+        ("team: [a, b]", {}),
+        ("not yaml: [", {}),
+    ],
+)
+def test_a_run_is_tagged_with_the_team_of_its_set(ticks, settings, tags):
+    put(ticks, "cats")
+    (ticks.project.seeds / "cats" / "settings.yaml").write_text(settings)
+    ticks.tick()
+    (request,) = ticks.evaluate("seed_sets_sensor", ticks.cursor).run_requests
+    assert request.tags == tags
 
 
 def test_a_run_is_not_asked_for_again_while_it_is_under_way(ticks):
@@ -120,6 +141,40 @@ def test_a_folder_whose_name_cannot_be_used_is_named_and_blocks_nothing(ticks):
     assert "name cannot be used:" in ticks.said
     assert ticks.tick_and_work() == ["good"]
     assert ticks.project.instance.get_dynamic_partitions("seed_sets") == ["good"]
+
+
+def test_a_set_that_cannot_be_listed_for_a_while_is_neither_removed_nor_run_again(ticks, monkeypatch):
+    for name in ("cats", "dogs", "new"):
+        put(ticks, name)
+    assert [ticks.tick_and_work() for _ in range(2)] == [[], ["cats", "dogs", "new"]]
+    list_files = folder.list_files
+
+    def failing(fs: Any, root: str, *more: Any) -> Any:
+        if root.endswith(("/cats", "/new")):
+            raise InputError(f"{root} cannot be listed (Input/output error)")
+        return list_files(fs, root, *more)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(folder, "list_files", failing)
+        put(ticks, "dogs", 2)
+        assert [ticks.tick_and_work() for _ in range(3)] == [[], ["dogs"], []]
+    assert f"cannot be listed: cats ({ticks.project.seeds}/cats cannot be listed (Input" in ticks.said
+    assert "removed" not in ticks.said
+    reported = list(ticks.reported)
+    assert [ticks.tick() for _ in range(3)] == [[]] * 3
+    assert ("seed_folder", "cats") not in ticks.reported[len(reported) :]
+
+
+def test_names_that_are_not_text_end_no_tick(ticks):
+    put(ticks, "good")
+    for name in (b"caf\xe9/a.npy", b"good/caf\xe9.txt", b"good/caf\xe9.npy"):
+        path = os.fsencode(ticks.project.seeds) + b"/" + name
+        os.makedirs(os.path.dirname(path), exist_ok=True)  # noqa: PTH103, PTH120
+        shutil.copy(ticks.project.seeds / "good" / "a.npy", path)
+    assert [ticks.tick_and_work() for _ in range(3)] == [[], ["good"], []]
+    assert ticks.said.isprintable()
+    assert "name cannot be used: 'caf\\udce9'" in ticks.said
+    assert "ignored files: good/caf\\udce9.txt" in ticks.said
 
 
 def test_files_that_nobody_reads_are_named_in_every_tick_and_in_the_report(ticks):

@@ -26,7 +26,7 @@ from laion_assets.defs.settings import (
 from laion_assets.defs.settings import THIS_RUN as RUN
 from laion_assets.io.errors import InputError
 from laion_assets.io.tables import StoredTable
-from laion_assets.search.sizing import USUAL, counts_for
+from laion_assets.search.sizing import EXPECT_ALIVE, images_wanted
 from laion_assets.seeds import find_seed_set, read_settings
 
 OWN = "cats/settings.yaml"
@@ -78,6 +78,7 @@ BOUNDS = {
     "nb_images_knn": (0, -1),
     "nb_images_centroid": (0, -1),
     "target_images": (0, -1),
+    "expect_alive": (0, 1.5),
     "nprobe": (0, -1),
     "dedup_threshold": (0, -1, 1.5),
     "max_bad_images": (-0.1, 1.5),
@@ -172,15 +173,15 @@ def test_a_record_outlives_json_and_knows_what_was_asked_for(run, own, block_lis
         asked = resolved(run, own, block_list=block_list)
     except InputError:
         return  # target and counts in one place
-    used = asked.sized(7, USUAL, 10**9).with_nprobe(nprobe)
+    used = asked.with_expect_alive(0.5, "measured").with_nprobe(nprobe)
     assert ResolvedSettings.from_json(json.loads(json.dumps(used.to_json()))) == used
     assert {name: used.asked()[name] for name in used.asked().keys() - {"nprobe"}} == {
         name: asked.asked()[name] for name in asked.asked().keys() - {"nprobe"}
     }
     assert used.asked()["nprobe"] in (None, asked.values.nprobe)
+    assert (used.images is None) == (asked.values.target_images is None)
     if asked.values.target_images:
-        assert {*COUNTS} <= used.computed
-        assert used.values.nb_images_knn == counts_for(asked.values.target_images, 7, 0.3).nb_images_knn
+        assert used.values.expect_alive == (asked.values.expect_alive or 0.5)
     shown = {row["setting"]: row for row in used.rows()}
     assert set(shown) == used.origins.keys() | ({"block_list"} if block_list else set())
     assert shown["nprobe"]["value"] == str(nprobe)
@@ -215,8 +216,8 @@ def test_changes_between_two_requests_are_named_with_both_values():
 
 
 def test_a_seed_set_brings_its_settings_along(tmp_path):
-    own = own_settings(tmp_path, "# for the client\nnb_images_knn: 200\ndedup_threshold: 1\n")
-    assert own == {"nb_images_knn": 200, "dedup_threshold": 1}
+    own = own_settings(tmp_path, "# for the client\nnb_images_knn: 200\ndedup_threshold: 1\nteam: a\n")
+    assert own == {"nb_images_knn": 200, "dedup_threshold": 1, "team": "a"}
     found = resolved(own=own)
     assert (found.values.nb_images_knn, found.origins["nb_images_knn"]) == (200, OWN)
     assert type(found.values.dedup_threshold) is float
@@ -235,13 +236,15 @@ REFUSED = {
     "nb_images_knn:": ("nb_images_knn is empty", "a whole number", "remove it"),
     "nb_images_knn: [1, 2]": ("nb_images_knn is a list", "a whole number"),
     "dedup_threshold: 2001-01-01": ("dedup_threshold is ", "2001", "a number above 0 up to 1"),
-    f"dedup_threshold: 1{'0' * 400}": ("dedup_threshold is 1000", "a number above 0 up to 1"),
+    f"dedup_threshold: 1{'0' * 400}": ("a number of 1,329 bits for dedup_threshold",),
     "dedup_threshold: .nan": ("dedup_threshold is nan", "a number above 0 up to 1"),
     "filters: 5": ("filters is 5", "give text"),
     "filters: width >> 5": ("filters", "'width >> 5'"),
     "nb_images_knn: 0": ("nb_images_knn is 0", "1 or more"),
     "target_images: 5\nnb_images_knn: 5": ("target_images is 5", "nb_images_knn is 5", "not both"),
-    "\n".join(["a: &a [x]", *LAUGHS]): ("'a'", "not a setting"),
+    "team: a/b": ("team is 'a/b'", "60 letters, digits"),
+    "team:": ("team is None", "60 letters, digits"),
+    "\n".join(["a: &a [x]", *LAUGHS]): ("uses an alias",),
 }
 
 
@@ -296,7 +299,7 @@ def test_the_footer_of_a_table_records_its_settings_once_with_their_origins(made
     settings = record["settings"]
     assert set(settings) == {"values", "origins", "computed", "block_list"}
     assert set(settings["values"]) == set(FIELDS)
-    assert settings["computed"] == sorted([*COUNTS, "nprobe"])
+    assert settings["computed"] == ["expect_alive", "nprobe"]
     assert settings["origins"][TARGET] == RUN
     assert settings["origins"]["dedup_threshold"] == "default"
 
@@ -339,60 +342,40 @@ def test_a_set_with_wrong_settings_fails_before_its_seeds_are_read(project):
 # --- requests sized by a target -------------------------------------------------------------------
 
 
-@given(
-    target=st.integers(1, 10**9),
-    seeds=st.integers(1, 10**5),
-    share=st.floats(1e-4, 1),
-    rows=st.integers(1, 6 * 10**9),
-)
-def test_the_fewest_images_are_requested_that_give_half_the_target_each(target, seeds, share, rows):
-    half, nearly = target / 2, 1 + 1e-9
-    free = counts_for(target, seeds, share)
-    for count, queries in ((free.nb_images_knn, seeds), (free.nb_images_centroid, 1)):
-        assert count * queries * share * nearly >= half
-        assert (count - 1) * queries * share < half * nearly
-    bounded = counts_for(target, seeds, share, rows)
-    assert bounded.nb_images_knn == min(free.nb_images_knn, rows)
-    assert bounded.nb_images_centroid == min(free.nb_images_centroid, rows)
+@given(target=st.integers(1, 10**9), alive=st.floats(1e-3, 1))
+def test_the_fewest_images_are_wanted_of_which_the_target_works(target, alive):
+    images = images_wanted(target, alive)
+    assert images * alive >= target * (1 - 1e-9)
+    assert (images - 1) * alive < target * (1 + 1e-9)
 
 
-def test_a_target_of_half_a_million_from_a_thousand_seeds():
-    counts = counts_for(500_000, 1000, 0.3)
-    assert (counts.nb_images_knn, counts.nb_images_centroid) == (834, 833_334)
-
-
-def test_a_target_is_met_better_once_the_yield_was_measured(project):
+def test_a_target_is_reached_in_one_run(project):
     first = project.run("flower", target_images=600)
     assert failures(first) == {}
-    seeds = reported(first, "seed_embeddings")["seeds"]
     told = reported(first, "combined_urls")
-    assert told["provenance"]["settings"]["values"]["target_images"] == 600
-    expected = counts_for(600, seeds, USUAL.share)
-    assert told["requested"] == expected.nb_images_knn * seeds + expected.nb_images_centroid
+    wanted = images_wanted(600, EXPECT_ALIVE)
+    assert told["kept"] == told["images for the target"] == wanted == 800
+    assert len(StoredTable(str(project.table("combined_urls", "flower")))) == wanted
+    assert told["settings"]["expect_alive"] == f"{EXPECT_ALIVE} (default)"
+    assert told["settings"]["target_images"] == f"600 ({RUN})"
+    seeds = reported(first, "seed_embeddings")["seeds"]
+    assert reported(first, "knn_urls")["kept"] == -(-wanted // 2 // seeds) * seeds
     assert told["yield"] == round(told["kept"] / told["requested"], 6)
-    assert told["target images"] == 600
-    assert told["target reached"] == round(told["kept"] / 600, 4)
-    assert str(USUAL) in told["settings"]["nb_images_knn"]
 
-    second = project.run("flower", target_images=600)
-    again = reported(second, "combined_urls")
-    expected = counts_for(600, seeds, told["yield"])
-    assert reported(second, "knn_urls")["requested"] == expected.nb_images_knn * seeds
-    assert reported(second, "centroid_urls")["requested"] == expected.nb_images_centroid
-    assert f"measured by run {first.run_id[:8]}" in again["settings"]["nb_images_centroid"]
-    assert again["settings"]["target_images"] == f"600 ({RUN})"
-    assert abs(again["target reached"] - 1) < abs(told["target reached"] - 1)
+    other = project.run("flower", "centroid_urls", target_images=700)
+    for fact in ("target_images 600 -> 700", "materialize knn_urls again"):
+        assert fact in failures(other)["centroid_urls"]
 
-    # Another threshold has another yield: what was measured with the first one does not count.
-    third = project.run("flower", target_images=600, dedup_threshold=0.8)
-    assert str(USUAL) in reported(third, "combined_urls")["settings"]["nb_images_knn"]
+    second = project.run("flower", target_images=300, expect_alive=1.0, dedup_threshold=0.8)
+    assert reported(second, "combined_urls")["kept"] == 300
 
 
-def test_requests_are_capped_at_the_rows_of_the_index(project):
-    result = project.run(
-        "flower", "staged_laion_index", "seed_embeddings", "knn_urls", target_images=10**9
-    )
-    told = reported(result, "knn_urls")
-    rows = reported(result, "staged_laion_index")["dagster/row_count"]
-    assert told["requested"] == rows * reported(result, "seed_embeddings")["seeds"]
-    assert f"capped at the {rows:,} rows" in told["settings"]["nb_images_knn"]
+def test_a_target_beyond_the_index_takes_all_there_is_and_says_so(project):
+    result = project.run("flower", target_images=10**9)
+    assert failures(result) == {}
+    told = reported(result, "centroid_urls")
+    assert told["requested"] == reported(result, "staged_laion_index")["dagster/row_count"]
+    assert reported(result, "combined_urls")["kept"] >= told["kept"]
+    log = [entry.user_message for entry in project.instance.all_logs(result.run_id)]
+    assert sum("target cannot be reached around" in message for message in log) == 2
+    assert "all there is of the" in reported(result, "combined_urls")["about"]

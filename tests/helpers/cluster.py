@@ -1,14 +1,17 @@
 """A stand-in for a Kubernetes cluster: an API server whose pods are processes on this machine.
 
-It takes objects only if Kubernetes' strict schemas do, and models what placement on local disks is
-about: nodes with labels, taints, cores and memory; a volume on the disk of each NVMe node; a claim that
-binds to the first node it is used on; pods that stay Pending when nothing fits; nodes that go and come
-back. It has no admission, quotas, users, images or RBAC, and enforces no memory limit.
+It takes objects only if Kubernetes' strict schemas, the syntax of labels and k8s/policy.yaml allow them.
+It models what placement on local disks is about: nodes with labels, taints, cores and memory, each NVMe
+node with a folder of its own; required and preferred affinity; pods that stay Pending when nothing fits;
+a pool that an autoscaler grows from zero; nodes that go and come back; containers that are killed above
+their memory limit, or that may write only to their volumes. It has no claims, quotas, users, images,
+network or RBAC.
 """
 
 from __future__ import annotations
 
 import copy
+import itertools
 import json
 import os
 import re
@@ -31,6 +34,8 @@ from urllib.parse import parse_qs, urlparse
 
 import jsonschema
 import kubernetes_validate
+from helpers.policy import denials
+from helpers.project import REPOSITORY
 
 VERSION = "1.34"
 KINDS = {
@@ -38,12 +43,19 @@ KINDS = {
     "pods": ("v1", "Pod"),
     "nodes": ("v1", "Node"),
     "events": ("v1", "Event"),
-    "persistentvolumes": ("v1", "PersistentVolume"),
-    "persistentvolumeclaims": ("v1", "PersistentVolumeClaim"),
 }
 PATH = re.compile(r"^/(?:api|apis/batch)/v1(?:/namespaces/([^/]+))?/(\w+)(?:/([^/]+))?(?:/(\w+))?$")
+LABEL_VALUE = re.compile(r"(?:[A-Za-z0-9](?:[-A-Za-z0-9_.]{0,61}[A-Za-z0-9])?)?")
 GRACE_SECONDS = 10
+SCALE_UP_SECONDS = 1
+GKE_16_CORES = 15.89  # what GKE leaves of 16 for pods
+LOG = "log"
 IN_THE_IMAGE = "/opt/dagster/dagster_home"
+WORKING_FOLDER = "/home/laion"  # of the image
+NVME = "laion-assets/nvme"  # label and taint of the pool's nodes, as in k8s/README.md
+FOLDER = "/mnt/disks/raid/0/laion"  # k8s/disks.yaml makes it on each NVMe node
+REQUIRED = "requiredDuringSchedulingIgnoredDuringExecution"
+PREFERRED = "preferredDuringSchedulingIgnoredDuringExecution"
 
 Object = dict[str, Any]
 
@@ -65,13 +77,15 @@ class Cluster:
     root: Path
     environment: dict[str, str] = field(default_factory=dict)
     secrets: dict[str, dict[str, str]] = field(default_factory=dict)
-    config_maps: dict[str, dict[str, str]] = field(default_factory=dict)
-    storage_class: str = "laion-nvme"
+    pool_size: int = 0  # NVMe nodes that the autoscaler may add
 
     def __post_init__(self) -> None:
         self.lock = threading.RLock()
         self.objects: dict[tuple[str, str], Object] = {}  # by plural and name: names are unique here
         self.running: dict[str, Running] = {}
+        self.written: dict[str, list[str]] = {}  # by pod, what it wrote outside its volumes
+        self.scaling_up_at: float | None = None
+        self.scaled_up = 0
         self.stopped = threading.Event()
         self.server = ThreadingHTTPServer(("127.0.0.1", 0), _handler(self))
         self.kubeconfig = self.root / "kubeconfig"
@@ -79,24 +93,14 @@ class Cluster:
 
     # --- what an operator sees to -----------------------------------------------------------------
 
-    def add_node(self, name: str, *, nvme: bool, cpu: int = 16, memory: str = "128Gi") -> None:
-        """Add a node; a node with NVMe has an empty disk with a volume."""
-        labels = {"kubernetes.io/hostname": name}
-        spec: Object = {}
-        if nvme:
-            labels["cloud.google.com/gke-local-nvme-ssd"] = "true"
-            spec["taints"] = [{"key": "laion-assets/nvme", "value": "true", "effect": "NoSchedule"}]
-        node = {
-            "metadata": {"name": name, "labels": labels},
-            "spec": spec,
-            "status": {"allocatable": {"cpu": str(cpu), "memory": memory}},
-        }
+    def add_node(
+        self, name: str, *, nvme: bool, cpu: float = GKE_16_CORES, memory: str = "128Gi"
+    ) -> None:
+        """Add a node; a node with NVMe has an empty folder for the index."""
         with self.lock:
-            self.create("nodes", "", node)
+            self.create("nodes", "", _node(name, nvme, cpu, memory))
             if nvme:
                 self.disk(name).mkdir(parents=True)
-                if ("persistentvolumes", f"local-{name}") not in self.objects:
-                    self.create("persistentvolumes", "", _volume(name, self.storage_class))
 
     def remove_node(self, name: str) -> None:
         """Remove a node with its pods and its disk."""
@@ -107,7 +111,7 @@ class Cluster:
                     self.running.pop(pod["metadata"]["name"], None)
                     del self.objects["pods", pod["metadata"]["name"]]
             del self.objects["nodes", name]
-            shutil.rmtree(self.disk(name), ignore_errors=True)
+            shutil.rmtree(self.root / "nodes" / name, ignore_errors=True)
 
     def replace_node(self, name: str) -> None:
         """Replace a node with one of the same name and an empty disk."""
@@ -121,8 +125,12 @@ class Cluster:
             self._kill(pod)
 
     def disk(self, node: str) -> Path:
-        """The disk of a node."""
-        return self.root / "nodes" / node
+        """The folder of the index on a node."""
+        return self.root / "nodes" / node / FOLDER.lstrip("/")
+
+    def nodes(self) -> list[str]:
+        """The names of the nodes."""
+        return [node["metadata"]["name"] for node in self.of("nodes")]
 
     def pods_of(self, asset: str, phase: str | None = None) -> list[Object]:
         """The pods of an asset, oldest first."""
@@ -143,6 +151,12 @@ class Cluster:
         version, kind = KINDS[plural]
         made = copy.deepcopy({"apiVersion": version, "kind": kind} | manifest)
         kubernetes_validate.validate(made, VERSION, strict=True)
+        for labels in _all_labels(made):
+            for key, value in labels.items():
+                if not LABEL_VALUE.fullmatch(value):
+                    raise jsonschema.ValidationError(f"the label {key} is {value!r}")
+        if plural == "pods" and (denied := denials(made)):
+            raise PermissionError(f"ValidatingAdmissionPolicy denied request: {'; '.join(denied)}")
         made["metadata"] |= {"uid": str(uuid.uuid4()), "creationTimestamp": _now()}
         if namespace:
             made["metadata"]["namespace"] = namespace
@@ -155,7 +169,7 @@ class Cluster:
         return made
 
     def delete(self, plural: str, name: str) -> None:
-        """Delete an object, after the processes of its pod or of its claim's pods have ended."""
+        """Delete an object, after the processes of its pod have ended."""
         with self.lock:
             found = self.objects[plural, name]
             found["metadata"]["deletionTimestamp"] = _now()
@@ -167,7 +181,9 @@ class Cluster:
     # --- controllers ------------------------------------------------------------------------------
 
     def work(self) -> None:
-        while not self.stopped.wait(0.1):
+        for tick in itertools.count():
+            if self.stopped.wait(0.1):
+                return
             with self.lock:
                 for job in self.of("jobs"):
                     self._control(job)
@@ -175,6 +191,9 @@ class Cluster:
                     if "nodeName" not in pod["spec"]:
                         self._schedule(pod)
                     self._watch(pod)
+                self._scale_up()
+                if tick % 5 == 0:
+                    self._end_those_out_of_memory()
                 self._remove_what_may_go()
 
     def _control(self, job: Object) -> None:
@@ -184,8 +203,13 @@ class Cluster:
             return
         pods = [pod for pod in self.of("pods") if pod["metadata"]["labels"].get("job-name") == name]
         if not status:
-            self._start_pod(job)
-            status["active"] = 1
+            try:
+                self._start_pod(job)
+                status["active"] = 1
+            except PermissionError as error:
+                status["conditions"] = [_condition("FailedCreate", "True", "Forbidden", str(error))]
+        elif "active" not in status:
+            return  # a real controller tries again and again
         elif not pods or pods[0]["status"]["phase"] == "Failed":
             job["status"] = {"failed": 1, "conditions": [_condition("Failed", "True")]}
         elif pods[0]["status"]["phase"] == "Succeeded":
@@ -201,95 +225,90 @@ class Cluster:
         self.create("pods", job["metadata"]["namespace"], pod)
 
     def _schedule(self, pod: Object) -> None:
-        """Bind a pod to the first node that fits, and its claim to that node's volume."""
+        """Bind a pod to the node that fits it best."""
         reasons: Counter[str] = Counter()
+        fitting = []
         for node in self.of("nodes"):
             reason = self._misfit(pod, node)
             if reason is None:
-                pod["spec"]["nodeName"] = node["metadata"]["name"]
-                pod["status"]["conditions"] = [_condition("PodScheduled", "True")]
-                for claim in self._claims(pod):
-                    if claim is not None and "volumeName" not in claim["spec"]:
-                        self._bind(claim, node)
-                return
-            reasons[reason] += 1
-        missing = [
-            name for name, claim in zip(_claim_names(pod), self._claims(pod), strict=True) if not claim
-        ]
+                fitting.append(node)
+            else:
+                reasons[reason] += 1
+        if fitting:
+            best = max(fitting, key=lambda node: self._score(pod, node))
+            pod["spec"]["nodeName"] = best["metadata"]["name"]
+            pod["status"]["conditions"] = [_condition("PodScheduled", "True")]
+            return
         told = ", ".join(f"{count} {reason}" for reason, count in sorted(reasons.items()))
-        message = (
-            f'persistentvolumeclaim "{missing[0]}" not found'
-            if missing
-            else f"0/{len(self.of('nodes'))} nodes are available: {told}."
-        )
+        message = f"0/{len(self.of('nodes'))} nodes are available: {told}."
         pod["status"]["conditions"] = [_condition("PodScheduled", "False", "Unschedulable", message)]
 
     def _misfit(self, pod: Object, node: Object) -> str | None:
         """Why a pod cannot run on a node, in the scheduler's words."""
         labels = node["metadata"]["labels"]
         wanted = pod["spec"].get("nodeSelector", {})
-        if not wanted.items() <= labels.items():
+        affinity = pod["spec"].get("affinity", {})
+        terms = affinity.get("nodeAffinity", {}).get(REQUIRED, {}).get("nodeSelectorTerms", [{}])
+        if not wanted.items() <= labels.items() or not any(_selects(term, labels) for term in terms):
             return "node(s) didn't match Pod's node affinity/selector"
-        tolerated = {toleration.get("key") for toleration in pod["spec"].get("tolerations", ())}
         for taint in node["spec"].get("taints", ()):
-            if taint["key"] not in tolerated:
+            if not any(_tolerates(one, taint) for one in pod["spec"].get("tolerations", ())):
                 return f"node(s) had untolerated taint {{{taint['key']}: {taint['value']}}}"
-        for claim in self._claims(pod):
-            if claim is None or "deletionTimestamp" in claim["metadata"]:
-                return "node(s) without the claim"
-            volume = claim["spec"].get("volumeName")
-            if volume and volume != f"local-{node['metadata']['name']}":
-                return "node(s) had volume node affinity conflict"
-            if not volume and not self._free_volume(claim, node):
-                return "node(s) didn't find available persistent volumes to bind"
+        if any(not self._near(term, node) for term in affinity.get("podAffinity", {}).get(REQUIRED, ())):
+            return "node(s) didn't match pod affinity rules"
+        if any(self._near(term, node) for term in affinity.get("podAntiAffinity", {}).get(REQUIRED, ())):
+            return "node(s) didn't match pod anti-affinity rules"
         return self._short_of(pod, node)
+
+    def _score(self, pod: Object, node: Object) -> int:
+        """How well a node suits a pod: the weights of the preferences that it meets."""
+        affinity = pod["spec"].get("affinity", {})
+        labels = node["metadata"]["labels"]
+        nodes = affinity.get("nodeAffinity", {}).get(PREFERRED, ())
+        apart = affinity.get("podAntiAffinity", {}).get(PREFERRED, ())
+        met = sum(term["weight"] for term in nodes if _selects(term["preference"], labels))
+        near = sum(term["weight"] for term in apart if self._near(term["podAffinityTerm"], node))
+        return int(met - near)
+
+    def _near(self, term: Object, node: Object) -> bool:
+        """Whether a pod that a term selects runs on a node."""
+        assert term["topologyKey"] == "kubernetes.io/hostname"
+        wanted = term["labelSelector"]["matchLabels"].items()
+        return any(wanted <= other["metadata"]["labels"].items() for other in self._pods_on(node))
+
+    def _pods_on(self, node: Object) -> list[Object]:
+        return [
+            pod
+            for pod in self.of("pods")
+            if pod["spec"].get("nodeName") == node["metadata"]["name"]
+            and pod["status"]["phase"] in ("Pending", "Running")
+        ]
 
     def _short_of(self, pod: Object, node: Object) -> str | None:
         there = node["status"]["allocatable"]
-        here = [
-            other
-            for other in self.of("pods")
-            if other["spec"].get("nodeName") == node["metadata"]["name"]
-            and other["status"]["phase"] in ("Pending", "Running")
-        ]
-        for resource in ("cpu", "memory"):
-            used = sum(_requested(other, resource) for other in (*here, pod))
+        for resource in ("cpu", "memory", "ephemeral-storage"):
+            used = sum(_requested(other, resource) for other in (*self._pods_on(node), pod))
             if used > _quantity(there[resource]):
                 return f"Insufficient {resource}"
         return None
 
-    def _claims(self, pod: Object) -> list[Object | None]:
-        return [self.objects.get(("persistentvolumeclaims", name)) for name in _claim_names(pod)]
-
-    def _free_volume(self, claim: Object, node: Object) -> Object | None:
-        volume = self.objects.get(("persistentvolumes", f"local-{node['metadata']['name']}"))
-        fits = (
-            volume
-            and "claimRef" not in volume["spec"]
-            and volume["spec"]["storageClassName"] == claim["spec"]["storageClassName"]
-            and _quantity(volume["spec"]["capacity"]["storage"])
-            >= _quantity(claim["spec"]["resources"]["requests"]["storage"])
-        )
-        return volume if fits else None
-
-    def _bind(self, claim: Object, node: Object) -> None:
-        volume = self._free_volume(claim, node)
-        assert volume
-        volume["spec"]["claimRef"] = {"name": claim["metadata"]["name"], "uid": claim["metadata"]["uid"]}
-        claim["spec"]["volumeName"] = volume["metadata"]["name"]
-        claim["status"] = {"phase": "Bound"}
+    def _scale_up(self) -> None:
+        """Add a node to the pool if a pod that fits no node would fit a new one."""
+        grown = [name for name in self.nodes() if name.startswith("pool-")]
+        new = _node(f"pool-{self.scaled_up + 1}", nvme=True)
+        waiting = [pod for pod in self.of("pods") if "nodeName" not in pod["spec"]]
+        if len(grown) >= self.pool_size or not any(self._misfit(pod, new) is None for pod in waiting):
+            self.scaling_up_at = None
+        elif self.scaling_up_at is None:
+            self.scaling_up_at = time.monotonic() + SCALE_UP_SECONDS
+        elif time.monotonic() > self.scaling_up_at:
+            self.scaling_up_at = None
+            self.scaled_up += 1
+            self.add_node(new["metadata"]["name"], nvme=True)
 
     def _remove_what_may_go(self) -> None:
         for (plural, name), found in list(self.objects.items()):
-            if "deletionTimestamp" not in found["metadata"]:
-                continue
-            used = plural == "persistentvolumeclaims" and any(
-                name in _claim_names(pod)
-                and "nodeName" in pod["spec"]
-                and pod["status"]["phase"] in ("Pending", "Running")
-                for pod in self.of("pods")
-            )
-            if not used and name not in self.running:
+            if "deletionTimestamp" in found["metadata"] and name not in self.running:
                 del self.objects[plural, name]
 
     # --- kubelet ----------------------------------------------------------------------------------
@@ -297,7 +316,10 @@ class Cluster:
     def _watch(self, pod: Object) -> None:
         name, status = pod["metadata"]["name"], pod["status"]
         if status["phase"] == "Pending" and "nodeName" in pod["spec"]:
-            if "deletionTimestamp" not in pod["metadata"]:
+            if missing := self._missing_folder(pod):
+                waiting = {"reason": "ContainerCreating", "message": f"{missing} is not a directory"}
+                status["containerStatuses"] = [_container(pod, {"waiting": waiting})]
+            elif "deletionTimestamp" not in pod["metadata"]:
                 self.running[name] = self._start(pod)
                 status |= {"phase": "Running", "containerStatuses": [_container(pod, {"running": {}})]}
             return
@@ -310,6 +332,7 @@ class Cluster:
                 self._kill(name)
             return
         del self.running[name]
+        self.written[name] = _files(self.root / "pods" / name)
         ended = {
             "exitCode": code if code >= 0 else 128 - code,
             "reason": "Completed" if code == 0 else running.reason,
@@ -321,11 +344,15 @@ class Cluster:
         """Run a pod's command here; paths of its own file system are found under its root."""
         (container,) = pod["spec"]["containers"]
         root = self.root / "pods" / pod["metadata"]["name"]
-        (root / IN_THE_IMAGE.lstrip("/")).mkdir(parents=True)
+        for folder in (IN_THE_IMAGE, WORKING_FOLDER):
+            (root / folder.lstrip("/")).parent.mkdir(parents=True, exist_ok=True)
+        (root / IN_THE_IMAGE.lstrip("/")).mkdir()
         for mount in container.get("volumeMounts", ()):
             inside = root / mount["mountPath"].lstrip("/")
             inside.parent.mkdir(parents=True, exist_ok=True)
-            inside.symlink_to(self._source(pod, mount["name"], root))
+            inside.symlink_to(self._source(pod, mount["name"]))
+        working = root / WORKING_FOLDER.lstrip("/")
+        working.mkdir(exist_ok=True)
 
         def found(text: str) -> str:
             inside = root / text.lstrip("/")
@@ -333,7 +360,9 @@ class Cluster:
 
         environment = {
             "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
-            "HOME": str(root),
+            "PYTHONPATH": str(REPOSITORY),  # what the image contains
+            "HOME": str(working),
+            "TMPDIR": found("/tmp"),
             "HOSTNAME": pod["metadata"]["name"],
             "KUBERNETES_SERVICE_HOST": "127.0.0.1",
             "KUBERNETES_SERVICE_PORT": str(self.server.server_port),
@@ -341,12 +370,12 @@ class Cluster:
             **self.environment,
         }
         for variable in container.get("env", ()):
-            environment[variable["name"]] = found(self._value(variable))
-        log = root / "log"
+            environment[variable["name"]] = found(self._value(pod, variable))
+        log = root / LOG
         with log.open("wb") as file:
             process = subprocess.Popen(
                 [found(argument) for argument in container["args"]],
-                cwd=root,
+                cwd=working,
                 env=environment,
                 stdout=file,
                 stderr=subprocess.STDOUT,
@@ -354,22 +383,47 @@ class Cluster:
             )
         return Running(process, log)
 
-    def _source(self, pod: Object, name: str, root: Path) -> Path:
+    def _source(self, pod: Object, name: str) -> Path:
         """What a volume of a pod is on this machine."""
-        (volume,) = [volume for volume in pod["spec"]["volumes"] if volume["name"] == name]
-        if "persistentVolumeClaim" in volume:
-            return self.disk(pod["spec"]["nodeName"])
-        folder = root / "config-maps" / name
+        volume = _volume(pod, name)
+        if "hostPath" in volume:
+            return self._on_node(pod, volume)
+        assert "emptyDir" in volume, f"the stand-in does not know {volume}"
+        folder = self.root / "volumes" / pod["metadata"]["name"] / name
         folder.mkdir(parents=True)
-        for key, text in self.config_maps[volume["configMap"]["name"]].items():
-            (folder / key).write_text(text)
         return folder
 
-    def _value(self, variable: Object) -> str:
+    def _on_node(self, pod: Object, volume: Object) -> Path:
+        path: str = volume["hostPath"]["path"]
+        return self.root / "nodes" / pod["spec"]["nodeName"] / path.lstrip("/")
+
+    def _missing_folder(self, pod: Object) -> str | None:
+        """A folder that a pod mounts but its node lacks; the kubelet waits for it."""
+        for volume in pod["spec"].get("volumes", ()):
+            if volume.get("hostPath", {}).get("type") == "Directory":
+                folder = self._on_node(pod, volume)
+                if not folder.is_dir():
+                    return str(volume["hostPath"]["path"])
+        return None
+
+    def _value(self, pod: Object, variable: Object) -> str:
         if "value" in variable:
             return str(variable["value"])
+        if "fieldRef" in variable["valueFrom"]:
+            assert variable["valueFrom"]["fieldRef"]["fieldPath"] == "spec.nodeName"
+            return str(pod["spec"]["nodeName"])
         reference = variable["valueFrom"]["secretKeyRef"]
         return self.secrets[reference["name"]][reference["key"]]
+
+    def _end_those_out_of_memory(self) -> None:
+        """Kill containers whose processes hold more memory of their own than their limit."""
+        held = _held_memory()
+        for name, running in self.running.items():
+            pod = self.objects.get(("pods", name))
+            limit = pod and _limit(pod)
+            if limit and held[running.process.pid] > limit:
+                running.reason = "OOMKilled"
+                self._kill(name)
 
     def _kill(self, pod: str) -> None:
         if pod in self.running:
@@ -406,12 +460,14 @@ def _handler(cluster: Cluster) -> type[BaseHTTPRequestHandler]:
         def do_GET(self) -> None:
             _, plural, name, part = self.target()
             with cluster.lock:
-                if name is None:
+                if name is None and not all(map(LABEL_VALUE.fullmatch, self.selector().values())):
+                    self.answer(400, {"message": f"unable to parse requirement: {self.selector()}"})
+                elif name is None:
                     self.answer(200, {"items": self.selected(cluster.of(plural))})
                 elif (plural, name) not in cluster.objects:
                     self.answer(404, {"message": f'{plural} "{name}" not found'})
                 elif part == "log":
-                    self.answer(200, (cluster.root / "pods" / name / "log").read_text())
+                    self.answer(200, (cluster.root / "pods" / name / LOG).read_text())
                 else:
                     self.answer(200, cluster.objects[plural, name])
 
@@ -424,6 +480,8 @@ def _handler(cluster: Cluster) -> type[BaseHTTPRequestHandler]:
                 self.answer(422, {"message": error.message})
             except FileExistsError as error:
                 self.answer(409, {"message": str(error)})
+            except PermissionError as error:
+                self.answer(403, {"message": str(error)})
 
         def do_DELETE(self) -> None:
             _, plural, name, _ = self.target()
@@ -439,10 +497,14 @@ def _handler(cluster: Cluster) -> type[BaseHTTPRequestHandler]:
             namespace, plural, name, part = found.groups()
             return namespace, plural, name, part
 
+        def selector(self) -> dict[str, str]:
+            text = parse_qs(urlparse(self.path).query).get("labelSelector", [""])[0]
+            pairs = [pair.partition("=") for pair in text.split(",") if pair]
+            return {key: value for key, _, value in pairs}
+
         def selected(self, objects: list[Object]) -> list[Object]:
-            selector = parse_qs(urlparse(self.path).query).get("labelSelector", [""])[0]
-            wanted = {tuple(pair.split("=", 1)) for pair in selector.split(",") if pair}
-            return [o for o in objects if wanted <= set(o["metadata"].get("labels", {}).items())]
+            wanted = self.selector().items()
+            return [o for o in objects if wanted <= o["metadata"].get("labels", {}).items()]
 
         def answer(self, code: int, body: Object | str) -> None:
             text = body if isinstance(body, str) else json.dumps(body)
@@ -467,33 +529,72 @@ def wait_until(what: Callable[[], Any], told: str, seconds: float = 180) -> Any:
     return found
 
 
-def _volume(node: str, storage_class: str) -> Object:
+def _node(name: str, nvme: bool, cpu: float = GKE_16_CORES, memory: str = "128Gi") -> Object:
+    labels = {"kubernetes.io/hostname": name} | ({NVME: "true"} if nvme else {})
+    taints = [{"key": NVME, "value": "true", "effect": "NoSchedule"}] if nvme else []
     return {
-        "metadata": {"name": f"local-{node}"},
-        "spec": {
-            "capacity": {"storage": "2900Gi"},
-            "accessModes": ["ReadWriteOnce"],
-            "persistentVolumeReclaimPolicy": "Delete",
-            "storageClassName": storage_class,
-            "local": {"path": "/mnt/disks/raid/0"},
-            "nodeAffinity": {
-                "required": {
-                    "nodeSelectorTerms": [
-                        {
-                            "matchExpressions": [
-                                {"key": "kubernetes.io/hostname", "operator": "In", "values": [node]}
-                            ]
-                        }
-                    ]
-                }
-            },
+        "metadata": {"name": name, "labels": labels},
+        "spec": {"taints": taints} if taints else {},
+        "status": {
+            "allocatable": {"cpu": str(cpu), "memory": memory, "ephemeral-storage": str(300 * 10**9)}
         },
     }
 
 
-def _claim_names(pod: Object) -> list[str]:
-    volumes = pod["spec"].get("volumes", ())
-    return [v["persistentVolumeClaim"]["claimName"] for v in volumes if "persistentVolumeClaim" in v]
+def _selects(term: Object, labels: dict[str, str]) -> bool:
+    """Whether a term of node affinity selects a node."""
+    expressions = term.get("matchExpressions", ())
+    assert all(expression["operator"] == "In" for expression in expressions)
+    return all(labels.get(one["key"]) in one["values"] for one in expressions)
+
+
+def _tolerates(toleration: Object, taint: Object) -> bool:
+    exists = toleration.get("operator") == "Exists"
+    return (
+        toleration.get("key") in (None, taint["key"])
+        and toleration.get("effect") in (None, taint["effect"])
+        and (exists or toleration.get("value") == taint["value"])
+    )
+
+
+def _all_labels(made: Object) -> list[dict[str, str]]:
+    template = made.get("spec", {}).get("template", {})
+    return [part.get("metadata", {}).get("labels", {}) for part in (made, template)]
+
+
+def _volume(pod: Object, name: str) -> Object:
+    (volume,) = [volume for volume in pod["spec"]["volumes"] if volume["name"] == name]
+    found: Object = volume
+    return found
+
+
+def _files(root: Path) -> list[str]:
+    """What there is in the root of a pod beside its log and its volumes, which are links."""
+    return [
+        str(path.relative_to(root))
+        for path in root.rglob("*")
+        if path.is_file() and not path.is_symlink() and path != root / LOG
+    ]
+
+
+def _held_memory() -> Counter[int]:
+    """Bytes of anonymous memory by session, which a pod's first process leads."""
+    held: Counter[int] = Counter()
+    for folder in Path("/proc").glob("[0-9]*"):
+        try:
+            status = (folder / "status").read_text()
+            anonymous = re.search(r"^RssAnon:\s+(\d+) kB$", status, re.MULTILINE)
+            if anonymous:
+                held[os.getsid(int(folder.name))] += int(anonymous[1]) * 1024
+        except OSError:
+            continue  # the process ended meanwhile
+    return held
+
+
+def _limit(pod: Object) -> float | None:
+    (container,) = pod["spec"]["containers"]
+    text = container.get("resources", {}).get("limits", {}).get("memory")
+    return _quantity(text) if text else None
 
 
 def _requested(pod: Object, resource: str) -> float:

@@ -80,7 +80,12 @@ class Proxy:
                 self.reads += 1
                 self.authorizations.add(request.headers["Authorization"])
                 failure = self.rule(request.path)
-        if isinstance(failure, int):
+        if isinstance(failure, str) and failure.startswith("http://"):  # a redirect
+            request.send_response(302)
+            request.send_header("Location", failure + request.path)
+            request.send_header("Content-Length", "0")
+            request.end_headers()
+        elif isinstance(failure, int):
             body = b"refused by the proxy"
             request.send_response(failure)
             request.send_header("Content-Length", str(len(body)))

@@ -1,6 +1,5 @@
 """Dagster as the chart installs it, on the stand-in for a cluster, with a PostgreSQL of its own."""
 
-import json
 import os
 import shutil
 import socket
@@ -8,7 +7,6 @@ import subprocess
 import sys
 import tempfile
 import time
-import uuid
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -16,13 +14,15 @@ from pathlib import Path
 from typing import Any
 
 import dagster as dg
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import yaml
-from helpers.chart import DEPLOYMENT, IMAGE, VALUES, container_context, instance_config
+from helpers.chart import DEPLOYMENT, IMAGE, VALUES, instance_config
 from helpers.cluster import Cluster, running_cluster, wait_until
 from helpers.graphql import ask
-from helpers.project import REPOSITORY
 
+from laion_assets.defs.history import NODE
 from laion_assets.defs.partitions import JOB
 from laion_assets.demo import DEMO_MODEL
 from laion_assets.demo.build import build_demo
@@ -91,20 +91,15 @@ class Platform:
     webserver: str
     root: Path
 
-    @property
-    def claim(self) -> dict[str, Any]:
-        """The manifest of the claim, as it is in k8s/."""
-        manifest: dict[str, Any] = yaml.safe_load((REPOSITORY / "k8s" / "claim.yaml").read_text())
-        return manifest
-
-    def launch(self, seed_set: str, *assets: str) -> str:
+    def launch(self, seed_set: str, *assets: str, **tags: str) -> str:
         """Launch the job for a seed set, or only some of its assets; return the run's id."""
         self.instance.add_dynamic_partitions("seed_sets", [seed_set])
-        return self.launch_job(JOB, seed_set, *assets)
+        return self.launch_job(JOB, seed_set, *assets, **tags)
 
-    def launch_job(self, job: str, partition: str | None = None, *assets: str) -> str:
+    def launch_job(self, job: str, partition: str | None = None, *assets: str, **tags: str) -> str:
         """Launch a job, for a partition where it has them; return the run's id."""
-        tags = [{"key": "dagster/partition", "value": partition}] if partition else []
+        if partition:
+            tags["dagster/partition"] = partition
         chosen = [{"path": [asset]} for asset in assets] or None
         told = self.ask(
             "mutation($p: ExecutionParams!) { launchRun(executionParams: $p) "
@@ -116,7 +111,9 @@ class Platform:
                     "jobName": job,
                     "assetSelection": chosen,
                 },
-                "executionMetadata": {"tags": tags},
+                "executionMetadata": {
+                    "tags": [{"key": key, "value": value} for key, value in tags.items()]
+                },
             },
         )["launchRun"]
         return str(told["run"]["runId"])
@@ -142,27 +139,6 @@ class Platform:
             s=sensor,
         )["sensorOrError"]
         self.ask("mutation($i: String!) { stopSensor(id: $i) { __typename } }", i=found["id"])
-
-    def renew_claim(self) -> str:
-        """Run the job that renews the claim, as `kubectl create job --from` does; return what it says."""
-        (cron,) = [
-            manifest
-            for manifest in yaml.safe_load_all((REPOSITORY / "k8s" / "renew-claim.yaml").read_text())
-            if manifest["kind"] == "CronJob"
-        ]
-        name = f"renew-{uuid.uuid4().hex[:5]}"
-        job = {"metadata": {"name": name}, "spec": cron["spec"]["jobTemplate"]["spec"]}
-        self.cluster.create("jobs", "laion", job)
-
-        def ended() -> str | None:
-            made = self.cluster.objects["jobs", name]["status"]
-            return "succeeded" if made.get("succeeded") else "failed" if made.get("failed") else None
-
-        outcome = wait_until(ended, "the claim is renewed", 60)
-        (pod,) = (self.cluster.root / "pods").glob(f"{name}-*")
-        told = (pod / "log").read_text()
-        assert outcome == "succeeded", told
-        return told
 
     def cancel(self, run: str) -> None:
         self.ask("mutation($r: String!) { terminateRun(runId: $r) { __typename } }", r=run)
@@ -207,13 +183,21 @@ class Platform:
         (pod,) = wait_until(lambda: self.cluster.pods_of(asset, "Running"), f"{asset} runs")
         return str(pod["metadata"]["name"])
 
-    def stagings(self) -> list[dg.AssetMaterialization]:
-        """The materializations of the staged index that copied anything, newest first."""
+    def stagings(self) -> list[tuple[str, str]]:
+        """Node and description of the stagings that copied anything, newest first."""
         records = self.instance.fetch_materializations(
             dg.AssetKey("staged_laion_index"), limit=50
         ).records
-        made = [record.asset_materialization for record in records]
-        return [one for one in made if one and one.metadata["bytes fetched"].value]
+        made = [record.asset_materialization for record in records if record.asset_materialization]
+        return [
+            (str(one.metadata[NODE].value), one.description or "")
+            for one in made
+            if one.metadata["bytes fetched"].value
+        ]
+
+    def table(self, asset: str, seed_set: str) -> pa.Table:
+        """A table as a run wrote it."""
+        return pq.read_table(self.root / "bucket" / "tables" / asset / f"{seed_set}.parquet")
 
 
 @contextmanager
@@ -237,13 +221,10 @@ def installed(root: Path, **more: str) -> Iterator[Platform]:
             running_cluster(
                 root / "cluster",
                 secrets={VALUES["global"]["postgresqlSecretName"]: {"postgresql-password": PASSWORD}},
-                config_maps={
-                    "laion-claim": {"claim.yaml": (REPOSITORY / "k8s" / "claim.yaml").read_text()}
-                },
             )
         )
         stack.enter_context(pytest.MonkeyPatch.context()).setenv("DAGSTER_PG_PASSWORD", PASSWORD)
-        config = instance_config(cluster.kubeconfig, database, root / "logs")
+        config = instance_config(cluster.kubeconfig, database, root / "logs", **places)
         config["run_monitoring"]["poll_interval_seconds"] = 5
         config["run_monitoring"]["free_slots_after_run_end_seconds"] = 1
         (root / "home" / "dagster.yaml").write_text(yaml.safe_dump(config))
@@ -265,7 +246,6 @@ def start_dagster(stack: ExitStack, root: Path, places: dict[str, str]) -> str:
         "DAGSTER_HOME": str(root / "home"),
         "KUBERNETES_SERVICE_HOST": "127.0.0.1",
         "DAGSTER_CURRENT_IMAGE": IMAGE,
-        "DAGSTER_CLI_API_GRPC_CONTAINER_CONTEXT": json.dumps(container_context(**places)),
         **places,
     }
     commands = {

@@ -1,21 +1,18 @@
 """The stand-in for a cluster follows the rules on which the other tests rely."""
 
+import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import kubernetes
 import pytest
-import yaml
+from dagster_k8s.models import k8s_model_from_dict
 from helpers.cluster import Cluster, running_cluster, wait_until
-from helpers.project import REPOSITORY
-from kubernetes.client import ApiException, BatchV1Api, CoreV1Api
+from kubernetes.client import ApiClient, ApiException, BatchV1Api, CoreV1Api, V1PodSpec
 
-from laion_assets.defs.kubernetes.claim import renew, what_is_wrong
-from laion_assets.defs.kubernetes.placement import NvmeNode, on_nvme_node
-from laion_assets.defs.kubernetes.step_pods import why_it_cannot_start
-
-CLAIM = yaml.safe_load((REPOSITORY / "k8s" / "claim.yaml").read_text())
+from laion_assets.defs.kubernetes.placement import COPY_LABEL, NvmeNode, on_nvme_node
+from laion_assets.defs.kubernetes.step_pods import prefer_nodes, why_it_cannot_start
 
 
 @pytest.fixture
@@ -25,36 +22,32 @@ def cluster(tmp_path: Path) -> Iterator[Cluster]:
         yield cluster
 
 
-@pytest.fixture
-def core(cluster: Cluster) -> CoreV1Api:
-    cluster.create("persistentvolumeclaims", "laion", CLAIM)
-    return CoreV1Api()
+def job(name: str, *command: str, nodes: tuple[str, ...] = (), **wanted: Any) -> dict[str, Any]:
+    """A job that requests an NVMe node, like a step; it may prefer some."""
+    node = NvmeNode(**wanted)
+    op_tags = on_nvme_node("knn_urls", node, node.searching)
+    tags = prefer_nodes({key: json.dumps(value) for key, value in op_tags.items()}, nodes)
+    config = json.loads(tags["dagster-k8s/config"])
+    spec = k8s_model_from_dict(
+        V1PodSpec,
+        config["pod_spec_config"]
+        | {"restart_policy": "Never"}
+        | {"containers": [config["container_config"] | {"name": "dagster", "image": "any"}]},
+    )
+    pod = ApiClient().sanitize_for_serialization(spec)
+    pod["containers"][0]["args"] = list(command)
+    pod["securityContext"]["runAsNonRoot"] = True
+    template = {"metadata": {"labels": {COPY_LABEL: "node"}}, "spec": pod}
+    return {"metadata": {"name": name}, "spec": {"backoffLimit": 0, "template": template}}
 
 
-def job(name: str, *command: str, **wanted: Any) -> dict[str, Any]:
-    """A job that requests the node with the index, like a step."""
-    tags = on_nvme_node("knn_urls", NvmeNode(**wanted))["dagster-k8s/config"]
-    claim = {"name": "laion-index", "persistentVolumeClaim": {"claimName": "laion-index"}}
-    container = {
-        "name": "dagster",
-        "image": "any",
-        "args": list(command),
-        "resources": tags["container_config"]["resources"],
-        "volumeMounts": [{"name": "laion-index", "mountPath": "/mnt/laion"}],
-    }
-    pod = {
-        "restartPolicy": "Never",
-        "containers": [container],
-        "nodeSelector": tags["pod_spec_config"]["node_selector"],
-        "tolerations": tags["pod_spec_config"]["tolerations"],
-        "volumes": [claim],
-    }
-    return {"metadata": {"name": name}, "spec": {"backoffLimit": 0, "template": {"spec": pod}}}
+def submit(made: dict[str, Any]) -> None:
+    BatchV1Api().create_namespaced_job("laion", made)
 
 
-def pod_of(core: CoreV1Api, job: str, phase: str) -> Any:
+def pod_of(job: str, phase: str) -> Any:
     def found() -> Any:
-        pods = core.list_namespaced_pod("laion", label_selector=f"job-name={job}").items
+        pods = CoreV1Api().list_namespaced_pod("laion", label_selector=f"job-name={job}").items
         return pods and pods[0].status.phase == phase and pods[0].status.conditions and pods[0]
 
     return wait_until(found, f"the pod of {job} is {phase}", 20)
@@ -64,25 +57,49 @@ def test_a_job_with_a_typo_is_refused(cluster: Cluster):
     wrong = job("typo", "true")
     wrong["spec"]["template"]["spec"]["containers"][0]["volumeMount"] = []
     with pytest.raises(ApiException) as refused:
-        BatchV1Api().create_namespaced_job("laion", wrong)
+        submit(wrong)
     assert refused.value.status == 422
     assert not cluster.of("jobs")
 
 
-def test_a_command_runs_with_the_disk_of_its_node_where_it_is_mounted(cluster: Cluster, core: CoreV1Api):
+@pytest.mark.usefixtures("cluster")
+def test_a_label_or_a_selector_that_is_none_is_refused():
+    wrong = job("label", "true")
+    wrong["spec"]["template"]["metadata"]["labels"]["dagster/op"] = "search[1]"
+    with pytest.raises(ApiException) as refused:
+        submit(wrong)
+    assert refused.value.status == 422
+    with pytest.raises(ApiException) as refused:
+        CoreV1Api().list_namespaced_pod("laion", label_selector="dagster/op=search[1]")
+    assert refused.value.status == 400
+
+
+def test_a_command_runs_with_the_folder_of_its_node_where_it_is_mounted(cluster: Cluster):
     cluster.add_node("nvme-1", nvme=True)
-    BatchV1Api().create_namespaced_job("laion", job("touch", "ls", "/mnt/laion"))
-    pod = pod_of(core, "touch", "Succeeded")
+    submit(job("touch", "touch", "/mnt/laion"))
+    pod = pod_of("touch", "Succeeded")
     assert pod.spec.node_name == "nvme-1"
-    assert what_is_wrong(core, "laion", "laion-index") is None
+    assert cluster.disk("nvme-1").is_dir()
 
 
-def test_a_pod_that_fits_nowhere_waits_and_says_why(cluster: Cluster, core: CoreV1Api):
+def test_a_pod_waits_until_the_disks_of_its_node_are_prepared(cluster: Cluster):
+    cluster.add_node("nvme-1", nvme=True)
+    cluster.disk("nvme-1").rmdir()
+    submit(job("early", "true"))
+    waiting = pod_of("early", "Pending")
+    wait_until(lambda: pod_of("early", "Pending").status.container_statuses, "the kubelet says why")
+    waiting = pod_of("early", "Pending")
+    told = why_it_cannot_start(NvmeNode(), "knn_urls", waiting)
+    assert f"ContainerCreating {NvmeNode().folder} is not a directory" in told
+    cluster.disk("nvme-1").mkdir()
+    pod_of("early", "Succeeded")
+
+
+def test_a_pod_that_fits_nowhere_waits_and_says_why(cluster: Cluster):
     cluster.add_node("any", nvme=False)
     cluster.add_node("nvme-1", nvme=True)
-    BatchV1Api().create_namespaced_job("laion", job("large", "true", cpu="17"))
-    pod = pod_of(core, "large", "Pending")
-    told = why_it_cannot_start(core, NvmeNode(), "knn_urls", pod)
+    submit(job("large", "true", cpu="17"))
+    told = why_it_cannot_start(NvmeNode(), "knn_urls", pod_of("large", "Pending"))
     for fact in (
         "knn_urls cannot start",
         "Pending for 1800 s",
@@ -92,38 +109,43 @@ def test_a_pod_that_fits_nowhere_waits_and_says_why(cluster: Cluster, core: Core
         assert fact in told
 
 
-def test_a_claim_stays_on_its_node_while_the_node_lives(cluster: Cluster, core: CoreV1Api):
+def test_a_node_with_a_copy_is_preferred_and_any_other_is_next(cluster: Cluster):
+    for name in ("nvme-1", "nvme-2", "nvme-3"):
+        cluster.add_node(name, nvme=True)
+    submit(job("first", "sleep", "60", nodes=("gone", "nvme-2")))
+    assert pod_of("first", "Running").spec.node_name == "nvme-2"
+    submit(job("second", "sleep", "60", nodes=("gone", "nvme-2")))
+    assert pod_of("second", "Running").spec.node_name in ("nvme-1", "nvme-3")
+
+
+def test_pods_without_a_copy_to_go_to_spread(cluster: Cluster):
+    for name in ("nvme-1", "nvme-2"):
+        cluster.add_node(name, nvme=True)
+    for number in ("1", "2"):
+        submit(job(number, "sleep", "60", cpu="2"))
+    assert {pod_of(number, "Running").spec.node_name for number in "12"} == {"nvme-1", "nvme-2"}
+
+
+def test_a_pool_grows_from_zero_only_for_pods_that_fit_its_nodes(cluster: Cluster):
+    cluster.add_node("any", nvme=False)
+    cluster.pool_size = 2
+    submit(job("large", "true", cpu="17"))
+    pod_of("large", "Pending")
+    submit(job("fits", "true"))
+    assert pod_of("fits", "Succeeded").spec.node_name == "pool-1"
+    assert cluster.nodes() == ["any", "pool-1"]
+
+
+def test_a_pod_above_its_memory_limit_is_killed(cluster: Cluster):
     cluster.add_node("nvme-1", nvme=True)
-    cluster.add_node("nvme-2", nvme=True)
-    BatchV1Api().create_namespaced_job("laion", job("first", "sleep", "60", cpu="16"))
-    assert pod_of(core, "first", "Running").spec.node_name == "nvme-1"
-    BatchV1Api().create_namespaced_job("laion", job("second", "true"))
-    waiting = pod_of(core, "second", "Pending")
-    assert "1 Insufficient cpu, 1 node(s) had volume node affinity conflict" in (
-        why_it_cannot_start(core, NvmeNode(), "second", waiting)
+    submit(
+        job(
+            "greedy",
+            "python",
+            "-c",
+            "import time; x = b'1' * 200_000_000; time.sleep(60)",
+            memory_limit="100Mi",
+        )
     )
-    assert "laion-index is usable" in renew(core, "laion", CLAIM)
-
-
-def test_a_claim_on_a_node_that_is_gone_is_made_anew(cluster: Cluster, core: CoreV1Api):
-    cluster.add_node("nvme-1", nvme=True)
-    BatchV1Api().create_namespaced_job("laion", job("first", "true"))
-    pod_of(core, "first", "Succeeded")
-    cluster.remove_node("nvme-1")
-    told = what_is_wrong(core, "laion", "laion-index") or ""
-    for fact in ("laion-index", "local-nvme-1", "node nvme-1, which is gone"):
-        assert fact in told
-    cluster.delete("persistentvolumes", "local-nvme-1")
-    wait_until(lambda: not cluster.of("persistentvolumes"), "the volume is gone")
-    told = what_is_wrong(core, "laion", "laion-index") or ""
-    assert "volume local-nvme-1, which is gone" in told
-    assert renew(core, "laion", CLAIM) == f"{told}: the claim laion-index was recreated"
-    assert what_is_wrong(core, "laion", "laion-index") is None
-
-
-def test_a_claim_that_was_deleted_is_made_anew(cluster: Cluster, core: CoreV1Api):
-    cluster.delete("persistentvolumeclaims", "laion-index")
-    wait_until(lambda: not cluster.of("persistentvolumeclaims"), "the claim is gone")
-    told = renew(core, "laion", CLAIM)
-    for fact in ("laion-index does not exist", "was recreated"):
-        assert fact in told
+    (status,) = pod_of("greedy", "Failed").status.container_statuses
+    assert (status.state.terminated.reason, status.state.terminated.exit_code) == ("OOMKilled", 137)

@@ -1,18 +1,18 @@
 """The whole platform on a stand-in for a cluster: real Dagster, real PostgreSQL, a process for each pod.
 
-One cluster and one Dagster serve all tests, in this order; each leaves a node with the index on it.
+One cluster and one Dagster serve all tests, in this order; each leaves nodes with the index on them.
 """
 
+import json
 from collections.abc import Iterator
-from itertools import pairwise
+from pathlib import Path
 
 import dagster as dg
+import pyarrow.parquet as pq
 import pytest
 from helpers.cluster import wait_until
 from helpers.installation import Platform, installed
-
-from laion_assets.defs.kubernetes.placement import NvmeNode
-from laion_assets.defs.kubernetes.step_pods import RENEW
+from helpers.project import new_project
 
 NAMES = (
     "staged_laion_index", "seed_embeddings", "centroid_vector",
@@ -25,93 +25,92 @@ RETRY = dg.DagsterEventType.STEP_UP_FOR_RETRY
 @pytest.fixture(scope="module")
 def platform(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Platform]:
     with installed(tmp_path_factory.mktemp("platform")) as platform:
+        platform.cluster.add_node("any", nvme=False)
+        platform.cluster.pool_size = 1
         yield platform
 
 
-def test_each_step_is_a_pod_and_those_that_need_the_index_are_where_the_claim_is(platform: Platform):
+def node_of(platform: Platform, asset: str) -> str:
+    """The node on which the newest pod of an asset runs or ran."""
+    return str(platform.cluster.pods_of(asset)[-1]["spec"]["nodeName"])
+
+
+def test_each_step_is_a_pod_and_those_that_need_the_index_run_on_a_pool_that_grows_from_zero(
+    platform: Platform,
+):
     cluster = platform.cluster
-    cluster.add_node("any", nvme=False)
-    cluster.add_node("nvme-1", nvme=True)
-    cluster.add_node("nvme-2", nvme=True)
-    cluster.create("persistentvolumeclaims", "laion", platform.claim)
     platform.succeed(platform.launch("fruit"))
     hosts = {name: [pod["spec"]["nodeName"] for pod in cluster.pods_of(name)] for name in NAMES}
-    assert hosts == {name: ["nvme-1" if name in ON_NVME else "any"] for name in NAMES}
-    assert (cluster.disk("nvme-1") / "manifest.json").exists()
-    assert not any(cluster.disk("nvme-2").iterdir())
-    assert (platform.root / "bucket" / "tables" / "combined_urls" / "fruit.parquet").exists()
-    assert len(platform.stagings()) == 1
-    (claim,) = cluster.of("persistentvolumeclaims")
-    assert claim["metadata"]["name"] == NvmeNode().claim
-    assert claim["spec"]["volumeName"] == "local-nvme-1"
+    assert hosts == {name: ["pool-1" if name in ON_NVME else "any"] for name in NAMES}
+    assert (cluster.disk("pool-1") / "manifest.json").exists()
+    assert platform.table("combined_urls", "fruit").num_rows
+    assert platform.stagings() == [("pool-1", "")]
 
 
-def test_a_node_that_comes_back_empty_is_staged_again_or_the_step_says_so(platform: Platform):
-    platform.cluster.replace_node("nvme-1")
-    platform.cluster.environment["LAION_LOST_INDEX"] = "fail"
+def test_two_seed_sets_at_once_search_on_two_nodes_and_each_has_a_copy(
+    platform: Platform, tmp_path: Path
+):
+    for pool in ("retrieval", "staging"):
+        platform.instance.event_log_storage.set_concurrency_slots(pool, 2)
+    platform.cluster.pool_size = 2
+    runs = [platform.launch(seed_set) for seed_set in ("flower", "house")]
+    for run in runs:
+        platform.succeed(run)
+    assert platform.cluster.nodes() == ["any", "pool-1", "pool-2"]
+    assert [node for node, _ in platform.stagings()] == ["pool-2", "pool-1"]
+    assert (platform.cluster.disk("pool-2") / "manifest.json").exists()
+    bucket = platform.root / "bucket"
+    with new_project(tmp_path, bucket / "index", bucket / "seeds") as one_machine:
+        for seed_set in ("flower", "house"):
+            assert one_machine.run(seed_set).success
+            expected = pq.read_table(one_machine.table("combined_urls", seed_set))
+            assert platform.table("combined_urls", seed_set).equals(expected)
+
+
+def test_a_node_that_dies_in_a_search_costs_one_retry_and_no_operator(platform: Platform):
+    before = platform.table("knn_urls", "fruit")
     run = platform.launch("fruit", "knn_urls")
-    assert platform.wait(run) == dg.DagsterRunStatus.FAILURE
-    told = platform.sentences(run)["knn_urls"]
-    assert told.startswith("nothing is staged in")
-    assert "materialize staged_laion_index" in told
-    assert not platform.events(run, RETRY), "an error of ours is not tried again"
-    del platform.cluster.environment["LAION_LOST_INDEX"]
-    platform.succeed(platform.reexecute(run))
-    newest = platform.stagings()[0]
-    assert "staged again by knn_urls" in (newest.description or "")
-    assert len(platform.stagings()) == 2
+    platform.running_pod("knn_urls")
+    platform.cluster.remove_node(node_of(platform, "knn_urls"))
+    platform.succeed(run)
+    assert len(platform.events(run, RETRY, "knn_urls")) == 1
+    assert platform.table("knn_urls", "fruit").equals(before)
 
 
-def test_a_node_that_is_gone_ends_the_run_with_a_sentence_until_the_claim_is_renewed(platform: Platform):
-    platform.cluster.remove_node("nvme-1")
+def test_a_node_that_comes_back_empty_gets_a_copy_from_the_step_that_needs_it(platform: Platform):
+    (left,) = [node for node in platform.cluster.nodes() if node != "any"]
+    platform.cluster.pool_size = 0
+    platform.cluster.replace_node(left)
+    before = len(platform.stagings())
+    run = platform.launch("fruit", "centroid_urls")
+    platform.succeed(run)
+    assert platform.stagings()[0] == (left, "staged by centroid_urls, whose disk had no current copy")
+    assert len(platform.stagings()) == before + 1
+    assert not platform.events(run, RETRY)
+
+
+def test_a_step_without_a_node_ends_with_a_sentence_and_can_go_on_when_there_is_one(platform: Platform):
+    (left,) = [node for node in platform.cluster.nodes() if node != "any"]
+    platform.cluster.remove_node(left)
     run = platform.launch("fruit", "knn_urls")
     assert platform.wait(run) == dg.DagsterRunStatus.FAILURE
     told = platform.sentences(run)
     assert set(told) == {"knn_urls"}
-    for fact in ("claim laion-index", "node nvme-1, which is gone", RENEW, "re-execute from failure"):
+    for fact in ("0/1 nodes are available", "Add a node that fits", "LAION_NVME_PENDING_SECONDS"):
         assert fact in told["knn_urls"]
     assert not platform.events(run, RETRY)
     assert not platform.cluster.pods_of("knn_urls", "Pending"), "it might start beside a later try"
-    assert "was recreated" in platform.renew_claim()
-    assert "is usable" in platform.renew_claim()
-    again = platform.reexecute(run)
-    platform.succeed(again)
-    assert platform.cluster.pods_of("knn_urls")[-1]["spec"]["nodeName"] == "nvme-2"
-    assert len(platform.stagings()) == 3
+    platform.cluster.pool_size = 1
+    platform.succeed(platform.reexecute(run))
 
 
-def test_a_step_that_waits_for_a_node_that_is_gone_goes_on_once_the_claim_is_renewed(platform: Platform):
-    platform.cluster.remove_node("nvme-2")
-    platform.cluster.add_node("nvme-3", nvme=True)
-    run = platform.launch("fruit", "centroid_urls")
-    wait_until(lambda: platform.cluster.pods_of("centroid_urls", "Pending"), "centroid_urls waits")
-    assert "was recreated" in platform.renew_claim()
-    platform.succeed(run)
-    assert platform.cluster.pods_of("centroid_urls")[-1]["spec"]["nodeName"] == "nvme-3"
-    assert len(platform.events(run, dg.DagsterEventType.STEP_START)) == 1
-
-
-def test_two_seed_sets_at_once_stage_once_and_search_in_turn(platform: Platform):
-    platform.cluster.replace_node("nvme-3")
-    before = len(platform.stagings())
-    runs = [platform.launch(seed_set) for seed_set in ("flower", "house")]
-    for run in runs:
-        platform.succeed(run)
-    assert len(platform.stagings()) == before + 1
-    searches = sorted(
-        (start.timestamp, end.timestamp)
-        for run in runs
-        for step in ("knn_urls", "centroid_urls")
-        for start, end in zip(
-            platform.events(run, dg.DagsterEventType.STEP_START, step),
-            platform.events(run, dg.DagsterEventType.STEP_SUCCESS, step),
-            strict=True,
-        )
-    )
-    assert len(searches) == 4
-    assert all(first[1] <= second[0] for first, second in pairwise(searches))
-    hosts = {pod["spec"]["nodeName"] for name in ON_NVME for pod in platform.cluster.pods_of(name)[-2:]}
-    assert hosts == {"nvme-3"}
+def test_a_run_may_not_change_its_pods(platform: Platform):
+    config = {"pod_spec_config": {"host_network": True}}
+    run = platform.launch("fruit", "centroid_vector", **{"dagster-k8s/config": json.dumps(config)})
+    assert platform.wait(run) == dg.DagsterRunStatus.FAILURE
+    told = [str(log.dagster_event) for log in platform.instance.all_logs(run)]
+    assert any("violated the allowed list: pod_spec_config.host_network" in text for text in told)
+    assert not [name for kind, name in platform.cluster.objects if kind == "jobs" and run in name]
 
 
 def test_a_step_that_was_killed_evicted_or_out_of_memory_is_tried_again(platform: Platform):
@@ -130,6 +129,7 @@ def test_a_step_that_was_killed_evicted_or_out_of_memory_is_tried_again(platform
 
 
 def test_a_run_that_was_cancelled_gives_its_place_to_the_next(platform: Platform):
+    platform.instance.event_log_storage.set_concurrency_slots("retrieval", 1)
     first = platform.launch("fruit", "knn_urls")
     pod = platform.running_pod("knn_urls")
     second = platform.launch("fruit", "centroid_urls")
@@ -148,3 +148,9 @@ def test_a_run_whose_own_pod_was_lost_starts_again_from_where_it_was(platform: P
     (again,) = wait_until(lambda: platform.children(run), "the run starts again", 60)
     platform.succeed(again.run_id)
     assert platform.events(again.run_id, dg.DagsterEventType.STEP_SUCCESS, "combined_urls")
+
+
+def test_no_pod_writes_outside_its_volumes(platform: Platform):
+    assert {name: files for name, files in platform.cluster.written.items() if files} == {}
+    home = {path.name for path in (platform.root / "home").iterdir()}
+    assert home == {"dagster.yaml", "workspace.yaml"}, "the webserver and the daemon may not write here"

@@ -92,6 +92,7 @@ def test_six_rows_worked_by_hand(monkeypatch, at_once) -> None:
         "repeated_ids": 1,
         "repeated_urls": 1,
         "near_duplicates": 1,
+        "beyond_target": 0,
         "kept": 3,
     }
 

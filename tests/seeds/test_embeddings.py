@@ -1,5 +1,6 @@
 """Seeds are read in every supported form, and one error names all bad ones."""
 
+import io
 import os
 import pickle
 import re
@@ -12,6 +13,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from helpers.limits import limited
 from helpers.seed_files import FORMS, VECTORS, npy, parquet, write
 from hypothesis import given
 from hypothesis.extra.numpy import arrays
@@ -33,6 +35,17 @@ def refusal(root: Path, name: str = "set") -> str:
 def unit(vectors: np.ndarray) -> np.ndarray:
     exact = vectors.astype(np.float64)
     return exact / np.linalg.norm(exact, axis=1, keepdims=True)
+
+
+def constant_parquet(rows: int, dimension: int, **columns: Any) -> bytes:
+    """Very many equal rows, in very few bytes."""
+    zeros = pa.array(np.zeros(rows, np.int32))
+    repeated = {name: pa.DictionaryArray.from_arrays(zeros, [value]) for name, value in columns.items()}
+    vectors = pa.FixedSizeListArray.from_arrays(np.ones(rows * dimension, np.float32), dimension)
+    buffer = io.BytesIO()
+    table = pa.table({"embedding": vectors, **repeated})
+    pq.write_table(table, buffer, compression="zstd", store_schema=False)
+    return buffer.getvalue()
 
 
 # --- what is read -----------------------------------------------------------------------------------
@@ -106,6 +119,37 @@ def test_the_centroid_is_the_unit_mean_and_opposite_seeds_have_none():
         centroid(np.array([[1, 0], [-1, 0]], np.float32))
 
 
+def test_what_is_only_carried_is_left_out_with_a_note_if_it_is_no_text(tmp_path):
+    raw = pa.array([b"caf\xe9", b"ok", None], pa.binary())
+    latin = pa.StringArray.from_buffers(3, raw.buffers()[1], raw.buffers()[2], raw.buffers()[0])
+    vectors = VECTORS.tolist()
+    write(
+        tmp_path,
+        {
+            "set/a.parquet": parquet(embedding=vectors, caption=latin, url=[1, 2, 3]),
+            "set/b.parquet": parquet(embedding=vectors, caption=[["x"]] * 3),
+        },
+    )
+    found = read(tmp_path)
+    assert found.columns["caption"].to_pylist() == [
+        "caf\N{REPLACEMENT CHARACTER}",
+        "ok",
+        None,
+        *[None] * 3,
+    ]
+    assert found.notes == (
+        "set/a.parquet column url left out: it holds int64, not string",
+        "set/a.parquet 1 value of caption not UTF-8, of which bytes were replaced",
+        "set/b.parquet column caption left out: it holds list<element: string>, not string",
+    )
+
+
+def test_tensors_are_vectors(tmp_path):
+    tensors = pa.FixedShapeTensorArray.from_numpy_ndarray(VECTORS.copy())
+    write(tmp_path, {"set/a.parquet": parquet(embedding=tensors)})
+    np.testing.assert_allclose(read(tmp_path).embeddings, unit(VECTORS), atol=1e-6)
+
+
 # --- what is refused --------------------------------------------------------------------------------
 
 # The problems of each set, as patterns of what must be said of one file.
@@ -167,9 +211,13 @@ BAD: dict[str, tuple[dict[str, bytes], list[str]]] = {
             r"d\.parquet row 0 .*NaN",
         ],
     ),
-    "a caption that is no text": (
-        {"a.parquet": parquet(embedding=[[1.0]], caption=[["a", "b"]])},
-        [r"a\.parquet .*'caption'.*list"],
+    "two arrays in a file": (
+        {"a.npy": npy(VECTORS) + npy(VECTORS)},
+        [r"a\.npy .*176 bytes after its array of shape \(3, 4\)"],
+    ),
+    "Parquet that unpacks to far more": (
+        {"a.parquet": constant_parquet(5_000_000, 8)},
+        [r"a\.parquet .* unpacks to [\d,]+: remove"],
     ),
     "all of a set's problems at once": (
         {
@@ -254,6 +302,51 @@ def test_a_damaged_file_is_refused_or_read_but_never_another_error(
         assert f"set/{name}" in str(refused)  # noqa: PT017  # either outcome is right
     else:
         assert np.isfinite(seeds.embeddings).all()
+
+
+MEBIBYTE = 1 << 20
+SMALL_MEMORY = {
+    "npy": ("a.npy", lambda: npy(np.ones((16 * MEBIBYTE // 256, 256), np.float32)), 256, "(65536, 256)"),
+    "wide caption": (
+        "a.parquet",
+        lambda: constant_parquet(60_000, 4, caption="a" * 60_000),
+        128,
+        "column caption left out: it has 3,600,000,000 bytes",
+    ),
+    "unused column": (
+        "a.parquet",
+        lambda: constant_parquet(60_000, 4, image="a" * 60_000),
+        128,
+        "(60000, 4) float32 ()",
+    ),
+    "null rows": (
+        "a.parquet",
+        lambda: parquet(embedding=pa.nulls(10_000_000, pa.list_(pa.float32()))),
+        256,
+        "set/a.parquet row 19 has no embedding; and ",
+    ),
+    "zero rows": (
+        "a.npy",
+        lambda: npy(np.zeros((4 * MEBIBYTE, 2), np.float16)),
+        256,
+        "and 4,194,284 more",
+    ),
+}
+
+
+@pytest.mark.faults
+@pytest.mark.parametrize("form", SMALL_MEMORY)
+def test_a_seed_file_takes_little_more_memory_than_its_vectors(tmp_path, form):
+    name, content, megabytes, expected = SMALL_MEMORY[form]
+    write(tmp_path, {f"set/{name}": content()})
+    told = limited(
+        "from laion_assets.seeds import find_seed_set, read_seeds",
+        "seeds = read_seeds(sys.argv[1], find_seed_set(sys.argv[1], 'set'));"
+        "print(seeds.embeddings.shape, seeds.embeddings.dtype, seeds.notes)",
+        str(tmp_path),
+        memory=megabytes * MEBIBYTE,
+    )
+    assert expected in told
 
 
 def test_a_file_that_cannot_be_read_is_named(tmp_path):

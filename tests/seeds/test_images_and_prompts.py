@@ -233,17 +233,6 @@ def test_a_pipe_or_a_device_is_named_and_never_opened(tmp_path, model):
         read_seeds(str(tmp_path), listed, model)
 
 
-def test_linked_folders_are_named_and_not_followed(tmp_path):
-    write(tmp_path / "elsewhere", {"a.png": encoded()})
-    write(tmp_path / "seeds" / "set", {"b.png": encoded()})
-    for link in ("set/more", "cats"):
-        (tmp_path / "seeds" / link).symlink_to(tmp_path / "elsewhere")
-    listing = list_folder(str(tmp_path / "seeds"))
-    assert [image.name for image in listing.sets["set"].images] == ["b.png"]
-    why = "(a linked folder, which is not followed)"
-    assert listing.ignored == (f"cats/{why}", f"set/more/{why}")
-
-
 def test_names_are_escaped_where_a_terminal_or_utf8_would_stumble(tmp_path, model):
     write(tmp_path / "set", {"a.png": encoded(), "new\nline.jpg": b"", "\x1b[2J.jpg": b""})
     latin = os.fsencode(tmp_path / "set") + b"/caf\xe9.png"

@@ -1,5 +1,6 @@
 """The settings file of a seed set: plain YAML of bounded size, every name once, under one name."""
 
+import time
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -42,6 +43,9 @@ def test_settings_are_read_as_they_are_written_and_a_set_needs_none(tmp_path):
         ("nprobe: 2001-99-99", ["not YAML", "month"]),
         ("nprobe: !!python/object/apply:os.abort []", ["not YAML", "could not determine"]),
         (b"\xff\xfe\xff", ["not YAML"]),
+        ("nprobe: 0x" + "f" * 9000, ["36,000 bits", "nprobe"]),
+        ("nprobe: " + "1" * 9000, ["not YAML", "4300"]),
+        ("nprobe: 1" + ":59" * 5000, ["bits", "nprobe"]),
         ("# " + "x" * (16 << 10), ["16,386 bytes", "16,384"]),
     ],
     ids=lambda value: str(value)[:20],
@@ -54,8 +58,19 @@ def test_a_file_that_cannot_be_used_is_named_with_the_remedy(tmp_path, content, 
     assert len(message) < 400
 
 
-def test_aliases_that_multiply_are_read_without_being_expanded(tmp_path):
-    assert set(settings_in(tmp_path, "\n".join(["a: &a [x]", *LAUGHS]))) == set("abcdefghi")
+MERGED = "a: &a {x: 1}\n" + "\n".join(
+    f"{b}: &{b}\n  <<: [{', '.join([f'*{a}'] * 9)}]" for a, b in pairwise("abcdefghi")
+)
+
+
+@pytest.mark.parametrize(
+    "content", ["\n".join(["a: &a [x]", *LAUGHS]), MERGED], ids=["aliases", "merges"]
+)
+def test_aliases_that_multiply_are_refused_at_once(tmp_path, content):
+    started = time.perf_counter()
+    with pytest.raises(InputError, match=r"cats/settings\.yaml uses an alias"):
+        settings_in(tmp_path, content)
+    assert time.perf_counter() - started < 2
 
 
 @pytest.mark.parametrize("name", ["settings.yml", "setting.yaml"])

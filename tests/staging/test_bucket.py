@@ -7,13 +7,14 @@ import subprocess
 import sys
 import threading
 from datetime import UTC, datetime, timedelta
+from http.server import BaseHTTPRequestHandler
 from itertools import count
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 from google.auth.credentials import Credentials
-from helpers.faults import Proxy, first
+from helpers.faults import ManyConnections, Proxy, first
 from helpers.project import contents
 from helpers.staging import (
     LISTS,
@@ -29,7 +30,7 @@ from helpers.staging import (
 )
 
 from laion_assets.io.errors import InputError
-from laion_assets.staging import Manifest, NotStagedError, open_staged, stage
+from laion_assets.staging import Manifest, NotStagedError, open_staged, scrub, stage
 from laion_assets.staging.transfer import backoff, gcs
 from laion_assets.staging.transfer.files import SourceFile
 
@@ -190,6 +191,42 @@ def test_an_object_that_was_cut_off_in_the_bucket_is_named(bucket, cache):
         pass
 
 
+class Stranger(BaseHTTPRequestHandler):
+    """A server that answers every read of a range with as many bytes as requested."""
+
+    def do_GET(self) -> None:
+        start, stop = (int(end) for end in self.headers["Range"].removeprefix("bytes=").split("-"))
+        self.send_response(206)
+        for name, value in {
+            "Content-Range": f"bytes {start}-{stop}/{stop + 1}",
+            "Content-Length": str(stop + 1 - start),
+            "Last-Modified": "Mon, 01 Jan 2024 00:00:00 GMT",
+            "ETag": "any",
+        }.items():
+            self.send_header(name, value)
+        self.end_headers()
+        self.wfile.write(bytes(stop + 1 - start))
+
+    def log_message(self, *_: Any) -> None:
+        pass
+
+
+@pytest.mark.parametrize("sparse", [False, True])
+def test_a_redirect_to_another_server_is_refused_and_brings_nothing(bucket, cache, sparse):
+    with ManyConnections(("127.0.0.1", 0), Stranger) as stranger:
+        threading.Thread(target=stranger.serve_forever, args=(0.02,), daemon=True).start()
+        elsewhere = f"http://localhost:{stranger.server_port}"
+        if sparse:
+            stage(bucket.uri, None, cache, sparse=True)
+        bucket.proxy.rule = lambda _: elsewhere
+        with pytest.raises(InputError, match=f"{bucket.uri}/.* comes from another server"):
+            is_readable(cache) if sparse else stage(bucket.uri, None, cache)
+        stranger.shutdown()
+    bucket.proxy.rule = lambda _: None
+    stage(bucket.uri, None, cache, sparse=sparse)
+    assert is_readable(cache)
+
+
 # --- overwritten meanwhile ------------------------------------------------------------------------
 
 
@@ -338,5 +375,8 @@ def test_a_reader_needs_no_right_to_write(bucket, tmp_path):
         stage(bucket.uri, None, disk)
         subprocess.run(["mount", "-o", "remount,ro", str(disk)], check=True)
         assert is_readable(disk)
+        assert stage(bucket.uri, None, disk).fetched == 0  # there is nothing to do
+        assert not scrub(disk).damaged
+        bucket.write("metadata/000.arrow", b"of another version")
         with pytest.raises(InputError, match=f"cannot write to {disk}"):
             stage(bucket.uri, None, disk)

@@ -1,7 +1,10 @@
 """Damage to a full copy: found when the index is opened or verified, and mended block by block."""
 
+import errno
 import os
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +14,16 @@ from helpers.project import contents
 from helpers.staging import LISTS, POPULATED, SMALL, is_readable, staged_data, touched, write_many_chunks
 
 from laion_assets.io.errors import InputError
-from laion_assets.staging import NotStagedError, scrub, scrubber, stage, verified_manifest, verify
+from laion_assets.staging import (
+    NotStagedError,
+    open_staged,
+    scrub,
+    scrubber,
+    stage,
+    stager,
+    verified_manifest,
+    verify,
+)
 from laion_assets.staging.verify import record_verified, times_of
 
 FIRST_ARROW = "metadata/000.arrow"
@@ -174,3 +186,44 @@ def test_verification_needs_no_right_to_write_and_says_what_it_cannot_check(sour
     done = stage(str(source), None, cache, in_place=True)
     found = scrub(cache)
     assert (found.files, found.unchecked, found.damaged) == (0, len(done.manifest.files), ())
+
+
+# --- the system -----------------------------------------------------------------------------------
+
+
+def test_an_error_of_the_disk_is_named_and_staging_reads_all_files_again(
+    bucket, source, large, monkeypatch
+):
+    for module in (verify, stager):
+        monkeypatch.setattr(module, "sample_damage", lambda *_: [])
+    rot(large, FIRST_ARROW, 700)
+    disk = pytest.raises(InputError, match=f"the disk that holds {large}.*Input/output")
+    with disk as found, open_staged(large):
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+    assert found.value.about == "staged_index"
+    stage(bucket.uri, None, large, options=SMALL)
+    assert staged_data(large) == contents(source)
+
+
+def test_too_few_open_files_end_in_a_sentence_and_a_low_default_is_raised(source, cache):
+    program = """
+import resource, sys
+from pathlib import Path
+from laion_assets.io.errors import InputError
+from laion_assets.staging import TransferOptions, open_staged, stage
+soft, hard = map(int, sys.argv[3:])
+resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+try:
+    stage(sys.argv[1], None, Path(sys.argv[2]))
+    with open_staged(Path(sys.argv[2])):
+        print("opened")
+except InputError as error:
+    print(error)
+"""
+
+    def told(soft: int, hard: int) -> str:
+        command = [sys.executable, "-c", program, str(source), str(cache), str(soft), str(hard)]
+        return subprocess.run(command, check=True, capture_output=True, text=True).stdout
+
+    assert "may open only 8 files at once" in told(8, 8)
+    assert told(8, 1024) == "opened\n"

@@ -161,6 +161,7 @@ def _log(context: dg.AssetExecutionContext, seed_set: SeedSet, found: Seeds) -> 
         ("cannot be embedded", "image", [str(image) for image in found.bad_images]),
         ("cut", "prompt", [str(prompt) for prompt in found.cut_prompts]),
         ("ignored, without seeds", "file", seed_set.ignored),
+        ("about values of seed files", "note", found.notes),
     ):
         if names:
             context.log.warning(f"{count(len(names), noun)} {what}: {'; '.join(names[:FILES_LOGGED])}")

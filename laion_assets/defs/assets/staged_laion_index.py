@@ -11,7 +11,9 @@ from typing import Any
 import dagster as dg
 
 from laion_assets.defs import checks
+from laion_assets.defs.crashes import reported
 from laion_assets.defs.failures import as_failures
+from laion_assets.defs.history import NODE
 from laion_assets.defs.kubernetes.placement import Placement
 from laion_assets.defs.partitions import require_seed_set
 from laion_assets.defs.report import Materialized
@@ -33,7 +35,7 @@ def staged_laion_index_asset(placement: Placement, source: dg.AssetKey) -> dg.As
         source: the index to stage, either an external asset or a built one.
 
     """
-    pod = placement.with_index(NAME)
+    pod = placement.staging(NAME)
 
     @dg.asset(
         deps=[source],
@@ -59,7 +61,7 @@ def staged_laion_index_asset(placement: Placement, source: dg.AssetKey) -> dg.As
             staged = laion_index.stage(context.log.info)
             if source == laion_index_source.key:
                 observe(context, Version(source, staged.source_version))
-            with laion_index.open(context.log.info) as opened:
+            with _opened(context, laion_index) as opened:
                 metadata = _figures(staged, laion_index) | _shape(opened)
                 results = checks.of_staged_index(opened, laion_index.cache_dir)
         context.log.info(_sentence(staged, laion_index))
@@ -76,9 +78,9 @@ def staged_laion_index_asset(placement: Placement, source: dg.AssetKey) -> dg.As
 def open_index(context: dg.AssetExecutionContext, laion_index: LaionIndex) -> Iterator[OpenIndex]:
     """Open the staged index for a step that needs it, even if the disk has lost it.
 
-    A node can return under its old name with an empty disk or with an older one. If LAION_LOST_INDEX
-    allows it, the index is then staged again, which is recorded as a materialization of
-    `staged_laion_index`.
+    On a cluster every node has a copy of its own, and the node of this step may have none yet, or an
+    older one. If LAION_LOST_INDEX allows it, the index is then staged here, which is recorded as a
+    materialization of `staged_laion_index`.
     """
     missing = _what_is_missing(context, laion_index)
     if missing and laion_index.lost_index == "restage":
@@ -88,7 +90,14 @@ def open_index(context: dg.AssetExecutionContext, laion_index: LaionIndex) -> It
         time.sleep(RECORD_SECONDS)
         if missing := _what_is_missing(context, laion_index):
             raise InputError(missing, "staged_index")
-    with laion_index.open(context.log.info) as index:
+    with _opened(context, laion_index) as index:
+        yield index
+
+
+@contextmanager
+def _opened(context: dg.AssetExecutionContext, laion_index: LaionIndex) -> Iterator[OpenIndex]:
+    step = context.op_execution_context.get_step_execution_context().step.key
+    with reported(step, context.run_id), laion_index.open(context.log.info) as index:
         yield index
 
 
@@ -108,7 +117,7 @@ def _restage(context: dg.AssetExecutionContext, laion_index: LaionIndex) -> None
     context.log_event(
         dg.AssetMaterialization(
             key,
-            description=f"staged again by {context.asset_key.to_user_string()} after the disk lost it",
+            description=f"staged by {context.asset_key.to_user_string()}, whose disk had no current copy",
             metadata=_figures(staged, laion_index),
             tags={"dagster/data_version": staged.manifest.fingerprint},
         )
@@ -128,6 +137,7 @@ def _figures(staged: Staged, laion_index: LaionIndex) -> dict[str, Any]:
     return {
         "source": staged.manifest.source,
         "dagster/uri": laion_index.cache_dir,
+        **({NODE: laion_index.node} if laion_index.node else {}),
         "fingerprint": staged.manifest.fingerprint,
         "files": len(staged.manifest.files),
         "bytes": staged.manifest.size,

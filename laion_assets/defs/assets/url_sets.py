@@ -3,6 +3,7 @@
 Dagster's concept: https://docs.dagster.io/guides/build/assets
 """
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 
@@ -13,14 +14,14 @@ from laion_assets.defs import checks, report
 from laion_assets.defs.assets.staged_laion_index import open_index
 from laion_assets.defs.estimate import Meter, known_machine, share_read
 from laion_assets.defs.failures import as_failures
-from laion_assets.defs.history import materializations, yield_for
+from laion_assets.defs.history import expected_alive, materializations
 from laion_assets.defs.io_manager import Tables
 from laion_assets.defs.kubernetes.placement import Placement
 from laion_assets.defs.partitions import seed_sets
-from laion_assets.defs.provenance import Provenance, check_same_origin, now
+from laion_assets.defs.provenance import Provenance, check_continues, check_same_origin, now
 from laion_assets.defs.report import Materialized
 from laion_assets.defs.resources import LaionIndex, Pictures
-from laion_assets.defs.settings import Defaults, ResolvedSettings, RetrievalConfig
+from laion_assets.defs.settings import ALIVE, Defaults, ResolvedSettings, RetrievalConfig
 from laion_assets.defs.sources import current_settings, observe, retrieval_settings, settings_version
 from laion_assets.defs.terminal import count
 from laion_assets.index.faiss_index import FURTHER
@@ -31,14 +32,23 @@ from laion_assets.search.block_list import BlockList
 from laion_assets.search.combined import DECODER, CombinedFunnel, combine
 from laion_assets.search.cost import Step
 from laion_assets.search.filters import Filters, conditions_in
-from laion_assets.search.retrieval import Found, Funnel, Request, columns_found, retrieve
-from laion_assets.search.sizing import USUAL
+from laion_assets.search.retrieval import (
+    MOST_REQUESTED,
+    Found,
+    Funnel,
+    Request,
+    columns_found,
+    retrieve,
+)
+from laion_assets.search.sizing import EXPECT_ALIVE, USUAL, kept_by_each
+from laion_assets.search.target import retrieve_the_rest
 from laion_assets.seeds import embeddings_of
 from laion_assets.staging import OpenIndex
 
 LOW_RECALL = 0.9
+LEAST_SHARE = 1 / MOST_REQUESTED
 PLANNED = "planned and taken"
-SEARCH_VERSION = "3"  # increment it if a search now finds other rows
+SEARCH_VERSION = "4"  # increment it if a search now finds other rows
 
 
 def knn_urls_asset(placement: Placement) -> dg.AssetsDefinition:
@@ -62,7 +72,8 @@ def centroid_urls_asset(placement: Placement) -> dg.AssetsDefinition:
         "centroid_urls",
         "centroid_vector",
         checks.CENTROID_URLS,
-        "Images found around the centroid: same style, varied content; near-duplicates removed.",
+        "Images found around the centroid: same style, varied content; near-duplicates removed.\n\n"
+        "With a target, the search goes on until knn_urls and centroid_urls together reach it.",
         per_seed=False,
     )
 
@@ -77,11 +88,13 @@ def _search_asset(
     per_seed: bool,
 ) -> dg.AssetsDefinition:
     pod = placement.with_index(name)
+    # With a target, the search around the centroid adds what the other one leaves to find.
+    before = [] if per_seed else ["knn_urls"]
 
     @dg.asset(
         name=name,
         ins={"vectors": dg.AssetIn(vectors_of)},
-        deps=["staged_laion_index", retrieval_settings],
+        deps=["staged_laion_index", retrieval_settings, *before],
         description=description,
         group_name="urls",
         kinds={"faiss", "parquet"},
@@ -143,7 +156,7 @@ def combined_urls_asset(placement: Placement) -> dg.AssetsDefinition:
         """Both URL sets as one table with a row per image, ready for img2dataset.
 
         Rows with the same id, the same URL or near-duplicate vectors are one image, of which the row with
-        the lowest rank is kept. The table is sorted by rank, then id.
+        the lowest rank is kept. The table is sorted by rank, then id; with a target, it ends there.
         """
         with as_failures():
             origin = check_same_origin(knn_urls, centroid_urls, seed_embeddings)
@@ -151,7 +164,7 @@ def combined_urls_asset(placement: Placement) -> dg.AssetsDefinition:
                 origin, run=context.run.run_id, counts={}, block_list_matches={}, written=now()
             )
             threshold = origin.settings.values.dedup_threshold
-            combined = combine(knn_urls, centroid_urls, threshold)
+            combined = combine(knn_urls, centroid_urls, threshold, origin.settings.images)
             context.log.info(_united(combined.funnel))
             seed_set = pa.field("seed_set", pa.string())
             with tables.new(context, combined.schema.append(seed_set)) as table:
@@ -171,10 +184,7 @@ def combined_urls_asset(placement: Placement) -> dg.AssetsDefinition:
                 table,
                 remote_pictures=pictures.remote,
             )
-            results = [
-                *checks.of_combined(stored, knn_urls, centroid_urls, threshold),
-                checks.yield_stable(context, metadata),
-            ]
+            results = checks.of_combined(stored, knn_urls, centroid_urls, threshold)
             return dg.MaterializeResult(metadata=metadata, check_results=checks.logged(context, results))
 
     return combined_urls
@@ -185,6 +195,7 @@ def _united(funnel: CombinedFunnel) -> str:
         f"{funnel.knn:,} + {funnel.centroid:,} rows: {count(funnel.repeated_ids, 'repeated id')}, "
         f"{count(funnel.repeated_urls, 'repeated URL')}, "
         f"{count(funnel.near_duplicates, 'near-duplicate')}, "
+        f"{f'{funnel.beyond_target:,} beyond the target, ' if funnel.beyond_target else ''}"
         f"{funnel.kept:,} kept"
     )
 
@@ -219,14 +230,33 @@ class _SearchStep:
         settings = self._settings(origin, block_list)
         queries = embeddings_of(self.vectors.read(["embedding"]))
         with open_index(self.context, self.laion_index) as opened:
-            settings = self._sized(settings, origin.seed_set, self._seeds(queries), opened.index.rows)
-            request = self._request(settings, block_list)
-            self.context.log.info(_looking(request.k, queries, opened.index.rows, per_seed=self.per_seed))
+            origin = replace(origin, index=opened.manifest.fingerprint, settings=settings)
+            knn, origin = self._target(origin)
+            request = self._request(origin.settings, self._seeds(queries), block_list)
+            self.context.log.info(_looking(request, queries, opened.index.rows, per_seed=self.per_seed))
             planned = self._planned(opened, origin.seed_set, len(queries), request)
-            written = self._write(opened, queries, request, replace(origin, settings=settings))
+            written = self._write(opened, queries, request, origin, knn)
             fetched = _fetched(opened) | ({PLANNED: meter.against(planned, opened)} if planned else {})
-            self._log(written.found, request.k, opened.index.rows)
+            self._log(written.found, request, opened.index.rows)
         return self._report(written, fetched)
+
+    def _target(self, origin: Provenance) -> tuple[StoredTable | None, Provenance]:
+        """Settle how many URLs are expected to work, and open the rows that the target builds on."""
+        if origin.settings.values.target_images is None:
+            return None, origin
+        if self.per_seed:
+            share, where = expected_alive(self.context.instance, origin.seed_set)
+            return None, replace(origin, settings=origin.settings.with_expect_alive(share, where))
+        knn = self.tables.open("knn_urls", origin.seed_set)
+        theirs = Provenance.of(knn)
+        check_continues(theirs, origin)
+        settled = theirs.settings
+        return knn, replace(
+            origin,
+            settings=origin.settings.with_expect_alive(
+                settled.values.expect_alive or EXPECT_ALIVE, settled.origins[ALIVE]
+            ),
+        )
 
     def _planned(self, opened: OpenIndex, seed_set: str, queries: int, request: Request) -> Step | None:
         """Return what the search is expected to take; None if this machine was not measured."""
@@ -235,7 +265,8 @@ class _SearchStep:
             return None
         past = materializations(self.context.instance, self.context.asset_key.path[-1], seed_set)
         share = share_read(next(past, None), USUAL.share)
-        return machine.search(queries, request.k, request.nprobe, share)
+        k = request.k if request.keep is None else math.ceil(request.keep / max(share, LEAST_SHARE))
+        return machine.search(queries, min(k, opened.index.rows), request.nprobe, share)
 
     def _seeds(self, queries: Floats) -> int:
         """Return the number of seeds: one per query, or those whose mean is the query."""
@@ -244,33 +275,49 @@ class _SearchStep:
         seeds: int = self.vectors.read(["seeds"])["seeds"][0].as_py()
         return seeds
 
-    def _request(self, settings: ResolvedSettings, block_list: BlockList | None) -> Request:
+    def _request(self, settings: ResolvedSettings, seeds: int, block_list: BlockList | None) -> Request:
         values = settings.values
-        k = values.nb_images_knn if self.per_seed else values.nb_images_centroid
+        keep = settings.images and kept_by_each(settings.images, seeds if self.per_seed else 1)
+        k = keep or (values.nb_images_knn if self.per_seed else values.nb_images_centroid)
         filters = Filters(conditions_in(values.filters or ""), block_list)
-        return Request(k or 0, values.dedup_threshold, values.nprobe, filters)
+        return Request(k or 0, values.dedup_threshold, values.nprobe, filters, keep)
 
     def _write(
-        self, opened: OpenIndex, queries: Floats, request: Request, origin: Provenance
+        self,
+        opened: OpenIndex,
+        queries: Floats,
+        request: Request,
+        origin: Provenance,
+        knn: StoredTable | None,
     ) -> _Written:
         """Search, and write the result with its decoder and provenance."""
         with (
             self.tables.new(self.context, self._schema(opened)) as table,
             Progress("queries", len(queries), "", self.context.log.info) as progress,
         ):
-            found = retrieve(
-                opened.index,
-                opened.metadata,
-                queries,
-                request,
-                table.write,
-                per_seed=self.per_seed,
-                progress=progress.advance,
-            )
+            if knn is None:
+                found = retrieve(
+                    opened.index,
+                    opened.metadata,
+                    queries,
+                    request,
+                    table.write,
+                    per_seed=self.per_seed,
+                    progress=progress.advance,
+                )
+            else:
+                found = retrieve_the_rest(
+                    opened.index,
+                    opened.metadata,
+                    queries,
+                    request,
+                    origin.settings.images or 0,
+                    knn,
+                    table.write,
+                )
             provenance = replace(
                 origin,
                 settings=origin.settings.with_nprobe(found.nprobe),
-                index=opened.manifest.fingerprint,
                 counts=asdict(found.funnel),
                 block_list_matches=asdict(found.block_list) if found.block_list else {},
                 run=self.context.run.run_id,
@@ -297,7 +344,6 @@ class _SearchStep:
         results = [
             *checks.of_search(stored, written.provenance.settings.values.dedup_threshold),
             checks.block_list_matches(written.found.block_list),
-            checks.yield_stable(self.context, metadata),
         ]
         return dg.MaterializeResult(
             metadata={**metadata, **fetched}, check_results=checks.logged(self.context, results)
@@ -316,24 +362,17 @@ class _SearchStep:
         observe(self.context, settings_version(name, current))
         return settings
 
-    def _sized(
-        self, settings: ResolvedSettings, seed_set: str, seeds: int, rows: int
-    ) -> ResolvedSettings:
-        target = settings.values.target_images
-        if target is None:
-            return settings
-        expected = yield_for(self.context, seed_set, settings.asked())
-        self.context.log.info(
-            f"to keep {count(target, 'image')}, from {count(seeds, 'seed')}, at {expected}"
-        )
-        return settings.sized(seeds, expected, rows)
-
-    def _log(self, found: Found, k: int, rows: int) -> None:
-        log, funnel = self.context.log, found.funnel
+    def _log(self, found: Found, request: Request, rows: int) -> None:
+        log, funnel, k = self.context.log, found.funnel, request.k
         log.info(_sentence(funnel))
         if found.block_list:
             log.info(f"block list: {found.block_list}")
-        if k > rows:
+        if found.short:
+            log.warning(
+                f"the target cannot be reached around {self._around(found.short)}: the index has no more "
+                f"images, or fewer than 1 of {MOST_REQUESTED} requested is kept"
+            )
+        elif k > rows:
             log.warning(f"the index has only {count(rows, 'row')}, but {k:,} were requested per query")
         elif missing := funnel.requested - funnel.received:
             remedy = "request fewer" if found.nprobe is None else "set a higher nprobe, or request fewer"
@@ -347,10 +386,14 @@ class _SearchStep:
                 f"{1 - found.recall:.0%} of those found: set nprobe above {found.nprobe}"
             )
 
+    def _around(self, queries: int) -> str:
+        return count(queries, "seed") if self.per_seed else "the centroid"
 
-def _looking(k: int, queries: Floats, rows: int, *, per_seed: bool) -> str:
+
+def _looking(request: Request, queries: Floats, rows: int, *, per_seed: bool) -> str:
     around = f"each of {count(len(queries), 'seed')}" if per_seed else "the centroid"
-    return f"searching for {count(k, 'image')} around {around} among {count(rows, 'row')}"
+    images = count(request.k, "image") if request.keep is None else f"until {request.keep:,} are kept"
+    return f"searching for {images} around {around} among {count(rows, 'row')}"
 
 
 def _fetched(opened: OpenIndex) -> dict[str, int | str]:

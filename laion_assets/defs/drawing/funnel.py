@@ -90,5 +90,6 @@ def _words(name: str) -> str:
         "repeated_urls": "repeated URLs",
         "without_url": "without a URL",
         "near_duplicates": "near-duplicates",
+        "beyond_target": "beyond the target",
     }
     return special.get(name, name.replace("_", " "))

@@ -11,7 +11,7 @@ import time
 from collections.abc import Iterator
 from datetime import timedelta
 from threading import Lock
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import obstore
 from obstore.auth.google import GoogleCredentialProvider
@@ -27,6 +27,9 @@ from laion_assets.staging.transfer.range_readers import (
     access_denied,
     reason,
 )
+
+if TYPE_CHECKING:
+    from obstore import ObjectMeta
 
 STREAM_PIECE = 256 << 10  # bytes, the most that is lost if a request is cut
 SILENCE_TIMEOUT = timedelta(seconds=SILENCE)  # without a byte from the server
@@ -81,6 +84,7 @@ class GcsReader:
             found = obstore.get(
                 self._store(bucket), key, options={"range": (start, stop), "version": file.version}
             )
+            _check_answer(file, found.meta)
             yield from found.stream(min_chunk_size=STREAM_PIECE)
         except FileNotFoundError as error:  # obstore raises Python's own for 404
             raise ChangedError(file, f"generation {file.version} is gone") from error
@@ -102,16 +106,36 @@ class GcsReader:
 
     def _new_store(self, bucket: str) -> GCSStore:
         credentials = self._gcs.credentials.credentials  # None for a public bucket
+        base = self._gcs.base.removesuffix("/storage/v1/")
         return GCSStore(
             bucket,
-            config={"base_url": self._gcs.base.removesuffix("/storage/v1/")},
+            config={"base_url": base},
             credential_provider=credentials and GoogleCredentialProvider(credentials),
             skip_signature=credentials is None,
             client_options={
-                "allow_http": True,
+                "allow_http": base.startswith("http://"),  # else no redirect leads to a host without TLS
                 "connect_timeout": timedelta(seconds=CONNECT),
                 "read_timeout": SILENCE_TIMEOUT,
                 "timeout": REQUEST_TIMEOUT,
             },
             retry_config={"max_retries": 0},  # `Backoff` retries, counts and logs
         )
+
+
+def _check_answer(file: SourceFile, found: ObjectMeta) -> None:
+    """Check that an answer is of the listed object: obstore follows redirects to any host.
+
+    Raises:
+        ChangedError: the object has another size than listed.
+        InputError: the answer is not of the bucket.
+
+    """
+    if found["version"] != file.version:
+        raise InputError(
+            f"{file.url} was requested in generation {file.version}, but the answer is of "
+            f"{found['version'] or 'none'}: it comes from another server, such as a proxy or the target "
+            "of a redirect; check the connection to the bucket",
+            "index_uri",
+        )
+    if found["size"] != file.size:
+        raise ChangedError(file, f"it has {found['size']:,} bytes")

@@ -14,7 +14,7 @@ from laion_assets.index.layout import (
 )
 from laion_assets.io.errors import InputError
 from laion_assets.io.public_urls import public
-from laion_assets.io.storage import BUCKETS, is_local, open_storage, reaching
+from laion_assets.io.storage import BUCKETS, find_files, is_local, open_storage, reaching
 from laion_assets.staging.transfer.files import SourceFile, file_version
 from laion_assets.staging.transfer.gcs import GcsReader
 from laion_assets.staging.transfer.range_readers import FsspecReader, RangeReader
@@ -82,7 +82,7 @@ class Source:
     def _find(self, root: str, uri: str, about: str) -> dict[str, tuple[str, Mapping[str, Any]]]:
         """Return path and details of the files in a folder and its subfolders, by relative path."""
         with reaching(uri, about):
-            found = self._fs.find(root, maxdepth=2, detail=True)
+            found = find_files(self._fs, root, depth=2)
             if not found and not self._fs.isdir(root):
                 raise InputError(f"there is no folder {uri}: create it, or correct the address", about)
         return {path.removeprefix(root).lstrip("/"): (path, info) for path, info in found.items()}
