@@ -27,6 +27,7 @@ from helpers.project import REPOSITORY, Demo, failures, new_project
 
 from laion_assets.definitions import build_defs
 from laion_assets.defs.assets import build_assets, index_assets
+from laion_assets.defs.history import nodes_with_a_copy
 from laion_assets.defs.kubernetes import placement
 from laion_assets.defs.kubernetes.placement import NvmeNode, Placement, on_nvme_node
 from laion_assets.defs.kubernetes.step_pods import prefer_nodes
@@ -129,6 +130,20 @@ def test_steps_prefer_nodes_with_a_copy_and_then_nodes_without_other_such_steps(
     assert prefer_nodes(tags, []) == tags
     elsewhere = {key: json.dumps(value) for key, value in placement.on_any_node("x").items()}
     assert prefer_nodes(elsewhere, ["nvme-1"]) == elsewhere
+
+
+def test_nodes_with_a_copy_are_those_that_staged_the_current_index_the_latest_first():
+    with dg.DagsterInstance.ephemeral() as instance:
+        assert nodes_with_a_copy(instance) == []
+        for node, version in (("d", "1"), ("a", "2"), ("b", "2"), ("a", "2")):
+            instance.report_runless_asset_event(
+                dg.AssetMaterialization(
+                    "staged_laion_index",
+                    metadata={"node": node},
+                    tags={"dagster/data_version": version},
+                )
+            )
+        assert nodes_with_a_copy(instance) == ["a", "b"]
 
 
 def test_a_node_runs_one_search_and_beside_it_staging_steps():
@@ -588,7 +603,8 @@ def test_each_kind_of_pod_has_its_own_account_and_steps_have_no_token(step_pods)
         assert spec["serviceAccountName"] == placement.STEP_ACCOUNT
         assert spec["automountServiceAccountToken"] is False
     assert accounts == {*used.values(), placement.STEP_ACCOUNT}
-    assert (VALUES["rbacEnabled"], VALUES["serviceAccount"]["create"]) == (False, False)
+    for part in (VALUES, VALUES["dagster-user-deployments"]):
+        assert (part["rbacEnabled"], part["serviceAccount"]["create"]) == (False, False)
     subjects = {subject["name"] for subject in of_kind("RoleBinding")["subjects"]}
     assert subjects == accounts - {placement.STEP_ACCOUNT}, "steps need nothing from the cluster"
     readme = (K8S / "README.md").read_text()

@@ -6,6 +6,7 @@ One cluster and one Dagster serve all tests, in this order; each leaves nodes wi
 import json
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import dagster as dg
 import pyarrow.parquet as pq
@@ -35,6 +36,15 @@ def node_of(platform: Platform, asset: str) -> str:
     return str(platform.cluster.pods_of(asset)[-1]["spec"]["nodeName"])
 
 
+def preferred_by(pod: dict[str, Any]) -> list[str]:
+    """The nodes that a pod prefers."""
+    affinity = pod["spec"]["affinity"]["nodeAffinity"]
+    (term,) = affinity["preferredDuringSchedulingIgnoredDuringExecution"]
+    (expression,) = term["preference"]["matchExpressions"]
+    nodes: list[str] = expression["values"]
+    return nodes
+
+
 def test_each_step_is_a_pod_and_those_that_need_the_index_run_on_a_pool_that_grows_from_zero(
     platform: Platform,
 ):
@@ -59,6 +69,7 @@ def test_two_seed_sets_at_once_search_on_two_nodes_and_each_has_a_copy(
     assert platform.cluster.nodes() == ["any", "pool-1", "pool-2"]
     assert [node for node, _ in platform.stagings()] == ["pool-2", "pool-1"]
     assert (platform.cluster.disk("pool-2") / "manifest.json").exists()
+    assert "pool-1" in preferred_by(platform.cluster.pods_of("knn_urls")[-1])
     bucket = platform.root / "bucket"
     with new_project(tmp_path, bucket / "index", bucket / "seeds") as one_machine:
         for seed_set in ("flower", "house"):
