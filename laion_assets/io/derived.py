@@ -1,7 +1,7 @@
 """Small files of what was derived from others, kept where that is possible."""
 
 import errno
-import os
+import uuid
 from pathlib import Path
 
 CANNOT_BE_KEPT = {errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOSPC, errno.EDQUOT}
@@ -15,7 +15,7 @@ def keep(path: Path, content: bytes) -> None:
         content: of the file.
 
     """
-    new = path.with_name(f"{path.name}.{os.getpid()}")
+    new = path.with_name(f"{path.name}.{uuid.uuid4().hex[:12]}")  # pods on a node share process numbers
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         try:

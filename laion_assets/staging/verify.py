@@ -52,8 +52,12 @@ def verified_manifest(cache: Path, log: Callable[[str], None] = lambda _: None) 
 
     """
     manifest = complete_manifest(cache)
-    for damage in find_damage(manifest.files, cache, log) or sample_damage(manifest.files, cache):
-        raise NotStagedError(f"{damage.describe(cache)}: stage the index again")
+    try:
+        damage = find_damage(manifest.files, cache, log) or sample_damage(manifest.files, cache)
+    except FileNotFoundError as error:  # a stager replaces files meanwhile, if the caller holds no lock
+        raise NotStagedError(f"{error.filename} is missing: stage the index again") from error
+    if damage:
+        raise NotStagedError(f"{damage[0].describe(cache)}: stage the index again")
     return manifest
 
 

@@ -387,6 +387,19 @@ def test_label_taint_and_folder_are_the_same_everywhere():
     assert (node.taint, node.folder) == (stand_in.NVME, stand_in.FOLDER)
 
 
+def test_the_copy_on_each_node_is_verified_as_the_policy_allows():
+    template = of_kind("DaemonSet", "verify")["spec"]["template"]
+    assert denials(template) == []
+    node, pod = NvmeNode(), template["spec"]
+    assert pod["nodeSelector"] == dict([node.label.split("=")])
+    assert [toleration["key"] for toleration in pod["tolerations"]] == [node.taint]
+    assert pod["securityContext"]["fsGroup"] == int(node.group)
+    ((volume,), (container,)) = pod["volumes"], pod["containers"]
+    assert volume["hostPath"]["path"] == node.folder
+    assert container["env"] == [{"name": "LAION_CACHE_DIR", "value": node.mount}]
+    assert "laion-assets verify --repair" in container["args"][0]
+
+
 # What the script that prepares disks calls; each notes its arguments, and does what matters of it.
 STUBS = {
     "mountpoint": '[ -e "$ROOT/mounted" ]',
@@ -669,12 +682,9 @@ def test_the_same_module_and_image_serve_the_code_location_and_the_steps():
     kustomization = yaml.safe_load((K8S / "kustomization.yaml").read_text())
     (image,) = kustomization["images"]
     assert f"{image['newName']}@{image['digest']}" == IMAGE
-    (init, main) = [
-        container["image"]
-        for kind in ("initContainers", "containers")
-        for container in of_kind("DaemonSet")["spec"]["template"]["spec"][kind]
-    ]
-    assert init == main == image["name"]
+    pods = [of_kind("DaemonSet", name)["spec"]["template"]["spec"] for name in ("disks", "verify")]
+    containers = [each for pod in pods for each in (*pod.get("initContainers", ()), *pod["containers"])]
+    assert {container["image"] for container in containers} == {image["name"]}
     for part in ("dagsterWebserver", "dagsterDaemon"):
         assert VALUES[part]["image"] == DEPLOYMENT["image"]
 

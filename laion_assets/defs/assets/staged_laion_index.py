@@ -97,7 +97,7 @@ def open_index(context: dg.AssetExecutionContext, laion_index: LaionIndex) -> It
 @contextmanager
 def _opened(context: dg.AssetExecutionContext, laion_index: LaionIndex) -> Iterator[OpenIndex]:
     step = context.op_execution_context.get_step_execution_context().step.key
-    with reported(step, context.run_id), laion_index.open(context.log.info) as index:
+    with reported(step, context.run.run_id), laion_index.open(context.log.info) as index:
         yield index
 
 
