@@ -18,6 +18,7 @@ import numpy as np
 
 from laion_assets.io.checksums import crc32c
 from laion_assets.io.derived import keep
+from laion_assets.io.errors import InputError
 from laion_assets.io.progress import Progress
 from laion_assets.staging.full.blocks import Blocks
 from laion_assets.staging.full.mend import mend
@@ -40,6 +41,7 @@ from laion_assets.staging.verify import (
 
 POSITION = ".scrub"  # file in the cache directory
 BLOCKS_AT_ONCE = 1 << 10  # read between two updates of the position
+SOURCE_PAGES = 256  # of all sparse files, read from the source
 SECONDS_BETWEEN_UPDATES = 10.0
 
 
@@ -72,8 +74,9 @@ def scrub(
 ) -> Scrubbed:
     """Read all of a staged index and compare it with its checksums; searches may run meanwhile.
 
-    Of sparse files, the pages on the disk are read. What is damaged and not repaired is read again by the
-    next step that opens the index, which reports it, or by staging, which mends it.
+    Of sparse files, the pages on the disk are read, and some of them from the source. What is damaged and
+    not repaired is read again by the next step that opens the index, which reports it, or by staging,
+    which mends it.
 
     Args:
         cache: the cache directory.
@@ -146,6 +149,8 @@ class _Scrub:
     def _read(self, file: StagedFile, advance: Callable[[int], object]) -> None:
         if file.sparse and self._sparse is not None:
             ranges = self._sparse.find_damage(file.name, advance)
+            if self._differs_from_source(file, self._sparse):
+                ranges = self._sparse.present(file.name)
             if len(ranges):
                 self._damaged[file.name] = ranges.tolist()
             return
@@ -165,13 +170,22 @@ class _Scrub:
         elif first == 0:
             record_verified(self._cache, {file.name: times})
 
+    def _differs_from_source(self, file: StagedFile, sparse: SparseFiles) -> bool:
+        """Compare a few pages with the source, if it can be read."""
+        try:
+            return sparse.differs_from_source(file.name, -(-SOURCE_PAGES // len(self.files)))
+        except (ChangedError, InputError) as error:
+            self._log(f"pages of {file.source} are not compared with the source: {error}")
+            return False
+
     def describe(self) -> Iterator[str]:
         """Describe the damage of each file."""
         for file, found in self._damage():
             if file.sparse:
                 ranges = np.array(found)
                 count = int((ranges[:, 1] - ranges[:, 0]).sum())
-                yield f"{self._cache / file.path} is damaged: {count:,} bytes differ from its page map"
+                path = self._cache / file.path
+                yield f"{path} is damaged: {count:,} bytes differ from its page map or the source"
             else:
                 yield self._as_damage(file, found).describe(self._cache)
 
@@ -187,12 +201,10 @@ class _Scrub:
         for each in whole:
             if each.blocks is not None:
                 self._mend(each, each.blocks)
-        if self._sparse is not None:
-            with locks.reading(self._cache), self._sparse.hold() as held:
-                paths = {
-                    self._cache / file.path: np.array(found) for file, found in damage if file.sparse
-                }
-                held.need(paths)
+        ranges = {self._cache / file.path: np.array(found) for file, found in damage if file.sparse}
+        if self._sparse is not None and ranges:
+            with locks.reading(self._cache):
+                self._sparse.fetch_again(ranges)
         return all(each.blocks is not None for each in whole)
 
     def _mend(self, damage: Damage, blocks: Blocks) -> None:

@@ -180,6 +180,20 @@ def test_the_pages_of_a_sparse_copy_are_verified_too(bucket, source, cache):
     assert not scrub(cache).damaged
 
 
+def test_pages_of_a_server_that_lied_are_found_and_fetched_again(bucket, source, cache):
+    stage(bucket.uri, None, cache, sparse=True)
+    bucket.proxy.rule = first(1, "flip", "ivfdata")
+    assert is_readable(cache)  # the vector of a row is another
+    right = (source / LISTS).read_bytes()
+    assert (cache / LISTS).read_bytes() != right
+    found = scrub(cache, repair=True)
+    assert [clause.split(" is damaged")[0] for clause in found.damaged] == [str(cache / LISTS)]
+    assert found.mended
+    assert (cache / LISTS).read_bytes() == right
+    bucket.proxy.rule = lambda _: 403
+    assert not scrub(cache).damaged  # without the source the disk is verified all the same
+
+
 def test_verification_needs_no_right_to_write_and_says_what_it_cannot_check(source, cache):
     with pytest.raises(NotStagedError, match="nothing is staged"):
         scrub(cache)

@@ -318,6 +318,10 @@ class SparseFile:
         numbers = (members(some) for some in batched(pages, RECORDS_AT_ONCE))
         return np.concatenate([NO_RANGES[:, 0], *(some[~self._find(some)[1]] for some in numbers)])
 
+    def checksums(self, pages: Ids) -> Stamps:
+        """Return the checksums in the map of present pages, by number."""
+        return self._present["checksum"][self._find(pages)[0]]
+
     def present(self) -> Ranges:
         """Return the ranges of pages that hold data."""
         return runs(self._present["page"].astype(np.int64))

@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
-from threading import Lock
+from threading import Event, Lock
 
 import numpy as np
 
@@ -38,7 +38,7 @@ from laion_assets.staging.sparse.pages import (
 from laion_assets.staging.sparse.reads import MERGE_GAP, PAGE_SIZE, pages_of, read_batches, reads_for
 from laion_assets.staging.transfer import locks
 from laion_assets.staging.transfer.disk import DISK_FULL_ERRORS, allocated_bytes, cannot_write
-from laion_assets.staging.transfer.fetch import Fetcher, TransferStats
+from laion_assets.staging.transfer.fetch import Fetcher, TransferStats, read_range
 from laion_assets.staging.transfer.files import SourceFile
 from laion_assets.staging.transfer.range_readers import ChangedError, RangeReader
 
@@ -187,6 +187,60 @@ class SparseFiles:
                 lease.release()
             advance(PAGE_SIZE * total(some))
         return runs(np.concatenate(wrong)) * PAGE_SIZE
+
+    def present(self, name: str) -> Ranges:
+        """Return the ranges of bytes of a file that are on the disk, in whole pages."""
+        number = [source.name for source in self._sources].index(name)
+        with locks.ledger(self._cache):
+            self._files[number].refresh()
+        return self._files[number].present() * PAGE_SIZE
+
+    def differs_from_source(self, name: str, count: int) -> bool:
+        """Read a few pages of a file from the source again; whether one differs from that on the disk.
+
+        The source has no checksums of pages, so this is the only way to find that a server has lied.
+
+        Args:
+            name: name of the file.
+            count: number of random pages to read.
+
+        Raises:
+            ChangedError: the file at the source has changed since it was staged.
+            InputError: the source cannot be read.
+
+        """
+        number = [source.name for source in self._sources].index(name)
+        file, source = self._files[number], self._sources[number]
+        with locks.ledger(self._cache):
+            file.refresh()
+        present = members(file.present())
+        chosen = np.sort(np.random.default_rng().permutation(present)[:count])
+        for page, checksum in zip(chosen.tolist(), file.checksums(chosen).tolist(), strict=True):
+            start, found = page * PAGE_SIZE, PartChecksums(PAGE_SIZE)
+            stop = min(start + PAGE_SIZE, file.size)
+            for data, _ in read_range(self._reader, source, start, stop, Event(), self._log, self.stats):
+                found.add(data)
+            if page_checksums(found.finish()) != [checksum]:
+                return True
+        return False
+
+    def fetch_again(self, ranges: Mapping[Path, Ranges]) -> None:
+        """Fetch pages again, whatever is on the disk.
+
+        Raises:
+            InputError: see `ensure`.
+
+        """
+        pages, lease = self.pages_needed(ranges), Lease(self._cache)
+        try:
+            with locks.fetching(self._cache, self._log):
+                with locks.ledger(self._cache):
+                    for number, some in pages.items():
+                        self._files[number].unmark(some)
+                self._fetch_missing(pages, lease)
+            self.ensure(pages, lease)
+        finally:
+            lease.release()
 
     def _damaged(self, pages: Pages) -> Pages:
         found = {number: self._files[number].damaged(some) for number, some in pages.items()}
