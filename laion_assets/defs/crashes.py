@@ -12,9 +12,11 @@ import os
 import subprocess
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 
 import dagster as dg
+
+from laion_assets.defs.dagster_internals import DagsterHomeNotSetError
 
 STANDARD_ERROR = os.dup(2)  # Dagster redirects it to a file while a step runs
 SHELL = 'read -r fault && exec "$0" -m laion_assets.defs.crashes "$fault" "$@"'
@@ -74,10 +76,10 @@ def main(fault: str, step: str, run_id: str) -> None:
     if sentence is None:
         return
     print(f"error: {sentence}", file=sys.stderr, flush=True)
-    if run_id and os.environ.get("DAGSTER_HOME"):
-        with dg.DagsterInstance.get() as instance:
-            if run := instance.get_run_by_id(run_id):
-                instance.report_engine_event(sentence, run, step_key=step)
+    # Without DAGSTER_HOME, as on the command line, the next command reports that the run was killed.
+    with suppress(DagsterHomeNotSetError), dg.DagsterInstance.get() as instance:
+        if run := instance.get_run_by_id(run_id):
+            instance.report_engine_event(sentence, run, step_key=step)
 
 
 if __name__ == "__main__":

@@ -6,7 +6,7 @@ test checks that each exists. After an upgrade, this is the only module to adapt
 
 from dagster._core.definitions.data_version import DATA_VERSION_TAG, extract_data_version_from_entry
 from dagster._core.definitions.executor_definition import multiple_process_executor_requirements
-from dagster._core.errors import DagsterUserCodeUnreachableError
+from dagster._core.errors import DagsterHomeNotSetError, DagsterUserCodeUnreachableError
 from dagster._core.event_api import PartitionKeyFilter
 from dagster._core.events import DagsterEvent, RunFailureReason
 from dagster._core.execution.plan.objects import StepFailureData, UserFailureData
@@ -37,6 +37,7 @@ __all__ = [
     "CheckStepHealthResult",
     "DagsterEvent",
     "DagsterGrpcClient",
+    "DagsterHomeNotSetError",
     "DagsterUserCodeUnreachableError",
     "DefaultRunLauncher",
     "PartitionKeyFilter",
