@@ -28,7 +28,7 @@ from laion_assets.defs.dagster_internals import RunFailureReason
 from laion_assets.defs.estimate import measured_machine
 from laion_assets.defs.failures import sentence
 from laion_assets.defs.forget import belongings, forget
-from laion_assets.defs.history import expected_alive
+from laion_assets.defs.history import expected_alive, figures_of
 from laion_assets.defs.io_manager import Tables
 from laion_assets.defs.kubernetes.placement import NvmeNode
 from laion_assets.defs.launcher import fail_abandoned_runs, process_lock
@@ -605,7 +605,7 @@ def _failures(result: dg.ExecuteInProcessResult) -> Iterator[str]:
 
 def _print_report(result: dg.ExecuteInProcessResult) -> None:
     reported = {
-        name: {key: value.value for key, value in event.metadata.items()}
+        name: figures_of(event.metadata)
         for name in ("knn_urls", "centroid_urls", "combined_urls")
         for event in result.asset_materializations_for_node(name)
     }

@@ -16,9 +16,9 @@ from laion_assets.defs.dagster_internals import RUN_KEY_TAG
 from laion_assets.defs.failures import sentence
 from laion_assets.defs.partitions import SHARDS, index_shards
 from laion_assets.defs.resources import IndexBuilder
-from laion_assets.defs.sensors import as_cursor, nothing_to_do, some, state_in
+from laion_assets.defs.sensors import as_cursor, nothing_to_do, state_in
 from laion_assets.defs.sources import Version, embedding_files, is_known, last_version, last_versions
-from laion_assets.defs.terminal import count
+from laion_assets.defs.terminal import count, some
 from laion_assets.io.errors import InputError
 
 INTERVAL = 60  # seconds between ticks

@@ -22,6 +22,7 @@ URLS_ALIVE = "URLs that work"  # a share
 MOST_OF = 0.9  # share of the requested images; a search that returns fewer ran out of rows
 PROVENANCE = "provenance"
 NODE = "node"  # metadata of a staged index on a cluster: the node that holds the copy
+DETAILS = "details"  # metadata of a table: all figures that its page does not show in a row
 DECIDE_THE_YIELD = ("dedup_threshold", "filters", BLOCK_LIST)
 
 
@@ -47,6 +48,13 @@ class PastMaterialization:
             return None
 
 
+def figures_of(metadata: Mapping[str, dg.MetadataValue]) -> dict[str, Any]:
+    """Return the metadata of a materialization as plain values, with those of its details."""
+    plain: dict[str, Any] = {name: value.value for name, value in metadata.items()}
+    details: Mapping[str, Any] = plain.pop(DETAILS, {})
+    return {**plain, **details}
+
+
 def materializations(
     instance: dg.DagsterInstance, asset: str, seed_set: str | None = None, before: float | None = None
 ) -> Iterator[PastMaterialization]:
@@ -67,8 +75,7 @@ def materializations(
         for record in page.records:
             made = record.asset_materialization
             if made is not None:
-                figures = {name: value.value for name, value in made.metadata.items()}
-                yield PastMaterialization(record.run_id, figures)
+                yield PastMaterialization(record.run_id, figures_of(made.metadata))
         if not page.has_more:
             return
         cursor = page.cursor

@@ -1,4 +1,4 @@
-"""The metadata of a materialization, most important first. Dagster plots the numbers over time."""
+"""The metadata of a materialization: about ten rows, most important first, and the rest as one JSON."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from laion_assets.defs.drawing.thumbnails import (
     strip_of_combined,
     strip_of_removed,
 )
-from laion_assets.defs.history import CHECKSUM, PROVENANCE, YIELD
+from laion_assets.defs.history import CHECKSUM, DETAILS, PROVENANCE, YIELD
 from laion_assets.defs.io_manager import PICTURE
 from laion_assets.defs.provenance import Provenance
 from laion_assets.defs.settings import ResolvedSettings
@@ -40,8 +40,38 @@ else:  # for assets with checks, Dagster accepts only the bare class as annotati
 AROUND_SEEDS = "around each seed"
 AROUND_CENTROID = "around the centroid"
 NAMES_SHOWN = 100
-PREVIEW_ROWS = 10
-PREVIEW_TEXT = 120  # characters; the event log keeps every preview forever
+PREVIEW_ROWS = 5
+PREVIEW_COLUMNS = ("rank", "similarity", "url", "caption", "file", "row", "kind", "seeds", "norm_of_mean")
+PREVIEW_TEXT = 32  # characters; a wider preview stretches the page, and hides the other rows' values
+ROWS = (
+    "about",
+    "funnel",
+    "contact sheet",
+    "charts",
+    "settings",
+    "bad images",
+    "cut prompts",
+    "images not embedded",
+    "ignored files",
+    "first rows",
+    "dagster/partition_row_count",
+    "dagster/uri",
+    "dagster/column_schema",
+)  # of the page of a table, in order
+
+
+def page(figures: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the metadata of a table: the rows that a person reads, and all other figures as one JSON.
+
+    Dagster plots the numbers among the rows, but as one line through all seed sets, which means nothing.
+    """
+    rest = {
+        name: value.value if isinstance(value, dg.MetadataValue) else value
+        for name, value in figures.items()
+        if name not in ROWS
+    }
+    shown = {name: figures[name] for name in ROWS if name in figures}
+    return {**shown, DETAILS: dg.MetadataValue.json(rest)}
 
 
 def describe_seeds(
@@ -49,6 +79,7 @@ def describe_seeds(
 ) -> dict[str, Any]:
     """Report the seeds of a set."""
     sheet = draw([strip(stored, provenance.seed_set, count(len(stored), "seed"))])
+    dimension = stored.schema.field("embedding").type.list_size
     lists = {
         "bad images": [str(image) for image in found.bad_images],
         "cut prompts": [str(prompt) for prompt in found.cut_prompts],
@@ -58,14 +89,28 @@ def describe_seeds(
     }
     return {
         **({"contact sheet": as_markdown(sheet)} if sheet else {}),
-        "about": dg.MetadataValue.md(f"**{count(len(stored), 'seed')}** from {seed_set.contents()}"),
+        "about": dg.MetadataValue.md(
+            f"**{count(len(stored), 'seed')}** of {dimension} dimensions from {seed_set.contents()}"
+        ),
         "seeds": len(stored),
-        "dimension": stored.schema.field("embedding").type.list_size,
+        "dimension": dimension,
         "images embedded before": found.reused,
         **{name: names[:NAMES_SHOWN] for name, names in lists.items() if names},
         "files": [file.name for file in seed_set.files[:NAMES_SHOWN]],
         **describe_table(stored, written),
         PROVENANCE: provenance.to_json(),
+    }
+
+
+def describe_centroid(stored: StoredTable, written: TableWriter) -> dict[str, Any]:
+    """Report the centroid of a set."""
+    (row,) = stored.read(["seeds", "norm_of_mean"]).to_pylist()
+    about = f"the mean of **{count(row['seeds'], 'seed')}**, of length {row['norm_of_mean']:.3f}"
+    return {
+        "about": dg.MetadataValue.md(about),
+        "norm of mean": row["norm_of_mean"],
+        "seeds": row["seeds"],
+        **describe_table(stored, written),
     }
 
 
@@ -216,25 +261,14 @@ def _column_schema(schema: pa.Schema) -> dg.TableSchema:
 
 def _preview(stored: StoredTable) -> dg.TableMetadataValue:
     """Show the first rows, with texts cut short and without bytes and vectors."""
-    shown = [field.name for field in stored.schema if not _is_opaque(field.type)]
+    shown = [name for name in PREVIEW_COLUMNS if name in stored.schema.names]
     rows = stored.top(PREVIEW_ROWS, shown).slice(0, PREVIEW_ROWS).to_pylist()
-    columns = [column for column in _column_schema(stored.schema).columns if column.name in shown]
+    columns = [dg.TableColumn(name) for name in shown]
     records = [dg.TableRecord({name: _cell(row[name]) for name in shown}) for row in rows]
     return dg.MetadataValue.table(records=records, schema=dg.TableSchema(columns=columns))
 
 
-def _is_opaque(kind: pa.DataType) -> bool:
-    types = pa.types
-    return bool(
-        types.is_binary(kind) or types.is_fixed_size_binary(kind) or types.is_fixed_size_list(kind)
-    )
-
-
-def _cell(value: Any) -> str | int | float | bool | None:
-    if isinstance(value, list):
-        return ", ".join(map(str, value))
+def _cell(value: str | float | None) -> str | float | None:
     if isinstance(value, str) and len(value) > PREVIEW_TEXT:
         return value[: PREVIEW_TEXT - 1] + "…"
-    if value is None or isinstance(value, str | int | float | bool):
-        return value
-    return str(value)
+    return round(value, 3) if isinstance(value, float) else value

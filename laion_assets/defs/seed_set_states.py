@@ -21,7 +21,7 @@ from laion_assets.defs.dagster_internals import DATA_VERSION_TAG, PARTITION_NAME
 from laion_assets.defs.drawing.markup import table
 from laion_assets.defs.forget import ASSETS, IN_PROGRESS, is_of_seed_sets
 from laion_assets.defs.partitions import seed_sets as partitions
-from laion_assets.defs.terminal import one_line
+from laion_assets.defs.terminal import one_line, some
 
 RUNS_READ = 100  # the latest; the last run of other sets is read one at a time
 LOOKED_UP = 25  # sets whose last run is read so, and whose error is
@@ -31,7 +31,7 @@ BEFORE_START = (
     dg.DagsterRunStatus.QUEUED,
     dg.DagsterRunStatus.STARTING,
 )
-ABOUT = 200  # characters of an error
+ABOUT = 160  # characters of the last column
 
 seed_sets_table = dg.AssetSpec(
     "seed_sets",
@@ -65,7 +65,7 @@ class State:
     Attributes:
         seed_set: its name.
         state: one of `Is`.
-        since: time of the change to this state in UTC, to the second; empty if unknown.
+        since: time of the change to this state in UTC, to the minute; empty if unknown.
         about: the step that runs; the step that failed and its error; or what to do.
         contents: its seeds.
         ignored: names of ignored files.
@@ -84,7 +84,7 @@ class State:
 
 def moment(seconds: float | None) -> str:
     """Return a time as text in UTC."""
-    return f"{datetime.fromtimestamp(seconds, UTC):%Y-%m-%d %H:%M:%S}" if seconds else ""
+    return f"{datetime.fromtimestamp(seconds, UTC):%b %d %H:%M} UTC" if seconds else ""
 
 
 def states_of(instance: dg.DagsterInstance, seed_sets: Sequence[str]) -> dict[str, State]:
@@ -154,7 +154,7 @@ def _explained(instance: dg.DagsterInstance, state: State) -> State:
     told = first.step_failure_data.user_failure_data
     error = first.step_failure_data.error
     sentence = (told and told.description) or (error.message if error else "")
-    return replace(state, about=one_line(f"{first.step_key}: {sentence}")[:ABOUT])
+    return replace(state, about=one_line(f"{first.step_key}: {sentence}"))
 
 
 def in_order(states: Iterable[State]) -> list[State]:
@@ -184,23 +184,27 @@ def as_event(states: Iterable[State], ignored: Sequence[str]) -> dg.AssetMateria
 
     """
     ordered = in_order(states)
-    rows = [asdict(state) | {"state": str(state.state), "run": state.run[:8]} for state in ordered]
-    shown = [{**row, "seed set": row.pop("seed_set")} for row in rows[:ROWS_SHOWN]]
-    columns = ("seed set", "state", "since", "about", "contents", "ignored", "run")
-    counted = ", ".join(f"{len(group)} {state}" for state, group in by_state(ordered).items())
-    more = len(ordered) - len(shown)
-    content = json.dumps([rows, list(ignored)], sort_keys=True)
+    counted = [f"{len(group)} {state}" for state, group in by_state(ordered).items()]
+    unread = [f"{state.seed_set}: {state.ignored}" for state in ordered if state.ignored]
+    unread += [f"{name} (in no seed set)" for name in ignored]
+    content = json.dumps([[asdict(state) for state in ordered], unread], sort_keys=True)
     return dg.AssetMaterialization(
         seed_sets_table.key,
         metadata={
-            "states": counted or "no seed sets",
-            **(
-                {"table": table([{name: row[name] for name in columns} for row in shown])}
-                if shown
-                else {}
-            ),
-            **({"not shown": f"{more:,} more"} if more else {}),
-            **({"ignored files outside of seed sets": ", ".join(ignored)} if ignored else {}),
+            "states": ", ".join(counted) or "no seed sets",
+            "seed sets": table([_row(state) for state in ordered[:ROWS_SHOWN]]),
+            **({"ignored files": some(unread)} if unread else {}),
         },
         tags={DATA_VERSION_TAG: hashlib.sha256(content.encode()).hexdigest()[:16]},
     )
+
+
+def _row(state: State) -> dict[str, str]:
+    """Return a row of the table; the page has room for four narrow columns."""
+    about = state.about or state.contents
+    return {
+        "seed set": state.seed_set,
+        "state": str(state.state),
+        "since": state.since,
+        "about": about if len(about) <= ABOUT else about[: ABOUT - 1] + "…",
+    }

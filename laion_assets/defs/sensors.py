@@ -46,7 +46,7 @@ from laion_assets.defs.sources import (
     settings_version,
     with_changes,
 )
-from laion_assets.defs.terminal import count
+from laion_assets.defs.terminal import count, some
 from laion_assets.io.errors import InputError
 from laion_assets.io.text import printable
 from laion_assets.seeds import SeedSet, check_name
@@ -56,7 +56,6 @@ INDEX_INTERVAL = 300  # seconds between ticks
 LISTING_SECONDS = 20.0  # of a tick; Dagster ends a tick after 60 seconds
 RUNS_PER_TICK = 5
 SETTINGS_PER_TICK = 100  # seed sets whose new settings are reported; each needs a database write
-NAMES_SHOWN = 10
 TEAM_TAG = "laion_assets/team"  # counted by tag_concurrency_limits in dagster.yaml
 
 
@@ -446,9 +445,3 @@ def _named(state: State) -> str:
         Is.QUEUED: state.contents,
     }.get(state.state)
     return f"{state.seed_set} ({detail})" if detail else state.seed_set
-
-
-def some(names: Sequence[str]) -> str:
-    """List the first names and the number of others."""
-    more = len(names) - NAMES_SHOWN
-    return ", ".join(names[:NAMES_SHOWN]) + (f" and {more} more" if more > 0 else "")

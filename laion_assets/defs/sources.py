@@ -14,9 +14,11 @@ from typing import Any
 import dagster as dg
 
 from laion_assets.defs.dagster_internals import DATA_VERSION_TAG, extract_data_version_from_entry
+from laion_assets.defs.estimate import as_bytes
 from laion_assets.defs.failures import sentence
 from laion_assets.defs.partitions import seed_sets
 from laion_assets.defs.settings import Defaults, ResolvedSettings, RetrievalConfig, changes
+from laion_assets.defs.terminal import some
 from laion_assets.io.errors import InputError
 from laion_assets.seeds import SeedSet
 
@@ -92,15 +94,16 @@ class Version:
 
 
 def seeds_version(seed_set: SeedSet) -> Version:
-    """Return the version of a set's seeds, with counts of its files."""
-    counts = {
-        "images": len(seed_set.images),
-        "files of prompts": len(seed_set.prompts),
-        "files of embeddings": len(seed_set.vectors),
-        "images not embedded": len(seed_set.not_embedded),
-        "ignored files": len(seed_set.ignored),
+    """Return the version of a set's seeds, with its files."""
+    lists = {
+        "files": [file.name for file in seed_set.files + seed_set.settings_files],
+        "images not embedded, the set has embeddings": seed_set.not_embedded,
+        "ignored files, no seeds": seed_set.ignored,
     }
-    return Version(seed_folder.key, seed_set.fingerprint, seed_set.name, counts)
+    listed = {what: some(names) for what, names in lists.items() if names}
+    size = sum(file.size for file in seed_set.files)
+    told = {"about": f"{seed_set.contents()}, {as_bytes(size)}", **listed}
+    return Version(seed_folder.key, seed_set.fingerprint, seed_set.name, told)
 
 
 def settings_version(seed_set: str, settings: ResolvedSettings | str) -> Version:

@@ -7,6 +7,7 @@ from collections.abc import Iterator, Sequence
 
 from laion_assets.io.text import count as count  # re-exported
 
+NAMES_SHOWN = 10  # of a list in a sentence
 MAX_TEXT = 500  # characters of a text that are read
 MARKS = 2  # combining marks kept per letter
 CUT = "…"
@@ -19,6 +20,12 @@ def one_line(text: str, longest: int = MAX_TEXT) -> str:
     """
     printable = "".join(letter if letter.isprintable() else " " for letter in text[:longest])
     return "".join(_with_few_marks(" ".join(printable.split())))
+
+
+def some(names: Sequence[str]) -> str:
+    """List the first names and the number of others."""
+    more = len(names) - NAMES_SHOWN
+    return ", ".join(names[:NAMES_SHOWN]) + (f" and {more} more" if more > 0 else "")
 
 
 def cut(text: str, width: int) -> str:

@@ -20,6 +20,7 @@ from PIL import Image
 from laion_assets.definitions import build_defs
 from laion_assets.defs.drawing.thumbnails import SHEET_BYTES, SHEET_WIDTH
 from laion_assets.defs.provenance import PROVENANCE_KEY
+from laion_assets.defs.report import PREVIEW_ROWS
 from laion_assets.defs.settings import FIELDS, THIS_RUN
 from laion_assets.io.checksums import crc32c
 from laion_assets.io.tables import DESCRIPTIONS, StoredTable
@@ -145,10 +146,15 @@ def test_what_is_reported_of_a_table_is_what_is_in_the_file(done):
         columns = {column.name: column.type for column in told["dagster/column_schema"].columns}
         assert columns == {field.name: str(field.type) for field in stored.schema}
         assert told["seconds"] >= 0
-        first = stored.slice(0, 10)
+        first = stored.slice(0, PREVIEW_ROWS)
         assert len(told["first rows"].records) == len(first) > 0
-        if "id" in stored.column_names:
-            assert [record.data["id"] for record in told["first rows"].records] == first["id"].to_pylist()
+        if "rank" in stored.column_names:
+            shown = [record.data["rank"] for record in told["first rows"].records]
+            assert shown == first["rank"].to_pylist()
+        (event,) = result.asset_materializations_for_node(name)
+        numbers = [k for k, v in event.metadata.items() if isinstance(v.value, int | float)]
+        assert numbers == ["dagster/partition_row_count"]  # Dagster plots numbers, all sets as one line
+        assert len(event.metadata) <= 10
     assert reported(result, "seed_embeddings")["dimension"] == 256
     assert 0 < reported(result, "centroid_vector")["norm of mean"] < 1
 

@@ -267,11 +267,16 @@ def test_a_set_whose_partition_was_deleted_is_no_longer_missed(ticks):
     assert ticks.said == "nothing new; 0 seed sets"
 
 
-def table_of_sets(ticks: Ticks) -> dict[str, tuple[str, str, str]]:
-    """State, explanation and ignored files of each seed set on the page of `seed_sets`."""
+def overview(ticks: Ticks) -> Mapping[str, dg.MetadataValue]:
+    """What the page of `seed_sets` shows."""
     event = ticks.project.instance.get_latest_materialization_event(dg.AssetKey("seed_sets"))
-    rows = [record.data for record in event.asset_materialization.metadata["table"].records]
-    return {row["seed set"]: (row["state"], row["about"], row["ignored"]) for row in rows}
+    return event.asset_materialization.metadata
+
+
+def table_of_sets(ticks: Ticks) -> dict[str, tuple[str, str]]:
+    """State and explanation of each seed set on the page of `seed_sets`."""
+    rows = [record.data for record in overview(ticks)["seed sets"].records]
+    return {row["seed set"]: (row["state"], row["about"]) for row in rows}
 
 
 def new_run(ticks: Ticks, seed_set: str, status: dg.DagsterRunStatus) -> None:
@@ -315,11 +320,11 @@ def test_the_table_of_seed_sets_says_what_is_so_for_each_and_is_reported_when_it
     assert "broken/a.npy" in found["broken"][1]
     assert found["broken"][1].startswith("seed_embeddings: ")
     assert found["killed"][1] == "the run ended before its steps did"
-    assert found["queued"][2] == "notes.txt (no seeds)"
+    assert overview(ticks)["ignored files"].value == "queued: notes.txt (no seeds)"
     assert "forget" in found["gone"][1]
-    overview = dg.AssetKey("seed_sets")
+    key = dg.AssetKey("seed_sets")
     reported = [
-        instance.fetch_materializations(overview, limit=10).records for _ in range(3) if not ticks.tick()
+        instance.fetch_materializations(key, limit=10).records for _ in range(3) if not ticks.tick()
     ]
     assert len(reported[-1]) == len(reported[-2])
 

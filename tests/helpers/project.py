@@ -15,6 +15,7 @@ from dagster._core.definitions.data_version import CachingStaleStatusResolver, S
 from dagster._core.loader import LoadingContextForTest
 
 from laion_assets.definitions import build_defs
+from laion_assets.defs.history import figures_of
 from laion_assets.defs.partitions import JOB
 from laion_assets.demo import DemoReport
 
@@ -137,7 +138,7 @@ class Ticks:
 def reported(result: dg.ExecuteInProcessResult, asset: str) -> dict[str, Any]:
     """What a materialization tells the UI, as plain values; the settings by name, with their origin."""
     (event,) = result.asset_materializations_for_node(asset)
-    told = {name: value.value for name, value in event.metadata.items()}
+    told = figures_of(event.metadata)
     if "settings" in told:
         rows = [record.data for record in told["settings"].records]
         told["settings"] = {row["setting"]: f"{row['value']} ({row['from']})" for row in rows}

@@ -20,6 +20,7 @@ from helpers.graphql import ask
 from helpers.project import REPOSITORY
 from PIL import Image
 
+from laion_assets.defs.history import DETAILS
 from laion_assets.demo import DEMO_SETS
 
 REPOSITORY_SELECTOR = {"repositoryName": "__repository__", "repositoryLocationName": "laion_assets"}
@@ -151,13 +152,16 @@ class Webserver:
             "query($key: AssetKeyInput!, $seed_sets: [String!]) { assetOrError(assetKey: $key)"
             " { ... on Asset { assetMaterializations(partitions: $seed_sets, limit: 1) { runId"
             " metadataEntries { label ... on IntMetadataEntry { intValue }"
+            " ... on JsonMetadataEntry { jsonString }"
             " ... on TableMetadataEntry { table { records } } } } } } }",
             key={"path": [asset]},
             seed_sets=[seed_set],
         )["assetOrError"]["assetMaterializations"]
         entries = {}
         for entry in latest["metadataEntries"]:
-            if "intValue" in entry:
+            if entry["label"] == DETAILS:
+                entries |= json.loads(entry["jsonString"])
+            elif "intValue" in entry:
                 entries[entry["label"]] = entry["intValue"]
             elif "table" in entry:
                 entries[entry["label"]] = [json.loads(record) for record in entry["table"]["records"]]

@@ -116,8 +116,8 @@ def seed_embeddings_asset(placement: Placement) -> dg.AssetsDefinition:
             unfinished.remove()
             return dg.MaterializeResult(
                 data_version=dg.DataVersion(provenance.seeds_version),
-                metadata=report.describe_seeds(
-                    tables.written(context), seed_set, found, provenance, table
+                metadata=report.page(
+                    report.describe_seeds(tables.written(context), seed_set, found, provenance, table)
                 ),
             )
 
@@ -206,8 +206,7 @@ def centroid_vector_asset(placement: Placement) -> dg.AssetsDefinition:
                 table.footer = replace(origin, run=context.run.run_id, written=now()).to_footer()
                 table.write(row)
             return dg.MaterializeResult(
-                metadata={"norm of mean": length, "seeds": len(embeddings)}
-                | report.describe_table(tables.written(context), table),
+                metadata=report.page(report.describe_centroid(tables.written(context), table)),
                 check_results=checks.logged(
                     context, checks.of_centroid(len(embeddings), length, mean, prompts)
                 ),

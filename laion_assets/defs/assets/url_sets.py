@@ -185,7 +185,9 @@ def combined_urls_asset(placement: Placement) -> dg.AssetsDefinition:
                 remote_pictures=pictures.remote,
             )
             results = checks.of_combined(stored, knn_urls, centroid_urls, threshold)
-            return dg.MaterializeResult(metadata=metadata, check_results=checks.logged(context, results))
+            return dg.MaterializeResult(
+                metadata=report.page(metadata), check_results=checks.logged(context, results)
+            )
 
     return combined_urls
 
@@ -346,7 +348,8 @@ class _SearchStep:
             checks.block_list_matches(written.found.block_list),
         ]
         return dg.MaterializeResult(
-            metadata={**metadata, **fetched}, check_results=checks.logged(self.context, results)
+            metadata=report.page({**metadata, **fetched}),
+            check_results=checks.logged(self.context, results),
         )
 
     def _settings(self, origin: Provenance, block_list: BlockList | None) -> ResolvedSettings:
