@@ -24,7 +24,7 @@ from dotenv import load_dotenv
 from laion_assets.build import Build, Request, check_key, cost_of, embed_folder, index_key_for, measured
 from laion_assets.definitions import build_defs
 from laion_assets.defs.build_sensor import ENCODE_JOB, PUBLISH_JOB, TRAIN_JOB
-from laion_assets.defs.dagster_internals import RunFailureReason
+from laion_assets.defs.dagster_internals import REPOSITORY_LABEL_TAG, RunFailureReason
 from laion_assets.defs.estimate import measured_machine
 from laion_assets.defs.failures import sentence
 from laion_assets.defs.forget import belongings, forget
@@ -37,6 +37,7 @@ from laion_assets.defs.partitions import JOB, SEED_SETS, SHARDS
 from laion_assets.defs.places import DATA, Places
 from laion_assets.defs.request_plan import as_yaml, estimated, plan_request, read_history, scaled
 from laion_assets.defs.resources import Embedder, IndexBuilder, LaionIndex, SeedFolder
+from laion_assets.defs.services import LOCATION, serve
 from laion_assets.defs.settings import FIELDS, Defaults, RetrievalConfig, kind_of
 from laion_assets.defs.terminal import count, one_line
 from laion_assets.demo import DEMO_MODEL, build_demo
@@ -53,6 +54,7 @@ EXAMPLES = 8  # rows shown by `index-images`
 IMAGES_SHOWN = 10  # skipped images listed by `index-images`
 HOST, PORT, MAX_PORT = "127.0.0.1", 3000, 65_535
 INSTANCE_FILE = "dagster.yaml"
+REPOSITORY = f"__repository__@{LOCATION}"  # as Dagster labels the runs of the code location
 METAVARS: Mapping[type, str] = {int: "N", float: "X", str: "CONDITIONS"}
 DEFAULT_FOLDERS = {"LAION_INDEX_URI": DATA / "index", "LAION_SEEDS_URI": DATA / "seeds"}
 CONSOLE: Mapping[str, Any] = {"loggers": {"console": {"config": {}}}}
@@ -444,24 +446,14 @@ def _build_demo() -> None:
 
 
 def _dev(parsed: argparse.Namespace, environment: Mapping[str, str]) -> int:
-    """Replace this process with Dagster's webserver and daemon, with the history of this folder."""
+    """Run Dagster's services with the history of this folder."""
     Places.from_environment(environment)  # a wrong setting fails here, in one sentence
     NvmeNode.from_environment(environment)
     _check_port(parsed.port)
     if not any(environment.get(variable) for variable in INDEX_VARIABLES):
         _build_demo()
-    home = _home(environment)
     print(f"Dagster's UI: http://{HOST}:{parsed.port}", flush=True)
-    with resources.as_file(resources.files("laion_assets.defs") / "workspace.yaml") as workspace:
-        command = ["-m", "dagster", "dev", "--workspace", str(workspace)]
-        command += ["--host", HOST, "--port", str(parsed.port)]
-        quiet = "ignore:Function `dev_command`"
-        _stop_when_signalled()
-        os.execve(  # noqa: S606  # no shell
-            sys.executable,
-            [sys.executable, *command],
-            {**environment, "DAGSTER_HOME": str(home), "PYTHONWARNINGS": quiet},
-        )
+    return serve(HOST, parsed.port, _home(environment), environment)
 
 
 def _check_port(port: int) -> None:
@@ -480,13 +472,6 @@ def _check_port(port: int) -> None:
         except OSError as error:
             why = "is in use" if error.errno == errno.EADDRINUSE else f"cannot be used ({error.strerror})"
             raise InputError(f"port {port} {why}: choose another with --port") from error
-
-
-def _stop_when_signalled() -> None:
-    """Restore signal handlers: a script's background processes inherit ignored signals."""
-    for each in (signal.SIGINT, signal.SIGTERM):
-        if signal.getsignal(each) is signal.SIG_IGN:
-            signal.signal(each, signal.SIG_DFL)
 
 
 def materialize(seed_set: str, given: Mapping[str, Any], environment: Mapping[str, str]) -> int:
@@ -528,11 +513,11 @@ def materialize(seed_set: str, given: Mapping[str, Any], environment: Mapping[st
 def _kept_instance(
     environment: Mapping[str, str],
 ) -> Iterator[tuple[dg.DagsterInstance, Mapping[str, str]]]:
-    """Open the instance for runs, with tags that identify this process."""
+    """Open the instance for runs, with tags that identify this process and the code location."""
     with instance(environment) as kept, process_lock() as tags:
         for run_id in fail_abandoned_runs(kept):
             print(f"run {run_id} was killed; it is now marked as failed")
-        yield kept, tags
+        yield kept, {**tags, REPOSITORY_LABEL_TAG: REPOSITORY}
 
 
 @contextmanager

@@ -305,28 +305,6 @@ def test_dev_refuses_a_port_in_use_and_starts_nothing(tmp_path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.parametrize("sent", [signal.SIGINT, signal.SIGTERM])
-def test_dev_can_be_stopped_where_signals_were_ignored(sent, tmp_path, monkeypatch) -> None:
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("LAION_INDEX_URI", "/an/index")
-    inherited: list[object] = []
-
-    def replace_process(*_: object) -> None:
-        inherited.append(signal.getsignal(sent))
-        raise SystemExit
-
-    monkeypatch.setattr(os, "execve", replace_process)
-    with socket.create_server(("127.0.0.1", 0)) as free:
-        port = free.getsockname()[1]
-    before = signal.signal(sent, signal.SIG_IGN)
-    try:
-        with pytest.raises(SystemExit):
-            main(["dev", "--port", str(port)])
-    finally:
-        signal.signal(sent, before)
-    assert inherited == [signal.SIG_DFL]
-
-
 @pytest.fixture
 def run_here(monkeypatch, capsys) -> Callable[..., Done]:
     """Run a command in this process: most of a process of its own is Python starting up."""

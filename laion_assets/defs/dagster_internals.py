@@ -21,25 +21,33 @@ from dagster._core.launcher.default_run_launcher import DefaultRunLauncher
 from dagster._core.storage.tags import (
     GRPC_INFO_TAG,
     HIDDEN_TAG_PREFIX,
+    MAX_RETRIES_TAG,
     PARTITION_NAME_TAG,
+    REPOSITORY_LABEL_TAG,
     RUN_KEY_TAG,
 )
 from dagster._grpc.client import DagsterGrpcClient
+from dagster._grpc.types import GetCurrentRunsResult
+from dagster._serdes import ConfigurableClassData, deserialize_value
 from dagster_shared.error import SerializableErrorInfo
 
 __all__ = [
     "DATA_VERSION_TAG",
     "GRPC_INFO_TAG",
     "HIDDEN_TAG_PREFIX",
+    "MAX_RETRIES_TAG",
     "PARTITION_NAME_TAG",
+    "REPOSITORY_LABEL_TAG",
     "RUN_KEY_TAG",
     "CheckRunHealthResult",
     "CheckStepHealthResult",
+    "ConfigurableClassData",
     "DagsterEvent",
     "DagsterGrpcClient",
     "DagsterHomeNotSetError",
     "DagsterUserCodeUnreachableError",
     "DefaultRunLauncher",
+    "GetCurrentRunsResult",
     "PartitionKeyFilter",
     "RunFailureReason",
     "SerializableErrorInfo",
@@ -49,6 +57,7 @@ __all__ = [
     "StepHandlerContext",
     "UserFailureData",
     "WorkerStatus",
+    "deserialize_value",
     "extract_data_version_from_entry",
     "multiple_process_executor_requirements",
 ]

@@ -189,6 +189,13 @@ class Places(BaseModel):
         json_schema_extra={"shown": "`false`", "example": "false"},
     )
 
+    ui_hosts: Annotated[tuple[str, ...], BeforeValidator(_names)] = Field(
+        (),
+        description="Further names under which browsers may open the UI, comma-separated, for example "
+        "behind your own authentication",
+        json_schema_extra={"shown": "`127.0.0.1`, `localhost`", "example": "dagster.example.org"},
+    )
+
     @property
     def staging_mode(self) -> str:
         """The staging mode. By default folders are copied; buckets, which may hold terabytes, are not."""

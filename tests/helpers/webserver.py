@@ -84,6 +84,15 @@ class Webserver:
     def run(self, run_id: str) -> Run:
         return next(run for run in self.runs() if run.id == run_id)
 
+    def retry_of(self, run_id: str) -> str | None:
+        """The run that was started because a run was killed; None until then."""
+        told = self.ask(
+            "query($run: ID!) { runOrError(runId: $run) { ... on Run { tags { key value } } } }",
+            run=run_id,
+        )
+        tags = {tag["key"]: tag["value"] for tag in told["runOrError"]["tags"]}
+        return tags.get("dagster/auto_retry_run_id")
+
     def finished(self, run_id: str, seconds: float = 600) -> Run:
         """Wait until a run has finished, successfully or not."""
         wait_for(f"run {run_id}", lambda: self.run(run_id).status not in IN_PROGRESS, seconds)
@@ -228,6 +237,17 @@ class Dev:
         wait_for("the UI", lambda: process.poll() is not None or self.webserver.is_up())
         assert process.poll() is None, self.said()
 
+    def service(self, arguments: str) -> int:
+        """The process of a service, by the first of its arguments."""
+        assert self._process
+        listed = subprocess.check_output(["ps", "-eo", "pid=,ppid=,args="], text=True).splitlines()
+        processes = [(int(pid), int(parent), args) for pid, parent, args in map(_columns, listed)]
+        family = {self._process.pid}
+        for pid, parent, _ in processes:  # in the order of their ids, so that parents come first
+            family |= {pid} if parent in family else set()
+        (found,) = (pid for pid, _, args in processes if pid in family and f" -m {arguments} " in args)
+        return found
+
     def press_ctrl_c(self) -> None:
         """Interrupt it as a terminal does, all processes at once, and wait until they have ended."""
         if self._process is None:
@@ -295,6 +315,10 @@ class Project:
 
     def table(self, asset: str, seed_set: str) -> Path:
         return self.folder / "data" / "output" / asset / f"{seed_set}.parquet"
+
+
+def _columns(line: str) -> list[str]:
+    return line.split(maxsplit=2)
 
 
 def _is_group(group: int) -> bool:

@@ -3,11 +3,15 @@
 All but the last test share one server, and stand in order: starting it takes longer than most of them.
 """
 
+import json
 import os
 import signal
 import subprocess
 import sys
 from pathlib import Path
+from urllib.error import HTTPError
+from urllib.parse import urlencode
+from urllib.request import Request, urlopen
 
 import pyarrow.parquet as pq
 import pytest
@@ -20,10 +24,17 @@ from helpers.webserver import (
     RAN_BY_THE_DEMO,
     Dev,
     Project,
+    is_running,
     wait_for,
 )
 
 from laion_assets.demo import DEMO_SETS
+
+SERVICES = {
+    "dagster api grpc": "the code server",
+    "dagster._daemon run": "the daemon",
+    "laion_assets.defs.webserver": "the webserver",
+}
 
 
 @pytest.fixture(scope="module")
@@ -92,36 +103,83 @@ def test_a_run_without_a_partition_fails_in_a_sentence(project: Project) -> None
         assert fact in failed["staged_laion_index"]
 
 
-def test_a_killed_run_ends_entirely_and_the_next_seed_set_takes_its_place(project: Project) -> None:
+def test_a_killed_run_ends_entirely_and_is_run_again(project: Project) -> None:
     ui = project.ui
-    before = project.table("knn_urls", DROPPED).read_bytes()
-    killed = ui.launch(DROPPED, nb_images_knn=3000)  # minutes of work
+    killed = ui.launch(DROPPED, nb_images_knn=700)
     wait_for("knn_urls", lambda: ui.step_events(killed, "knn_urls", "STEP_START"))
-    run_process = ui.process(killed)
+    process = ui.process(killed)
     assert ui.pool("retrieval") == (1, [killed])
     following = ui.launch(OTHERS[0])
-    os.kill(run_process, signal.SIGKILL)
+    os.kill(process, signal.SIGKILL)
+    wait_for("the end of the run", lambda: not is_running(process), 10)
     assert ui.finished(killed).status == "FAILURE"
+    again = wait_for("a retry", lambda: ui.retry_of(killed), 60)
+    assert ui.finished(again).status == "SUCCESS"
+    assert project.ui.materialization("knn_urls", DROPPED)["requested"] == 700 * 2000
     assert ui.finished(following).status == "SUCCESS"
     assert ui.pool("retrieval") == (1, [])
-    assert project.table("knn_urls", DROPPED).read_bytes() == before
 
 
-def test_history_outlives_a_restart_and_nothing_runs_again(project: Project) -> None:
+@pytest.mark.parametrize("service", SERVICES)
+def test_a_seed_set_has_its_table_whatever_service_is_killed(project: Project, service: str) -> None:
+    seed_set = service.split()[0]
+    project.drop(seed_set, seeds=2000)
+    (run,) = wait_for("the sensor", lambda: project.ui.runs_of(seed_set))
+    wait_for("knn_urls", lambda: project.ui.step_events(run.id, "knn_urls", "STEP_START"))
+    os.kill(project.dev.service(service), signal.SIGKILL)
+    wait_for("the table", lambda: project.table("combined_urls", seed_set).exists(), 180)
+    wait_for("the UI", project.ui.is_up)
+    last, *_ = project.ui.runs_of(seed_set)
+    assert project.ui.finished(last.id).status == "SUCCESS"
+    assert f"{SERVICES[service]} was killed by SIGKILL: starting it again" in project.dev.said()
+
+
+def test_another_site_launches_no_runs(project: Project) -> None:
+    mutation = {
+        "query": 'mutation { logTelemetry(action: "a", clientTime: "0", clientId: "0",'
+        ' metadata: "{}") { __typename } }'
+    }
+    for refused in (
+        Request(f"{project.ui.url}/graphql?{urlencode(mutation)}"),
+        Request(f"{project.ui.url}/graphql", headers={"Host": "rebound.example"}),
+        Request(
+            f"{project.ui.url}/graphql",
+            json.dumps(mutation).encode(),
+            {"Content-Type": "application/json", "Origin": "http://elsewhere.example"},
+        ),
+    ):
+        with pytest.raises(HTTPError) as answer:
+            urlopen(refused)
+        assert answer.value.status == 403
+
+
+def test_another_dev_in_the_folder_is_refused_with_the_address_of_the_first(project: Project) -> None:
+    command = [sys.executable, "-m", "laion_assets.cli", "dev", "--port", str(project.dev.port + 1)]
+    done = subprocess.run(command, cwd=project.folder, capture_output=True, text=True)
+    assert done.returncode == 1
+    assert f"already runs at http://127.0.0.1:{project.dev.port}" in done.stderr
+
+
+def test_history_outlives_a_restart_and_only_what_was_interrupted_runs_again(project: Project) -> None:
     ui = project.ui
     wait_for("quiet", lambda: all(run.status not in IN_PROGRESS for run in ui.runs()))
-    runs = ui.runs()
-    interrupted = ui.launch(DROPPED, nb_images_knn=3000)
+    runs, partitions = ui.runs(), ui.partitions("combined_urls")
+    interrupted = ui.launch(DROPPED, nb_images_knn=700)
     wait_for("knn_urls", lambda: ui.step_events(interrupted, "knn_urls", "STEP_START"))
+    process = ui.process(interrupted)
     project.dev.press_ctrl_c()
     assert not ui.is_up()
+    assert not is_running(process)
     project.dev.start()
     ticks = len(ui.ticks())
-    assert ui.finished(interrupted, 60).status == "FAILURE"
+    assert ui.finished(interrupted, 90).status == "FAILURE"
+    again = wait_for("a retry", lambda: ui.retry_of(interrupted), 60)
+    assert ui.finished(again).status == "SUCCESS"
     wait_for("three more ticks", lambda: len(ui.ticks()) >= ticks + 3)
-    assert ui.runs()[1:] == runs
-    assert ui.partitions("combined_urls")["all"] == {*DEMO_SETS, OWN_IMAGES, DROPPED, BROKEN}
-    assert {*DEMO_SETS} <= ui.partitions("combined_urls")["materialized"]
+    assert ui.runs()[2:] == runs
+    assert ui.partitions("combined_urls") == partitions
+    assert partitions["all"] >= {*DEMO_SETS, OWN_IMAGES, DROPPED, BROKEN}
+    assert {*DEMO_SETS} <= partitions["materialized"]
 
 
 def test_in_any_folder_the_ui_has_the_history_of_the_command_line(tmp_path: Path) -> None:
