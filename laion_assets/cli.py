@@ -452,6 +452,8 @@ def _dev(parsed: argparse.Namespace, environment: Mapping[str, str]) -> int:
     _check_port(parsed.port)
     if not any(environment.get(variable) for variable in INDEX_VARIABLES):
         _build_demo()
+    with instance(environment):
+        pass  # creates the tables of a new history, which three services at once could not
     print(f"Dagster's UI: http://{HOST}:{parsed.port}", flush=True)
     return serve(HOST, parsed.port, _home(environment), environment)
 

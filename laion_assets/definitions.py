@@ -13,12 +13,15 @@ from laion_assets.defs.build_sensor import build_embeddings_sensor, build_jobs
 from laion_assets.defs.forget import forget_job
 from laion_assets.defs.kubernetes.placement import NvmeNode, Placement, is_cluster
 from laion_assets.defs.launcher import end_with_parent
+from laion_assets.defs.launchpad import prefilled
 from laion_assets.defs.partitions import JOB
 from laion_assets.defs.places import Places
-from laion_assets.defs.resources import resources_from, storage_kind
+from laion_assets.defs.resources import SeedFolder, resources_from, storage_kind
 from laion_assets.defs.seed_set_states import seed_sets_table
 from laion_assets.defs.sensors import build_laion_index_sensor, build_seed_sets_sensor
+from laion_assets.defs.settings import Defaults
 from laion_assets.defs.sources import SOURCES, embedding_files, laion_index_source, seed_folder
+from laion_assets.io.storage import on_this_machine
 
 OWNER = "team:image_data"  # the owner of every asset in the UI
 
@@ -42,6 +45,7 @@ def build_defs(
     job = dg.define_asset_job(
         JOB,
         selection=dg.AssetSelection.assets(*assets),
+        config=prefilled(SeedFolder(places.seeds_uri), Defaults.from_environment(environment)),
         description="All assets of one seed set, from the seeds to combined_urls. The staged index is "
         "verified, and restaged if necessary.",
     )
@@ -61,7 +65,9 @@ def build_defs(
         assets=dg.map_asset_specs(as_shown, [*sources, *building, *assets]),
         jobs=[job, forget_job(), *build],
         sensors=[
-            build_seed_sets_sensor(job, index if building else None),
+            build_seed_sets_sensor(
+                job, index if building else None, is_on=on_this_machine(places.index_uri)
+            ),
             build_embeddings_sensor(build) if build else build_laion_index_sensor(),
         ],
         resources=resources_from(environment),

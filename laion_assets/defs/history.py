@@ -16,7 +16,8 @@ from laion_assets.defs.settings import BLOCK_LIST, ResolvedSettings
 from laion_assets.search.sizing import EXPECT_ALIVE, USUAL, Yield
 
 MATERIALIZATIONS_READ = 20  # the latest first
-YIELD = "yield"
+PAGE = 20  # materializations in memory at a time; each may hold an image
+YIELD, REQUESTED = "yield", "requested"
 CHECKSUM = "crc32c"  # of a table's file
 URLS_ALIVE = "URLs that work"  # a share
 MOST_OF = 0.9  # share of the requested images; a search that returns fewer ran out of rows
@@ -96,6 +97,28 @@ def nodes_with_a_copy(instance: dg.DagsterInstance) -> list[str]:
         if version == versions[0] and NODE in one.metadata
     ]
     return list(dict.fromkeys(nodes))
+
+
+def requested_since(instance: dg.DagsterInstance, asset: str, since: float, other_than: str) -> int:
+    """Return how many images the finished searches of an asset requested.
+
+    Args:
+        instance: the instance with the history.
+        asset: name of the asset.
+        since: seconds since 1970; earlier searches do not count.
+        other_than: id of a run whose searches do not count.
+
+    """
+    wanted = dg.AssetRecordsFilter(dg.AssetKey(asset), after_timestamp=since)
+    found, cursor, has_more = 0, None, True
+    while has_more:
+        page = instance.fetch_materializations(wanted, limit=PAGE, cursor=cursor)
+        for record in page.records:
+            made = record.asset_materialization
+            if made is not None and record.run_id != other_than and REQUESTED in made.metadata:
+                found += int(made.metadata[REQUESTED].value)  # type: ignore[arg-type]  # ours
+        cursor, has_more = page.cursor, page.has_more
+    return found
 
 
 def measured_yield(

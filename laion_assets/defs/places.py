@@ -181,6 +181,19 @@ class Places(BaseModel):
         "seeds", "Folder of the seed sets, one subfolder each: a local path or a URL"
     )
     output_uri: Location = _place("output", "Folder of the tables, a local path or a URL")
+    max_images: int | None = Field(
+        10_000_000,
+        gt=0,
+        description="Most images that one run may request, `nb_images_knn` for each seed and "
+        "`nb_images_centroid` together, or have to keep for its target",
+    )
+    max_images_per_day: int | None = Field(
+        None,
+        gt=0,
+        description="Most images that the finished searches of the last 24 hours and a run may request "
+        "together",
+        json_schema_extra={"shown": "no limit", "example": "50000000"},
+    )
     show_remote_pictures: Annotated[bool, BeforeValidator(_true_or_false)] = Field(
         False,
         description="If the index has no thumbnails, `true` loads images from their hosts in the UI and "

@@ -16,6 +16,7 @@ from typing import Any
 import dagster as dg
 
 from laion_assets.build import Build, Request
+from laion_assets.defs.bounds import Bounds
 from laion_assets.defs.io_manager import ParquetIOManager, Tables
 from laion_assets.defs.kubernetes.placement import NODE_VARIABLE
 from laion_assets.defs.places import Places
@@ -318,6 +319,7 @@ def resources_from(environment: Mapping[str, str]) -> dict[str, Any]:
         "seeds": _shown(SeedFolder(places.seeds_uri)),
         "embedder": _shown(Embedder.at(places)),
         "index_builder": _shown(IndexBuilder.at(places)),
+        "bounds": _shown(Bounds.at(places)),
         "pictures": _shown(Pictures(remote=places.show_remote_pictures)),
         "defaults": _shown(Defaults.from_environment(environment)),
         "tables": _shown(tables),

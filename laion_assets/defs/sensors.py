@@ -17,6 +17,7 @@ import dagster as dg
 
 from laion_assets.defs.dagster_internals import PARTITION_NAME_TAG
 from laion_assets.defs.failures import sentence
+from laion_assets.defs.launchpad import run_config
 from laion_assets.defs.partitions import SEED_SETS, seed_sets
 from laion_assets.defs.provenance import files_version
 from laion_assets.defs.resources import LaionIndex, SeedFolder
@@ -156,13 +157,15 @@ def state_in(cursor: str | None) -> dict[str, Any]:
 
 
 def build_seed_sets_sensor(
-    job: dg.UnresolvedAssetJobDefinition, built_index: dg.AssetKey | None = None
+    job: dg.UnresolvedAssetJobDefinition, built_index: dg.AssetKey | None = None, *, is_on: bool = True
 ) -> dg.SensorDefinition:
     """Return the sensor that runs the job for every new or changed seed set.
 
     Args:
         job: the job to run.
         built_index: the index if it is built here; seed sets then wait for the first one.
+        is_on: whether the sensor runs before anybody turns it on. With an index in a bucket it would read
+            gigabytes for each set that is already there, which costs money that nobody agreed to spend.
 
     """
 
@@ -170,7 +173,7 @@ def build_seed_sets_sensor(
         name="seed_sets_sensor",
         job=job,
         minimum_interval_seconds=SEEDS_INTERVAL,
-        default_status=dg.DefaultSensorStatus.RUNNING,
+        default_status=dg.DefaultSensorStatus.RUNNING if is_on else dg.DefaultSensorStatus.STOPPED,
         description="Registers seed sets as partitions, runs those whose seeds are new or changed, and "
         "reports their versions and current settings. The asset seed_sets shows what is so for each set, "
         "and the Cursor column in short.",
@@ -264,6 +267,7 @@ def build_seed_sets_sensor(
             run_requests=[
                 dg.RunRequest(
                     partition_key=name,
+                    run_config=run_config({}),  # not today's settings, which may change before it starts
                     run_key=f"{name}:{versions[name]}:{decision.pending[name].since}",
                     tags=_team_tag(seeds, present[name]),
                 )

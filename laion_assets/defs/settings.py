@@ -13,6 +13,7 @@ from __future__ import annotations
 import difflib
 import re
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from typing import Annotated, Any, get_args
 
@@ -306,7 +307,9 @@ class RetrievalConfig(_Launchpad):  # type: ignore[misc]  # its fields are those
     ) -> ResolvedSettings:
         """Resolve every setting, in this order: this run, the seed set, the environment, the default.
 
-        The first level that gives the target or one of the two counts decides which of them is used.
+        The first level that gives the target or one of the two counts decides which of them is used. A
+        value of this run that equals what applies without it is not the run's: the Launchpad shows
+        current values, and most are left as they are.
 
         Args:
             defaults: settings of the environment.
@@ -319,24 +322,16 @@ class RetrievalConfig(_Launchpad):  # type: ignore[misc]  # its fields are those
                 is allowed.
 
         """
-        levels = (
-            self._level(),
+        below = (
             _file_level(of_seed_set or {}, f"{seed_set}/{SETTINGS_FILE}"),
             defaults._level(),
         )
-        chosen = {
-            name: _Given(field.default, "default")
-            for name, field in FIELDS.items()
-            if field.default is not None
-        }
-        for level in reversed(levels):
-            chosen |= level
-        for name in _unused(levels):
-            chosen.pop(name, None)
-        checked = {name: _checked(name, given) for name, given in chosen.items()}
-        values = {name: None if checked.get(name) == "" else checked.get(name) for name in FIELDS}
-        origins = {name: chosen[name].origin for name in FIELDS if name in chosen}
-        return ResolvedSettings(Settings.model_validate(values), origins, block_list=block_list)
+        own = self._level()
+        if own:
+            with suppress(InputError):  # a value of this run may replace a wrong one
+                without = _resolved(below, block_list).values
+                own = {name: each for name, each in own.items() if each.value != getattr(without, name)}
+        return _resolved((own, *below), block_list)
 
     def _level(self) -> _Level:
         given = {name: getattr(self, name) for name in FIELDS}
@@ -361,6 +356,23 @@ def team_of(values: Mapping[str, Any], origin: str) -> str | None:
 
 
 _TEAM = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,59}")
+
+
+def _resolved(levels: Sequence[_Level], block_list: str | None) -> ResolvedSettings:
+    """Resolve every setting from levels, the first of which counts most."""
+    chosen = {
+        name: _Given(field.default, "default")
+        for name, field in FIELDS.items()
+        if field.default is not None
+    }
+    for level in reversed(levels):
+        chosen |= level
+    for name in _unused(levels):
+        chosen.pop(name, None)
+    checked = {name: _checked(name, given) for name, given in chosen.items()}
+    values = {name: None if checked.get(name) == "" else checked.get(name) for name in FIELDS}
+    origins = {name: chosen[name].origin for name in FIELDS if name in chosen}
+    return ResolvedSettings(Settings.model_validate(values), origins, block_list=block_list)
 
 
 def _file_level(values: Mapping[str, Any], origin: str) -> _Level:

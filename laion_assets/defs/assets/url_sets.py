@@ -12,6 +12,7 @@ import pyarrow as pa
 
 from laion_assets.defs import checks, report
 from laion_assets.defs.assets.staged_laion_index import open_index
+from laion_assets.defs.bounds import Bounds
 from laion_assets.defs.estimate import Meter, known_machine, share_read
 from laion_assets.defs.failures import as_failures
 from laion_assets.defs.history import expected_alive, materializations
@@ -114,6 +115,7 @@ def _search_asset(
         defaults: dg.ResourceParam[Defaults],
         tables: dg.ResourceParam[Tables],
         pictures: dg.ResourceParam[Pictures],
+        bounds: dg.ResourceParam[Bounds],
     ) -> Materialized:
         with as_failures():
             step = _SearchStep(
@@ -124,6 +126,7 @@ def _search_asset(
                 defaults,
                 tables,
                 pictures,
+                bounds,
                 per_seed=per_seed,
             )
             return step.materialize()
@@ -222,6 +225,7 @@ class _SearchStep:
     defaults: Defaults
     tables: Tables
     pictures: Pictures
+    bounds: Bounds
     per_seed: bool
 
     def materialize(self) -> Materialized:
@@ -234,7 +238,9 @@ class _SearchStep:
         with open_index(self.context, self.laion_index) as opened:
             origin = replace(origin, index=opened.manifest.fingerprint, settings=settings)
             knn, origin = self._target(origin)
-            request = self._request(origin.settings, self._seeds(queries), block_list)
+            seeds = self._seeds(queries)
+            self.bounds.check(self.context, origin.settings, seeds)
+            request = self._request(origin.settings, seeds, block_list)
             self.context.log.info(_looking(request, queries, opened.index.rows, per_seed=self.per_seed))
             planned = self._planned(opened, origin.seed_set, len(queries), request)
             written = self._write(opened, queries, request, origin, knn)
