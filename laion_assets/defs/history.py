@@ -17,7 +17,7 @@ from laion_assets.search.sizing import EXPECT_ALIVE, USUAL, Yield
 
 MATERIALIZATIONS_READ = 20  # the latest first
 PAGE = 20  # materializations in memory at a time; each may hold an image
-YIELD, REQUESTED = "yield", "requested"
+YIELD, RECEIVED = "yield", "received"
 CHECKSUM = "crc32c"  # of a table's file
 URLS_ALIVE = "URLs that work"  # a share
 MOST_OF = 0.9  # share of the requested images; a search that returns fewer ran out of rows
@@ -99,8 +99,8 @@ def nodes_with_a_copy(instance: dg.DagsterInstance) -> list[str]:
     return list(dict.fromkeys(nodes))
 
 
-def requested_since(instance: dg.DagsterInstance, asset: str, since: float, other_than: str) -> int:
-    """Return how many images the finished searches of an asset requested.
+def received_since(instance: dg.DagsterInstance, asset: str, since: float, other_than: str) -> int:
+    """Return how many images the finished searches of an asset received.
 
     Args:
         instance: the instance with the history.
@@ -115,8 +115,8 @@ def requested_since(instance: dg.DagsterInstance, asset: str, since: float, othe
         page = instance.fetch_materializations(wanted, limit=PAGE, cursor=cursor)
         for record in page.records:
             made = record.asset_materialization
-            if made is not None and record.run_id != other_than and REQUESTED in made.metadata:
-                found += int(made.metadata[REQUESTED].value)  # type: ignore[arg-type]  # ours
+            if made is not None and record.run_id != other_than and RECEIVED in made.metadata:
+                found += int(made.metadata[RECEIVED].value)  # type: ignore[arg-type]  # ours
         cursor, has_more = page.cursor, page.has_more
     return found
 

@@ -239,7 +239,7 @@ class _SearchStep:
             origin = replace(origin, index=opened.manifest.fingerprint, settings=settings)
             knn, origin = self._target(origin)
             seeds = self._seeds(queries)
-            self.bounds.check(self.context, origin.settings, seeds)
+            self.bounds.check(self.context, origin.settings, seeds, opened.index.rows)
             request = self._request(origin.settings, seeds, block_list)
             self.context.log.info(_looking(request, queries, opened.index.rows, per_seed=self.per_seed))
             planned = self._planned(opened, origin.seed_set, len(queries), request)
