@@ -142,6 +142,7 @@ def describe_search(
         **_labelled(counts),
         YIELD: found.funnel.yielded,
         **({"block list": str(found.block_list)} if found.block_list else {}),
+        **({"not UTF-8": str(found.not_utf8)} if str(found.not_utf8) else {}),
         "recall of nprobe": _recall(found),
         **describe_table(stored, written),
         PROVENANCE: provenance.to_json(),

@@ -37,6 +37,9 @@ def json_object(content: bytes) -> dict[str, Any]:
     return read
 
 
+REPLACED = "\N{REPLACEMENT CHARACTER}"  # stands for bytes that are not UTF-8
+
+
 def decoded(texts: pa.Array) -> tuple[pa.Array, pa.Array]:
     """Return texts as UTF-8, and which of them were not.
 
@@ -56,3 +59,12 @@ def decoded(texts: pa.Array) -> tuple[pa.Array, pa.Array]:
         values = [None if value is None else value.decode(errors="replace") for value in raw.to_pylist()]
     text = pa.array(values, pa.large_string())
     return text, pc.fill_null(pc.not_equal(text.cast(pa.large_binary()), raw), False)
+
+
+def readable(rows: pa.Table) -> pa.Table:
+    """Return a table in which bytes that are not UTF-8 are replaced by U+FFFD, in all columns of text."""
+    for place, field in enumerate(rows.schema):
+        if pa.types.is_string(field.type) or pa.types.is_large_string(field.type):
+            chunks = [decoded(chunk)[0].cast(field.type) for chunk in rows[place].chunks]
+            rows = rows.set_column(place, field, pa.chunked_array(chunks, field.type))
+    return rows

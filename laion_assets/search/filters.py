@@ -8,6 +8,7 @@ and NaN fail every condition, because a missing safety score does not make an im
 from __future__ import annotations
 
 import difflib
+import operator
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -29,6 +30,15 @@ COMPARE: Mapping[str, Callable[..., Any]] = {
     "==": pc.equal,
     "!=": pc.not_equal,
 }
+EXACTLY: Mapping[str, Callable[[Any, Any], bool]] = {
+    "<": operator.lt,
+    "<=": operator.le,
+    ">": operator.gt,
+    ">=": operator.ge,
+    "==": operator.eq,
+    "!=": operator.ne,
+}
+MAX_LENGTH = 4096  # characters of all conditions
 CONDITION = re.compile(
     r"""\s*(?P<column>[A-Za-z_]\w*)\s*(?P<comparison><=|>=|==|!=|<|>)\s*
     (?P<value>-?(?:\d+\.?\d*|\.\d+)(?:[eE][-+]?\d+)?(?!\w)|'[^']*'|"[^"]*")\s*""",
@@ -82,16 +92,28 @@ class Condition:
             )
 
     def holds(self, rows: pa.Table) -> Mask:
-        """Return which rows pass, shape (n,); rows without a value do not."""
+        """Return which rows pass, shape (n,); rows without a value do not. Numbers compare exactly."""
         column = rows[self.column]
         if pa.types.is_null(column.type):
             return np.zeros(len(rows), np.bool_)
         if pa.types.is_floating(column.type):
             column = column.cast(pa.float64())
             column = pc.if_else(pc.is_nan(column), None, column)
-        passed = COMPARE[self.comparison](column, pa.scalar(self.value))
+        elif _is_number(column.type):
+            return self._holds_exactly(column)
+        value = self.value if isinstance(self.value, str) else float(str(self.value))  # may be infinite
+        passed = COMPARE[self.comparison](column, pa.scalar(value))
         held: Mask = pc.fill_null(passed, False).to_numpy()
         return held
+
+    def _holds_exactly(self, column: pa.ChunkedArray) -> Mask:
+        """Compare integers and decimals as Python does; Arrow would round or refuse many of them."""
+        encoded = column.combine_chunks().dictionary_encode()
+        compare = EXACTLY[self.comparison]
+        passed = [compare(value, self.value) for value in encoded.dictionary.to_pylist()]
+        held = pa.array([*passed, False]).take(pc.fill_null(encoded.indices, len(passed)))
+        found: Mask = held.to_numpy(zero_copy_only=False)
+        return found
 
 
 def conditions_in(text: str) -> tuple[Condition, ...]:
@@ -104,6 +126,8 @@ def conditions_in(text: str) -> tuple[Condition, ...]:
         InputError: the text cannot be parsed; the message quotes it from the first error.
 
     """
+    if len(text) > MAX_LENGTH:
+        raise InputError(f"the filters have {len(text):,} characters, at most {MAX_LENGTH:,} are read")
     found: list[Condition] = []
     position = 0
     while text.strip():
@@ -129,7 +153,7 @@ def conditions_in(text: str) -> tuple[Condition, ...]:
 def _value(text: str) -> float | str:
     if text[0] in "'\"":
         return text[1:-1]
-    return int(text) if re.fullmatch(r"-?\d{1,18}", text) else float(text)
+    return int(text) if re.fullmatch(r"-?\d+", text) else float(text)
 
 
 def _is_number(kind: pa.DataType) -> bool:

@@ -7,7 +7,7 @@ depends on the rows of a batch and not on the number of queries.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -21,6 +21,7 @@ from laion_assets.io.arrays import Bytes, Floats, Ids, Mask
 from laion_assets.io.errors import InputError
 from laion_assets.io.parallel import one_blas_thread
 from laion_assets.io.tables import fixed_size_binary
+from laion_assets.io.text import REPLACED, count, readable
 from laion_assets.search.block_list import BlockListMatches
 from laion_assets.search.filters import NO_FILTERS, Filters
 from laion_assets.search.near_duplicates import components_of_lists
@@ -125,6 +126,26 @@ class Removed:
 
 
 @dataclass(frozen=True)
+class NotUtf8:
+    """Texts of the metadata that are not UTF-8, among the rows whose metadata was read.
+
+    Attributes:
+        urls: number of rows whose URL is not; they count as rows without a URL.
+        captions: number of kept rows in whose caption bytes are replaced by U+FFFD.
+
+    """
+
+    urls: int = 0
+    captions: int = 0
+
+    def __str__(self) -> str:
+        """Describe the numbers in one sentence; empty if there are none."""
+        parts = [f"{count(self.urls, 'row')} dropped"] if self.urls else []
+        parts += [f"bytes replaced in {count(self.captions, 'caption')}"] if self.captions else []
+        return f"texts that are not UTF-8: {', '.join(parts)}" if parts else ""
+
+
+@dataclass(frozen=True)
 class Found:
     """What a search found, besides the rows that it has written.
 
@@ -137,6 +158,7 @@ class Found:
         decoder: serialised `Decoder` of the codes that were written.
         block_list: how many entries of the block list match; None without one.
         short: queries that keep fewer images than `Request.keep`, because the index has no more for them.
+        not_utf8: texts that are not UTF-8.
 
     """
 
@@ -147,6 +169,7 @@ class Found:
     decoder: bytes
     block_list: BlockListMatches | None = None
     short: int = 0
+    not_utf8: NotUtf8 = NotUtf8()
 
 
 def columns_found(index: Index, metadata: Metadata, *, per_seed: bool) -> pa.Schema:
@@ -219,6 +242,7 @@ def retrieve(
         decoder,
         search.block_list(),
         search.short,
+        search.not_utf8(),
     )
 
 
@@ -258,6 +282,8 @@ class _Search:
         self.funnel = Funnel()
         self.short = 0
         self.removed: Removed | None = None
+        self._odd_urls: Ids = np.empty(0, np.int64)
+        self._odd_captions = 0
         self._blocked_by: Ids = np.empty(0, np.int64)
 
     def batches(self, numbers: Ids, k: int) -> Iterator[Ids]:
@@ -386,6 +412,24 @@ class _Search:
         listed = self._request.filters.block_list
         return None if listed is None else listed.matches(self._index.rows, self._blocked_by)
 
+    def not_utf8(self) -> NotUtf8:
+        """Count the texts that are not UTF-8 so far."""
+        return NotUtf8(len(self._odd_urls), self._odd_captions)
+
+    def _take(self, ids: Ids, columns: Sequence[str] | None = None) -> pa.Table:
+        """Return the metadata of some ids as text that can be read.
+
+        A URL that is not UTF-8 is null: with bytes replaced, it would name another image.
+        """
+        rows = readable(self._metadata.take(ids, columns))
+        if "url" in rows.column_names:
+            odd = pc.fill_null(pc.match_substring(rows["url"], REPLACED), False)
+            self._odd_urls = np.union1d(self._odd_urls, ids[odd.to_numpy()])
+            place = rows.column_names.index("url")
+            usable = pc.if_else(odd, None, rows["url"])
+            rows = rows.set_column(place, rows.schema.field(place), usable)
+        return rows
+
     def _labels(self, rows: _FoundRows, codes: Bytes) -> Ids:
         """Label each row with its best-ranked near-duplicate; at a threshold of 1 there are none."""
         threshold = self._request.dedup_threshold
@@ -402,21 +446,21 @@ class _Search:
         """
         outcome = np.full(len(ids), NEAR_DUPLICATE)
         best = np.flatnonzero(labels == np.arange(len(labels)))
-        columns = self._metadata.take(ids[best])
+        columns = self._take(ids[best])
         outcome[best] = self._outcomes(ids[best], columns)
         self._note_blocked(outcome[best], columns)
         allowed = outcome[best] == KEPT
         if allowed.all():
             return best, columns, outcome
         others = np.setdiff1d(np.flatnonzero(np.isin(labels, best[~allowed])), best)
-        looked_at = self._metadata.take(ids[others], self._request.filters.columns)
+        looked_at = self._take(ids[others], self._request.filters.columns)
         outcome[others] = self._outcomes(ids[others], looked_at)
         self._note_blocked(outcome[others], looked_at)
         candidates = others[outcome[others] == KEPT]
         _, first = np.unique(labels[candidates], return_index=True)
         instead = candidates[first]
         outcome[np.setdiff1d(candidates, instead)] = NEAR_DUPLICATE
-        columns = pa.concat_tables([columns.filter(pa.array(allowed)), self._metadata.take(ids[instead])])
+        columns = pa.concat_tables([columns.filter(pa.array(allowed)), self._take(ids[instead])])
         best = np.concatenate([best[allowed], instead])
         order = np.argsort(best)
         return best[order], columns.take(pa.array(order)), outcome
@@ -447,7 +491,7 @@ class _Search:
         there = self._metadata.schema.names
         shown = [name for name in ("url", "caption", THUMBNAIL_COLUMN) if name in there]
         wanted = list(dict.fromkeys(shown + self._request.filters.columns))
-        looked_at = self._metadata.take(rows.ids[removed], wanted)
+        looked_at = self._take(rows.ids[removed], wanted)
         allowed = np.flatnonzero(self._outcomes(rows.ids[removed], looked_at) == KEPT)[:PAIRS]
         removed = removed[allowed]
         kept = representative[removed]
@@ -455,12 +499,14 @@ class _Search:
             ends = [unit(self._decode(codes[rows.code[each]])) for each in (removed, kept)]
         return Removed(
             removed=looked_at.select(shown).take(pa.array(allowed)),
-            representatives=self._metadata.take(rows.ids[kept], shown),
+            representatives=self._take(rows.ids[kept], shown),
             cosine=np.einsum("ij,ij->i", *ends),
         )
 
     def _as_table(self, kept: _FoundRows, columns: pa.Table, codes: Bytes) -> pa.Table:
         kept_codes = codes[kept.code]
+        replaced = pc.sum(pc.match_substring(columns["caption"], REPLACED)).as_py()
+        self._odd_captions += replaced or 0
         self.lists = np.union1d(self.lists, self._index.lists_of(kept_codes))
         found = {name: columns[name] for name in columns.column_names} | {
             "id": kept.ids,
@@ -480,7 +526,7 @@ class _Search:
         lengths = np.diff(starts, append=len(kept.query))
         place = np.arange(len(kept.query)) - np.repeat(starts, lengths)
         shown = (kept.query < THUMBNAILS) & (place < each)
-        thumbnails = self._metadata.take(kept.ids[shown], [THUMBNAIL_COLUMN])[THUMBNAIL_COLUMN]
+        thumbnails = self._take(kept.ids[shown], [THUMBNAIL_COLUMN])[THUMBNAIL_COLUMN]
         slot = np.cumsum(shown) - 1
         return thumbnails.take(pa.array(slot, mask=~shown))
 

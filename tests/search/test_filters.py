@@ -96,7 +96,7 @@ def test_a_missing_condition_at_the_end_is_named():
 @given(
     values=st.lists(st.one_of(st.none(), st.floats(width=32), st.integers(-9, 9)), max_size=12),
     comparison=st.sampled_from(sorted(COMPARE)),
-    limit=st.one_of(st.integers(-9, 9), st.floats(-9, 9)),
+    limit=st.one_of(st.integers(-9, 9), st.floats(-9, 9), st.just(10**400)),
 )
 def test_a_condition_holds_as_in_python_and_never_for_what_is_missing(values, comparison, limit):
     rows = pa.table({"score": pa.array(values, pa.float32())})
@@ -106,6 +106,38 @@ def test_a_condition_holds_as_in_python_and_never_for_what_is_missing(values, co
         for v in stored
     ]
     assert Condition("score", comparison, limit).holds(rows).tolist() == expected
+
+
+NUMBERS = {
+    "int8": st.integers(-(2**7), 2**7 - 1),
+    "int64": st.integers(-(2**63), 2**63 - 1),
+    "uint64": st.integers(0, 2**64 - 1),
+    "decimal128(38, 3)": st.decimals(-(10**30), 10**30, places=3),
+    "decimal256(60, 3)": st.decimals(-(10**50), 10**50, places=3),
+}
+TYPES = {name: getattr(pa, name)() for name in ("int8", "int64", "uint64")} | {
+    "decimal128(38, 3)": pa.decimal128(38, 3),
+    "decimal256(60, 3)": pa.decimal256(60, 3),
+}
+
+
+@settings(deadline=None)
+@given(st.data(), st.sampled_from(sorted(NUMBERS)), st.sampled_from(sorted(COMPARE)))
+def test_whole_numbers_and_decimals_of_any_size_compare_exactly(data, kind, comparison):
+    value = data.draw(NUMBERS[kind])
+    near = [value, value + 1, value - 1, 5, -0.5, 2.0**53, 1e300, 10**400]
+    limit = data.draw(st.sampled_from([float(value), *(int(n) for n in near[:3]), *near[3:]]))
+    column = pa.array([value, None], TYPES[kind])
+    rows = pa.table({"n": pa.chunked_array([column, column.slice(1)])})
+    (condition,) = conditions_in(f"n {comparison} {limit!r}")
+    wanted = eval(f"v {comparison} limit", {"v": value, "limit": condition.value})
+    assert condition.holds(rows).tolist() == [wanted, False, False]
+
+
+def test_filters_that_are_too_long_are_refused_at_once():
+    for text in ("width > " + "9" * 40_000 + "x", " and ".join(["width > 5"] * 4000)):
+        with pytest.raises(InputError, match=r"filters have [\d,]+ characters, at most 4,096"):
+            conditions_in(text)
 
 
 SCHEMA = pa.schema(

@@ -257,3 +257,35 @@ def test_progress_moves_within_a_batch_and_ends_with_all_queries(tmp_path, kind)
     assert seen[first:] == ["rows", 20]
     assert sum(seen[:first]) == 20
     assert first == 1 or seen[0] == 8
+
+
+@pytest.mark.parametrize("form", [indices.ARROW, indices.PARQUET])
+def test_texts_that_are_not_utf_8_are_replaced_and_such_urls_are_dropped_and_counted(
+    tmp_path, form
+) -> None:
+    """Of 60 rows, every third has a caption in Latin-1, and every fourth such a URL."""
+    rows = indices.random_rows(np.random.default_rng(1), 60)
+    indices.write_index(tmp_path, rows, "Flat")
+    captions = [b"caf\xe9" if i % 3 == 0 else b"cafe" for i in range(60)]
+    urls = [b"http://a/\xe9.jpg" if i % 4 == 0 else f"http://a/{i}.jpg".encode() for i in range(60)]
+    table = pa.table(
+        {"url": as_strings(urls), "TEXT": as_strings(captions), "LICENSE": as_strings(captions)}
+    )
+    indices.write_files(tmp_path / "metadata", [np.arange(60)], table, 7, form)
+    index, metadata = open_folder(tmp_path)
+    found, about = retrieve_table(index, metadata, rows[:1], Request(60, 1.0, None), per_seed=True)
+    assert sorted(found["id"].to_pylist()) == [i for i in range(60) if i % 4]
+    for row in found.to_pylist():
+        expected = "caf\N{REPLACEMENT CHARACTER}" if row["id"] % 3 == 0 else "cafe"
+        assert (row["url"], row["caption"]) == (f"http://a/{row['id']}.jpg", expected)
+        assert row["LICENSE"] == expected
+    assert (about.funnel.without_url, about.funnel.kept) == (15, 45)
+    assert (
+        str(about.not_utf8) == "texts that are not UTF-8: 15 rows dropped, bytes replaced in 15 captions"
+    )
+
+
+def as_strings(values: list[bytes]) -> pa.StringArray:
+    """Bytes as a column of strings, which Arrow does not validate."""
+    raw = pa.array(values, pa.binary())
+    return pa.StringArray.from_buffers(len(raw), raw.buffers()[1], raw.buffers()[2])

@@ -374,6 +374,8 @@ class _SearchStep:
     def _log(self, found: Found, request: Request, rows: int) -> None:
         log, funnel, k = self.context.log, found.funnel, request.k
         log.info(_sentence(funnel))
+        if sentence := str(found.not_utf8):
+            log.warning(sentence)
         if found.block_list:
             log.info(f"block list: {found.block_list}")
         if found.short:
