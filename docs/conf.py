@@ -64,8 +64,8 @@ write_reference()
 # --- links ----------------------------------------------------------------------------------------
 
 nitpicky = True
-OTHERS = "PIL collections contextlib ctypes datetime google_crc32c ipaddress numpy"
-OTHERS += " obstore pathlib pyarrow threading"
+OTHERS = "PIL aiohttp collections contextlib ctypes datetime google_crc32c ipaddress numpy"
+OTHERS += " obstore pathlib pyarrow threading yarl"
 nitpick_ignore_regex = [
     ("py:.*", rf"({'|'.join(OTHERS.split())})\..*"),  # documented elsewhere
     ("py:class", "|".join(ARRAYS)),
