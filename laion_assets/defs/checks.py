@@ -22,7 +22,9 @@ import numpy as np
 import pyarrow as pa
 
 from laion_assets.build import Built
+from laion_assets.defs.drawing.markup import plain
 from laion_assets.defs.partitions import seed_sets
+from laion_assets.defs.settings import ResolvedSettings
 from laion_assets.defs.terminal import count
 from laion_assets.index.decoder import Decoder
 from laion_assets.index.vectors import decoded_codes
@@ -31,6 +33,8 @@ from laion_assets.io.tables import StoredTable, code_bytes
 from laion_assets.search import audit
 from laion_assets.search.block_list import BlockListMatches
 from laion_assets.search.combined import DECODER
+from laion_assets.search.liveness import SAMPLE, Liveness
+from laion_assets.search.sizing import EXPECT_ALIVE
 from laion_assets.staging import OpenIndex, sample_damage
 
 WARN, ERROR = dg.AssetCheckSeverity.WARN, dg.AssetCheckSeverity.ERROR
@@ -208,9 +212,19 @@ _ALL = [
     _spec(
         "combined_urls",
         "urls_well_formed",
-        "Every URL is http or https, names a host and has no spaces. Whether it still works is not "
-        "checked. A warning: img2dataset cannot download other URLs. Remedy: name the right column in "
-        "LAION_METADATA_COLUMNS; none is needed for an index of your own images, whose URLs are files.",
+        "Every URL is written as one: http or https, with a host, without spaces. Nothing is requested; "
+        "urls_alive does that. A warning: img2dataset cannot download other URLs. Remedy: name the right "
+        "column in LAION_METADATA_COLUMNS; none is needed for an index of your own images, whose URLs "
+        "are files.",
+    ),
+    _spec(
+        "combined_urls",
+        "urls_alive",
+        f"As many of {SAMPLE} random URLs return an image as expect_alive says ({EXPECT_ALIVE:.0%} if "
+        "unset), within a 95 % confidence interval. They are requested only if "
+        "LAION_SHOW_REMOTE_PICTURES=true. A warning: img2dataset will deliver fewer images. Remedy: "
+        "materialize again; with target_images, a run requests more if expect_alive is unset, because it "
+        "then expects the share that this check measured last.",
     ),
 ]
 BUILT, STAGED, CENTROID, KNN_URLS, CENTROID_URLS, COMBINED = map(
@@ -427,7 +441,7 @@ def of_combined(table: StoredTable, knn: StoredTable, centroid: StoredTable, thr
         "urls_well_formed",
         not wrong,
         WARN,
-        f"{wrong:,} of {len(table):,} URLs cannot be fetched",
+        f"{wrong:,} of {len(table):,} URLs are not well-formed; whether they work is not checked here",
         {"not on the web": wrong}
         | ({"such as": dg.MetadataValue.json(images.examples)} if wrong else {}),
     )
@@ -447,6 +461,30 @@ def block_list_matches(matches: BlockListMatches | None) -> dg.AssetCheckResult:
         WARN,
         "no block list is set" if matches is None else str(matches),
         {"matching entries": matches.matching} if matches else None,
+    )
+
+
+def urls_alive(alive: Liveness | None, settings: ResolvedSettings) -> dg.AssetCheckResult:
+    """Check that about as many URLs work as expected.
+
+    Args:
+        alive: what a sample of the URLs answered; None if it was not requested.
+        settings: settings of the table.
+
+    """
+    if alive is None or not alive.requested:
+        why = "no host answered in time" if alive else "LAION_SHOW_REMOTE_PICTURES=true allows requests"
+        return _result("urls_alive", True, WARN, f"not checked: {why}")
+    expected = settings.values.expect_alive or EXPECT_ALIVE
+    low, high = alive.interval
+    return _result(
+        "urls_alive",
+        high >= expected,
+        WARN,
+        f"{alive.share:.0%} of {count(alive.requested, 'URL')} work (95 % confidence interval {low:.0%} "
+        f"to {high:.0%}); {expected:.0%} are expected"
+        + (f"; {plain(alive.reasons)}" if alive.reasons else ""),
+        {"working": alive.working, "requested": alive.requested, "low": low, "high": high},
     )
 
 

@@ -20,6 +20,7 @@ PAGE = 20  # materializations in memory at a time; each may hold an image
 YIELD, RECEIVED = "yield", "received"
 CHECKSUM = "crc32c"  # of a table's file
 URLS_ALIVE = "URLs that work"  # a share
+LEAST_ALIVE = 0.2  # a smaller share rather means that this machine's network failed
 MOST_OF = 0.9  # share of the requested images; a search that returns fewer ran out of rows
 PROVENANCE = "provenance"
 NODE = "node"  # metadata of a staged index on a cluster: the node that holds the copy
@@ -163,6 +164,6 @@ def expected_alive(instance: dg.DagsterInstance, seed_set: str | None) -> tuple[
 
     """
     for past in materializations(instance, "combined_urls", seed_set) if seed_set else ():
-        if past.figures.get(URLS_ALIVE):  # a share of 0 says nothing about how many to request
+        if past.figures.get(URLS_ALIVE, 0) >= LEAST_ALIVE:
             return past.figures[URLS_ALIVE], f"measured by run {past.run[:8]}"
     return EXPECT_ALIVE, "default"

@@ -3,7 +3,9 @@
 - Only http and https are allowed, at port 80, 443 or from 1024 up, and without a user name.
 - Only public addresses are allowed. The check applies to the address that a socket connects to, however
   a URL spells it and whatever a name resolves to.
-- Redirects are not followed; no proxy, cookie or credential is used; nothing is decompressed.
+- An image is not fetched through a redirect. Whether a URL works is checked through a few redirects, each
+  of which must meet the same conditions.
+- No proxy, cookie or credential is used; nothing is decompressed.
 - Size, time and the number of parallel requests are limited.
 
 Bytes are returned unchanged. Decode them with care.
@@ -14,13 +16,14 @@ from __future__ import annotations
 import asyncio
 import re
 import socket
-from collections.abc import Callable, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from http import HTTPStatus
 from ipaddress import IPv4Address, IPv6Address, IPv6Network, ip_address, ip_network
-from typing import Any, TypeAlias
+from typing import Any, TypeAlias, TypeVar
 
 import aiohttp
 from yarl import URL
@@ -38,8 +41,12 @@ SPECIAL = (  # networks that `ipaddress` considers public in some or all release
     ip_network("168.63.129.16/32"),  # Azure's own services
 )
 NOT_PUBLIC = "is at an address that is not public"
+REDIRECTS = 3  # most redirects of a URL that is checked
+WITHOUT_HEAD = (403, 405, 501)  # statuses of hosts that do not answer HEAD
 
 Address: TypeAlias = IPv4Address | IPv6Address
+Answer = TypeVar("Answer")
+MakeSocket: TypeAlias = Callable[[tuple[Any, ...]], socket.socket]
 
 
 @dataclass(frozen=True)
@@ -73,10 +80,12 @@ class NotFetched:
 
     Attributes:
         reason: a phrase that follows the URL.
+        late: whether the time for all images was over, which says nothing about this one.
 
     """
 
     reason: str
+    late: bool = False
 
 
 def fetch_images(
@@ -93,9 +102,29 @@ def fetch_images(
         is_allowed: returns whether an address may be connected to, instead of `is_public`.
 
     """
-    # In a separate thread, because the caller's may run an event loop, as in a notebook.
-    with ThreadPoolExecutor(1, "remote-images") as thread:
-        return thread.submit(_run, urls, bounds, is_allowed or is_public).result()
+    return _in_a_thread(_fetch, urls, bounds, is_allowed)
+
+
+def check_urls(
+    urls: Sequence[str | None],
+    bounds: Bounds = BOUNDS,
+    *,
+    is_allowed: Callable[[Address], bool] | None = None,
+) -> list[bool | NotFetched]:
+    """Check whether hosts still have images, without fetching them.
+
+    Hosts are asked by HEAD requests, or by GET without reading the body where they do not answer those.
+
+    Args:
+        urls: n URLs, which need not be trusted.
+        bounds: limits on requests.
+        is_allowed: returns whether an address may be connected to, instead of `is_public`.
+
+    Returns:
+        True for each URL that works, or the reason why it does not, in the order of the URLs.
+
+    """
+    return _in_a_thread(_check, urls, bounds, is_allowed)
 
 
 def is_public(address: Address) -> bool:
@@ -126,24 +155,44 @@ class _RefusedError(Exception):
     """An image is not fetched. The message is a phrase that follows the URL."""
 
 
+Ask: TypeAlias = Callable[[URL, Bounds, MakeSocket], Awaitable[Answer]]
+
+
+def _in_a_thread(
+    ask: Ask[Answer],
+    urls: Sequence[str | None],
+    bounds: Bounds,
+    is_allowed: Callable[[Address], bool] | None,
+) -> list[Answer | NotFetched]:
+    """Ask all hosts in a thread of its own: the caller's may run an event loop, as in a notebook."""
+    with ThreadPoolExecutor(1, "remote-images") as thread:
+        return thread.submit(_run, ask, urls, bounds, is_allowed or is_public).result()
+
+
 def _run(
-    urls: Sequence[str | None], bounds: Bounds, is_allowed: Callable[[Address], bool]
-) -> list[bytes | NotFetched]:
+    ask: Ask[Answer],
+    urls: Sequence[str | None],
+    bounds: Bounds,
+    is_allowed: Callable[[Address], bool],
+) -> list[Answer | NotFetched]:
     loop = asyncio.new_event_loop()
     try:
-        return loop.run_until_complete(_fetch_all(urls, bounds, is_allowed))
+        return loop.run_until_complete(_ask_all(ask, urls, bounds, is_allowed))
     finally:
         loop.close()  # unlike asyncio.run, this does not wait for pending name look-ups
 
 
-async def _fetch_all(
-    urls: Sequence[str | None], bounds: Bounds, is_allowed: Callable[[Address], bool]
-) -> list[bytes | NotFetched]:
+async def _ask_all(
+    ask: Ask[Answer],
+    urls: Sequence[str | None],
+    bounds: Bounds,
+    is_allowed: Callable[[Address], bool],
+) -> list[Answer | NotFetched]:
     turns = asyncio.Semaphore(bounds.at_once)
 
-    async def in_turn(url: str | None) -> bytes | NotFetched:
+    async def in_turn(url: str | None) -> Answer | NotFetched:
         async with turns:
-            return await _outcome(url, bounds, is_allowed)
+            return await _outcome(ask, url, bounds, is_allowed)
 
     if not urls:
         return []
@@ -152,17 +201,17 @@ async def _fetch_all(
     for task in late:
         task.cancel()
     await asyncio.gather(*late, return_exceptions=True)
-    too_late = NotFetched(f"was not fetched within the {bounds.seconds:g} s for all images")
+    too_late = NotFetched(f"was not fetched within the {bounds.seconds:g} s for all images", late=True)
     return [too_late if task in late else task.result() for task in tasks]
 
 
 async def _outcome(
-    url: str | None, bounds: Bounds, is_allowed: Callable[[Address], bool]
-) -> bytes | NotFetched:
+    ask: Ask[Answer], url: str | None, bounds: Bounds, is_allowed: Callable[[Address], bool]
+) -> Answer | NotFetched:
     refused: list[Address | str] = []
     try:
         async with asyncio.timeout(bounds.image_seconds):
-            return await _fetch(_checked(url), bounds, partial(_socket, is_allowed, refused))
+            return await ask(_checked(url), bounds, partial(_socket, is_allowed, refused))
     except _RefusedError as error:
         return NotFetched(str(error))
     except TimeoutError:
@@ -217,7 +266,48 @@ def _socket(
     raise OSError(NOT_PUBLIC)
 
 
-async def _fetch(url: URL, bounds: Bounds, make_socket: Callable[..., socket.socket]) -> bytes:
+async def _fetch(url: URL, bounds: Bounds, make_socket: MakeSocket) -> bytes:
+    async with (
+        _session(bounds, make_socket) as session,
+        session.get(url, allow_redirects=False) as response,
+    ):
+        if 300 <= response.status < 400:
+            raise _RefusedError(f"is a redirect ({response.status}), which is not followed")
+        _check_is_image(response)
+        if (response.content_length or 0) > bounds.bytes:
+            raise _RefusedError(_too_large(bounds))
+        found = bytearray()
+        async for part in response.content.iter_any():
+            found += part
+            if len(found) > bounds.bytes:
+                raise _RefusedError(_too_large(bounds))
+        return bytes(found)
+
+
+async def _check(url: URL, bounds: Bounds, make_socket: MakeSocket) -> bool:
+    async with _session(bounds, make_socket) as session:
+        for _ in range(REDIRECTS + 1):
+            response = await _head(session, url)
+            location = response.headers.get("Location")
+            if not (300 <= response.status < 400 and location):
+                _check_is_image(response)
+                return True
+            url = _checked(str(url.join(URL(location))))
+    raise _RefusedError(f"has more than {REDIRECTS} redirects")
+
+
+async def _head(session: aiohttp.ClientSession, url: URL) -> aiohttp.ClientResponse:
+    """Return the response to a HEAD request, or to a GET request whose body is not read."""
+    with suppress(aiohttp.ClientResponseError, aiohttp.ServerDisconnectedError):
+        async with session.head(url, allow_redirects=False) as response:
+            if response.status not in WITHOUT_HEAD:
+                return response
+    async with session.get(url, allow_redirects=False) as response:
+        response.close()
+        return response
+
+
+def _session(bounds: Bounds, make_socket: MakeSocket) -> aiohttp.ClientSession:
     connector = aiohttp.TCPConnector(
         socket_factory=make_socket,
         resolver=aiohttp.ThreadedResolver(),
@@ -229,7 +319,7 @@ async def _fetch(url: URL, bounds: Bounds, make_socket: Callable[..., socket.soc
         sock_connect=bounds.connect_seconds,
         sock_read=bounds.idle_seconds,
     )
-    session = aiohttp.ClientSession(
+    return aiohttp.ClientSession(
         connector=connector,
         timeout=timeout,
         cookie_jar=aiohttp.DummyCookieJar(),
@@ -237,27 +327,14 @@ async def _fetch(url: URL, bounds: Bounds, make_socket: Callable[..., socket.soc
         auto_decompress=False,
         trust_env=False,
     )
-    async with session, session.get(url, allow_redirects=False) as response:
-        _check_head(response, bounds)
-        found = bytearray()
-        async for part in response.content.iter_any():
-            found += part
-            if len(found) > bounds.bytes:
-                raise _RefusedError(_too_large(bounds))
-        return bytes(found)
 
 
-def _check_head(response: aiohttp.ClientResponse, bounds: Bounds) -> None:
-    status = response.status
-    if 300 <= status < 400:
-        raise _RefusedError(f"is a redirect ({status}), which is not followed")
-    if status != HTTPStatus.OK:
-        raise _RefusedError(f"returned status {status}")
+def _check_is_image(response: aiohttp.ClientResponse) -> None:
+    if response.status != HTTPStatus.OK:
+        raise _RefusedError(f"returned status {response.status}")
     kind = response.content_type if "Content-Type" in response.headers else ""
     if kind and not kind.startswith("image/") and not kind.endswith("octet-stream"):
         raise _RefusedError(f"is {_described(ValueError(kind))}, not an image")
-    if (response.content_length or 0) > bounds.bytes:
-        raise _RefusedError(_too_large(bounds))
 
 
 def _too_large(bounds: Bounds) -> str:

@@ -10,7 +10,13 @@ from ipaddress import ip_address
 
 import pytest
 
-from laion_assets.io.remote_images import Bounds, NotFetched, fetch_images, is_public
+from laion_assets.io.remote_images import (
+    Bounds,
+    NotFetched,
+    check_urls,
+    fetch_images,
+    is_public,
+)
 
 PICTURE = b"\x89PNG and more"
 QUICK = Bounds(bytes=1000, connect_seconds=1, idle_seconds=0.5, image_seconds=1, seconds=5, at_once=4)
@@ -54,6 +60,26 @@ def _(client: socket.socket) -> None:
 @answer("/redirect")
 def _(client: socket.socket) -> None:
     client.sendall(b"HTTP/1.1 302 Found\r\nLocation: http://127.0.0.1:1/\r\nContent-Length: 0\r\n\r\n")
+
+
+@answer("/there")
+def _(client: socket.socket) -> None:
+    client.sendall(head("Content-Type: image/png", "Content-Length: 5"))
+
+
+@answer("/moved")
+def _(client: socket.socket) -> None:
+    client.sendall(b"HTTP/1.1 301 Moved\r\nLocation: /there\r\nContent-Length: 0\r\n\r\n")
+
+
+@answer("/circle")
+def _(client: socket.socket) -> None:
+    client.sendall(b"HTTP/1.1 302 Found\r\nLocation: /circle\r\nContent-Length: 0\r\n\r\n")
+
+
+@answer("/to-a-file")
+def _(client: socket.socket) -> None:
+    client.sendall(b"HTTP/1.1 302 Found\r\nLocation: file:///etc/passwd\r\nContent-Length: 0\r\n\r\n")
 
 
 @answer("/page")
@@ -311,3 +337,61 @@ def test_what_is_no_address_of_an_image_is_not_even_looked_up(monkeypatch, url, 
     (found,) = fetch_images([url], QUICK, is_allowed=anywhere)
     assert isinstance(found, NotFetched)
     assert reason in found.reason
+
+
+# --- whether URLs work ----------------------------------------------------------------------------
+
+
+def test_urls_are_checked_without_fetching_images_and_through_redirects(server) -> None:
+    url, requests = server
+    paths = ("/there", "/moved", "/image", "/missing", "/page", "/circle", "/to-a-file", "/silent")
+    found = check_urls([url + path for path in paths], QUICK, is_allowed=anywhere)
+    assert found[:3] == [True, True, True]
+    reasons = [each.reason for each in found[3:] if isinstance(each, NotFetched)]
+    for reason, expected in zip(
+        reasons,
+        (
+            "status 404",
+            "not an image",
+            "more than 3 redirects",
+            "not an http or https URL",
+            "took|cannot",
+        ),
+        strict=True,
+    ):
+        assert re.search(expected, reason)
+    asked = [request.split()[:2] for request in requests]
+    assert [b"GET", b"/there"] not in asked
+    assert [b"GET", b"/image"] in asked  # it answered HEAD with a body
+
+
+def test_a_host_that_answers_no_head_request_is_asked_by_get(monkeypatch) -> None:
+    def talk(client: socket.socket) -> None:
+        client.sendall(b"HTTP/1.1 405 No\r\nContent-Length: 0\r\n\r\n" if not asked else head())
+        asked.append(1)
+
+    asked: list[int] = []
+    monkeypatch.setitem(ANSWERS, "/get", talk)
+    with serving() as (url, requests):
+        assert check_urls([f"{url}/get"], QUICK, is_allowed=anywhere) == [True]
+    assert [request.split()[0] for request in requests] == [b"HEAD", b"GET"]
+
+
+def test_a_redirect_to_an_address_that_is_not_public_is_not_followed(server) -> None:
+    url, requests = server
+    with serving("::1") as (other, never):
+        ANSWERS["/inside"] = lambda client: client.sendall(
+            f"HTTP/1.1 302 Found\r\nLocation: {other}/image\r\nContent-Length: 0\r\n\r\n".encode()
+        )
+        (found,) = check_urls([f"{url}/inside"], QUICK, is_allowed=lambda a: a.version == 4)
+    assert found == NotFetched("is at an address that is not public")
+    assert (len(requests), never) == (1, [])
+
+
+def test_what_is_not_reached_in_time_says_nothing(server) -> None:
+    url, _ = server
+    bounds = Bounds(idle_seconds=5, image_seconds=5, seconds=0.3, at_once=1)
+    first, last = check_urls([f"{url}/there", f"{url}/silent"], bounds, is_allowed=anywhere)
+    assert first is True
+    assert isinstance(last, NotFetched)
+    assert last.late

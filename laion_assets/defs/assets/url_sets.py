@@ -15,7 +15,7 @@ from laion_assets.defs.assets.staged_laion_index import open_index
 from laion_assets.defs.bounds import Bounds
 from laion_assets.defs.estimate import Meter, known_machine, share_read
 from laion_assets.defs.failures import as_failures
-from laion_assets.defs.history import expected_alive, materializations
+from laion_assets.defs.history import URLS_ALIVE, expected_alive, materializations
 from laion_assets.defs.io_manager import Tables
 from laion_assets.defs.kubernetes.placement import Placement
 from laion_assets.defs.partitions import seed_sets
@@ -33,6 +33,7 @@ from laion_assets.search.block_list import BlockList
 from laion_assets.search.combined import DECODER, CombinedFunnel, combine
 from laion_assets.search.cost import Step
 from laion_assets.search.filters import Filters, conditions_in
+from laion_assets.search.liveness import measured_liveness
 from laion_assets.search.retrieval import (
     MOST_REQUESTED,
     Found,
@@ -187,7 +188,12 @@ def combined_urls_asset(placement: Placement) -> dg.AssetsDefinition:
                 table,
                 remote_pictures=pictures.remote,
             )
-            results = checks.of_combined(stored, knn_urls, centroid_urls, threshold)
+            alive = measured_liveness(stored.batches(["url"]), len(stored)) if pictures.remote else None
+            metadata |= {URLS_ALIVE: alive.share} if alive and alive.requested else {}
+            results = [
+                *checks.of_combined(stored, knn_urls, centroid_urls, threshold),
+                checks.urls_alive(alive, origin.settings),
+            ]
             return dg.MaterializeResult(
                 metadata=report.page(metadata), check_results=checks.logged(context, results)
             )
