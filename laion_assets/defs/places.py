@@ -196,9 +196,10 @@ class Places(BaseModel):
     )
     show_remote_pictures: Annotated[bool, BeforeValidator(_true_or_false)] = Field(
         False,
-        description="If the index has no thumbnails, `true` loads images from their hosts in the UI and "
-        "in `laion-assets look`. Beware: LAION contains unsafe images, and each host sees your IP "
-        "address",
+        description="If the index has no thumbnails, `true` lets steps and `laion-assets look` fetch the "
+        "images that they show from their hosts, and the check `urls_alive` request 200 URLs. Rows "
+        "marked as unsafe are left out, but not all unsafe images are marked. Each host sees this "
+        "machine's IP address",
         json_schema_extra={"shown": "`false`", "example": "false"},
     )
 

@@ -11,10 +11,11 @@ import dagster as dg
 import pyarrow as pa
 
 from laion_assets.defs.drawing.funnel import chart, funnel_table, steps, summed
-from laion_assets.defs.drawing.markup import links, plain, table
+from laion_assets.defs.drawing.markup import links, links_of_removed, plain, table
 from laion_assets.defs.drawing.thumbnails import (
     as_markdown,
     draw,
+    fetch_pictures,
     save_png,
     strip,
     strip_of_combined,
@@ -125,7 +126,9 @@ def describe_search(
 ) -> dict[str, Any]:
     """Report the result of a search; `title` names its query."""
     counts = asdict(found.funnel)
-    sheet = draw([strip(stored, title, found.funnel.sentence()), strip_of_removed(found.removed)])
+    fetched = fetch_pictures([stored], allowed=remote_pictures)
+    in_index = strip_of_removed(found.removed)
+    sheet = draw([strip(stored, title, found.funnel.sentence(), fetched), in_index])
     rows = "rows" if title == AROUND_SEEDS else "images"  # an image found around two seeds has two rows
     return {
         "about": dg.MetadataValue.md(
@@ -134,9 +137,11 @@ def describe_search(
             f"{_made_from(provenance)}"
         ),
         "funnel": funnel_table({"found": counts}),
-        "contact sheet": as_markdown(sheet)
+        "contact sheet": as_markdown(
+            sheet, fetched.note, "" if in_index else links_of_removed(found.removed)
+        )
         if sheet
-        else links(stored, found.removed, remote_pictures=remote_pictures),
+        else links(stored, found.removed, fetched.note),
         "charts": chart(steps(counts), {title: similarities(stored)}),
         "settings": table(provenance.settings.rows()),
         **_labelled(counts),
@@ -163,14 +168,17 @@ def describe_combined(
     searches = {title: Provenance.of(source).counts for title, source in sources.items()}
     total, united = summed(searches.values()), asdict(funnel)
     yielded = share_kept(funnel.kept, total["requested"])
+    fetched = fetch_pictures([*sources.values()], allowed=remote_pictures)
     sheet = draw(
         [
             strip(seeds, provenance.seed_set, count(len(seeds), "seed")),
             *(
-                strip(source, title, Funnel(**searches[title]).sentence())
+                strip(source, title, Funnel(**searches[title]).sentence(), fetched)
                 for title, source in sources.items()
             ),
-            strip_of_combined(stored, [*sources.values()], "combined", count(funnel.kept, "image")),
+            strip_of_combined(
+                stored, [*sources.values()], "combined", count(funnel.kept, "image"), fetched
+            ),
         ]
     )
     return {
@@ -183,7 +191,7 @@ def describe_combined(
         "funnel": funnel_table(
             {"per seed": searches[AROUND_SEEDS], "centroid": searches[AROUND_CENTROID]}, united
         ),
-        "contact sheet": as_markdown(sheet) if sheet else links(stored, remote_pictures=remote_pictures),
+        "contact sheet": as_markdown(sheet, fetched.note) if sheet else links(stored, note=fetched.note),
         "charts": chart(steps(total, united), {title: similarities(t) for title, t in sources.items()}),
         "settings": table(provenance.settings.rows()),
         "requested": total["requested"],

@@ -298,7 +298,7 @@ class Pictures:
     """How the UI shows images if the metadata has no thumbnails.
 
     Attributes:
-        remote: whether the browser loads images from their hosts; otherwise the UI shows links.
+        remote: whether steps fetch images from their hosts; otherwise the UI shows links.
 
     """
 

@@ -23,8 +23,9 @@ from laion_assets.defs.drawing.contact_sheet import contact_sheet
 from laion_assets.defs.drawing.funnel import chart, funnel_table, steps, summed
 from laion_assets.defs.drawing.markup import SHOWN_TEXT, link, links, plain
 from laion_assets.defs.drawing.thumbnails import draw, strip, strip_of_combined
-from laion_assets.io.tables import StoredTable
-from laion_assets.search.combined import CombinedFunnel
+from laion_assets.index.decoder import Decoder
+from laion_assets.io.tables import StoredTable, fixed_size_binary, new_table
+from laion_assets.search.combined import DECODER, CombinedFunnel
 from laion_assets.search.retrieval import Funnel
 
 # --- text off the web -----------------------------------------------------------------------------
@@ -95,15 +96,7 @@ def test_a_row_is_one_link_to_where_it_says_or_none(url: str, caption: str | Non
 def test_a_row_is_short_however_long_its_url_and_caption_are() -> None:
     assert "](<" in link("https://example.org/" + 1900 * "a", None)
     for url in (9999 * "a", 1900 * "\u00e9"):  # some letters are six in an address
-        assert len(link(f"https://example.org/{url}", 9999 * "a", picture=True)) < 300
-
-
-def test_pictures_from_elsewhere_are_shown_only_when_asked_for_and_only_from_the_web() -> None:
-    assert "![" not in link("https://example.org/a.png", "caption")
-    page = Tags(RENDERING.render(link("https://example.org/a.png", "![](x)", picture=True)))
-    assert [a["src"] for tag, a in page.found if tag == "img"] == ["https://example.org/a.png"]
-    for url in ("ftp://example.org/a.png", "javascript:alert(1)", "data:image/png;base64,AA", "/a.png"):
-        assert "<img" not in RENDERING.render(link(url, None, picture=True))
+        assert len(link(f"https://example.org/{url}", 9999 * "a")) < 300
 
 
 # --- counts ---------------------------------------------------------------------------------------
@@ -197,6 +190,26 @@ def test_the_thumbnails_of_a_combined_table_come_from_the_sets_it_was_made_of_in
     plain_table = stored("plain", id=[1, 2])
     assert strip_of_combined(combined, [plain_table], "combined", "") is None
     assert draw([None, strip(plain_table, "plain", "")]) is None
+
+
+def test_an_image_that_several_seeds_found_is_shown_once(tmp_path) -> None:
+    """The second orange is a near-duplicate of the first, and the third the same row."""
+    vectors = np.array([[1, 0], [0.999, 0.04], [1, 0], [0, 1]], np.float32)
+    rows = pa.table(
+        {
+            "id": [1, 2, 1, 3],
+            "rank": pa.array([1, 1, 1, 2], pa.int32()),
+            "seed": pa.array([0, 1, 2, 0], pa.int32()),
+            "code": fixed_size_binary(vectors.view(np.uint8)),
+            "thumbnail": [picture(number) for number in range(4)],
+        }
+    )
+    with new_table(str(tmp_path / "knn.parquet"), rows.schema) as table:
+        table.write(rows.to_batches()[0])
+        table.attach(DECODER, Decoder(None, np.empty(0, np.int64), 2).to_bytes())
+    shown = strip(StoredTable(str(tmp_path / "knn.parquet")), "around each seed", "")
+    assert shown is not None
+    assert list(shown.images) == [picture(0), picture(3)]
 
 
 def test_rows_without_thumbnails_and_urls_are_said_to_have_neither(stored) -> None:

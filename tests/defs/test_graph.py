@@ -385,6 +385,7 @@ def test_without_pictures_there_are_links_and_nothing_of_the_web_becomes_markup(
     rendering.validateLink = lambda _: True  # let the page decide, not the renderer
     for name in ("knn_urls", "centroid_urls", "combined_urls"):
         text = reported(result, name)["contact sheet"]
+        assert "LAION_SHOW_REMOTE_PICTURES=true" in text.partition("\n")[0]  # how to have pictures
         shown = rendering.render(text)
         assert shown.partition("</ol>")[0].count("<li>") == 20
         assert "<code>&lt;script&gt;alert(" in shown

@@ -36,42 +36,44 @@ def embedded(name: str, data: bytes, mime: str) -> str:
     return f"![{name}](data:{mime};base64,{base64.b64encode(data).decode('ascii')})"
 
 
-def links(
-    table: StoredTable, removed: Removed | None = None, *, remote_pictures: bool = False
-) -> dg.MarkdownMetadataValue:
+def links(table: StoredTable, removed: Removed | None = None, note: str = "") -> dg.MarkdownMetadataValue:
     """List the first rows as links, and removed near-duplicates with their representatives.
 
     Args:
         table: table with url and caption.
         removed: examples of removed near-duplicates.
-        remote_pictures: whether the browser loads the images from their hosts.
+        note: Markdown that comes first, about pictures.
 
     """
     if "url" not in table.schema.names:
         return dg.MetadataValue.md("these rows have neither thumbnails nor URLs")
     rows = table.top(LINKS, ["url", "caption"]).to_pylist()
-    lines = [f"{number}. {link(**row, picture=remote_pictures)}" for number, row in enumerate(rows, 1)]
-    if removed is not None and len(removed.cosine):
-        pairs = zip(
-            removed.removed.select(["url", "caption"]).to_pylist(),
-            removed.representatives.select(["url", "caption"]).to_pylist(),
-            removed.cosine.tolist(),
-            strict=True,
-        )
-        lines += ["", "Removed near-duplicates, and the images kept instead:", ""]
-        lines += [
-            f"- {link(**gone)} is like {link(**kept)} (cosine {cosine:.3f})"
-            for gone, kept, cosine in pairs
-        ]
-    return dg.MetadataValue.md("\n".join(lines))
+    lines = "\n".join(f"{number}. {link(**row)}" for number, row in enumerate(rows, 1))
+    return dg.MetadataValue.md("\n\n".join(filter(None, [note, lines, links_of_removed(removed)])))
 
 
-def link(url: str | None, caption: str | None, *, picture: bool = False) -> str:
+def links_of_removed(removed: Removed | None) -> str:
+    """List removed near-duplicates as links, with their representatives; empty without any."""
+    if removed is None or not len(removed.cosine):
+        return ""
+    pairs = zip(
+        removed.removed.select(["url", "caption"]).to_pylist(),
+        removed.representatives.select(["url", "caption"]).to_pylist(),
+        removed.cosine.tolist(),
+        strict=True,
+    )
+    lines = [
+        f"- {link(**gone)} is like {link(**kept)} (cosine {cosine:.3f})" for gone, kept, cosine in pairs
+    ]
+    return "\n".join(["Removed near-duplicates, and the images kept instead:", "", *lines])
+
+
+def link(url: str | None, caption: str | None) -> str:
     """Return a row as one line of Markdown: its URL, as a link if possible, and its plain caption."""
     text = plain(url or "")
     address = quote(url or "", safe=":/?&=%#+,;@~!$")
     if is_web(url) and len(address) <= MAX_ADDRESS:
-        text = f"[{text}](<{address}>)" + (f" ![](<{address}>)" if picture else "")
+        text = f"[{text}](<{address}>)"
     return f"{text} {plain(caption)}" if caption and caption.strip() else text
 
 
