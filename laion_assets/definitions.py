@@ -23,8 +23,6 @@ from laion_assets.defs.settings import Defaults
 from laion_assets.defs.sources import SOURCES, embedding_files, laion_index_source, seed_folder
 from laion_assets.io.storage import on_this_machine
 
-OWNER = "team:image_data"  # the owner of every asset in the UI
-
 
 def build_defs(
     environment: Mapping[str, str] = os.environ,
@@ -55,7 +53,7 @@ def build_defs(
     sources = [embedding_files if building else laion_index_source, *SOURCES, seed_sets_table]
 
     def as_shown(spec: dg.AssetSpec) -> dg.AssetSpec:
-        owned = spec.merge_attributes(owners=[OWNER])
+        owned = spec.merge_attributes(owners=[places.owner])
         if spec.key not in uris:
             return owned
         uri = uris[spec.key]

@@ -241,6 +241,9 @@ MISTAKES: dict[str, tuple[list[str], dict[str, str], int, tuple[str, ...]]] = {
         ["materialize", "flower"], {"LAION_STAGING": "inplace"}, 1,
         ("LAION_STAGING is 'inplace'", "'full', 'sparse' or 'in-place'"),
     ),
+    "an owner that is none": (
+        ["materialize", "flower"], {"LAION_OWNER": "me"}, 1, ("LAION_OWNER is 'me'", "team:"),
+    ),
     "a label of nodes that is none": (
         ["materialize", "flower"], {"LAION_NVME_LABEL": "x"}, 1,
         ("LAION_NVME_LABEL is 'x'", "key=value"),

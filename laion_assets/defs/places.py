@@ -8,6 +8,7 @@ generated from it. Settings that can change for one run are in `settings`; resou
 from __future__ import annotations
 
 import difflib
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -47,6 +48,13 @@ def _bytes(text: Any) -> Any:
         return parse_size(text)
     except InputError as error:
         raise ValueError("write it as a number of bytes, or like 300GB") from error
+
+
+def _owner(text: str) -> str:
+    """Accept what Dagster accepts."""
+    if not re.fullmatch(r"team:.+|[\w.%+-]+@[A-Za-z0-9.-]+\.[A-Za-z]{2,7}", text):
+        raise ValueError("write it as an e-mail address, or like team:image_data")
+    return text
 
 
 def _true_or_false(text: Any) -> Any:
@@ -208,6 +216,10 @@ class Places(BaseModel):
         description="Further names under which browsers may open the UI, comma-separated, for example "
         "behind your own authentication",
         json_schema_extra={"shown": "`127.0.0.1`, `localhost`", "example": "dagster.example.org"},
+    )
+    owner: Annotated[str, AfterValidator(_owner)] = Field(
+        "team:image_data",
+        description="Owner of every asset in the UI: an e-mail address, or `team:` and a name",
     )
 
     @property

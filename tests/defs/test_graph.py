@@ -234,7 +234,7 @@ def test_the_contact_sheet_is_a_picture_small_enough_for_the_event_log(done):
 # --- settings -------------------------------------------------------------------------------------
 
 
-def test_settings_come_from_the_run_then_the_environment_then_the_default(finished):
+def test_settings_come_from_the_run_then_the_environment_then_the_default(finished, capfd):
     other = finished.with_environment(LAION_NB_IMAGES_KNN="7", LAION_NB_IMAGES_CENTROID="9")
     result = other.run("flower", "knn_urls", "centroid_urls", nb_images_knn=3, dedup_threshold=1.0)
     seeds = pq.read_metadata(finished.table("seed_embeddings", "flower")).num_rows
@@ -244,6 +244,9 @@ def test_settings_come_from_the_run_then_the_environment_then_the_default(finish
     assert told["settings"]["nb_images_centroid"] == "9 (LAION_NB_IMAGES_CENTROID)"
     assert told["settings"]["dedup_threshold"] == f"1.0 ({THIS_RUN})"
     assert reported(result, "centroid_urls")["requested"] == 9
+    result = other.run("flower", "centroid_urls", nprobe=10_000)
+    assert "capped at the index's lists" in reported(result, "centroid_urls")["settings"]["nprobe"]
+    assert "nprobe 10,000 searches all rows: the index has " in capfd.readouterr().err
     told = reported(other.run("flower", "knn_urls", nprobe=1), "knn_urls")
     assert told["requested"] == 7 * seeds
     assert told["settings"]["nb_images_knn"] == "7 (LAION_NB_IMAGES_KNN)"

@@ -384,6 +384,9 @@ class _SearchStep:
             log.warning(sentence)
         if found.block_list:
             log.info(f"block list: {found.block_list}")
+        if request.nprobe and request.nprobe != found.nprobe:
+            there = count(found.nprobe, "list") if found.nprobe else "no lists"
+            log.warning(f"nprobe {request.nprobe:,} searches all rows: the index has {there}")
         if found.short:
             log.warning(
                 f"the target cannot be reached around {self._around(found.short)}: the index has no more "
