@@ -146,9 +146,13 @@ def list_files(fs: Any, root: str, depth: int | None = None) -> Iterator[Listed]
 
 
 def find_files(fs: Any, root: str, depth: int | None = None) -> dict[str, Mapping[str, Any]]:
-    """Return the details of all files below a folder, or those in its first `depth` levels, by path."""
+    """Return the details of all files below a folder, or those in its first `depth` levels, by path.
+
+    A file in place of the folder is returned itself.
+    """
     if is_local(fs):
-        return {path: _local_details(fs, path) for path in walk(root, depth)}
+        paths = [root] if fs.isfile(root) else walk(root, depth)
+        return {path: _local_details(fs, path) for path in paths}
     found: dict[str, Mapping[str, Any]] = fs.find(root, maxdepth=depth, detail=True)
     return found
 

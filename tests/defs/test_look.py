@@ -338,7 +338,7 @@ def test_the_number_of_rows_has_bounds(place, top):
 @pytest.mark.usefixtures("place")
 def test_a_path_that_cannot_be_used_is_no_prompt(text, said):
     write(Path("pictures"), {"a.png": b""})
-    write(Path("empty"), {"notes.txt": b"", ".hidden.png": b"", "_tmp/a.png": b""})
+    write(Path("empty"), {"notes.txt": b"", ".hidden.png": b"", "_temporary/a.png": b""})
     for name, target in (("loop.png", "loop.png"), ("a dangling link", "nowhere")):
         Path(name).symlink_to(target)
     with pytest.raises(InputError, match=said) as refused:
