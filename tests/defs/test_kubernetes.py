@@ -394,8 +394,11 @@ def test_the_copy_on_each_node_is_verified_as_the_policy_allows():
     assert pod["nodeSelector"] == dict([node.label.split("=")])
     assert [toleration["key"] for toleration in pod["tolerations"]] == [node.taint]
     assert pod["securityContext"]["fsGroup"] == int(node.group)
-    ((volume,), (container,)) = pod["volumes"], pod["containers"]
-    assert volume["hostPath"]["path"] == node.folder
+    (container,) = pod["containers"]
+    (folder,) = [volume["hostPath"] for volume in pod["volumes"] if "hostPath" in volume]
+    assert folder["path"] == node.folder
+    mounted = {mount["mountPath"] for mount in container["volumeMounts"]}
+    assert mounted == {node.mount, "/tmp", "/home/laion"}, "the root of the container is read-only"
     assert container["env"] == [{"name": "LAION_CACHE_DIR", "value": node.mount}]
     assert "laion-assets verify --repair" in container["args"][0]
 
