@@ -15,7 +15,7 @@ from typing import Any
 
 import dagster as dg
 
-from laion_assets.defs.dagster_internals import PARTITION_NAME_TAG
+from laion_assets.defs.dagster_internals import MAX_RUNTIME_SECONDS_TAG, PARTITION_NAME_TAG
 from laion_assets.defs.failures import sentence
 from laion_assets.defs.launchpad import run_config
 from laion_assets.defs.partitions import SEED_SETS, seed_sets
@@ -56,6 +56,8 @@ SEEDS_INTERVAL = 15  # seconds between ticks
 INDEX_INTERVAL = 300  # seconds between ticks
 LISTING_SECONDS = 20.0  # of a tick; Dagster ends a tick after 60 seconds
 RUNS_PER_TICK = 5
+RUN_SECONDS = 2 * 24 * 3600  # longest run of a set without seeds: time to copy the largest index
+SEED_SECONDS = 2  # more for each image, and for each KiB of other seeds
 SETTINGS_PER_TICK = 100  # seed sets whose new settings are reported; each needs a database write
 TEAM_TAG = "laion_assets/team"  # counted by tag_concurrency_limits in dagster.yaml
 
@@ -269,7 +271,7 @@ def build_seed_sets_sensor(
                     partition_key=name,
                     run_config=run_config({}),  # not today's settings, which may change before it starts
                     run_key=f"{name}:{versions[name]}:{decision.pending[name].since}",
-                    tags=_team_tag(seeds, present[name]),
+                    tags={**_time_limit(present[name]), **_team_tag(seeds, present[name])},
                 )
                 for name in decision.run
             ],
@@ -299,6 +301,13 @@ def _team_tag(seeds: SeedFolder, seed_set: SeedSet) -> Mapping[str, str]:
     except InputError:
         return {}
     return {TEAM_TAG: team} if team else {}
+
+
+def _time_limit(seed_set: SeedSet) -> Mapping[str, str]:
+    """Return the tag with the seconds after which Dagster ends a run, which would otherwise hang."""
+    others = sum(file.size for file in (*seed_set.vectors, *seed_set.prompts)) >> 10
+    seconds = RUN_SECONDS + SEED_SECONDS * (len(seed_set.images) + others)
+    return {MAX_RUNTIME_SECONDS_TAG: str(seconds)}
 
 
 def _last_run_failed(instance: dg.DagsterInstance, seed_set: str) -> bool:
