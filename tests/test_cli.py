@@ -347,7 +347,7 @@ def test_what_is_kept_of_a_target_is_printed(demo, tmp_path, run_here) -> None:
     done = run_here(tmp_path, "materialize", "fruit", "--target-images", "300", **places)
     assert (done.status, done.err) == (0, "")
     (kept,), _ = table_of(done)["combined_urls"]
-    assert f"\ntarget 300: {kept} kept\n" in done.out
+    assert f"\ntarget 300: {kept} kept of the {kept} that it needs\n" in done.out
 
 
 def test_images_are_indexed_and_looked_into_though_the_first_is_broken(demo, tmp_path, run_here) -> None:
