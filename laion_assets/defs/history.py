@@ -116,8 +116,8 @@ def received_since(instance: dg.DagsterInstance, asset: str, since: float, other
         page = instance.fetch_materializations(wanted, limit=PAGE, cursor=cursor)
         for record in page.records:
             made = record.asset_materialization
-            if made is not None and record.run_id != other_than and RECEIVED in made.metadata:
-                found += int(made.metadata[RECEIVED].value)  # type: ignore[arg-type]  # ours
+            if made is not None and record.run_id != other_than:
+                found += int(figures_of(made.metadata).get(RECEIVED, 0))
         cursor, has_more = page.cursor, page.has_more
     return found
 
