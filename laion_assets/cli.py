@@ -336,6 +336,8 @@ def _verify(parsed: argparse.Namespace, environment: Mapping[str, str]) -> int:
 
 
 def _verdict(found: Scrubbed) -> str:
+    if not found.files:
+        return "nothing to verify"
     if not found.damaged:
         return "intact"
     if found.mended:

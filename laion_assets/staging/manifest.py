@@ -94,7 +94,7 @@ class Manifest:
         """Read the manifest of a cache directory; None if there is none.
 
         Raises:
-            InputError: the manifest is damaged.
+            NotStagedError: the manifest is damaged.
 
         """
         path = cache / MANIFEST
@@ -106,8 +106,8 @@ class Manifest:
             manifest = cls(stored["source"], files, stored["complete"])
             manifest._check_types()
         except (ValueError, KeyError, TypeError) as error:
-            raise InputError(
-                f"{path} cannot be read ({error!r}): delete it and stage the index again", "staged_index"
+            raise NotStagedError(
+                f"{path} is damaged ({type(error).__name__}: {error}): stage the index again"
             ) from error
         return manifest
 

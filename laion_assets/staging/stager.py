@@ -12,14 +12,14 @@ from pathlib import Path
 from laion_assets.index.layout import METADATA_FOLDER, SINGLE_INDEX
 from laion_assets.io.descriptors import enough_descriptors
 from laion_assets.io.errors import InputError
-from laion_assets.staging.full.blocks import remove_other_checksums
+from laion_assets.staging.full.blocks import Blocks, remove_other_checksums
 from laion_assets.staging.full.copy import FullCopy
 from laion_assets.staging.full.journal import INCOMING, journal_path, partial_path, recorded_chunks
 from laion_assets.staging.full.mend import mend
-from laion_assets.staging.manifest import VERSION, Manifest, StagedFile
+from laion_assets.staging.manifest import VERSION, Manifest, NotStagedError, StagedFile
 from laion_assets.staging.plan import Plan, plan_staging
 from laion_assets.staging.sparse.leases import remove_leases
-from laion_assets.staging.sparse.pages import allocate, map_path
+from laion_assets.staging.sparse.pages import allocate, is_allocated, map_path
 from laion_assets.staging.transfer import locks
 from laion_assets.staging.transfer.disk import (
     DISK_FULL_ERRORS,
@@ -149,6 +149,7 @@ class _Stager:
     def run(self) -> Staged:
         started = time.monotonic()
         with locks.staging(self.cache, self.log), ExitStack() as held:
+            self._mend_manifest()
             for _ in range(MAX_ROUNDS):
                 files = self.source.list()
                 manifest, todo, damage = self._compare(files)
@@ -193,6 +194,23 @@ class _Stager:
         intact = {name: size for name, size in sizes.items() if name not in lost}
         todo = plan_staging(files, manifest, intact, in_place=self.in_place, sparse=self.sparse)
         return manifest, todo, damage
+
+    def _mend_manifest(self) -> None:
+        """Replace a damaged manifest by one of the files whose content is known without it."""
+        try:
+            Manifest.read(self.cache)
+        except NotStagedError as error:
+            self.log(f"{error}; files whose content is known without it are kept")
+            known = map(self._known_without_manifest, self.source.list())
+            self._write([file for file in known if file], complete=False)
+
+    def _known_without_manifest(self, file: SourceFile) -> StagedFile | None:
+        """Describe a file of the cache by its page map, or by the checksums of its blocks."""
+        content = file.checksum or f"{VERSION}{file.version}"
+        sparse = is_allocated(self.cache / file.name, file.size, content)
+        if self.in_place or not (sparse or Blocks.read(self.cache, file.name, file.size, content)):
+            return None
+        return StagedFile(file.name, file.name, file.url, file.size, file.version, content, sparse)
 
     def _find_damage(self, manifest: Manifest | None, sizes: Mapping[str, int]) -> list[Damage]:
         """Find the damage in files that have changed, or of which a sample is damaged."""

@@ -18,7 +18,7 @@ from pathlib import Path
 
 from laion_assets.io.derived import keep
 from laion_assets.io.progress import Progress
-from laion_assets.io.text import json_object
+from laion_assets.io.text import count, json_object
 from laion_assets.staging.full.blocks import BLOCK, Blocks
 from laion_assets.staging.manifest import Manifest, NotStagedError, StagedFile
 from laion_assets.staging.sparse.pages import is_allocated, map_path
@@ -123,7 +123,7 @@ class Damage:
         if self.blocks is None:
             return f"{path} is damaged: it differs from its checksum"
         start, stop = self.blocks.ends(self.numbers[0])
-        more = f" and {len(self.numbers) - 1:,} more blocks" if len(self.numbers) > 1 else ""
+        more = f" and {count(len(self.numbers) - 1, 'more block')}" if len(self.numbers) > 1 else ""
         return f"{path} is damaged: bytes {start:,} to {stop:,}{more} differ from their checksums"
 
 

@@ -99,6 +99,20 @@ def test_an_intact_copy_is_not_read_again_and_nothing_is_written(large, monkeypa
     assert read == [POPULATED]
 
 
+@pytest.mark.parametrize("sparse", [False, True])
+def test_a_damaged_manifest_costs_none_of_the_files(bucket, cache, sparse):
+    stage(bucket.uri, None, cache, sparse=sparse)
+    assert is_readable(cache)
+    (cache / "manifest.json").write_text("damaged")
+    lines: list[str] = []
+    done = stage(bucket.uri, None, cache, sparse=sparse, log=lines.append)
+    assert (done.fetched, done.bytes_fetched) == (0, 0)
+    assert any("manifest.json is damaged" in line for line in lines)
+    read = bucket.proxy.bytes_read
+    assert is_readable(cache)
+    assert bucket.proxy.bytes_read == read
+
+
 def test_a_copy_without_checksums_of_blocks_is_read_once_and_damage_costs_the_file(bucket, source, large):
     for kept in (".checksums", ".verified"):  # as an earlier version leaves a cache
         path = large / kept
