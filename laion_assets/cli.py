@@ -24,7 +24,7 @@ from dotenv import load_dotenv
 from laion_assets.build import Build, Request, check_key, cost_of, embed_folder, index_key_for, measured
 from laion_assets.definitions import build_defs
 from laion_assets.defs.build_sensor import ENCODE_JOB, PUBLISH_JOB, TRAIN_JOB
-from laion_assets.defs.dagster_internals import REPOSITORY_LABEL_TAG, RunFailureReason
+from laion_assets.defs.dagster_internals import RunFailureReason
 from laion_assets.defs.estimate import measured_machine
 from laion_assets.defs.failures import sentence
 from laion_assets.defs.forget import belongings, forget
@@ -37,7 +37,8 @@ from laion_assets.defs.partitions import JOB, SEED_SETS, SHARDS
 from laion_assets.defs.places import DATA, Places
 from laion_assets.defs.request_plan import as_yaml, estimated, plan_request, read_history, scaled
 from laion_assets.defs.resources import Embedder, IndexBuilder, LaionIndex, SeedFolder
-from laion_assets.defs.services import LOCATION, serve
+from laion_assets.defs.run_origin import give_origin
+from laion_assets.defs.services import serve
 from laion_assets.defs.settings import FIELDS, Defaults, RetrievalConfig, kind_of
 from laion_assets.defs.terminal import count, one_line
 from laion_assets.demo import DEMO_MODEL, build_demo
@@ -54,7 +55,6 @@ EXAMPLES = 8  # rows shown by `index-images`
 IMAGES_SHOWN = 10  # skipped images listed by `index-images`
 HOST, PORT, MAX_PORT = "127.0.0.1", 3000, 65_535
 INSTANCE_FILE = "dagster.yaml"
-REPOSITORY = f"__repository__@{LOCATION}"  # as Dagster labels the runs of the code location
 METAVARS: Mapping[type, str] = {int: "N", float: "X", str: "CONDITIONS"}
 DEFAULT_FOLDERS = {"LAION_INDEX_URI": DATA / "index", "LAION_SEEDS_URI": DATA / "seeds"}
 CONSOLE: Mapping[str, Any] = {"loggers": {"console": {"config": {}}}}
@@ -517,11 +517,12 @@ def materialize(seed_set: str, given: Mapping[str, Any], environment: Mapping[st
 def _kept_instance(
     environment: Mapping[str, str],
 ) -> Iterator[tuple[dg.DagsterInstance, Mapping[str, str]]]:
-    """Open the instance for runs, with tags that identify this process and the code location."""
+    """Open the instance for runs of the code location, with tags that identify this process."""
     with instance(environment) as kept, process_lock() as tags:
         for run_id in fail_abandoned_runs(kept):
             print(f"run {run_id} was killed; it is now marked as failed")
-        yield kept, {**tags, REPOSITORY_LABEL_TAG: REPOSITORY}
+        give_origin(kept)
+        yield kept, tags
 
 
 @contextmanager

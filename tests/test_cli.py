@@ -657,6 +657,8 @@ def test_in_any_folder_the_history_is_kept_below_its_data_until_it_is_forgotten(
     with history(tmp_path, "data/dagster") as instance:
         (run,) = instance.get_runs()
         assert (run.status, run.tags["dagster/partition"]) == (dg.DagsterRunStatus.SUCCESS, "fruit")
+        assert run.remote_job_origin  # or Overview > Timeline leaves it out
+        assert run.remote_job_origin.repository_origin.get_label() == "__repository__@laion_assets"
         assert isinstance(instance.run_launcher, LocalRunLauncher)
         assert instance.get_concurrency_config().pool_config.default_pool_limit == 1
 

@@ -18,6 +18,11 @@ from dagster._core.executor.step_delegating import (
 )
 from dagster._core.launcher.base import CheckRunHealthResult, WorkerStatus
 from dagster._core.launcher.default_run_launcher import DefaultRunLauncher
+from dagster._core.remote_origin import (
+    RegisteredCodeLocationOrigin,
+    RemoteJobOrigin,
+    RemoteRepositoryOrigin,
+)
 from dagster._core.storage.tags import (
     GRPC_INFO_TAG,
     HIDDEN_TAG_PREFIX,
@@ -51,6 +56,9 @@ __all__ = [
     "DefaultRunLauncher",
     "GetCurrentRunsResult",
     "PartitionKeyFilter",
+    "RegisteredCodeLocationOrigin",
+    "RemoteJobOrigin",
+    "RemoteRepositoryOrigin",
     "RunFailureReason",
     "SerializableErrorInfo",
     "StepDelegatingExecutor",

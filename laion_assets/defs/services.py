@@ -23,10 +23,11 @@ from pathlib import Path
 import yaml
 
 from laion_assets.defs.places import DATA
+from laion_assets.defs.run_origin import LOCATION
 from laion_assets.io.errors import InputError
 
 LOCK = DATA / "dagster" / "dev.lock"
-LOCATION, MODULE = "laion_assets", "laion_assets.definitions"
+MODULE = "laion_assets.definitions"
 PAUSE = 1.0  # seconds before a restart
 SHORT = 20.0  # seconds; a service that ends sooner has not come up
 MOST_SHORT = 5  # short lives in a row after which a service cannot be helped

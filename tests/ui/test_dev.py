@@ -22,6 +22,7 @@ from helpers.webserver import (
     OTHERS,
     OWN_IMAGES,
     RAN_BY_THE_DEMO,
+    REPOSITORY_SELECTOR,
     Dev,
     Project,
     is_running,
@@ -45,6 +46,12 @@ def project(running_project: Project) -> Project:
 def test_the_history_of_the_command_line_is_there(project: Project) -> None:
     run = project.ran_by_the_demo
     assert (run.seed_set, run.status, run.by_sensor) == (RAN_BY_THE_DEMO, "SUCCESS", False)
+    origin = project.ui.ask(
+        "query($run: ID!) { runOrError(runId: $run) { ... on Run"
+        " { repositoryOrigin { repositoryName repositoryLocationName } } } }",
+        run=run.id,
+    )["runOrError"]["repositoryOrigin"]
+    assert origin == REPOSITORY_SELECTOR  # or Overview > Timeline and Jobs leave it out
 
 
 @pytest.mark.parametrize("seed_set", [*OTHERS, DROPPED, OWN_IMAGES])
