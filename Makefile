@@ -7,7 +7,7 @@ IMG2DATASET := tests/handover/.venv
 TRANSFORMERS := tests/embed/.venv
 PORT ?= 3000
 
-.PHONY: help demo dev test test-faults test-ui screenshots test-peer test-k8s test-embed test-handover golden lint bench bench-quick bench-cold bench-embed bench-staging bench-sensor bench-runs bench-sparse bench-build bench-duplicates bench-truesize bench-plan settings-docs docs docs-links lock clean
+.PHONY: help demo dev test test-faults test-ui screenshots test-peer test-k8s test-embed test-handover golden lint bench bench-quick bench-cold bench-embed bench-staging bench-sensor bench-runs bench-sparse bench-build bench-duplicates bench-combine bench-truesize bench-plan settings-docs docs docs-links lock clean
 
 help: ## List the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -101,6 +101,9 @@ bench-build: $(READY) ## Build the same index as autofaiss, about an hour; ROWS=
 
 bench-duplicates: $(READY) ## CPU time and memory of finding near-duplicates, a few minutes; writes benchmarks/duplicates.md
 	$(BIN)/python benchmarks/duplicates.py
+
+bench-combine: $(READY) ## Time, memory and disk of combining millions of images, hours; ROWS="250000 500000" for other sizes
+	$(BIN)/python benchmarks/combine.py $(if $(ROWS),--rows $(ROWS))
 
 bench-plan: $(READY) ## Compare planned requests with measured ones, two minutes; needs the data of bench-build
 	$(BIN)/python benchmarks/plan.py

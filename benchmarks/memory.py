@@ -18,6 +18,8 @@ def anonymous_bytes() -> int:
 class PeakMemory:
     """`with PeakMemory() as memory: ...`, then `memory.peak` and `memory.before`, in bytes."""
 
+    measured = staticmethod(anonymous_bytes)
+
     def __init__(self, interval: float = 0.02) -> None:
         self.interval = interval
         self.before = self.peak = 0
@@ -26,10 +28,10 @@ class PeakMemory:
 
     def _watch(self) -> None:
         while not self._done.wait(self.interval):
-            self.peak = max(self.peak, anonymous_bytes())
+            self.peak = max(self.peak, self.measured())
 
     def __enter__(self) -> PeakMemory:
-        self.before = self.peak = anonymous_bytes()
+        self.before = self.peak = self.measured()
         self._watcher.start()
         return self
 
@@ -41,4 +43,4 @@ class PeakMemory:
     ) -> None:
         self._done.set()
         self._watcher.join()
-        self.peak = max(self.peak, anonymous_bytes())
+        self.peak = max(self.peak, self.measured())

@@ -31,19 +31,22 @@ def unit(vectors: Floats) -> Floats:
     return scaled
 
 
-def decoded_codes(codes: Bytes, decode: Callable[[Bytes], Floats]) -> Vectors:
+def decoded_codes(
+    codes: Bytes, decode: Callable[[Bytes], Floats], held_rows: int | None = None
+) -> Vectors:
     """Return the unit vectors of codes.
 
-    Up to `HELD_ROWS` vectors are decoded at once and held as an array. More are decoded on every access:
-    for LAION-5B a code has 131 bytes, but a vector more than 3 KB.
+    A few vectors are decoded at once and held as an array. More are decoded on every access: for LAION-5B
+    a code has 131 bytes, but a vector more than 3 KB.
 
     Args:
         codes: (n, code size).
         decode: turns (m, code size) codes into (m, d) vectors.
+        held_rows: vectors to hold, at most; `HELD_ROWS` if None.
 
     """
     coded = Coded(codes, decode)
-    if not 0 < len(codes) <= HELD_ROWS:
+    if not 0 < len(codes) <= (HELD_ROWS if held_rows is None else held_rows):
         return coded
     held = np.empty((len(codes), coded[:1].shape[1]), np.float32)
 

@@ -28,6 +28,7 @@ from laion_assets.search.links import Forest
 from laion_assets.search.near_duplicates import components
 
 COMBINED_ROWS = 1 << 16  # rows per batch of the combined table
+HELD_VECTORS = 1 << 16  # more are decoded on every access, which takes a tenth longer
 DECODER = "decoder"  # attachment of a table of found rows
 NOT_HANDED_OVER = ("code", "thumbnail")
 
@@ -107,7 +108,8 @@ def combine(knn: Stored, centroid: Stored, threshold: float, most: int | None = 
     forest.connect(*_equal_urls(urls))
     distinct_urls = forest.count()
     if threshold < 1:  # at 1 nothing is a near-duplicate
-        labels = components(decoded_codes(codes, _decoder(knn, centroid).decode_to_compare), threshold)
+        decode = _decoder(knn, centroid).decode_to_compare
+        labels = components(decoded_codes(codes, decode, HELD_VECTORS), threshold)
         near = np.flatnonzero(labels != np.arange(len(labels)))
         forest.connect(near, labels[near])
     labels = forest.labels()
