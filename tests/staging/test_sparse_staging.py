@@ -155,17 +155,18 @@ def test_an_allocation_that_is_killed_is_finished_by_the_next_run(source, cache,
 # --- what requests find ---------------------------------------------------------------------------
 
 
-def test_what_a_notebook_finds_is_the_same_with_and_without_a_copy(scattered, tmp_path):
+@pytest.mark.parametrize("asked", [Request(50, 0.9), Request(40, 0.9, keep=40)], ids=["once", "goes on"])
+def test_what_a_notebook_finds_is_the_same_with_and_without_a_copy(scattered, tmp_path, asked):
     queries = indices.random_rows(np.random.default_rng(5), 40)
     tables = []
     for sparse in (False, True):
         cache = tmp_path / str(sparse)
         stage(str(scattered), None, cache, sparse=sparse)
         with open_staged(cache) as opened:
-            request = Request(50, 0.9)
-            table, _ = retrieve_table(opened.index, opened.metadata, queries, request, per_seed=True)
+            table, found = retrieve_table(opened.index, opened.metadata, queries, asked, per_seed=True)
             tables.append(table)
     assert tables[0] == tables[1]
+    assert asked.keep is None or found.funnel.requested > len(queries) * asked.k
 
 
 # Processes are forks of a server that has imported the library, but has not used it.
