@@ -137,12 +137,6 @@ def test_the_figures_on_a_page_are_those_of_the_table(
     assert (details["kept"], details["requested"]) == (rows, wanted)
     assert details["yield"] == pytest.approx(rows / wanted, abs=1e-4)
     assert details["bytes"] == project.table(asset, RAN_BY_THE_DEMO).stat().st_size
-    assert page.locator("//tr[not(ancestor::td)][td[2]]").count() <= 10
-    assert told(page, "details").inner_text() == "[Show JSON]"
-    for name in ("about", "funnel", "settings", "first rows"):  # nothing is cut off at the right
-        box = told(page, name).bounding_box()
-        assert box
-        assert box["x"] + box["width"] < SIZE["width"], name
     expect(told(page, "about")).to_contain_text(f"{rows:,} {'rows' if asset == 'knn_urls' else 'images'}")
     settings = {row[0]: row[1:] for row in rows_of(told(page, "settings"))}
     for name, value in NUMBERS.items():
@@ -220,45 +214,6 @@ def test_the_graph_shows_where_everything_comes_from(project: Project, page: Pag
     expect(page.locator("foreignObject", has_text="100% filled").first).to_be_visible()
     keep(page, "graph")
     page.set_viewport_size(SIZE)
-
-
-def checks_passed(page: Page, asset: str) -> str:
-    """What the graph says about the checks of an asset."""
-    page.goto(f"/asset-groups/?asset-selection=key%3A%22{asset}%22")
-    node = page.locator("foreignObject", has_text=asset).first
-    passed = node.get_by_text("Passed")
-    passed.first.wait_for()
-    return passed.first.inner_text()
-
-
-def test_a_set_that_fails_turns_no_check_red_in_the_graph_the_tab_and_the_overview(
-    project: Project, page: Page
-) -> None:
-    if not project.ui.runs_of(BROKEN):
-        project.drop_broken()
-    (run,) = wait_for("the sensor", lambda: project.ui.runs_of(BROKEN))
-    assert project.ui.finished(run.id).status == "FAILURE"
-    wait_for("quiet", lambda: all(run.status not in IN_PROGRESS for run in project.ui.runs()))
-    names = [spec.name for spec in checks.COMBINED]
-    assert checks_passed(page, "combined_urls") == f"{len(names)} / {len(names)} Passed"
-    page.goto("/assets/combined_urls?view=overview")
-    latest = page.get_by_text("Latest check results").locator("xpath=..")
-    expect(latest).to_contain_text(str(len(names)), timeout=60_000)
-    for name in names:
-        page.goto(f"/assets/combined_urls?view=checks&checkDetail={name}")
-        expect(page.get_by_text("Passed", exact=True).first).to_be_visible(timeout=60_000)
-        expect(page.get_by_text("Succeeded")).to_have_count(len(names))
-        assert page.get_by_text("Failed").count() == 0
-
-
-def test_the_table_of_seed_sets_says_what_is_so(project: Project, page: Page) -> None:
-    wait_for("quiet", lambda: all(run.status not in IN_PROGRESS for run in project.ui.runs()))
-    page.goto("/assets/seed_sets?view=overview")
-    row = page.get_by_role("row", name=BROKEN).last
-    expect(row).to_contain_text("failed", timeout=60_000)
-    expect(row).to_contain_text("seed_embeddings: ")
-    expect(page.get_by_role("row", name=RAN_BY_THE_DEMO).last).to_contain_text("done")
-    keep(page, "seed-sets")
 
 
 def test_the_sensor_says_what_it_saw(project: Project, page: Page) -> None:
