@@ -51,6 +51,7 @@ from laion_assets.seeds import Model, count_seeds, stage_model
 from laion_assets.staging import Scrubbed
 
 DEMO_SET = "fruit"
+BLOCKED_BY_A_CHECK = "DagsterAssetCheckFailedError"
 EXAMPLES = 8  # rows shown by `index-images`
 IMAGES_SHOWN = 10  # skipped images listed by `index-images`
 HOST, PORT, MAX_PORT = "127.0.0.1", 3000, 65_535
@@ -590,7 +591,16 @@ def _failures(result: dg.ExecuteInProcessResult) -> Iterator[str]:
     for event in result.filter_events(lambda event: event.is_step_failure):
         failure = event.step_failure_data
         described = failure.user_failure_data and failure.user_failure_data.description
+        if failure.error and failure.error.cls_name == BLOCKED_BY_A_CHECK:
+            described = "; ".join(_failed_checks(result, str(event.step_key)))
         yield f"{event.step_key}: {described or failure.error_display_string}"
+
+
+def _failed_checks(result: dg.ExecuteInProcessResult, asset: str) -> Iterator[str]:
+    for check in result.get_asset_check_evaluations():
+        is_error = check.severity is dg.AssetCheckSeverity.ERROR and not check.passed
+        if is_error and check.asset_key.to_user_string() == asset:
+            yield f"check {check.check_name} failed: {check.description}"
 
 
 def _print_report(result: dg.ExecuteInProcessResult) -> None:

@@ -27,7 +27,7 @@ from helpers.staging import write_source
 from PIL import Image
 
 from laion_assets.build import builder
-from laion_assets.cli import main
+from laion_assets.cli import _failures, main
 from laion_assets.defs.launcher import LocalRunLauncher
 from laion_assets.staging import stage
 
@@ -704,3 +704,15 @@ def test_commands_that_start_a_history_at_once_do_not_disturb_each_other(tmp_pat
     for each in started:
         errors = each.communicate()[1]
         assert each.returncode == 0, errors
+
+
+def test_a_check_that_blocks_is_told_in_a_sentence_without_a_stack_trace() -> None:
+    spec = dg.AssetCheckSpec("is_intact", asset="index", blocking=True)
+
+    @dg.asset(check_specs=[spec])
+    def index():
+        failed = dg.AssetCheckResult(passed=False, check_name="is_intact", description="it has no rows")
+        return dg.MaterializeResult(check_results=[failed])
+
+    result = dg.materialize([index], raise_on_error=False)
+    assert list(_failures(result)) == ["index: check is_intact failed: it has no rows"]

@@ -178,7 +178,7 @@ _ALL = [
         "staged_laion_index",
         "staged_index_is_intact",
         f"{SAMPLED_BLOCKS} random blocks of 1 MiB of all files still have the checksums recorded at "
-        "staging. Rows sampled from the whole index have valid ids, and at least one has a vector. An "
+        "staging. Rows sampled from the whole index have ids of their own, and at least one a vector. An "
         "error that blocks: every search would be useless. Remedy: materialize again, which fetches the "
         "damaged blocks; `laion-assets verify` reads all blocks. If no file is named, replace the index "
         "at the source.",
@@ -299,6 +299,8 @@ def of_staged_index(opened: OpenIndex, cache_dir: Any) -> list[dg.AssetCheckResu
     captions = None if partly else audit.agreement(opened.index, opened.metadata)
     sound = None if partly else audit.soundness(opened.index)
     wrong = [*(found.describe(cache_dir) for found in damage), *(sound.wrong if sound else [])]
+    if not rows:
+        wrong.append("the index has no rows: name the populated index instead of the trained one")
     read_again = (
         f"random blocks of {count(len(copied), 'file')} were read again and are unchanged"
         if (copied := [file for file in opened.manifest.files if file.is_copied])

@@ -6,6 +6,7 @@ from contextlib import contextmanager
 import dagster as dg
 
 from laion_assets.io.errors import InputError
+from laion_assets.io.storage import first_line
 from laion_assets.io.text import printable
 
 REMEDIES = {
@@ -38,6 +39,12 @@ def as_failures() -> Iterator[None]:
         raise
     except InputError as error:
         raise dg.Failure(description=sentence(error), allow_retries=False) from None
+    except MemoryError as error:
+        raise dg.Failure(
+            description=f"there is not enough memory ({first_line(error)}): give the step more, or "
+            "request fewer images",
+            allow_retries=False,
+        ) from error
     except Exception as error:
         described = f"{type(error).__name__}: {error}"
         raise dg.Failure(description=described, allow_retries=False) from error

@@ -1,6 +1,7 @@
 """Find the files that make up an index, from the file names of a folder or bucket."""
 
-from collections.abc import Iterable
+import re
+from collections.abc import Iterable, Sequence
 from pathlib import PurePosixPath
 
 from laion_assets.io.errors import InputError
@@ -11,7 +12,7 @@ INVERTED_LISTS = "image.index/merged_index.ivfdata"
 METADATA_FOLDER = "metadata"
 PUBLISHED_TABLES = "batches.parquet"  # where the metadata's record batches are, see `batch_tables`
 PUBLISHING = ".publishing"  # marks a bucket's index while its objects are being replaced
-METADATA_SUFFIXES = (".arrow", ".parquet")  # Arrow is preferred: it needs no decompression
+METADATA_SUFFIXES = (".arrow", ".parquet")
 
 
 def index_files(names: Iterable[str], where: str) -> tuple[str, str | None]:
@@ -50,19 +51,46 @@ def metadata_files(names: Iterable[str], where: str) -> tuple[str, ...]:
         where: the metadata folder, for error messages.
 
     Raises:
-        InputError: the folder holds neither an Arrow nor a Parquet file.
+        InputError: the folder holds neither Arrow nor Parquet files, or both, or the order of the files
+            by name differs from that by number.
 
     """
     present = sorted(name for name in names if PurePosixPath(name).name[0] not in "._")
-    for suffix in METADATA_SUFFIXES:
-        found = tuple(name for name in present if name.endswith(suffix))
-        if found:
-            return found
+    found = {
+        suffix: tuple(name for name in present if name.endswith(suffix)) for suffix in METADATA_SUFFIXES
+    }
+    arrow, parquet = found.values()
+    if arrow and parquet:
+        raise InputError(
+            f"{where} holds metadata of two formats, such as {arrow[0]} and {parquet[0]}: remove one of "
+            "them",
+            "metadata_uri",
+        )
+    if files := arrow or parquet:
+        _check_order(files, where)
+        return files
     raise InputError(
         f"{where} holds no *.arrow or *.parquet file (found {_listed(present)}): name the folder that "
         "holds the metadata",
         "metadata_uri",
     )
+
+
+def _check_order(names: Sequence[str], where: str) -> None:
+    """Check that names are in the order of their numbers, or rows would get the URLs of others."""
+    by_number = sorted(names, key=_with_numbers)
+    for name, other in zip(names, by_number, strict=True):
+        if name != other:
+            raise InputError(
+                f"the order of the metadata files in {where} is unclear: {name} comes before {other} by "
+                "name and after it by number: rename them with as many digits each, in the order of the "
+                "ids",
+                "metadata_uri",
+            )
+
+
+def _with_numbers(name: str) -> list[tuple[str, int]]:
+    return [(text, int(number or 0)) for text, number in re.findall(r"(\D*)(\d*)", name)]
 
 
 def read_in_parts(name: str) -> bool:

@@ -136,6 +136,9 @@ def _common(ours: Iterable[frozenset[str]], theirs: Iterable[frozenset[str]]) ->
     return float(np.mean([len(a & b) / len(a | b) for a, b in zip(ours, theirs, strict=True)]))
 
 
+ENOUGH_IDS = 64  # of which one is in the upper half, except with probability 2^-64
+
+
 @dataclass(frozen=True)
 class Soundness:
     """The problems found in a sample of an index's rows.
@@ -155,10 +158,16 @@ class Soundness:
 def soundness(index: Index) -> Soundness:
     """Check a sample of rows from many inverted lists for damage."""
     wrong = []
+    unshifted = "the parts of the index were merged without shifting their ids; merge them again"
     ids, present = _rows_with_vectors(index)
     odd = ids[(ids < 0) | (ids >= index.rows)]
+    distinct, times = np.unique(ids, return_counts=True)
     if len(odd):
         wrong.append(f"rows have ids outside 0 to {index.rows - 1:,}, such as {odd[0]}")
+    elif len(distinct) < len(ids):
+        wrong.append(f"id {distinct[times.argmax()]} belongs to several rows: {unshifted}")
+    elif len(ids) >= ENOUGH_IDS and ids.max() < index.rows // 2:
+        wrong.append(f"all ids are below {ids.max() + 1:,}, of {index.rows:,} rows: {unshifted}")
     if len(ids) and not present.any():
         wrong.append(f"none of {len(ids):,} rows can be decoded to a vector")
     return Soundness(wrong, len(ids), int((~present).sum()))

@@ -385,6 +385,12 @@ def test_rows_with_impossible_numbers_are_told(staged, number):
     assert wrong.endswith(f"such as {number}")
 
 
+def test_ids_that_repeat_are_told_with_their_cause(staged):
+    opened, _ = staged
+    (wrong,) = audit.soundness(Odd(opened.index, lambda ids, v: (ids % 3, v))).wrong
+    assert "merged without shifting their ids" in wrong
+
+
 @pytest.mark.parametrize(("without", "sound"), [(1, True), (16, False)])
 def test_rows_without_a_vector_are_counted_and_block_only_where_there_are_no_others(
     staged, without, sound

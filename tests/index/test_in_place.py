@@ -9,6 +9,7 @@ import pytest
 from helpers import indices
 
 from laion_assets.index import open_folder, unit
+from laion_assets.index.layout import metadata_files
 from laion_assets.io.errors import InputError
 
 ROWS = indices.random_rows(np.random.default_rng(3), 60)
@@ -63,3 +64,24 @@ def test_an_index_without_its_lists_is_refused(tmp_path):
     (tmp_path / "image.index" / "merged_index.ivfdata").unlink()
     with pytest.raises(InputError, match=r"merged_index\.ivfdata"):
         open_folder(str(tmp_path))
+
+
+@pytest.mark.parametrize(
+    ("names", "facts"),
+    [
+        ([f"metadata_{i}.arrow" for i in range(20)], ["metadata_10.arrow comes before metadata_2.arrow"]),
+        (["a1b9.parquet", "a1b10.parquet"], ["a1b10.parquet comes before a1b9.parquet", "digits"]),
+        (["0.arrow", "0.parquet"], ["two formats", "0.arrow and 0.parquet"]),
+    ],
+)
+def test_metadata_whose_order_is_unclear_is_refused(names, facts):
+    """Or rows would get the URLs of others."""
+    with pytest.raises(InputError) as refused:
+        metadata_files(names, "folder")
+    assert [fact for fact in ["folder", *facts] if fact not in str(refused.value)] == []
+    assert refused.value.about == "metadata_uri"
+
+
+def test_names_with_as_many_digits_are_in_order():
+    names = [f"part-{part:05}-of-00012_{i:03}.arrow" for part in range(2) for i in range(11)]
+    assert metadata_files(reversed([*names, "_SUCCESS", ".hidden.parquet"]), "folder") == tuple(names)

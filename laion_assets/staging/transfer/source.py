@@ -74,6 +74,13 @@ class Source:
             for path, info in found.values()
             if path.startswith(below)
         }
+        hdf5 = next((name for name in found if name.endswith((".hdf5", ".h5"))), None)
+        if hdf5 and not inside:
+            raise InputError(
+                f"{self.index_uri} holds its metadata as HDF5 ({hdf5}), which is not read: convert it to "
+                f"Parquet in the order of the ids, in {METADATA_FOLDER}/",
+                METADATA_URI,
+            )
         metadata = inside or self._find(self._metadata_root, self._metadata_uri, METADATA_URI)
         names = metadata_files((name for name in metadata if "/" not in name), self._metadata_uri)
         files += [source_file(self._fs, f"{METADATA_FOLDER}/{name}", *metadata[name]) for name in names]
