@@ -76,6 +76,7 @@ nitpick_ignore_regex = [
 INCLUDED = {
     "CHANGELOG": "changelog",
     "CONTRIBUTING": "contributing",
+    "benchmarks/combine": "benchmarks",
     "benchmarks/duplicates": "benchmarks",
     "benchmarks/results": "benchmarks",
     "benchmarks/sparse": "benchmarks",

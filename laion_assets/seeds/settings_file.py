@@ -58,7 +58,7 @@ def _settings_in(uri: str, seed_set: SeedSet, file: SeedFile) -> dict[str, Any]:
 def _parsed(content: bytes) -> dict[str, Any]:
     """Parse `name: value` lines; tags that construct objects and aliases that multiply are refused."""
     try:
-        if any(isinstance(event, yaml.AliasEvent) for event in yaml.parse(content, yaml.SafeLoader)):
+        if any(isinstance(event, yaml.AliasEvent) for event in yaml.parse(content, yaml.CSafeLoader)):
             raise UnusableFileError("uses an alias (*): write each value where it is used")
         values = yaml.safe_load(content)
         root = yaml.compose(content, yaml.SafeLoader)

@@ -97,7 +97,7 @@ def test_a_damaged_table_is_made_again(path):
     opened(path)
     (kept,) = (path.parent / "kept").iterdir()
     right = kept.read_bytes()
-    for place in range(len(right)):
+    for place in [*range(8), *range(8, len(right), 61)]:
         wrong = bytearray(right)
         wrong[place] ^= 1 << place % 8
         kept.write_bytes(wrong)
