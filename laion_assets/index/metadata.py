@@ -6,6 +6,7 @@ random, and threads wait for them: a cold read takes only the pages that hold th
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -183,6 +184,9 @@ class _Rows:
 def _readers() -> ThreadPoolExecutor:
     """Return threads that wait for the disk; starting them takes longer than a small request."""
     return ThreadPoolExecutor(READS, "metadata")
+
+
+os.register_at_fork(after_in_child=_readers.cache_clear)  # a forked process has none of the threads
 
 
 def _open(path: Path, disk: Disk, tables: BatchTables | None) -> MetadataFile:

@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from itertools import chain
 from pathlib import Path
+from typing import Any
 
-from laion_assets.io.checksums import fingerprint
+from laion_assets.io.checksums import checksum_text, crc32c, fingerprint
 from laion_assets.io.errors import InputError
 from laion_assets.staging.transfer.disk import allocated_bytes, sync_folder
 
 MANIFEST = "manifest.json"
+CHECKSUM = "crc32c"  # of the other fields
 VERSION = "version "  # in place of a checksum, before the version of a file that was not read whole
 
 
@@ -102,10 +105,12 @@ class Manifest:
             return None
         try:
             stored = json.loads(path.read_text())
+            if stored.pop(CHECKSUM) != _checksum_of(stored):
+                raise ValueError("its checksum is wrong")
             files = tuple(StagedFile(**file) for file in stored["files"])
             manifest = cls(stored["source"], files, stored["complete"])
             manifest._check_types()
-        except (ValueError, KeyError, TypeError) as error:
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise NotStagedError(
                 f"{path} is damaged ({type(error).__name__}: {error}): stage the index again"
             ) from error
@@ -128,8 +133,13 @@ class Manifest:
         """Replace the manifest atomically and durably."""
         temporary = cache / f"{MANIFEST}.new"
         with temporary.open("w") as file:
-            json.dump(asdict(self), file, indent=1)
+            content = asdict(self)
+            json.dump(content | {CHECKSUM: _checksum_of(content)}, file, indent=1)
             file.flush()
             os.fsync(file.fileno())
         temporary.replace(cache / MANIFEST)
         sync_folder(cache)
+
+
+def _checksum_of(fields: Mapping[str, Any]) -> str:
+    return checksum_text(crc32c(json.dumps(fields, sort_keys=True).encode()))
