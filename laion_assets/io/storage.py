@@ -14,6 +14,7 @@ import logging
 import os
 import re
 import stat
+import uuid
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from http import HTTPStatus
@@ -373,7 +374,8 @@ def _protocols(fs: Any) -> set[str]:
 def _local_file(path: Path) -> Iterator[BinaryIO]:
     path.parent.mkdir(parents=True, exist_ok=True)
     _remove_abandoned(path)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}{PARTIAL_SUFFIX}")
+    writer = f"{uuid.uuid4().hex[:12]}.{os.getpid()}"  # two threads may write the same file
+    temporary = path.with_name(f".{path.name}.{writer}{PARTIAL_SUFFIX}")
     try:
         with temporary.open("wb") as sink:
             yield sink

@@ -8,7 +8,7 @@ from gcsfs.retry import validate_response
 
 from laion_assets.io.errors import InputError
 from laion_assets.io.public_urls import public
-from laion_assets.io.storage import open_storage, reaching
+from laion_assets.io.storage import new_file, open_storage, reaching
 
 
 @pytest.mark.parametrize(
@@ -59,3 +59,13 @@ def test_errors_of_another_origin_are_not_taken_for_the_buckets(error):
     with pytest.raises(type(error)) as raised, reaching("gs://bucket/x"):
         raise error
     assert raised.value is error
+
+
+def test_two_writers_of_one_process_do_not_take_each_others_file(tmp_path):
+    uri = str(tmp_path / "record.json")
+    with new_file(uri) as one:
+        with new_file(uri) as other:
+            other.write(b"the other")
+        one.write(b"the one")
+    assert (tmp_path / "record.json").read_bytes() == b"the one"
+    assert len(list(tmp_path.iterdir())) == 1
