@@ -41,6 +41,10 @@ def answer(path: str) -> Callable[[Callable[[socket.socket], None]], Callable[[s
     return register
 
 
+def redirect(location: str, status: str = "302 Found") -> bytes:
+    return f"HTTP/1.1 {status}\r\nLocation: {location}\r\nContent-Length: 0\r\n\r\n".encode()
+
+
 @answer("/image")
 def _(client: socket.socket) -> None:
     client.sendall(head("Content-Type: image/png", f"Content-Length: {len(PICTURE)}") + PICTURE)
@@ -59,7 +63,7 @@ def _(client: socket.socket) -> None:
 
 @answer("/redirect")
 def _(client: socket.socket) -> None:
-    client.sendall(b"HTTP/1.1 302 Found\r\nLocation: http://127.0.0.1:1/\r\nContent-Length: 0\r\n\r\n")
+    client.sendall(redirect("http://127.0.0.1:1/"))
 
 
 @answer("/there")
@@ -69,17 +73,17 @@ def _(client: socket.socket) -> None:
 
 @answer("/moved")
 def _(client: socket.socket) -> None:
-    client.sendall(b"HTTP/1.1 301 Moved\r\nLocation: /there\r\nContent-Length: 0\r\n\r\n")
+    client.sendall(redirect("/there", "301 Moved"))
 
 
 @answer("/circle")
 def _(client: socket.socket) -> None:
-    client.sendall(b"HTTP/1.1 302 Found\r\nLocation: /circle\r\nContent-Length: 0\r\n\r\n")
+    client.sendall(redirect("/circle"))
 
 
 @answer("/to-a-file")
 def _(client: socket.socket) -> None:
-    client.sendall(b"HTTP/1.1 302 Found\r\nLocation: file:///etc/passwd\r\nContent-Length: 0\r\n\r\n")
+    client.sendall(redirect("file:///etc/passwd"))
 
 
 @answer("/page")
@@ -367,10 +371,10 @@ def test_urls_are_checked_without_fetching_images_and_through_redirects(server) 
 
 def test_a_host_that_answers_no_head_request_is_asked_by_get(monkeypatch) -> None:
     def talk(client: socket.socket) -> None:
-        client.sendall(b"HTTP/1.1 405 No\r\nContent-Length: 0\r\n\r\n" if not asked else head())
-        asked.append(1)
+        answer = answers.pop(0)  # before it is sent: the next request may follow at once
+        client.sendall(answer)
 
-    asked: list[int] = []
+    answers = [b"HTTP/1.1 405 No\r\nContent-Length: 0\r\n\r\n", head()]
     monkeypatch.setitem(ANSWERS, "/get", talk)
     with serving() as (url, requests):
         assert check_urls([f"{url}/get"], QUICK, is_allowed=anywhere) == [True]
@@ -380,9 +384,7 @@ def test_a_host_that_answers_no_head_request_is_asked_by_get(monkeypatch) -> Non
 def test_a_redirect_to_an_address_that_is_not_public_is_not_followed(server) -> None:
     url, requests = server
     with serving("::1") as (other, never):
-        ANSWERS["/inside"] = lambda client: client.sendall(
-            f"HTTP/1.1 302 Found\r\nLocation: {other}/image\r\nContent-Length: 0\r\n\r\n".encode()
-        )
+        ANSWERS["/inside"] = lambda client: client.sendall(redirect(f"{other}/image"))
         (found,) = check_urls([f"{url}/inside"], QUICK, is_allowed=lambda a: a.version == 4)
     assert found == NotFetched("is at an address that is not public")
     assert (len(requests), never) == (1, [])
