@@ -212,8 +212,7 @@ class ArrowFile:
         text = pa.types.is_string(column.kind) or pa.types.is_large_string(column.kind)
         buffers = [validity, pa.py_buffer(offsets), pa.py_buffer(values)]
         kind = pa.large_string() if text else pa.large_binary()
-        found = pa.Array.from_buffers(kind, len(rows), buffers)
-        return _readable(found) if text else found
+        return pa.Array.from_buffers(kind, len(rows), buffers)
 
     def _texts(self, column: Column, batches: Ids, rows: Ids) -> Ids:
         """Return where the texts of rows are, (n, 2) starts and stops.
@@ -252,13 +251,3 @@ def _taken(column: pa.ChunkedArray, rows: pa.Array) -> pa.ChunkedArray:
     if pa.types.is_binary_view(column.type):
         return column.cast(pa.large_binary()).take(rows)
     return column.take(rows)
-
-
-def _readable(texts: pa.Array) -> pa.Array:
-    """Replace bytes that are not UTF-8, as the web has them, by U+FFFD."""
-    try:
-        texts.validate(full=True)
-    except pa.ArrowInvalid:
-        raw = texts.view(pa.large_binary()).to_pylist()
-        return pa.array([text and text.decode(errors="replace") for text in raw], texts.type)
-    return texts

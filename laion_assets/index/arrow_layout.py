@@ -24,7 +24,6 @@ FOOTER_BLOCK = np.dtype([("offset", "<i8"), ("header", "<i4"), ("_", "<i4"), ("b
 FOOTER_DICTIONARIES, FOOTER_BATCHES = 2, 3  # field numbers in the flatbuffer tables
 MESSAGE_HEADER = 2
 BATCH_LENGTH, BATCH_BUFFERS, BATCH_COMPRESSION = 0, 2, 3
-BUFFER_SIZE = 16  # bytes of the struct that locates a buffer: two int64, offset and size
 
 
 @dataclass(frozen=True)

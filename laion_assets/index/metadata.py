@@ -25,6 +25,7 @@ from laion_assets.io.arrays import Ids, Mask
 from laion_assets.io.errors import InputError
 from laion_assets.io.parallel import slices
 from laion_assets.io.ranges import Disk, Hold, WholeFiles
+from laion_assets.io.text import readable
 
 URL_COLUMNS = ("url", "URL", "image_url", "image_path")
 CAPTION_COLUMNS = ("caption", "TEXT", "text", "alt")
@@ -103,7 +104,7 @@ class Metadata:
         return (ids >= 0) & (ids < len(self))
 
     def take(self, ids: Ids, columns: Sequence[str] | None = None) -> pa.Table:
-        """Return the rows of some ids, in their order.
+        """Return the rows of some ids, in their order. Bytes that are not UTF-8 are replaced by U+FFFD.
 
         Args:
             ids: (n,) in any order; repeats are allowed; all must be covered.
@@ -168,7 +169,7 @@ class Metadata:
             else pa.nulls(len(rows.rows), field.type)
             for field in schema
         ]
-        return pa.Table.from_arrays(columns, schema=schema)
+        return readable(pa.Table.from_arrays(columns, schema=schema))
 
 
 @dataclass(frozen=True)

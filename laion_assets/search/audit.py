@@ -19,7 +19,6 @@ from laion_assets.index.metadata import Metadata
 from laion_assets.index.vectors import Vectors
 from laion_assets.io.arrays import Bytes, Floats, Ids, Mask
 from laion_assets.io.tables import code_bytes
-from laion_assets.io.text import readable
 from laion_assets.search.block_list import hashes
 
 SAMPLED_LISTS = 64  # inverted lists
@@ -127,7 +126,7 @@ def _neighbours(index: Index, metadata: Metadata) -> tuple[Ids, Ids]:
 
 
 def _words(metadata: Metadata, ids: Ids) -> list[frozenset[str]]:
-    captions = readable(metadata.take(ids, ["caption"]))["caption"].to_pylist()
+    captions = metadata.take(ids, ["caption"])["caption"].to_pylist()
     return [frozenset(re.findall(r"\w{3,}", (caption or "").lower())) for caption in captions]
 
 

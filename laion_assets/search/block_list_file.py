@@ -27,7 +27,7 @@ import pyarrow.parquet as pq
 from laion_assets.index.metadata import URL_COLUMNS, plain_type
 from laion_assets.io.arrays import Ids
 from laion_assets.io.errors import InputError
-from laion_assets.io.public_urls import public
+from laion_assets.io.public_urls import WEB, public
 from laion_assets.io.storage import first_line, is_regular, open_storage, reaching
 from laion_assets.io.text import decoded
 from laion_assets.io.urls import comparable_host
@@ -357,7 +357,7 @@ def _problem(entry: str) -> str | None:
         return "a URL with a wildcard, which is not supported"
     if ANOTHER_COLUMN.search(entry):
         return "a URL and another column; name the file .csv if it has columns"
-    if entry.lower().startswith(("http://", "https://")):
+    if entry.lower().startswith(WEB):
         name = re.sub(r":\d*$", "", authority.rpartition("@")[2])
         try:
             _ = name.startswith("[") or comparable_host(name)

@@ -21,7 +21,7 @@ from laion_assets.io.arrays import Bytes, Floats, Ids, Mask
 from laion_assets.io.errors import InputError
 from laion_assets.io.parallel import one_blas_thread
 from laion_assets.io.tables import fixed_size_binary
-from laion_assets.io.text import REPLACED, count, readable
+from laion_assets.io.text import REPLACED, count
 from laion_assets.search.block_list import BlockListMatches
 from laion_assets.search.filters import NO_FILTERS, Filters
 from laion_assets.search.near_duplicates import components_of_lists
@@ -417,11 +417,11 @@ class _Search:
         return NotUtf8(len(self._odd_urls), self._odd_captions)
 
     def _take(self, ids: Ids, columns: Sequence[str] | None = None) -> pa.Table:
-        """Return the metadata of some ids as text that can be read.
+        """Return the metadata of some ids.
 
         A URL that is not UTF-8 is null: with bytes replaced, it would name another image.
         """
-        rows = readable(self._metadata.take(ids, columns))
+        rows = self._metadata.take(ids, columns)
         if "url" in rows.column_names:
             odd = pc.fill_null(pc.match_substring(rows["url"], REPLACED), False)
             self._odd_urls = np.union1d(self._odd_urls, ids[odd.to_numpy()])

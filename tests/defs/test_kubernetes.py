@@ -532,7 +532,7 @@ NOT_ALLOWED: dict[str, tuple[str, Callable[[dict[str, Any]], None]]] = {
         "host field", in_container("lifecycle", {"preStop": {"httpGet": {"host": "10.0.0.1", "port": 1}}})
     ),
     "no AppArmor": ("AppArmor", in_container("appArmorProfile", {"type": "Unconfined"})),
-    "no AppArmor, as it was said before": (
+    "no AppArmor, by the annotation of older clusters": (
         "AppArmor", lambda pod: pod["metadata"].setdefault("annotations", {}).update(
             {"container.apparmor.security.beta.kubernetes.io/dagster": "unconfined"}
         ),

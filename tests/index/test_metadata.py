@@ -263,7 +263,8 @@ def test_a_flipped_bit_gives_rows_or_an_error_and_no_crash(tmp_path, compressed)
     assert set(results) <= {"rows", "error"}
 
 
-def test_text_that_is_not_utf8_is_replaced_and_the_others_stay(tmp_path):
+@pytest.mark.parametrize("suffix", SUFFIXES)
+def test_text_that_is_not_utf8_is_replaced_and_the_others_stay(tmp_path, suffix):
     texts = pa.array([b"caf\xe9.jpg", b"plain.jpg", None], pa.binary()).view(pa.string())
-    metadata = Metadata(write(tmp_path, [pa.table({"url": texts, "caption": texts})]))
+    metadata = Metadata(write(tmp_path, [pa.table({"url": texts, "caption": texts})], suffix))
     assert metadata.take(np.array([2, 1, 0]))["url"].to_pylist() == [None, "plain.jpg", "caf\ufffd.jpg"]
