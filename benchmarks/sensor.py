@@ -36,8 +36,7 @@ sys.path.append(str(Path(__file__).parents[1] / "tests"))
 from helpers.gcs import describe, gcs_server
 
 from laion_assets.definitions import build_defs
-from laion_assets.defs.assets.seed_embeddings import seed_folder
-from laion_assets.defs.sources import observation
+from laion_assets.defs.sources import seeds_version
 from laion_assets.io.checksums import checksum_text
 from laion_assets.io.storage import open_storage
 from laion_assets.seeds import list_folder
@@ -158,15 +157,17 @@ class Sensor:
 
     def tick(self, what: str) -> None:
         """Evaluate the sensor once, do what it asks for except the runs, and print what it took."""
+        sensor = self.repository.get_sensor_def("seed_sets_sensor")
+        resources = self.repository.get_top_level_resources()
         context = dg.build_sensor_context(
             self.instance,
             self.cursor,
             repository_def=self.repository,
-            resources={"seeds": self.repository.get_top_level_resources()["seeds"]},
+            resources={key: resources[key] for key in sensor.required_resource_keys},
         )
         with context, PeakMemory() as memory:
             before, started, cpu = self.requests.value, time.perf_counter(), time.process_time()
-            seen = self.repository.get_sensor_def("seed_sets_sensor")(context)
+            seen = sensor(context)
             seconds, cpu = time.perf_counter() - started, time.process_time() - cpu
         self.cursor = seen.cursor
         for event in seen.asset_events:
@@ -183,8 +184,9 @@ def settle(instance: dg.DagsterInstance) -> None:
     """Let Dagster know all sets, as after they were run."""
     found = list_folder(SEEDS).sets
     instance.add_dynamic_partitions("seed_sets", list(found))
-    for name, seed_set in found.items():
-        instance.report_runless_asset_event(observation(seed_folder.key, seed_set.fingerprint, name))
+    for seed_set in found.values():
+        for event in seeds_version(seed_set).events():
+            instance.report_runless_asset_event(event)
 
 
 def measure(sets: int, files: int, latency: float) -> None:
