@@ -6,7 +6,6 @@ import tempfile
 import threading
 import zipfile
 from collections.abc import Callable, Iterator, Sequence
-from datetime import timedelta
 from itertools import count
 from pathlib import Path
 from typing import Any
@@ -25,7 +24,6 @@ from laion_assets.build import input_files, matrices, parquet
 from laion_assets.build.embeddings import EmbeddingReader, list_embeddings, metadata_schema
 from laion_assets.io.errors import InputError
 from laion_assets.staging.transfer import backoff
-from laion_assets.staging.transfer import gcs as gcs_reader
 
 D = 5
 NPY_LAYOUTS = ("clip-retrieval", "laion")
@@ -546,7 +544,6 @@ def test_a_bucket_is_read_through_failures_and_never_in_two_versions(
     tmp_path, new_bucket, proxy, writer, layout, monkeypatch
 ):
     monkeypatch.setattr(input_files, "PART", 1 << 12)
-    monkeypatch.setattr(gcs_reader, "SILENCE_TIMEOUT", timedelta(seconds=0.3))
     rows = write(tmp_path, layout, [600, 700], group=300)
     fs, bucket = writer, new_bucket.removeprefix("gs://")
     fs.put(f"{tmp_path}/", f"{bucket}/laion/", recursive=True)

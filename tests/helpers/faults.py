@@ -97,7 +97,7 @@ class Proxy:
             request.connection.close()
         else:
             if failure == "silence":
-                time.sleep(1)
+                time.sleep(2)
             self._forward(request, is_read, failure)
 
     def pass_on(self, request: BaseHTTPRequestHandler) -> None:

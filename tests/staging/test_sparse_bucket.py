@@ -2,7 +2,6 @@
 
 import re
 import threading
-from datetime import timedelta
 from pathlib import Path
 
 import numpy as np
@@ -16,7 +15,7 @@ from laion_assets.io.errors import InputError
 from laion_assets.search.retrieval import Request, retrieve_table
 from laion_assets.staging import NotStagedError, OpenIndex, TransferOptions, open_staged, stage
 from laion_assets.staging.sparse.reads import PAGE_SIZE
-from laion_assets.staging.transfer import backoff, gcs
+from laion_assets.staging.transfer import backoff
 
 METADATA = "metadata/000.arrow"
 IN_A_REQUEST = "metadata%2F000%2Earrow"
@@ -80,8 +79,7 @@ def test_only_what_is_touched_is_read_and_only_once(filled, cache, expected):
 
 
 @pytest.mark.parametrize("failure", [503, 429, "reset", "half"])
-def test_transient_errors_are_retried(filled, cache, expected, monkeypatch, failure):
-    monkeypatch.setattr(gcs, "SILENCE_TIMEOUT", timedelta(seconds=0.3))
+def test_transient_errors_are_retried(filled, cache, expected, failure):
     stage(filled.uri, None, cache, sparse=True)
     filled.proxy.rule = first(5, failure)
     with open_staged(cache) as opened:
