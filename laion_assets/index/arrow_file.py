@@ -22,6 +22,7 @@ from laion_assets.index.arrow_layout import Column
 from laion_assets.index.batch_tables import BatchTables
 from laion_assets.index.metadata_file import BatchLayout, incomplete
 from laion_assets.io.arrays import Bytes, Ids, Mask
+from laion_assets.io.errors import InputError
 from laion_assets.io.ranges import Disk, Hold, Ranges, batched, members, ranges_of, total, union
 
 GATHERED_AT_ONCE = 1 << 18  # bytes; numpy needs eight times as many to say where they are
@@ -48,6 +49,8 @@ class ArrowFile:
         try:
             with disk.hold() as held:
                 self._open(held, tables)
+        except InputError:  # the file could not be fetched, which says nothing about what is in it
+            raise
         except (pa.ArrowException, OSError, ValueError) as error:  # an empty file cannot be mapped
             raise incomplete(path, "Arrow IPC", error) from error
 

@@ -95,6 +95,7 @@ class Proxy:
             now = struct.pack("ii", 1, 0)  # close with RST instead of FIN
             request.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, now)
             request.connection.close()
+            request.close_connection = True  # else the handler keeps the socket open
         else:
             if failure == "silence":
                 time.sleep(2)

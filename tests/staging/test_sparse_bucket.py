@@ -105,7 +105,7 @@ def test_after_the_last_retry_a_request_fails_and_the_next_one_resumes(
 def test_denied_access_is_an_error_at_once(filled, cache):
     stage(filled.uri, None, cache, sparse=True)
     filled.proxy.rule = first(10_000, 403)
-    with pytest.raises(InputError, match="no permission to read gs://"), open_staged(cache):
+    with pytest.raises(InputError, match=r"^no permission to read gs://"), open_staged(cache):
         pass
 
 
