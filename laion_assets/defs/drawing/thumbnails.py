@@ -194,7 +194,7 @@ def as_markdown(image: Image.Image, *below: str) -> dg.MarkdownMetadataValue:
 def save_png(image: Image.Image, uri: str) -> str:
     """Write an image beside a table and return its location."""
     encoded = io.BytesIO()
-    image.save(encoded, "PNG", optimize=True)
+    image.save(encoded, "PNG")
     with new_file(uri, OUTPUT) as sink:
         sink.write(encoded.getvalue())
     return uri
