@@ -26,10 +26,10 @@ dev: $(READY) ## Start the Dagster UI on http://127.0.0.1:3000, with the same da
 	@$(BIN)/laion-assets dev --port $(PORT)
 
 test: $(READY) ## Run the tests; three workers keep two cores busy, because some tests wait for processes
-	$(BIN)/python -m pytest --numprocesses 3 --dist loadscope --no-loadscope-reorder -m "not faults"
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses 3 --dist loadscope --no-loadscope-reorder -m "not faults"
 
 test-faults: $(READY) ## Kill processes, damage files, answer as hostile servers and senders do; minutes
-	$(BIN)/python -m pytest --numprocesses 3 --dist loadscope --no-loadscope-reorder -m faults
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses 3 --dist loadscope --no-loadscope-reorder -m faults
 
 test-k8s: $(READY) ## Run the graph on a stand-in for a Kubernetes cluster; needs PostgreSQL
 	$(BIN)/python -m pytest tests/k8s
