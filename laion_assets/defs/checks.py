@@ -4,8 +4,8 @@ Checks share the asset's step: a separate op would start another pod and reopen 
 block downstream assets, because continuing would waste hours or produce a wrong table. `search.audit`
 does the measuring.
 
-Checks are partitioned by seed set, and a run does not announce them, see `Unannounced`. So a check fails
-in the UI only if a set that exists now was measured and failed.
+Checks are partitioned by seed set, and a run does not announce them, see `announcements`. So a check
+fails in the UI only if a set that exists now was measured and failed.
 
 Dagster's concept: https://docs.dagster.io/guides/test/asset-checks
 """
@@ -13,7 +13,7 @@ Dagster's concept: https://docs.dagster.io/guides/test/asset-checks
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterable, Iterator, Mapping, Set
+from collections.abc import Iterable, Iterator, Mapping
 from itertools import chain
 from typing import Any
 
@@ -48,32 +48,6 @@ FOUND_BY_PROBING_MORE = 0.05  # most of the best rows that the default nprobe ma
 USABLE = 0.99  # share of the rows of a built index
 
 Results = Iterator[dg.AssetCheckResult]
-
-
-class Unannounced(dg.AssetsDefinition):
-    """An asset whose checks are evaluated by its step, but not announced when a run starts.
-
-    Dagster records every check in a run's plan at its start. If the run ends before the step, the UI
-    counts each of these checks as failed, although nothing was measured, and shows the asset as failing.
-    Dagster accepts evaluations that were not planned, so the plan leaves them out.
-    """
-
-    @classmethod
-    def of(cls, asset: dg.AssetsDefinition) -> Unannounced:
-        """Return the asset with unannounced checks."""
-        return cls.dagster_internal_init(**asset.get_attributes_dict())
-
-    @staticmethod
-    def dagster_internal_init(**attributes: Any) -> Unannounced:
-        """Copy the asset; Dagster calls this when it adds owners or selects assets."""
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", dg.BetaWarning)
-            return Unannounced(**attributes)
-
-    @property
-    def asset_and_check_keys(self) -> Set[dg.AssetKey]:
-        """The keys of which a plan announces the outputs."""
-        return self.keys
 
 
 def _spec(asset: str, name: str, description: str, *, blocking: bool = False) -> dg.AssetCheckSpec:
@@ -407,7 +381,7 @@ def of_search(table: StoredTable, threshold: float) -> Results:
         "similarity_falls_with_rank",
         not ranking.out_of_order,
         ERROR,
-        f"{ranking.out_of_order:,} of {rows:,} rows are out of order",
+        f"{ranking.out_of_order:,} of {count(rows, 'row')} out of order",
         {"rows out of order": ranking.out_of_order},
     )
     lowest, highest = (
@@ -435,7 +409,8 @@ def of_combined(table: StoredTable, knn: StoredTable, centroid: StoredTable, thr
         "one_row_per_image",
         not any(repeated.values()),
         ERROR,
-        f"{len(table):,} rows, {repeated['id']} repeated ids, {repeated['url']} repeated URLs",
+        f"{count(len(table), 'row')}, {count(repeated['id'], 'repeated id')}, "
+        f"{count(repeated['url'], 'repeated URL')}",
         {f"repeated {name}s": number for name, number in repeated.items()},
     )
     wrong = images.not_web
@@ -443,7 +418,7 @@ def of_combined(table: StoredTable, knn: StoredTable, centroid: StoredTable, thr
         "urls_well_formed",
         not wrong,
         WARN,
-        f"{wrong:,} of {len(table):,} URLs are not well-formed; whether they work is not checked here",
+        f"{wrong:,} of {count(len(table), 'URL')} not well-formed; whether they work is not checked here",
         {"not on the web": wrong}
         | ({"such as": dg.MetadataValue.json(images.examples)} if wrong else {}),
     )
@@ -501,8 +476,8 @@ def _near_duplicates(codes: Any, groups: Any, decoder: Decoder, threshold: float
         "no_near_duplicates_left",
         not left,
         ERROR,
-        f"of {looked_at:,} rows, compared with {len(codes):,}, {left:,} have a near-duplicate (cosine "
-        f"above {threshold})",
+        f"of {count(looked_at, 'row')}, compared with {len(codes):,}, {left:,} with a near-duplicate "
+        f"(cosine above {threshold})",
         {"rows compared": looked_at, "near-duplicates left": left},
     )
 

@@ -8,7 +8,7 @@ from dagster._core.definitions.data_version import DATA_VERSION_TAG, extract_dat
 from dagster._core.definitions.executor_definition import multiple_process_executor_requirements
 from dagster._core.errors import DagsterHomeNotSetError, DagsterUserCodeUnreachableError
 from dagster._core.event_api import PartitionKeyFilter
-from dagster._core.events import DagsterEvent, RunFailureReason
+from dagster._core.events import AssetMaterializationPlannedData, DagsterEvent, RunFailureReason
 from dagster._core.execution.plan.objects import StepFailureData, UserFailureData
 from dagster._core.executor.step_delegating import (
     CheckStepHealthResult,
@@ -16,6 +16,7 @@ from dagster._core.executor.step_delegating import (
     StepHandler,
     StepHandlerContext,
 )
+from dagster._core.instance.utils import RUNLESS_JOB_NAME, RUNLESS_RUN_ID
 from dagster._core.launcher.base import CheckRunHealthResult, WorkerStatus
 from dagster._core.launcher.default_run_launcher import DefaultRunLauncher
 from dagster._core.remote_origin import (
@@ -23,6 +24,8 @@ from dagster._core.remote_origin import (
     RemoteJobOrigin,
     RemoteRepositoryOrigin,
 )
+from dagster._core.snap import ExecutionPlanSnapshot
+from dagster._core.storage.partition_status_cache import AssetPartitionStatus
 from dagster._core.storage.tags import (
     GRPC_INFO_TAG,
     HIDDEN_TAG_PREFIX,
@@ -45,7 +48,11 @@ __all__ = [
     "MAX_RUNTIME_SECONDS_TAG",
     "PARTITION_NAME_TAG",
     "REPOSITORY_LABEL_TAG",
+    "RUNLESS_JOB_NAME",
+    "RUNLESS_RUN_ID",
     "RUN_KEY_TAG",
+    "AssetMaterializationPlannedData",
+    "AssetPartitionStatus",
     "CheckRunHealthResult",
     "CheckStepHealthResult",
     "ConfigurableClassData",
@@ -54,6 +61,7 @@ __all__ = [
     "DagsterHomeNotSetError",
     "DagsterUserCodeUnreachableError",
     "DefaultRunLauncher",
+    "ExecutionPlanSnapshot",
     "GetCurrentRunsResult",
     "PartitionKeyFilter",
     "RegisteredCodeLocationOrigin",

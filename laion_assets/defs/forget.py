@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import dagster as dg
 from pydantic import Field
 
+from laion_assets.defs.announcements import withdraw_failed
 from laion_assets.defs.checks import CENTROID, CENTROID_URLS, COMBINED, KNN_URLS
 from laion_assets.defs.dagster_internals import PARTITION_NAME_TAG, PartitionKeyFilter
 from laion_assets.defs.failures import as_failures
@@ -138,14 +139,34 @@ def _nothing_left(
 ) -> Iterator[dg.AssetObservation | dg.AssetMaterialization | dg.AssetCheckEvaluation]:
     """Yield events that supersede what the UI and the sensor know of the set."""
     yield from Version(seed_folder.key, REMOVED, seed_set).events()
-    of_set = PartitionKeyFilter(key=seed_set)
-    for spec in (*CENTROID, *KNN_URLS, *CENTROID_URLS, *COMBINED):
-        storage = instance.event_log_storage
-        if storage.get_latest_asset_check_execution_by_key([spec.key], of_set):
-            yield dg.AssetCheckEvaluation(
-                asset_key=spec.asset_key,
-                check_name=spec.name,
-                passed=True,
-                description=f"the seed set {seed_set!r} was forgotten",
-                partition=seed_set,
-            )
+    for last in _last_evaluations(instance, seed_set):
+        yield _passed(last, seed_set, "was forgotten")
+
+
+def nothing_red(instance: dg.DagsterInstance, seed_set: str) -> Iterator[dg.AssetCheckEvaluation]:
+    """Let no asset be red because of a set whose folder was removed.
+
+    Withdraws failed tables, and yields evaluations that supersede failed checks of severity ERROR.
+    """
+    withdraw_failed(instance, ASSETS, seed_set)
+    for last in _last_evaluations(instance, seed_set):
+        if not last.passed and last.severity is dg.AssetCheckSeverity.ERROR:
+            yield _passed(last, seed_set, "was removed")
+
+
+def _last_evaluations(instance: dg.DagsterInstance, seed_set: str) -> Iterator[dg.AssetCheckEvaluation]:
+    keys = [spec.key for spec in (*CENTROID, *KNN_URLS, *CENTROID_URLS, *COMBINED)]
+    found = instance.event_log_storage.get_latest_asset_check_execution_by_key(
+        keys, PartitionKeyFilter(key=seed_set)
+    )
+    return (record.evaluation for record in found.values() if record.evaluation)
+
+
+def _passed(last: dg.AssetCheckEvaluation, seed_set: str, what: str) -> dg.AssetCheckEvaluation:
+    return dg.AssetCheckEvaluation(
+        asset_key=last.asset_key,
+        check_name=last.check_name,
+        passed=True,
+        description=f"the seed set {seed_set!r} {what}",
+        partition=seed_set,
+    )

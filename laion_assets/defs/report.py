@@ -129,10 +129,10 @@ def describe_search(
     fetched = fetch_pictures([stored], allowed=remote_pictures)
     in_index = strip_of_removed(found.removed)
     sheet = draw([strip(stored, title, found.funnel.sentence(), fetched), in_index])
-    rows = "rows" if title == AROUND_SEEDS else "images"  # an image found around two seeds has two rows
+    row = "row" if title == AROUND_SEEDS else "image"  # an image found around two seeds has two rows
     return {
         "about": dg.MetadataValue.md(
-            f"**{found.funnel.kept:,} {rows}** {title} of {plain(provenance.seed_set)}\n\n"
+            f"**{count(found.funnel.kept, row)}** {title} of {plain(provenance.seed_set)}\n\n"
             f"{found.funnel.requested:,} requested, yield {found.funnel.yielded:.0%}\n\n"
             f"{_made_from(provenance)}"
         ),

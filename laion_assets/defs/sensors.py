@@ -17,6 +17,7 @@ import dagster as dg
 
 from laion_assets.defs.dagster_internals import MAX_RUNTIME_SECONDS_TAG, PARTITION_NAME_TAG
 from laion_assets.defs.failures import sentence
+from laion_assets.defs.forget import nothing_red
 from laion_assets.defs.launchpad import run_config
 from laion_assets.defs.partitions import SEED_SETS, seed_sets
 from laion_assets.defs.provenance import files_version
@@ -265,6 +266,12 @@ def build_seed_sets_sensor(
             *(Version(seed_folder.key, REMOVED, name) for name in removed if known.get(name) != REMOVED),
             *settings,
         ]
+        no_longer_red = [
+            event
+            for name in removed
+            if known.get(name) != REMOVED or stored[name].state is Is.FAILED
+            for event in nothing_red(instance, name)
+        ]
         return dg.SensorResult(
             run_requests=[
                 dg.RunRequest(
@@ -281,6 +288,7 @@ def build_seed_sets_sensor(
             ],
             asset_events=[
                 *(event for version in seen for event in version.events()),
+                *no_longer_red,
                 *([] if is_reported(instance, overview) else [overview]),
             ],
             cursor=as_cursor(

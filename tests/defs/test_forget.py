@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from dagster._core.definitions.partitions.context import partition_loading_context
 from dagster._core.storage.asset_check_execution_record import AssetCheckExecutionResolvedStatus
+from dagster._core.storage.partition_status_cache import get_and_update_asset_status_cache_value
 from helpers.project import Demo, Project, Ticks, contents, failures, new_project
 
 from laion_assets.defs.checks import CENTROID
@@ -52,6 +53,21 @@ def failed_checks(project: Project) -> dict[str, set[str]]:
     return {name: sets for name, sets in found.items() if sets}
 
 
+def red(project: Project) -> set[tuple[str, str]]:
+    """The assets that the graph shows in red, each with the seed set because of which it is."""
+    sets = project.instance.get_dynamic_partitions("seed_sets")
+    found = set()
+    for asset in ASSETS:
+        cached = get_and_update_asset_status_cache_value(
+            project.instance, dg.AssetKey(asset), CENTROID[0].partitions_def
+        )
+        if cached:
+            failed = cached.deserialize_failed_partition_subsets(CENTROID[0].partitions_def)
+            found |= {(asset, name) for name in failed.get_partition_keys()}
+            assert {name for _, name in found} <= {*sets}
+    return found
+
+
 def forget(project: Project, seed_set: str) -> dg.ExecuteInProcessResult:
     return project.defs.resolve_job_def(FORGET_JOB).execute_in_process(
         run_config={"ops": {FORGET_STEP: {"config": {"seed_set": seed_set}}}},
@@ -67,10 +83,31 @@ def test_a_check_fails_for_the_set_that_was_measured_and_for_no_other(project):
     broken.write_bytes(b"no array")
     assert project.run("fruit", "seed_embeddings", "centroid_vector").success
     assert failed_checks(project) == {}
-    assert set(failures(project.run("broken", "seed_embeddings", *ASSETS))) == {"seed_embeddings"}
+    assert set(failures(project.run("broken", *ASSETS))) == {"seed_embeddings"}
     assert failed_checks(project) == {}
+    assert red(project) == {("seed_embeddings", "broken")}
     project.run("noise", "seed_embeddings", "centroid_vector")
     assert failed_checks(project) == {"seeds_are_coherent": {"noise"}}
+
+
+def test_a_removed_set_leaves_no_red(project):
+    names = ("never made", "made before")
+    ticks = Ticks(project)
+    for name in names:
+        unlike(project, name)
+    assert project.run("made before", "seed_embeddings", "centroid_vector").success
+    for name in names:
+        (project.seeds / name / "b.npy").write_bytes(b"no array")
+        assert not project.run(name, *ASSETS).success
+    assert red(project) == {("seed_embeddings", name) for name in names}
+    for name in names:
+        shutil.rmtree(project.seeds / name)
+    assert ticks.tick() == []
+    assert red(project) == set()
+    assert project.instance.get_dynamic_partitions("seed_sets") == ["made before"]
+    unlike(project, "never made")
+    assert [ticks.tick() for _ in range(2)] == [["fruit"], ["never made"]]
+    assert red(project) == set()
 
 
 def test_a_forgotten_set_leaves_nothing_and_starts_anew(project):

@@ -4,6 +4,7 @@ from collections.abc import Sequence
 
 import dagster as dg
 
+from laion_assets.defs.announcements import Unannounced, withdraw_unreached
 from laion_assets.defs.assets.built_index import (
     index_shards_asset,
     laion_index_asset,
@@ -12,7 +13,6 @@ from laion_assets.defs.assets.built_index import (
 from laion_assets.defs.assets.seed_embeddings import centroid_vector_asset, seed_embeddings_asset
 from laion_assets.defs.assets.staged_laion_index import staged_laion_index_asset
 from laion_assets.defs.assets.url_sets import centroid_urls_asset, combined_urls_asset, knn_urls_asset
-from laion_assets.defs.checks import Unannounced
 from laion_assets.defs.kubernetes.placement import Placement
 from laion_assets.defs.sources import laion_index_source
 
@@ -22,7 +22,7 @@ def build_assets(
 ) -> Sequence[dg.AssetsDefinition]:
     """Define the assets of a seed set, given where they run and the index that they search."""
     return [
-        Unannounced.of(asset)
+        Unannounced.of(asset.with_hooks({withdraw_unreached}))
         for asset in (
             staged_laion_index_asset(placement, index),
             seed_embeddings_asset(placement),

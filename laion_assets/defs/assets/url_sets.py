@@ -177,7 +177,7 @@ def combined_urls_asset(placement: Placement) -> dg.AssetsDefinition:
                     names = pa.repeat(origin.seed_set, len(batch))
                     table.write(batch.append_column(seed_set, names))
             stored = tables.written(context)
-            context.log.info(f"{len(stored):,} rows, {stored.size:,} bytes in {stored.where}")
+            context.log.info(f"{count(len(stored), 'row')}, {stored.size:,} bytes in {stored.where}")
             sources = {report.AROUND_SEEDS: knn_urls, report.AROUND_CENTROID: centroid_urls}
             metadata = report.describe_combined(
                 stored,
