@@ -1,29 +1,64 @@
 """How long a run of a small seed set takes in `make dev`, against the command line.
 
-A fresh project runs the demo and starts `make dev`. The same set is then run in turns by the command line
-and by a launch in the UI, and a new set is dropped in for the sensor. Prints the seconds and the ratio.
+A fresh project runs the demo and starts `make dev`. The same set is then run in turns by the command
+line and by a launch in the UI, and new sets are dropped in for the sensor, one after the other. Writes
+runs.md.
 """
 
 from __future__ import annotations
 
+import argparse
+import os
 import shutil
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
+from dataclasses import dataclass
 from pathlib import Path
 
 sys.path.append(str(Path(__file__).parents[1] / "tests"))
 
 from helpers.webserver import IN_PROGRESS, RAN_BY_THE_DEMO, Project, Run, Webserver, wait_for
 
-REPEATED = 3
-DROPPED = "dropped"
+REPORT = """# Runs of a small seed set
+
+A seed set of the demo with {seeds} seeds, on a machine with {cores} cores; medians of {repeated} runs,
+in turns. A run in the UI is measured from its launch to its end, the command line from its start to its
+exit, and a dropped set from the tick of the sensor that requests its run to its table. `make bench-runs`
+measures again.
+
+| | seconds (lowest to highest) | of the command line |
+|---|---|---|
+{lines}
+
+A run in the UI waits {waiting:.1f} s for its process and {starting:.1f} s for its first step.
+"""
+
+
+@dataclass(frozen=True)
+class Times:
+    """Seconds of a run, from its creation.
+
+    Attributes:
+        launched: until its process was started.
+        started: until its process started its first step.
+        ended: until its end.
+
+    """
+
+    launched: float
+    started: float
+    ended: float
 
 
 def main() -> None:
-    """Measure, and print a table."""
+    """Measure, and write the report."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--repeated", type=int, default=5)
+    parser.add_argument("--output", type=Path, default=Path(__file__).with_suffix(".md"))
+    asked = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         root = Path(folder) / "project"
         root.mkdir()
@@ -34,16 +69,32 @@ def main() -> None:
             _wait_until_quiet(project.ui)
             pairs = [
                 (_command_line(project, "materialize", RAN_BY_THE_DEMO), _launched(project.ui))
-                for _ in range(REPEATED)
+                for _ in range(asked.repeated)
             ]
-            after_tick = _dropped(project)
+            dropped = [_dropped(project, f"dropped {number}") for number in range(asked.repeated)]
+            seeds = project.ui.materialization("seed_embeddings", RAN_BY_THE_DEMO)["seeds"]
         finally:
             project.dev.press_ctrl_c()
-    command_line, ui = (statistics.median(seconds) for seconds in zip(*pairs, strict=True))
-    print(f"`laion-assets materialize {RAN_BY_THE_DEMO}`, from start to exit  {command_line:5.1f} s")
-    print(f"launched in the UI, from launch to the end of the run      {ui:5.1f} s")
-    print(f"ratio                                                      {ui / command_line:5.2f}")
-    print(f"dropped in, from the tick that requests the run to its end {after_tick:5.1f} s")
+    command_line, launched = ([*one] for one in zip(*pairs, strict=True))
+    lines = {
+        f"`laion-assets materialize {RAN_BY_THE_DEMO}`": command_line,
+        "launched in the UI": [times.ended for times in launched],
+        "dropped into the seeds folder": dropped,
+    }
+    report = REPORT.format(
+        seeds=seeds,
+        cores=os.cpu_count(),
+        repeated=asked.repeated,
+        lines="\n".join(
+            f"| {name} | {statistics.median(seconds):.1f} ({min(seconds):.1f} to {max(seconds):.1f}) | "
+            f"{statistics.median(seconds) / statistics.median(command_line):.2f} |"
+            for name, seconds in lines.items()
+        ),
+        waiting=statistics.median(times.launched for times in launched),
+        starting=statistics.median(times.started for times in launched),
+    )
+    asked.output.write_text(report)
+    print(report)
 
 
 def _command_line(project: Project, *arguments: str) -> float:
@@ -53,25 +104,28 @@ def _command_line(project: Project, *arguments: str) -> float:
     return time.perf_counter() - began
 
 
-def _launched(ui: Webserver) -> float:
-    return _seconds(ui, ui.launch(RAN_BY_THE_DEMO))
-
-
-def _dropped(project: Project) -> float:
-    """Copy a seed set of the demo under another name; return how long its run takes."""
-    seeds = project.folder / "data" / "seeds"
-    shutil.copytree(seeds / RAN_BY_THE_DEMO, seeds / DROPPED)
-    (run,) = wait_for("the sensor", lambda: project.ui.runs_of(DROPPED))
-    return _seconds(project.ui, run.id)
-
-
-def _seconds(ui: Webserver, run_id: str) -> float:
-    """Return the time from the creation of a run to its end."""
+def _launched(ui: Webserver) -> Times:
+    """Launch a run in the UI; return its times."""
+    run_id = ui.launch(RAN_BY_THE_DEMO)
     assert ui.finished(run_id).status == "SUCCESS"
     told = ui.ask(
-        "query($run: ID!) { runOrError(runId: $run) { ... on Run { creationTime endTime } } }", run=run_id
+        "query($run: ID!) { runOrError(runId: $run) { ... on Run { creationTime stats"
+        " { ... on RunStatsSnapshot { launchTime endTime } } stepStats { startTime } } } }",
+        run=run_id,
     )["runOrError"]
-    return float(told["endTime"] - told["creationTime"])
+    began, stats = told["creationTime"], told["stats"]
+    first = min(step["startTime"] for step in told["stepStats"])
+    return Times(stats["launchTime"] - began, first - began, stats["endTime"] - began)
+
+
+def _dropped(project: Project, name: str) -> float:
+    """Copy a seed set under another name; return the time from the tick that requests its run."""
+    seeds = project.folder / "data" / "seeds"
+    shutil.copytree(seeds / RAN_BY_THE_DEMO, seeds / name)
+    (run,) = wait_for("the sensor", lambda: project.ui.runs_of(name))
+    assert project.ui.finished(run.id).status == "SUCCESS"
+    (tick,) = (tick for tick in project.ui.ticks() if run.id in tick["runIds"])
+    return float(project.table("combined_urls", name).stat().st_mtime - tick["timestamp"])
 
 
 def _wait_until_quiet(ui: Webserver) -> None:

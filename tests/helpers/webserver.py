@@ -191,7 +191,7 @@ class Webserver:
         return self.ask(
             "query($sensor: SensorSelector!) { sensorOrError(sensorSelector: $sensor)"
             " { ... on Sensor { sensorState { status ticks(limit: 100)"
-            " { timestamp status skipReason } } } } }",
+            " { timestamp status skipReason runIds } } } } }",
             sensor=REPOSITORY_SELECTOR | {"sensorName": "seed_sets_sensor"},
         )["sensorOrError"]["sensorState"]["ticks"]
 
@@ -298,10 +298,10 @@ class Project:
         for part in range(2):
             np.save(folder / f"{part}.npy", random.standard_normal((seeds // 2, 256), np.float32))
 
-    def drop_broken(self) -> None:
+    def drop_broken(self, seed_set: str = BROKEN) -> None:
         """Add a folder of seeds, one of them unreadable."""
-        self.drop(BROKEN, seeds=2)
-        (self.folder / "data" / "seeds" / BROKEN / "1.npy").write_bytes(b"no array")
+        self.drop(seed_set, seeds=2)
+        (self.folder / "data" / "seeds" / seed_set / "1.npy").write_bytes(b"no array")
 
     def drop_images(self, seed_set: str) -> None:
         """Add JPEGs to the seeds folder, nested as by a camera, one of them only half copied."""

@@ -29,6 +29,8 @@ from playwright.sync_api import Locator, Page, ViewportSize, expect, sync_playwr
 
 from laion_assets.defs import checks
 from laion_assets.defs.drawing.markup import links
+from laion_assets.defs.forget import ASSETS
+from laion_assets.demo import DEMO_SETS
 from laion_assets.io.tables import StoredTable
 
 # In an image of its own a browser is root and has no sandbox; it asks for nothing outside.
@@ -40,6 +42,10 @@ CHROMIUM = (
 SIZE: ViewportSize = {"width": 1440, "height": 900}
 NUMBERS = {"nb_images_knn": 30, "nb_images_centroid": 200}
 OF_THE_JOB = "/locations/laion_assets/jobs/seed_set_job"
+GRAPH = "/asset-groups/?expanded=" + ",".join(
+    f"global@global:{name}" for name in ("sources", "seeds", "index", "urls")
+)
+CHECKS = (*checks.CENTROID, *checks.KNN_URLS, *checks.CENTROID_URLS, *checks.COMBINED)
 OF_THE_PARTITION = f"?view=partitions&partition={RAN_BY_THE_DEMO}"
 
 
@@ -55,6 +61,7 @@ def page(project: Project, tmp_path_factory: pytest.TempPathFactory) -> Iterator
         browser = playwright.chromium.launch(executable_path=shutil.which("chromium"), args=CHROMIUM)
         opened = browser.new_page(base_url=project.ui.url, viewport=SIZE)
         opened.set_default_timeout(60_000)
+        expect.set_options(timeout=60_000)
         yield opened
         opened.screenshot(path=tmp_path_factory.mktemp("page") / "page.png")
         browser.close()
@@ -107,7 +114,7 @@ def launched(project: Project, page: Page) -> str:
     beside.click()
     page.get_by_text("Open launchpad").click()
     launchpad = page.get_by_role("dialog")
-    expect(launchpad.get_by_text("No errors")).to_be_visible(timeout=60_000)
+    expect(launchpad.get_by_text("No errors")).to_be_visible()
     wait_for("the partition", lambda: chosen(launchpad, RAN_BY_THE_DEMO), 60)
     page.locator(".cm-s-config-editor").click()
     page.keyboard.press("Control+A")
@@ -195,7 +202,7 @@ def test_every_check_has_passed_and_says_what_it_means(
     for spec in checks.COMBINED:
         assert project.ui.check("combined_urls", spec.name)[launched] == "SUCCEEDED"
         page.goto(f"/assets/combined_urls?view=checks&checkDetail={spec.name}")
-        expect(page.get_by_text(spec.description or "").first).to_be_visible(timeout=60_000)
+        expect(page.get_by_text(spec.description or "").first).to_be_visible()
     wait_for("quiet", lambda: all(run.status not in IN_PROGRESS for run in project.ui.runs()))
     page.goto("/assets/staged_laion_index?view=checks&checkDetail=metadata_belongs_to_the_index")
     page.get_by_text("neighbours share").first.wait_for()
@@ -206,14 +213,60 @@ def test_the_graph_shows_where_everything_comes_from(project: Project, page: Pag
     wait_for("quiet", lambda: all(run.status not in IN_PROGRESS for run in project.ui.runs()))
     assert project.ui.finished(project.ui.launch(RAN_BY_THE_DEMO)).status == "SUCCESS"
     page.set_viewport_size({"width": 2000, "height": 1300})  # each asset in full
-    groups = ",".join(f"global@global:{name}" for name in ("sources", "seeds", "index", "urls"))
-    page.goto(f"/asset-groups/?expanded={groups}")
+    page.goto(GRAPH)
     sources = ("seed_folder", "laion_index_source", "retrieval_settings")
     for asset in (*sources, "staged_laion_index", "combined_urls"):
         expect(page.locator("foreignObject", has_text=asset).first).to_be_attached()
     expect(page.locator("foreignObject", has_text="100% filled").first).to_be_visible()
     keep(page, "graph")
     page.set_viewport_size(SIZE)
+
+
+def test_only_what_is_wrong_now_is_red(project: Project, page: Page) -> None:
+    ui, removed = project.ui, "removed"
+    if not ui.runs_of(BROKEN):
+        project.drop_broken()
+    project.drop_broken(removed)
+    for seed_set in (BROKEN, removed):
+        failed, *_ = wait_for("the sensor", lambda name=seed_set: ui.runs_of(name))
+        assert ui.finished(failed.id).status == "FAILURE"
+    shutil.rmtree(project.folder / "data" / "seeds" / removed)
+    wait_for("the sensor", lambda: removed not in ui.partitions("seed_embeddings")["all"])
+    wait_for("quiet", lambda: all(run.status not in IN_PROGRESS for run in ui.runs()))
+    good = ui.partitions("combined_urls")["materialized"]
+    assert {*DEMO_SETS} <= good
+
+    page.set_viewport_size({"width": 2000, "height": 1300})
+    page.goto(GRAPH)
+    colours = {}
+    for asset in ASSETS:
+        box = page.locator("foreignObject").filter(has=page.get_by_text(asset, exact=True))
+        expect(box).to_contain_text("filled")
+        expect(box.get_by_text("1 failed")).to_have_count(int(asset == "seed_embeddings"))
+        colours[asset] = box.get_by_text(re.compile(r"^\d+ partitions$")).evaluate(
+            "text => getComputedStyle(text).color"
+        )
+    red = colours.pop("seed_embeddings")
+    assert red not in colours.values()
+    assert len({*colours.values()}) == 1
+    page.set_viewport_size(SIZE)
+
+    for asset in ("seed_embeddings", "combined_urls"):
+        page.goto(f"/assets/{asset}?view=partitions")
+        failed_here = int(asset == "seed_embeddings")
+        for status, sets in (
+            ("Failed", failed_here),
+            ("Materialized", len(good)),
+            ("Missing", 1 - failed_here),
+        ):
+            expect(page.get_by_text(f"{status} ({sets})")).to_be_visible()
+        page.goto(f"/assets/{asset}?view=checks")
+        expected = [spec.name for spec in CHECKS if spec.asset_key.to_user_string() == asset]
+        expect(page.get_by_text("Succeeded", exact=True)).to_have_count(len(expected))
+        expect(page.get_by_text("Failed", exact=True)).to_have_count(0)
+        page.goto(f"/assets/{asset}?view=overview")
+        page.get_by_text("Latest materialization").first.wait_for()
+        expect(page.get_by_text("Failed")).to_have_count(0)
 
 
 def test_the_sensor_says_what_it_saw(project: Project, page: Page) -> None:
