@@ -63,11 +63,11 @@ def nearest_cells(links: Links, axes: Floats, sample: Ids) -> tuple[Numbers, Flo
     """Return the cell of each row, and the row's nearness to the centre of the cell."""
     sizes, rows = links.sizes, len(links.vectors)
     axes = np.ascontiguousarray(axes[:, : sizes.cell_width])
-    centres = unit(links.fetch(sample) @ axes)
+    centres = unit(links.vectors[sample] @ axes)
     cells, nearness = np.empty(rows, np.int32), np.empty(rows, np.float32)
 
     def assign(batch: slice) -> None:
-        to_centres = links.fetch(batch) @ axes @ centres.T
+        to_centres = links.vectors[batch] @ axes @ centres.T
         cells[batch] = to_centres.argmax(axis=1)
         nearness[batch] = to_centres.max(axis=1)
 
@@ -117,7 +117,7 @@ def gather_in_caps(links: Links, axes: Floats, order: Ids, borders: Ids, sample:
 
     def choose(batch: slice) -> None:
         inside = starts[batch.start : batch.stop + 1]
-        sketches = sketch(links.fetch(rows[inside[0] : inside[-1]]), axes)
+        sketches = sketch(links.vectors[rows[inside[0] : inside[-1]]], axes)
         centres, reach = enclose(links, sketches, inside - inside[0])
         met = sampled @ centres.T > reach
         met &= sampled_labels[:, None] != labels[rows[inside[:-1]]]

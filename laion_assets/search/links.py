@@ -79,16 +79,10 @@ class Links:
         self.limit = float(np.float32(threshold))
         self.forest = Forest(len(vectors))
 
-    def fetch(self, rows: slice | Ids) -> Floats:
-        """Return the vectors of some rows; non-finite ones as zeros, which are never linked."""
-        vectors = self.vectors[rows]
-        finite = np.isfinite(squares(vectors))
-        return vectors if finite.all() else np.where(finite[:, None], vectors, np.float32(0))
-
     def find(self, a: Ids, b: Ids) -> None:
         """Find the links between the rows of a and the rows of b, with one product."""
-        left = self.fetch(a)
-        cosines = left @ (left if b is a else self.fetch(b)).T
+        left = self.vectors[a]
+        cosines = left @ (left if b is a else self.vectors[b]).T
         certain = cosines > self.limit + SLACK
         first = certain.argmax(axis=1)  # one link per row connects most rows
         sure = np.flatnonzero(certain[np.arange(len(a)), first])
@@ -112,13 +106,17 @@ class Links:
             self.forest.connect(i[linked], j[linked])
 
     def linked(self, a: Ids, b: Ids) -> Mask:
-        """Return which pairs of a[i] and b[i] are linked, decided in float64."""
+        """Return which pairs of a[i] and b[i] are linked; float64 decides near the threshold."""
         linked = np.empty(len(a), np.bool_)
 
         def decide_batch(start: int) -> None:
             batch = slice(start, start + self.sizes.batch)
-            left, right = self.fetch(a[batch]), self.fetch(b[batch])
-            linked[batch] = np.einsum("ij,ij->i", left, right, dtype=np.float64) > self.limit
+            left, right = self.vectors[a[batch]], self.vectors[b[batch]]
+            cosines = np.einsum("ij,ij->i", left, right)
+            linked[batch] = cosines > self.limit
+            unsure = np.flatnonzero(np.abs(cosines - self.limit) <= SLACK)
+            exact = np.einsum("ij,ij->i", left[unsure], right[unsure], dtype=np.float64)
+            linked[start + unsure] = exact > self.limit
 
         if len(a) <= self.sizes.batch:  # the caller may be one of many threads
             decide_batch(0)

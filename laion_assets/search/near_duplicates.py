@@ -73,7 +73,7 @@ from laion_assets.index.vectors import Vectors
 from laion_assets.io.arrays import Bytes, Floats, Ids
 from laion_assets.io.parallel import in_threads
 from laion_assets.search.caps import find_links_by_caps
-from laion_assets.search.links import SIZES, Forest, Links, Sizes, pairs_of
+from laion_assets.search.links import SIZES, Forest, Links, Sizes, pairs_of, squares
 from laion_assets.search.sketches import choose_axes, distinct_rows, near_pairs, sketch_all
 
 DEDUP_THRESHOLD = 0.94  # the default cosine above which two images are near-duplicates
@@ -92,7 +92,7 @@ def components(vectors: Vectors, threshold: float, sizes: Sizes = SIZES) -> Ids:
         (n,) int64; rows to keep are labelled with their own number.
 
     """
-    links = Links(vectors, threshold, sizes)
+    links = Links(finite(vectors), threshold, sizes)
     everything = np.arange(len(vectors))
     if links.limit >= 1 or not len(vectors):
         return everything
@@ -119,7 +119,7 @@ def components_of_lists(
         (m,) int64; entries to keep are labelled with their own number.
 
     """
-    labels = np.arange(len(members))
+    vectors, labels = finite(vectors), np.arange(len(members))
     starts = np.flatnonzero(np.diff(lists, prepend=-1))
     ends = np.append(starts[1:], len(members))
     long = ends - starts > sizes.small
@@ -140,7 +140,7 @@ def components_of_short_lists(
     links = Links(vectors, threshold, sizes)
     forest = Forest(len(members))
     if len(vectors) <= sizes.small:
-        sketches = links.fetch(slice(None))
+        sketches = links.vectors[:]
     else:
         sketches = sketch_all(links, choose_axes(links, distinct_rows(links)))
     by_member = np.lexsort((members, lists))
@@ -176,6 +176,14 @@ def components_of_short_lists(
     rest = in_threads(still_apart, zip(each, near, strict=True))
     decide(*map(np.concatenate, zip(*rest, strict=True)))
     return forest.labels()
+
+
+def finite(vectors: Vectors) -> Vectors:
+    """Return vectors with zeros for rows of an array that are not finite; decoded rows all are."""
+    if not isinstance(vectors, np.ndarray):
+        return vectors
+    usable = np.isfinite(squares(vectors))
+    return vectors if usable.all() else np.where(usable[:, None], vectors, np.float32(0))
 
 
 @dataclass(frozen=True)

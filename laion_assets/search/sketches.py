@@ -14,7 +14,7 @@ from laion_assets.search.links import SLACK, Links, squares
 def distinct_rows(links: Links) -> Ids:
     """Return evenly spaced rows, none of them near-duplicates of each other."""
     rows = np.unique(np.linspace(0, len(links.vectors) - 1, links.sizes.sample).astype(np.int64))
-    among = Links(links.fetch(rows), links.limit, links.sizes)
+    among = Links(links.vectors[rows], links.limit, links.sizes)
     among.find(np.arange(len(rows)), np.arange(len(rows)))
     distinct: Ids = rows[among.forest.labels() == np.arange(len(rows))]
     return distinct
@@ -26,7 +26,7 @@ def choose_axes(links: Links, sample: Ids) -> Floats:
     A wider sketch costs more in every product, a narrower one leaves more pairs to compare at full width.
     The other half of the sample shows how many: on the rows that determine the axes, it would be too few.
     """
-    fitted, tried = links.fetch(sample[::2]), links.fetch(sample[1::2])
+    fitted, tried = links.vectors[sample[::2]], links.vectors[sample[1::2]]
     with one_blas_thread():
         axes = np.linalg.eigh(fitted.T @ fitted)[1][:, ::-1]
         widths = [width for width in links.sizes.widths if width < len(axes)] or [len(axes)]
@@ -54,7 +54,7 @@ def sketch_all(links: Links, axes: Floats, rows: Ids | None = None) -> Floats:
     sketches: Floats = spilled((count, axes.shape[1] + 1), np.float32)
 
     def sketch_batch(batch: slice) -> None:
-        sketches[batch] = sketch(links.fetch(batch if rows is None else rows[batch]), axes)
+        sketches[batch] = sketch(links.vectors[batch if rows is None else rows[batch]], axes)
 
     in_threads(sketch_batch, slices(count, size))
     return sketches
