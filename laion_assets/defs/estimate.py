@@ -76,6 +76,15 @@ def known_machine(opened: OpenIndex, laion_index: LaionIndex) -> Machine | None:
     return Machine(shape_of(opened, laion_index.cache_dir), rates) if rates else None
 
 
+def planned_combining(laion_index: LaionIndex, fingerprint: str | None, rows: int) -> Step | None:
+    """Estimate combining tables with so many rows; None if this machine was not measured on the index.
+
+    The index itself is not needed.
+    """
+    rates = kept_rates(laion_index.cache_dir, fingerprint) if fingerprint else None
+    return total(combine_steps(rates, rows)) if rates else None
+
+
 def measured_machine(laion_index: LaionIndex) -> Machine:
     """Return this machine, which is measured if it was not.
 
@@ -143,15 +152,22 @@ class Meter:
 
     def against(self, planned: Step, opened: OpenIndex) -> str:
         """Describe what the step was planned to take and took: bytes from the disk or the source."""
-        seconds, read = time.monotonic() - self.started, bytes_read()
+        read = bytes_read()
         size = None if read is None or self.read is None else read - self.read
         if not opened.whole:
             size = opened.fetched.fetched
         took = f"{as_bytes(size)}, " if size is not None else ""
         return (
             f"planned at most {as_bytes(planned.size)}, {_duration(planned.cold)} cold and "
-            f"{_duration(planned.warm)} warm; took {took}{_duration(seconds)}"
+            f"{_duration(planned.warm)} warm; took {took}{self._elapsed()}"
         )
+
+    def against_time(self, planned: Step) -> str:
+        """Describe the time that a step was planned to take, if it needs no index, and took."""
+        return f"planned at most {_duration(planned.warm)}; took {self._elapsed()}"
+
+    def _elapsed(self) -> str:
+        return _duration(time.monotonic() - self.started)
 
 
 def as_bytes(size: float) -> str:

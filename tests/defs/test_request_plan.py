@@ -165,6 +165,8 @@ def test_a_plan_for_a_set_rests_on_its_last_run_and_on_this_machine(demo, tmp_pa
             last, before = itertools.islice(materializations(kept, name, "flower"), 2)
             assert re.fullmatch(took, last.figures["planned and taken"])
             assert "planned and taken" not in before.figures
+        combined = next(materializations(kept, "combined_urls", "flower")).figures["planned and taken"]
+        assert re.fullmatch(r"planned at most \d+ s; took \d+ s", combined)
 
     (tmp_path / "data/cache/manifest.json").unlink()  # the disk has lost the index since
     assert main(["plan", "--target", "100", "--seed-set", "flower"]) == 0

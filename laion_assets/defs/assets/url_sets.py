@@ -13,7 +13,7 @@ import pyarrow as pa
 from laion_assets.defs import checks, report
 from laion_assets.defs.assets.staged_laion_index import open_index
 from laion_assets.defs.bounds import Bounds
-from laion_assets.defs.estimate import Meter, known_machine, share_read
+from laion_assets.defs.estimate import Meter, known_machine, planned_combining, share_read
 from laion_assets.defs.failures import as_failures
 from laion_assets.defs.history import URLS_ALIVE, expected_alive, materializations
 from laion_assets.defs.io_manager import Tables
@@ -154,6 +154,7 @@ def combined_urls_asset(placement: Placement) -> dg.AssetsDefinition:
         knn_urls: StoredTable,
         centroid_urls: StoredTable,
         seed_embeddings: StoredTable,
+        laion_index: dg.ResourceParam[LaionIndex],
         tables: dg.ResourceParam[Tables],
         pictures: dg.ResourceParam[Pictures],
     ) -> Materialized:
@@ -163,6 +164,7 @@ def combined_urls_asset(placement: Placement) -> dg.AssetsDefinition:
         the lowest rank is kept. The table is sorted by rank, then id; with a target, it ends there.
         """
         with as_failures():
+            meter = Meter.start()
             origin = check_same_origin(knn_urls, centroid_urls, seed_embeddings)
             provenance = replace(
                 origin, run=context.run.run_id, counts={}, block_list_matches={}, written=now()
@@ -176,6 +178,8 @@ def combined_urls_asset(placement: Placement) -> dg.AssetsDefinition:
                 for batch in combined.batches:
                     names = pa.repeat(origin.seed_set, len(batch))
                     table.write(batch.append_column(seed_set, names))
+            planned = planned_combining(laion_index, origin.index, len(knn_urls) + len(centroid_urls))
+            took = {PLANNED: meter.against_time(planned)} if planned else {}
             stored = tables.written(context)
             context.log.info(f"{count(len(stored), 'row')}, {stored.size:,} bytes in {stored.where}")
             sources = {report.AROUND_SEEDS: knn_urls, report.AROUND_CENTROID: centroid_urls}
@@ -189,7 +193,7 @@ def combined_urls_asset(placement: Placement) -> dg.AssetsDefinition:
                 remote_pictures=pictures.remote,
             )
             alive = measured_liveness(stored.batches(["url"]), len(stored)) if pictures.remote else None
-            metadata |= {URLS_ALIVE: alive.share} if alive and alive.requested else {}
+            metadata |= took | ({URLS_ALIVE: alive.share} if alive and alive.requested else {})
             results = [
                 *checks.of_combined(stored, knn_urls, centroid_urls, threshold),
                 checks.urls_alive(alive, origin.settings),
