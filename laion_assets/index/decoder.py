@@ -168,5 +168,5 @@ def _emptied(index: Any, centres: Floats) -> Any:
     whole = faiss.IndexPreTransform(empty)
     for i in reversed(range(index.chain.size())):
         whole.prepend_transform(index.chain.at(i))
-    # The original index still owns the transforms; a copy owns its own.
-    return faiss.deserialize_index(faiss.serialize_index(whole))
+    whole.referenced_objects.append(index)  # which still owns the transforms
+    return whole

@@ -48,6 +48,8 @@ def decoded_codes(
     coded = Coded(codes, decode)
     if not 0 < len(codes) <= (HELD_ROWS if held_rows is None else held_rows):
         return coded
+    if len(codes) <= ROWS_DECODED_AT_ONCE:
+        return coded[:]
     held = np.empty((len(codes), coded[:1].shape[1]), np.float32)
 
     def hold(start: int) -> None:

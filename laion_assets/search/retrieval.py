@@ -491,15 +491,17 @@ class _Search:
         there = self._metadata.schema.names
         shown = [name for name in ("url", "caption", THUMBNAIL_COLUMN) if name in there]
         wanted = list(dict.fromkeys(shown + self._request.filters.columns))
-        looked_at = self._take(rows.ids[removed], wanted)
-        allowed = np.flatnonzero(self._outcomes(rows.ids[removed], looked_at) == KEPT)[:PAIRS]
-        removed = removed[allowed]
-        kept = representative[removed]
+        both = np.concatenate([removed, representative[removed]])
+        looked_at = self._take(rows.ids[both], wanted)
+        outcomes = self._outcomes(rows.ids[removed], looked_at.slice(0, len(removed)))
+        allowed = np.flatnonzero(outcomes == KEPT)[:PAIRS]
+        pairs = both.reshape(2, -1)[:, allowed]
         with one_blas_thread():
-            ends = [unit(self._decode(codes[rows.code[each]])) for each in (removed, kept)]
+            ends = [unit(self._decode(codes[rows.code[each]])) for each in pairs]
+        texts = looked_at.select(shown)
         return Removed(
-            removed=looked_at.select(shown).take(pa.array(allowed)),
-            representatives=self._take(rows.ids[kept], shown),
+            removed=texts.take(pa.array(allowed)),
+            representatives=texts.take(pa.array(allowed + len(removed))),
             cosine=np.einsum("ij,ij->i", *ends),
         )
 
