@@ -30,11 +30,12 @@ import tempfile
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager, suppress
-from dataclasses import dataclass, replace
+from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import faiss
 import numpy as np
@@ -60,9 +61,18 @@ from laion_assets.io.checksums import checksum_text, file_crc32c
 from laion_assets.io.ranges import Ranges, members, split, total
 from laion_assets.io.storage import open_storage
 from laion_assets.io.tables import new_table
+from laion_assets.search import probe
+from laion_assets.search.cost import search_of, search_steps
+from laion_assets.search.cost import total as total_of
 from laion_assets.search.retrieval import RECALL_QUERIES, Request, columns_found, retrieve
+from laion_assets.search.sizing import USUAL_SHARE
 from laion_assets.staging import open_staged, opening, stage
+from laion_assets.staging.opening import sources_of
+from laion_assets.staging.sparse.pages import SparseFile
 from laion_assets.staging.sparse.reads import PAGE_SIZE, pages_of, reads_for
+from laion_assets.staging.sparse.store import READ_THREADS
+from laion_assets.staging.transfer.fetch import Fetcher, TransferStats
+from laion_assets.staging.transfer.files import SourceFile
 
 REPOSITORY = Path(__file__).parents[1]
 CACHE = Path(os.environ.get("LAION_BENCH_CACHE", REPOSITORY / "benchmarks" / ".cache")) / "truesize"
@@ -80,6 +90,7 @@ CASES = {
     "s2000": Case(2_000, 200),
 }
 SPARSE = ("c100k", "c830k")
+PLANNED_ON, PLANNED_LISTS = "c100k", 16  # the request on whose pages and lists the disk is measured
 GRAPH = {"graph's seeds": Case(200, 20), "graph's centroid": Case(0, 2_000)}
 
 
@@ -184,6 +195,7 @@ def build(bench: Bench, measured: Iterable[str]) -> None:
     log(f"frames of all files after {time.perf_counter() - started:.0f} s")
     for name, case in (bench.cases | bench.graph).items():
         users = {name, "sparse" if name in SPARSE else "", "graph" if name in bench.graph else ""}
+        users |= {"plan"} if name == PLANNED_ON else set()
         if not users.isdisjoint(measured) and not (bench.notes / f"{name}.npz").exists():
             told = child(bench, "fill", name)
             log(f"wrote {told['lists']:,} lists and {told['rows']:,} rows for {case.title}")
@@ -338,7 +350,80 @@ def needed(bench: Bench, name: str) -> dict[Path, Ranges]:
     return found
 
 
+# --- what is planned -----------------------------------------------------------------------------
+
+
+def measure_plan(bench: Bench, _: str) -> dict[str, Any]:
+    """Measure this machine and estimate all requests, as `laion-assets plan` does.
+
+    The machine is measured where the stand-in has data: random lists and pages of it are holes.
+    """
+    cache = bench.notes / "in-place"
+    rows = bench.touched(PLANNED_ON)["taken"]
+    written = {
+        "_rows_as_queries": queries_of(Case(probe.QUERIES, 1), bench.stand_in),
+        "_disk_rates": disk_rates(bench),
+        "_scattered_ids": np.random.default_rng(0).permutation(rows)[: probe.SCATTERED],
+        "_run_of_ids": rows[: probe.DENSE],
+    }
+    with ExitStack() as patches:
+        for name, value in written.items():
+            patches.enter_context(mock.patch.object(probe, name, return_value=value))
+        opened = patches.enter_context(open_staged(cache))
+        rates = probe.measured_rates(partial(open_staged, cache), cache)
+        shape = probe.shape_of(opened, cache)
+    found = {}
+    for name, case in bench.cases.items():
+        search = search_of(shape, max(case.seeds, 1), case.k, USUAL_SHARE)
+        found[name] = asdict(total_of(search_steps(shape, rates, search)))
+    return {"requests": found, "rates": asdict(rates)}
+
+
+def disk_rates(bench: Bench) -> tuple[float, float]:
+    """The seconds of a page that holds texts, and of a byte of a list; see `probe`."""
+    wanted = needed(bench, PLANNED_ON)
+    lists = wanted.pop(bench.stand_in.ivfdata)[:PLANNED_LISTS] * PAGE_SIZE
+    path, pages = max(wanted.items(), key=lambda item: total(item[1]))
+    some = np.random.default_rng(0).permutation(members(pages))[: probe.PAGES] * PAGE_SIZE
+    descriptor = os.open(path, os.O_RDONLY)
+    of_pages = probe._page_seconds(descriptor, some)
+    os.close(descriptor)
+    descriptor = os.open(bench.stand_in.ivfdata, os.O_RDONLY)
+    of_lists = sum(
+        probe._run_seconds(descriptor, bench.stand_in.ivfdata, start, stop - start)
+        for start, stop in lists.tolist()
+    )
+    os.close(descriptor)
+    return of_pages / len(some), of_lists / total(lists)
+
+
 # --- sparse, from a bucket ------------------------------------------------------------------------
+
+
+def measure_source(bench: Bench, kind: str) -> dict[str, Any]:
+    """Read again from the bucket what the cache holds, in as many threads, and keep nothing."""
+    cache = bench.notes / kind
+    with open_staged(cache) as opened:
+        reader, files = sources_of([file for file in opened.manifest.files if file.sparse])
+    jobs = []
+    for source in files:
+        held = SparseFile(cache / source.name, source.size, source.checksum or "")
+        held.refresh()
+        for first, stop in reads_for(members(held.present())).tolist():
+            jobs.append((source, first * PAGE_SIZE, min(stop * PAGE_SIZE, source.size)))
+        held.close()
+    stats = TransferStats()
+    fetcher = Fetcher(reader, READ_THREADS, log, stats)
+
+    def read(job: tuple[SourceFile, int, int]) -> None:
+        for _ in fetcher.read(*job):
+            pass
+
+    def work() -> dict[str, Any]:
+        fetcher.run(iter(jobs), read)
+        return {"fetched": stats.fetched, "reads": stats.reads}
+
+    return Meter({}).run(work)
 
 
 @contextmanager
@@ -488,6 +573,8 @@ STEPS: dict[str, Callable[[Bench, str], dict[str, Any]]] = {
     "open": measure_open,
     "request": measure_request,
     "disk": measure_disk,
+    "plan": measure_plan,
+    "source": measure_source,
     "sparse": partial(measure_request, kind="sparse"),
     "check": check,
 }
@@ -550,11 +637,17 @@ def run_open(bench: Bench, _: str) -> dict[str, Any]:
     return found
 
 
+def run_plan(bench: Bench, _: str) -> dict[str, Any]:
+    """The plans of all requests."""
+    child(bench, "stage", "in-place")
+    return child(bench, "plan")
+
+
 def run_sparse(bench: Bench, _: str) -> dict[str, Any]:
     """Stage from a bucket, open, and ask, all with the same cache."""
     found = {}
     shutil.rmtree(bench.notes / "sparse", ignore_errors=True)
-    steps = [("stage", "sparse"), ("open", "sparse")]
+    steps = [("stage", "sparse"), ("open", "sparse"), ("source", "sparse")]
     steps += [("sparse", name) for name in SPARSE for _ in ("first", "again")]
     with served(bench.stand_in) as server:
         for step, name in steps:
@@ -581,7 +674,7 @@ def measurements(bench: Bench) -> dict[str, Callable[[Bench, str], dict[str, Any
     return (
         {"open": run_open}
         | dict.fromkeys(bench.cases, run_in_place)
-        | {"sparse": run_sparse, "graph": run_graph}
+        | {"plan": run_plan, "sparse": run_sparse, "graph": run_graph}
     )
 
 
@@ -636,7 +729,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--quick", action="store_true", help="1/64 of the rows, in lists 1/8 as long")
     parser.add_argument(
-        "--only", nargs="*", help="measurements: open, sparse, graph, " + ", ".join(CASES)
+        "--only", nargs="*", help="measurements: open, plan, sparse, graph, " + ", ".join(CASES)
     )
     parser.add_argument("--build", action="store_true", help="only build what is missing")
     parser.add_argument("--refill", action="store_true", help="find anew which rows requests take")

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 OPEN_SECONDS, OPEN_MEMORY = 1.0, 300e6
+SLOWER_THAN_THE_SOURCE = 1.3
 SLOWER_THAN_THE_DISK = 2.0
 QUICK_SHARE = 8  # of images and seeds
 
@@ -63,10 +64,18 @@ Seconds of each phase, and the bytes read in it:
 
 {phases}
 
+## Planned and taken
+
+What `laion-assets plan` estimates before the first request of a set, and what the requests above took.
+The rates of the machine are measured where the stand-in has data: elsewhere it has holes.
+
+{plans}
+
 ## Sparse, from a bucket
 
 The bucket is fake-gcs-server on the same machine and disk, which serves the files where they are. Each
-request finds in the cache what those above it fetched. The plan is made by the rules of sparse
+request finds in the cache what those above it fetched. *The source alone*: the same reads as to open,
+in as many threads, but nothing is written, marked or kept. The plan is made by the rules of sparse
 staging, for an empty cache and without headers.
 
 {sparse}
@@ -98,6 +107,7 @@ def report(about: Mapping[str, Any], cases: Mapping[str, Case], results: Mapping
         opening=opening_table(results.get("open", {})),
         requests=request_table(cases, requests),
         phases=phase_table(cases, requests),
+        plans=plan_table(cases, requests, results.get("plan", {}).get("requests", {})),
         sparse=sparse_table(cases, results.get("sparse", {})),
         graph=graph_table(results.get("graph")),
         checks=check_table(cases, requests),
@@ -174,6 +184,30 @@ def phase_table(cases: Mapping[str, Case], requests: Mapping[str, Any]) -> str:
     return markdown(["request", *(name.replace("_", " ") for name in names), "other"], rows)
 
 
+def plan_table(cases: Mapping[str, Case], requests: Mapping[str, Any], plans: Mapping[str, Any]) -> str:
+    """The seconds and bytes that were planned, those that were taken, and their quotients."""
+    rows = []
+    for name, plan in plans.items():
+        took = requests.get(name, {})
+        cells = [
+            planned_and_taken(planned, taken, unit)
+            for planned, taken, unit in (
+                (plan["cold"], took.get("cold", {}).get("seconds"), "s"),
+                (plan["warm"], took.get("warm", {}).get("seconds"), "s"),
+                (plan["size"] / 1e9, took.get("cold", {}).get("read", 0) / 1e9, "GB"),
+            )
+        ]
+        rows.append([cases[name].title, *cells])
+    return markdown(["request", "cold", "warm", "read"], rows)
+
+
+def planned_and_taken(planned: float, taken: float | None, unit: str) -> str:
+    """Both, and how many times as much was planned."""
+    if not taken:
+        return f"planned {planned:.1f} {unit}"
+    return f"planned {planned:.1f} {unit}, took {taken:.1f} {unit} ({planned / taken:.1f})"
+
+
 def phase_cell(seconds: float, size: float) -> str:
     """Seconds, and GB if there are any."""
     return f"{seconds:.1f}" + (f", {size / 1e9:.2f} GB" if size > 5e6 else "")
@@ -182,14 +216,17 @@ def phase_cell(seconds: float, size: float) -> str:
 def sparse_table(cases: Mapping[str, Case], found: Mapping[str, Any]) -> str:
     """What was fetched, and the plan."""
     rows = []
+    source = found.get("source sparse", {}).get("seconds")
     for step, took in found.items():
         name = step.removesuffix(" again").removeprefix("sparse ")
         title = cases[name].title if name in cases else name.removesuffix(" sparse")
+        title = title.replace("source", "the source alone")
         phases = took["phases"]
+        limit = SLOWER_THAN_THE_SOURCE * source if step == "open sparse" and source else None
         rows.append(
             [
                 title + (", again" if step.endswith("again") else ""),
-                f"{took['seconds']:.1f}",
+                against(took["seconds"], limit, "{:.1f}"),
                 f"{took['cpu']:.1f}",
                 f"{took['fetched'] / 1e9:.2f} in {took.get('reads', 1):,}",
                 f"{took['planned'] / 1e9:.2f} in {took['planned_reads']:,}" if "planned" in took else "",
