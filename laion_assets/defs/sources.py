@@ -18,9 +18,9 @@ from laion_assets.defs.estimate import as_bytes
 from laion_assets.defs.failures import sentence
 from laion_assets.defs.partitions import seed_sets
 from laion_assets.defs.settings import Defaults, ResolvedSettings, RetrievalConfig, changes
-from laion_assets.defs.terminal import some
+from laion_assets.defs.terminal import count, some
 from laion_assets.io.errors import InputError
-from laion_assets.seeds import SeedSet
+from laion_assets.seeds import Seeds, SeedSet
 
 REMOVED = "removed"  # data version of a seed set whose folder is gone or empty
 SETTINGS = "settings"  # metadata of an observation: the settings that a run would use
@@ -93,8 +93,8 @@ class Version:
         )
 
 
-def seeds_version(seed_set: SeedSet) -> Version:
-    """Return the version of a set's seeds, with its files."""
+def seeds_version(seed_set: SeedSet, read: Seeds | None = None) -> Version:
+    """Return the version of a set's seeds, with its files, and with what was read from them."""
     lists = {
         "files": [file.name for file in seed_set.files + seed_set.settings_files],
         "images not embedded, the set has embeddings": seed_set.not_embedded,
@@ -102,8 +102,11 @@ def seeds_version(seed_set: SeedSet) -> Version:
     }
     listed = {what: some(names) for what, names in lists.items() if names}
     size = sum(file.size for file in seed_set.files)
-    told = {"about": f"{seed_set.contents()}, {as_bytes(size)}", **listed}
-    return Version(seed_folder.key, seed_set.fingerprint, seed_set.name, told)
+    told = {"about": f"{seed_set.contents()}, {as_bytes(size)}"}
+    if read is not None:
+        seeds, dimension = read.embeddings.shape
+        told["seeds"] = f"{count(seeds, 'vector')} of {count(dimension, 'dimension')}"
+    return Version(seed_folder.key, seed_set.fingerprint, seed_set.name, {**told, **listed})
 
 
 def settings_version(seed_set: str, settings: ResolvedSettings | str) -> Version:
@@ -211,3 +214,9 @@ def observe(context: dg.AssetExecutionContext, version: Version) -> None:
     context.log_event(observation)
     context.instance.report_runless_asset_event(materialization)
     context.get_step_execution_context().wipe_input_asset_version_info(version.source)
+
+
+def show_seeds(context: dg.AssetExecutionContext, seed_set: SeedSet, read: Seeds) -> None:
+    """Show on the page of the seed folder what only reading it tells; its version stays the same."""
+    _, materialization = seeds_version(seed_set, read).events()
+    context.instance.report_runless_asset_event(materialization)

@@ -14,6 +14,7 @@ from helpers.project import Ticks, failures, new_project, reported
 from hypothesis import given
 from hypothesis import strategies as st
 
+from laion_assets.defs.history import figures_of
 from laion_assets.defs.resources import SeedFolder
 from laion_assets.defs.sensors import RUNS_PER_TICK, TEAM_TAG, Pending, decide
 from laion_assets.defs.sources import last_version
@@ -246,6 +247,17 @@ def test_a_set_that_is_removed_is_reported_once_and_keeps_what_was_made_of_it(ti
     assert [ticks.tick() for _ in range(3)] == [[]] * 3
     assert ticks.said == "not materialized: cats, dogs; 2 seed sets"
     assert version_of_cats(ticks) == SeedFolder(str(ticks.project.seeds)).find("cats").fingerprint
+
+
+def test_the_seed_folder_shows_its_files_and_what_was_read_from_them(ticks):
+    put(ticks, "cats")
+    (ticks.project.seeds / "cats" / "notes.odt").write_bytes(b"")
+    assert [ticks.tick_and_work() for _ in range(2)] == [[], ["cats"]]
+    latest = ticks.project.instance.get_latest_materialization_event(dg.AssetKey("seed_folder"))
+    shown = figures_of(latest.asset_materialization.metadata)
+    assert shown["about"].startswith("1 file of embeddings, 1 ignored file, ")
+    assert shown["seeds"] == "4 vectors of 4 dimensions"
+    assert "notes.odt" in shown["ignored files, no seeds"]
 
 
 def test_a_set_that_is_removed_before_anything_was_made_of_it_leaves_no_partition(ticks):

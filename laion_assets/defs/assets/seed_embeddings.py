@@ -19,7 +19,7 @@ from laion_assets.defs.provenance import Provenance, now
 from laion_assets.defs.report import Materialized
 from laion_assets.defs.resources import Embedder, LaionIndex, SeedFolder
 from laion_assets.defs.settings import Defaults, RetrievalConfig
-from laion_assets.defs.sources import observe, seed_folder, seeds_version
+from laion_assets.defs.sources import observe, seed_folder, seeds_version, show_seeds
 from laion_assets.io.errors import InputError
 from laion_assets.io.progress import Progress
 from laion_assets.io.tables import StoredTable, vector_column
@@ -99,6 +99,7 @@ def seed_embeddings_asset(placement: Placement) -> dg.AssetsDefinition:
                     keep=unfinished.keep,
                 )
             _log(context, seed_set, found)
+            show_seeds(context, seed_set, found)
             provenance = Provenance(
                 seed_set.name,
                 seed_set.fingerprint,
