@@ -87,7 +87,7 @@ bench-staging: $(READY) ## Measure how fast an index is copied from a bucket, a 
 bench-sensor: $(READY) ## Measure a tick of the sensor over 100,000 seed files in a bucket, a few minutes
 	$(BIN)/python benchmarks/sensor.py
 
-bench-runs: $(READY) ## Measure a run of a small seed set in `make dev`, against the command line, two minutes
+bench-runs: $(READY) ## Measure a run of a small seed set in `make dev`, against the command line, five minutes; writes benchmarks/runs.md
 	$(BIN)/python benchmarks/runs.py
 
 bench-sparse: $(READY) ## Measure what sparse staging reads, a few minutes; writes benchmarks/sparse.md

@@ -24,10 +24,10 @@ from helpers.webserver import IN_PROGRESS, RAN_BY_THE_DEMO, Project, Run, Webser
 
 REPORT = """# Runs of a small seed set
 
-A seed set of the demo with {seeds} seeds, on a machine with {cores} cores; medians of {repeated} runs,
-in turns. A run in the UI is measured from its launch to its end, the command line from its start to its
-exit, and a dropped set from the tick of the sensor that requests its run to its table. `make bench-runs`
-measures again.
+A seed set of the demo with {seeds} seeds, on a machine with {cores} cores and a load of {load:.0f} at the
+start; medians of {repeated} runs, in turns. A run in the UI is measured from its launch to its end, the
+command line from its start to its exit, and a dropped set from the tick of the sensor that requests its
+run to its table. `make bench-runs` measures again.
 
 | | seconds (lowest to highest) | of the command line |
 |---|---|---|
@@ -59,6 +59,7 @@ def main() -> None:
     parser.add_argument("--repeated", type=int, default=5)
     parser.add_argument("--output", type=Path, default=Path(__file__).with_suffix(".md"))
     asked = parser.parse_args()
+    load = os.getloadavg()[0]
     with tempfile.TemporaryDirectory() as folder:
         root = Path(folder) / "project"
         root.mkdir()
@@ -84,6 +85,7 @@ def main() -> None:
     report = REPORT.format(
         seeds=seeds,
         cores=os.cpu_count(),
+        load=load,
         repeated=asked.repeated,
         lines="\n".join(
             f"| {name} | {statistics.median(seconds):.1f} ({min(seconds):.1f} to {max(seconds):.1f}) | "
