@@ -24,17 +24,24 @@ from laion_assets.io.storage import on_this_machine
 from laion_assets.staging import DEFAULT_BUDGET, parse_size
 
 DATA = Path("data")  # in the project folder; dagster.yaml keeps Dagster's storage there too
+OWN_COLUMNS = ("id", "similarity", "rank", "seed", "seed_set", "strategies", "code", "thumbnail")
 SIMILAR_NAMES = 0.85  # difflib ratio from which an unknown variable counts as misspelt
 
 
 def _columns(text: Any) -> Any:
-    """Read `url=image_link,caption=alt_text`."""
+    """Read `url=image_link,caption=alt_text,score`, where a name alone is carried along as it is."""
     if not isinstance(text, str):
         return text
-    pairs = [pair.split("=", 1) for pair in text.split(",") if pair.strip()]
-    if any(len(pair) != 2 or pair[0].strip() not in ("url", "caption") for pair in pairs):
-        raise ValueError("write it as url=<column>,caption=<column>")
-    return {ours.strip(): theirs.strip() for ours, theirs in pairs}
+    found = {}
+    for part in text.split(","):
+        ours, _, theirs = map(str.strip, part.partition("="))
+        if ours and theirs and ours not in ("url", "caption"):
+            raise ValueError("write it as url=<column>,caption=<column>,<column to carry along>")
+        if not theirs and ours in OWN_COLUMNS:
+            raise ValueError(f"every table has a column {ours!r} of its own: carry along another")
+        if ours:
+            found[ours] = theirs or ours
+    return found
 
 
 def _names(text: Any) -> Any:
@@ -90,9 +97,9 @@ class Places(BaseModel):
     )
     metadata_columns: Annotated[Mapping[str, str], BeforeValidator(_columns)] = Field(
         {},
-        description="Names of the URL and caption columns, if they are unusual: "
-        "`url=<column>,caption=<column>`",
-        json_schema_extra={"example": "url=image_link,caption=alt_text"},
+        description="Names of the URL and caption columns, if they are unusual, and further columns to "
+        "carry along: `url=<column>,caption=<column>,<column>`",
+        json_schema_extra={"example": "url=image_link,caption=alt_text,nsfw_score"},
     )
     cache_dir: str = _place(
         "cache",

@@ -20,7 +20,7 @@ import pyarrow as pa
 from laion_assets.index import arrow_layout
 from laion_assets.index.arrow_layout import Column
 from laion_assets.index.batch_tables import BatchTables
-from laion_assets.index.metadata_file import BatchLayout, incomplete
+from laion_assets.index.metadata_file import BatchLayout, incomplete, rows_of
 from laion_assets.io.arrays import Bytes, Ids, Mask
 from laion_assets.io.errors import InputError
 from laion_assets.io.ranges import Disk, Hold, Ranges, batched, members, ranges_of, total, union
@@ -40,7 +40,7 @@ class ArrowFile:
         tables: keeps the positions of the batches' buffers, which are then read once.
 
     Raises:
-        InputError: the file is damaged.
+        InputError: the file is damaged, or in Arrow's stream format.
 
     """
 
@@ -49,7 +49,7 @@ class ArrowFile:
         try:
             with disk.hold() as held:
                 self._open(held, tables)
-        except InputError:  # the file could not be fetched, which says nothing about what is in it
+        except InputError:  # it could not be fetched, or is of the stream format
             raise
         except (pa.ArrowException, OSError, ValueError) as error:  # an empty file cannot be mapped
             raise incomplete(path, "Arrow IPC", error) from error
@@ -57,6 +57,7 @@ class ArrowFile:
     def _open(self, held: Hold, tables: BatchTables | None) -> None:
         size = self.path.stat().st_size
         held.need({self.path: arrow_layout.ends(size)})
+        self._check_format()
         with self.path.open("rb") as file:
             mapped = mmap.mmap(file.fileno(), 0, prot=mmap.PROT_READ)
         mapped.madvise(mmap.MADV_RANDOM)
@@ -84,6 +85,23 @@ class ArrowFile:
             if (column := arrow_layout.column(self.schema.field(name).type, buffers))
         }
         self._check_sizes()
+
+    def _check_format(self) -> None:
+        """Refuse Arrow's stream format, which has no table of its batches.
+
+        Raises:
+            InputError: the file is in that format.
+
+        """
+        with self.path.open("rb") as file:
+            begin = file.read(len(arrow_layout.MAGIC))
+        if begin.startswith(arrow_layout.CONTINUATION.to_bytes(4, "little")):
+            raise InputError(
+                f"{self.path} is in Arrow's stream format, which Hugging Face's datasets writes and of "
+                "which single rows cannot be read: write it at the source as Parquet, for example with "
+                "`Dataset.to_parquet`, or with `pyarrow.ipc.new_file`",
+                "metadata_uri",
+            )
 
     def _numbered_buffers(self) -> dict[str, range]:
         """Return the numbers of each column's buffers; none if single buffers cannot be used."""
@@ -186,9 +204,10 @@ class ArrowFile:
         edges = np.flatnonzero(np.diff(batches, prepend=-1, append=-1))
         for first, last in pairwise(edges.tolist()):
             batch = pa.Table.from_batches([self._reader().get_batch(int(batches[first]))]).select(columns)
-            batch.validate(full=True)  # Arrow follows offsets wherever they point
+            for column in batch.columns:  # Arrow follows offsets wherever they point
+                _as_bytes(column).validate(full=True)
             places = pa.array(rows[first:last])
-            parts.append(pa.table([_taken(column, places) for column in batch.columns], list(columns)))
+            parts.append(pa.table([rows_of(column, places) for column in batch.columns], list(columns)))
         whole: list[pa.ChunkedArray] = pa.concat_tables(parts).columns
         return whole
 
@@ -247,10 +266,7 @@ class ArrowFile:
         return self._bytes.take(starts[:, None] + np.arange(width))
 
 
-def _taken(column: pa.ChunkedArray, rows: pa.Array) -> pa.ChunkedArray:
-    """Take rows of a column. Of views of text and binary Arrow cannot take rows."""
-    if pa.types.is_string_view(column.type):
-        return column.cast(pa.large_string()).take(rows)
-    if pa.types.is_binary_view(column.type):
-        return column.cast(pa.large_binary()).take(rows)
-    return column.take(rows)
+def _as_bytes(column: pa.ChunkedArray) -> pa.ChunkedArray:
+    """Return text as bytes, which need not be UTF-8."""
+    kinds = {pa.string(): pa.binary(), pa.large_string(): pa.large_binary()}
+    return column.cast(kinds.get(column.type, column.type))

@@ -30,6 +30,11 @@ def _of_kind(index: Any) -> Iterator[str]:
             yield "its graph and its vectors have different sizes"
         else:
             yield from _of_graph(index.hnsw, index.ntotal)
+    elif isinstance(index, faiss.IndexScalarQuantizer):
+        if not _scalar_fits(index.sq, index.d, index.code_size):
+            yield "its scalar quantizer has another size than its codes"
+        elif index.codes.size() != index.code_size * index.ntotal:
+            yield f"{index.ntotal:,} codes do not take {index.codes.size():,} bytes"
     elif isinstance(index, faiss.IndexFlat):
         sizes = index.code_size, index.codes.size()
         if sizes != (4 * index.d, 4 * index.d * index.ntotal):
@@ -62,6 +67,8 @@ def _of_lists(ivf: Any) -> Iterator[str]:
         yield f"{ivf.nlist:,} inverted lists do not fit a table of {stored.nlist:,}"
     if isinstance(ivf, faiss.IndexIVFPQ) and not _fits(ivf.pq, ivf.d, ivf.code_size):
         yield "its product quantizer has another size than its codes"
+    if isinstance(ivf, faiss.IndexIVFScalarQuantizer) and not _scalar_fits(ivf.sq, ivf.d, ivf.code_size):
+        yield "its scalar quantizer has another size than its codes"
     if isinstance(ivf, faiss.IndexIVFFlat) and ivf.code_size != 4 * ivf.d:
         yield f"a code of {ivf.code_size:,} bytes is no vector of {ivf.d:,} dimensions"
     yield from _of_kind(quantizer)
@@ -74,6 +81,18 @@ def _fits(pq: Any, width: int, code_size: int) -> bool:
         and pq.ksub == 1 << pq.nbits
         and pq.centroids.size() == pq.ksub * width
         and pq.code_size == code_size == -(-pq.M * pq.nbits // 8)
+    )
+
+
+def _scalar_fits(sq: Any, width: int, code_size: int) -> bool:
+    kind = faiss.ScalarQuantizer
+    ranges = {kind.QT_8bit: 2 * width, kind.QT_6bit: 2 * width, kind.QT_4bit: 2 * width}
+    ranges |= {kind.QT_8bit_uniform: 2, kind.QT_4bit_uniform: 2, kind.QT_fp16: 0, kind.QT_bf16: 0}
+    return bool(
+        sq.qtype in ranges
+        and sq.d == width
+        and sq.code_size == code_size == kind(width, sq.qtype).code_size
+        and sq.trained.size() == ranges[sq.qtype]
     )
 
 

@@ -23,15 +23,22 @@ TRANSFORMS = b"IxPT"
 # `write_index_header` of faiss: d, ntotal, two unused numbers, is_trained, metric type.
 HEADER = struct.Struct("<4siqqq?i")
 COUNT = struct.Struct("<i")
+SIZE = struct.Struct("<Q")
+MAX_NAME = 4096  # bytes of a path
 LISTS_AND_NPROBE = 16  # bytes of both, before the quantizer
 MEASURES = (faiss.METRIC_INNER_PRODUCT, faiss.METRIC_L2)  # the others have an argument in the header
 LISTS_BESIDE = faiss.IO_FLAG_ONDISK_SAME_DIR | faiss.IO_FLAG_READ_ONLY
 
 
-def read_with_lists_beside(path: Path) -> Any:
+def read_with_lists_beside(path: Path, lists: str) -> Any:
     """Return an index whose on-disk lists lie in the same folder, its quantizer memory-mapped.
 
-    An index that does not begin with transforms and inverted lists is read as a whole.
+    Args:
+        path: the faiss file.
+        lists: name of the file of lists; the index may state another, from where it was built.
+
+    An index that does not begin with transforms and inverted lists is read as a whole, and must state
+    the right name.
 
     Raises:
         RuntimeError: the file is not a complete faiss index.
@@ -49,7 +56,8 @@ def read_with_lists_beside(path: Path) -> Any:
     reader.rp_ = start
     quantizer = faiss.read_index(reader, faiss.IO_FLAG_MMAP_IFC)
     empty = faiss.serialize_index(faiss.IndexFlat(quantizer.d, quantizer.metric_type))
-    index = _read_copy(path, np.concatenate([mapped[:start], empty, mapped[reader.rp_ :]]))
+    rest = _with_lists_named(mapped[reader.rp_ :].tobytes(), lists.encode())
+    index = _read_copy(path, np.concatenate([mapped[:start], empty, np.frombuffer(rest, np.uint8)]))
     ivf = faiss.extract_index_ivf(index)
     ivf.quantizer.this.own(True)  # the empty one is deleted with its last reference, here
     ivf.quantizer, ivf.own_fields = quantizer, False
@@ -73,6 +81,19 @@ def _start_of_quantizer(mapped: Bytes, reader: Any) -> int | None:
     if kind not in (b"IwPQ", b"IwFl") or metric not in MEASURES:
         return None
     return at + HEADER.size + LISTS_AND_NPROBE
+
+
+def _with_lists_named(end: bytes, name: bytes) -> bytes:
+    """Replace the name of the file of lists in the end of an index, which is: name, size of that file.
+
+    Before the name is its length, before that the table of lists.
+    """
+    last = len(end) - SIZE.size
+    for length in range(1, min(MAX_NAME, last - SIZE.size) + 1):
+        start = last - length
+        if SIZE.unpack_from(end, start - SIZE.size) == (length,):
+            return end[: start - SIZE.size] + SIZE.pack(len(name)) + name + end[last:]
+    return end
 
 
 def _read_copy(path: Path, content: Bytes) -> Any:

@@ -6,6 +6,7 @@ See `decoder` for what a code is.
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
@@ -32,8 +33,23 @@ CANDIDATES_PER_RESULT = 16  # rows in the probed lists for each row requested, a
 SCORE_ROUNDING = 1e-6  # scores of the same row in two scans differ by less
 FURTHER = 4  # a check of the recall probes this many times as many lists
 SAMPLED = 4  # it looks into the quotient of nprobe and this number of further lists
+UNKNOWN_KIND = re.compile("could not load|not recognized")  # faiss's words
 MIN_SAMPLED_LISTS = 16  # but into no fewer
-UNSUPPORTED = (faiss.IndexIDMap, faiss.IndexRefine, faiss.IndexFastScan, faiss.IndexIVFFastScan)
+# Kinds whose stored rows decode to vectors with the scores that a search returns, exactly these classes:
+# subclasses may store rows otherwise.
+SUPPORTED = {
+    faiss.IndexFlat,
+    faiss.IndexFlatIP,
+    faiss.IndexScalarQuantizer,
+    faiss.IndexHNSWFlat,
+    faiss.IndexHNSWSQ,
+    faiss.IndexIVFFlat,
+    faiss.IndexIVFPQ,
+    faiss.IndexIVFScalarQuantizer,
+}
+BUILD_AS = (
+    "build it as Flat, HNSW, IVF + Flat, IVF + SQ or IVF + PQ, as autofaiss does, with row numbers as ids"
+)
 
 
 @dataclass(frozen=True)
@@ -78,7 +94,7 @@ class Index:
 
     def __init__(self, path: Path, lists: Path | None = None, disk: Disk | None = None) -> None:
         self._path = path
-        self._index = _read_index(path, on_disk_lists=lists is not None)
+        self._index = _read_index(path, lists)
         if self._index.metric_type != faiss.METRIC_INNER_PRODUCT:
             raise InputError(
                 f"{path} compares vectors by L2 distance, not by inner product: build the index with "
@@ -444,15 +460,22 @@ def nprobe_rule(k: int, lists: int, rows: int) -> int:
     return min(max(MIN_NPROBE, enough), lists)
 
 
-def _read_index(path: Path, *, on_disk_lists: bool) -> Any:
+def _read_index(path: Path, lists: Path | None) -> Any:
     try:
         with silent_stdout():
-            if on_disk_lists:
-                return read_with_lists_beside(path)
+            if lists is not None:
+                return read_with_lists_beside(path, lists.name)
             # READ_ONLY: lists would be mapped writable otherwise.
             return faiss.read_index(str(path), faiss.IO_FLAG_MMAP | faiss.IO_FLAG_READ_ONLY)
     except (RuntimeError, MemoryError) as error:  # a damaged size may be larger than the memory
-        raise _incomplete(path, str(error).splitlines()[0].rpartition(": ")[2]) from error
+        reason = str(error).splitlines()[0].rpartition(": ")[2]
+        if UNKNOWN_KIND.search(reason):
+            raise InputError(
+                f"{path} is of a kind that this version of faiss does not read ({reason}), or damaged: "
+                f"{BUILD_AS}, or stage it again",
+                "staged_index",
+            ) from error
+        raise _incomplete(path, reason) from error
 
 
 def _incomplete(path: Path, reason: str) -> InputError:
@@ -467,8 +490,5 @@ def _check_kind(index: Any, path: Path) -> None:
     """Refuse an index whose codes cannot be decoded, or whose ids are not its row numbers."""
     while isinstance(index, faiss.IndexPreTransform):
         index = faiss.downcast_index(index.index)
-    if isinstance(index, UNSUPPORTED):
-        raise InputError(
-            f"{path} is a faiss {type(index).__name__}, which is not supported: build it as Flat, HNSW, "
-            "IVF + Flat or IVF + PQ, as autofaiss does, with row numbers as ids"
-        )
+    if type(index) not in SUPPORTED:
+        raise InputError(f"{path} is a faiss {type(index).__name__}, which is not supported: {BUILD_AS}")

@@ -1,10 +1,12 @@
 """Find the files that make up an index, from the file names of a folder or bucket."""
 
+import os
 import re
 from collections.abc import Iterable, Sequence
 from pathlib import PurePosixPath
 
 from laion_assets.io.errors import InputError
+from laion_assets.io.text import printable
 
 SINGLE_INDEX = "image.index"
 POPULATED_INDEX = "image.index/populated.index"
@@ -12,6 +14,7 @@ INVERTED_LISTS = "image.index/merged_index.ivfdata"
 METADATA_FOLDER = "metadata"
 PUBLISHED_TABLES = "batches.parquet"  # where the metadata's record batches are, see `batch_tables`
 PUBLISHING = ".publishing"  # marks a bucket's index while its objects are being replaced
+MAX_NAME = 200  # bytes; staging keeps files beside it that have longer names
 METADATA_SUFFIXES = (".arrow", ".parquet")
 
 
@@ -29,9 +32,11 @@ def index_files(names: Iterable[str], where: str) -> tuple[str, str | None]:
     present = set(names)
     if POPULATED_INDEX in present:
         if INVERTED_LISTS not in present:
+            other = next((name for name in sorted(present) if name.endswith(".ivfdata")), None)
             raise InputError(
-                f"{where} has {POPULATED_INDEX} but not its inverted lists, {INVERTED_LISTS}: copy both "
-                "files of the index"
+                f"{where} has {POPULATED_INDEX} but not its inverted lists, {INVERTED_LISTS}: "
+                + (f"rename {other} to that" if other else "copy both files of the index"),
+                "index_uri",
             )
         return POPULATED_INDEX, INVERTED_LISTS
     if SINGLE_INDEX in present:
@@ -51,8 +56,8 @@ def metadata_files(names: Iterable[str], where: str) -> tuple[str, ...]:
         where: the metadata folder, for error messages.
 
     Raises:
-        InputError: the folder holds neither Arrow nor Parquet files, or both, or the order of the files
-            by name differs from that by number.
+        InputError: the folder holds neither Arrow nor Parquet files, or both, a name cannot be used, or
+            the order of the files by name differs from that by number.
 
     """
     present = sorted(name for name in names if PurePosixPath(name).name[0] not in "._")
@@ -60,6 +65,13 @@ def metadata_files(names: Iterable[str], where: str) -> tuple[str, ...]:
         suffix: tuple(name for name in present if name.endswith(suffix)) for suffix in METADATA_SUFFIXES
     }
     arrow, parquet = found.values()
+    for name in (*arrow, *parquet):
+        if len(os.fsencode(name)) > MAX_NAME or printable(name) != name:
+            raise InputError(
+                f"{where} holds a file with the name {printable(name)}, which cannot be used: give it "
+                f"a name of at most {MAX_NAME} bytes and without control characters",
+                "metadata_uri",
+            )
     if arrow and parquet:
         raise InputError(
             f"{where} holds metadata of two formats, such as {arrow[0]} and {parquet[0]}: remove one of "

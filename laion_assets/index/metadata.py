@@ -7,7 +7,8 @@ random, and threads wait for them: a cold read takes only the pages that hold th
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cache, partial
@@ -32,9 +33,9 @@ CAPTION_COLUMNS = ("caption", "TEXT", "text", "alt")
 THUMBNAIL_COLUMN = "thumbnail"
 ROWS_AT_ONCE = (64, 512)  # rows that a thread takes; with fewer it waits longer for the interpreter
 READS = 32  # threads that wait for the disk
-TEXT_TYPES = (pa.string(), pa.null())
+TEXT_TYPES = (pa.large_string(), pa.null())
 THUMBNAIL_TYPES = (pa.binary(), pa.null())
-# Columns that people filter on; every table carries those that the metadata has.
+# Columns that people look at; every table carries those that the metadata has.
 CARRIED_METADATA = (
     "NSFW", "nsfw", "punsafe", "pwatermark", "LICENSE", "LANGUAGE", "language",
     "WIDTH", "HEIGHT", "width", "height", "original_width", "original_height", "aesthetic", "md5",
@@ -46,17 +47,19 @@ class Metadata:
 
     Args:
         paths: files of one format, in order of id.
-        columns: the file's names of `url` and `caption` where they are not among the usual ones, for
-            example `{"url": "image_link"}`.
+        columns: the files' names of `url` and `caption` where they are not among the usual ones, and
+            further columns to carry along, for example `{"url": "image_link", "score": "score"}`.
         disk: fetches the parts of the files that are about to be read, where they are not complete.
         tables: keeps where the batches of Arrow files and their buffers are, which is then read once.
 
     Attributes:
-        schema: the columns that `take` returns: `url`, `caption`, and those carried along.
+        columns: all columns that `take` can return: `url`, `caption`, and every column of any file.
+            A column that a file lacks is null there. One whose types do not go together is a union.
+        schema: the columns that are carried along, which `take` returns by default.
 
     Raises:
-        InputError: a file that cannot be read, no URL column, files with different columns, or columns
-            whose types cannot be unified.
+        InputError: a file that cannot be read, no URL column, or columns to carry along that do not
+            exist or whose types do not go together.
 
     """
 
@@ -69,15 +72,11 @@ class Metadata:
     ) -> None:
         self._disk = disk or WholeFiles()
         self._files: list[MetadataFile] = [_open(path, self._disk, tables) for path in paths]
-        self._names = _column_names(self._files[0].schema, columns or {}, paths[0])
-        for file in self._files:
-            missing = [name for name in self._names.values() if name not in file.schema.names]
-            if missing:
-                raise InputError(
-                    f"{file.path} has no column {missing[0]!r}, which {paths[0].name} has (found "
-                    f"{', '.join(file.schema.names)}): all metadata files must have the same columns"
-                )
-        self.schema = _common_schema(self._files, self._names)
+        self._names = {
+            file.path: _column_names(file.schema, columns or {}, file.path) for file in self._files
+        }
+        self.columns = _common_schema(self._files, self._names)
+        self.schema = _carried(self.columns, columns or {}, paths[0].parent)
         lengths = [file.batch_lengths for file in self._files]
         self._starts = np.concatenate([[0], np.cumsum(np.concatenate(lengths))])
         self._first_batch = np.concatenate([[0], np.cumsum([len(some) for some in lengths])])
@@ -96,8 +95,7 @@ class Metadata:
         file = next((file for file in self._files if len(file.batch_lengths)), None)
         if file is None:
             return BatchLayout(0, 0)
-        columns = [self._names[name] for name in self._wanted(None) if name in self._names]
-        return file.layout(columns)
+        return file.layout(self._present(file, self._wanted(None)))
 
     def covers(self, ids: Ids) -> Mask:
         """Return which ids have a metadata row, shape (n,)."""
@@ -108,7 +106,7 @@ class Metadata:
 
         Args:
             ids: (n,) in any order; repeats are allowed; all must be covered.
-            columns: names from `schema`; all but the thumbnails when None.
+            columns: names from `columns`; those of `schema` but the thumbnails when None.
 
         Raises:
             IndexError: an id has no metadata row (see `covers`).
@@ -117,7 +115,7 @@ class Metadata:
         if not self.covers(ids).all():
             raise IndexError("an id without a metadata row")
         unique, back = np.unique(ids, return_inverse=True)
-        schema = pa.schema([self.schema.field(name) for name in self._wanted(columns)])
+        schema = pa.schema([self.columns.field(name) for name in self._wanted(columns)])
         requests = self._by_file(unique)
         with self._disk.hold() as held:
             if not self._disk.whole:
@@ -137,6 +135,11 @@ class Metadata:
             return [name for name in self.schema.names if name != THUMBNAIL_COLUMN]
         return list(columns)
 
+    def _present(self, file: MetadataFile, columns: Iterable[str]) -> list[str]:
+        """Return the file's names of those columns that it has."""
+        names = self._names[file.path]
+        return [names[name] for name in columns if name in names]
+
     def _by_file(self, ids: Ids) -> list[_Rows]:
         """Return where ascending ids are, one entry for each file that has some."""
         batches = np.searchsorted(self._starts, ids, side="right") - 1
@@ -152,24 +155,39 @@ class Metadata:
 
     def _fetch(self, held: Hold, requests: Sequence[_Rows], schema: pa.Schema) -> None:
         """Fetch the bytes that rows need, in rounds: the next ranges of all files at a time."""
-        columns = [self._names[name] for name in schema.names if name in self._names]
-        needs = [(rows.file.path, rows.file.needs(rows.batches, rows.rows, columns)) for rows in requests]
+        needs = [
+            (
+                rows.file.path,
+                rows.file.needs(rows.batches, rows.rows, self._present(rows.file, schema.names)),
+            )
+            for rows in requests
+        ]
         while needs:
             following = [(path, some, next(some, None)) for path, some in needs]
             held.need({path: ranges for path, _, ranges in following if ranges is not None})
             needs = [(path, some) for path, some, ranges in following if ranges is not None]
 
     def _take_from_file(self, rows: _Rows, schema: pa.Schema) -> pa.Table:
-        present = [field.name for field in schema if field.name in self._names]
-        names = [self._names[name] for name in present]
-        found = dict(zip(present, rows.file.take(rows.batches, rows.rows, names), strict=True))
+        names = self._names[rows.file.path]
+        taken = rows.file.take(rows.batches, rows.rows, self._present(rows.file, schema.names))
+        found = dict(zip((name for name in schema.names if name in names), taken, strict=True))
         columns = [
-            found[field.name].cast(field.type)
+            _cast(found[field.name], field, rows.file.path)
             if field.name in found
             else pa.nulls(len(rows.rows), field.type)
             for field in schema
         ]
         return readable(pa.Table.from_arrays(columns, schema=schema))
+
+
+def _cast(column: pa.Array | pa.ChunkedArray, field: pa.Field, path: Path) -> pa.Array | pa.ChunkedArray:
+    try:
+        return column.cast(field.type)
+    except (pa.ArrowInvalid, pa.ArrowNotImplementedError) as error:
+        raise InputError(
+            f"column {field.name!r} of {path} holds {column.type}, of which not all values fit the "
+            f"{field.type} of all metadata files ({error}): write it with the type of the other files"
+        ) from error
 
 
 @dataclass(frozen=True)
@@ -195,12 +213,12 @@ def _open(path: Path, disk: Disk, tables: BatchTables | None) -> MetadataFile:
 
 
 def _column_names(schema: pa.Schema, given: Mapping[str, str], path: Path) -> dict[str, str]:
-    """Map our column names to the file's."""
-    names = schema.names
-    for ours, theirs in given.items():
-        if theirs not in names:
+    """Map our names of all columns to the file's."""
+    names = [name for name, repeats in Counter(schema.names).items() if repeats == 1]
+    for ours in ("url", "caption"):
+        if ours in given and given[ours] not in names:
             raise InputError(
-                f"{path} has no column {theirs!r}, to which {ours!r} is mapped: choose one of "
+                f"{path} has no column {given[ours]!r}, to which {ours!r} is mapped: choose one of "
                 f"{', '.join(names)}",
                 "metadata_columns",
             )
@@ -212,40 +230,71 @@ def _column_names(schema: pa.Schema, given: Mapping[str, str], path: Path) -> di
             "metadata_columns",
         )
     caption = given.get("caption") or next((n for n in CAPTION_COLUMNS if n in names), None)
-    found = {"url": url}
-    if caption is not None:
-        found["caption"] = caption
-    found |= {name: name for name in CARRIED_METADATA if name in names}
-    if THUMBNAIL_COLUMN in names and plain_type(schema.field(THUMBNAIL_COLUMN).type) in THUMBNAIL_TYPES:
-        found[THUMBNAIL_COLUMN] = THUMBNAIL_COLUMN
-    return found
+    found = {name: name for name in names if name != "caption"} | {"url": url}
+    return found if caption is None else found | {"caption": caption}
 
 
-def _common_schema(files: Sequence[MetadataFile], names: Mapping[str, str]) -> pa.Schema:
-    """Unify the types of all files: they differ where one has wider values, or none at all."""
-    common = pa.schema({"url": pa.string(), "caption": pa.string()})
-    for file in files:
-        types = {ours: plain_type(file.schema.field(theirs).type) for ours, theirs in names.items()}
-        for ours in ("url", "caption"):
-            if types.get(ours, pa.string()) not in TEXT_TYPES:
+def _common_schema(files: Sequence[MetadataFile], names: Mapping[Path, Mapping[str, str]]) -> pa.Schema:
+    """Unify the types of each column: they differ where one has wider values, or none at all."""
+    common = {"url": pa.large_string(), "caption": pa.large_string()}
+    first_of_schema = {file.schema: file for file in reversed(files)}
+    for file in reversed(first_of_schema.values()):
+        for ours, theirs in names[file.path].items():
+            kind = plain_type(file.schema.field(theirs).type)
+            if pa.types.is_string(kind):
+                kind = pa.large_string()  # the captions of a request may be more than 2 GiB
+            if ours in ("url", "caption") and kind not in TEXT_TYPES:
                 raise InputError(
-                    f"column {names[ours]!r} of {file.path} holds {types[ours]}, not text: name the "
-                    f"right one with {ours}=<column>",
+                    f"column {theirs!r} of {file.path} holds {kind}, not text: name the right one with "
+                    f"{ours}=<column>",
                     "metadata_columns",
                 )
-        try:
-            common = pa.unify_schemas([common, pa.schema(types)], promote_options="permissive")
-        except pa.ArrowTypeError as error:
+            common[ours] = _unified(common.get(ours, kind), kind)
+    return pa.schema(common)
+
+
+def _unified(one: pa.DataType, other: pa.DataType) -> pa.DataType:
+    """Return a type for the values of both; a union if there is none."""
+    if pa.types.is_union(one):
+        return one
+    if pa.uint64() in (one, other) and any(map(pa.types.is_signed_integer, (one, other))):
+        return pa.decimal128(20)  # Arrow would choose int64
+    try:
+        schemas = [pa.schema({"": kind}) for kind in (one, other)]
+        return pa.unify_schemas(schemas, promote_options="permissive").field(0).type
+    except pa.ArrowTypeError:
+        return pa.dense_union([pa.field(str(kind), kind) for kind in (one, other)])
+
+
+def _carried(columns: pa.Schema, given: Mapping[str, str], folder: Path) -> pa.Schema:
+    """Choose the columns that are carried along."""
+    wanted = [name for name in given if name not in ("url", "caption")]
+    for name in wanted:
+        if name not in columns.names:
             raise InputError(
-                f"{file.path} has column types that do not fit those of {files[0].path.name} ({error}): "
-                "all metadata files must have the same columns"
-            ) from error
-    return common
+                f"no metadata file in {folder} has a column {name!r} to carry along: choose some of "
+                f"{', '.join(columns.names)}",
+                "metadata_columns",
+            )
+    names = ["url", "caption", *(name for name in (*CARRIED_METADATA, *wanted) if name in columns.names)]
+    if THUMBNAIL_COLUMN in columns.names and columns.field(THUMBNAIL_COLUMN).type in THUMBNAIL_TYPES:
+        names.append(THUMBNAIL_COLUMN)
+    carried = pa.schema([columns.field(name) for name in dict.fromkeys(names)])
+    for field in carried:
+        if pa.types.is_union(field.type):
+            one, other = (field.type.field(number).type for number in range(2))
+            raise InputError(
+                f"column {field.name!r} of the metadata in {folder} holds {one} in one file and "
+                f"{other} in another: write it with one type"
+            )
+    return carried
 
 
 def plain_type(kind: pa.DataType) -> pa.DataType:
     """Return text as string and binary as binary, whichever encoding a file uses."""
-    if pa.types.is_dictionary(kind):
+    if isinstance(kind, pa.BaseExtensionType):
+        return plain_type(kind.storage_type)
+    if pa.types.is_dictionary(kind) or pa.types.is_run_end_encoded(kind):
         return plain_type(kind.value_type)
     if pa.types.is_large_string(kind) or pa.types.is_string_view(kind):
         return pa.string()

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Protocol
 
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from laion_assets.io.arrays import Ids
 from laion_assets.io.errors import InputError
@@ -74,3 +75,15 @@ def incomplete(path: Path, kind: str, error: Exception) -> InputError:
         "help, replace the file at the source",
         "staged_index",
     )
+
+
+def rows_of(column: pa.ChunkedArray, rows: pa.Array) -> pa.ChunkedArray:
+    """Take rows of a column, also where Arrow cannot: of views, run ends, and more than 2 GiB of text."""
+    kind = column.type
+    if pa.types.is_run_end_encoded(kind):
+        return rows_of(pa.chunked_array(map(pc.run_end_decode, column.chunks), kind.value_type), rows)
+    if pa.types.is_string(kind) or pa.types.is_string_view(kind):
+        column = column.cast(pa.large_string())
+    elif pa.types.is_binary(kind) or pa.types.is_binary_view(kind):
+        column = column.cast(pa.large_binary())
+    return column.take(rows)

@@ -8,9 +8,12 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from laion_assets.index.metadata_file import BatchLayout, incomplete
+from laion_assets.index.metadata_file import BatchLayout, incomplete, rows_of
 from laion_assets.io.arrays import Ids
 from laion_assets.io.ranges import Ranges
+
+# What pyarrow raises for damaged files.
+DAMAGE = (pa.ArrowException, OSError, ValueError, MemoryError, OverflowError)
 
 
 class ParquetFile:
@@ -27,15 +30,15 @@ class ParquetFile:
     def __init__(self, path: Path) -> None:
         self.path = path
         try:
-            self._file = pq.ParquetFile(path)
+            self._file = pq.ParquetFile(path, page_checksum_verification=True)
             self._one_at_a_time = threading.Lock()
-        except (pa.ArrowInvalid, OSError) as error:
+            self.schema: pa.Schema = self._file.schema_arrow
+            groups = self._file.metadata
+            self.batch_lengths = np.array(
+                [groups.row_group(i).num_rows for i in range(groups.num_row_groups)], np.int64
+            )
+        except DAMAGE as error:
             raise incomplete(path, "Parquet", error) from error
-        self.schema: pa.Schema = self._file.schema_arrow
-        groups = self._file.metadata
-        self.batch_lengths = np.array(
-            [groups.row_group(i).num_rows for i in range(groups.num_row_groups)], np.int64
-        )
 
     def needs(self, batches: Ids, rows: Ids, columns: Sequence[str]) -> Iterator[Ranges]:  # noqa: ARG002
         """Yield nothing: the file is complete."""
@@ -43,13 +46,22 @@ class ParquetFile:
 
     def take(self, batches: Ids, rows: Ids, columns: Sequence[str]) -> list[pa.ChunkedArray]:
         """Return the values of some rows, of each column; their row groups are unpacked whole."""
-        parts = []
-        for number in np.unique(batches).tolist():
-            with self._one_at_a_time:
-                group = self._file.read_row_group(number, columns=list(columns)).select(list(columns))
-            parts.append(group.take(pa.array(rows[batches == number])))
+        try:
+            parts = [
+                self._taken(number, pa.array(rows[batches == number]), list(columns))
+                for number in np.unique(batches).tolist()
+            ]
+        except DAMAGE as error:
+            raise incomplete(self.path, "Parquet", error) from error
         whole: list[pa.ChunkedArray] = pa.concat_tables(parts).columns
         return whole
+
+    def _taken(self, number: int, rows: pa.Array, columns: list[str]) -> pa.Table:
+        with self._one_at_a_time:
+            group = self._file.read_row_group(number, columns=columns).select(columns)
+        if len(group) != self.batch_lengths[number]:
+            raise ValueError(f"row group {number} has {len(group):,} rows")
+        return pa.table([rows_of(column, rows) for column in group.columns], columns)
 
     def layout(self, columns: Sequence[str]) -> BatchLayout:
         """Return what reading rows of the first row group reads: all of its columns."""

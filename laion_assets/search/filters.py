@@ -1,8 +1,8 @@
 """Filters drop images that are on a block list or fail a condition.
 
-A condition compares a metadata column with a number or a quoted word. Conditions are joined by `and`:
-`punsafe < 0.5 and width >= 256 and NSFW == "UNLIKELY"`. They are parsed, never evaluated as code. Null
-and NaN fail every condition, because a missing safety score does not make an image safe.
+A condition compares a metadata column with a number, a quoted word, or true or false. Conditions are
+joined by `and`: `punsafe < 0.5 and width >= 256 and NSFW == "UNLIKELY"`. They are parsed, never evaluated
+as code. Null and NaN fail every condition, because a missing safety score does not make an image safe.
 """
 
 from __future__ import annotations
@@ -38,10 +38,11 @@ EXACTLY: Mapping[str, Callable[[Any, Any], bool]] = {
     "==": operator.eq,
     "!=": operator.ne,
 }
+BOOLEANS: Mapping[str, bool] = {"true": True, "false": False}
 MAX_LENGTH = 4096  # characters of all conditions
 CONDITION = re.compile(
     r"""\s*(?P<column>[A-Za-z_]\w*)\s*(?P<comparison><=|>=|==|!=|<|>)\s*
-    (?P<value>-?(?:\d+\.?\d*|\.\d+)(?:[eE][-+]?\d+)?(?!\w)|'[^']*'|"[^"]*")\s*""",
+    (?P<value>-?(?:\d+\.?\d*|\.\d+)(?:[eE][-+]?\d+)?(?!\w)|'[^']*'|"[^"]*"|(?:true|false)(?!\w))\s*""",
     re.VERBOSE | re.ASCII,
 )
 AND = re.compile(r"and\b", re.IGNORECASE)
@@ -60,7 +61,7 @@ class Condition:
 
     column: str
     comparison: str
-    value: float | str
+    value: float | str | bool
 
     def check(self, schema: pa.Schema) -> None:
         """Check that metadata with this schema has the column, with a type that fits the value.
@@ -79,16 +80,11 @@ class Condition:
                 + (f"did you mean {meant}?" if meant else "remove this condition")
             )
         kind = schema.field(self.column).type
-        fits = pa.types.is_string(kind) if isinstance(self.value, str) else _is_number(kind)
-        if not (fits or pa.types.is_null(kind)):
-            other = "a number" if isinstance(self.value, str) else "a quoted word"
+        wanted = _comparable(kind)
+        if wanted != _name_of_kind(self.value) and not pa.types.is_null(kind):
             raise InputError(
-                f"filters compare {self.column} with {self.value!r}, but it holds {kind}: "
-                + (
-                    f"give {other}"
-                    if pa.types.is_string(kind) or _is_number(kind)
-                    else "remove this condition"
-                )
+                f"filters compare {self.column} with {_shown(self.value)}, but it holds {kind}: "
+                + (f"give {wanted}" if wanted else "remove this condition")
             )
 
     def holds(self, rows: pa.Table) -> Mask:
@@ -101,7 +97,8 @@ class Condition:
             column = pc.if_else(pc.is_nan(column), None, column)
         elif _is_number(column.type):
             return self._holds_exactly(column)
-        value = self.value if isinstance(self.value, str) else float(str(self.value))  # may be infinite
+        exact = isinstance(self.value, str | bool)
+        value = self.value if exact else float(str(self.value))  # may be infinite
         passed = COMPARE[self.comparison](column, pa.scalar(value))
         held: Mask = pc.fill_null(passed, False).to_numpy()
         return held
@@ -141,7 +138,7 @@ def conditions_in(text: str) -> tuple[Condition, ...]:
             raise InputError(
                 f"{problem}: write conditions such as "
                 "punsafe < 0.5 and NSFW == 'UNLIKELY', each a column, one of "
-                f"{' '.join(COMPARE)}, and a number or a quoted word"
+                f"{' '.join(COMPARE)}, and a number, a quoted word, or true or false"
             )
         found.append(Condition(match["column"], match["comparison"], _value(match["value"])))
         if not joined:
@@ -150,10 +147,31 @@ def conditions_in(text: str) -> tuple[Condition, ...]:
     return tuple(found)
 
 
-def _value(text: str) -> float | str:
+def _value(text: str) -> float | str | bool:
+    if text in BOOLEANS:
+        return BOOLEANS[text]
     if text[0] in "'\"":
         return text[1:-1]
     return int(text) if re.fullmatch(r"-?\d+", text) else float(text)
+
+
+def _name_of_kind(value: float | str | bool) -> str:
+    if isinstance(value, bool):
+        return "true or false"
+    return "a quoted word" if isinstance(value, str) else "a number"
+
+
+def _comparable(kind: pa.DataType) -> str | None:
+    """Describe the values with which a column can be compared; None if there are none."""
+    if pa.types.is_boolean(kind):
+        return "true or false"
+    if pa.types.is_string(kind) or pa.types.is_large_string(kind):
+        return "a quoted word"
+    return "a number" if _is_number(kind) else None
+
+
+def _shown(value: float | str | bool) -> str:
+    return str(value).lower() if isinstance(value, bool) else repr(value)
 
 
 def _is_number(kind: pa.DataType) -> bool:

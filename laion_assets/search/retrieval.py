@@ -182,8 +182,8 @@ def columns_found(index: Index, metadata: Metadata, *, per_seed: bool) -> pa.Sch
     return pa.schema(
         {
             "id": pa.int64(),
-            "url": pa.string(),
-            "caption": pa.string(),
+            "url": pa.large_string(),
+            "caption": pa.large_string(),
             "similarity": pa.float32(),
             "rank": pa.int32(),
         }
@@ -221,7 +221,7 @@ def retrieve(
             that a filter names.
 
     """
-    request.filters.check(metadata.schema)
+    request.filters.check(metadata.columns)
     if queries.shape[1] != index.dimension:
         raise InputError(
             f"the seeds have {queries.shape[1]} dimensions, the index has {index.dimension}: embed the "
@@ -274,6 +274,13 @@ class _Search:
         self._queries = queries
         self._request = request
         self._schema = schema
+        self._columns = list(
+            dict.fromkeys(
+                name
+                for name in (*metadata.schema.names, *request.filters.columns)
+                if name != THUMBNAIL_COLUMN
+            )
+        )
         self._progress = progress
         self.k = request.k if request.keep is None else min(request.k, index.rows)
         self.nprobe = index.nprobe_for(self.k, request.nprobe)
@@ -446,7 +453,7 @@ class _Search:
         """
         outcome = np.full(len(ids), NEAR_DUPLICATE)
         best = np.flatnonzero(labels == np.arange(len(labels)))
-        columns = self._take(ids[best])
+        columns = self._take(ids[best], self._columns)
         outcome[best] = self._outcomes(ids[best], columns)
         self._note_blocked(outcome[best], columns)
         allowed = outcome[best] == KEPT
@@ -460,7 +467,9 @@ class _Search:
         _, first = np.unique(labels[candidates], return_index=True)
         instead = candidates[first]
         outcome[np.setdiff1d(candidates, instead)] = NEAR_DUPLICATE
-        columns = pa.concat_tables([columns.filter(pa.array(allowed)), self._take(ids[instead])])
+        columns = pa.concat_tables(
+            [columns.filter(pa.array(allowed)), self._take(ids[instead], self._columns)]
+        )
         best = np.concatenate([best[allowed], instead])
         order = np.argsort(best)
         return best[order], columns.take(pa.array(order)), outcome

@@ -32,7 +32,7 @@ def _safe(column: pa.ChunkedArray) -> Mask:
         passed = pc.invert(column)
     elif pa.types.is_floating(kind) or pa.types.is_integer(kind) or pa.types.is_decimal(kind):
         passed = pc.less(column.cast(pa.float64()), UNSAFE_FROM)  # NaN fails
-    elif pa.types.is_string(kind):
+    elif pa.types.is_string(kind) or pa.types.is_large_string(kind):
         passed = pc.is_in(pc.utf8_upper(column), pa.array(SAFE_WORDS))
     else:
         return np.zeros(len(column), np.bool_)

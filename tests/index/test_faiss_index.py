@@ -16,15 +16,58 @@ from laion_assets.io.errors import InputError
 
 
 @pytest.mark.parametrize(
-    "key", ["IDMap,Flat", "IVF4,PQ8x4fs", "IVF4,Flat,RFlat", "OPQ8,IDMap,IVF4,PQ8x4"]
+    "key",
+    [
+        "IDMap,Flat",
+        "IVF4,PQ8x4fs",
+        "IVF4,Flat,RFlat",
+        "OPQ8,IDMap,IVF4,PQ8x4",
+        "IVF4,FlatDedup",
+        "IVF4,RaBitQ",
+        "IVF4,FlatPanorama4",
+        "NSG8",
+        "PQ8x4",
+        "IVF4,RQ4x4",
+    ],
 )
 def test_a_kind_of_index_that_would_give_other_rows_is_refused(tmp_path, key) -> None:
     rows = indices.random_rows(np.random.default_rng(8), 400)
     index = faiss.index_factory(rows.shape[1], key, faiss.METRIC_INNER_PRODUCT)
     index.train(rows)
     faiss.write_index(index, str(tmp_path / "image.index"))
-    with pytest.raises(InputError, match=r"image.index is a faiss Index.*build it as"):
+    with pytest.raises(InputError, match=r"image.index is (a faiss Index|of a kind).*build it as"):
         Index(tmp_path / "image.index")
+
+
+@pytest.mark.parametrize("key", ["SQ8", "HNSW8_SQ8", "IVF4,SQ8", "IVF4,SQfp16"])
+def test_the_vectors_of_a_row_have_the_score_that_the_search_returns(tmp_path, key) -> None:
+    rows = indices.random_rows(np.random.default_rng(8), 400)
+    trained = faiss.index_factory(rows.shape[1], key, faiss.METRIC_INNER_PRODUCT)
+    trained.train(rows)
+    indices.write_one_file(tmp_path, trained, rows)
+    index = Index(tmp_path / "image.index")
+    hits = index.search(rows[:5], 30, 4)
+    vectors = index.decoder().decode(hits.codes)[hits.code]
+    np.testing.assert_allclose(np.einsum("qkd,qd->qk", vectors, rows[:5]), hits.similarity, atol=1e-3)
+
+
+def test_the_lists_are_found_whatever_name_the_index_states(tmp_path) -> None:
+    """An index that was built on Windows states a path with backslashes."""
+    rows = indices.random_rows(np.random.default_rng(3), 400)
+    indices.write_index(tmp_path, rows, indices.MERGED)
+    path, lists = indices.index_paths(tmp_path)
+    expected = Index(path, lists).search(rows[:5], 10, 4)
+    content = path.read_bytes()
+    for other in (b"C:\\data\\merged_index.ivfdata", b"x"):
+        at = content.rindex(b".ivfdata") + len(b".ivfdata")
+        size = int.from_bytes(content[at : at + 8], "little")
+        assert size == lists.stat().st_size
+        name = at - int.from_bytes(content[: content.rindex(b"merged")][-8:], "little")
+        head = content[: min(name, content.rindex(b"merged")) - 8]
+        path.write_bytes(head + len(other).to_bytes(8, "little") + other + content[at:])
+        found = Index(path, lists).search(rows[:5], 10, 4)
+        np.testing.assert_array_equal(found.ids, expected.ids)
+        np.testing.assert_array_equal(found.similarity, expected.similarity)
 
 
 @pytest.mark.parametrize("form", [indices.MERGED, "single file", "Flat"])

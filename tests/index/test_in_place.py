@@ -64,6 +64,9 @@ def test_an_index_without_its_lists_is_refused(tmp_path):
     (tmp_path / "image.index" / "merged_index.ivfdata").unlink()
     with pytest.raises(InputError, match=r"merged_index\.ivfdata"):
         open_folder(str(tmp_path))
+    (tmp_path / "image.index" / "laion.ivfdata").touch()
+    with pytest.raises(InputError, match=r"rename image\.index/laion\.ivfdata to that"):
+        open_folder(str(tmp_path))
 
 
 @pytest.mark.parametrize(
@@ -72,9 +75,11 @@ def test_an_index_without_its_lists_is_refused(tmp_path):
         ([f"metadata_{i}.arrow" for i in range(20)], ["metadata_10.arrow comes before metadata_2.arrow"]),
         (["a1b9.parquet", "a1b10.parquet"], ["a1b10.parquet comes before a1b9.parquet", "digits"]),
         (["0.arrow", "0.parquet"], ["two formats", "0.arrow and 0.parquet"]),
+        (["a\nb.arrow"], [r"a\nb.arrow", "without control characters"]),
+        ([f"{'x' * 230}.arrow"], ["at most 200 bytes"]),
     ],
 )
-def test_metadata_whose_order_is_unclear_is_refused(names, facts):
+def test_metadata_whose_order_or_name_is_unclear_is_refused(names, facts):
     """Or rows would get the URLs of others."""
     with pytest.raises(InputError) as refused:
         metadata_files(names, "folder")

@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 
 from laion_assets.index.metadata import Metadata
 from laion_assets.io.errors import InputError
+from laion_assets.search.filters import Filters, conditions_in
 
 SUFFIXES = [indices.ARROW, indices.PARQUET]
 
@@ -108,16 +109,87 @@ def test_without_a_url_column_those_found_are_named(tmp_path, suffix):
 
 
 @pytest.mark.parametrize("suffix", SUFFIXES)
-def test_files_with_different_columns_are_refused(tmp_path, suffix):
-    whole, part = pa.table({"url": ["u"], "TEXT": ["c"]}), pa.table({"url": ["u"], "caption": ["c"]})
-    with pytest.raises(InputError, match=f"001{suffix} .*'TEXT'.*000{suffix}.*url, caption"):
-        Metadata(write(tmp_path, [whole, part], suffix))
+def test_a_column_that_a_file_lacks_is_null_there(tmp_path, suffix):
+    tables = [
+        pa.table({"url": ["a"], "TEXT": ["c"]}),
+        pa.table({"URL": ["b"], "caption": ["d"], "NSFW": ["UNSURE"]}),
+        pa.table({"url": ["c"]}),
+    ]
+    taken = Metadata(write(tmp_path, tables, suffix)).take(np.arange(3)).to_pylist()
+    assert taken == [
+        {"url": "a", "caption": "c", "NSFW": None},
+        {"url": "b", "caption": "d", "NSFW": "UNSURE"},
+        {"url": "c", "caption": None, "NSFW": None},
+    ]
+    (tmp_path / f"003{suffix}").write_bytes(
+        write(tmp_path / "other", [pa.table({"text": ["x"]})], suffix)[0].read_bytes()
+    )
+    with pytest.raises(InputError, match=f"003{suffix} has no URL column"):
+        Metadata(sorted(tmp_path.glob(f"*{suffix}")))
 
 
-def test_columns_of_types_that_do_not_go_together_are_refused(tmp_path):
-    tables = [pa.table({"url": ["u"], "NSFW": kind}) for kind in (["yes"], [True])]
-    with pytest.raises(InputError, match=r"001\.arrow .*000\.arrow.*NSFW.*string vs bool"):
+def test_any_column_is_taken_by_name_and_travels_along_if_named(tmp_path):
+    score = {"score": [0.25], "TEXT": ["c"]}
+    paths = write(tmp_path, [pa.table({"url": ["a"]}), pa.table({"url": ["b"], **score})])
+    metadata = Metadata(paths)
+    assert metadata.take(np.array([0, 1]), ["score", "TEXT"]).to_pylist() == [
+        {"score": None, "TEXT": None},
+        {"score": 0.25, "TEXT": "c"},
+    ]
+    assert Metadata(paths, {"score": "score"}).schema.names == ["url", "caption", "score"]
+    with pytest.raises(InputError, match=r"'scor' to carry along: choose some of .*score") as refused:
+        Metadata(paths, {"scor": "scor"})
+    assert refused.value.about == "metadata_columns"
+
+
+def test_columns_of_types_that_do_not_go_together_are_refused_where_they_are_used(tmp_path):
+    tables = [pa.table({"url": ["u"], "NSFW": kind, "odd": kind}) for kind in (["yes"], [True])]
+    with pytest.raises(InputError, match=r"'NSFW' .*large_string in one file and bool in another"):
         Metadata(write(tmp_path, tables))
+    odd = Metadata(write(tmp_path, [table.drop_columns(["NSFW"]) for table in tables]))
+    with pytest.raises(InputError, match=r"odd .*holds dense_union.*remove this condition"):
+        Filters(conditions_in("odd == 'yes'")).check(odd.columns)
+
+
+def test_integers_of_any_size_in_any_file_are_kept_exactly(tmp_path):
+    kinds = [(2**63 + 5, pa.uint64()), (-(2**63), pa.int64()), (7, pa.int8())]
+    metadata = Metadata(
+        write(tmp_path, [pa.table({"url": ["u"], "WIDTH": pa.array([n], kind)}) for n, kind in kinds])
+    )
+    assert metadata.take(np.arange(3))["WIDTH"].to_pylist() == [number for number, _ in kinds]
+    floats = pa.table({"url": ["u"], "WIDTH": [0.5]})
+    mixed = Metadata(write(tmp_path, [pa.table({"url": ["u"], "WIDTH": pa.array([2**53 + 1])}), floats]))
+    with pytest.raises(InputError, match=r"'WIDTH' of .*000\.arrow holds int64.*double"):
+        mixed.take(np.array([0]))
+
+
+def test_run_end_encoded_columns_and_extension_types_are_read(tmp_path):
+    runs = pa.RunEndEncodedArray.from_arrays(pa.array([2, 3], pa.int32()), pa.array(["A", "B"]))
+    table = pa.table({"url": ["a", "b", "c"], "NSFW": runs, "caption": pa.array(["{}"] * 3, pa.json_())})
+    metadata = Metadata(write(tmp_path, [table, pa.table({"url": ["d"], "NSFW": ["C"]})], batch=2))
+    assert metadata.take(np.array([3, 2, 1]), ["NSFW", "caption"]).to_pylist() == [
+        {"NSFW": "C", "caption": None},
+        {"NSFW": "B", "caption": "{}"},
+        {"NSFW": "A", "caption": "{}"},
+    ]
+
+
+def test_the_stream_format_of_arrow_is_named_with_the_way_out(tmp_path):
+    with pa.OSFile(str(tmp_path / "0.arrow"), "wb") as file:
+        table = pa.table({"url": ["u"]})
+        with pa.ipc.new_stream(file, table.schema) as writer:
+            writer.write_table(table)
+    with pytest.raises(InputError, match=r"0\.arrow is in Arrow's stream format.*Dataset\.to_parquet"):
+        Metadata([tmp_path / "0.arrow"])
+
+
+@pytest.mark.faults
+def test_captions_of_more_than_2_gib_are_taken_in_one_request(tmp_path):
+    caption, rows = "x" * (16 << 20), np.zeros(140, np.int64)
+    paths = write(tmp_path, [pa.table({"url": ["u"], "caption": [caption]})], indices.PARQUET)
+    taken = Metadata(paths).take(rows)
+    assert taken["caption"].nbytes > 2 << 30
+    assert taken["caption"][139].as_py() == caption
 
 
 @pytest.mark.parametrize("column", ["url", "caption"])
@@ -267,4 +339,10 @@ def test_a_flipped_bit_gives_rows_or_an_error_and_no_crash(tmp_path, compressed)
 def test_text_that_is_not_utf8_is_replaced_and_the_others_stay(tmp_path, suffix):
     texts = pa.array([b"caf\xe9.jpg", b"plain.jpg", None], pa.binary()).view(pa.string())
     metadata = Metadata(write(tmp_path, [pa.table({"url": texts, "caption": texts})], suffix))
-    assert metadata.take(np.array([2, 1, 0]))["url"].to_pylist() == [None, "plain.jpg", "caf\ufffd.jpg"]
+    expected = [None, "plain.jpg", "caf\ufffd.jpg"]
+    assert metadata.take(np.array([2, 1, 0]))["url"].to_pylist() == expected
+    compressed, table = tmp_path / "compressed.arrow", pa.table({"url": texts})
+    options = pa.ipc.IpcWriteOptions(compression="zstd")
+    with pa.ipc.new_file(compressed, table.schema, options=options) as writer:
+        writer.write_table(table)
+    assert Metadata([compressed]).take(np.array([2, 1, 0]))["url"].to_pylist() == expected

@@ -29,7 +29,12 @@ CONDITIONS = st.builds(
     Condition,
     st.from_regex(r"[A-Za-z_]\w{0,8}", fullmatch=True).filter(str.isascii),
     st.sampled_from(sorted(COMPARE)),
-    st.one_of(st.integers(-(10**17), 10**17), st.floats(allow_nan=False, allow_infinity=False), WORDS),
+    st.one_of(
+        st.booleans(),
+        st.integers(-(10**17), 10**17),
+        st.floats(allow_nan=False, allow_infinity=False),
+        WORDS,
+    ),
 )
 
 
@@ -41,13 +46,14 @@ def test_what_is_written_is_read(conditions, space, single):
     def written(condition: Condition) -> str:
         value = condition.value
         shown = f"{quote}{value}{quote}" if isinstance(value, str) else repr(value)
+        shown = shown.lower() if isinstance(value, bool) else shown
         return space.join([condition.column, condition.comparison, shown])
 
     text = " and ".join(map(written, conditions))
     assert list(conditions_in(f"{space}{text}{space}")) == conditions
 
 
-NUMBER, WORD = r"-?(\d+\.?\d*|\.\d+)(e[-+]?\d+)?(?!\w)", r"""'[^']*'|"[^"]*\""""
+NUMBER, WORD = r"-?(\d+\.?\d*|\.\d+)(e[-+]?\d+)?(?!\w)", r"""'[^']*'|"[^"]*\"|(?-i:true|false)(?!\w)"""
 ONE = rf" *[a-z_]\w* *(<=|>=|==|!=|<|>) *({NUMBER}|{WORD}) *"
 PIECES = ["punsafe", "and", "_x", "<", "<=", "==", "!=", "0.5", "5", ".", "-", "e5", "'", '"', "(", ";"]
 SENTENCES = st.lists(st.sampled_from(["punsafe < 0.5", "_x=='e5'", " and ", " ", *PIECES]), max_size=7)
@@ -147,6 +153,7 @@ SCHEMA = pa.schema(
         "punsafe": pa.float64(),
         "WIDTH": pa.int32(),
         "nothing": pa.null(),
+        "is_safe": pa.bool_(),
     }
 )
 
@@ -154,17 +161,21 @@ SCHEMA = pa.schema(
 @pytest.mark.parametrize(
     ("text", "facts"),
     [
-        ("width > 5", ["'width'", "url, NSFW, punsafe, WIDTH, nothing", "mean WIDTH"]),
-        ("weather == 'fine'", ["'weather'", "url, NSFW, punsafe, WIDTH, nothing", "remove"]),
+        ("width > 5", ["'width'", "url, NSFW, punsafe, WIDTH, nothing, is_safe", "mean WIDTH"]),
+        ("weather == 'fine'", ["'weather'", "url, NSFW, punsafe, WIDTH, nothing, is_safe", "remove"]),
         ("NSFW < 0.5", ["NSFW", "0.5", "string", "quoted word"]),
         ("punsafe < '0.5'", ["punsafe", "'0.5'", "double", "number"]),
+        ("is_safe == 1", ["is_safe", "with 1", "bool", "give true or false"]),
+        ("WIDTH == true", ["WIDTH", "with true", "int32", "give a number"]),
     ],
 )
 def test_a_filter_that_could_do_nothing_is_refused(text, facts):
     with pytest.raises(InputError) as refused:
         Filters(conditions_in(text)).check(SCHEMA)
     assert [fact for fact in facts if fact not in str(refused.value)] == []
-    Filters(conditions_in("NSFW != 'NSFW' and punsafe<.5 and WIDTH >= 5 and nothing < 1")).check(SCHEMA)
+    Filters(
+        conditions_in("NSFW != 'NSFW' and punsafe<.5 and WIDTH >= 5 and nothing < 1 and is_safe==true")
+    ).check(SCHEMA)
 
 
 # --- in a search ----------------------------------------------------------------------------------

@@ -50,6 +50,14 @@ def test_every_form_is_copied_whole_and_readable(tmp_path, form, suffix, files):
     assert is_readable(cache)
 
 
+def test_metadata_as_hdf5_is_named_with_the_way_out(source, cache):
+    """As LAION-400M was published."""
+    shutil.rmtree(source / "metadata")
+    (source / "metadata.hdf5").write_bytes(b"\x89HDF\r\n")
+    with pytest.raises(InputError, match=r"HDF5 \(metadata\.hdf5\).*convert it to Parquet"):
+        stage(str(source), None, cache)
+
+
 def test_a_second_run_fetches_nothing_and_writes_nothing(source, cache):
     first = stage(str(source), None, cache)
     before = touched(cache)
