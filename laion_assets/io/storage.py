@@ -9,11 +9,14 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import fcntl
+import glob
 import io
 import logging
 import os
 import re
 import stat
+import time
 import uuid
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -41,6 +44,7 @@ MAX_PAGE_RESULTS = 1000  # the most that Google Cloud Storage allows
 LISTED_FIELDS = "items(name,size,updated,crc32c),nextPageToken"
 UPLOAD_BLOCK = 8 << 20  # bytes of each upload request
 PARTIAL_SUFFIX = ".partial"
+ABANDONED = 60.0  # seconds since the last write
 WRITE_ERRORS = {
     errno.ENOENT,  # raised by folders that accept no new files, such as /proc
     errno.EROFS,
@@ -80,7 +84,7 @@ def open_storage(uri: str, about: str | None = None) -> tuple[Any, str]:
     if uri.startswith(BUCKETS):
         if not re.match(r"gc?s://[^/]", uri):
             raise InputError(f"{uri} names no bucket: write it as gs://bucket/folder", about)
-        options.update(requests_timeout=request_limits(), session_kwargs=session_arguments())
+        options.update(requests_timeout=request_limits(), session_kwargs=session_arguments(whole=True))
         options["token"] = "anon" if os.environ.get("STORAGE_EMULATOR_HOST") else "google_default"
         # By default gcsfs first queries the kind of each bucket, over gRPC and with a separate
         # permission. This takes most of a minute if gRPC is blocked, as with an emulator. Only zonal
@@ -319,6 +323,10 @@ def writing(uri: str, about: str | None = None) -> Iterator[None]:
         with reaching(uri, about):
             yield
     except OSError as error:
+        if error.errno == errno.ENAMETOOLONG:
+            raise InputError(
+                f"cannot write {uri}, because its name is too long: shorten it", about
+            ) from error
         if not isinstance(error, PermissionError) and error.errno not in WRITE_ERRORS:
             raise
         raise InputError(
@@ -374,10 +382,11 @@ def _protocols(fs: Any) -> set[str]:
 def _local_file(path: Path) -> Iterator[BinaryIO]:
     path.parent.mkdir(parents=True, exist_ok=True)
     _remove_abandoned(path)
-    writer = f"{uuid.uuid4().hex[:12]}.{os.getpid()}"  # two threads may write the same file
-    temporary = path.with_name(f".{path.name}.{writer}{PARTIAL_SUFFIX}")
+    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex[:12]}{PARTIAL_SUFFIX}")
     try:
         with temporary.open("wb") as sink:
+            with contextlib.suppress(OSError):  # a file system without locks: it is never removed
+                fcntl.flock(sink, fcntl.LOCK_EX)
             yield sink
             sink.flush()
             os.fsync(sink.fileno())
@@ -387,21 +396,15 @@ def _local_file(path: Path) -> Iterator[BinaryIO]:
 
 
 def _remove_abandoned(path: Path) -> None:
-    """Remove temporary copies of this file that killed processes left behind."""
-    for left in path.parent.glob(f".{path.name}.*{PARTIAL_SUFFIX}"):
-        writer = int(left.name.removesuffix(PARTIAL_SUFFIX).rpartition(".")[2])
-        if not _is_alive(writer):
-            left.unlink(missing_ok=True)
+    """Remove temporary copies of this file that killed processes left behind.
 
-
-def _is_alive(process: int) -> bool:
-    try:
-        os.kill(process, 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:  # alive, but owned by another user
-        return True
-    return True
+    Writers hold a lock. Their process numbers say nothing: pods have the same ones.
+    """
+    for left in path.parent.glob(f".{glob.escape(path.name)}.*{PARTIAL_SUFFIX}"):
+        with contextlib.suppress(OSError), left.open("rb") as file:  # gone again, or without locks
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if time.time() - left.stat().st_mtime > ABANDONED:  # a new one may not be locked yet
+                left.unlink(missing_ok=True)
 
 
 @contextlib.contextmanager

@@ -7,7 +7,8 @@ gcsfs and fsspec's HTTP file system both send their requests with aiohttp, and s
 - A read whose answer does not begin within `SILENCE` is sent again, and fails after `READ_TRIES` tries. A
   write may take `SERVER_WORK` longer than its upload at `SLOWEST_UPLOAD`, and is not sent again, because
   the server may still be working on it.
-- An answer that brings fewer than `TRICKLE` bytes in `SILENCE` counts as silent.
+- An answer that brings fewer than `TRICKLE` bytes in `SILENCE` counts as silent, and is requested again
+  likewise if answers are read whole.
 - No request takes longer than `LONGEST`.
 """
 
@@ -15,6 +16,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Mapping
+from functools import partial
 from typing import Any
 
 import aiohttp
@@ -29,12 +31,13 @@ LONGEST = 600.0  # seconds
 
 
 async def _answer(
-    request: aiohttp.ClientRequest, send: aiohttp.ClientHandlerType
+    request: aiohttp.ClientRequest, send: aiohttp.ClientHandlerType, *, whole: bool
 ) -> aiohttp.ClientResponse:
-    """Send a request and wait for the beginning of its answer; a middleware of aiohttp.
+    """Send a request and wait for the beginning of its answer, or for all of it; a middleware of aiohttp.
 
     Raises:
         TimeoutError: there is none in time. gcsfs does not retry after this error.
+        ConnectionError: it is a web page. gcsfs would take it for the content of an object.
 
     """
     tries, limit = READ_TRIES, SILENCE
@@ -43,10 +46,21 @@ async def _answer(
     for _ in range(tries):
         try:
             async with asyncio.timeout(limit):
-                return await send(request)
+                answer = await send(request)
+            if whole:
+                await answer.read()
+                _check_origin(answer)
+            return answer
         except TimeoutError:
             continue
     raise TimeoutError(f"no answer in {tries * limit:.0f} s")
+
+
+def _check_origin(answer: aiohttp.ClientResponse) -> None:
+    if answer.ok and answer.content_type == "text/html":
+        raise ConnectionError(
+            f"{answer.host} returns a web page, perhaps of a network that asks to log in, or of a proxy"
+        )
 
 
 def _size(request: aiohttp.ClientRequest) -> int:
@@ -78,6 +92,12 @@ def request_limits() -> aiohttp.ClientTimeout:
     return aiohttp.ClientTimeout(total=LONGEST, sock_connect=CONNECT, sock_read=SERVER_WORK)
 
 
-def session_arguments() -> Mapping[str, Any]:
-    """Return the arguments of an aiohttp session."""
-    return {"timeout": request_limits(), "middlewares": (_answer,), "response_class": _Response}
+def session_arguments(*, whole: bool = False) -> Mapping[str, Any]:
+    """Return the arguments of an aiohttp session.
+
+    Args:
+        whole: whether every answer is read whole, as gcsfs does, and is never a stream or a web page.
+
+    """
+    answer = partial(_answer, whole=whole)
+    return {"timeout": request_limits(), "middlewares": (answer,), "response_class": _Response}

@@ -17,6 +17,7 @@ from itertools import accumulate
 from pathlib import Path
 
 from laion_assets.io.derived import keep
+from laion_assets.io.locks import locked_folder
 from laion_assets.io.progress import Progress
 from laion_assets.io.text import count, json_object
 from laion_assets.staging.full.blocks import BLOCK, Blocks
@@ -202,15 +203,16 @@ def times_of(path: Path) -> Times:
 
 def record_verified(cache: Path, verified: Mapping[str, Times]) -> None:
     """Record files that are intact, with their times before they were read."""
-    keep(cache / VERIFIED, json.dumps({**_recorded(cache), **verified}).encode())
+    with locked_folder(cache):
+        keep(cache / VERIFIED, json.dumps({**_recorded(cache), **verified}).encode())
 
 
 def forget_verified(cache: Path, names: Iterable[str]) -> None:
     """Let files be read again when they are next opened or staged."""
-    recorded, forgotten = _recorded(cache), set(names)
-    if forgotten:
-        left = {name: times for name, times in recorded.items() if name not in forgotten}
-        keep(cache / VERIFIED, json.dumps(left).encode())
+    if forgotten := set(names):
+        with locked_folder(cache):
+            left = {name: at for name, at in _recorded(cache).items() if name not in forgotten}
+            keep(cache / VERIFIED, json.dumps(left).encode())
 
 
 def forget_all_verified(cache: Path) -> None:

@@ -1,4 +1,4 @@
-"""Servers that accept connections and then lie: they are silent, or send one byte at a time."""
+"""Servers that accept connections and lie: they are silent, send a byte at a time, or another page."""
 
 import re
 import socket
@@ -33,6 +33,13 @@ def trickling_the_head(request: str, send: Send, pause: float) -> None:
     for byte in _head(request):
         send(bytes([byte]))
         time.sleep(pause)
+
+
+def captive_portal(_: str, send: Send) -> None:
+    """Answers every request with a page where users log in to a network."""
+    page = b"<!DOCTYPE html>\n<html><title>Log in to the network</title></html>\n"
+    head = f"HTTP/1.1 200 OK\r\nContent-Type: text/html\r\nContent-Length: {len(page)}\r\n\r\n"
+    send(head.encode() + page)
 
 
 def silent_after_the_upload_begins(request: str, send: Send) -> None:

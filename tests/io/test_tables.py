@@ -1,9 +1,9 @@
 """Tables are written as they are computed, appear only when complete, and record their origin."""
 
 import errno
+import fcntl
 import os
 import random
-import subprocess
 from collections.abc import Iterable, Iterator
 from contextlib import suppress
 from pathlib import Path
@@ -133,15 +133,19 @@ def test_nothing_appears_before_the_last_row_is_written(place):
 
 
 def test_what_a_killed_writer_left_goes_with_the_next_write_and_a_living_one_keeps_its_own(tmp_path):
-    gone = subprocess.Popen(["true"])
-    gone.wait()
-    left = tmp_path / f".set.parquet.{gone.pid}.partial"
-    living = tmp_path / f".set.parquet.{os.getppid()}.partial"
-    other = tmp_path / f".other.parquet.{gone.pid}.partial"
-    for path in (left, living, other):
-        path.write_bytes(b"PAR1")
-    write_table(str(tmp_path / "set.parquet"), [batch(0)])
-    assert set(contents(tmp_path)) == {"set.parquet", living.name, other.name}
+    """Pods that share a folder have the same process numbers, so what counts is the lock."""
+    names = _, living, new, other = [
+        f".{name}.partial"
+        for name in ("set.parquet.1", "set.parquet.2", "set.parquet.3", "other.parquet.1")
+    ]
+    for name in names:
+        (tmp_path / name).write_bytes(b"PAR1")
+        if name != new:
+            os.utime(tmp_path / name, (0, 0))
+    with (tmp_path / living).open("rb") as held:
+        fcntl.flock(held, fcntl.LOCK_EX)
+        write_table(str(tmp_path / "set.parquet"), [batch(0)])
+    assert set(contents(tmp_path)) == {"set.parquet", living, new, other}
 
 
 def test_a_disk_that_takes_no_more_is_told_of_and_the_old_table_stays(tmp_path):

@@ -1,10 +1,12 @@
 """Damage to a full copy: found when the index is opened or verified, and mended block by block."""
 
 import errno
+import json
 import os
 import shutil
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -255,3 +257,11 @@ except InputError as error:
 
     assert "may open only 8 files at once" in told(8, 8)
     assert told(8, 1024) == "opened\n"
+
+
+def test_records_of_two_processes_at_once_are_all_kept(tmp_path):
+    with ThreadPoolExecutor(8) as pool:
+        list(pool.map(lambda n: record_verified(tmp_path, {f"{n}": [n, n, n]}), range(100)))
+    assert json.loads((tmp_path / verify.VERIFIED).read_bytes()) == {
+        f"{n}": [n, n, n] for n in range(100)
+    }

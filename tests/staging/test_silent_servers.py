@@ -11,6 +11,8 @@ from types import SimpleNamespace
 import pyarrow as pa
 import pytest
 from helpers.silence import (
+    Send,
+    captive_portal,
     lying_server,
     silent,
     silent_after_the_head,
@@ -106,6 +108,12 @@ def test_a_server_that_never_answers_ends_every_call_in_one_sentence(monkeypatch
         assert all_end(server, monkeypatch) < 30
 
 
+@pytest.mark.usefixtures("hundredth")
+def test_a_page_in_place_of_every_answer_is_taken_for_nothing_else(monkeypatch) -> None:
+    with lying_server(captive_portal) as server:
+        assert all_end(server, monkeypatch) < 30
+
+
 @pytest.mark.faults
 @pytest.mark.usefixtures("hundredth")
 @pytest.mark.parametrize(
@@ -120,6 +128,22 @@ def test_a_server_that_never_answers_ends_every_call_in_one_sentence(monkeypatch
 def test_a_server_that_answers_only_in_part_ends_every_call_in_one_sentence(lie, monkeypatch) -> None:
     with lying_server(lie) as server:
         assert all_end(server, monkeypatch) < 30
+
+
+@pytest.mark.usefixtures("hundredth")
+def test_an_answer_that_trickles_is_requested_again_as_often_as_one_that_does_not_come(
+    monkeypatch,
+) -> None:
+    requests: list[str] = []
+
+    def trickle(request: str, send: Send) -> None:
+        requests.append(request)
+        trickling(request, send, pause=0.01)
+
+    with lying_server(trickle) as server:
+        monkeypatch.setenv("STORAGE_EMULATOR_HOST", server)
+        ends(list_the_index, "gs://bucket/folder")
+    assert len(requests) == timeouts.READ_TRIES
 
 
 @pytest.mark.faults
