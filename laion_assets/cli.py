@@ -28,7 +28,7 @@ from laion_assets.defs.dagster_internals import RunFailureReason
 from laion_assets.defs.estimate import measured_machine
 from laion_assets.defs.failures import sentence
 from laion_assets.defs.forget import belongings, forget
-from laion_assets.defs.history import expected_alive, figures_of
+from laion_assets.defs.history import asset_of_step, expected_alive, figures_of
 from laion_assets.defs.io_manager import Tables
 from laion_assets.defs.kubernetes.placement import NvmeNode
 from laion_assets.defs.launcher import fail_abandoned_runs, process_lock
@@ -575,8 +575,8 @@ class _ShortLine(logging.Formatter):
     def format(self, record: logging.LogRecord) -> str:
         """Return `asset: message`."""
         meta = getattr(record, "dagster_meta", {})
-        step = meta.get("step_key") or "run"
-        return f"{step}: {meta.get('orig_message', record.getMessage())}"
+        asset = asset_of_step(meta.get("step_key") or "run")
+        return f"{asset}: {meta.get('orig_message', record.getMessage())}"
 
 
 def _was_interrupted(result: dg.ExecuteInProcessResult) -> bool:
@@ -591,9 +591,10 @@ def _failures(result: dg.ExecuteInProcessResult) -> Iterator[str]:
     for event in result.filter_events(lambda event: event.is_step_failure):
         failure = event.step_failure_data
         described = failure.user_failure_data and failure.user_failure_data.description
+        asset = asset_of_step(str(event.step_key))
         if failure.error and failure.error.cls_name == BLOCKED_BY_A_CHECK:
-            described = "; ".join(_failed_checks(result, str(event.step_key)))
-        yield f"{event.step_key}: {described or failure.error_display_string}"
+            described = "; ".join(_failed_checks(result, asset))
+        yield f"{asset}: {described or failure.error_display_string}"
 
 
 def _failed_checks(result: dg.ExecuteInProcessResult, asset: str) -> Iterator[str]:
@@ -605,9 +606,9 @@ def _failed_checks(result: dg.ExecuteInProcessResult, asset: str) -> Iterator[st
 
 def _print_report(result: dg.ExecuteInProcessResult) -> None:
     reported = {
-        name: figures_of(event.metadata)
-        for name in ("knn_urls", "centroid_urls", "combined_urls")
-        for event in result.asset_materializations_for_node(name)
+        event.asset_key.path[-1]: figures_of(made.metadata)
+        for event in result.get_asset_materialization_events()
+        if event.asset_key and (made := event.materialization)
     }
     shown = {name: _from_here(figures["dagster/uri"]) for name, figures in reported.items()}
     print()

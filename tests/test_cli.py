@@ -177,7 +177,7 @@ def test_a_run_that_was_killed_is_reported_and_holds_up_nobody(story: Story) -> 
     process = start(folder, "materialize", "many", "--nb-images-knn", "3000")  # minutes of work
     assert process.stdout is not None
     for line in process.stdout:
-        if line.startswith("knn_urls: "):
+        if line.startswith("knn_urls: searching"):  # not the step that cuts the seeds
             process.send_signal(signal.SIGKILL)
     assert end(process).status == -signal.SIGKILL
     with history(folder) as instance:

@@ -10,6 +10,7 @@ Dagster's concept: https://docs.dagster.io/guides/build/partitions-and-backfills
 
 from __future__ import annotations
 
+import re
 import warnings
 from collections.abc import Collection, Set
 from typing import Any
@@ -25,6 +26,7 @@ from laion_assets.defs.dagster_internals import (
     DagsterEvent,
     ExecutionPlanSnapshot,
 )
+from laion_assets.defs.history import asset_of_step
 from laion_assets.defs.partitions import seed_sets
 
 
@@ -73,7 +75,9 @@ def withdraw_failed(instance: dg.DagsterInstance, assets: Collection[str], seed_
 
 
 def _made_after(plan: ExecutionPlanSnapshot, failed: str) -> list[dg.AssetKey]:
-    """Return the assets of a plan whose steps depend on a step, directly or transitively."""
+    """Return the other assets of a plan whose steps depend on a step, directly or transitively."""
+    own = dg.AssetKey(asset_of_step(failed))
+    failed = re.sub(r"\[.+\]", "[?]", failed)  # a plan has one step for all shards
     needs = {
         step.key: {handle.step_key for needed in step.inputs for handle in needed.upstream_output_handles}
         for step in plan.steps
@@ -86,7 +90,7 @@ def _made_after(plan: ExecutionPlanSnapshot, failed: str) -> list[dg.AssetKey]:
         for step in plan.steps
         if step.key in unreached - {failed} and step.key in plan.step_keys_to_execute
         for output in step.outputs
-        if output.properties and output.properties.asset_key
+        if output.properties and output.properties.asset_key not in (None, own)
     ]
 
 

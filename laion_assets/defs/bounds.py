@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import dagster as dg
 
-from laion_assets.defs.history import received_since
+from laion_assets.defs.history import received_since, rows_of_the_index, staged_indices
 from laion_assets.defs.places import Places
 from laion_assets.defs.settings import COUNTS, ResolvedSettings
 from laion_assets.io.errors import InputError
@@ -35,22 +35,24 @@ class Bounds:
         """Return the bounds that the environment sets."""
         return cls(places.max_images, places.max_images_per_day)
 
-    def check(
-        self, context: dg.AssetExecutionContext, settings: ResolvedSettings, seeds: int, rows: int
-    ) -> None:
-        """Check what the run of a step requests, before it searches.
+    def check(self, context: dg.AssetExecutionContext, settings: ResolvedSettings, seeds: int) -> None:
+        """Check what the run of a step requests, before anything is opened or searched.
+
+        No query returns more than the rows of the index, so no more are counted if the index was staged
+        before.
 
         Args:
             context: the step of one of the two searches.
             settings: with both numbers of images.
             seeds: number of seeds.
-            rows: number of rows in the index; no query returns more.
 
         Raises:
             InputError: it is too much; the message says how much is requested and allowed.
 
         """
-        requested = _requested(context, settings, seeds, rows)
+        if self.run is None and self.day is None:
+            return
+        requested = _requested(context, settings, seeds)
         if self.run is not None and requested > self.run:
             raise InputError(
                 f"this run requests {requested:,} images, but LAION_MAX_IMAGES allows {self.run:,}: "
@@ -69,9 +71,7 @@ class Bounds:
             )
 
 
-def _requested(
-    context: dg.AssetExecutionContext, settings: ResolvedSettings, seeds: int, rows: int
-) -> int:
+def _requested(context: dg.AssetExecutionContext, settings: ResolvedSettings, seeds: int) -> int:
     """Return the number of images that the searches of this run request together.
 
     With a target, these are the images to keep, from which the searches start.
@@ -81,5 +81,8 @@ def _requested(
         kept_by_each(settings.images, queries) if settings.images else getattr(settings.values, name) or 0
         for name, queries in zip(COUNTS, (seeds, 1), strict=True)
     )
-    both = zip(SEARCHES, (min(per_seed, rows) * seeds, min(around_the_mean, rows)), strict=True)
+    rows = rows_of_the_index(staged_indices(context.instance))
+    if rows is not None:
+        per_seed, around_the_mean = min(per_seed, rows), min(around_the_mean, rows)
+    both = zip(SEARCHES, (per_seed * seeds, around_the_mean), strict=True)
     return sum(images for name, images in both if dg.AssetKey(name) in selected)

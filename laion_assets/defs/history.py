@@ -5,7 +5,7 @@ Dagster's concept: https://docs.dagster.io/guides/build/assets/metadata-and-tags
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,6 +24,8 @@ LEAST_ALIVE = 0.2  # a smaller share rather means that this machine's network fa
 MOST_OF = 0.9  # share of the requested images; a search that returns fewer ran out of rows
 PROVENANCE = "provenance"
 NODE = "node"  # metadata of a staged index on a cluster: the node that holds the copy
+FINGERPRINT = "fingerprint"  # of a staged index
+ROW_COUNT = "dagster/row_count"
 DETAILS = "details"  # metadata of a table: all figures that its page does not show in a row
 DECIDE_THE_YIELD = ("dedup_threshold", "filters", BLOCK_LIST)
 
@@ -81,6 +83,33 @@ def materializations(
         if not page.has_more:
             return
         cursor = page.cursor
+
+
+def asset_of_step(step: str) -> str:
+    """Return the asset of a step, whose key may be like `knn_urls.search[0003]`."""
+    return step.partition(".")[0]
+
+
+def staged_indices(instance: dg.DagsterInstance) -> list[Mapping[str, Any]]:
+    """Return the figures of the last stagings, the latest first.
+
+    Materializations that were reported manually in the UI have no figures and are left out.
+    """
+    found = (past.figures for past in materializations(instance, "staged_laion_index"))
+    return [figures for figures in found if FINGERPRINT in figures]
+
+
+def rows_of_the_index(staged: Sequence[Mapping[str, Any]]) -> int | None:
+    """Return the number of rows of the index that was staged last; None if unknown.
+
+    A step that restaged the index did not count its rows, but an earlier one did.
+    """
+    rows = (
+        each[ROW_COUNT]
+        for each in staged
+        if ROW_COUNT in each and each[FINGERPRINT] == staged[0][FINGERPRINT]
+    )
+    return next(rows, None)
 
 
 def nodes_with_a_copy(instance: dg.DagsterInstance) -> list[str]:

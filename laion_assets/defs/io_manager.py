@@ -5,17 +5,29 @@ Dagster's concept: https://docs.dagster.io/guides/build/io-managers
 
 from __future__ import annotations
 
+import json
+import re
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from typing import Any
 
 import dagster as dg
 import pyarrow as pa
 
 from laion_assets.defs.failures import as_failures
-from laion_assets.defs.history import CHECKSUM, materializations
-from laion_assets.io.storage import open_storage, reaching
-from laion_assets.io.tables import OUTPUT, SUFFIX, StoredTable, TableWriter, attachments_of, new_table
+from laion_assets.defs.history import CHECKSUM, asset_of_step, materializations
+from laion_assets.io.errors import InputError
+from laion_assets.io.storage import new_file, on_this_machine, open_storage, reaching
+from laion_assets.io.tables import (
+    OUTPUT,
+    SUFFIX,
+    StoredTable,
+    TableWriter,
+    attachments_of,
+    new_table,
+    remove,
+)
 from laion_assets.search.combined import DECODER
 
 PICTURE = ".png"  # the contact sheet beside a table
@@ -74,7 +86,29 @@ class Tables:
 
     def unfinished(self, context: dg.AssetExecutionContext) -> str:
         """Return the location of a folder beside a step's table, for unfinished work."""
-        return self.uri(*_table_of(context)).removesuffix(SUFFIX) + UNFINISHED
+        return self._unfinished(*_table_of(context))
+
+    def shards(self, asset: str, seed_set: str, run: str) -> str:
+        """Return the location of the folder for the shards of an asset that a run has searched."""
+        return f"{self._unfinished(asset, seed_set)}/{run}"
+
+    def remove_shards(self, context: dg.AssetExecutionContext) -> None:
+        """Remove the shards of this run, and of others that have ended: the table replaces them."""
+        folder = self._unfinished(*_table_of(context))
+        fs, path = open_storage(folder, OUTPUT)
+        with reaching(folder, OUTPUT):
+            runs = {name.rpartition("/")[2] for name in fs.ls(path, detail=False) if name != path}
+        known = ((run, context.instance.get_run_by_id(run)) for run in runs)
+        ended = {run for run, found in known if found is None or found.is_finished}
+        ended |= runs & {context.run.run_id}
+        for run in ended:
+            remove(f"{folder}/{run}")
+        if on_this_machine(folder):
+            with suppress(OSError):  # another run is at work there
+                fs.rmdir(path)
+
+    def _unfinished(self, asset: str, seed_set: str) -> str:
+        return self.uri(asset, seed_set).removesuffix(SUFFIX) + UNFINISHED
 
     def written(self, context: dg.AssetExecutionContext) -> StoredTable:
         """Open the table written by this step."""
@@ -115,3 +149,37 @@ class ParquetIOManager(dg.IOManager):
         with as_failures():
             last = next(materializations(context.instance, asset, seed_set), None)
             return self._tables.open(asset, seed_set, last.figures.get(CHECKSUM) if last else None)
+
+
+class HandoverIOManager(dg.IOManager):
+    """Passes JSON values from one step of an asset to the next, as files among its unfinished work.
+
+    A run that re-executes another from its failure reads the values of the first run.
+    """
+
+    def __init__(self, tables: Tables) -> None:
+        self._tables = tables
+
+    def handle_output(self, context: dg.OutputContext, obj: object) -> None:
+        """Write the value of a step."""
+        with as_failures(), new_file(self._uri(context, context.partition_key), OUTPUT) as sink:
+            sink.write(json.dumps(obj).encode())
+
+    def load_input(self, context: dg.InputContext) -> Any:
+        """Read the value of an earlier step."""
+        upstream = context.upstream_output
+        if upstream is None:
+            raise TypeError(f"the input {context.name} comes from no step")
+        uri = self._uri(upstream, context.partition_key)
+        fs, path = open_storage(uri, OUTPUT)
+        with as_failures(), reaching(uri, OUTPUT):
+            try:
+                return json.loads(fs.cat_file(path))
+            except (FileNotFoundError, ValueError) as error:
+                asset = asset_of_step(upstream.step_key)
+                raise InputError(f"{uri} is missing or damaged: materialize {asset} again") from error
+
+    def _uri(self, context: dg.OutputContext, seed_set: str) -> str:
+        asset, _, step = context.step_key.partition(".")
+        name = "-".join(re.findall(r"\w+", f"{step} {context.mapping_key or ''}"))
+        return f"{self._tables.shards(asset, seed_set, context.run_id)}/{name}.json"

@@ -80,6 +80,16 @@ class Provenance:
         return {PROVENANCE_KEY: json.dumps(self.to_json())}
 
     @classmethod
+    def from_json(cls, stored: Mapping[str, Any]) -> Provenance:
+        """Read the output of `to_json`.
+
+        Raises:
+            KeyError, TypeError, ValueError: another release wrote it.
+
+        """
+        return cls(**{**stored, "settings": ResolvedSettings.from_json(stored["settings"])})
+
+    @classmethod
     def of(cls, table: StoredTable) -> Provenance:
         """Read the provenance of a table.
 
@@ -88,8 +98,7 @@ class Provenance:
 
         """
         try:
-            stored = json.loads(table.footer[PROVENANCE_KEY])
-            return cls(**{**stored, "settings": ResolvedSettings.from_json(stored["settings"])})
+            return cls.from_json(json.loads(table.footer[PROVENANCE_KEY]))
         except (KeyError, TypeError, ValueError) as error:
             raise InputError(
                 f"{table.where} has no record of its inputs, or another release wrote it: {table.remedy}"

@@ -27,7 +27,7 @@ from laion_assets.defs.provenance import Provenance
 from laion_assets.defs.settings import ResolvedSettings
 from laion_assets.defs.terminal import count
 from laion_assets.io.arrays import Floats
-from laion_assets.io.tables import DESCRIPTIONS, SUFFIX, StoredTable, TableWriter
+from laion_assets.io.tables import DESCRIPTIONS, SUFFIX, StoredTable, Written
 from laion_assets.search.combined import CombinedFunnel
 from laion_assets.search.retrieval import Found, Funnel
 from laion_assets.search.sizing import share_kept
@@ -76,7 +76,7 @@ def page(figures: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def describe_seeds(
-    stored: StoredTable, seed_set: SeedSet, found: Seeds, provenance: Provenance, written: TableWriter
+    stored: StoredTable, seed_set: SeedSet, found: Seeds, provenance: Provenance, written: Written
 ) -> dict[str, Any]:
     """Report the seeds of a set."""
     sheet = draw([strip(stored, provenance.seed_set, count(len(stored), "seed"))])
@@ -103,7 +103,7 @@ def describe_seeds(
     }
 
 
-def describe_centroid(stored: StoredTable, written: TableWriter) -> dict[str, Any]:
+def describe_centroid(stored: StoredTable, written: Written) -> dict[str, Any]:
     """Report the centroid of a set."""
     (row,) = stored.read(["seeds", "norm_of_mean"]).to_pylist()
     about = f"the mean of **{count(row['seeds'], 'seed')}**, of length {row['norm_of_mean']:.3f}"
@@ -120,7 +120,7 @@ def describe_search(
     found: Found,
     provenance: Provenance,
     title: str,
-    written: TableWriter,
+    written: Written,
     *,
     remote_pictures: bool,
 ) -> dict[str, Any]:
@@ -160,7 +160,7 @@ def describe_combined(
     provenance: Provenance,
     sources: Mapping[str, StoredTable],
     seeds: StoredTable,
-    written: TableWriter,
+    written: Written,
     *,
     remote_pictures: bool,
 ) -> dict[str, Any]:
@@ -205,7 +205,7 @@ def describe_combined(
     }
 
 
-def describe_table(stored: StoredTable, written: TableWriter) -> dict[str, Any]:
+def describe_table(stored: StoredTable, written: Written) -> dict[str, Any]:
     """Report a table's file: duration, size, checksum, rows, location, columns, first rows."""
     return {
         "seconds": written.seconds,

@@ -13,13 +13,18 @@ from typing import Any
 import dagster as dg
 
 from laion_assets.defs.estimate import Machine, as_bytes, as_comments, share_read
-from laion_assets.defs.history import PastMaterialization, materializations, measured_yield
+from laion_assets.defs.history import (
+    PastMaterialization,
+    materializations,
+    measured_yield,
+    rows_of_the_index,
+    staged_indices,
+)
 from laion_assets.defs.terminal import count
 from laion_assets.io.progress import format_duration
 from laion_assets.search.sizing import USUAL, Counts, Yield, expected_counts, images_wanted
 
 TABLES = ("knn_urls", "centroid_urls", "combined_urls")
-ROW_COUNT = "dagster/row_count"
 
 
 @dataclass(frozen=True)
@@ -73,21 +78,12 @@ def read_history(instance: dg.DagsterInstance, seed_set: str | None, asked: Mapp
         asked: its settings, see `ResolvedSettings.asked`.
 
     """
-    figures = (past.figures for past in materializations(instance, "staged_laion_index"))
-    # Materializations reported manually in the UI have no measurements.
-    staged = [each for each in figures if "fingerprint" in each]
-    held = staged[0] if staged else {}
-    # A step that restaged the index did not count its rows, but an earlier one did.
-    rows = (
-        each[ROW_COUNT]
-        for each in staged
-        if ROW_COUNT in each and each["fingerprint"] == held["fingerprint"]
-    )
+    staged = staged_indices(instance)
     return History(
         measured_yield(instance, seed_set, asked) if seed_set else USUAL,
         _last_run(instance, seed_set) if seed_set else {},
-        next(rows, None),
-        held.get("bytes"),
+        rows_of_the_index(staged),
+        staged[0].get("bytes") if staged else None,
     )
 
 

@@ -17,7 +17,7 @@ import dagster as dg
 
 from laion_assets.build import Build, Request
 from laion_assets.defs.bounds import Bounds
-from laion_assets.defs.io_manager import ParquetIOManager, Tables
+from laion_assets.defs.io_manager import HandoverIOManager, ParquetIOManager, Tables
 from laion_assets.defs.kubernetes.placement import NODE_VARIABLE
 from laion_assets.defs.places import Places
 from laion_assets.defs.settings import Defaults, RetrievalConfig
@@ -326,6 +326,9 @@ def resources_from(environment: Mapping[str, str]) -> dict[str, Any]:
         "retrieval_config": RetrievalConfig(),
         "io_manager": dg.IOManagerDefinition.hardcoded_io_manager(
             ParquetIOManager(tables), description="Opens tables as inputs; assets write their own."
+        ),
+        "handover": dg.IOManagerDefinition.hardcoded_io_manager(
+            HandoverIOManager(tables), description="Passes values between the steps of an asset."
         ),
     }
 

@@ -20,6 +20,7 @@ import dagster as dg
 from laion_assets.defs.dagster_internals import DATA_VERSION_TAG, PARTITION_NAME_TAG
 from laion_assets.defs.drawing.markup import table
 from laion_assets.defs.forget import ASSETS, IN_PROGRESS, is_of_seed_sets
+from laion_assets.defs.history import asset_of_step
 from laion_assets.defs.partitions import seed_sets as partitions
 from laion_assets.defs.terminal import one_line, some
 
@@ -66,7 +67,7 @@ class State:
         seed_set: its name.
         state: one of `Is`.
         since: time of the change to this state in UTC, to the minute; empty if unknown.
-        about: the step that runs; the step that failed and its error; or what to do.
+        about: the asset that runs; the asset that failed and its error; or what to do.
         contents: its seeds.
         ignored: names of ignored files.
         run: id of its last run.
@@ -141,10 +142,11 @@ def _last_runs(instance: dg.DagsterInstance, seed_set: str | None = None) -> dic
 
 
 def _explained(instance: dg.DagsterInstance, state: State) -> State:
-    """Add the step that runs, or the one that failed with its error."""
+    """Add the asset that runs, or the one that failed with its error."""
     if state.state is Is.RUNNING:
         steps = instance.get_run_step_stats(state.run)
-        return replace(state, about=", ".join(step.step_key for step in steps if not step.end_time))
+        at_work = dict.fromkeys(asset_of_step(step.step_key) for step in steps if not step.end_time)
+        return replace(state, about=", ".join(at_work))
     if state.state is not Is.FAILED:
         return state
     failures = instance.all_logs(state.run, of_type=dg.DagsterEventType.STEP_FAILURE)
@@ -154,7 +156,7 @@ def _explained(instance: dg.DagsterInstance, state: State) -> State:
     told = first.step_failure_data.user_failure_data
     error = first.step_failure_data.error
     sentence = (told and told.description) or (error.message if error else "")
-    return replace(state, about=one_line(f"{first.step_key}: {sentence}"))
+    return replace(state, about=one_line(f"{asset_of_step(first.step_key)}: {sentence}"))
 
 
 def in_order(states: Iterable[State]) -> list[State]:

@@ -10,6 +10,7 @@ import json
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 
 import numpy as np
 import pyarrow as pa
@@ -76,6 +77,14 @@ def described(schema: pa.Schema) -> pa.Schema:
     )
 
 
+@dataclass(frozen=True)
+class Written:
+    """What is known of a table since it was written, see `TableWriter`."""
+
+    seconds: float
+    checksum: str
+
+
 class TableWriter:
     """A table that is being written, see `new_table`.
 
@@ -119,6 +128,10 @@ class TableWriter:
             sink.write(content)
         self._attachments[name] = {"file": _name_of(uri), "crc32c": checksum_text(checksum)}
 
+    def written(self) -> Written:
+        """Return what is known of the table; only after the end."""
+        return Written(self.seconds, self.checksum)
+
     def _end(self) -> None:
         self._writer.add_key_value_metadata(
             {**self.footer, ATTACHMENTS_KEY: json.dumps(self._attachments)}
@@ -159,14 +172,14 @@ def attachments_of(uri: str, name: str) -> list[str]:
 
 
 def remove(uri: str) -> None:
-    """Remove a file, or a folder with its files; what is gone already is no error."""
+    """Remove a file, or a folder with all in it; what is gone already is no error."""
     fs, path = open_storage(uri, OUTPUT)
     with reaching(uri, OUTPUT), suppress(FileNotFoundError):
-        is_folder = fs.isdir(path)
-        for found in fs.find(path) if is_folder else [path]:
+        if on_this_machine(uri):
+            fs.rm(path, recursive=True)
+            return
+        for found in fs.find(path) if fs.isdir(path) else [path]:
             fs.rm_file(found)  # `rm` would take brackets in a name for a pattern
-        if is_folder and on_this_machine(uri):
-            fs.rmdir(path)
 
 
 def _remove_old_attachments(uri: str, current: Mapping[str, Mapping[str, str]]) -> None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 import pyarrow as pa
@@ -159,6 +159,7 @@ class Found:
         block_list: how many entries of the block list match; None without one.
         short: queries that keep fewer images than `Request.keep`, because the index has no more for them.
         not_utf8: texts that are not UTF-8.
+        blocked_by: hashes of the URLs and hosts of the block list that matched, ascending.
 
     """
 
@@ -170,6 +171,7 @@ class Found:
     block_list: BlockListMatches | None = None
     short: int = 0
     not_utf8: NotUtf8 = NotUtf8()
+    blocked_by: Ids = field(default_factory=lambda: np.empty(0, np.int64))
 
 
 def columns_found(index: Index, metadata: Metadata, *, per_seed: bool) -> pa.Schema:
@@ -203,6 +205,7 @@ def retrieve(
     *,
     per_seed: bool,
     progress: Callable[[float], None] = lambda _: None,
+    some: range | None = None,
 ) -> Found:
     """Search around each query, keep one row of each group of near-duplicates, and write the rows.
 
@@ -215,6 +218,8 @@ def retrieve(
         per_seed: whether a column `seed` holds the number of the query.
         progress: called with the number of queries done since the last call; a query that was searched
             and whose rows are not written yet is half done.
+        some: numbers of the queries to search, see `shards`; None for all. Recall and examples of
+            near-duplicates are only found with the first query.
 
     Raises:
         InputError: the queries have another dimension than the index, or the metadata lacks a column
@@ -228,8 +233,9 @@ def retrieve(
             "seeds with the model the index was made with"
         )
     schema = columns_found(index, metadata, per_seed=per_seed)
-    search = _Search(index, metadata, queries, request, schema, progress)
-    for numbers in search.batches(np.arange(len(queries)), search.k):
+    some = range(len(queries)) if some is None else some
+    search = _Search(index, metadata, queries, request, schema, progress, is_first=some.start == 0)
+    for numbers in batches_of(index, np.arange(some.start, some.stop), search.k):
         for batch in search.rows_of(numbers).to_batches(WRITTEN_ROWS):
             write(batch)
         progress(len(numbers) / 2)
@@ -243,7 +249,21 @@ def retrieve(
         search.block_list(),
         search.short,
         search.not_utf8(),
+        search.blocked_by,
     )
+
+
+def starting_k(index: Index, request: Request) -> int:
+    """Return for how many images of each query a search asks first."""
+    return request.k if request.keep is None else min(request.k, index.rows)
+
+
+def batches_of(index: Index, numbers: Ids, k: int) -> Iterator[Ids]:
+    """Cut numbers of queries into batches whose results fit into memory."""
+    row = COPIES * index.code_size + 4 * index.dimension
+    at_once = max(1, RESULT_BYTES // (row * k))
+    for first in range(0, len(numbers), at_once):
+        yield numbers[first : first + at_once]
 
 
 def retrieve_table(
@@ -267,6 +287,8 @@ class _Search:
         request: Request,
         schema: pa.Schema,
         progress: Callable[[float], None],
+        *,
+        is_first: bool,
     ) -> None:
         self._index = index
         self._decode = index.decoder().decode_to_compare
@@ -282,7 +304,8 @@ class _Search:
             )
         )
         self._progress = progress
-        self.k = request.k if request.keep is None else min(request.k, index.rows)
+        self._is_first = is_first  # of the shards: it measures the recall and chooses examples
+        self.k = starting_k(index, request)
         self.nprobe = index.nprobe_for(self.k, request.nprobe)
         self.recall = math.nan
         self.lists = np.empty(0, np.int64)
@@ -291,14 +314,7 @@ class _Search:
         self.removed: Removed | None = None
         self._odd_urls: Ids = np.empty(0, np.int64)
         self._odd_captions = 0
-        self._blocked_by: Ids = np.empty(0, np.int64)
-
-    def batches(self, numbers: Ids, k: int) -> Iterator[Ids]:
-        """Cut numbers of queries into batches whose results fit into memory."""
-        row = COPIES * self._index.code_size + 4 * self._index.dimension
-        at_once = max(1, RESULT_BYTES // (row * k))
-        for first in range(0, len(numbers), at_once):
-            yield numbers[first : first + at_once]
+        self.blocked_by: Ids = np.empty(0, np.int64)
 
     def rows_of(self, numbers: Ids) -> pa.Table:
         """Return the rows that are kept of a batch of queries, in order of query and rank."""
@@ -313,7 +329,7 @@ class _Search:
         """Search for k rows, and go on with a larger k for the queries that keep too few of them."""
         kept, going_on, deeper = self._round(numbers, k)
         yield kept
-        for some in self.batches(going_on, deeper):
+        for some in batches_of(self._index, going_on, deeper):
             yield from self._rounds(some, deeper)
 
     def _round(self, numbers: Ids, k: int) -> tuple[_Kept, Ids, int]:
@@ -349,11 +365,11 @@ class _Search:
         self._count(np.bincount(outcome[counted], minlength=OUTCOMES), int(depth[ended].sum()))
         if self._request.keep is not None:
             self.short += int((ended & ~self._is_enough(images)).sum())
-        if self.removed is None and ended.any():
+        if self._is_first and self.removed is None and ended.any():
             self.removed = self._examples(received[rows], labels, best, hits.codes)
         if nprobe is not None:
             self.nprobe = max(nprobe, self.nprobe or 0)
-        if math.isnan(self.recall) and ended.all():
+        if self._is_first and math.isnan(self.recall) and ended.all():
             self.recall = self._index.recall(queries[:RECALL_QUERIES], hits, nprobe)
         kept = received[rows[best]]
         table = self._as_table(kept, columns, hits.codes)
@@ -417,7 +433,7 @@ class _Search:
     def block_list(self) -> BlockListMatches | None:
         """Count the entries of the block list that match the index and the rows so far."""
         listed = self._request.filters.block_list
-        return None if listed is None else listed.matches(self._index.rows, self._blocked_by)
+        return None if listed is None else listed.matches(self._index.rows, self.blocked_by)
 
     def not_utf8(self) -> NotUtf8:
         """Count the texts that are not UTF-8 so far."""
@@ -484,7 +500,7 @@ class _Search:
         listed, blocked = self._request.filters.block_list, outcome == BLOCKED
         if listed is not None and blocked.any():
             found = listed.found_among(columns["url"].filter(pa.array(blocked)))
-            self._blocked_by = np.union1d(self._blocked_by, found)
+            self.blocked_by = np.union1d(self.blocked_by, found)
 
     def _examples(self, rows: _FoundRows, labels: Ids, best: Ids, codes: Bytes) -> Removed:
         """Choose near-duplicates to show: one of each group, of every query in turn, all allowed."""

@@ -23,7 +23,7 @@ from dagster_k8s.job import get_user_defined_k8s_config
 from helpers import cluster as stand_in
 from helpers.chart import DEPLOYMENT, IMAGE, VALUES, deployments, instance_config, run_launcher
 from helpers.policy import denials
-from helpers.project import REPOSITORY, Demo, failures, new_project
+from helpers.project import REPOSITORY, Demo, failures, new_project, working_op
 
 from laion_assets.definitions import build_defs
 from laion_assets.defs.assets import build_assets, index_assets
@@ -58,7 +58,9 @@ def step_pod(asset: dg.AssetsDefinition) -> dict[str, Any]:
     launcher = launcher_of()
     context = K8sContainerContext.create_for_run(
         dg.DagsterRun(job_name="seed_set_job"), launcher, include_run_tags=False
-    ).merge(K8sContainerContext(run_k8s_config=get_user_defined_k8s_config(asset.op.tags)))
+    ).merge(
+        K8sContainerContext(run_k8s_config=get_user_defined_k8s_config(working_op(asset.node_def).tags))
+    )
     job = construct_dagster_k8s_job(
         context.get_k8s_job_config(IMAGE, launcher),
         args=["dagster", "api", "execute_step"],
@@ -282,7 +284,7 @@ def test_steps_are_tried_again_in_a_cluster_and_only_there():
     for environment, tried_again in (({}, False), (INSIDE, True)):
         placed = Placement.from_environment(environment, 0)
         assets = [*build_assets(placed), *index_assets(placed)]
-        assert {bool(asset.op.retry_policy) for asset in assets} == {tried_again}
+        assert {bool(working_op(asset.node_def).retry_policy) for asset in assets} == {tried_again}
 
 
 BROKEN = {
@@ -303,7 +305,7 @@ def test_an_error_of_ours_is_not_tried_again(asset, demo: Demo, tmp_path, monkey
     monkeypatch.setattr(placement, "retry_policy", lambda _: policy)
     with new_project(tmp_path, demo.index, demo.seeds) as project:
         monkeypatch.setattr(BROKEN[asset], broken)
-        assert project.job.get_node_named(asset).definition.retry_policy == policy
+        assert working_op(project.job.get_node_named(asset).definition).retry_policy == policy
         result = project.run("fruit")
         assert asset in failures(result)
         assert set(failures(result).values()) == {"OSError: the wire was cut"}
@@ -368,7 +370,7 @@ def test_where_an_asset_runs_can_be_searched_for_in_the_ui(staging, where):
 
 
 def test_the_steps_of_a_build_share_a_pool_of_their_own_and_wait_for_no_search():
-    pools = {name: asset.op.pool for name, asset in assets_for().items()}
+    pools = {name: working_op(asset.node_def).pool for name, asset in assets_for().items()}
     assert {name for name, pool in pools.items() if pool == "building"} == BUILDING
     for folder in (REPOSITORY / "k8s" / "values.yaml", REPOSITORY / "dagster.yaml"):
         assert '"building"' in folder.read_text()

@@ -132,13 +132,13 @@ class Cluster:
         """The names of the nodes."""
         return [node["metadata"]["name"] for node in self.of("nodes")]
 
-    def pods_of(self, asset: str, phase: str | None = None) -> list[Object]:
-        """The pods of an asset, oldest first."""
+    def pods_of(self, step: str, phase: str | None = None) -> list[Object]:
+        """The pods of an asset's steps, or of those steps that a longer name begins, oldest first."""
         with self.lock:
             return [
                 copy.deepcopy(pod)
                 for pod in self.of("pods")
-                if pod["metadata"]["labels"].get("laion-assets/asset") == asset
+                if pod["metadata"]["labels"].get("dagster/op", "").startswith(step)
                 and phase in (None, pod["status"]["phase"])
             ]
 

@@ -22,7 +22,7 @@ from helpers.chart import DEPLOYMENT, IMAGE, VALUES, instance_config
 from helpers.cluster import Cluster, running_cluster, wait_until
 from helpers.graphql import ask
 
-from laion_assets.defs.history import NODE
+from laion_assets.defs.history import NODE, asset_of_step
 from laion_assets.defs.partitions import JOB
 from laion_assets.demo import DEMO_MODEL
 from laion_assets.demo.build import build_demo
@@ -164,23 +164,23 @@ class Platform:
         """Wait until a run succeeds."""
         assert self.wait(run) == dg.DagsterRunStatus.SUCCESS, self.sentences(run)
 
-    def events(self, run: str, kind: dg.DagsterEventType, step: str | None = None) -> list[Any]:
+    def events(self, run: str, kind: dg.DagsterEventType, asset: str | None = None) -> list[Any]:
         """The events of a kind, with the time of each."""
         logs = self.instance.all_logs(run, of_type=kind)
-        return [log for log in logs if step in (None, log.dagster_event.step_key)]
+        return [log for log in logs if asset in (None, asset_of_step(log.dagster_event.step_key))]
 
     def sentences(self, run: str) -> dict[str, str]:
-        """The failed steps of a run, with their messages."""
+        """The assets of a run that failed, with their messages."""
         found = {}
         for log in self.events(run, dg.DagsterEventType.STEP_FAILURE):
             failure = log.dagster_event.step_failure_data
             told = failure.user_failure_data and failure.user_failure_data.description
-            found[log.dagster_event.step_key] = told or failure.error.message
+            found[asset_of_step(log.dagster_event.step_key)] = told or failure.error.message
         return found
 
-    def running_pod(self, asset: str) -> str:
-        """Wait until the step of an asset is at work in a pod; return the pod's name."""
-        (pod,) = wait_until(lambda: self.cluster.pods_of(asset, "Running"), f"{asset} runs")
+    def running_pod(self, step: str) -> str:
+        """Wait until a step is at work in a pod, see `Cluster.pods_of`; return the pod's name."""
+        pod, *_ = wait_until(lambda: self.cluster.pods_of(step, "Running"), f"{step} runs")
         return str(pod["metadata"]["name"])
 
     def stagings(self) -> list[tuple[str, str]]:

@@ -12,10 +12,13 @@ from typing import Any
 
 import dagster as dg
 from dagster._core.definitions.data_version import CachingStaleStatusResolver, StaleStatus
+from dagster._core.definitions.job_base import InMemoryJob
+from dagster._core.definitions.node_definition import NodeDefinition
+from dagster._core.execution.api import _reexecute_job
 from dagster._core.loader import LoadingContextForTest
 
 from laion_assets.definitions import build_defs
-from laion_assets.defs.history import figures_of
+from laion_assets.defs.history import asset_of_step, figures_of
 from laion_assets.defs.partitions import JOB
 from laion_assets.demo import DemoReport
 
@@ -68,6 +71,18 @@ class Project:
             instance=self.instance,
             asset_selection=[dg.AssetKey(name) for name in assets] or None,
             run_config={"resources": {"retrieval_config": {"config": settings}}},
+            raise_on_error=False,
+        )
+
+    def re_execute(self, failed: dg.ExecutionResult) -> dg.JobExecutionResult:
+        """Run again what failed, as the button "from failure" does."""
+        run = self.instance.get_run_by_id(failed.run_id)
+        return _reexecute_job(
+            InMemoryJob(self.job),
+            run_config=run.run_config,
+            reexecution_options=dg.ReexecutionOptions.from_failure(failed.run_id, self.instance),
+            tags=run.tags,
+            instance=self.instance,
             raise_on_error=False,
         )
 
@@ -135,10 +150,23 @@ class Ticks:
         return launched
 
 
+def materialization(result: dg.ExecuteInProcessResult, asset: str) -> dg.AssetMaterialization:
+    """What a run reported of an asset."""
+    events = result.get_asset_materialization_events()
+    (made,) = (event.materialization for event in events if event.asset_key == dg.AssetKey(asset))
+    return made
+
+
+def working_op(node: NodeDefinition) -> dg.OpDefinition:
+    """The op of an asset; of a graph the one that searches."""
+    found = node.node_named("search").definition if isinstance(node, dg.GraphDefinition) else node
+    assert isinstance(found, dg.OpDefinition)
+    return found
+
+
 def reported(result: dg.ExecuteInProcessResult, asset: str) -> dict[str, Any]:
     """What a materialization tells the UI, as plain values; the settings by name, with their origin."""
-    (event,) = result.asset_materializations_for_node(asset)
-    told = figures_of(event.metadata)
+    told = figures_of(materialization(result, asset).metadata)
     if "settings" in told:
         rows = [record.data for record in told["settings"].records]
         told["settings"] = {row["setting"]: f"{row['value']} ({row['from']})" for row in rows}
@@ -146,12 +174,12 @@ def reported(result: dg.ExecuteInProcessResult, asset: str) -> dict[str, Any]:
 
 
 def failures(result: dg.ExecuteInProcessResult) -> dict[str, str]:
-    """The failed steps, and the sentence that the UI shows for each."""
+    """The assets of the failed steps, and the sentence that the UI shows for each."""
     found = {}
     for event in result.filter_events(lambda event: event.is_step_failure):
         failure = event.step_failure_data
         told = failure.user_failure_data and failure.user_failure_data.description
-        found[event.step_key] = told or f"no sentence, but {failure.error_display_string}"
+        found[asset_of_step(event.step_key)] = told or f"no sentence, but {failure.error_display_string}"
     return found
 
 

@@ -4,6 +4,7 @@ One cluster and one Dagster serve all tests, in this order; each leaves nodes wi
 """
 
 import json
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -11,15 +12,25 @@ from typing import Any
 import dagster as dg
 import pyarrow.parquet as pq
 import pytest
+from dagster_k8s.utils import sanitize_k8s_label
 from helpers.cluster import wait_until
 from helpers.installation import Platform, installed
-from helpers.project import new_project
+from helpers.project import REPOSITORY, new_project
 
-NAMES = (
+from laion_assets.search import retrieval
+
+STEPS = (
     "staged_laion_index", "seed_embeddings", "centroid_vector",
-    "knn_urls", "centroid_urls", "combined_urls",
+    "knn_urls.shards", "knn_urls.search", "knn_urls.join", "centroid_urls", "combined_urls",
 )  # fmt: skip
-ON_NVME = {"staged_laion_index", "knn_urls", "centroid_urls"}
+ON_NVME = {"staged_laion_index", "knn_urls.search", "centroid_urls"}
+ROW = 4 * 35 + 4 * 256  # bytes of a result of the demo's index
+OF_TWO_SEEDS = 2 * 50 * ROW  # of 12 or 11
+SMALL_BATCHES = f"""
+from laion_assets.search import retrieval, shards
+retrieval.RESULT_BYTES = shards.RESULT_BYTES = {OF_TWO_SEEDS}
+shards.NOMINAL_ROW, shards.BATCHES = {ROW}, 1
+"""
 RETRY = dg.DagsterEventType.STEP_UP_FOR_RETRY
 
 
@@ -31,9 +42,9 @@ def platform(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Platform]:
         yield platform
 
 
-def node_of(platform: Platform, asset: str) -> str:
-    """The node on which the newest pod of an asset runs or ran."""
-    return str(platform.cluster.pods_of(asset)[-1]["spec"]["nodeName"])
+def node_of(platform: Platform, step: str) -> str:
+    """The node on which the newest pod of a step runs or ran."""
+    return str(platform.cluster.pods_of(step)[-1]["spec"]["nodeName"])
 
 
 def preferred_by(pod: dict[str, Any]) -> list[str]:
@@ -50,8 +61,8 @@ def test_each_step_is_a_pod_and_those_that_need_the_index_run_on_a_pool_that_gro
 ):
     cluster = platform.cluster
     platform.succeed(platform.launch("fruit"))
-    hosts = {name: [pod["spec"]["nodeName"] for pod in cluster.pods_of(name)] for name in NAMES}
-    assert hosts == {name: ["pool-1" if name in ON_NVME else "any"] for name in NAMES}
+    hosts = {name: [pod["spec"]["nodeName"] for pod in cluster.pods_of(name)] for name in STEPS}
+    assert hosts == {name: ["pool-1" if name in ON_NVME else "any"] for name in STEPS}
     assert (cluster.disk("pool-1") / "manifest.json").exists()
     assert platform.table("combined_urls", "fruit").num_rows
     assert platform.stagings() == [("pool-1", "")]
@@ -69,7 +80,7 @@ def test_two_seed_sets_at_once_search_on_two_nodes_and_each_has_a_copy(
     assert platform.cluster.nodes() == ["any", "pool-1", "pool-2"]
     assert [node for node, _ in platform.stagings()] == ["pool-2", "pool-1"]
     assert (platform.cluster.disk("pool-2") / "manifest.json").exists()
-    assert "pool-1" in preferred_by(platform.cluster.pods_of("knn_urls")[-1])
+    assert "pool-1" in preferred_by(platform.cluster.pods_of("knn_urls.search")[-1])
     bucket = platform.root / "bucket"
     with new_project(tmp_path, bucket / "index", bucket / "seeds") as one_machine:
         for seed_set in ("flower", "house"):
@@ -78,11 +89,40 @@ def test_two_seed_sets_at_once_search_on_two_nodes_and_each_has_a_copy(
             assert platform.table("combined_urls", seed_set).equals(expected)
 
 
+def test_shards_of_a_set_are_searched_on_two_nodes_and_only_one_that_was_killed_again(
+    platform: Platform, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    (tmp_path / "small").mkdir()
+    (tmp_path / "small" / "sitecustomize.py").write_text(SMALL_BATCHES)
+    path = f"{tmp_path / 'small'}:{REPOSITORY}"
+    monkeypatch.setitem(platform.cluster.environment, "PYTHONPATH", path)
+    run = platform.launch("flower", "knn_urls")
+    platform.cluster.kill(platform.running_pod("knn_urls.search"))
+    platform.succeed(run)
+    pods = [
+        pod
+        for pod in platform.cluster.pods_of("knn_urls.search")
+        if pod["metadata"]["labels"]["dagster/run-id"] == run
+    ]
+    assert {pod["spec"]["nodeName"] for pod in pods} == {"pool-1", "pool-2"}
+    tries = Counter(pod["metadata"]["labels"]["dagster/op"] for pod in pods)
+    assert sorted(tries.values()) == [1, 1, 1, 1, 1, 2]
+    (retried,) = platform.events(run, RETRY)
+    assert tries[sanitize_k8s_label(retried.dagster_event.step_key)] == 2
+    bucket = platform.root / "bucket"
+    monkeypatch.setattr(retrieval, "RESULT_BYTES", OF_TWO_SEEDS)  # and one shard of 6 batches
+    with new_project(tmp_path, bucket / "index", bucket / "seeds") as one_machine:
+        assert one_machine.run("flower").success
+        expected = pq.read_table(one_machine.table("knn_urls", "flower"))
+    assert platform.table("knn_urls", "flower").equals(expected)
+    assert not list((bucket / "tables" / "knn_urls").glob("*.unfinished")), "the shards are gone"
+
+
 def test_a_node_that_dies_in_a_search_costs_one_retry_and_no_operator(platform: Platform):
     before = platform.table("knn_urls", "fruit")
     run = platform.launch("fruit", "knn_urls")
-    platform.running_pod("knn_urls")
-    platform.cluster.remove_node(node_of(platform, "knn_urls"))
+    platform.running_pod("knn_urls.search")
+    platform.cluster.remove_node(node_of(platform, "knn_urls.search"))
     platform.succeed(run)
     assert len(platform.events(run, RETRY, "knn_urls")) == 1
     assert platform.table("knn_urls", "fruit").equals(before)
@@ -142,7 +182,7 @@ def test_a_step_that_was_killed_evicted_or_out_of_memory_is_tried_again(platform
 def test_a_run_that_was_cancelled_gives_its_place_to_the_next(platform: Platform):
     platform.instance.event_log_storage.set_concurrency_slots("retrieval", 1)
     first = platform.launch("fruit", "knn_urls")
-    pod = platform.running_pod("knn_urls")
+    pod = platform.running_pod("knn_urls.search")
     second = platform.launch("fruit", "centroid_urls")
     platform.cancel(first)
     assert platform.wait(first) == dg.DagsterRunStatus.CANCELED
@@ -152,7 +192,7 @@ def test_a_run_that_was_cancelled_gives_its_place_to_the_next(platform: Platform
 
 def test_a_run_whose_own_pod_was_lost_starts_again_from_where_it_was(platform: Platform):
     run = platform.launch("fruit", "knn_urls", "combined_urls")
-    platform.running_pod("knn_urls")
+    platform.running_pod("knn_urls.search")
     (own,) = [name for name in platform.cluster.running if name.startswith(f"dagster-run-{run}")]
     platform.cluster.kill(own)
     assert platform.wait(run) == dg.DagsterRunStatus.FAILURE

@@ -31,6 +31,7 @@ from helpers.webserver import (
 
 from laion_assets.demo import DEMO_SETS
 
+SEARCH = "knn_urls.search[0000]"  # the step
 SERVICES = {
     "dagster api grpc": "the code server",
     "dagster._daemon run": "the daemon",
@@ -113,7 +114,7 @@ def test_a_run_without_a_partition_fails_in_a_sentence(project: Project) -> None
 def test_a_killed_run_ends_entirely_and_is_run_again(project: Project) -> None:
     ui = project.ui
     killed = ui.launch(DROPPED, nb_images_knn=700)
-    wait_for("knn_urls", lambda: ui.step_events(killed, "knn_urls", "STEP_START"))
+    wait_for("knn_urls", lambda: ui.step_events(killed, SEARCH, "STEP_START"))
     process = ui.process(killed)
     assert ui.pool("retrieval") == (1, [killed])
     following = ui.launch(OTHERS[0])
@@ -132,7 +133,7 @@ def test_a_seed_set_has_its_table_whatever_service_is_killed(project: Project, s
     seed_set = service.split()[0]
     project.drop(seed_set, seeds=2000)
     (run,) = wait_for("the sensor", lambda: project.ui.runs_of(seed_set))
-    wait_for("knn_urls", lambda: project.ui.step_events(run.id, "knn_urls", "STEP_START"))
+    wait_for("knn_urls", lambda: project.ui.step_events(run.id, SEARCH, "STEP_START"))
     os.kill(project.dev.service(service), signal.SIGKILL)
     wait_for("the table", lambda: project.table("combined_urls", seed_set).exists(), 180)
     wait_for("the UI", project.ui.is_up)
@@ -172,7 +173,7 @@ def test_history_outlives_a_restart_and_only_what_was_interrupted_runs_again(pro
     wait_for("quiet", lambda: all(run.status not in IN_PROGRESS for run in ui.runs()))
     runs, partitions = ui.runs(), ui.partitions("combined_urls")
     interrupted = ui.launch(DROPPED, nb_images_knn=700)
-    wait_for("knn_urls", lambda: ui.step_events(interrupted, "knn_urls", "STEP_START"))
+    wait_for("knn_urls", lambda: ui.step_events(interrupted, SEARCH, "STEP_START"))
     process = ui.process(interrupted)
     project.dev.press_ctrl_c()
     assert not ui.is_up()

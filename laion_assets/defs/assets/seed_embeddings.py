@@ -118,7 +118,9 @@ def seed_embeddings_asset(placement: Placement) -> dg.AssetsDefinition:
             return dg.MaterializeResult(
                 data_version=dg.DataVersion(provenance.seeds_version),
                 metadata=report.page(
-                    report.describe_seeds(tables.written(context), seed_set, found, provenance, table)
+                    report.describe_seeds(
+                        tables.written(context), seed_set, found, provenance, table.written()
+                    )
                 ),
             )
 
@@ -207,7 +209,7 @@ def centroid_vector_asset(placement: Placement) -> dg.AssetsDefinition:
                 table.footer = replace(origin, run=context.run.run_id, written=now()).to_footer()
                 table.write(row)
             return dg.MaterializeResult(
-                metadata=report.page(report.describe_centroid(tables.written(context), table)),
+                metadata=report.page(report.describe_centroid(tables.written(context), table.written())),
                 check_results=checks.logged(
                     context, checks.of_centroid(len(embeddings), length, mean, prompts)
                 ),

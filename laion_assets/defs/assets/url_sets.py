@@ -4,7 +4,7 @@ Dagster's concept: https://docs.dagster.io/guides/build/assets
 """
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, replace
 
 import dagster as dg
@@ -28,8 +28,7 @@ from laion_assets.defs.terminal import count
 from laion_assets.index.faiss_index import FURTHER
 from laion_assets.io.arrays import Floats
 from laion_assets.io.progress import Progress
-from laion_assets.io.tables import StoredTable, TableWriter
-from laion_assets.search.block_list import BlockList
+from laion_assets.io.tables import StoredTable, Written, new_table
 from laion_assets.search.combined import DECODER, CombinedFunnel, combine
 from laion_assets.search.cost import Step
 from laion_assets.search.filters import Filters, conditions_in
@@ -42,6 +41,7 @@ from laion_assets.search.retrieval import (
     columns_found,
     retrieve,
 )
+from laion_assets.search.shards import ALL, Shard
 from laion_assets.search.sizing import EXPECT_ALIVE, USUAL, kept_by_each
 from laion_assets.search.target import retrieve_the_rest
 from laion_assets.seeds import embeddings_of
@@ -53,62 +53,25 @@ PLANNED = "planned and taken"
 SEARCH_VERSION = "4"  # increment it if a search now finds other rows
 
 
-def knn_urls_asset(placement: Placement) -> dg.AssetsDefinition:
-    """Return the asset with the pod from a placement."""
-    return _search_asset(
-        placement,
-        "knn_urls",
-        "seed_embeddings",
-        checks.KNN_URLS,
-        "Images found around each seed: same context and style.\n\n"
-        "Near-duplicates are removed within each seed's results; an image found for two seeds has two "
-        "rows.",
-        per_seed=True,
-    )
-
-
 def centroid_urls_asset(placement: Placement) -> dg.AssetsDefinition:
     """Return the asset with the pod from a placement."""
-    return _search_asset(
-        placement,
-        "centroid_urls",
-        "centroid_vector",
-        checks.CENTROID_URLS,
-        "Images found around the centroid: same style, varied content; near-duplicates removed.\n\n"
-        "With a target, the search goes on until knn_urls and centroid_urls together reach it.",
-        per_seed=False,
-    )
-
-
-def _search_asset(
-    placement: Placement,
-    name: str,
-    vectors_of: str,
-    check_specs: Sequence[dg.AssetCheckSpec],
-    description: str,
-    *,
-    per_seed: bool,
-) -> dg.AssetsDefinition:
-    pod = placement.with_index(name)
-    # With a target, the search around the centroid adds what the other one leaves to find.
-    before = [] if per_seed else ["knn_urls"]
+    pod = placement.with_index("centroid_urls")
 
     @dg.asset(
-        name=name,
-        ins={"vectors": dg.AssetIn(vectors_of)},
-        deps=["staged_laion_index", retrieval_settings, *before],
-        description=description,
+        ins={"vectors": dg.AssetIn("centroid_vector")},
+        # With a target, the search around the centroid adds what the other one leaves to find.
+        deps=["staged_laion_index", retrieval_settings, "knn_urls"],
         group_name="urls",
         kinds={"faiss", "parquet"},
         partitions_def=seed_sets,
         pool="retrieval",
         code_version=SEARCH_VERSION,
-        check_specs=check_specs,
+        check_specs=checks.CENTROID_URLS,
         tags=pod.tags,
         op_tags=pod.op_tags,
         retry_policy=pod.retry_policy,
     )
-    def search_asset(
+    def centroid_urls(
         context: dg.AssetExecutionContext,
         vectors: StoredTable,
         laion_index: dg.ResourceParam[LaionIndex],
@@ -118,21 +81,15 @@ def _search_asset(
         pictures: dg.ResourceParam[Pictures],
         bounds: dg.ResourceParam[Bounds],
     ) -> Materialized:
-        with as_failures():
-            step = _SearchStep(
-                context,
-                vectors,
-                laion_index,
-                retrieval_config,
-                defaults,
-                tables,
-                pictures,
-                bounds,
-                per_seed=per_seed,
-            )
-            return step.materialize()
+        """Images found around the centroid: same style, varied content; near-duplicates removed.
 
-    return search_asset
+        With a target, the search goes on until knn_urls and centroid_urls together reach it.
+        """
+        with as_failures():
+            step = SearchStep(context, vectors, laion_index, tables, pictures, bounds, per_seed=False)
+            return step.report(step.write(step.origin(retrieval_config, defaults)))
+
+    return centroid_urls
 
 
 def combined_urls_asset(placement: Placement) -> dg.AssetsDefinition:
@@ -189,7 +146,7 @@ def combined_urls_asset(placement: Placement) -> dg.AssetsDefinition:
                 provenance,
                 sources,
                 seed_embeddings,
-                table,
+                table.written(),
                 remote_pictures=pictures.remote,
             )
             alive = measured_liveness(stored.batches(["url"]), len(stored)) if pictures.remote else None
@@ -216,168 +173,194 @@ def _united(funnel: CombinedFunnel) -> str:
 
 
 @dataclass(frozen=True)
-class _Written:
-    """A finished search: its result, the provenance in the table, and the table."""
+class Searched:
+    """A finished search.
+
+    Attributes:
+        found: what it found.
+        provenance: the provenance in its table.
+        table: its table.
+        figures: more for the report, such as the bytes fetched.
+
+    """
 
     found: Found
     provenance: Provenance
-    table: TableWriter
+    table: Written
+    figures: Mapping[str, int | str]
 
 
 @dataclass(frozen=True)
-class _SearchStep:
-    """One step of `knn_urls` or `centroid_urls`: its inputs, its search, and its table and report."""
+class SearchStep:
+    """A step that searches for `knn_urls` or `centroid_urls`, or joins what several have found."""
 
     context: dg.AssetExecutionContext
     vectors: StoredTable
     laion_index: LaionIndex
-    config: RetrievalConfig
-    defaults: Defaults
     tables: Tables
     pictures: Pictures
     bounds: Bounds
     per_seed: bool
 
-    def materialize(self) -> Materialized:
-        """Search, then write and report the table."""
-        meter = Meter.start()
+    def origin(self, config: RetrievalConfig, defaults: Defaults) -> Provenance:
+        """Return the inputs of the search, with the settings of this run.
+
+        Raises:
+            InputError: this run requests more images than it may.
+
+        """
         origin = Provenance.of(self.vectors)
-        block_list = self.laion_index.block_list()
-        settings = self._settings(origin, block_list)
+        settings = self._settings(origin, config, defaults)
+        if settings.values.target_images is not None:
+            settings = settings.with_expect_alive(*self._expect_alive(origin.seed_set))
+        self.bounds.check(self.context, settings, self._seeds())
+        return replace(origin, settings=settings)
+
+    def _expect_alive(self, seed_set: str) -> tuple[float, str]:
+        """Return the share of URLs that is expected to work; both searches must expect the same."""
+        if self.per_seed:
+            return expected_alive(self.context.instance, seed_set)
+        knn = Provenance.of(self.tables.open("knn_urls", seed_set)).settings
+        return knn.values.expect_alive or EXPECT_ALIVE, knn.origins.get(ALIVE, "default")
+
+    def write(self, origin: Provenance, part: Shard = ALL, uri: str | None = None) -> Searched:
+        """Search, and write the rows with their decoder and provenance.
+
+        Args:
+            origin: the inputs.
+            part: the shard to search.
+            uri: location of its table; that of the asset if None.
+
+        """
+        meter = Meter.start()
         queries = embeddings_of(self.vectors.read(["embedding"]))
         with open_index(self.context, self.laion_index) as opened:
-            origin = replace(origin, index=opened.manifest.fingerprint, settings=settings)
-            knn, origin = self._target(origin)
-            seeds = self._seeds(queries)
-            self.bounds.check(self.context, origin.settings, seeds, opened.index.rows)
-            request = self._request(origin.settings, seeds, block_list)
-            self.context.log.info(_looking(request, queries, opened.index.rows, per_seed=self.per_seed))
-            planned = self._planned(opened, origin.seed_set, len(queries), request)
-            written = self._write(opened, queries, request, origin, knn)
-            fetched = _fetched(opened) | ({PLANNED: meter.against(planned, opened)} if planned else {})
-            self._log(written.found, request, opened.index.rows)
-        return self._report(written, fetched)
+            origin = replace(origin, index=opened.manifest.fingerprint)
+            knn = self._found_around_seeds(origin)
+            request = self._request(origin.settings)
+            some = part.queries(opened.index, len(queries), request)
+            self.context.log.info(_looking(request, len(some), opened.index.rows, per_seed=self.per_seed))
+            planned = self._planned(opened, origin.seed_set, len(some), request)
+            schema = columns_found(opened.index, opened.metadata, per_seed=self.per_seed)
+            with new_table(uri, schema) if uri else self.tables.new(self.context, schema) as table:
+                found = self._search(opened, queries, some, request, knn, origin, table.write)
+                provenance = self.provenance(origin, found)
+                table.attach(DECODER, found.decoder)
+                table.footer = provenance.to_footer()
+            figures = _fetched(opened) | ({PLANNED: meter.against(planned, opened)} if planned else {})
+            self._log(found, request, opened.index.rows)
+        return Searched(found, provenance, table.written(), figures)
 
-    def _target(self, origin: Provenance) -> tuple[StoredTable | None, Provenance]:
-        """Settle how many URLs are expected to work, and open the rows that the target builds on."""
-        if origin.settings.values.target_images is None:
-            return None, origin
-        if self.per_seed:
-            share, where = expected_alive(self.context.instance, origin.seed_set)
-            return None, replace(origin, settings=origin.settings.with_expect_alive(share, where))
+    def _found_around_seeds(self, origin: Provenance) -> StoredTable | None:
+        """Open the rows to which a search around the centroid adds; None without a target."""
+        if self.per_seed or origin.settings.values.target_images is None:
+            return None
         knn = self.tables.open("knn_urls", origin.seed_set)
-        theirs = Provenance.of(knn)
-        check_continues(theirs, origin)
-        settled = theirs.settings
-        return knn, replace(
-            origin,
-            settings=origin.settings.with_expect_alive(
-                settled.values.expect_alive or EXPECT_ALIVE, settled.origins[ALIVE]
-            ),
-        )
+        check_continues(Provenance.of(knn), origin)
+        return knn
 
     def _planned(self, opened: OpenIndex, seed_set: str, queries: int, request: Request) -> Step | None:
         """Return what the search is expected to take; None if this machine was not measured."""
         machine = known_machine(opened, self.laion_index)
-        if machine is None:
+        if machine is None or not queries:
             return None
         past = materializations(self.context.instance, self.context.asset_key.path[-1], seed_set)
         share = share_read(next(past, None), USUAL.share)
         k = request.k if request.keep is None else math.ceil(request.keep / max(share, LEAST_SHARE))
         return machine.search(queries, min(k, opened.index.rows), request.nprobe, share)
 
-    def _seeds(self, queries: Floats) -> int:
+    def _seeds(self) -> int:
         """Return the number of seeds: one per query, or those whose mean is the query."""
         if self.per_seed:
-            return len(queries)
+            return len(self.vectors)
         seeds: int = self.vectors.read(["seeds"])["seeds"][0].as_py()
         return seeds
 
-    def _request(self, settings: ResolvedSettings, seeds: int, block_list: BlockList | None) -> Request:
+    def _request(self, settings: ResolvedSettings) -> Request:
+        """Return what to look for around each query."""
         values = settings.values
-        keep = settings.images and kept_by_each(settings.images, seeds if self.per_seed else 1)
-        k = keep or (values.nb_images_knn if self.per_seed else values.nb_images_centroid)
-        filters = Filters(conditions_in(values.filters or ""), block_list)
-        return Request(k or 0, values.dedup_threshold, values.nprobe, filters, keep)
+        filters = Filters(conditions_in(values.filters or ""), self.laion_index.block_list())
+        keep = self._keep(settings)
+        return Request(self.k(settings), values.dedup_threshold, values.nprobe, filters, keep)
 
-    def _write(
+    def k(self, settings: ResolvedSettings) -> int:
+        """Return the number of images that are requested around each query, with a target at first."""
+        values = settings.values
+        k = values.nb_images_knn if self.per_seed else values.nb_images_centroid
+        return self._keep(settings) or k or 0
+
+    def _keep(self, settings: ResolvedSettings) -> int | None:
+        queries = len(self.vectors)  # the seeds, or their mean
+        return settings.images and kept_by_each(settings.images, queries)
+
+    def _search(
         self,
         opened: OpenIndex,
         queries: Floats,
+        some: range,
         request: Request,
-        origin: Provenance,
         knn: StoredTable | None,
-    ) -> _Written:
-        """Search, and write the result with its decoder and provenance."""
-        with (
-            self.tables.new(self.context, self._schema(opened)) as table,
-            Progress("queries", len(queries), "", self.context.log.info) as progress,
-        ):
-            if knn is None:
-                found = retrieve(
-                    opened.index,
-                    opened.metadata,
-                    queries,
-                    request,
-                    table.write,
-                    per_seed=self.per_seed,
-                    progress=progress.advance,
-                )
-            else:
-                found = retrieve_the_rest(
-                    opened.index,
-                    opened.metadata,
-                    queries,
-                    request,
-                    origin.settings.images or 0,
-                    knn,
-                    table.write,
-                )
-            provenance = replace(
-                origin,
-                settings=origin.settings.with_nprobe(found.nprobe),
-                counts=asdict(found.funnel),
-                block_list_matches=asdict(found.block_list) if found.block_list else {},
-                run=self.context.run.run_id,
-                written=now(),
+        origin: Provenance,
+        write: Callable[[pa.RecordBatch], None],
+    ) -> Found:
+        index, metadata = opened.index, opened.metadata
+        if knn is not None:
+            images = origin.settings.images or 0
+            return retrieve_the_rest(index, metadata, queries, request, images, knn, write)
+        with Progress("queries", len(some), "", self.context.log.info) as progress:
+            return retrieve(
+                index,
+                metadata,
+                queries,
+                request,
+                write,
+                per_seed=self.per_seed,
+                progress=progress.advance,
+                some=some,
             )
-            table.attach(DECODER, found.decoder)
-            table.footer = provenance.to_footer()
-        return _Written(found, provenance, table)
 
-    def _schema(self, opened: OpenIndex) -> pa.Schema:
-        return columns_found(opened.index, opened.metadata, per_seed=self.per_seed)
+    def provenance(self, origin: Provenance, found: Found) -> Provenance:
+        """Return the provenance of a table of this run."""
+        return replace(
+            origin,
+            settings=origin.settings.with_nprobe(found.nprobe),
+            counts=asdict(found.funnel),
+            block_list_matches=asdict(found.block_list) if found.block_list else {},
+            run=self.context.run.run_id,
+            written=now(),
+        )
 
-    def _report(self, written: _Written, fetched: Mapping[str, int | str]) -> Materialized:
+    def report(self, searched: Searched) -> Materialized:
         """Return the metadata of the table, and the results of its checks."""
         stored = self.tables.written(self.context)
         metadata = report.describe_search(
             stored,
-            written.found,
-            written.provenance,
+            searched.found,
+            searched.provenance,
             report.AROUND_SEEDS if self.per_seed else report.AROUND_CENTROID,
-            written.table,
+            searched.table,
             remote_pictures=self.pictures.remote,
         )
         results = [
-            *checks.of_search(stored, written.provenance.settings.values.dedup_threshold),
-            checks.block_list_matches(written.found.block_list),
+            *checks.of_search(stored, searched.provenance.settings.values.dedup_threshold),
+            checks.block_list_matches(searched.found.block_list),
         ]
         return dg.MaterializeResult(
-            metadata=report.page({**metadata, **fetched}),
+            metadata=report.page({**metadata, **searched.figures}),
             check_results=checks.logged(self.context, results),
         )
 
-    def _settings(self, origin: Provenance, block_list: BlockList | None) -> ResolvedSettings:
+    def _settings(
+        self, origin: Provenance, config: RetrievalConfig, defaults: Defaults
+    ) -> ResolvedSettings:
         """Resolve the settings of this run.
 
         Also report the settings of a run without Launchpad values to `retrieval_settings`, because
         Dagster uses these to decide what is stale.
         """
-        own, name = origin.own, origin.seed_set
-        listed = None if block_list is None else str(block_list)
-        settings = self.config.resolve(self.defaults, own, name, listed)
-        current = current_settings(self.defaults, own, name, listed)
+        own, name, listed = origin.own, origin.seed_set, self.laion_index.block_list_description()
+        settings = config.resolve(defaults, own, name, listed)
+        current = current_settings(defaults, own, name, listed)
         observe(self.context, settings_version(name, current))
         return settings
 
@@ -414,8 +397,8 @@ class _SearchStep:
         return count(queries, "seed") if self.per_seed else "the centroid"
 
 
-def _looking(request: Request, queries: Floats, rows: int, *, per_seed: bool) -> str:
-    around = f"each of {count(len(queries), 'seed')}" if per_seed else "the centroid"
+def _looking(request: Request, queries: int, rows: int, *, per_seed: bool) -> str:
+    around = f"each of {count(queries, 'seed')}" if per_seed else "the centroid"
     images = count(request.k, "image") if request.keep is None else f"until {request.keep:,} are kept"
     return f"searching for {images} around {around} among {count(rows, 'row')}"
 

@@ -1,0 +1,82 @@
+"""`knn_urls` in shards: what a failed one repeats, and that the table is that of one search."""
+
+import dagster as dg
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+from helpers.project import Demo, Project, contents, failures, new_project, reported
+
+from laion_assets.defs.assets import knn_urls
+from laion_assets.defs.dagster_internals import AssetPartitionStatus
+from laion_assets.defs.forget import ASSETS
+from laion_assets.defs.partitions import seed_sets
+from laion_assets.search import retrieval
+
+SEEDS = 24
+
+
+@pytest.fixture
+def project(tmp_path, demo: Demo, monkeypatch) -> Project:
+    """Seeds that are searched four at once, in 6 shards of a batch each."""
+    monkeypatch.setattr(retrieval, "RESULT_BYTES", 4 * 50 * (4 * 35 + 4 * 256))
+    with new_project(tmp_path, demo.index) as made:
+        (made.seeds / "many").mkdir()
+        np.save(made.seeds / "many" / "a.npy", np.random.default_rng(0).normal(size=(SEEDS, 256)))
+        assert made.run("many", "staged_laion_index", "seed_embeddings", "centroid_vector").success
+        yield made
+
+
+def in_shards(monkeypatch, number: int) -> None:
+    monkeypatch.setattr(knn_urls, "shards_for", lambda *_: number)
+
+
+def steps(instance: dg.DagsterInstance, run_id: str) -> list[str]:
+    records = instance.get_records_for_run(run_id, of_type=dg.DagsterEventType.STEP_SUCCESS).records
+    return sorted(record.event_log_entry.dagster_event.step_key for record in records)
+
+
+def failed(project: Project) -> set[str]:
+    """The assets whose table of the set counts as failed."""
+    statuses = {
+        asset: project.instance.get_status_by_partition(dg.AssetKey(asset), ["many"], seed_sets) or {}
+        for asset in ASSETS
+    }
+    return {name for name, found in statuses.items() if found.get("many") is AssetPartitionStatus.FAILED}
+
+
+def test_a_failed_shard_alone_is_repeated_and_the_table_is_that_of_one_search(
+    project, monkeypatch
+) -> None:
+    told = reported(project.run("many", "knn_urls", nb_images_knn=50), "knn_urls")
+    path = project.table("knn_urls", "many")
+    whole = pq.read_table(path)
+    path.unlink()
+
+    in_shards(monkeypatch, 6)
+    write = knn_urls.SearchStep.write
+
+    def failing(step, origin, part, uri):
+        if part.number == 3:
+            raise OSError("the node is gone")
+        return write(step, origin, part, uri)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(knn_urls.SearchStep, "write", failing)
+        first = project.run("many", "knn_urls", "centroid_urls", nb_images_knn=50)
+    assert "the node is gone" in failures(first)["knn_urls"]
+    assert not path.exists()
+    assert len(steps(project.instance, first.run_id)) == 6  # one cuts, five search
+    assert failed(project) == {"knn_urls"}  # and not what was never reached
+
+    again = project.re_execute(first)
+    assert again.success
+    assert steps(project.instance, again.run_id) == [
+        "centroid_urls",
+        "knn_urls.join",
+        "knn_urls.search[0003]",
+    ]
+    assert pq.read_table(path).equals(whole)
+    figures = reported(again, "knn_urls")
+    for name in ("requested", "received", "kept", "near duplicates", "recall of nprobe"):
+        assert figures[name] == told[name]
+    assert not [name for name in contents(project.output) if ".unfinished" in name]

@@ -1,0 +1,80 @@
+"""A search in shards is one search: the same rows and the same figures, however it is cut."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pytest
+from helpers import indices
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from laion_assets.index.faiss_index import Index
+from laion_assets.index.metadata import Metadata
+from laion_assets.io.text import REPLACED
+from laion_assets.search import retrieval
+from laion_assets.search.block_list import BlockList, hashes, listed_forms
+from laion_assets.search.filters import Filters
+from laion_assets.search.retrieval import Found, Request, columns_found, retrieve
+from laion_assets.search.shards import ALL, Shard, from_json, joined, shards_for, to_json
+
+QUERIES = 11
+
+
+@pytest.fixture(scope="module")
+def opened(tmp_path_factory: pytest.TempPathFactory) -> tuple[Index, Metadata]:
+    """With near-duplicates, and texts that are not UTF-8."""
+    folder: Path = tmp_path_factory.mktemp("index")
+    rows = indices.random_rows(np.random.default_rng(5), 240, alike=0.1)
+    indices.write_index(folder, rows, "IVF40,Flat")
+    urls = [f"https://example.org/{i}" + REPLACED * (i % 30 == 0) for i in range(240)]
+    indices.write_metadata(folder, pa.table({"url": urls}), files=3)
+    files = sorted((folder / "metadata").iterdir())
+    return Index(*indices.index_paths(folder)), Metadata(files)
+
+
+def searched(
+    opened: tuple[Index, Metadata], queries: np.ndarray, request: Request, part: Shard
+) -> tuple[pa.Table, Found]:
+    batches: list[pa.RecordBatch] = []
+    some = part.queries(opened[0], len(queries), request)
+    found = retrieve(*opened, queries, request, batches.append, per_seed=True, some=some)
+    return pa.Table.from_batches(batches, columns_found(*opened, per_seed=True)), found
+
+
+@settings(deadline=None, max_examples=10)
+@given(
+    seed=st.integers(0, 1 << 30),
+    shards=st.integers(1, QUERIES + 2),
+    at_once=st.integers(1, 4),
+    keep=st.sampled_from([None, None, 3, 300]),
+)
+def test_the_joined_rows_and_figures_are_those_of_one_search(opened, seed, shards, at_once, keep):
+    index, _ = opened
+    queries = indices.random_rows(np.random.default_rng(seed), QUERIES)
+    urls, _ = listed_forms(pa.array([f"https://example.org/{i}" for i in range(1, 20)]))
+    listed = BlockList("", np.array([5, 7, 1000]), np.sort(hashes(urls)))
+    request = Request(keep or 20, 0.94, None, Filters((), listed), keep)
+    with pytest.MonkeyPatch.context() as patch:
+        row = retrieval.COPIES * index.code_size + 4 * index.dimension
+        patch.setattr(retrieval, "RESULT_BYTES", at_once * row * request.k)
+        whole, expected = searched(opened, queries, request, ALL)
+        parts = [searched(opened, queries, request, Shard(i, shards)) for i in range(shards)]
+    assert pa.concat_tables([table for table, _ in parts]).equals(whole)
+    assert [np.isnan(found.recall) for _, found in parts] == [False] + [True] * (shards - 1)
+    told = [json.loads(json.dumps(to_json(found))) for _, found in parts]
+    together = joined([from_json(told[i], parts[i][1].decoder) for i in range(shards)], listed)
+    for name in ("funnel", "nprobe", "recall", "decoder", "block_list", "short"):
+        assert getattr(together, name) == getattr(expected, name), name
+    assert together.not_utf8.captions == expected.not_utf8.captions
+    assert together.not_utf8.urls >= expected.not_utf8.urls
+    np.testing.assert_equal(together.blocked_by, expected.blocked_by)
+    assert (together.removed is None) == (expected.removed is None)
+    if expected.removed and together.removed:
+        assert together.removed.removed.equals(expected.removed.removed)
+
+
+def test_most_sets_are_one_shard_and_no_shard_is_without_seeds():
+    assert [shards_for(seeds, 830) for seeds in (1, 1_000, 5_000, 20_000, 100_000)] == [1, 1, 1, 4, 20]
+    assert shards_for(3, 10**9) == 3
