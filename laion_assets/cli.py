@@ -30,7 +30,7 @@ from laion_assets.defs.failures import sentence
 from laion_assets.defs.forget import belongings, forget
 from laion_assets.defs.history import asset_of_step, expected_alive, figures_of
 from laion_assets.defs.io_manager import Tables
-from laion_assets.defs.kubernetes.placement import NvmeNode
+from laion_assets.defs.kubernetes.placement import Placement
 from laion_assets.defs.launcher import fail_abandoned_runs, process_lock
 from laion_assets.defs.look import SHEETS, TOP, look
 from laion_assets.defs.partitions import JOB, SEED_SETS, SHARDS
@@ -258,6 +258,8 @@ def _plan(parsed: argparse.Namespace, environment: Mapping[str, str]) -> int:
     except InputError as error:  # above all, an index that is not staged
         times = [f"# reads: unknown, because {one_line(str(error))}", *scaled(plan)]
     print(*as_yaml(plan, seeds, times), sep="\n")
+    if lacks := plan.needs.shortage():
+        print(f"# combining would be refused on this machine: it needs {lacks}")
     return 0
 
 
@@ -451,7 +453,7 @@ def _build_demo() -> None:
 def _dev(parsed: argparse.Namespace, environment: Mapping[str, str]) -> int:
     """Run Dagster's services with the history of this folder."""
     Places.from_environment(environment)  # a wrong setting fails here, in one sentence
-    NvmeNode.from_environment(environment)
+    Placement.from_environment(environment, 0)
     _check_port(parsed.port)
     if not any(environment.get(variable) for variable in INDEX_VARIABLES):
         _build_demo()

@@ -15,7 +15,7 @@ import yaml
 from helpers.project import REPOSITORY
 
 from laion_assets.definitions import build_defs
-from laion_assets.defs.kubernetes.placement import NvmeNode
+from laion_assets.defs.kubernetes.placement import CombiningPod, NvmeNode
 from laion_assets.defs.launcher import LocalRunLauncher
 from laion_assets.defs.places import Places
 from laion_assets.defs.settings import FIELDS, variable_of
@@ -108,7 +108,7 @@ def test_a_code_location_takes_no_notice_of_variables_that_it_was_not_given(monk
 
 def test_every_variable_that_the_package_names_is_declared():
     declared = {variable_of(name) for name in (*Places.model_fields, *FIELDS)}
-    declared |= {*NvmeNode.variables().values()}
+    declared |= {*NvmeNode.variables().values(), *CombiningPod.variables().values()}
     named = {
         variable
         for path in MODULES

@@ -9,6 +9,7 @@ from functools import partial
 from laion_assets.defs.history import PastMaterialization
 from laion_assets.defs.resources import LaionIndex
 from laion_assets.io.progress import format_duration
+from laion_assets.io.text import as_bytes
 from laion_assets.search.cost import (
     Rates,
     Shape,
@@ -168,14 +169,6 @@ class Meter:
 
     def _elapsed(self) -> str:
         return _duration(time.monotonic() - self.started)
-
-
-def as_bytes(size: float) -> str:
-    """Return a size with its unit: "8.1 GB"."""
-    for unit, name in ((10**12, "TB"), (10**9, "GB"), (10**6, "MB")):
-        if size >= unit:
-            return f"{size / unit:.3g} {name}"
-    return f"{max(1, round(size / 1000))} kB" if size else "0 bytes"
 
 
 def _duration(seconds: float) -> str:

@@ -16,7 +16,7 @@ from typing import Annotated, Any, Literal
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
 from laion_assets.build import SHARD_ROWS
-from laion_assets.defs.kubernetes.placement import NvmeNode
+from laion_assets.defs.kubernetes.placement import CombiningPod, NvmeNode
 from laion_assets.defs.settings import FIELDS, variable_of
 from laion_assets.io.errors import InputError
 from laion_assets.io.public_urls import public
@@ -261,7 +261,7 @@ def _refuse_misspelt(environment: Mapping[str, str]) -> None:
     belong to others, such as those that Kubernetes derives from service names.
     """
     known = {variable_of(name) for name in (*Places.model_fields, *FIELDS)}
-    known.update(NvmeNode.variables().values())
+    known.update(variable for of in (NvmeNode, CombiningPod) for variable in of.variables().values())
     for name in environment:
         if name.startswith("LAION_") and name not in known:
             longer = [each for each in sorted(known) if each.startswith(f"{name}_")]

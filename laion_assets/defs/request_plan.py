@@ -12,7 +12,7 @@ from typing import Any
 
 import dagster as dg
 
-from laion_assets.defs.estimate import Machine, as_bytes, as_comments, share_read
+from laion_assets.defs.estimate import Machine, as_comments, share_read
 from laion_assets.defs.history import (
     PastMaterialization,
     materializations,
@@ -22,6 +22,8 @@ from laion_assets.defs.history import (
 )
 from laion_assets.defs.terminal import count
 from laion_assets.io.progress import format_duration
+from laion_assets.io.text import as_bytes
+from laion_assets.search.needs import Needs
 from laion_assets.search.sizing import USUAL, Counts, Yield, expected_counts, images_wanted
 
 TABLES = ("knn_urls", "centroid_urls", "combined_urls")
@@ -54,6 +56,7 @@ class RequestPlan:
         expect_alive: share of URLs that is expected to work.
         counts: images expected to be requested around each seed and around the centroid.
         requested: images requested for each table.
+        needs: what combining is expected to take.
         seconds: expected duration for each table, scaled from the last run; empty without one.
         sizes: expected size of each table in bytes, scaled from the last run; empty without one.
         known: measurements of past runs.
@@ -64,6 +67,7 @@ class RequestPlan:
     expect_alive: float
     counts: Counts
     requested: Mapping[str, int]
+    needs: Needs
     seconds: Mapping[str, float]
     sizes: Mapping[str, int]
     known: History
@@ -103,12 +107,18 @@ def plan_request(target: int, seeds: int, known: History, expect_alive: float) -
     requested = dict(zip(TABLES, (*searches, sum(searches)), strict=True))
     last = {name: past.figures for name, past in known.last_run.items()}
     scale = {name: requested[name] / int(figures["requested"]) for name, figures in last.items()}
+    needs = Needs.of(images)
+    longer = dict(scale)
+    if "combined_urls" in last:  # its time grows with the square
+        then = Needs.of(max(1, round(images / scale["combined_urls"])))
+        longer["combined_urls"] = needs.core_seconds / then.core_seconds
     return RequestPlan(
         target,
         expect_alive,
         counts,
         requested,
-        {name: factor * last[name]["seconds"] for name, factor in scale.items()},
+        needs,
+        {name: factor * last[name]["seconds"] for name, factor in longer.items()},
         {name: round(factor * last[name]["bytes"]) for name, factor in scale.items()},
         known,
     )
@@ -156,6 +166,7 @@ def as_yaml(plan: RequestPlan, seeds: int, times: Sequence[str] = ()) -> list[st
         f"#   and {requested['centroid_urls']:,} around their mean, at {plan.known.yielded}",
         *([f"# the index has only {rows:,} rows, which caps requests"] if bounded else []),
         *(times or scaled(plan)),
+        f"# {plan.needs}; twice the images take four times as long",
         f"# disk: tables {sizes or 'unknown before the first run of the set'}; index {index}",
     ]
 
@@ -168,8 +179,7 @@ def scaled(plan: RequestPlan) -> list[str]:
     last = plan.known.last_run["combined_urls"]
     return [
         f"# time: {times}",
-        f"#   scaled from run {last.run[:8]}, which requested {last.figures['requested']:,}; larger "
-        "requests take more, because near-duplicates are compared pairwise",
+        f"#   scaled from run {last.run[:8]}, which requested {last.figures['requested']:,}",
     ]
 
 

@@ -156,7 +156,7 @@ def _explained(instance: dg.DagsterInstance, state: State) -> State:
     told = first.step_failure_data.user_failure_data
     error = first.step_failure_data.error
     sentence = (told and told.description) or (error.message if error else "")
-    return replace(state, about=one_line(f"{asset_of_step(first.step_key)}: {sentence}"))
+    return replace(state, about=one_line(f"{asset_of_step(str(first.step_key))}: {sentence}"))
 
 
 def in_order(states: Iterable[State]) -> list[State]:

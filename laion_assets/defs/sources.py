@@ -14,12 +14,12 @@ from typing import Any
 import dagster as dg
 
 from laion_assets.defs.dagster_internals import DATA_VERSION_TAG, extract_data_version_from_entry
-from laion_assets.defs.estimate import as_bytes
 from laion_assets.defs.failures import sentence
 from laion_assets.defs.partitions import seed_sets
 from laion_assets.defs.settings import Defaults, ResolvedSettings, RetrievalConfig, changes
 from laion_assets.defs.terminal import count, some
 from laion_assets.io.errors import InputError
+from laion_assets.io.text import as_bytes
 from laion_assets.seeds import Seeds, SeedSet
 
 REMOVED = "removed"  # data version of a seed set whose folder is gone or empty

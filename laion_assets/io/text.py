@@ -14,6 +14,14 @@ def count(number: int, noun: str) -> str:
     return f"{number:,} {noun}" if number == 1 else f"{number:,} {noun}s"
 
 
+def as_bytes(size: float) -> str:
+    """Return a size with its unit: "8.1 GB"."""
+    for unit, name in ((10**12, "TB"), (10**9, "GB"), (10**6, "MB")):
+        if size >= unit:
+            return f"{size / unit:.3g} {name}"
+    return f"{max(1, round(size / 1000))} kB" if size else "0 bytes"
+
+
 def printable(text: str) -> str:
     """Escape every control character, line break and byte that is not UTF-8."""
     return "".join(

@@ -10,7 +10,7 @@ text columns of the rows that are kept lie on the local disk, see `spill`.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -26,9 +26,11 @@ from laion_assets.io.tables import code_bytes
 from laion_assets.search.block_list import wide_hashes
 from laion_assets.search.links import Forest
 from laion_assets.search.near_duplicates import components
+from laion_assets.search.needs import Needs
 
 COMBINED_ROWS = 1 << 16  # rows per batch of the combined table
 HELD_VECTORS = 1 << 16  # more are decoded on every access, which takes a tenth longer
+WORTH_SAYING = 60  # core-seconds; what takes longer is said before
 DECODER = "decoder"  # attachment of a table of found rows
 NOT_HANDED_OVER = ("code", "thumbnail")
 
@@ -87,7 +89,13 @@ class _Rows:
     similarity: Floats
 
 
-def combine(knn: Stored, centroid: Stored, threshold: float, most: int | None = None) -> Combined:
+def combine(
+    knn: Stored,
+    centroid: Stored,
+    threshold: float,
+    most: int | None = None,
+    log: Callable[[str], None] = lambda _: None,
+) -> Combined:
     """Combine two URL sets into one table with a row per image.
 
     Args:
@@ -95,14 +103,23 @@ def combine(knn: Stored, centroid: Stored, threshold: float, most: int | None = 
         centroid: rows found around the centroid.
         threshold: cosine above which two images are near-duplicates.
         most: images to keep, the first in the order of the table; None keeps all.
+        log: called with what comparing the images takes, before that begins.
 
     Returns:
         A table with id, url, caption, similarity, rank, seed, strategies and the other metadata columns,
         without thumbnails and codes.
 
+    Raises:
+        InputError: this machine has too little memory or disk; nothing was compared yet.
+
     """
     rows = _read_numbers(knn, centroid)
     representative, image = _images(rows)
+    if threshold < 1:
+        needs = Needs.of(len(representative), len(rows.ids))
+        needs.check()
+        if needs.core_seconds > WORTH_SAYING:
+            log(str(needs))
     urls, codes = _urls_and_codes(knn, centroid, representative, with_codes=threshold < 1)
     forest = Forest(len(representative))
     forest.connect(*_equal_urls(urls))

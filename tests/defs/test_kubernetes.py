@@ -29,7 +29,7 @@ from laion_assets.definitions import build_defs
 from laion_assets.defs.assets import build_assets, index_assets
 from laion_assets.defs.history import nodes_with_a_copy
 from laion_assets.defs.kubernetes import placement
-from laion_assets.defs.kubernetes.placement import NvmeNode, Placement, on_nvme_node
+from laion_assets.defs.kubernetes.placement import CombiningPod, NvmeNode, Placement, on_nvme_node
 from laion_assets.defs.kubernetes.step_pods import prefer_nodes
 from laion_assets.defs.places import Places
 from laion_assets.defs.settings import FIELDS, variable_of
@@ -190,6 +190,24 @@ def test_a_pod_names_its_asset_and_is_never_started_twice_by_kubernetes(step_pod
 
 
 # --- settings -------------------------------------------------------------------------------------
+
+
+def test_large_tables_are_combined_on_an_nvme_node_with_its_disk_for_intermediate_files():
+    chosen = {"ON": "nvme_node", "CPU": "8", "MEMORY": "12Gi", "MEMORY_LIMIT": "24Gi"}
+    assets = assets_for(**{f"LAION_COMBINE_{name}": value for name, value in chosen.items()})
+    job = step_pod(assets["combined_urls"])
+    validate(job)
+    template = job["spec"]["template"]
+    assert denials(as_pod(job)) == []
+    (container,) = template["spec"]["containers"]
+    assert template["spec"]["nodeSelector"] == {"laion-assets/nvme": "true"}
+    assert {"name": "TMPDIR", "value": NvmeNode().mount} in container["env"]
+    assert container["resources"] == {
+        "requests": {"cpu": "8", "memory": "12Gi"},
+        "limits": {"memory": "24Gi"},
+    }
+    with pytest.raises(InputError, match="LAION_COMBINE_ON is 'somewhere': choose any_node or nvme_node"):
+        assets_for(LAION_COMBINE_ON="somewhere")
 
 
 def test_every_setting_reaches_the_pod():
@@ -719,12 +737,17 @@ def test_every_variable_in_the_values_is_one_that_is_read():
     known = {variable_of(name) for name in (*Places.model_fields, *FIELDS)} | nvme_variables()
     assert {variable["name"] for variable in DEPLOYMENT["env"]} <= known
     readme = (K8S / "README.md").read_text()
-    told = dict(re.findall(r"^\| `(LAION_NVME_\w+)` \| `?([^`|]+?)`? \|", readme, re.MULTILINE))
-    assert told == {f"LAION_NVME_{n.upper()}": value or "none" for n, value in vars(NvmeNode()).items()}
+    pattern = r"^\| `(LAION_(?:NVME|COMBINE)_\w+)` \| `?([^`|]+?)`? \|"
+    told = dict(re.findall(pattern, readme, re.MULTILINE))
+    assert told == {
+        of.variables()[name]: value or "none"
+        for of in (NvmeNode, CombiningPod)
+        for name, value in vars(of()).items()
+    }
 
 
 def nvme_variables() -> set[str]:
-    return {f"LAION_NVME_{name.upper()}" for name in vars(NvmeNode())}
+    return {*NvmeNode.variables().values(), *CombiningPod.variables().values()}
 
 
 def commands_of_the_recipe(*words: str) -> list[str]:

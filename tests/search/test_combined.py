@@ -9,6 +9,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from laion_assets.index.decoder import Decoder
+from laion_assets.io.errors import InputError
+from laion_assets.search import needs
 from laion_assets.search.combined import DECODER, combine
 
 EAST, ALMOST_EAST, NORTH, WEST, SOUTH = (
@@ -160,3 +162,11 @@ def test_any_two_sets_are_united_as_the_obvious_way_does(knn, centroid, urls) ->
 def _same(x: dict, y: dict) -> bool:
     cosine = float(np.dot(np.float32(x["vector"]), np.float32(y["vector"])))
     return x["id"] == y["id"] or x["url"] == y["url"] or cosine > 0.8
+
+
+def test_what_cannot_fit_is_refused_before_any_code_is_read(monkeypatch) -> None:
+    monkeypatch.setattr(needs, "free_memory", lambda: 0)
+    monkeypatch.setattr(needs, "HELD_BYTES", 0)
+    monkeypatch.delattr("laion_assets.search.combined._urls_and_codes")
+    with pytest.raises(InputError, match="combining 2 different images needs about 190 MB of memory"):
+        combined([row(1, "a", 1, EAST)], [row(2, "b", 1, NORTH)])

@@ -94,7 +94,7 @@ def centroid_urls_asset(placement: Placement) -> dg.AssetsDefinition:
 
 def combined_urls_asset(placement: Placement) -> dg.AssetsDefinition:
     """Return the asset with the pod from a placement."""
-    pod = placement.any_node("combined_urls")
+    pod = placement.combining("combined_urls")
 
     @dg.asset(
         group_name="urls",
@@ -127,7 +127,8 @@ def combined_urls_asset(placement: Placement) -> dg.AssetsDefinition:
                 origin, run=context.run.run_id, counts={}, block_list_matches={}, written=now()
             )
             threshold = origin.settings.values.dedup_threshold
-            combined = combine(knn_urls, centroid_urls, threshold, origin.settings.images)
+            most = origin.settings.images
+            combined = combine(knn_urls, centroid_urls, threshold, most, context.log.info)
             context.log.info(_united(combined.funnel))
             seed_set = pa.field("seed_set", pa.string())
             with tables.new(context, combined.schema.append(seed_set)) as table:

@@ -1,8 +1,8 @@
 """Where assets run on a cluster: what their pods request, and which steps are retried.
 
 `staged_laion_index`, `knn_urls` and `centroid_urls` run on NVMe nodes, each of which can hold a copy of
-the index. The others run on any node, but `seed_embeddings` on a GPU node if LAION_EMBED_DEVICE is cuda.
-Each asset chooses with `Placement.staging`, `with_index`, `any_node`, `building` or `embedding`.
+the index. The others run on any node, but `seed_embeddings` on a GPU node if LAION_EMBED_DEVICE is cuda,
+and `combined_urls` where LAION_COMBINE_ON says. Each asset chooses with a method of `Placement`.
 
 Only the executor of `step_pods` reads the op tags; other executors ignore them.
 
@@ -13,13 +13,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
-from typing import Any
+from typing import Any, ClassVar, Self
 
 import dagster as dg
 
 from laion_assets.io.errors import InputError
 
-NODE_PREFIX = "LAION_NVME_"
 VOLUME = "laion-index"
 GPU = "nvidia.com/gpu"  # resource, and key of the taint
 ASSET_LABEL = "laion-assets/asset"
@@ -35,7 +34,29 @@ SMALL_FILES = 10 * 10**9  # bytes beside the sparse budget: files that are copie
 
 
 @dataclass(frozen=True)
-class NvmeNode:
+class PodSettings:
+    """Settings of pods, each with an environment variable."""
+
+    prefix: ClassVar[str]
+
+    @classmethod
+    def from_environment(cls, environment: Mapping[str, str]) -> Self:
+        """Read the variables that are set in the environment, and take the defaults of the others.
+
+        Raises:
+            InputError: a value cannot be used; the message names the variable and what is allowed.
+
+        """
+        return cls(**{n: environment[v] for n, v in cls.variables().items() if environment.get(v)})
+
+    @classmethod
+    def variables(cls) -> Mapping[str, str]:
+        """Return the environment variable of each field, by field name."""
+        return {field.name: f"{cls.prefix}{field.name.upper()}" for field in fields(cls)}
+
+
+@dataclass(frozen=True)
+class NvmeNode(PodSettings):
     """The resources that a step requests to read the index. The defaults suit GKE and `k8s/`.
 
     Attributes:
@@ -51,6 +72,8 @@ class NvmeNode:
         pending_seconds: seconds that a pod may wait for a node before its step fails.
 
     """
+
+    prefix: ClassVar[str] = "LAION_NVME_"
 
     label: str = "laion-assets/nvme=true"
     taint: str = "laion-assets/nvme"
@@ -76,32 +99,57 @@ class NvmeNode:
             raise InputError(f"LAION_NVME_FOLDER is {self.folder!r}: give an absolute path without ..")
         for name in ("group", "pending_seconds"):
             if not getattr(self, name).isdecimal():
-                raise InputError(
-                    f"{NODE_PREFIX}{name.upper()} is {getattr(self, name)!r}: give a whole number"
-                )
-
-    @classmethod
-    def from_environment(cls, environment: Mapping[str, str]) -> NvmeNode:
-        """Read LAION_NVME_LABEL and the other variables from the environment, or take the defaults."""
-        return cls(**{n: environment[v] for n, v in cls.variables().items() if environment.get(v)})
-
-    @classmethod
-    def variables(cls) -> Mapping[str, str]:
-        """Return the environment variable of each field, by field name."""
-        return {field.name: f"{NODE_PREFIX}{field.name.upper()}" for field in fields(cls)}
+                variable = self.variables()[name]
+                raise InputError(f"{variable} is {getattr(self, name)!r}: give a whole number")
 
     @property
     def searching(self) -> Mapping[str, Mapping[str, str]]:
         """The resources of a search."""
-        return {
-            "requests": {"cpu": self.cpu, "memory": self.memory},
-            "limits": {"memory": self.memory_limit},
-        }
+        return _resources(self.cpu, self.memory, self.memory_limit)
 
     @property
     def tolerations(self) -> list[dict[str, str]]:
         """What lets a pod run on these nodes."""
         return [{"key": self.taint, "operator": "Exists", "effect": "NoSchedule"}]
+
+
+@dataclass(frozen=True)
+class CombiningPod(PodSettings):
+    """The resources that `combined_urls` requests. The defaults suit some million images.
+
+    Attributes:
+        on: `any_node`; or `nvme_node`, whose large disk then holds the intermediate files.
+        cpu: cores requested; it uses all that are idle.
+        memory: memory requested.
+        memory_limit: memory above which it is OOM-killed.
+
+    """
+
+    prefix: ClassVar[str] = "LAION_COMBINE_"
+
+    on: str = "any_node"
+    cpu: str = "1"
+    memory: str = "4Gi"
+    memory_limit: str = "16Gi"
+
+    def __post_init__(self) -> None:
+        """Check the choice.
+
+        Raises:
+            InputError: there is no such choice.
+
+        """
+        if self.on not in ("any_node", "nvme_node"):
+            raise InputError(f"LAION_COMBINE_ON is {self.on!r}: choose any_node or nvme_node")
+
+    @property
+    def resources(self) -> Mapping[str, Mapping[str, str]]:
+        """The resources of the pod."""
+        return _resources(self.cpu, self.memory, self.memory_limit)
+
+
+def _resources(cpu: str, memory: str, memory_limit: str) -> Mapping[str, Mapping[str, str]]:
+    return {"requests": {"cpu": cpu, "memory": memory}, "limits": {"memory": memory_limit}}
 
 
 @dataclass(frozen=True)
@@ -126,6 +174,7 @@ class Placement:
 
     Attributes:
         node: resources requested by steps that read the index.
+        combine: resources requested by the step that combines.
         staging_mode: `LAION_STAGING`; empty if unset.
         sparse_budget: bytes that sparse staging may use.
         embed_device: `LAION_EMBED_DEVICE`; empty if unset.
@@ -134,6 +183,7 @@ class Placement:
     """
 
     node: NvmeNode
+    combine: CombiningPod
     staging_mode: str
     sparse_budget: int
     embed_device: str
@@ -141,7 +191,7 @@ class Placement:
 
     @classmethod
     def from_environment(cls, environment: Mapping[str, str], sparse_budget: int) -> Placement:
-        """Read LAION_NVME_*, LAION_STAGING, and whether this process runs on a cluster.
+        """Read LAION_NVME_*, LAION_COMBINE_*, LAION_STAGING, and whether this process runs on a cluster.
 
         Raises:
             InputError: a variable cannot be used on a cluster.
@@ -155,6 +205,7 @@ class Placement:
             )
         return cls(
             node,
+            CombiningPod.from_environment(environment),
             environment.get("LAION_STAGING", ""),
             sparse_budget,
             environment.get("LAION_EMBED_DEVICE", ""),
@@ -164,6 +215,12 @@ class Placement:
     def any_node(self, asset: str) -> Pod:
         """Return the pod of an asset that needs no index."""
         return self._pod("any_node", on_any_node(asset))
+
+    def combining(self, asset: str) -> Pod:
+        """Return the pod of an asset that combines tables; NVMe nodes hold its intermediate files."""
+        if self.combine.on == "any_node":
+            return self._pod("any_node", on_any_node(asset, self.combine.resources))
+        return self._on_nvme(asset, self.combine.resources, {"TMPDIR": self.node.mount})
 
     def building(self, asset: str) -> Pod:
         """Return the pod of an asset that builds the index, with many cores on any node."""
@@ -190,12 +247,16 @@ class Placement:
         """
         # The default would stage a bucket sparse, but NVMe nodes and claims are meant for full copies.
         mode = {} if self.staging_mode else {"LAION_STAGING": "full"}
-        if self.node.claim:
-            return self._pod("node_with_claim", on_node_with_claim(asset, self.node, resources, mode))
-        if self.staging_mode == "sparse":
+        if self.staging_mode == "sparse" and not self.node.claim:
             room = self.sparse_budget + SMALL_FILES
             return self._pod("any_node", with_sparse_copy(asset, self.node, resources, room))
-        return self._pod("nvme_node", on_nvme_node(asset, self.node, resources, mode))
+        return self._on_nvme(asset, resources, mode)
+
+    def _on_nvme(self, asset: str, resources: Mapping[str, Any], environment: Mapping[str, str]) -> Pod:
+        if self.node.claim:
+            config = on_node_with_claim(asset, self.node, resources, environment)
+            return self._pod("node_with_claim", config)
+        return self._pod("nvme_node", on_nvme_node(asset, self.node, resources, environment))
 
     def _pod(self, runs_on: str, op_tags: Mapping[str, Any]) -> Pod:
         return Pod({RUNS_ON_TAG: runs_on}, op_tags, self.retry_policy)

@@ -1,0 +1,36 @@
+"""What this machine has to give: its free memory and disk."""
+
+from __future__ import annotations
+
+import re
+import shutil
+import tempfile
+from contextlib import suppress
+from pathlib import Path
+
+
+def free_memory(root: Path = Path("/")) -> int:
+    """Return the bytes of memory that this process can still take.
+
+    They are what the machine has, or less in a container with a limit (cgroup v2). Pages of files do not
+    count as taken, because the kernel gives them up.
+
+    Args:
+        root: folder of `proc` and `sys`.
+
+    """
+    meminfo = (root / "proc/meminfo").read_text()
+    available = re.search(r"^MemAvailable: *(\d+) kB", meminfo, re.MULTILINE)
+    free = int(available[1]) * 1024 if available else 0
+    group = re.search(r"^0::/(.*)$", (root / "proc/self/cgroup").read_text(), re.MULTILINE)
+    folder = root / "sys/fs/cgroup" / (group[1] if group else "")
+    with suppress(OSError, ValueError):  # no such files without cgroup v2, and "max" is no limit
+        limit = int((folder / "memory.max").read_text())
+        held = re.search(r"^anon (\d+)", (folder / "memory.stat").read_text(), re.MULTILINE)
+        free = min(free, max(0, limit - int(held[1] if held else 0)))
+    return free
+
+
+def free_disk() -> int:
+    """Return the free bytes in the folder of temporary files."""
+    return shutil.disk_usage(tempfile.gettempdir()).free

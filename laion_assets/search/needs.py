@@ -1,0 +1,85 @@
+"""What combining takes, which grows faster than the number of images, and refusing what cannot fit.
+
+The laws go through the measurements in `benchmarks/combine.md`: codes of 129 bytes, 768 dimensions, and a
+cosine of about 0.6 between most images, which is the slowest geometry that was measured.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from dataclasses import dataclass
+
+from laion_assets.io.errors import InputError
+from laion_assets.io.machine import free_disk, free_memory
+from laion_assets.io.spill import HELD_BYTES
+from laion_assets.io.text import as_bytes, count
+
+MEMORY, MEMORY_OF_AN_IMAGE = 190e6, 308  # bytes
+MEMORY_OF_A_REPEAT = 100  # bytes of a row whose image another row has
+DISK_OF_AN_IMAGE = 773  # bytes
+HOUR = 3600  # seconds
+LINEAR, QUADRATIC = 119e-6, 1889e-12  # core-seconds of an image, and of a pair of images
+
+
+@dataclass(frozen=True)
+class Needs:
+    """What combining takes.
+
+    Attributes:
+        images: number of different ids; near-duplicates are among them.
+        memory: bytes of memory.
+        disk: bytes of intermediate files.
+        core_seconds: time of a processor core.
+
+    """
+
+    images: int
+    memory: float
+    disk: float
+    core_seconds: float
+
+    @classmethod
+    def of(cls, images: int, rows: int | None = None) -> Needs:
+        """Estimate the needs of different images, which have some rows; by default one each."""
+        repeats = 0 if rows is None else rows - images
+        return cls(
+            images,
+            MEMORY + MEMORY_OF_AN_IMAGE * images + MEMORY_OF_A_REPEAT * repeats,
+            DISK_OF_AN_IMAGE * images,
+            LINEAR * images + QUADRATIC * images**2,
+        )
+
+    def shortage(self) -> str | None:
+        """Return what this machine lacks; None if it has enough.
+
+        The laws are of large requests: a small one takes less memory, and no disk.
+        """
+        memory, disk = free_memory(), free_disk()
+        if self.memory > max(memory, HELD_BYTES):
+            return f"{as_bytes(self.memory)} of memory, but {as_bytes(memory)} are free"
+        if self.disk > max(disk, HELD_BYTES):
+            where = tempfile.gettempdir()
+            return f"{as_bytes(self.disk)} of disk, but {as_bytes(disk)} are free in {where}"
+        return None
+
+    def check(self) -> None:
+        """Refuse what cannot fit on this machine.
+
+        Raises:
+            InputError: it has too little memory or disk; the message says how much is needed and free.
+
+        """
+        if lacks := self.shortage():
+            raise InputError(
+                f"combining {self.images:,} different images needs about {lacks}: give it more (TMPDIR "
+                "names the folder of intermediate files), or split the seed set"
+            )
+
+    def __str__(self) -> str:
+        """Describe the needs in one sentence."""
+        unit, name = (HOUR, "core-hours") if self.core_seconds >= HOUR else (1, "core-seconds")
+        return (
+            f"combining {count(self.images, 'different image')} takes about "
+            f"{self.core_seconds / unit:,.0f} {name}, {as_bytes(self.memory)} of memory and "
+            f"{as_bytes(self.disk)} of disk"
+        )

@@ -1,0 +1,66 @@
+"""What combining takes follows the measured laws, and what cannot fit is refused with the numbers."""
+
+import re
+from pathlib import Path
+
+import pytest
+from helpers.project import REPOSITORY
+
+from laion_assets.io.errors import InputError
+from laion_assets.io.machine import free_memory
+from laion_assets.search import needs
+from laion_assets.search.needs import Needs
+
+
+def test_the_laws_are_those_of_the_last_benchmark():
+    told = (REPOSITORY / "benchmarks" / "combine.md").read_text()
+    linear, quadratic = re.findall(r"core seconds: (\d+) n \+ (\d+) n²", told)[0]
+    memory, image = re.findall(r"memory: ([\d.]+) GB \+ (\d+) bytes an image", told)[0]
+    (disk,) = re.findall(r"disk: (\d+) bytes an image", told)
+    millions = Needs.of(3_000_000)
+    assert millions.core_seconds == pytest.approx(3 * int(linear) + 9 * int(quadratic))
+    assert millions.memory == pytest.approx(float(memory) * 1e9 + 3e6 * int(image))
+    assert millions.disk == pytest.approx(3e6 * int(disk))
+    assert Needs.of(3_000_000, 5_000_000).memory > millions.memory
+
+
+@pytest.mark.parametrize(
+    ("memory", "disk", "facts"),
+    [
+        (4 * 10**9, 10**12, ("9.43 GB of memory, but 4 GB are free", "30,000,000")),
+        (10**12, 2 * 10**9, ("23.2 GB of disk, but 2 GB are free", "TMPDIR")),
+    ],
+)
+def test_what_cannot_fit_is_refused_with_the_numbers(monkeypatch, memory, disk, facts):
+    monkeypatch.setattr(needs, "free_memory", lambda: memory)
+    monkeypatch.setattr(needs, "free_disk", lambda: disk)
+    with pytest.raises(InputError) as refused:
+        Needs.of(30_000_000).check()
+    for fact in facts:
+        assert fact in str(refused.value)
+    Needs.of(1_000_000).check()
+
+
+def test_a_small_request_is_never_refused(monkeypatch):
+    for what in ("free_memory", "free_disk"):
+        monkeypatch.setattr(needs, what, lambda: 0)
+    Needs.of(100_000).check()
+
+
+@pytest.mark.parametrize(
+    ("limit", "free"), [("max", 6_000_000 * 1024), ("3000000000", 1_000_000_000), ("1000000000", 0)]
+)
+def test_memory_is_free_up_to_the_limit_of_the_container_and_files_do_not_count(tmp_path, limit, free):
+    files = {
+        "proc/meminfo": "MemTotal: 9000000 kB\nMemFree: 100000 kB\nMemAvailable:    6000000 kB\n",
+        "proc/self/cgroup": "0::/pod\n",
+        "sys/fs/cgroup/pod/memory.max": f"{limit}\n",
+        "sys/fs/cgroup/pod/memory.stat": "anon 2000000000\nfile 9000000000\n",
+    }
+    for name, text in files.items():
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text(text)
+    assert free_memory(tmp_path) == free
+    (tmp_path / "sys/fs/cgroup/pod/memory.max").unlink()
+    assert free_memory(tmp_path) == 6_000_000 * 1024
+    assert free_memory(Path("/")) > 0
