@@ -7,7 +7,7 @@ IMG2DATASET := tests/handover/.venv
 TRANSFORMERS := tests/embed/.venv
 PORT ?= 3000
 
-.PHONY: help demo dev test test-faults test-ui screenshots test-peer test-k8s test-embed test-handover golden lint bench bench-quick bench-cold bench-embed bench-staging bench-sensor bench-runs bench-sparse bench-build bench-duplicates bench-combine bench-truesize bench-plan settings-docs docs docs-links lock clean
+.PHONY: help demo dev test test-faults fuzz test-ui screenshots test-peer test-k8s test-embed test-handover golden lint bench bench-quick bench-cold bench-embed bench-staging bench-sensor bench-runs bench-sparse bench-build bench-duplicates bench-combine bench-truesize bench-plan settings-docs docs docs-links lock clean
 
 help: ## List the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -30,6 +30,9 @@ test: $(READY) ## Run the tests; three workers keep two cores busy, because some
 
 test-faults: $(READY) ## Kill processes, damage files, answer as hostile servers and senders do; minutes
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses 3 --dist loadscope --no-loadscope-reorder -m faults
+
+fuzz: $(READY) ## The random tries of test-faults, FUZZ= times as many (20), an hour; FUZZ_SEED= repeats a run
+	FUZZ=$(or $(FUZZ),20) $(BIN)/python -m pytest -s --quiet --hypothesis-show-statistics -m fuzz
 
 test-k8s: $(READY) ## Run the graph on a stand-in for a Kubernetes cluster; needs PostgreSQL
 	$(BIN)/python -m pytest tests/k8s

@@ -20,6 +20,7 @@ from typing import Any
 
 import dagster as dg
 from dotenv import load_dotenv
+from sqlalchemy.exc import DBAPIError
 
 from laion_assets.build import Build, Request, check_key, cost_of, embed_folder, index_key_for, measured
 from laion_assets.definitions import build_defs
@@ -532,10 +533,31 @@ def _kept_instance(
 def instance(environment: Mapping[str, str]) -> Iterator[dg.DagsterInstance]:
     """Open the Dagster instance of this folder, which `laion-assets dev` uses too."""
     home = _home(environment)
-    with locked_folder(home):  # two processes that create the tables of a new history fail
-        opened = dg.DagsterInstance.from_config(str(home))
-    with opened:
-        yield opened
+    with _keeping_history(home):
+        with locked_folder(home):  # two processes that create the tables of a new history fail
+            opened = dg.DagsterInstance.from_config(str(home))
+        with opened:
+            yield opened
+
+
+@contextmanager
+def _keeping_history(home: Path) -> Iterator[None]:
+    """Convert errors of Dagster's storage to one sentence.
+
+    Raises:
+        InputError: its database or its folder cannot be written or reached.
+
+    """
+    try:
+        yield
+    except (DBAPIError, OSError) as error:
+        if isinstance(error, OSError) and not str(error.filename or "").startswith(str(home)):
+            raise
+        why = error.orig if isinstance(error, DBAPIError) else error.strerror
+        raise InputError(
+            f"Dagster's history in {home} cannot be written or reached ({why}): free space there, check "
+            "its permissions, or let DAGSTER_HOME name another folder"
+        ) from error
 
 
 def _home(environment: Mapping[str, str]) -> Path:
@@ -549,10 +571,11 @@ def _home(environment: Mapping[str, str]) -> Path:
     if Path(INSTANCE_FILE).exists():
         return Path.cwd()
     home = (DATA / "dagster").absolute()
-    home.mkdir(parents=True, exist_ok=True)
-    if not (home / INSTANCE_FILE).exists():
-        packaged = resources.files("laion_assets.defs") / "instance.yaml"
-        (home / INSTANCE_FILE).write_text(packaged.read_text())
+    with _keeping_history(home):
+        home.mkdir(parents=True, exist_ok=True)
+        if not (home / INSTANCE_FILE).exists():
+            packaged = resources.files("laion_assets.defs") / "instance.yaml"
+            (home / INSTANCE_FILE).write_text(packaged.read_text())
     return home
 
 

@@ -21,7 +21,7 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 from helpers.builds import vectors_of, write_part, write_parts
-from helpers.project import REPOSITORY, Demo, contents
+from helpers.project import REPOSITORY, Demo, contents, files_limited_to
 from helpers.published import publish, publish_all
 from helpers.staging import write_source
 from PIL import Image
@@ -702,6 +702,17 @@ def test_commands_that_start_a_history_at_once_do_not_disturb_each_other(tmp_pat
     for each in started:
         errors = each.communicate()[1]
         assert each.returncode == 0, errors
+
+
+@pytest.mark.faults
+def test_a_history_that_cannot_be_written_is_told_in_a_sentence(tmp_path, monkeypatch, capsys) -> None:
+    monkeypatch.chdir(tmp_path)
+    with files_limited_to(64 << 10):  # as on a full disk
+        assert main(["forget", "fruit", "--yes"]) == 1
+    (told,) = capsys.readouterr().err.splitlines()
+    assert str(tmp_path / "data" / "dagster") in told
+    assert "free space there" in told
+    assert "DAGSTER_HOME" in told
 
 
 def test_a_check_that_blocks_is_told_in_a_sentence_without_a_stack_trace() -> None:

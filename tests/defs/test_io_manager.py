@@ -1,10 +1,9 @@
 """An asset writes its table and a later asset opens it; a failed step changes nothing."""
 
-import random
-
 import dagster as dg
 import pyarrow as pa
 import pytest
+from helpers.fuzz import Tally, attempts, random_numbers
 from helpers.project import contents, failures
 
 from laion_assets.defs.io_manager import ParquetIOManager, Tables
@@ -51,6 +50,7 @@ def test_a_step_that_fails_while_it_writes_keeps_the_old_table(tmp_path):
 
 
 @pytest.mark.faults
+@pytest.mark.fuzz
 def test_every_changed_bit_of_a_table_is_refused_by_the_next_asset(project):
     assert failures(project.run("fruit")) == {}
     path = project.table("knn_urls", "fruit")
@@ -58,15 +58,15 @@ def test_every_changed_bit_of_a_table_is_refused_by_the_next_asset(project):
     context = dg.build_input_context(
         asset_key=dg.AssetKey("knn_urls"), partition_key="fruit", instance=project.instance
     )
-    seed = random.randrange(1 << 32)
-    print(f"random seed {seed}")
-    choice, whole = random.Random(seed), path.read_bytes()
-    for _ in range(300):
+    choice, whole, tally = random_numbers(), path.read_bytes(), Tally("bits of a recorded table")
+    for _ in attempts(300):
         bit, damaged = choice.randrange(8 * len(whole)), bytearray(whole)
         damaged[bit // 8] ^= 1 << bit % 8
         path.write_bytes(damaged)
         with pytest.raises(dg.Failure, match=rf"{path} differs .*: materialize knn_urls again"):
             manager.load_input(context)
+        tally.add("refused")
+    tally.check("silently wrong")
     failed = failures(project.run("fruit", "combined_urls"))
     assert f"{path} differs from what was written: materialize knn_urls again" in failed["combined_urls"]
     assert failures(project.run("fruit", "knn_urls", "combined_urls")) == {}

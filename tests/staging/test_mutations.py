@@ -1,7 +1,6 @@
 """Bits change anywhere in a staged index: nothing crashes, nothing is unclear, nothing stays wrong.
 
-Each mutation is read in a forked process, so that a signal would be seen. The seed of the random numbers
-is printed; set MUTATIONS_SEED to repeat a run, and MUTATIONS to another number of mutations.
+Each mutation is read in a forked process, so that a signal would be seen.
 """
 
 import os
@@ -10,7 +9,6 @@ import random
 import resource
 import shutil
 import signal
-from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -19,16 +17,18 @@ import faiss
 import numpy as np
 import pytest
 from helpers import indices
+from helpers.fuzz import Tally, attempts, random_numbers
 from helpers.staging import write_source
 
 from laion_assets.index import Index, Metadata, open_folder
 from laion_assets.io.errors import InputError
 from laion_assets.staging import open_staged, scrub, stage
 
-MUTATIONS = int(os.environ.get("MUTATIONS", "60"))  # of a cache; half as many of each form of index
+MUTATIONS = 60  # of a cache; half as many of each form of index
 MEMORY = 16 << 30  # bytes of addresses; damaged sizes may ask for more
 SECONDS = 30
 DONE, CLEAR, UNCLEAR = range(3)  # how a process ends that no signal kills
+NEVER = ("signals", "unclear", "silently wrong")
 
 
 def search(index: Index, metadata: Metadata) -> list[Any]:
@@ -70,13 +70,6 @@ def outcome(read: Callable[[], Any]) -> tuple[int, Any]:
     return end, pickle.loads(content) if end >= 0 else None
 
 
-@pytest.fixture
-def numbers() -> random.Random:
-    seed = int(os.environ.get("MUTATIONS_SEED", random.randrange(1 << 32)))
-    print(f"MUTATIONS_SEED={seed}")
-    return random.Random(seed)
-
-
 @pytest.fixture(autouse=True)
 def one_thread():
     """A forked process has one thread, and OpenMP would wait for those of its parent."""
@@ -95,10 +88,28 @@ def mutated(path: Path, numbers: random.Random) -> str:
     return f"bit {bit} of byte {at} of {path}"
 
 
+def count(tally: Tally, what: str, ended: tuple[int, Any], right: Any, where: str) -> None:
+    """Count how a read ended: with rows, which are the right ones if these are known, or with a name."""
+    end, found = ended
+    what = f"{what}: {end} {str(found)[:500]}"
+    if end < 0:
+        tally.add_broken("signals", what)
+    elif end == UNCLEAR or (end == CLEAR and where not in found):
+        tally.add_broken("unclear", what)
+    elif end == CLEAR:
+        tally.add("named")
+    elif right is not None and found != right:
+        tally.add_broken("silently wrong", what)
+    else:
+        tally.add("read")
+
+
 @pytest.mark.faults
+@pytest.mark.fuzz
 @pytest.mark.parametrize("sparse", [False, True])
-def test_a_bit_that_changes_anywhere_in_the_cache_is_named_and_mended(memory, numbers, sparse):
+def test_a_bit_that_changes_anywhere_in_the_cache_is_named_and_mended(memory, sparse):
     source, cache, intact = write_source(memory / "source"), memory / "cache", memory / "intact"
+    numbers, tally = random_numbers(), Tally(f"bits of a {'sparse' if sparse else 'full'} copy")
 
     def read() -> Any:
         with open_staged(cache) as opened:
@@ -108,27 +119,33 @@ def test_a_bit_that_changes_anywhere_in_the_cache_is_named_and_mended(memory, nu
     _, right = outcome(read)
     shutil.copytree(cache, intact)
     files = [path for path in sorted(intact.rglob("*")) if path.is_file() and path.stat().st_size]
-    ends: Counter[int] = Counter()
-    for _ in range(MUTATIONS):
+    for _ in attempts(MUTATIONS):
         shutil.rmtree(cache)
         shutil.copytree(intact, cache)
         what = mutated(cache / numbers.choice(files).relative_to(intact), numbers)
-        end, found = outcome(read)
-        assert (end, found) == (DONE, right) or (end == CLEAR and str(cache) in found), (
-            f"{what}: {end} {found}"
-        )
-        ends[end] += 1
+        count(tally, what, outcome(read), right, str(cache))
         stage(str(source), None, cache, sparse=sparse)
-        assert outcome(read) == (DONE, right), what
-        assert not scrub(cache).damaged, what
-    print(f"{ends[CLEAR]} of {MUTATIONS} named, the others of no consequence")
-    assert ends[CLEAR]
+        if outcome(read) != (DONE, right) or scrub(cache).damaged:
+            tally.add_broken("not mended", what)
+    tally.check(*NEVER, "not mended")
 
 
 @pytest.mark.faults
-@pytest.mark.parametrize("form", [indices.MERGED, "single file", "IVF Flat", "Flat", "HNSW"])
-def test_without_checksums_a_changed_bit_never_ends_the_process(memory, numbers, form):
-    source = write_source(memory / "source", form)
+@pytest.mark.fuzz
+@pytest.mark.parametrize(
+    ("form", "suffix"),
+    [
+        (indices.MERGED, indices.ARROW),
+        ("single file", indices.ARROW),
+        ("IVF Flat", indices.PARQUET),
+        ("Flat", indices.PARQUET),
+        ("HNSW", indices.ARROW),
+        ("IVF4,SQ8", indices.ARROW),
+    ],
+)
+def test_without_checksums_a_changed_bit_never_ends_the_process(memory, form, suffix):
+    source = write_source(memory / "source", form, suffix)
+    numbers, tally = random_numbers(), Tally(f"bits of {form} with {suffix}, in place")
 
     def read() -> Any:
         return search(*open_folder(source))
@@ -136,14 +153,18 @@ def test_without_checksums_a_changed_bit_never_ends_the_process(memory, numbers,
     paths = [path for path in sorted(source.rglob("*")) if path.is_file()]
     contents = {path: path.read_bytes() for path in paths}
     structured = {path: _structure(content) for path, content in contents.items()}
-    for _ in range(MUTATIONS // 2):
+    for _ in attempts(MUTATIONS // 2):
         path = numbers.choice(paths)
-        content, at = bytearray(contents[path]), numbers.choice(structured[path])
-        content[at] ^= 1 << numbers.randrange(8)
+        content, at, bit = (
+            bytearray(contents[path]),
+            numbers.choice(structured[path]),
+            numbers.randrange(8),
+        )
+        content[at] ^= 1 << bit
         path.write_bytes(content)
-        end, found = outcome(read)
-        assert end in (DONE, CLEAR), f"byte {at} of {path.name}: {end} {found}"
+        count(tally, f"bit {bit} of byte {at} of {path.name}", outcome(read), None, str(source))
         path.write_bytes(contents[path])
+    tally.check(*NEVER[:2])
 
 
 def _structure(content: bytes) -> list[int]:

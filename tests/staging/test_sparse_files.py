@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from helpers.fuzz import attempts
 from helpers.sparse import TwoFiles, as_ranges, page
 from helpers.staging import Steps, killed_at
 from hypothesis import HealthCheck, given, settings
@@ -601,7 +602,8 @@ STEPS = [
 
 
 @pytest.mark.faults
-@settings(EXAMPLES, max_examples=40)
+@pytest.mark.fuzz
+@settings(EXAMPLES, max_examples=len(attempts(40)))
 @given(
     rounds=st.lists(
         st.tuples(st.lists(spans, min_size=1, max_size=4), st.integers(0, 20)), min_size=1, max_size=5

@@ -13,6 +13,7 @@ from typing import Any
 import fsspec
 import pytest
 from helpers import indices
+from helpers.fuzz import Tally, attempts, random_numbers
 from helpers.project import contents, files_limited_to
 from helpers.staging import (
     LISTS,
@@ -162,11 +163,20 @@ def verified_or_none(cache: Path) -> Manifest | None:
 
 
 @pytest.mark.faults
+@pytest.mark.fuzz
 def test_a_stager_that_is_killed_goes_on_where_it_was(source, cache):
-    (source / LISTS).write_bytes(random.Random(0).randbytes(16 << 20))
+    numbers, tally = random_numbers(), Tally("kills of a stager")
+    (source / LISTS).write_bytes(numbers.randbytes(16 << 20))
     total = sum(len(held) for held in contents(source).values())
+    for _ in attempts(1):
+        _kill_and_go_on(source, cache, total, numbers, tally)
+        shutil.rmtree(cache)
+    tally.check("wrong bytes", "fetched twice")
+
+
+def _kill_and_go_on(source: Path, cache: Path, total: int, numbers: random.Random, tally: Tally) -> None:
     refused = 0
-    for share in sorted(random.uniform(0.02, 0.9) for _ in range(4)):
+    for share in sorted(numbers.uniform(0.02, 0.9) for _ in range(4)):
         target = share * total
         program = [sys.executable, "-c", STAGE, str(source), str(cache)]
         kill_when(program, lambda target=target: bytes_in(cache) >= target)
@@ -176,6 +186,7 @@ def test_a_stager_that_is_killed_goes_on_where_it_was(source, cache):
             refused += 1
             with pytest.raises(NotStagedError, match=str(cache)):
                 verified_manifest(cache)
+        tally.add("killed")
     assert refused  # or nothing was killed in the middle
     was_complete = verified_or_none(cache)
     done = stage(str(source), None, cache, options=SMALL)
