@@ -183,13 +183,15 @@ class Caps:
     """Caps of a comparison.
 
     Attributes:
-        members: the rows of each.
+        members: the rows of all of them, one cap after the other.
+        starts: (c + 1,) place at which each cap starts, and the number of rows.
         centres: (c, width + 1) direction of the mean sketch of each.
         reach: (c,) see `enclose`.
 
     """
 
-    members: list[Sketched]
+    members: Sketched
+    starts: Ids
     centres: Floats
     reach: Floats
 
@@ -229,21 +231,30 @@ def find_links_of_stripe(links: Links, comparison: Comparison, stripe: tuple[int
 
 def caps_of(links: Links, sketched: Sketched, starts: Ids) -> Caps:
     """Return the caps that start at these places, the last of which is the end of the last cap."""
-    centres, reach = enclose(links, sketched.sketches[starts[0] : starts[-1]], starts - starts[0])
-    return Caps([sketched[start:end] for start, end in pairwise(starts)], centres, reach)
+    members, starts = sketched[int(starts[0]) : int(starts[-1])], starts - starts[0]
+    return Caps(members, starts, *enclose(links, members.sketches, starts))
 
 
 def compare_caps(links: Links, caps: Caps, tiles: Iterable[Sketched]) -> None:
-    """Find the links between the rows of caps and tiles of rows."""
-    first_rows = np.array([rows.rows[0] for rows in caps.members])
+    """Find the links between the rows of caps and tiles of rows.
+
+    Small caps are compared in groups with all rows that one of them meets: a product of a few rows takes
+    longer to start than to compute.
+    """
+    starts, first_rows = caps.starts, caps.members.rows[caps.starts[:-1]]
+    groups = batches_of(starts, links.sizes.group)
     for beside in tiles:
         met = caps.centres @ beside.sketches.T > caps.reach[:, None]
         met &= links.apart(first_rows, beside.rows)
         connect_some(links, first_rows, beside.rows, met)
-        pairs = [
-            candidates(links, caps.members[number], beside[met[number]])
-            for number in np.flatnonzero(met.any(axis=1))
-        ]
+        pairs = []
+        for group in groups:
+            meets: Mask = met[group].any(axis=0)
+            if meets.any():
+                borders = starts[group.start : group.stop + 1]
+                members = caps.members[int(borders[0]) : int(borders[-1])]
+                may = np.repeat(met[group][:, meets], np.diff(borders), axis=0)
+                pairs.append(candidates(links, members, beside[meets], may))
         if pairs:
             links.check(*map(np.concatenate, zip(*pairs, strict=True)))
 
@@ -255,9 +266,19 @@ def compare_loose_rows(links: Links, rows: Sketched, tiles: Iterable[Sketched]) 
             links.check(*candidates(links, rows, beside))
 
 
-def candidates(links: Links, a: Sketched, b: Sketched) -> tuple[Ids, Ids]:
-    """Return the pairs of rows of a and b that may be linked; if there are many, decide them at once."""
+def candidates(links: Links, a: Sketched, b: Sketched, may: Mask | None = None) -> tuple[Ids, Ids]:
+    """Return the pairs of rows of a and b that may be linked; if there are many, decide them at once.
+
+    Args:
+        links: those found so far.
+        a: some rows.
+        b: other rows.
+        may: (a, b) pairs that are not ruled out before; all if None.
+
+    """
     near = near_pairs(links, a.sketches, b.sketches)
+    if may is not None:
+        near &= may
     connect_some(links, a.rows, b.rows, near)
     count = np.count_nonzero(near)
     if count > links.sizes.batch and count * links.sizes.single > near.size:

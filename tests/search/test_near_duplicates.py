@@ -16,7 +16,7 @@ from laion_assets.search.links import SIZES, Links, Sizes
 from laion_assets.search.near_duplicates import components, components_of_lists
 
 ALMOST_ALL = {"small": 0, "sample": 40, "cell_width": 3, "chunk": 6, "cap": 2, "batch": 5}
-ALMOST_ALL |= {"tile": (4, 8), "panel": 27}
+ALMOST_ALL |= {"tile": (4, 8), "group": 7, "panel": 27}
 BY_CAPS = {"widths": (6,), **ALMOST_ALL}
 WAYS = {
     "as it is": SIZES,
