@@ -6,7 +6,7 @@ from typing import Protocol
 import numpy as np
 
 from laion_assets.io.arrays import Bytes, Floats, Ids
-from laion_assets.io.parallel import in_threads
+from laion_assets.io.parallel import in_threads, one_blas_thread
 
 HELD_ROWS = 1 << 19  # more vectors than this are decoded on every access
 ROWS_DECODED_AT_ONCE = 1024  # so that intermediate results fit into the processor's cache
@@ -49,7 +49,8 @@ def decoded_codes(
     if not 0 < len(codes) <= (HELD_ROWS if held_rows is None else held_rows):
         return coded
     if len(codes) <= ROWS_DECODED_AT_ONCE:
-        return coded[:]
+        with one_blas_thread():
+            return coded[:]
     held = np.empty((len(codes), coded[:1].shape[1]), np.float32)
 
     def hold(start: int) -> None:
