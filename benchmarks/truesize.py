@@ -62,8 +62,6 @@ from laion_assets.io.ranges import Ranges, members, split, total
 from laion_assets.io.storage import open_storage
 from laion_assets.io.tables import new_table
 from laion_assets.search import probe
-from laion_assets.search.cost import search_of, search_steps
-from laion_assets.search.cost import total as total_of
 from laion_assets.search.retrieval import RECALL_QUERIES, Request, columns_found, retrieve
 from laion_assets.search.sizing import USUAL_SHARE
 from laion_assets.staging import open_staged, opening, stage
@@ -354,10 +352,12 @@ def needed(bench: Bench, name: str) -> dict[Path, Ranges]:
 
 
 def measure_plan(bench: Bench, _: str) -> dict[str, Any]:
-    """Measure this machine and estimate all requests, as `laion-assets plan` does.
+    """Measure this machine as `laion-assets plan` does, and estimate all requests, as their steps do.
 
     The machine is measured where the stand-in has data: random lists and pages of it are holes.
     """
+    from laion_assets.defs.estimate import Machine  # and Dagster, which takes memory
+
     cache = bench.notes / "in-place"
     rows = bench.touched(PLANNED_ON)["taken"]
     written = {
@@ -371,11 +371,13 @@ def measure_plan(bench: Bench, _: str) -> dict[str, Any]:
             patches.enter_context(mock.patch.object(probe, name, return_value=value))
         opened = patches.enter_context(open_staged(cache))
         rates = probe.measured_rates(partial(open_staged, cache), cache)
-        shape = probe.shape_of(opened, cache)
-    found = {}
-    for name, case in bench.cases.items():
-        search = search_of(shape, max(case.seeds, 1), case.k, USUAL_SHARE)
-        found[name] = asdict(total_of(search_steps(shape, rates, search)))
+        machine = Machine(probe.shape_of(opened, cache), rates)
+        found = {
+            name: asdict(
+                machine.search(opened.index, queries_of(case, bench.stand_in), case.k, None, USUAL_SHARE)
+            )
+            for name, case in bench.cases.items()
+        }
     return {"requests": found, "rates": asdict(rates)}
 
 

@@ -66,7 +66,7 @@ Seconds of each phase, and the bytes read in it:
 
 ## Planned and taken
 
-What `laion-assets plan` estimates before the first request of a set, and what the requests above took.
+What a step expects before it searches, if the machine was measured, and what the requests above took.
 The rates of the machine are measured where the stand-in has data: elsewhere it has holes.
 
 {plans}

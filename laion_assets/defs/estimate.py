@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 
 from laion_assets.defs.history import PastMaterialization
 from laion_assets.defs.resources import LaionIndex
+from laion_assets.index.faiss_index import Index
+from laion_assets.io.arrays import Floats
 from laion_assets.io.progress import format_duration
 from laion_assets.io.text import as_bytes
 from laion_assets.search.cost import (
@@ -22,7 +24,14 @@ from laion_assets.search.cost import (
     together,
     total,
 )
-from laion_assets.search.probe import bytes_read, keep_rates, kept_rates, measured_rates, shape_of
+from laion_assets.search.probe import (
+    bytes_read,
+    keep_rates,
+    kept_rates,
+    measured_rates,
+    shape_of,
+    spread_of,
+)
 from laion_assets.staging import OpenIndex
 
 SHOWN_SECONDS, SHOWN_SHARE = 0.5, 0.01  # of the time; shorter steps are not named
@@ -64,11 +73,20 @@ class Machine:
             combine_steps(self.rates, rows),
         )
 
-    def search(self, queries: int, k: int, nprobe: int | None, read: float) -> Step:
-        """Estimate one of the searches."""
-        return total(
-            search_steps(self.shape, self.rates, search_of(self.shape, queries, k, read, nprobe))
-        )
+    def search(self, index: Index, queries: Floats, k: int, nprobe: int | None, read: float) -> Step:
+        """Estimate one of the searches, whose queries are known.
+
+        Args:
+            index: the index.
+            queries: (q, dimension) float32.
+            k: images requested around each.
+            nprobe: lists to probe; chosen if None.
+            read: share of the images whose metadata is read.
+
+        """
+        search = search_of(self.shape, len(queries), k, read, nprobe)
+        search = replace(search, among=spread_of(index, queries, search.nprobe))
+        return total(search_steps(self.shape, self.rates, search))
 
 
 def known_machine(opened: OpenIndex, laion_index: LaionIndex) -> Machine | None:

@@ -249,7 +249,7 @@ def compare_caps(links: Links, caps: Caps, tiles: Iterable[Sketched]) -> None:
         connect_some(links, first_rows, beside.rows, met)
         pairs = []
         for group in groups:
-            meets: Mask = met[group].any(axis=0)
+            meets = np.logical_or.reduce(met[group])
             if meets.any():
                 borders = starts[group.start : group.stop + 1]
                 members = caps.members[int(borders[0]) : int(borders[-1])]

@@ -59,6 +59,8 @@ class Search:
         k: images requested for each query.
         nprobe: lists probed for each query; 1 for an index without lists.
         read: share of the requested images whose metadata is read: all but near-duplicates.
+        among: lists among which those of the queries are spread, see `lists_among`; infinite if the
+            queries may have nothing in common.
 
     """
 
@@ -66,6 +68,7 @@ class Search:
     k: int
     nprobe: int
     read: float
+    among: float = math.inf
 
 
 @dataclass(frozen=True)
@@ -84,12 +87,28 @@ class Pairwise:
         return self.linear * rows + self.quadratic * rows**2
 
     @classmethod
-    def through(cls, few: float, seconds_of_few: float, many: float, seconds_of_many: float) -> Pairwise:
-        """Return the law through two measurements; neither part is negative."""
+    def through(
+        cls,
+        few: float,
+        seconds_of_few: float,
+        many: float,
+        seconds_of_many: float,
+        least: float = 0.0,
+    ) -> Pairwise:
+        """Return the law through two measurements; neither part is negative.
+
+        Args:
+            few: rows of the first measurement.
+            seconds_of_few: its seconds.
+            many: rows of the second.
+            seconds_of_many: its seconds.
+            least: the least that the quadratic part can be; few rows hardly show it.
+
+        """
         if not 0 < few < many:
-            return cls(seconds_of_many / max(many, 1), 0.0)
+            return cls(seconds_of_many / max(many, 1), least)
         quadratic = (seconds_of_many / many - seconds_of_few / few) / (many - few)
-        quadratic = min(max(quadratic, 0.0), seconds_of_many / many**2)
+        quadratic = min(max(quadratic, least), seconds_of_many / many**2)
         return cls(seconds_of_many / many - quadratic * many, quadratic)
 
 
@@ -165,7 +184,14 @@ class Step:
 Steps = Mapping[str, Step]
 
 
-def search_of(shape: Shape, queries: int, k: int, read: float, nprobe: int | None = None) -> Search:
+def search_of(
+    shape: Shape,
+    queries: int,
+    k: int,
+    read: float,
+    nprobe: int | None = None,
+    among: float = math.inf,
+) -> Search:
     """Return a search with the lists that it probes, see `nprobe_rule`.
 
     Args:
@@ -174,10 +200,11 @@ def search_of(shape: Shape, queries: int, k: int, read: float, nprobe: int | Non
         k: images requested for each query.
         read: share of the requested images whose metadata is read.
         nprobe: the user's choice, capped at the number of lists.
+        among: lists among which those of the queries are spread.
 
     """
     lists = min(nprobe, shape.lists) if nprobe else nprobe_rule(k, shape.lists, shape.rows)
-    return Search(queries, k, lists, read)
+    return Search(queries, k, lists, read, among)
 
 
 def total(steps: Steps) -> Step:
@@ -213,14 +240,35 @@ def rows_scanned(shape: Shape, lists: float) -> float:
     return min(lists * shape.probed_rows, shape.rows)
 
 
-def distinct_lists(shape: Shape, nprobe: float, queries: float) -> float:
-    """Return how many different lists queries probe: at most ``lists * (1 - (1 - nprobe/lists)^q)``.
+def distinct_lists(among: float, nprobe: float, queries: float) -> float:
+    """Return how many different lists queries probe: ``among * (1 - (1 - nprobe/among)^q)``.
 
-    This is the expectation for queries that have nothing in common; similar queries share lists. 1,000
-    seeds of random styles probe 50,343 of 131,072 lists at 64 each, where this is 50,600.
+    This is the expectation for queries whose lists are spread at random among some. Those of queries that
+    have nothing in common are spread among all: 1,000 seeds of random styles probe 50,343 of 131,072
+    lists at 64 each, where this is 50,600.
     """
-    missed: float = (1 - min(nprobe / shape.lists, 1)) ** queries
-    return shape.lists * (1 - missed)
+    missed: float = (1 - min(nprobe / among, 1)) ** queries
+    return among * (1 - missed)
+
+
+def lists_among(lists: int, nprobe: int, queries: int, distinct: int) -> float:
+    """Return among how many lists those of some queries are spread: the inverse of `distinct_lists`.
+
+    Args:
+        lists: of the index.
+        nprobe: lists that each query probes.
+        queries: number of queries.
+        distinct: different lists that they probe together.
+
+    """
+    low, high = float(max(distinct, nprobe)), float(lists)
+    if distinct_lists(high, nprobe, queries) <= distinct:
+        return high
+    for _ in range(60):
+        middle = (low + high) / 2
+        too_many = distinct_lists(middle, nprobe, queries) > distinct
+        low, high = (low, middle) if too_many else (middle, high)
+    return high
 
 
 def list_bytes(shape: Shape, lists: float, window: int) -> float:
@@ -353,11 +401,12 @@ def _search_step(shape: Shape, rates: Rates, search: Search) -> Step:
     if further:
         chosen = min(FURTHER * nprobe, shape.lists)
         computing += _searching(shape, rates, sample, chosen, further, 0)
-    lists = distinct_lists(shape, nprobe, search.queries)
+    among = max(min(search.among, shape.lists), nprobe)
+    lists = distinct_lists(among, nprobe, search.queries)
     of_a_query = rows_scanned(shape, nprobe) * shape.row_size
     window = 0 if shape.sparse or of_a_query >= WORTH_READING_AHEAD else shape.window
     size = list_bytes(shape, lists, window)
-    size += list_bytes(shape, distinct_lists(shape, further, sample), shape.window)
+    size += list_bytes(shape, distinct_lists(shape.lists, further, sample), shape.window)
     size = min(size, shape.rows * shape.row_size)
     if not shape.sparse:
         return Step(size, 0, computing + size * rates.byte, computing)

@@ -31,12 +31,15 @@ from laion_assets.index.vectors import decoded_codes, unit
 from laion_assets.io.arrays import Bytes, Floats, Ids
 from laion_assets.io.derived import keep
 from laion_assets.io.errors import InputError
+from laion_assets.io.parallel import one_blas_thread
 from laion_assets.io.ranges import read_ahead
 from laion_assets.io.tables import fixed_size_binary
 from laion_assets.search.combined import combine
-from laion_assets.search.cost import Pairwise, Rates, Shape, mean_probed_rows, touched
+from laion_assets.search.cost import Pairwise, Rates, Shape, lists_among, mean_probed_rows, touched
+from laion_assets.search.links import SIZES, Links
 from laion_assets.search.near_duplicates import DEDUP_THRESHOLD, components_of_lists
 from laion_assets.search.retrieval import Request, retrieve_table
+from laion_assets.search.sketches import near_pairs
 from laion_assets.staging import OpenIndex
 from laion_assets.staging.opening import sources_of
 from laion_assets.staging.sparse.reads import MAX_READ, PAGE_SIZE
@@ -44,12 +47,14 @@ from laion_assets.staging.sparse.store import READ_THREADS
 from laion_assets.staging.transfer.fetch import Fetcher, TransferStats
 
 KEPT = ".rates.json"  # in the cache directory
-VERSION = 1  # increment it if rates are measured in another way
+VERSION = 2  # increment it if rates are measured in another way
 QUERIES = 8
 SCANNED = 1 << 20  # rows in the lists that they probe together
 FOUND = 1 << 14  # rows found around each
 SHORT = 1100, 2200  # rows of short results; of half the queries, more than are compared at once
 LONG = FOUND // 2, FOUND  # rows of a long result
+TILE_WIDTH = SIZES.widths[0] + 1  # of sketches
+STYLED = 64  # queries that show among how many lists those of all are spread
 MANY_LISTS = 1024  # chosen for a query
 SCATTERED, DENSE = 256, 1 << 14  # rows taken from many batches, and from few
 PAGES = 1024  # read at random
@@ -80,6 +85,20 @@ def shape_of(opened: OpenIndex, cache: Path) -> Shape:
         _window(cache / files[0].path),
         not opened.whole,
     )
+
+
+def spread_of(index: Index, queries: Floats, nprobe: int) -> float:
+    """Return among how many lists those of queries are spread; seeds of one style share most of theirs.
+
+    Args:
+        index: the index.
+        queries: (q, dimension) float32, of which some are looked at.
+        nprobe: lists that each probes.
+
+    """
+    some = queries[:: max(len(queries) // STYLED, 1)][:STYLED]
+    lists = index.nearest_lists(some, nprobe)
+    return lists_among(len(index.list_sizes()), nprobe, len(some), len(np.unique(lists[lists >= 0])))
 
 
 def _window(path: Path) -> int:
@@ -239,13 +258,13 @@ def _near_duplicate_laws(index: Index, hits: Hits) -> tuple[Pairwise, Pairwise]:
 
     def seconds(code: Ids) -> float:
         """Of the results whose rows have these codes, (results, rows)."""
+        return _seconds(lambda: compare(code))
+
+    def compare(code: Ids) -> Ids:
         result, place = np.nonzero(code >= 0)
         distinct, members = np.unique(code[result, place], return_inverse=True)
-        return _seconds(lambda: compare(hits.codes[distinct], members, result))
-
-    def compare(codes: Bytes, members: Ids, results: Ids) -> None:
-        vectors = decoded_codes(codes, decode)
-        components_of_lists(vectors, members, results, DEDUP_THRESHOLD)
+        vectors = decoded_codes(hits.codes[distinct], decode)
+        return components_of_lists(vectors, members, result, DEDUP_THRESHOLD)
 
     def of_a_short_result(rows: int) -> tuple[float, float]:
         """Return rows and seconds of each further result: what all results share is done once."""
@@ -259,9 +278,23 @@ def _near_duplicate_laws(index: Index, hits: Hits) -> tuple[Pairwise, Pairwise]:
 
     decode = index.decoder().decode_to_compare
     longest = int(np.argmax((hits.code >= 0).sum(axis=1)))
-    laws = ((of_a_short_result, SHORT), (of_a_long_result, LONG))
-    short, long = (Pairwise.through(*of(few), *of(many)) for of, (few, many) in laws)
-    return short, long
+    few, many = (of_a_short_result(rows) for rows in SHORT)
+    short = Pairwise.through(*few, *many)
+    few, many = (of_a_long_result(rows) for rows in LONG)
+    kept = len(np.unique(compare(hits.code[longest : longest + 1]))) / max(many[0], 1)
+    return short, Pairwise.through(*few, *many, least=kept**2 * _seconds_of_a_pair())
+
+
+def _seconds_of_a_pair() -> float:
+    """Compare the sketches of rows, as the quadratic part of `near_duplicates` does at the least.
+
+    The different images are compared with those that follow, as caps with all their rows, or as rows.
+    """
+    random = np.random.default_rng(0)
+    tile, after = (unit(random.standard_normal((n, TILE_WIDTH), np.float32)) for n in SIZES.tile)
+    links = Links(tile, DEDUP_THRESHOLD, SIZES)
+    with one_blas_thread():
+        return _seconds(lambda: near_pairs(links, tile, after)) / (len(tile) * len(after))
 
 
 def _take_rates(metadata: Metadata) -> tuple[float, float]:

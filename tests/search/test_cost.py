@@ -17,6 +17,7 @@ from laion_assets.search.cost import (
     combine_steps,
     distinct_lists,
     list_bytes,
+    lists_among,
     mean_probed_rows,
     metadata_reads,
     recall_lists,
@@ -69,7 +70,7 @@ def test_the_headers_of_all_batches_have_0_42_gb():
 
 
 def test_1000_random_styles_probe_50_343_lists_and_306_gb():
-    lists = distinct_lists(LAION, 64, 1000)
+    lists = distinct_lists(LAION.lists, 64, 1000)
     assert lists == pytest.approx(50_343, rel=0.02)
     assert list_bytes(LAION, lists, 0) == pytest.approx(306 * GB, rel=0.2)
 
@@ -135,9 +136,18 @@ def test_lists_of_one_length_are_probed_at_that_length(size, lists):
 
 @given(st.integers(1, 131_072), st.integers(1, 10_000))
 def test_distinct_lists_are_between_those_of_one_query_and_all(nprobe, queries):
-    lists = distinct_lists(LAION, nprobe, queries)
+    lists = distinct_lists(LAION.lists, nprobe, queries)
     assert nprobe * (1 - 1e-9) <= lists <= min(nprobe * queries, LAION.lists) * (1 + 1e-9)
-    assert lists <= distinct_lists(LAION, nprobe, queries + 1) * (1 + 1e-9)
+    assert lists <= distinct_lists(LAION.lists, nprobe, queries + 1) * (1 + 1e-9)
+
+
+@given(st.integers(1, 2_000), st.integers(2, 500), st.floats(1, 50))
+def test_the_lists_of_similar_queries_show_among_how_many_they_are_spread(nprobe, queries, spread):
+    among = min(nprobe * spread, LAION.lists)
+    distinct = round(distinct_lists(among, nprobe, queries))
+    found = lists_among(LAION.lists, nprobe, queries, distinct)
+    assert distinct_lists(found, nprobe, queries) == pytest.approx(distinct, abs=0.01)
+    assert lists_among(LAION.lists, nprobe, queries, nprobe * queries) == LAION.lists
 
 
 @given(few, few)

@@ -241,7 +241,7 @@ class SearchStep:
             request = self._request(origin.settings)
             some = part.queries(opened.index, len(queries), request)
             self.context.log.info(_looking(request, len(some), opened.index.rows, per_seed=self.per_seed))
-            planned = self._planned(opened, origin.seed_set, len(some), request)
+            planned = self._planned(opened, origin.seed_set, queries[some.start : some.stop], request)
             schema = columns_found(opened.index, opened.metadata, per_seed=self.per_seed)
             with new_table(uri, schema) if uri else self.tables.new(self.context, schema) as table:
                 found = self._search(opened, queries, some, request, knn, origin, table.write)
@@ -260,15 +260,17 @@ class SearchStep:
         check_continues(Provenance.of(knn), origin)
         return knn
 
-    def _planned(self, opened: OpenIndex, seed_set: str, queries: int, request: Request) -> Step | None:
+    def _planned(
+        self, opened: OpenIndex, seed_set: str, queries: Floats, request: Request
+    ) -> Step | None:
         """Return what the search is expected to take; None if this machine was not measured."""
         machine = known_machine(opened, self.laion_index)
-        if machine is None or not queries:
+        if machine is None or not len(queries):
             return None
         past = materializations(self.context.instance, self.context.asset_key.path[-1], seed_set)
         share = share_read(next(past, None), USUAL.share)
         k = request.k if request.keep is None else math.ceil(request.keep / max(share, LEAST_SHARE))
-        return machine.search(queries, min(k, opened.index.rows), request.nprobe, share)
+        return machine.search(opened.index, queries, min(k, opened.index.rows), request.nprobe, share)
 
     def _seeds(self) -> int:
         """Return the number of seeds: one per query, or those whose mean is the query."""
