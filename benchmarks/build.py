@@ -217,7 +217,7 @@ def main() -> None:
         build = our_build if side == "ours" else their_build
         Path(report).write_text(json.dumps(build(Path(source), Path(target), key)))
         return
-    from laion_assets.build.quantizer import index_key_for
+    from laion_assets.build.index_key import index_key_for
 
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--rows", type=int, default=1_000_000)

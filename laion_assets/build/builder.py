@@ -27,12 +27,10 @@ from laion_assets.build.embeddings import (
     metadata_schema,
     pair_version,
 )
-from laion_assets.build.index_key import ROWS_PER_LIST, check_key
-from laion_assets.build.input_files import list_shortly
+from laion_assets.build.index_key import ROWS_PER_LIST, check_key, index_key_for
 from laion_assets.build.merge import write_index
 from laion_assets.build.plan import SHARD_ROWS, Part, Plan, Shard, check_planned, extended
-from laion_assets.build.publish import BUILT, Place
-from laion_assets.build.quantizer import index_key_for
+from laion_assets.build.publish import BUILT, Destination
 from laion_assets.build.shards import EXACT, ShardRecord, encode_shard, folder_of, read_record
 from laion_assets.build.trained import ANSWERS, KEPT, Record, Trained, read_trained, train_index
 from laion_assets.build.trained import FOLDER as TRAINED
@@ -53,7 +51,7 @@ from laion_assets.index import (
 from laion_assets.io.arrays import Ids
 from laion_assets.io.errors import InputError
 from laion_assets.io.progress import Progress, format_duration
-from laion_assets.io.text import count
+from laion_assets.io.text import count, list_shortly
 
 PLAN, INPUT, PREPARED = "plan.json", "input.json", "prepared.json"
 RECALL_AT = (1, 10, 100, 1000)
@@ -196,11 +194,11 @@ class Build:
     def __init__(self, request: Request, log: Log = lambda _: None) -> None:
         self.request = request
         self._log = log
-        self._place = Place(request.index_uri)
+        self._destination = Destination(request.index_uri)
         self.workspace = Workspace(request.work_uri or f"{request.index_uri.rstrip('/')}.build")
-        if f"{self.workspace.local or self.workspace.uri}/".startswith(f"{self._place.uri}/"):
+        if f"{self.workspace.local or self.workspace.uri}/".startswith(f"{self._destination.uri}/"):
             raise InputError(
-                f"{self.workspace.uri} is in {self._place.uri}, which is replaced as a whole: name "
+                f"{self.workspace.uri} is in {self._destination.uri}, which is replaced as a whole: name "
                 "a folder beside it",
                 WORK_URI,
             )
@@ -233,9 +231,9 @@ class Build:
     @property
     def settings(self) -> str:
         """A fingerprint of the settings that affect the result."""
-        asked = self.request
-        known = asked.layout, asked.key, asked.index_key, asked.bytes_per_row, asked.columns
-        return _fingerprint(known, asdict(asked.model))
+        request = self.request
+        values = request.layout, request.key, request.index_key, request.bytes_per_row, request.columns
+        return _fingerprint(values, asdict(request.model))
 
     def check_planned(self, plan: Plan, listing: Listing) -> None:
         """Check that planned files exist and that files of encoded shards are unchanged.
@@ -256,7 +254,7 @@ class Build:
                 destination holds other files.
 
         """
-        self._place.check()
+        self._destination.check()
         _ = self.embeddings  # read before the lock, which others wait for
         with self.workspace.locked(self._log):
             planned = self.stored_plan()
@@ -324,8 +322,8 @@ class Build:
         return self._key_for(self.embeddings.rows)
 
     def _key_for(self, rows: int) -> str:
-        asked = self.request
-        return asked.index_key or index_key_for(rows, self.embeddings.dimension, asked.bytes_per_row)
+        request = self.request
+        return request.index_key or index_key_for(rows, self.embeddings.dimension, request.bytes_per_row)
 
     def missing(self, plan: Plan) -> list[str]:
         """Return the names of the shards that are not encoded yet."""
@@ -357,9 +355,7 @@ class Build:
             InputError: see `plan`; also if the key is not supported or needs more rows.
 
         """
-        listing = (
-            self.listing()
-        )  # before headers are read; files that arrive meanwhile are planned next time
+        listing = self.listing()  # before headers are read: later files are planned next time
         trained = self._train(self.plan())
         before = self.prepared()
         if not self.is_prepared(before, listing):
@@ -436,24 +432,28 @@ class Build:
                 other files.
 
         """
-        place, plan, trained = self._place, self.stored_plan(), self._trained()
+        target, plan, trained = self._destination, self.stored_plan(), self._trained()
         if not plan.shards:
             raise InputError(f"{self.workspace.uri} holds no plan: plan the build first", WORK_URI)
         wanted = self._wanted(plan, trained.record)
         records = self._records(plan, wanted)
-        with place.locked(self._log):
-            place.check()
-            built = place.here.read_record(BUILT, Built) if place.is_complete() else None
+        with target.locked(self._log):
+            target.check()
+            built = target.current.read_record(BUILT, Built) if target.is_complete() else None
             if built and built.fingerprint == wanted.index:
-                place.discard_new()  # left behind by a killed build
+                target.discard_new()  # left behind by a killed build
                 self._log("nothing is new: the index is up to date")
                 return built
-            built = place.new.read_record(BUILT, Built)
+            built = target.new.read_record(BUILT, Built)
             if not built or built.fingerprint != wanted.index:
-                place.discard_new()
+                target.discard_new()
                 built = self._write(plan, trained, records, wanted.index)
-            place.publish()
+            target.publish()
             return built
+
+    def published(self) -> Built | None:
+        """Read the record of the published index; None if no build wrote it."""
+        return self._destination.current.read_record(BUILT, Built)
 
     def run(self) -> Built:
         """Run all steps in order."""
@@ -520,12 +520,12 @@ class Build:
 
     def _is_wanted(self, trained: Record) -> bool:
         """Return whether a trained index is the requested one."""
-        asked = self.request
-        if asked.key not in (None, trained.vectors):
+        request = self.request
+        if request.key not in (None, trained.vectors):
             return False
-        if asked.index_key is not None:
-            return asked.index_key == trained.index_key
-        return asked.bytes_per_row in (None, trained.bytes_per_row)
+        if request.index_key is not None:
+            return request.index_key == trained.index_key
+        return request.bytes_per_row in (None, trained.bytes_per_row)
 
     def _input(self) -> _Input:
         found = self.workspace.read_record(INPUT, _Input)
@@ -552,23 +552,19 @@ class Build:
             )
         return [record for record in found.values() if record]
 
-    def published(self) -> Built | None:
-        """Read the record of the published index; None if no build wrote it."""
-        return self._place.here.read_record(BUILT, Built)
-
     def _model(self) -> ModelRecord:
-        known, asked = self._input(), self.request.model
-        layout = ModelRecord(**known.model)
-        return ModelRecord(asked.name or layout.name, asked.url or layout.url, known.dimension)
+        known, requested = self._input(), self.request.model
+        implied = ModelRecord(**known.model)  # by the layout
+        return ModelRecord(requested.name or implied.name, requested.url or implied.url, known.dimension)
 
     def _write(
         self, plan: Plan, trained: Trained, records: Sequence[ShardRecord], fingerprint: str
     ) -> Built:
         """Write all files of the index, its record last."""
-        new = self._place.new
+        new = self._destination.new
         stored = sum(record.stored for record in records)
         needed = stored * (trained.code_size + ID_SIZE)
-        if not self._place.links(self.workspace):
+        if not self._destination.links(self.workspace):
             needed += sum(record.metadata_bytes for record in records)
         new.check_space(needed, "the index")
         folders = [folder_of(self.workspace, shard) for shard in plan.shards]
@@ -581,7 +577,9 @@ class Build:
             if folder.size(shard_files.METADATA) != record.metadata_bytes:
                 raise folder.damaged(shard_files.METADATA, "differs from what was written")
             name = f"{METADATA_FOLDER}/{shard.name}.arrow"
-            self._place.put(folder, shard_files.METADATA, name, record.checksums[shard_files.METADATA])
+            self._destination.put(
+                folder, shard_files.METADATA, name, record.checksums[shard_files.METADATA]
+            )
         with new.new(PUBLISHED_TABLES) as sink:
             sink.write(published_tables(map(_batch_table, folders, records)))
         new.write_json(MODEL_RECORD, {k: v for k, v in asdict(self._model()).items() if v is not None})

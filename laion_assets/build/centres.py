@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from laion_assets.build.nearest import Centres, moved, unit_or_zero
+from laion_assets.build.nearest import Centres, unit_or_zero, updated_centres
 from laion_assets.io.arrays import Floats
 
 ROUNDS = 6  # after 10, the probed lists hold no more of the nearest rows
@@ -26,5 +26,5 @@ def centres_of(rows: Floats, count: int, random: np.random.Generator) -> Floats:
     """
     centres = unit_or_zero(rows[np.sort(random.permutation(len(rows))[:count])])
     for _ in range(ROUNDS):
-        centres = moved(rows, Centres(centres).nearest(rows), centres, random)
+        centres = updated_centres(rows, Centres(centres).nearest(rows), centres, random)
     return centres

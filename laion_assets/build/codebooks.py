@@ -65,7 +65,7 @@ def codebooks_of(pq: Any) -> Floats:
     return books
 
 
-def drawn(rows: Floats, parts: int, random: np.random.Generator) -> Floats:
+def random_codebooks(rows: Floats, parts: int, random: np.random.Generator) -> Floats:
     """Return (m, 256, d) codebooks of random rows."""
     chosen = rows[random.permutation(len(rows))[:256]]
     return np.ascontiguousarray(chosen.reshape(256, parts, -1).transpose(1, 0, 2))
@@ -83,14 +83,14 @@ def decoded(codebooks: Floats, codes: Bytes) -> Floats:
     return rows.reshape(len(codes), -1)
 
 
-def moved(codebooks: Floats, rows: Floats, codes: Bytes, random: np.random.Generator) -> Floats:
-    """Return codebooks whose entries are the means of their rows, or a random row for an empty entry."""
+def updated(codebooks: Floats, rows: Floats, codes: Bytes, random: np.random.Generator) -> Floats:
+    """Return codebooks whose entries are the means of their rows; empty entries take a random row."""
     parts, entries, width = codebooks.shape
     split = rows.reshape(len(rows), parts, width)
     spare = random.integers(len(rows), size=(parts, entries))
     means = np.empty_like(codebooks)
 
-    def move(part: int) -> None:
+    def update(part: int) -> None:
         numbers = codes[:, part]
         counts = np.bincount(numbers, minlength=entries)
         for dimension in range(width):
@@ -99,12 +99,12 @@ def moved(codebooks: Floats, rows: Floats, codes: Bytes, random: np.random.Gener
         empty = counts == 0
         means[part, empty] = split[spare[part, empty], part]
 
-    in_threads(move, range(parts))
+    in_threads(update, range(parts))
     return means
 
 
-def moved_rounds(codebooks: Floats, rows: Floats, rounds: int, random: np.random.Generator) -> Floats:
+def kmeans(codebooks: Floats, rows: Floats, rounds: int, random: np.random.Generator) -> Floats:
     """Return codebooks after rounds of k-means with (n, m * d) rows."""
     for _ in range(rounds):
-        codebooks = moved(codebooks, rows, WideCodebooks(codebooks).codes(rows), random)
+        codebooks = updated(codebooks, rows, WideCodebooks(codebooks).codes(rows), random)
     return codebooks

@@ -12,18 +12,17 @@ import numpy as np
 from tqdm import tqdm
 
 from laion_assets.build.codebooks import WideCodebooks
-from laion_assets.build.index_key import ID_BYTES, IndexKey, training_rows
+from laion_assets.build.index_key import IndexKey, training_rows
 from laion_assets.build.nearest import CANDIDATES, EXACT_CENTRES, GROUP_CENTRES, Centres, unit_or_zero
+from laion_assets.index import ID_SIZE
 
 ROWS_MEASURED = 16_384
-LISTS_MEASURED = (
-    16_384  # at most; rates for more lists are scaled by the centres that a row is compared with
-)
-TRAINING_ROUNDS = (
-    3  # times that training, which has large batches, takes for its sample what encoding does
-)
-CODEBOOK_SECONDS = 36  # of a core, for rotation and codebooks, whatever the rows. Both fit training of
-# 65,536, 163,840 and 327,680 rows of 768 dimensions with 1,024, 4,096 and 8,192 lists, to within a tenth.
+# At most; rates for more lists are scaled by the number of centres that a row is compared with.
+LISTS_MEASURED = 16_384
+# The next two fit training of 65,536, 163,840 and 327,680 rows of 768 dimensions with 1,024, 4,096 and
+# 8,192 lists to within a tenth.
+TRAINING_ROUNDS = 3  # time to train on a row, in units of the time to find its list when encoding
+CODEBOOK_SECONDS = 36  # of a core, for rotation and codebooks, whatever the number of rows
 METADATA_BYTES = 154  # per row of LAION-5B: 900 GB for 5.85e9 rows
 
 
@@ -155,8 +154,8 @@ def cost_of(
         training_memory=4 * sample * dimension,
         vectors=2 * left * dimension if vector_bytes is None else vector_bytes,
         metadata=metadata_bytes or METADATA_BYTES * rows,
-        lists=rows * (code + ID_BYTES),
-        codes=left * (code + ID_BYTES),
+        lists=rows * (code + ID_SIZE),
+        codes=left * (code + ID_SIZE),
         training=(TRAINING_ROUNDS * sample * rates.assigning + CODEBOOK_SECONDS * bool(key.pq)) / 3600
         if not is_trained
         else 0.0,

@@ -13,7 +13,7 @@ import pyarrow as pa
 from numpy.typing import NDArray
 
 from laion_assets.build import parquet
-from laion_assets.build.input_files import URI, BadFileError, InputFiles, list_shortly
+from laion_assets.build.input_files import URI, BadFileError, InputFiles
 from laion_assets.build.layouts import DATACOMP, DEFAULT_KEYS, PARQUET, Pair, detect_layout, pair_files
 from laion_assets.build.matrices import (
     DeflatedMatrix,
@@ -30,6 +30,7 @@ from laion_assets.index.model_record import ModelRecord
 from laion_assets.io.arrays import Floats, Ids
 from laion_assets.io.checksums import fingerprint
 from laion_assets.io.errors import InputError
+from laion_assets.io.text import list_shortly
 from laion_assets.staging.transfer.files import SourceFile, version_of
 
 FILES_AT_ONCE = 16  # files whose headers or sample rows are read at a time
@@ -197,9 +198,7 @@ def list_embeddings(
     if layout == PARQUET and pairs:
         first = files.file(pairs[0].vectors)
         key = parquet.choose_column(parquet.read_footer(files, first)[0], first.url, key)
-    schemas: dict[
-        bytes, pa.Schema
-    ] = {}  # most files have the same columns, so each schema is stored once
+    schemas: dict[bytes, pa.Schema] = {}  # each stored once, because most files have the same columns
 
     def read(pair: Pair) -> EmbeddingFile | BadFileError:
         try:

@@ -6,6 +6,7 @@ import math
 import re
 from dataclasses import dataclass
 
+from laion_assets.index import ID_SIZE
 from laion_assets.io.errors import InputError
 
 EXAMPLE = "OPQ128_896,IVF131072_HNSW32,PQ128x8"
@@ -14,7 +15,6 @@ CODEBOOK = 256  # entries of a codebook of PQ with 8 bits
 EXACT_ROWS = 20_000
 FLAT_ROWS = 1_000_000
 LISTS_WITH_GRAPH = 1_000
-ID_BYTES = 8
 PQ_BYTES = (256, 128, 64, 48, 32, 24, 16, 8, 4)
 LAION_BYTES_PER_ROW = 136
 SAMPLED_PER_LIST = 40
@@ -158,19 +158,19 @@ def index_key_for(rows: int, dimension: int, bytes_per_row: int | None = None) -
         InputError: no code is small enough for `bytes_per_row`.
 
     """
-    if bytes_per_row is not None and bytes_per_row < PQ_BYTES[-1] + ID_BYTES:
+    if bytes_per_row is not None and bytes_per_row < PQ_BYTES[-1] + ID_SIZE:
         raise InputError(
-            f"a row of an index needs at least {PQ_BYTES[-1] + ID_BYTES} bytes, {ID_BYTES} of them for "
+            f"a row of an index needs at least {PQ_BYTES[-1] + ID_SIZE} bytes, {ID_SIZE} of them for "
             f"its id, not {bytes_per_row}",
             "bytes_per_row",
         )
     if rows < EXACT_ROWS:
         return "IVF1,Flat"
     lists = _lists(rows)
-    vector_bytes = 4 * dimension + ID_BYTES
+    vector_bytes = 4 * dimension + ID_SIZE
     if rows < FLAT_ROWS and (bytes_per_row is None or bytes_per_row >= vector_bytes):
         return f"IVF{lists},Flat"
-    room = (LAION_BYTES_PER_ROW if bytes_per_row is None else bytes_per_row) - ID_BYTES
+    room = (LAION_BYTES_PER_ROW if bytes_per_row is None else bytes_per_row) - ID_SIZE
     pq = next((size for size in PQ_BYTES if size <= room and size < dimension), None)
     if pq is None:
         return f"IVF{lists},Flat"

@@ -209,9 +209,3 @@ def _unchanged() -> Iterator[None]:
         raise InputError(
             f"{error.file.url} changed while it was being read ({error}): run again once it is complete"
         ) from error
-
-
-def list_shortly(items: list[str], separator: str = ", ", limit: int = 5) -> str:
-    """Join the first few texts and add the number of others; "nothing" if there are none."""
-    more = [f"{len(items) - limit:,} more"] if len(items) > limit else []
-    return separator.join(items[:limit] + more) or "nothing"

@@ -8,8 +8,9 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import PurePosixPath
 
-from laion_assets.build.input_files import URI, list_shortly
+from laion_assets.build.input_files import URI
 from laion_assets.io.errors import InputError
+from laion_assets.io.text import list_shortly
 
 CLIP_RETRIEVAL, LAION, DATACOMP, PARQUET = "clip-retrieval", "laion", "datacomp", "parquet"
 LAYOUTS: Mapping[str, str] = {
@@ -198,7 +199,7 @@ def _paired(
 def _nothing_found(names: Sequence[str], where: str, layouts: Mapping[str, str]) -> InputError:
     known = "; ".join(f"{layout}: {files}" for layout, files in layouts.items())
     return InputError(
-        f"{where} holds no embeddings (found {list_shortly(list(names))}): name a folder with files in "
+        f"{where} holds no embeddings (found {list_shortly(names)}): name a folder with files in "
         f"a known layout ({known})",
         URI,
     )

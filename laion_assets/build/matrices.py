@@ -13,15 +13,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from laion_assets.build.input_files import (
-    STREAM_WINDOW,
-    BadFileError,
-    InputFiles,
-    RangeFile,
-    list_shortly,
-)
+from laion_assets.build.input_files import STREAM_WINDOW, BadFileError, InputFiles, RangeFile
 from laion_assets.io.errors import InputError
 from laion_assets.io.storage import first_line
+from laion_assets.io.text import list_shortly
 from laion_assets.staging.transfer.files import SourceFile
 
 HEADER_READ = 16 << 10  # bytes; numpy refuses longer headers

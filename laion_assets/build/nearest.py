@@ -116,11 +116,11 @@ def mean_directions(rows: Floats, count: int, rounds: int, random: np.random.Gen
     """Return (count, d) unit centres of rows by spherical k-means that always compares all centres."""
     centres = unit_or_zero(rows[np.sort(random.permutation(len(rows))[:count])])
     for _ in range(rounds):
-        centres = moved(rows, nearest(rows, centres), centres, random)
+        centres = updated_centres(rows, nearest(rows, centres), centres, random)
     return centres
 
 
-def moved(rows: Floats, numbers: Ids, centres: Floats, random: np.random.Generator) -> Floats:
+def updated_centres(rows: Floats, numbers: Ids, centres: Floats, random: np.random.Generator) -> Floats:
     """Return the unit means of the rows of each centre. A centre without rows takes a random row."""
     means = unit_or_zero(sums(rows, numbers, len(centres)))
     empty = np.flatnonzero(np.bincount(numbers, minlength=len(centres)) == 0)

@@ -12,8 +12,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
-from laion_assets.build.input_files import BadFileError, InputFiles, RangeFile, list_shortly
+from laion_assets.build.input_files import BadFileError, InputFiles, RangeFile
 from laion_assets.io.storage import first_line
+from laion_assets.io.text import list_shortly
 from laion_assets.staging.transfer.files import SourceFile
 
 VECTOR_BUFFER = 16 << 20  # bytes per request for a vector column

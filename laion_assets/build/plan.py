@@ -8,11 +8,10 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from laion_assets.io.errors import InputError
+from laion_assets.io.text import list_shortly
 
 SHARD_ROWS = 2_000_000
 """Approximate rows of a shard. At 136 bytes per row its codes take 272 MB; they are sorted in memory."""
-
-NAMED = 5  # files in an error message
 
 
 @dataclass(frozen=True)
@@ -135,13 +134,10 @@ def check_planned(
 
     """
     if lost := [part.name for part in plan.parts() if part.name not in versions]:
+        are, their, files = ("is", "its", "file") if len(lost) == 1 else ("are", "their", "files")
         raise InputError(
-            (
-                f"{_named(lost)} is gone, but its rows have ids in the index: put the file back"
-                if len(lost) == 1
-                else f"{_named(lost)} are gone, but their rows have ids in the index: put the files back"
-            )
-            + ", or build a new index elsewhere",
+            f"{list_shortly(lost)} {are} gone, but {their} rows have ids in the index: put the {files} "
+            "back, or build a new index elsewhere",
             "embeddings_uri",
         )
     changed = [
@@ -154,12 +150,11 @@ def check_planned(
 
 
 def _changed(names: Sequence[str]) -> InputError:
-    one = len(names) == 1
+    their, files = ("its", "file") if len(names) == 1 else ("their", "files")
     return InputError(
-        f"{_named(names)} changed after {'its' if one else 'their'} rows got ids (on a disk, size and "
-        f"modification time are compared): put the old {'file' if one else 'files'} back, with the old "
-        "time (`cp -p` keeps it, `touch -r` sets it), and add new ones under new names; or build a new "
-        "index elsewhere",
+        f"{list_shortly(names)} changed after {their} rows got ids (on a disk, size and modification "
+        f"time are compared): put the old {files} back, with the old time (`cp -p` keeps it, `touch -r` "
+        "sets it), and add new ones under new names; or build a new index elsewhere",
         "embeddings_uri",
     )
 
@@ -184,8 +179,3 @@ def _numbered(groups: Sequence[tuple[Part, ...]]) -> tuple[Shard, ...]:
         shards.append(Shard(number, first_id, parts))
         first_id += shards[-1].rows
     return tuple(shards)
-
-
-def _named(names: Sequence[str]) -> str:
-    more = len(names) - NAMED
-    return ", ".join(names[:NAMED]) + (f" and {more:,} more" if more > 0 else "")

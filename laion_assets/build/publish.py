@@ -1,6 +1,6 @@
 """Publish a finished index as a whole: readers see either the old index or the new one.
 
-Folders on a disk are exchanged in one step. Objects in a bucket cannot be renamed, so the index holds a
+Folders on a disk are exchanged atomically. Objects in a bucket cannot be renamed, so the index holds a
 marker while its objects are replaced, and `Source.list` refuses to read an index with the marker.
 """
 
@@ -48,7 +48,7 @@ _WRITTEN = {
 _METADATA = re.compile(rf"{METADATA_FOLDER}/\d+\.arrow")
 
 
-class Place:
+class Destination:
     """The destination of an index, and the folder beside it where its files are assembled.
 
     Args:
@@ -56,8 +56,8 @@ class Place:
 
     Attributes:
         uri: the folder; the absolute path with links resolved if it is local.
-        here: the folder of the index.
-        new: the folder where its files are assembled.
+        current: the folder of the index.
+        new: the folder where the files of the next index are assembled.
 
     Raises:
         InputError: the folder is a whole bucket or disk.
@@ -73,7 +73,7 @@ class Place:
         if ("/" not in path.strip("/") and not is_local(self._fs)) or not name:
             raise InputError(f"{uri} is not a folder in a bucket or on a disk: name one", INDEX_URI)
         self._beside = f"{parent}{slash}.{name}"
-        self.here, self.new = Workspace(self.uri), Workspace(f"{self._beside}.new")
+        self.current, self.new = Workspace(self.uri), Workspace(f"{self._beside}.new")
 
     def locked(self, log: Callable[[str], None]) -> AbstractContextManager[None]:
         """Wait for another build on this machine, then keep others out. Buckets have no locks.
@@ -104,13 +104,13 @@ class Place:
         if foreign:
             raise InputError(
                 f"{self.uri} holds files that no build wrote, such as {foreign[0] or 'itself'}: move "
-                "them, or build to another place",
+                "them, or build to another folder",
                 INDEX_URI,
             )
 
     def is_complete(self) -> bool:
         """Return whether an index exists and is not being replaced."""
-        return self.here.exists(BUILT) and not self.here.exists(PUBLISHING)
+        return self.current.exists(BUILT) and not self.current.exists(PUBLISHING)
 
     def discard_new(self) -> None:
         """Remove the assembled files, the record first, so that a partial index has no record."""
@@ -132,27 +132,27 @@ class Place:
         self.discard_new()
 
     def _exchange(self) -> None:
-        place, new, old = (Path(f) for f in (self._path, self.new.uri, f"{self._beside}.old"))
+        current, new, old = (Path(f) for f in (self._path, self.new.uri, f"{self._beside}.old"))
         shutil.rmtree(old, ignore_errors=True)
-        if not place.exists():
-            new.rename(place)
-        elif not _exchanged(place, new):
-            place.rename(old)
-            new.rename(place)
+        if not current.exists():
+            new.rename(current)
+        elif not _exchanged(current, new):
+            current.rename(old)
+            new.rename(current)
             shutil.rmtree(old)
 
     def _copy_objects(self) -> None:
-        fs, place, (_, source) = self._fs, self._path, open_storage(self.new.uri, INDEX_URI)
+        fs, target, (_, source) = self._fs, self._path, open_storage(self.new.uri, INDEX_URI)
         names = sorted(listed.name for listed in list_files(fs, source))
-        before = [listed.name for listed in list_files(fs, place)]
-        with self.here.new(PUBLISHING) as sink:
+        before = [listed.name for listed in list_files(fs, target)]
+        with self.current.new(PUBLISHING) as sink:
             sink.write(b"the objects of this index are being replaced\n")
         for name in names:  # copied within the bucket, not through this machine
-            fs.copy(f"{source}/{name}", f"{place}/{name}")
+            fs.copy(f"{source}/{name}", f"{target}/{name}")
         for name in before:
             if name not in names and name != PUBLISHING:
-                fs.rm_file(f"{place}/{name}")
-        fs.rm_file(f"{place}/{PUBLISHING}")
+                fs.rm_file(f"{target}/{name}")
+        fs.rm_file(f"{target}/{PUBLISHING}")
 
     def put(self, source: Workspace, name: str, target: str, checksum: str) -> None:
         """Add a file to the new index, without copying its bytes if possible.
@@ -207,7 +207,7 @@ class Place:
 
 
 def _exchanged(one: Path, other: Path) -> bool:
-    """Exchange two folders in one step; return False if the file system cannot do that."""
+    """Exchange two folders atomically; return False if the file system cannot do that."""
     arguments = AT_WORKING_FOLDER, os.fsencode(one), AT_WORKING_FOLDER, os.fsencode(other), EXCHANGE
     if not _renameat2()(*arguments):
         return True

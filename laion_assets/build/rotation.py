@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from laion_assets.build.codebooks import WideCodebooks, decoded, drawn, moved, moved_rounds
+from laion_assets.build.codebooks import WideCodebooks, decoded, kmeans, random_codebooks, updated
 from laion_assets.io.arrays import Floats
 
 
@@ -31,10 +31,10 @@ def rotation_of(
     """
     rotation = _balanced_directions(rows, parts, width)
     rotated = rows @ rotation.T
-    codebooks = moved_rounds(drawn(rotated, parts, random), rotated, rounds, random)
+    codebooks = kmeans(random_codebooks(rotated, parts, random), rotated, rounds, random)
     for _ in range(rounds):
         codes = WideCodebooks(codebooks).codes(rotated)
-        codebooks = moved(codebooks, rotated, codes, random)
+        codebooks = updated(codebooks, rotated, codes, random)
         rotation = _nearest_rotation(decoded(codebooks, codes).T @ rows)
         rotated = rows @ rotation.T
     return _orthonormal(rotation), codebooks

@@ -13,8 +13,8 @@ from numpy.typing import NDArray
 
 from laion_assets.build.answers import Answers, merged, write_answers
 from laion_assets.build.embeddings import EmbeddingFile, EmbeddingReader
+from laion_assets.build.encoder import encode
 from laion_assets.build.plan import Shard
-from laion_assets.build.quantizer import encode
 from laion_assets.build.trained import KEPT, Trained
 from laion_assets.build.workspace import Workspace
 from laion_assets.index import ID_SIZE, content_of, read_table, table_as_parquet

@@ -11,8 +11,8 @@ import faiss
 import numpy as np
 
 from laion_assets.build.answers import Answers
-from laion_assets.build.index_key import ROWS_PER_LIST, check_key
-from laion_assets.build.quantizer import IndexKey, train, training_rows
+from laion_assets.build.index_key import ROWS_PER_LIST, IndexKey, check_key, training_rows
+from laion_assets.build.training import train
 from laion_assets.build.workspace import Workspace
 from laion_assets.index import nprobe_rule, set_search_depth, transformed
 from laion_assets.io.arrays import Bytes, Floats, Ids, unit_rows

@@ -91,11 +91,11 @@ def train(
 
 
 def _codebooks(
-    rows: Floats, key: IndexKey, started: Floats | None, random: np.random.Generator
+    rows: Floats, key: IndexKey, initial: Floats | None, random: np.random.Generator
 ) -> Floats:
-    if started is None or key.opq != key.pq:
-        started = books.drawn(rows, key.pq, random)
-    return books.moved_rounds(started, rows, CODEBOOK_ROUNDS, random)
+    if initial is None or key.opq != key.pq:
+        initial = books.random_codebooks(rows, key.pq, random)
+    return books.kmeans(initial, rows, CODEBOOK_ROUNDS, random)
 
 
 def _set_rotation(index: Any, matrix: Floats) -> None:

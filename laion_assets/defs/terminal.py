@@ -6,6 +6,7 @@ import unicodedata
 from collections.abc import Iterator, Sequence
 
 from laion_assets.io.text import count as count  # re-exported
+from laion_assets.io.text import list_shortly
 
 NAMES_SHOWN = 10  # of a list in a sentence
 MAX_TEXT = 500  # characters of a text that are read
@@ -24,8 +25,7 @@ def one_line(text: str, longest: int = MAX_TEXT) -> str:
 
 def some(names: Sequence[str]) -> str:
     """List the first names and the number of others."""
-    more = len(names) - NAMES_SHOWN
-    return ", ".join(names[:NAMES_SHOWN]) + (f" and {more} more" if more > 0 else "")
+    return list_shortly(names, limit=NAMES_SHOWN)
 
 
 def cut(text: str, width: int) -> str:

@@ -43,9 +43,7 @@ ROWS_PER_CENTRE = 10
 """Training rows per codebook entry, as many as 3,000 rows allow for 256 entries."""
 
 _CLIP_ART = Path(__file__).with_name("openclipart.parquet")
-_IMAGES = Path(__file__).with_name(
-    "pictures"
-)  # originals of some rows, in folders named after what they show
+_IMAGES = Path(__file__).with_name("pictures")  # originals of some rows, in folders by subject
 _MODEL_NAME = "efficientnet-lite0-openclipart"
 _RECORD = "demo.json"
 _METADATA_COLUMNS = ("url", "caption", "category", "thumbnail")
@@ -116,7 +114,7 @@ def is_demo(index_uri: str) -> bool:
     return (Path(index_uri) / _RECORD).is_file()
 
 
-# --- what is there already ------------------------------------------------------------------------
+# --- the existing demo ----------------------------------------------------------------------------
 
 
 def _input_hash() -> str:
@@ -173,7 +171,7 @@ def _only_builder(index_dir: Path) -> Iterator[None]:
         yield
 
 
-# --- which images are seeds -----------------------------------------------------------------------
+# --- the choice of seeds --------------------------------------------------------------------------
 
 
 def _unit_vectors(clip_art: pa.Table) -> Floats:
@@ -262,9 +260,7 @@ def _built(building: Path, images: pa.Table) -> Built:
     for number in range(_FILES):
         path = embeddings / f"{number}.parquet"
         pq.write_table(images.slice(number * rows, rows), path)
-        os.utime(
-            path, (1, 1)
-        )  # the index records the version of its input files, which includes their time
+        os.utime(path, (1, 1))  # the time is part of the version that the index records
     request = Request(
         str(embeddings),
         str(building / "index"),
@@ -289,7 +285,7 @@ def _put_in_place(building: Path, index_dir: Path) -> None:
     shutil.rmtree(outdated, ignore_errors=True)
 
 
-# --- what compression costs -----------------------------------------------------------------------
+# --- the cost of compression ----------------------------------------------------------------------
 
 
 def _reconstructed(index_dir: Path) -> Floats:

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import PurePosixPath
 
 from laion_assets.io.errors import InputError
-from laion_assets.io.text import printable
+from laion_assets.io.text import list_shortly, printable
 
 SINGLE_INDEX = "image.index"
 POPULATED_INDEX = "image.index/populated.index"
@@ -42,8 +42,8 @@ def index_files(names: Iterable[str], where: str) -> tuple[str, str | None]:
     if SINGLE_INDEX in present:
         return SINGLE_INDEX, None
     raise InputError(
-        f"{where} holds no index (found {_listed(present)}): name the folder that holds image.index, "
-        "which is one faiss file or a folder of populated.index and merged_index.ivfdata",
+        f"{where} holds no index (found {list_shortly(sorted(present))}): name the folder that holds "
+        "image.index, which is one faiss file or a folder of populated.index and merged_index.ivfdata",
         "index_uri",
     )
 
@@ -82,8 +82,8 @@ def metadata_files(names: Iterable[str], where: str) -> tuple[str, ...]:
         _check_order(files, where)
         return files
     raise InputError(
-        f"{where} holds no *.arrow or *.parquet file (found {_listed(present)}): name the folder that "
-        "holds the metadata",
+        f"{where} holds no *.arrow or *.parquet file (found {list_shortly(sorted(present))}): name the "
+        "folder that holds the metadata",
         "metadata_uri",
     )
 
@@ -108,10 +108,3 @@ def _with_numbers(name: str) -> list[tuple[str, int]]:
 def read_in_parts(name: str) -> bool:
     """Return whether requests read only known byte ranges of this file of the index."""
     return name == INVERTED_LISTS or name.endswith(METADATA_SUFFIXES[0])
-
-
-def _listed(names: Iterable[str]) -> str:
-    ordered = sorted(names)
-    if not ordered:
-        return "nothing"
-    return ", ".join(ordered[:5]) + (f" and {len(ordered) - 5} more" if len(ordered) > 5 else "")

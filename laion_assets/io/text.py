@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from typing import Any
 
 import pyarrow as pa
@@ -20,6 +21,12 @@ def as_bytes(size: float) -> str:
         if size >= unit:
             return f"{size / unit:.3g} {name}"
     return f"{max(1, round(size / 1000))} kB" if size else "0 bytes"
+
+
+def list_shortly(items: Sequence[str], separator: str = ", ", limit: int = 5) -> str:
+    """Join the first few texts and add the number of others; "nothing" if there are none."""
+    more = len(items) - limit
+    return separator.join(items[:limit]) + (f" and {more:,} more" if more > 0 else "") or "nothing"
 
 
 def printable(text: str) -> str:

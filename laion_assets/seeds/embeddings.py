@@ -233,9 +233,8 @@ def _embed_images(
         good.append(outcome)
         if outcome.content not in known.vectors:
             keep(outcome)
-    allowed = math.ceil(
-        max_bad_images * len(seed_set.images)
-    )  # rounded up, so that a small set may lose one
+    # Rounded up, so that even a small set may lose one.
+    allowed = math.ceil(max_bad_images * len(seed_set.images))
     if len(bad) > allowed or not good:
         named = _first([str(image) for image in bad], BAD_IMAGES_SHOWN)
         share = f"{len(bad):,} of {count(len(seed_set.images), 'image')} of seed set {seed_set.name!r}"
@@ -280,7 +279,7 @@ def _content(fs: Any, file: SeedFile, where: str) -> bytes:
         raise
     except Exception as error:  # each kind of storage has its own errors
         raise InputError(
-            f"{where} cannot be read ({first_line(error)}): check the access to it, then try again",
+            f"{where} cannot be read ({first_line(error)}): check your access to it, then try again",
             SEEDS_URI,
         ) from error
     return verified(content, file)

@@ -29,7 +29,7 @@ MAX_NAME = 200  # bytes of the name of a seed set, which is part of the names of
 OF_CLIP_RETRIEVAL = re.compile(r"(.*/)?img_emb/")
 UNREADABLE_IMAGES = (".svg", ".heic", ".heif")  # listed as images; embedding them reports why they fail
 BESIDE_CLIP_RETRIEVAL = re.compile(r"(.*/)?(text_emb|metadata|stats)/")  # in the same output folder
-# Names of what others write beside data: Spark, Hadoop, Delta Lake, Databricks and macOS.
+# Names that Spark, Hadoop, Delta Lake, Databricks and macOS write beside data.
 MARKERS = re.compile(r"_(SUCCESS|temporary|(common_)?metadata|delta_log|(started|committed)_.*|_MACOSX)")
 
 
@@ -109,7 +109,7 @@ def _counted(count: int, what: str) -> str:
 def list_folder(uri: str, seconds: float | None = None) -> Listing:
     """List the folder of the seed sets.
 
-    On a local disk, a set that cannot be listed holds up no other.
+    On a local disk, a set that cannot be listed does not affect others.
 
     Args:
         uri: a local path or a URL.
@@ -139,11 +139,11 @@ def list_folder(uri: str, seconds: float | None = None) -> Listing:
     )
 
 
-Listings: TypeAlias = Mapping[str, Callable[[], Iterable[Listed]]]  # what lists each set, by its name
+Listings: TypeAlias = Mapping[str, Callable[[], Iterable[Listed]]]  # functions that list a set, by name
 
 
 def _local_listings(uri: str, fs: Any, root: str) -> tuple[Listings, list[str]]:
-    """Return what lists each set, and the files beside the sets."""
+    """Return a function that lists each set, and the files beside the sets."""
     try:
         names = [path.name for path in Path(root).iterdir() if not is_hidden(path.name)]
     except (FileNotFoundError, NotADirectoryError):
@@ -157,7 +157,7 @@ def _local_listings(uri: str, fs: Any, root: str) -> tuple[Listings, list[str]]:
 
 
 def _listings(fs: Any, root: str) -> tuple[Listings, list[str]]:
-    """Return what is in each set, and the files beside the sets, from one listing of a bucket."""
+    """Return the same for a bucket, from one listing."""
     folders: defaultdict[str, list[Listed]] = defaultdict(list)
     for listed in list_files(fs, root):
         if not is_hidden(listed.name):

@@ -14,7 +14,7 @@ from __future__ import annotations
 import hashlib
 import os
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import lru_cache
 from itertools import chain, islice
@@ -22,7 +22,7 @@ from pathlib import Path
 
 from laion_assets.io.checksums import fingerprint
 from laion_assets.io.errors import InputError
-from laion_assets.io.text import json_object
+from laion_assets.io.text import json_object, list_shortly
 
 MODEL = "model"  # the setting that errors name
 VISION, TEXT = "vision_model", "text_model"
@@ -35,7 +35,6 @@ PREPROCESSOR, TOKENIZER, TOKENIZER_CONFIG = (
 CONFIG = "config.json"
 DEPTH = 2  # levels of folders that a model's files are in
 OTHER_FILES_LISTED = 1000  # in subfolders other than onnx
-NAMES_SHOWN = 5
 CONFIGS = (PREPROCESSOR, TOKENIZER, TOKENIZER_CONFIG, CONFIG)
 # Part of every fingerprint. Increment it if the same model now gives other vectors, for example after a
 # change to image decoding.
@@ -89,7 +88,7 @@ def find_model(folder: Path) -> ModelFiles:
 
 
 def _files_in(folder: Path) -> list[str]:
-    """Return the files in a folder and its subfolders, of which any folder may have too many."""
+    """Return the files in a folder and its subfolders, a limited number in those other than onnx."""
     found = chain(folder.glob("*"), folder.glob("onnx/*"), islice(folder.glob("*/*"), OTHER_FILES_LISTED))
     return [path.relative_to(folder).as_posix() for path in found if os.path.isfile(path)]  # noqa: PTH113  # False without permission
 
@@ -121,35 +120,30 @@ def choose_files(folder: Path, names: Iterable[str], where: str) -> ModelFiles:
         InputError: there is no image model or no preprocessor_config.json.
 
     """
-    there = set(names)
-    vision, text = (_fullest(part, there) for part in (VISION, TEXT))
+    present = set(names)
+    vision, text = (_fullest(part, present) for part in (VISION, TEXT))
     if vision is None:
-        found = _shortly(sorted(name for name in there if name.endswith(".onnx")))
+        found = list_shortly(sorted(name for name in present if name.endswith(".onnx")))
         raise InputError(
             f"the model {where} has no onnx/{VISION}.onnx (ONNX files found: {found}): export the model "
             "in the layout of transformers.js",
             MODEL,
         )
-    if PREPROCESSOR not in there:
+    if PREPROCESSOR not in present:
         raise InputError(
-            f"the model {where} has no {PREPROCESSOR}, which says how images are resized: copy it from "
-            "where the model was published",
+            f"the model {where} has no {PREPROCESSOR}, which defines how images are resized: copy it "
+            "from where the model was published",
             MODEL,
         )
     models = [name for name in (vision, text) if name]
-    weights = [name for name in there if any(_is_data_of(model, name) for model in models)]
-    configs = [name for name in CONFIGS if name in there]
+    weights = [name for name in present if any(_is_data_of(model, name) for model in models)]
+    configs = [name for name in CONFIGS if name in present]
     return ModelFiles(folder, vision, text, tuple(sorted([*models, *weights, *configs])))
 
 
-def _shortly(names: Sequence[str]) -> str:
-    more = len(names) - NAMES_SHOWN
-    return ", ".join([*names[:NAMES_SHOWN], *([f"{more:,} more"] if more > 0 else [])]) or "none"
-
-
-def _fullest(part: str, there: set[str]) -> str | None:
+def _fullest(part: str, present: set[str]) -> str | None:
     candidates = (f"onnx/{part}{precision}.onnx" for precision in PRECISIONS)
-    return next((name for name in candidates if name in there), None)
+    return next((name for name in candidates if name in present), None)
 
 
 def _is_data_of(model: str, name: str) -> bool:

@@ -1,7 +1,7 @@
 """Read vectors from the content of one seed file; `READERS` has one function per file type.
 
-A small file cannot take much memory: only the wanted columns are read, in batches, and what a file claims
-to hold is compared with its size first.
+A small file cannot take much memory: only the needed columns are read, in batches, and their declared
+unpacked size is first compared with the size of the file.
 """
 
 from __future__ import annotations
@@ -148,7 +148,7 @@ def _fits(schema: pa.Schema, name: str, wanted: pa.DataType) -> bool:
 
 
 def _check_unpacked(footer: pq.FileMetaData, names: Sequence[str], size: int) -> None:
-    """Compare what the columns unpack to with the size of the file."""
+    """Check that the unpacked size of the columns is plausible for the size of the file."""
     unpacked = 0
     for number in range(footer.num_row_groups):
         group = footer.row_group(number)
@@ -226,7 +226,7 @@ def _other_length(row: int, length: int, expected: int) -> str:
 
 
 def _problems(rows: Any, describe: Callable[[int], str]) -> UnusableFileError:
-    """Return the error of several rows, of which only the first are described."""
+    """Return an error about several rows; only the first are described."""
     shown = [describe(int(row)) for row in rows[:PROBLEMS_KEPT]]
     return UnusableFileError(*shown, more=len(rows) - len(shown))
 

@@ -1,4 +1,4 @@
-"""The settings file of a seed set: size-limited YAML of plain data, with each name once."""
+"""Read the settings file of a seed set: size-limited YAML of plain data, with unique names."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ def _settings_in(uri: str, seed_set: SeedSet, file: SeedFile) -> dict[str, Any]:
 
 
 def _parsed(content: bytes) -> dict[str, Any]:
-    """Parse `name: value` lines; tags that construct objects and aliases that multiply are refused."""
+    """Parse `name: value` lines; aliases and tags that construct objects are refused."""
     try:
         if any(isinstance(event, yaml.AliasEvent) for event in yaml.parse(content, yaml.CSafeLoader)):
             raise UnusableFileError("uses an alias (*): write each value where it is used")

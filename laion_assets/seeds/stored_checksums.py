@@ -1,4 +1,4 @@
-"""Checksums of files whose storage keeps none; each file is read once while it is unchanged."""
+"""Compute checksums of files whose storage keeps none; an unchanged file is read only once."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ READ_AT_ONCE = 1 << 20  # bytes
 FILES_KEPT = 1 << 18
 SHORTEST = 1.0  # seconds that each seed set may take
 
-# Checksum of the first bytes of a file, and their number, by path, size and time of the last write.
+# Checksum and number of the bytes read so far, by path, size and time of the last write.
 _known: dict[tuple[str, int, str], tuple[int, int]] = {}
 
 
 class Deadline:
-    """When to stop.
+    """A time limit for listing seed sets.
 
     Args:
         seconds: time from now; None never stops.
@@ -39,10 +39,10 @@ class Deadline:
         return Deadline(min(left, max(left / parts, SHORTEST)))
 
     def check(self, what: str) -> None:
-        """Raise an error if the time is over.
+        """Check the time.
 
         Raises:
-            InputError: it is; the message starts with `what`.
+            InputError: the time is over; the message starts with `what`.
 
         """
         if time.monotonic() >= self._end:

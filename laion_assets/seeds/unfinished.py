@@ -22,20 +22,20 @@ MODEL_KEY = "laion_assets.model"
 class UnfinishedImages:
     """Embedded images of an unfinished table, in Parquet files of one folder.
 
-    On leaving its context, even on an error, it writes the images that wait. Runs may share a folder.
+    Leaving the context, even with an error, writes the images not written yet. Runs may share a folder.
 
     Args:
         uri: the folder, a local path or a URL; it need not exist.
         model: fingerprint of the model.
-        say: called with a line about each file that cannot be read.
-        seconds: most work that is lost if the process is killed.
+        log: called with a line about each file that cannot be read.
+        seconds: time between writes, the most work that a kill can lose.
 
     """
 
     def __init__(
-        self, uri: str, model: str, say: Callable[[str], object], seconds: float = SECONDS
+        self, uri: str, model: str, log: Callable[[str], object], seconds: float = SECONDS
     ) -> None:
-        self._uri, self._model, self._say, self._seconds = uri, model, say, seconds
+        self._uri, self._model, self._log, self._seconds = uri, model, log, seconds
         self._waiting: list[EmbeddedImage] = []
         self._written = time.monotonic()
 
@@ -48,11 +48,11 @@ class UnfinishedImages:
                 if stored.footer.get(MODEL_KEY) == self._model:
                     found.append(stored.read())
             except InputError as error:
-                self._say(f"embedding these images again: {error}")
+                self._log(f"embedding these images again: {error}")
         return found
 
     def keep(self, image: EmbeddedImage) -> None:
-        """Add an image, and write the waiting images if the last write is long enough ago."""
+        """Add an image, and write the waiting images if the last write was long enough ago."""
         self._waiting.append(image)
         if time.monotonic() - self._written >= self._seconds:
             self._write()

@@ -5,7 +5,9 @@ import numpy as np
 import pytest
 
 from laion_assets.build import nearest
-from laion_assets.build.quantizer import encode, index_key_for, train, training_rows
+from laion_assets.build.encoder import encode
+from laion_assets.build.index_key import index_key_for, training_rows
+from laion_assets.build.training import train
 from laion_assets.demo.build import one_thread
 from laion_assets.index.decoder import Decoder
 from laion_assets.io.arrays import unit_rows

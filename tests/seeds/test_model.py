@@ -193,7 +193,7 @@ def test_a_folder_that_holds_many_other_files_is_an_error_of_bounded_length(remo
         told = str(refused.value)
     else:
         told = str(refusal(tmp_path / "work"))
-    assert "00.onnx, 01.onnx, 02.onnx, 03.onnx, 04.onnx, 25 more)" in told
+    assert "00.onnx, 01.onnx, 02.onnx, 03.onnx, 04.onnx and 25 more)" in told
     assert len(told) < 300
 
 

@@ -1,7 +1,4 @@
-"""Train an empty index on a sample, and encode rows with it.
-
-Both produce what faiss produces, in less time; see `training` and `nearest`.
-"""
+"""Encode rows with a trained index: the codes that faiss produces, in less time."""
 
 from __future__ import annotations
 
@@ -12,12 +9,8 @@ import faiss
 import numpy as np
 
 from laion_assets.build.codebooks import WideCodebooks, codebooks_of
-from laion_assets.build.index_key import IndexKey, index_key_for, training_rows
 from laion_assets.build.nearest import Centres
-from laion_assets.build.training import train
 from laion_assets.io.arrays import Bytes, Floats, Ids
-
-__all__ = ["Encoder", "IndexKey", "encode", "index_key_for", "train", "training_rows"]
 
 
 class Encoder:
@@ -27,7 +20,7 @@ class Encoder:
     used, because faiss misses some of the nearest centres with it.
 
     Args:
-        index: trained index of a type supported by `train`.
+        index: trained index of a type supported by `training.train`.
 
     """
 
