@@ -406,7 +406,8 @@ def _search_step(shape: Shape, rates: Rates, search: Search) -> Step:
     of_a_query = rows_scanned(shape, nprobe) * shape.row_size
     window = 0 if shape.sparse or of_a_query >= WORTH_READING_AHEAD else shape.window
     size = list_bytes(shape, lists, window)
-    size += list_bytes(shape, distinct_lists(shape.lists, further, sample), shape.window)
+    more = distinct_lists(among, further, sample) * (1 - lists / among)  # others were read by the search
+    size += list_bytes(shape, more, shape.window)
     size = min(size, shape.rows * shape.row_size)
     if not shape.sparse:
         return Step(size, 0, computing + size * rates.byte, computing)
