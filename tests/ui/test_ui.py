@@ -1,6 +1,7 @@
 """The UI in a real browser: launches from it, and whether it shows the right data.
 
-With SCREENSHOTS set to a folder, what the README shows of the UI is written there.
+What the documentation shows of the UI is compared with the committed pictures; with SCREENSHOTS set to a
+folder, the pictures are written there instead.
 """
 
 import io
@@ -14,6 +15,7 @@ import dagster as dg
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from helpers.project import REPOSITORY
 from helpers.webserver import (
     BROKEN,
     HALF_COPIED,
@@ -42,6 +44,12 @@ CHROMIUM = (
 SIZE: ViewportSize = {"width": 1440, "height": 900}
 NUMBERS = {"nb_images_knn": 30, "nb_images_centroid": 200}
 OF_THE_JOB = "/locations/laion_assets/jobs/seed_set_job"
+COMMITTED = REPOSITORY / "docs" / "ui"
+CHANGING = {
+    "loading",
+    *("ago", "just", "now", "second", "seconds", "minute", "minutes", "hour", "hours"),
+    *("jan", "feb", "mar", "apr", "may", "jun", "jul", "aug", "sep", "oct", "nov", "dec"),
+}
 GRAPH = "/asset-groups/?expanded=" + ",".join(
     f"global@global:{name}" for name in ("sources", "seeds", "index", "urls")
 )
@@ -67,14 +75,34 @@ def page(project: Project, tmp_path_factory: pytest.TempPathFactory) -> Iterator
         browser.close()
 
 
-def keep(page: Page, name: str, clip_to: int | None = None) -> None:
-    """Save a screenshot of the page if requested, with a palette to keep it small."""
-    if folder := os.environ.get("SCREENSHOTS"):
-        page.wait_for_timeout(1500)  # animations
-        with Image.open(io.BytesIO(page.screenshot())) as shown:
-            part = shown.convert("RGB").crop((0, 0, shown.width, clip_to or shown.height))
-            part.thumbnail((SIZE["width"], shown.height))
-            part.quantize(128).save(Path(folder) / f"{name}.png", optimize=True)
+def keep(page: Page, name: str, clip_to: int | None = None, *, same_text: bool = True) -> None:
+    """Compare the page with its committed picture by size and text, or retake picture and text.
+
+    The text may differ in what changes with every run: numbers, times and the seed sets beside the one
+    that is shown. So every word of the committed picture must be on the page, and the page may have more.
+    """
+    page.wait_for_timeout(1500)  # animations
+    with Image.open(io.BytesIO(page.screenshot())) as shown:
+        part = shown.convert("RGB").crop((0, 0, shown.width, clip_to or shown.height))
+        part.thumbnail((SIZE["width"], shown.height))
+    words = words_of(page.locator("body").inner_text())
+    folder = os.environ.get("SCREENSHOTS")
+    picture, text = (Path(folder or COMMITTED) / f"{name}.{ending}" for ending in ("png", "txt"))
+    if folder:
+        part.quantize(128).save(picture, optimize=True)  # a palette keeps it small
+        if same_text:
+            text.write_text("\n".join(sorted(words)) + "\n")
+        return
+    with Image.open(picture) as committed:
+        assert committed.size == part.size, f"{picture.name}: retake it with `make screenshots`"
+    if same_text:
+        missing = {*text.read_text().split()} - words
+        assert not missing, f"{picture.name} shows {missing}: retake it with `make screenshots`"
+
+
+def words_of(text: str) -> set[str]:
+    """The words of a page in lower case, without numbers, and without those that differ by the minute."""
+    return {*re.findall(r"[a-z_]{3,}", re.sub(r"\S*\d\S*", " ", text).lower())} - CHANGING
 
 
 def told(page: Page, name: str) -> Locator:
@@ -223,7 +251,7 @@ def test_the_graph_shows_where_everything_comes_from(project: Project, page: Pag
 
 
 def test_only_what_is_wrong_now_is_red(project: Project, page: Page) -> None:
-    ui, removed = project.ui, "removed"
+    ui, removed = project.ui, "gone"
     if not ui.runs_of(BROKEN):
         project.drop_broken()
     project.drop_broken(removed)
@@ -278,7 +306,7 @@ def test_the_sensor_says_what_it_saw(project: Project, page: Page) -> None:
     wait_for("the sensor", lambda: project.ui.runs_of(BROKEN))
     (project.folder / "data" / "seeds" / BROKEN).rename(project.folder / "away")
     page.get_by_role("row", name="removed: broken").first.wait_for()
-    keep(page, "sensor")
+    keep(page, "sensor", same_text=False)  # the ticks differ from run to run
     assert BROKEN not in project.ui.partitions("combined_urls")["all"]
 
 
