@@ -111,7 +111,7 @@ def _interruptible() -> Iterator[Callable[[], int]]:
 
 
 def _print_error(message: str, environment: Mapping[str, str]) -> None:
-    """Print an error, without anything that a terminal would interpret."""
+    """Print an error, with control characters escaped."""
     lines = "\n".join(map(printable, message.splitlines()))
     print(f"error: {lines}{_remedy(message, environment)}", file=sys.stderr)
 
@@ -214,10 +214,10 @@ def _parser() -> argparse.ArgumentParser:
     own.set_defaults(command=_index_images)
 
     forgotten = commands.add_parser(
-        "forget", help="delete the tables, pictures, runs and partition of a seed set; asks first"
+        "forget", help="delete the tables, pictures, runs and partition of a seed set, after confirmation"
     )
     forgotten.add_argument("seed_set", metavar="SEED_SET", help="folder under LAION_SEEDS_URI")
-    forgotten.add_argument("--yes", action="store_true", help="delete without asking")
+    forgotten.add_argument("--yes", action="store_true", help="delete without confirmation")
     forgotten.set_defaults(command=_forget)
 
     demo = commands.add_parser("demo", help="build the demo's index and seeds, and materialize one set")
@@ -328,7 +328,7 @@ def _plan_build(parsed: argparse.Namespace, environment: Mapping[str, str]) -> i
 
 
 def _verify(parsed: argparse.Namespace, environment: Mapping[str, str]) -> int:
-    """Verify the staged index; an interrupted verification is continued by the next one."""
+    """Verify the staged index; continue an interrupted verification."""
     index = LaionIndex.at(Places.from_environment(environment))
     found = index.verify(_to_stderr, repair=parsed.repair)
     for damage in found.damaged:
@@ -345,17 +345,17 @@ def _verdict(found: Scrubbed) -> str:
     if not found.damaged:
         return "intact"
     if found.mended:
-        return "intact now, the damaged parts were fetched again"
+        return "intact now; the damaged parts were fetched again"
     return "damaged: run `laion-assets verify --repair`, or materialize staged_laion_index"
 
 
 def _index_images(parsed: argparse.Namespace, environment: Mapping[str, str]) -> int:
-    """Embed, build and look; a later call with more images only embeds and encodes the new ones."""
+    """Embed images, build an index and search it; a later call embeds and encodes only new images."""
     places = Places.from_environment(environment)
     folder = parsed.folder.rstrip("/")
     into = Path(parsed.into or DATA / "indices" / (folder.rpartition("/")[2] or "images")).absolute()
     model_uri = places.model or str(DEMO_MODEL)
-    if "://" not in model_uri:  # the printed variables hold in any folder
+    if "://" not in model_uri:  # the printed variables must work in any folder
         model_uri = str(Path(model_uri).expanduser().absolute())
     own = {"LAION_CACHE_DIR": str(into / "cache"), "LAION_OUTPUT_URI": str(into / "output")}
     embedder = Embedder.at(Places.from_environment({**environment, **own}))
@@ -405,14 +405,14 @@ def _forget(parsed: argparse.Namespace, environment: Mapping[str, str]) -> int:
 
 
 def _agreed(question: str) -> bool:
-    """Ask before something is deleted.
+    """Ask for confirmation before something is deleted.
 
     Raises:
-        InputError: nobody can answer.
+        InputError: the input is not a terminal.
 
     """
     if not sys.stdin.isatty():
-        raise InputError("nobody can be asked, because the input is no terminal: give --yes")
+        raise InputError("the input is not a terminal, so nobody can confirm this: give --yes")
     return input(f"{question} [y/N] ").strip().lower() in ("y", "yes")
 
 

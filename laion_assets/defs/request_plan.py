@@ -1,6 +1,6 @@
 """Plan a request for a target: about how many images it requests, in what time and disk space.
 
-A run goes on requesting until its target is reached. A plan expects the yield of the set's last run, and
+A run continues until its target is reached. A plan expects the yield of the set's last run, and
 without a staged index scales the time of that run.
 """
 

@@ -38,7 +38,7 @@ seed_sets_table = dg.AssetSpec(
     "seed_sets",
     group_name="sources",
     kinds={"table"},
-    description="A table of all seed sets: what is so for each, since when, and why. External: the "
+    description="A table of all seed sets: the state of each, since when, and why. External: the "
     "seeds sensor reports it whenever it changes.",
 )
 
@@ -110,7 +110,7 @@ def states_of(instance: dg.DagsterInstance, seed_sets: Sequence[str]) -> dict[st
 
 
 def _state(name: str, statuses: Mapping[str, str], last: dg.RunRecord | None) -> State:
-    """Decide what is so for a set, given the status of its partition of each asset."""
+    """Return the state of a set, given the status of its partition of each asset."""
     found = {*statuses.values()}
     if last and last.dagster_run.status in IN_PROGRESS:
         run_id, created = last.dagster_run.run_id, last.create_timestamp.timestamp()
@@ -153,9 +153,9 @@ def _explained(instance: dg.DagsterInstance, state: State) -> State:
     if not failures:
         return replace(state, about="the run ended before its steps did")
     first = failures[0].get_dagster_event()
-    told = first.step_failure_data.user_failure_data
+    failure = first.step_failure_data.user_failure_data
     error = first.step_failure_data.error
-    sentence = (told and told.description) or (error.message if error else "")
+    sentence = (failure and failure.description) or (error.message if error else "")
     return replace(state, about=one_line(f"{asset_of_step(str(first.step_key))}: {sentence}"))
 
 

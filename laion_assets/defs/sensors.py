@@ -178,7 +178,7 @@ def build_seed_sets_sensor(
         minimum_interval_seconds=SEEDS_INTERVAL,
         default_status=dg.DefaultSensorStatus.RUNNING if is_on else dg.DefaultSensorStatus.STOPPED,
         description="Registers seed sets as partitions, runs those whose seeds are new or changed, and "
-        "reports their versions and current settings. The asset seed_sets shows what is so for each set, "
+        "reports their versions and current settings. The asset seed_sets shows the state of each set, "
         "and the Cursor column in short.",
     )
     def seed_sets_sensor(

@@ -31,7 +31,7 @@ MODULE = "laion_assets.definitions"
 PAUSE = 1.0  # seconds before a restart
 SHORT = 20.0  # seconds; a service that ends sooner has not come up
 MOST_SHORT = 5  # short lives in a row after which a service cannot be helped
-PATIENCE = 10.0  # seconds for a service to end by itself
+GRACE_PERIOD = 10.0  # seconds for a service to end after its signal
 PR_SET_PDEATHSIG = 1  # see prctl(2)
 POLL = 0.1  # seconds
 _libc = ctypes.CDLL(None)
@@ -54,7 +54,7 @@ class Service:
 
 
 class GivenUpError(Exception):
-    """A service ends whenever it is started."""
+    """A service ends right after every start."""
 
 
 def serve(host: str, port: int, home: Path, environment: Mapping[str, str]) -> int:
@@ -151,10 +151,10 @@ async def keep(services: Sequence[Service], environment: Mapping[str, str], sock
 
 
 async def _keep(service: Service, environment: Mapping[str, str]) -> None:
-    """Start a service whenever it has ended; stop it when this task is cancelled.
+    """Restart a service whenever it ends; stop it when this task is cancelled.
 
     Raises:
-        GivenUpError: it ends whenever it is started.
+        GivenUpError: it ends right after every start.
 
     """
     short = 0
@@ -175,7 +175,7 @@ async def _keep(service: Service, environment: Mapping[str, str]) -> None:
             raise
         short = short + 1 if time.monotonic() - began < SHORT else 0
         if short == MOST_SHORT:
-            raise GivenUpError(f"the {service.name} ends whenever it is started, see above")
+            raise GivenUpError(f"the {service.name} ends right after every start, see its output above")
         print(f"the {service.name} {_how(status)}: starting it again", file=sys.stderr, flush=True)
         await asyncio.sleep(PAUSE)
 
@@ -184,7 +184,7 @@ async def _stop(process: Process, how: signal.Signals) -> None:
     with suppress(ProcessLookupError):
         process.send_signal(how)
     try:
-        await asyncio.wait_for(process.wait(), PATIENCE)
+        await asyncio.wait_for(process.wait(), GRACE_PERIOD)
     except TimeoutError:
         process.kill()
         await process.wait()

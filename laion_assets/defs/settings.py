@@ -63,8 +63,9 @@ class Settings(BaseModel):
     target_images: int | None = Field(
         None,
         ge=1,
-        description="Images wanted whose URLs work. Replaces the two numbers above: each search goes on "
-        "until the combined table holds target_images / expect_alive images, or the index has no more",
+        description="Images wanted whose URLs work. Replaces the two numbers above: each search "
+        "continues until the combined table holds target_images / expect_alive images, or the index has "
+        "no more",
     )
     expect_alive: float | None = Field(
         None,

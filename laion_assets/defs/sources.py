@@ -217,6 +217,6 @@ def observe(context: dg.AssetExecutionContext, version: Version) -> None:
 
 
 def show_seeds(context: dg.AssetExecutionContext, seed_set: SeedSet, read: Seeds) -> None:
-    """Show on the page of the seed folder what only reading it tells; its version stays the same."""
+    """Show on the seed folder's page what only reading reveals; its version stays the same."""
     _, materialization = seeds_version(seed_set, read).events()
     context.instance.report_runless_asset_event(materialization)

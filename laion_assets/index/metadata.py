@@ -1,6 +1,6 @@
 """URL, caption and other columns of index rows, taken by id from Arrow or Parquet files.
 
-Arrow files are memory-mapped, and only the requested rows are read. The kernel is told that reads are
+Arrow files are memory-mapped, and only the requested rows are read. The kernel is advised that reads are
 random, and threads wait for them: a cold read takes only the pages that hold the rows.
 """
 

@@ -212,7 +212,7 @@ def _decoder(knn: Stored, centroid: Stored) -> Decoder:
 def _picked(
     knn: Stored, centroid: Stored, rows: Ids, columns: list[str]
 ) -> Iterator[tuple[Ids, pa.RecordBatch]]:
-    """Yield some rows in the order of the tables, each with its place among those asked for.
+    """Yield some rows in the order of the tables, each with its position among those requested.
 
     Row numbers start with the knn rows.
     """

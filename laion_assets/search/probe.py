@@ -2,7 +2,7 @@
 
 The processor is measured by the functions of a request, on rows of the index; the second call counts,
 and its time is that of the processor, which other processes hardly change. The disk is measured by reads
-of the index's own files, after the kernel was told to forget what will be read.
+of the index's own files, after the kernel has dropped them from its page cache.
 """
 
 from __future__ import annotations
@@ -370,7 +370,7 @@ class InMemory:
 
 
 def _disk_rates(opened: OpenIndex, cache: Path) -> tuple[float, float]:
-    """Read the largest file, of which the kernel was told to forget parts.
+    """Read the largest file, parts of which the kernel was advised to drop from its page cache.
 
     Returns:
         The seconds of a page at a random place, and of a byte of a run.
@@ -402,7 +402,7 @@ def _page_seconds(descriptor: int, pages: Ids) -> float:
 
 
 def _run_seconds(descriptor: int, path: Path, start: int, size: int) -> float:
-    """Read a run as a search does: the kernel is asked to read ahead."""
+    """Read a run as a search does: the kernel is advised to read ahead."""
     os.posix_fadvise(descriptor, start, size, os.POSIX_FADV_DONTNEED)
     started = time.monotonic()
     read_ahead(path, np.array([[start, start + size]]))

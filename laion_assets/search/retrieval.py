@@ -40,11 +40,11 @@ NEAR_DUPLICATE, KEPT, WITHOUT_URL, BLOCKED, FILTERED = range(OUTCOMES := 5)  # o
 
 @dataclass(frozen=True)
 class Request:
-    """What to look for around each query.
+    """What to search for around each query.
 
-    With `keep`, k is only where a search starts. For each query that keeps fewer images, it goes on with
-    a larger k and more lists until that many are kept, or the index is exhausted. The rows are then the
-    first `keep` of those that one request for the last k gives.
+    With `keep`, k is only where a search starts. For each query that keeps fewer images, it continues
+    with a larger k and more lists until that many are kept, or the index is exhausted. The rows are then
+    the first `keep` of those that one request for the last k returns.
 
     Attributes:
         k: images requested for each query.
@@ -326,14 +326,14 @@ class _Search:
         return table.take(pa.array(np.argsort(query, kind="stable")))
 
     def _rounds(self, numbers: Ids, k: int) -> Iterator[_Kept]:
-        """Search for k rows, and go on with a larger k for the queries that keep too few of them."""
+        """Search for k rows, then with a larger k for the queries that keep too few of them."""
         kept, going_on, deeper = self._round(numbers, k)
         yield kept
         for some in batches_of(self._index, going_on, deeper):
             yield from self._rounds(some, deeper)
 
     def _round(self, numbers: Ids, k: int) -> tuple[_Kept, Ids, int]:
-        """Return the rows of the queries that end here, the queries that go on, and their next k."""
+        """Return the rows of the queries that end here, the queries that continue, and their next k."""
         queries, nprobe = self._queries[numbers], self._index.nprobe_for(k, self._request.nprobe)
         is_first = k == self.k
         hits = self._index.search(
@@ -348,7 +348,7 @@ class _Search:
         rows = distinct[covers]
         labels = self._labels(received[rows], hits.codes)
 
-        # Metadata is the slowest to read, so it is not read for queries that go on in any case.
+        # Metadata is the slowest to read, so it is not read for queries that continue in any case.
         images = np.bincount(query[rows[labels == np.arange(len(labels))]], minlength=len(numbers))
         ends = self._has_all(np.bincount(query, minlength=len(numbers)), k)
         ended = ends | self._is_enough(images)
@@ -406,7 +406,7 @@ class _Search:
         Args:
             rank: (n,) of rows, ascending within each query.
             query: (n,) ascending places in `ended`.
-            ended: (q,) which queries go on no further.
+            ended: (q,) which queries do not continue.
             k: rows requested.
 
         """

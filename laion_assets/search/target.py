@@ -76,7 +76,7 @@ def retrieve_the_rest(
 
 
 def _larger(request: Request, found: Found, missing: int) -> Request:
-    """Return the request to go on with: about every second of the further images is new."""
+    """Return the next request, on the assumption that every second further image is new."""
     keep = request.keep or 1
     more = max(keep + 2 * missing, math.ceil(LEAST_GROWTH * keep))
     return replace(request, k=math.ceil(found.funnel.requested * more / keep), keep=more)

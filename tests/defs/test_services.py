@@ -24,7 +24,7 @@ def test_a_service_that_never_comes_up_is_given_up(tmp_path, monkeypatch, capfd)
     assert asyncio.run(keep([missing], dict(os.environ), tmp_path / "socket")) == 1
     told = capfd.readouterr().err
     assert told.count("No module named no_such_module") == services.MOST_SHORT
-    assert "error: the clock ends whenever it is started" in told
+    assert "error: the clock ends right after every start" in told
 
 
 def test_two_in_one_folder_are_refused_with_the_address_of_the_first(tmp_path, monkeypatch) -> None:

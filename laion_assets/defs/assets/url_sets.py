@@ -83,7 +83,7 @@ def centroid_urls_asset(placement: Placement) -> dg.AssetsDefinition:
     ) -> Materialized:
         """Images found around the centroid: same style, varied content; near-duplicates removed.
 
-        With a target, the search goes on until knn_urls and centroid_urls together reach it.
+        With a target, the search continues until knn_urls and centroid_urls together reach it.
         """
         with as_failures():
             step = SearchStep(context, vectors, laion_index, tables, pictures, bounds, per_seed=False)
