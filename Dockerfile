@@ -2,10 +2,11 @@
 FROM python:3.11-slim-bookworm AS build
 WORKDIR /build
 RUN python -m venv /venv
-# The lock pins versions, and the project chooses packages, without development dependencies.
-COPY requirements.lock pyproject.toml README.md LICENSE ./
+# The lock of the image has no development dependencies. Packages that differ from their hashes are refused.
+COPY k8s/requirements.lock pyproject.toml README.md LICENSE ./
+RUN /venv/bin/pip install --no-cache-dir --no-deps --require-hashes --requirement requirements.lock
 COPY laion_assets laion_assets
-RUN /venv/bin/pip install --no-cache-dir --constraint requirements.lock ".[cluster]"
+RUN /venv/bin/pip install --no-cache-dir --no-deps . && /venv/bin/pip check
 # The chart starts `dagster-webserver`; this one refuses what pages of other sites send.
 RUN printf '#!/venv/bin/python\nfrom laion_assets.defs.webserver import main\nmain()\n' > /venv/bin/dagster-webserver
 

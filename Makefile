@@ -15,7 +15,7 @@ help: ## List the targets
 $(READY): requirements.lock pyproject.toml
 	$(PYTHON) -m venv $(VENV)
 	@echo "installing into $(VENV), which takes one to three minutes"
-	$(BIN)/python -m pip install --disable-pip-version-check -r requirements.lock
+	$(BIN)/python -m pip install --disable-pip-version-check --no-deps --require-hashes -r requirements.lock
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation -e .
 	@touch $@
 
@@ -121,10 +121,12 @@ docs: $(READY) ## Build the documentation into docs/_build/html; fails on warnin
 docs-links: $(READY) ## Check the documentation's links to the web; needs a network
 	$(BIN)/python -m sphinx -q -b linkcheck docs docs/_build/linkcheck
 
-lock: $(READY) ## Pin current versions of everything in requirements.lock
+LOCK = $(BIN)/uv pip compile --quiet --extra cluster --generate-hashes --no-header --no-annotate --no-emit-index-url pyproject.toml
+
+lock: $(READY) ## Pin current versions of everything in requirements.lock, and of the image in k8s/requirements.lock
 	$(BIN)/python -m pip install --quiet uv
-	$(BIN)/uv pip compile --quiet --upgrade --extra cluster --group dev --group docs --no-header --no-annotate --no-emit-index-url \
-		pyproject.toml --output-file requirements.lock
+	$(LOCK) --upgrade --group dev --group docs --output-file requirements.lock
+	$(LOCK) --upgrade --constraint requirements.lock --output-file k8s/requirements.lock
 
 clean: ## Remove the environment and caches; data/ stays
 	rm -rf $(VENV) $(IMG2DATASET) $(TRANSFORMERS) .pytest_cache .mypy_cache .ruff_cache .hypothesis build *.egg-info docs/_build docs/reference/api

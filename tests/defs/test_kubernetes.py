@@ -8,6 +8,7 @@ import os
 import re
 import subprocess
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import dagster as dg
@@ -691,7 +692,6 @@ def test_the_image_s_user_is_the_one_who_may_write():
         group
     )
     assert f"--owner {user} --group {group} --mode 2775" in FOLDER
-    assert "--constraint requirements.lock" in dockerfile
     assert "/usr/local/bin/nslookup" in dockerfile, "the chart's init containers call it"
 
 
@@ -802,10 +802,28 @@ def test_ticks_expire_and_nobody_is_asked_for_an_address():
     assert VALUES["telemetry"] == {"enabled": False}
 
 
+def locked_versions(path: Path) -> dict[str, str]:
+    """The versions in a lock, each of which has hashes."""
+    text = path.read_text()
+    hashed = re.findall(r"^(\S+)==(\S+)((?: \\\n    --hash=sha256:[0-9a-f]{64})+)$", text, re.MULTILINE)
+    found = {name: version for name, version, _ in hashed}
+    assert len(found) == text.count("==")
+    return found
+
+
+def test_the_image_holds_exactly_the_packages_that_were_tested_and_their_hashes_are_compared():
+    tested = locked_versions(REPOSITORY / "requirements.lock")
+    of_the_image = locked_versions(K8S / "requirements.lock")
+    assert of_the_image.items() <= tested.items()
+    assert {"dagster-postgres", "dagster-k8s"} <= of_the_image.keys()
+    assert "pytest" not in of_the_image
+    dockerfile = (REPOSITORY / "Dockerfile").read_text()
+    assert "COPY k8s/requirements.lock " in dockerfile
+    assert "--no-deps --require-hashes --requirement requirements.lock" in dockerfile
+
+
 def test_dagster_and_its_chart_have_one_version():
-    (locked,) = re.findall(
-        r"^dagster==(.+)$", (REPOSITORY / "requirements.lock").read_text(), re.MULTILINE
-    )
+    locked = locked_versions(REPOSITORY / "requirements.lock")["dagster"]
     told = set(re.findall(r"--version (\S+)", (K8S / "README.md").read_text()))
     assert told | set(re.findall(r"--version (\S+)", (K8S / "values.yaml").read_text())) == {locked}
 
