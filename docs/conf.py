@@ -79,6 +79,7 @@ INCLUDED = {
     "benchmarks/combine": "benchmarks",
     "benchmarks/duplicates": "benchmarks",
     "benchmarks/results": "benchmarks",
+    "benchmarks/runs": "benchmarks",
     "benchmarks/sparse": "benchmarks",
     "benchmarks/staging": "benchmarks",
     "benchmarks/truesize": "benchmarks",
