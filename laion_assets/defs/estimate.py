@@ -96,7 +96,7 @@ def known_machine(opened: OpenIndex, laion_index: LaionIndex) -> Machine | None:
 
 
 def planned_combining(laion_index: LaionIndex, fingerprint: str | None, rows: int) -> Step | None:
-    """Estimate combining tables with so many rows; None if this machine was not measured on the index.
+    """Estimate combining tables; None if this machine was not measured on the index.
 
     The index itself is not needed.
     """
@@ -105,7 +105,7 @@ def planned_combining(laion_index: LaionIndex, fingerprint: str | None, rows: in
 
 
 def measured_machine(laion_index: LaionIndex) -> Machine:
-    """Return this machine, which is measured if it was not.
+    """Return the rates of this machine; measure them first if necessary.
 
     Raises:
         InputError: the index is not staged, is empty or cannot be read.

@@ -407,11 +407,11 @@ def sampled_lists(nprobe: int) -> int:
 
 
 def _sample(lists: Ids, most: int) -> list[tuple[Ids, float]]:
-    """Choose at most so many lists, and say for how many each stands.
+    """Sample the lists, and return how many lists each of the sample represents.
 
     Args:
-        lists: ascending by distance. Half of the sample is the nearest; the other half lies evenly among
-            the rest, so that its lists stand for more than themselves.
+        lists: ascending by distance. Half of the sample is the nearest; the other half is spread evenly
+            over the rest, so each of its lists represents several.
         most: size of the sample.
 
     """

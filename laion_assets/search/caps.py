@@ -131,14 +131,14 @@ def gather_in_caps(links: Links, axes: Floats, order: Ids, borders: Ids, sample:
 
 
 def laid_out(order: Ids, borders: Ids, groups: Ids) -> tuple[Ids, Ids]:
-    """Return the rows of some groups one after the other; and where each starts, and the end."""
+    """Return the rows of some groups concatenated, with the start of each group, and the end."""
     sizes = np.diff(borders)[groups]
     starts = np.append(0, np.cumsum(sizes))
     return order[np.repeat(borders[groups] - starts[:-1], sizes) + np.arange(starts[-1])], starts
 
 
 def batches_of(starts: Ids, rows: int) -> list[slice]:
-    """Cut groups into batches of about so many rows, given where each starts, and the end."""
+    """Divide groups into batches of about `rows` rows, given the start of each group, and the end."""
     borders = np.flatnonzero(np.diff(starts[:-1] // rows, prepend=-1, append=-1))
     return [slice(int(first), int(end)) for first, end in pairwise(borders)]
 

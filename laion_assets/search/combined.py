@@ -169,7 +169,7 @@ def _read_numbers(knn: Stored, centroid: Stored) -> _Rows:
             for column, part in zip(columns, parts, strict=True):
                 column.append(part)
     joined: list[NDArray[Any]] = []
-    while columns:  # one after the other, so that only one exists twice
+    while columns:  # in sequence, so that only one exists twice
         joined.append(np.concatenate(columns.pop(0)))
     return _Rows(*joined)
 

@@ -83,7 +83,7 @@ class Pairwise:
     quadratic: float
 
     def seconds(self, rows: float) -> float:
-        """Return the seconds of a core for so many rows, which are compared with each other."""
+        """Return the core-seconds of comparing a number of rows with each other."""
         return self.linear * rows + self.quadratic * rows**2
 
     @classmethod
@@ -172,7 +172,7 @@ class Step:
     warm: float = 0.0
 
     def __add__(self, other: Step) -> Step:
-        """Return what both take, one after the other."""
+        """Return the cost of both in sequence."""
         return Step(
             self.size + other.size,
             self.reads + other.reads,
@@ -236,7 +236,7 @@ def mean_probed_rows(sizes: Ids) -> float:
 
 
 def rows_scanned(shape: Shape, lists: float) -> float:
-    """Return the rows in so many lists: ``lists * probed_rows``, and no more than the index has."""
+    """Return the rows in a number of lists: ``lists * probed_rows``, at most all rows."""
     return min(lists * shape.probed_rows, shape.rows)
 
 
@@ -272,7 +272,7 @@ def lists_among(lists: int, nprobe: int, queries: int, distinct: int) -> float:
 
 
 def list_bytes(shape: Shape, lists: float, window: int) -> float:
-    """Return the bytes read of so many lists, of b bytes each.
+    """Return the bytes read of a number of lists of b bytes each.
 
     A page fault reads a window of w bytes around it, so a list takes ``1 + b/w`` windows at random
     places. Lists that are read ahead take b bytes.
@@ -363,7 +363,7 @@ def search_steps(shape: Shape, rates: Rates, search: Search) -> Steps:
 
 
 def combine_steps(rates: Rates, rows: float) -> Steps:
-    """Return what combining tables with so many rows takes, at most: all may be different images."""
+    """Return an upper bound of the cost of combining a number of rows: all may be different images."""
     return {
         "near-duplicates": _near_duplicates_step(rates, 1, rows),
         "tables": _computed(rates.combined * rows),

@@ -376,7 +376,7 @@ class _Search:
         return _Kept(kept.query, table), numbers[~ended], self._next_k(k, images[~ended])
 
     def _has_all(self, received: Ids, k: int) -> Mask:
-        """Return whether queries that received so many rows of k would receive no more of a larger k."""
+        """Return whether queries that received this many rows of k would get no more with a larger k."""
         if k >= self._largest_k:
             return np.ones(len(received), np.bool_)
         cannot_probe_more = self._request.nprobe is not None
@@ -395,7 +395,7 @@ class _Search:
         return enough
 
     def _next_k(self, k: int, images: Ids) -> int:
-        """Return the k for queries that keep so many images of k rows."""
+        """Return the next k for queries that keep this many images of k rows."""
         if not len(images):
             return k
         return min(further(k, float(images.mean()), self._request.keep or 1), self._largest_k)
