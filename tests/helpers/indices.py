@@ -11,7 +11,8 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from laion_assets.build import quantizer
+from laion_assets.build import training
+from laion_assets.build.encoder import encode
 from laion_assets.build.merge import write_index as write_two_files
 from laion_assets.build.shards import in_lists, write_rows
 from laion_assets.build.workspace import Workspace
@@ -44,7 +45,7 @@ def random_rows(random: np.random.Generator, n: int, alike: float = 0.15) -> np.
 
 def train(key: str, rows: np.ndarray) -> Any:
     """An empty index, trained on so few rows that it is a poor one: a test needs no better."""
-    return quantizer.train(key, rows.shape[1], rows, rows_per_centre=1, log=lambda _: None)
+    return training.train(key, rows.shape[1], rows, rows_per_centre=1, log=lambda _: None)
 
 
 @cache
@@ -75,7 +76,7 @@ def write_merged(folder: Path, index: Any, rows: np.ndarray) -> None:
     with TemporaryDirectory() as work:
         shards = []
         for number, ids in enumerate(np.array_split(np.arange(len(rows)), 2)):
-            lists, codes = quantizer.encode(index, rows[ids])
+            lists, codes = encode(index, rows[ids])
             shard = Workspace(f"{work}/{number}")
             nlist = faiss.extract_index_ivf(index).nlist
             shards.append((shard, write_rows(shard, *in_lists(codes, ids, lists, nlist))))
