@@ -479,7 +479,9 @@ def _check_port(port: int) -> None:
             probe.bind((HOST, port))
         except OSError as error:
             why = "is in use" if error.errno == errno.EADDRINUSE else f"cannot be used ({error.strerror})"
-            raise InputError(f"port {port} {why}: choose another with --port") from error
+            raise InputError(
+                f"port {port} {why}: choose another with --port, or `make dev PORT=N`"
+            ) from error
 
 
 def materialize(seed_set: str, given: Mapping[str, Any], environment: Mapping[str, str]) -> int:

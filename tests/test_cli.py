@@ -314,7 +314,7 @@ def test_dev_refuses_a_port_in_use_and_starts_nothing(tmp_path, run_here) -> Non
         port = busy.getsockname()[1]
         done = run_here(tmp_path, "dev", "--port", str(port))
     assert (done.status, done.out) == (1, "")
-    assert done.err == f"error: port {port} is in use: choose another with --port\n"
+    assert done.err == f"error: port {port} is in use: choose another with --port, or `make dev PORT=N`\n"
     assert list(tmp_path.iterdir()) == []
 
 

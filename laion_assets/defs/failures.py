@@ -10,7 +10,7 @@ from laion_assets.io.storage import first_line
 from laion_assets.io.text import printable
 
 REMEDIES = {
-    "staged_index": "materialize staged_laion_index again",
+    "staged_index": "materialize staged_laion_index or a seed set",
     "trained_index": "materialize trained_index",
     "index_shards": "materialize these partitions of index_shards",
 }

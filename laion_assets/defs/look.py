@@ -414,7 +414,10 @@ def _check_reads_texts(model: Model, hint: str = "") -> None:
 def _prompt(model: Model, text: str, seeds: SeedFolder) -> _Query:
     near = _near_names(seeds, text)
     hint = f"{text!r} is taken for a prompt, not for {near[0]!r}" if near else ""
-    _check_reads_texts(model, hint and f"{hint}; ")
+    is_one_word = len(text.split()) == 1  # more likely a name than a prompt
+    unknown = f"{text!r} is no file, folder or seed set, so it is taken for a prompt"
+    named = hint or (unknown if is_one_word else "")
+    _check_reads_texts(model, named and f"{named}; ")
     try:
         text.encode()
     except UnicodeEncodeError as error:

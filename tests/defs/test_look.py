@@ -272,6 +272,10 @@ def test_a_prompt_needs_a_model_of_texts(place, tmp_path):
         look("a red house", place | {"LAION_MODEL": str(other)})
     with pytest.raises(InputError, match=r"embeds images only.* use a model that has one") as refused:
         look("a red house", place)
+    with pytest.raises(
+        InputError, match=r"^'castle' is no file, folder or seed set, so .* prompt; the demo's"
+    ):
+        look("castle", place)
     assert "remove" not in str(refused.value)
     assert list(tmp_path.iterdir()) == []  # that is known before an index is staged
 

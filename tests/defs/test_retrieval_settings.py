@@ -305,6 +305,8 @@ def test_a_yield_counts_only_for_the_block_list_it_was_measured_with(made: Ticks
     listed.write_text("3\n")
     project = made.project.with_environment(LAION_BLOCK_LIST=str(listed))
     run = searched(project, "fruit", target_images=50)
+    told = [entry.user_message for entry in project.instance.all_logs(run.run_id)]
+    assert any(message.startswith("searching until ") for message in told)
     asked = RetrievalConfig().resolve(Defaults({})).asked()
     assert run.run_id[:8] not in measured_yield(project.instance, "fruit", asked).basis
     assert measured_yield(project.instance, "fruit", {**asked, BLOCK_LIST: "another"}) == USUAL

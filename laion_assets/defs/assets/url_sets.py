@@ -402,8 +402,10 @@ class SearchStep:
 
 def _looking(request: Request, queries: int, rows: int, *, per_seed: bool) -> str:
     around = f"each of {count(queries, 'seed')}" if per_seed else "the centroid"
-    images = count(request.k, "image") if request.keep is None else f"until {request.keep:,} are kept"
-    return f"searching for {images} around {around} among {count(rows, 'row')}"
+    images = (
+        f"for {count(request.k, 'image')}" if request.keep is None else f"until {request.keep:,} are kept"
+    )
+    return f"searching {images} around {around} among {count(rows, 'row')}"
 
 
 def _fetched(opened: OpenIndex) -> dict[str, int | str]:
