@@ -65,7 +65,8 @@ def embed_folder(uri: str, into: str, model: Model, log: Callable[[str], None]) 
     fs, root = open_storage(uri)
     with reaching(uri):
         if not fs.isdir(root):
-            raise InputError(f"there is no folder {uri}: name the folder of the images")
+            problem = f"{uri} is a file" if fs.isfile(root) else f"there is no folder {uri}"
+            raise InputError(f"{problem}: name the folder of the images")
         paths = sorted(
             listed.path
             for listed in list_files(fs, root)

@@ -62,6 +62,9 @@ def test_without_images_or_with_another_model_it_says_what_to_do(tmp_path, model
     (tmp_path / "mine").mkdir()
     with pytest.raises(InputError, match="there is no folder"):
         embed_folder(str(tmp_path / "missing"), str(tmp_path / "embeddings"), model, print)
+    (tmp_path / "list.txt").touch()
+    with pytest.raises(InputError, match=r"list\.txt is a file: name the folder"):
+        embed_folder(str(tmp_path / "list.txt"), str(tmp_path / "embeddings"), model, print)
     with pytest.raises(InputError, match="holds no image"):
         embed_folder(str(tmp_path / "mine"), str(tmp_path / "embeddings"), model, print)
     (tmp_path / "mine" / "a.png").write_bytes(b"no image")
