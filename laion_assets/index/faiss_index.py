@@ -266,9 +266,10 @@ class Index:
         return ids, self._index.sa_decode(codes).view(np.uint8)
 
     def recall(self, queries: Floats, hits: Hits, nprobe: int | None) -> float:
-        """Estimate which share of the results remains when `FURTHER` times as many lists are probed.
+        """Estimate which share of the results remains when the search goes `FURTHER` times as far.
 
-        A result remains unless better rows push it out. They are looked for in a quarter as many lists as
+        A result remains unless better rows push it out. In a graph they are looked for by a search with
+        a larger efSearch. In an index with lists they are looked for in a quarter as many lists as
         were probed: in the nearest further lists, and in a sample of the rest, each of which stands for
         the lists between it and the next. NaN if the lists are not all on the disk: the check would
         fetch lists that no request needs.
@@ -279,7 +280,11 @@ class Index:
             nprobe: the lists that were probed for `hits`.
 
         """
-        if self._ivf is None or nprobe is None or nprobe >= self.nlist or not (hits.ids >= 0).any():
+        if not (hits.ids >= 0).any():
+            return 1.0
+        if isinstance(graph := _without_transforms(self._index), faiss.IndexHNSW):
+            return _recall_of_graph(graph, transformed(self._index, queries), hits)
+        if self._ivf is None or nprobe is None or nprobe >= self.nlist:
             return 1.0
         if not self._disk.whole:
             return math.nan
@@ -436,6 +441,24 @@ def transformed(index: Any, rows: Floats) -> Floats:
     return rows
 
 
+def _without_transforms(index: Any) -> Any:
+    while isinstance(index, faiss.IndexPreTransform):
+        index = faiss.downcast_index(index.index)
+    return index
+
+
+def _recall_of_graph(graph: Any, queries: Floats, hits: Hits) -> float:
+    """Estimate which share of the results of a graph remains in a search that visits more rows."""
+    k = hits.ids.shape[1]
+    further = faiss.SearchParametersHNSW(efSearch=FURTHER * max(graph.hnsw.efSearch, k))
+    best, _ = graph.search(queries, k, params=further)
+    found = hits.ids[: len(queries)] >= 0
+    last = np.take_along_axis(best, np.maximum(found.sum(axis=1, keepdims=True) - 1, 0), axis=1)
+    similarity = hits.similarity[: len(queries)]
+    remained = found & (similarity >= last - SCORE_ROUNDING * np.maximum(1, np.abs(last)))
+    return float(remained.sum() / max(found.sum(), 1))
+
+
 def set_search_depth(ivf: Any, nprobe: int) -> None:
     """Set how far the quantizer of an IVF index looks for the lists to probe."""
     quantizer = faiss.downcast_index(ivf.quantizer)
@@ -488,7 +511,6 @@ def _incomplete(path: Path, reason: str) -> InputError:
 
 def _check_kind(index: Any, path: Path) -> None:
     """Refuse an index whose codes cannot be decoded, or whose ids are not its row numbers."""
-    while isinstance(index, faiss.IndexPreTransform):
-        index = faiss.downcast_index(index.index)
-    if type(index) not in SUPPORTED:
-        raise InputError(f"{path} is a faiss {type(index).__name__}, which is not supported: {BUILD_AS}")
+    kind = type(_without_transforms(index))
+    if kind not in SUPPORTED:
+        raise InputError(f"{path} is a faiss {kind.__name__}, which is not supported: {BUILD_AS}")

@@ -51,6 +51,19 @@ def test_the_vectors_of_a_row_have_the_score_that_the_search_returns(tmp_path, k
     np.testing.assert_allclose(np.einsum("qkd,qd->qk", vectors, rows[:5]), hits.similarity, atol=1e-3)
 
 
+@pytest.mark.parametrize("key", ["Flat", "HNSW4", "HNSW32"])
+def test_the_recall_of_an_index_without_lists_is_that_of_its_search(tmp_path, key) -> None:
+    rows = indices.random_rows(np.random.default_rng(8), 3000)
+    index = faiss.index_factory(rows.shape[1], key, faiss.METRIC_INNER_PRODUCT)
+    indices.write_one_file(tmp_path, index, rows)
+    index = Index(tmp_path / "image.index")
+    hits = index.search(rows[:40], 20, None)
+    last_of_best = np.sort(rows[:40] @ rows.T, axis=1)[:, -20:-19]
+    expected = float((hits.similarity >= last_of_best - 1e-5).mean())
+    assert (expected < 0.97) == (key == "HNSW4")
+    assert index.recall(rows[:40], hits, None) == pytest.approx(expected, abs=0.03)
+
+
 def test_the_lists_are_found_whatever_name_the_index_states(tmp_path) -> None:
     """An index that was built on Windows states a path with backslashes."""
     rows = indices.random_rows(np.random.default_rng(3), 400)
