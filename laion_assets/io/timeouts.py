@@ -49,6 +49,7 @@ async def _answer(
                 answer = await send(request)
             if whole:
                 await answer.read()
+                answer.content.set_exception(RuntimeError("answers are read whole: use cat_file"))
                 _check_origin(answer)
             return answer
         except TimeoutError:

@@ -25,7 +25,7 @@ class Sizes:
     chunk: int = 384  # rows of a cell of which all pairs are compared
     cap: int = 3  # rows that are worth a cap, and as many more for each row of the sample that it meets
     tile: tuple[int, int] = (512, 2048)  # units and rows whose sketches are compared in one product
-    group: int = 256  # rows of small caps that are compared with what one of the caps meets
+    group: int = 32  # rows of small caps that are compared with what one of the caps meets
     panel: int = 1 << 19  # rows whose sketches all units are compared with before the next
     single: int = 80  # pairs that one product compares in the time of one pair that is fetched alone
     many_of_row: int = 8  # near pairs for each row of a short list above which one product is cheaper

@@ -356,7 +356,7 @@ def download(bucket: str, into: Path) -> Path:
     for path in fs.find(f"{name}/index") if fs.exists(f"{name}/index") else ():
         target = into / path.removeprefix(f"{name}/index/")
         target.parent.mkdir(parents=True, exist_ok=True)
-        fs.get_file(path, str(target))
+        target.write_bytes(fs.cat_file(path))
     return into
 
 

@@ -42,9 +42,7 @@ def test_a_kind_of_index_that_would_give_other_rows_is_refused(tmp_path, key) ->
 @pytest.mark.parametrize("key", ["SQ8", "HNSW8_SQ8", "IVF4,SQ8", "IVF4,SQfp16"])
 def test_the_vectors_of_a_row_have_the_score_that_the_search_returns(tmp_path, key) -> None:
     rows = indices.random_rows(np.random.default_rng(8), 400)
-    trained = faiss.index_factory(rows.shape[1], key, faiss.METRIC_INNER_PRODUCT)
-    trained.train(rows)
-    indices.write_one_file(tmp_path, trained, rows)
+    indices.write_one_file(tmp_path, indices.train(key, rows), rows)
     index = Index(tmp_path / "image.index")
     hits = index.search(rows[:5], 30, 4)
     vectors = index.decoder().decode(hits.codes)[hits.code]

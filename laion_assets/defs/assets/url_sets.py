@@ -249,7 +249,7 @@ class SearchStep:
                 table.attach(DECODER, found.decoder)
                 table.footer = provenance.to_footer()
             figures = _fetched(opened) | ({PLANNED: meter.against(planned, opened)} if planned else {})
-            self._log(found, request, opened.index.rows)
+            self._log(found, request, opened.index.rows, is_first=part.number == 0)
         return Searched(found, provenance, table.written(), figures)
 
     def _found_around_seeds(self, origin: Provenance) -> StoredTable | None:
@@ -367,14 +367,14 @@ class SearchStep:
         observe(self.context, settings_version(name, current))
         return settings
 
-    def _log(self, found: Found, request: Request, rows: int) -> None:
+    def _log(self, found: Found, request: Request, rows: int, *, is_first: bool) -> None:
         log, funnel, k = self.context.log, found.funnel, request.k
         log.info(_sentence(funnel))
         if sentence := str(found.not_utf8):
             log.warning(sentence)
         if found.block_list:
             log.info(f"block list: {found.block_list}")
-        if request.nprobe and request.nprobe != found.nprobe:
+        if is_first and request.nprobe and request.nprobe != found.nprobe:
             there = count(found.nprobe, "list") if found.nprobe else "no lists"
             log.warning(f"nprobe {request.nprobe:,} searches all rows: the index has {there}")
         if found.short:
@@ -383,7 +383,9 @@ class SearchStep:
                 f"images, or fewer than 1 of {MOST_REQUESTED} requested is kept"
             )
         elif k > rows:
-            log.warning(f"the index has only {count(rows, 'row')}, but {k:,} were requested per query")
+            if is_first:  # of the shards, for all of which it holds
+                there = count(rows, "row")
+                log.warning(f"the index has only {there}, but {k:,} were requested per query")
         elif missing := funnel.requested - funnel.received:
             remedy = "request fewer" if found.nprobe is None else "set a higher nprobe, or request fewer"
             log.warning(
