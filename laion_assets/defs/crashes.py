@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import faulthandler
 import os
+import resource
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -67,7 +68,15 @@ def describe(fault: str, step: str) -> str | None:
 
     """
     cause = CAUSES.get(fault.removeprefix("Fatal Python error: "))
-    return cause and f"{step} was killed while it read the index, by {cause}; {REMEDY}"
+    return cause and f"{step} was killed while it read the index, by {cause}{_memory_limit()}; {REMEDY}"
+
+
+def _memory_limit() -> str:
+    """Return a second possible cause: a library may crash where it gets no memory."""
+    limit, _ = resource.getrlimit(resource.RLIMIT_AS)  # the process that crashed had the same
+    if limit == resource.RLIM_INFINITY:
+        return ""
+    return f", or `ulimit -v {limit >> 10}` leaves too little memory: raise it"
 
 
 def main(fault: str, step: str, run_id: str) -> None:

@@ -9,6 +9,7 @@ from laion_assets.io.errors import InputError
 from laion_assets.io.storage import first_line
 from laion_assets.io.text import printable
 
+NO_THREAD = "can't start new thread"  # Python's words if there is no memory for its stack
 REMEDIES = {
     "staged_index": "materialize staged_laion_index or a seed set",
     "trained_index": "materialize trained_index",
@@ -39,12 +40,11 @@ def as_failures() -> Iterator[None]:
         raise
     except InputError as error:
         raise dg.Failure(description=sentence(error), allow_retries=False) from None
-    except MemoryError as error:
-        raise dg.Failure(
-            description=f"there is not enough memory ({first_line(error)}): give the step more, or "
-            "request fewer images",
-            allow_retries=False,
-        ) from error
     except Exception as error:
         described = f"{type(error).__name__}: {error}"
+        if isinstance(error, MemoryError) or str(error) == NO_THREAD:
+            described = (
+                f"there is not enough memory ({first_line(error)}): give the step more, or request fewer "
+                "images"
+            )
         raise dg.Failure(description=described, allow_retries=False) from error

@@ -1,6 +1,7 @@
 """A signal that kills a step while it reads the mapped index is reported as what it is."""
 
 import os
+import resource
 import signal
 import subprocess
 import sys
@@ -59,3 +60,11 @@ def test_a_step_that_dies_under_a_mapping_says_of_what_and_how_to_mend_it(tmp_pa
 def test_other_ends_are_not_blamed_on_the_index():
     assert describe("Fatal Python error: Aborted", "knn_urls") is None
     assert "SIGSEGV" in (describe("Fatal Python error: Segmentation fault", "knn_urls") or "")
+
+
+def test_a_limit_of_memory_is_named_beside_a_damaged_file(monkeypatch):
+    assert "ulimit" not in (describe("Fatal Python error: Segmentation fault", "knn_urls") or "")
+    monkeypatch.setattr(resource, "getrlimit", lambda _: (2_500_000 << 10, 0))
+    told = describe("Fatal Python error: Segmentation fault", "knn_urls")
+    assert told
+    assert "`ulimit -v 2500000` leaves too little memory: raise it" in told

@@ -144,7 +144,10 @@ def launched(project: Project, page: Page) -> str:
     launchpad = page.get_by_role("dialog")
     expect(launchpad.get_by_text("No errors")).to_be_visible()
     wait_for("the partition", lambda: chosen(launchpad, RAN_BY_THE_DEMO), 60)
-    page.locator(".cm-s-config-editor").click()
+    editor = page.locator(".cm-s-config-editor")
+    for current in ("nb_images_knn: 50", "nb_images_centroid: 500", "dedup_threshold: 0.94"):
+        expect(editor).to_contain_text(current)
+    editor.click()
     page.keyboard.press("Control+A")
     lines = [f"      {name}: {value}" for name, value in NUMBERS.items()]
     page.keyboard.insert_text("\n".join(["resources:", "  retrieval_config:", "    config:", *lines]))
@@ -295,6 +298,16 @@ def test_only_what_is_wrong_now_is_red(project: Project, page: Page) -> None:
         page.goto(f"/assets/{asset}?view=overview")
         page.get_by_text("Latest materialization").first.wait_for()
         expect(page.get_by_text("Failed")).to_have_count(0)
+
+
+def test_the_state_of_each_seed_set_is_a_row_of_one_table(project: Project, page: Page) -> None:
+    if not project.ui.runs_of(BROKEN):
+        project.drop_broken()
+    wait_for("the sensor", lambda: project.ui.runs_of(BROKEN))
+    page.goto("/assets/seed_sets")
+    broken, made = (page.get_by_role("row", name=name) for name in (f"{BROKEN} failed", RAN_BY_THE_DEMO))
+    expect(broken.first).to_contain_text("seed_embeddings")
+    expect(made.first).to_contain_text("done")
 
 
 def test_the_sensor_says_what_it_saw(project: Project, page: Page) -> None:
