@@ -27,6 +27,7 @@ from dagster._core.remote_origin import (
 from dagster._core.snap import ExecutionPlanSnapshot
 from dagster._core.storage.partition_status_cache import AssetPartitionStatus
 from dagster._core.storage.tags import (
+    AUTO_RETRY_RUN_ID_TAG,
     GRPC_INFO_TAG,
     HIDDEN_TAG_PREFIX,
     MAX_RETRIES_TAG,
@@ -34,6 +35,7 @@ from dagster._core.storage.tags import (
     PARTITION_NAME_TAG,
     REPOSITORY_LABEL_TAG,
     RUN_KEY_TAG,
+    WILL_RETRY_TAG,
 )
 from dagster._grpc.client import DagsterGrpcClient
 from dagster._grpc.types import GetCurrentRunsResult
@@ -41,6 +43,7 @@ from dagster._serdes import ConfigurableClassData, deserialize_value
 from dagster_shared.error import SerializableErrorInfo
 
 __all__ = [
+    "AUTO_RETRY_RUN_ID_TAG",
     "DATA_VERSION_TAG",
     "GRPC_INFO_TAG",
     "HIDDEN_TAG_PREFIX",
@@ -51,6 +54,7 @@ __all__ = [
     "RUNLESS_JOB_NAME",
     "RUNLESS_RUN_ID",
     "RUN_KEY_TAG",
+    "WILL_RETRY_TAG",
     "AssetMaterializationPlannedData",
     "AssetPartitionStatus",
     "CheckRunHealthResult",

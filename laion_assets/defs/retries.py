@@ -1,0 +1,32 @@
+"""Report failures again whose retry Dagster has missed.
+
+Dagster stores the event of a failure before the run's new status. Its daemon that retries runs looks at
+each event once: if it comes between the two, it finds a run that has not failed, and never looks again.
+"""
+
+from __future__ import annotations
+
+import time
+from datetime import UTC, datetime, timedelta
+
+import dagster as dg
+
+from laion_assets.defs.dagster_internals import AUTO_RETRY_RUN_ID_TAG, WILL_RETRY_TAG
+
+MISSED_AFTER = 60.0  # seconds; the daemon looks for failures every few seconds
+GIVEN_UP_AFTER = timedelta(hours=1)
+
+
+def report_missed_retries(instance: dg.DagsterInstance) -> None:
+    """Report the failure of runs again that are to be retried, but were not."""
+    waiting = dg.RunsFilter(
+        statuses=[dg.DagsterRunStatus.FAILURE],
+        tags={WILL_RETRY_TAG: "true"},
+        updated_after=datetime.now(UTC) - GIVEN_UP_AFTER,
+    )
+    for record in instance.get_run_records(waiting):
+        run, ended = record.dagster_run, record.end_time or 0
+        if AUTO_RETRY_RUN_ID_TAG not in run.tags and time.time() - ended > MISSED_AFTER:
+            instance.report_run_failed(
+                run, "the retry of this run was missed: the failure is reported again"
+            )
