@@ -1,13 +1,17 @@
-"""Report failures again whose retry Dagster has missed.
+"""Repeat what Dagster has missed: the retry of a run, and the turn of a step that waits for its pool.
 
 Dagster stores the event of a failure before the run's new status. Its daemon that retries runs looks at
 each event once: if it comes between the two, it finds a run that has not failed, and never looks again.
+
+A step that finds its pool full waits until the step that leaves the pool assigns it the place. If one
+joins the queue while the other leaves, nobody assigns it, and it would wait for ever.
 """
 
 from __future__ import annotations
 
 import time
 from datetime import UTC, datetime, timedelta
+from typing import Any
 
 import dagster as dg
 
@@ -30,3 +34,11 @@ def report_missed_retries(instance: dg.DagsterInstance) -> None:
             instance.report_run_failed(
                 run, "the retry of this run was missed: the failure is reported again"
             )
+
+
+def assign_missed_places(instance: dg.DagsterInstance) -> None:
+    """Assign the free places of pools to steps that wait for them."""
+    storage: Any = instance.event_log_storage  # one in SQL, if it has pools
+    for pool in storage.get_concurrency_keys() if storage.supports_global_concurrency_limits else ():
+        if storage.has_unassigned_slots(pool):
+            storage.assign_pending_steps([pool])

@@ -1,11 +1,11 @@
-"""A run that was killed is retried even where Dagster's daemon has missed its failure."""
+"""What Dagster misses is done by the next tick: a retry, and the turn of a step that waits."""
 
 import dagster as dg
 import pytest
 
 from laion_assets.defs import retries
 from laion_assets.defs.dagster_internals import AUTO_RETRY_RUN_ID_TAG, WILL_RETRY_TAG
-from laion_assets.defs.retries import report_missed_retries
+from laion_assets.defs.retries import assign_missed_places, report_missed_retries
 
 
 @dg.job
@@ -31,3 +31,18 @@ def test_a_failure_is_reported_again_if_its_retry_was_missed(tags, seconds, repo
         report_missed_retries(instance)
         kinds = [entry.dagster_event_type for entry in instance.all_logs(run.run_id)]
         assert kinds.count(dg.DagsterEventType.PIPELINE_FAILURE) == reports
+
+
+def test_a_step_that_nobody_assigned_a_place_gets_it(tmp_path) -> None:
+    with dg.DagsterInstance.local_temp(str(tmp_path)) as instance:
+        storage = instance.event_log_storage
+        storage.set_concurrency_slots("staging", 1)
+        assert storage.claim_concurrency_slot("staging", "first", "step").is_claimed
+        assert not storage.claim_concurrency_slot("staging", "second", "step").is_claimed
+        assign_missed_places(instance)
+        assert not storage.claim_concurrency_slot("staging", "second", "step").is_claimed
+        storage._free_concurrency_slots("first")
+        storage._remove_pending_steps("first")  # and assigns nothing: the second was not in the queue yet
+        assert not storage.claim_concurrency_slot("staging", "second", "step").is_claimed
+        assign_missed_places(instance)
+        assert storage.claim_concurrency_slot("staging", "second", "step").is_claimed
