@@ -157,7 +157,7 @@ def test_a_seed_set_is_named_as_in_materialize(place, demo):
     assert look("fruit", place, top=1).about.startswith("the best of 3,0")  # the path comes first
     with pytest.raises(InputError, match=r"house\.jpg does not exist"):
         look("house.jpg", place)
-    with pytest.raises(InputError, match=r"^the demo's model .* embeds images only"):
+    with pytest.raises(InputError, match=r"^'no-set' is no file, .* the demo's model .* images only"):
         look("no-set", place)
     with pytest.raises(InputError, match=r"'fruti' is taken for a prompt, not for 'fruit'.* images only"):
         look("fruti", place)
