@@ -25,7 +25,7 @@ MOST_OF = 0.9  # share of the requested images; a search that returns fewer ran 
 PROVENANCE = "provenance"
 NODE = "node"  # metadata of a staged index on a cluster: the node that holds the copy
 FINGERPRINT = "fingerprint"  # of a staged index
-ROW_COUNT = "dagster/row_count"
+ROW_COUNT = "dagster/row_count"  # of an index; the UI shows it
 DETAILS = "details"  # metadata of a table: all figures that its page does not show in a row
 DECIDE_THE_YIELD = ("dedup_threshold", "filters", BLOCK_LIST)
 

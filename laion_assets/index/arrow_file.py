@@ -57,10 +57,10 @@ class ArrowFile:
     def _open(self, held: Hold, tables: BatchTables | None) -> None:
         size = self.path.stat().st_size
         held.need({self.path: arrow_layout.ends(size)})
-        self._check_format()
         with self.path.open("rb") as file:
             mapped = mmap.mmap(file.fileno(), 0, prot=mmap.PROT_READ)
         mapped.madvise(mmap.MADV_RANDOM)
+        self._check_format(mapped[: len(arrow_layout.MAGIC)])
         self._all = pa.py_buffer(mapped)
         self._bytes: Bytes = np.frombuffer(mapped, np.uint8)
         footer = arrow_layout.footer(size, self._all[max(size - arrow_layout.TAIL, 0) :])
@@ -86,15 +86,16 @@ class ArrowFile:
         }
         self._check_sizes()
 
-    def _check_format(self) -> None:
+    def _check_format(self, begin: bytes) -> None:
         """Refuse Arrow's stream format, which has no table of its batches.
+
+        Args:
+            begin: the first bytes of the file.
 
         Raises:
             InputError: the file is in that format.
 
         """
-        with self.path.open("rb") as file:
-            begin = file.read(len(arrow_layout.MAGIC))
         if begin.startswith(arrow_layout.CONTINUATION.to_bytes(4, "little")):
             raise InputError(
                 f"{self.path} is in Arrow's stream format, which Hugging Face's datasets writes and of "

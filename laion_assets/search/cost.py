@@ -184,14 +184,7 @@ class Step:
 Steps = Mapping[str, Step]
 
 
-def search_of(
-    shape: Shape,
-    queries: int,
-    k: int,
-    read: float,
-    nprobe: int | None = None,
-    among: float = math.inf,
-) -> Search:
+def search_of(shape: Shape, queries: int, k: int, read: float, nprobe: int | None = None) -> Search:
     """Return a search with the lists that it probes, see `nprobe_rule`.
 
     Args:
@@ -200,11 +193,10 @@ def search_of(
         k: images requested for each query.
         read: share of the requested images whose metadata is read.
         nprobe: the user's choice, capped at the number of lists.
-        among: lists among which those of the queries are spread.
 
     """
     lists = min(nprobe, shape.lists) if nprobe else nprobe_rule(k, shape.lists, shape.rows)
-    return Search(queries, k, lists, read, among)
+    return Search(queries, k, lists, read)
 
 
 def total(steps: Steps) -> Step:

@@ -12,6 +12,7 @@ from laion_assets.defs import checks
 from laion_assets.defs.drawing.charts import recall_curves
 from laion_assets.defs.drawing.markup import embedded, table
 from laion_assets.defs.failures import as_failures
+from laion_assets.defs.history import ROW_COUNT
 from laion_assets.defs.kubernetes.placement import Placement
 from laion_assets.defs.partitions import index_shards as shard_partitions
 from laion_assets.defs.report import Materialized
@@ -112,7 +113,7 @@ def index_shards_asset(placement: Placement) -> dg.AssetsDefinition:
             return dg.MaterializeResult(
                 data_version=dg.DataVersion(record.made_from),
                 metadata={
-                    "dagster/row_count": record.stored,
+                    ROW_COUNT: record.stored,
                     "rows without a usable vector": record.unusable,
                     "first id": record.first_id,
                     "bytes": record.bytes,
@@ -172,7 +173,7 @@ def laion_index_asset(placement: Placement) -> dg.AssetsDefinition:
                         embedded("recall", chart.encode(), "image/svg+xml")
                     ),
                     "recall@100": built.recall.get(str(searched), {}).get("100", 1.0),
-                    "dagster/row_count": built.stored,
+                    ROW_COUNT: built.stored,
                     "rows without a usable vector": built.unusable,
                     "index key": built.index_key,
                     "dimension": built.dimension,

@@ -13,7 +13,7 @@ import dagster as dg
 from laion_assets.defs import checks
 from laion_assets.defs.crashes import reported
 from laion_assets.defs.failures import as_failures
-from laion_assets.defs.history import NODE
+from laion_assets.defs.history import FINGERPRINT, NODE, ROW_COUNT
 from laion_assets.defs.kubernetes.placement import Placement
 from laion_assets.defs.partitions import require_seed_set
 from laion_assets.defs.report import Materialized
@@ -126,7 +126,7 @@ def _restage(context: dg.AssetExecutionContext, laion_index: LaionIndex) -> None
 
 def _shape(opened: OpenIndex) -> dict[str, Any]:
     return {
-        "dagster/row_count": opened.index.rows,
+        ROW_COUNT: opened.index.rows,
         "metadata rows": len(opened.metadata),
         "dimension": opened.index.dimension,
         "inverted lists": opened.index.nlist,
@@ -138,7 +138,7 @@ def _figures(staged: Staged, laion_index: LaionIndex) -> dict[str, Any]:
         "source": staged.manifest.source,
         "dagster/uri": laion_index.cache_dir,
         **({NODE: laion_index.node} if laion_index.node else {}),
-        "fingerprint": staged.manifest.fingerprint,
+        FINGERPRINT: staged.manifest.fingerprint,
         "files": len(staged.manifest.files),
         "bytes": staged.manifest.size,
         "bytes on the disk": staged.manifest.bytes_on_disk(laion_index.cache_dir),
