@@ -14,14 +14,15 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Iterable
 from contextlib import suppress
 from pathlib import Path
 
 import faiss
 import numpy as np
 import pyarrow as pa
-from duplicates import copies_of, in_a_cone
-from generate import DIMENSION, Matrix
+from duplicates import around, copies_of, different
+from generate import DIMENSION, Matrix, unit
 from memory import PeakMemory
 
 from laion_assets.index.decoder import Decoder
@@ -29,6 +30,8 @@ from laion_assets.io import spill
 from laion_assets.io.tables import StoredTable, fixed_size_binary, new_table
 from laion_assets.search.combined import DECODER, combine
 from laion_assets.search.near_duplicates import DEDUP_THRESHOLD
+from laion_assets.search.needs import Needs
+from laion_assets.search.stripes import compare_stripe, links_in, write_plan
 
 REPORT = """# Combining
 
@@ -38,24 +41,40 @@ Measured on a machine with {cores} cores{busy}; one run each, in a process of it
 the time of the processor, *memory* the peak that no file backs, *disk* the peak of intermediate files.
 All arrays that may lie on the disk do, as those of a large request. `make bench-combine` measures again.
 
+In one step, with one core and with all:
+
 | images | cores | kept | seconds | core seconds | memory | disk |
 |---|---|---|---|---|---|---|
-{lines}
+{whole}
 
-The laws through the runs with {cores} cores, for n million images:
+In stripes, of which the first is measured: all have the same share of the work. *Plan*, *start*,
+*compare* and *unite* are core seconds: to plan the comparison and hand it over, for a stripe to begin,
+for a stripe to compare after that, and to unite the links and write the table. *All* adds them up for all
+stripes. *Handed over* is what the plan writes and every stripe reads.
+
+| images | stripes | plan | start | compare | unite | all | memory | disk | handed over |
+|---|---|---|---|---|---|---|---|---|---|
+{striped}
+
+The laws through the runs in stripes, for n million images:
 
 - core seconds: {linear:.0f} n + {quadratic:.0f} n²
+- core seconds of each stripe beyond the first: {start:.0f} n
 - memory: {constant:.2f} GB + {memory:.0f} bytes an image
 - disk: {disk:.0f} bytes an image
+- handed over: {handed:.0f} bytes an image
 
 What they mean for more images, where all cores have nothing else to do:
 
-| images | memory | disk | core hours | with 2 cores | with 16 cores |
-|---|---|---|---|---|---|
+| images | stripes | memory | disk | core hours | with 2 cores | with 16 cores |
+|---|---|---|---|---|---|---|
 {predicted}
 """
 PREDICTED = (1_000_000, 6_000_000, 30_000_000)
+WHOLE = (125_000, 250_000)
 ROWS = (1_000_000, 2_000_000, 4_000_000)
+OF_A_STRIPE = 250_000  # images whose comparison takes as long as a measured stripe
+NOTHING = (1 << 40, 1)  # a stripe that begins after the last block
 BLOCK = 50_000
 CENTRES, SUBQUANTIZERS = 256, 128
 URL = "https://images.example.com/a/folder/of/usual/length/{:012d}/an-image-of-something.jpg"
@@ -64,7 +83,8 @@ URL = "https://images.example.com/a/folder/of/usual/length/{:012d}/an-image-of-s
 def images(block: int) -> Matrix:
     """A block of images, of which half are copies of others."""
     random = np.random.default_rng(block)
-    originals = in_a_cone(BLOCK // 2, np.random.default_rng([0, block]))
+    shared = unit(different(1, 0, np.random.default_rng(0)))
+    originals = around(shared, BLOCK // 2, np.random.default_rng([0, block]))
     copies = copies_of(originals, 0.15, random)
     return random.permutation(np.concatenate([originals, copies]))
 
@@ -125,23 +145,77 @@ def found(ids: np.ndarray, codes: np.ndarray, schema: pa.Schema) -> pa.RecordBat
 def measure(folder: Path, rows: int) -> dict[str, float]:
     """Combine once, and write the table."""
     spill.HELD_BYTES = 0
-    tables = [StoredTable(str(folder / f"{name}-{rows}.parquet")) for name in ("knn", "centroid")]
     with PeakMemory() as memory, PeakDisk() as disk:
-        used, started = time.process_time(), time.monotonic()
-        combined = combine(*tables, DEDUP_THRESHOLD)
-        with new_table(str(folder / "combined.parquet"), combined.schema) as table:
-            for batch in combined.batches:
-                table.write(batch)
-        seconds, core_seconds = time.monotonic() - started, time.process_time() - used
+        took = Took()
+        kept = write_combined(folder, rows)
+        seconds, core_seconds = took.so_far()
     return {
         "rows": rows,
         "cores": faiss.omp_get_max_threads(),
-        "kept": combined.funnel.kept,
+        "kept": kept,
         "seconds": seconds,
         "core_seconds": core_seconds,
         "memory": memory.peak - memory.before,
         "disk": disk.peak,
     }
+
+
+def measure_in_stripes(folder: Path, rows: int) -> dict[str, float]:
+    """Plan, compare no stripe, then one, and write the table with its links only."""
+    spill.HELD_BYTES = 0
+    of = round((rows / OF_A_STRIPE) ** 2)
+    steps = {}
+    with tempfile.TemporaryDirectory(dir=folder) as work, PeakMemory() as memory, PeakDisk() as disk:
+        plan, links = f"{work}/plan.parquet", f"{work}/links.parquet"
+        took = Took()
+        write_plan(*tables(folder, rows), DEDUP_THRESHOLD, plan, lambda _: None)
+        _, steps["plan"] = took.so_far()
+        handed = sum(file.stat().st_size for file in Path(work).iterdir())
+        took = Took()
+        compare_stripe(StoredTable(plan), DEDUP_THRESHOLD, NOTHING, links)
+        _, steps["start"] = took.so_far()
+        took = Took()
+        compare_stripe(StoredTable(plan), DEDUP_THRESHOLD, (0, of), links)
+        _, compared = took.so_far()
+        steps["compare"] = compared - steps["start"]
+        took = Took()
+        write_combined(folder, rows, links_in([StoredTable(links)]))
+        _, steps["unite"] = took.so_far()
+    return steps | {
+        "rows": rows,
+        "stripes": of,
+        "cores": faiss.omp_get_max_threads(),
+        "memory": memory.peak - memory.before,
+        "disk": disk.peak,
+        "handed": handed,
+    }
+
+
+class Took:
+    """The time of a step from here."""
+
+    def __init__(self) -> None:
+        self.used, self.started = time.process_time(), time.monotonic()
+
+    def so_far(self) -> tuple[float, float]:
+        """Seconds, and core seconds."""
+        return time.monotonic() - self.started, time.process_time() - self.used
+
+
+def tables(folder: Path, rows: int) -> list[StoredTable]:
+    """Both sets of a size."""
+    return [StoredTable(str(folder / f"{name}-{rows}.parquet")) for name in ("knn", "centroid")]
+
+
+def write_combined(
+    folder: Path, rows: int, links: Iterable[tuple[np.ndarray, np.ndarray]] | None = None
+) -> int:
+    """Combine, and return the images kept."""
+    combined = combine(*tables(folder, rows), DEDUP_THRESHOLD, links=links)
+    with new_table(str(folder / "combined.parquet"), combined.schema) as table:
+        for batch in combined.batches:
+            table.write(batch)
+    return combined.funnel.kept
 
 
 def unnamed_bytes() -> int:
@@ -160,55 +234,61 @@ class PeakDisk(PeakMemory):
     measured = staticmethod(unnamed_bytes)
 
 
-def in_process(folder: Path, rows: int, cores: int) -> dict[str, float]:
+def in_process(folder: Path, rows: int, cores: int, *, in_stripes: bool = False) -> dict[str, float]:
     """Measure in a process of its own."""
     command = [sys.executable, __file__, "--one", str(folder), "--rows", str(rows)]
+    command += ["--in-stripes"] if in_stripes else []
     environment = os.environ | {"OMP_NUM_THREADS": str(cores)}
     done = subprocess.run(command, stdout=subprocess.PIPE, env=environment, check=True, text=True)
     measured: dict[str, float] = json.loads(done.stdout)
+    print(measured, file=sys.stderr, flush=True)
     return measured
 
 
-def report(runs: list[dict[str, float]], busy: str) -> str:
-    """The page, with the laws through the runs."""
-    cores = max(run["cores"] for run in runs)
-    n, seconds, memory, disk = np.array(
-        [
-            (run["rows"] / 1e6, run["core_seconds"], run["memory"] / 1e9, run["disk"] / 1e9)
-            for run in runs
-            if run["cores"] == cores
-        ]
-    ).T
-    # Each run counts by its relative error.
-    (linear, quadratic), *_ = np.linalg.lstsq(
-        np.column_stack([n, n**2]) / seconds[:, None], np.ones(len(n))
-    )
-    slope, constant = np.polyfit(n, memory, 1)
-    of_disk = float((disk / n).max())
+def report(whole: list[dict[str, float]], striped: list[dict[str, float]], busy: str) -> str:
+    """The page, with the laws through the runs in stripes."""
+    runs = {name: np.array([run[name] for run in striped], float) for name in striped[0]}
+    n = runs["rows"] / 1e6
+    once = runs["plan"] + runs["start"] + runs["unite"]
+    linear = float((once / n).mean())
+    quadratic = float((runs["stripes"] * runs["compare"] / n**2).mean())
+    in_all = once + runs["stripes"] * (runs["start"] + runs["compare"]) - runs["start"]
+    start = float((runs["start"] / n).mean())
+    slope, constant = np.polyfit(n, runs["memory"] / 1e9, 1)
+    of_disk, handed = (float((runs[name] / runs["rows"]).max()) for name in ("disk", "handed"))
 
     def predicted(images: int) -> str:
-        m = images / 1e6
-        hours = (linear * m + quadratic * m**2) / 3600
+        m, stripes = images / 1e6, Needs.of(images).stripes
+        hours = (linear * m + quadratic * m**2 + start * m * (stripes - 1)) / 3600
         return (
-            f"| {images:,} | {constant + slope * m:.1f} GB | {of_disk * m:.1f} GB | {hours:.1f} "
-            f"| {hours / 2:.1f} h | {hours / 16:.1f} h |"
+            f"| {images:,} | {stripes} | {constant + slope * m:.1f} GB | {of_disk * m / 1e3:.1f} GB "
+            f"| {hours:.1f} | {hours / 2:.1f} h | {hours / 16:.2f} h |"
         )
 
     return REPORT.format(
         dimension=DIMENSION,
         code=SUBQUANTIZERS + 1,
-        cores=int(cores),
+        cores=int(max(run["cores"] for run in striped)),
         busy=busy,
-        lines="\n".join(
+        whole="\n".join(
             f"| {run['rows']:,} | {run['cores']} | {run['kept']:,} | {run['seconds']:.0f} "
             f"| {run['core_seconds']:.0f} | {run['memory'] / 1e6:.0f} MB | {run['disk'] / 1e6:.0f} MB |"
-            for run in runs
+            for run in whole
+        ),
+        striped="\n".join(
+            f"| {run['rows']:,} | {run['stripes']} | {run['plan']:.0f} | {run['start']:.0f} "
+            f"| {run['compare']:.0f} | {run['unite']:.0f} | {all_stripes:,.0f} "
+            f"| {run['memory'] / 1e6:.0f} MB | {run['disk'] / 1e6:.0f} MB "
+            f"| {run['handed'] / 1e6:.0f} MB |"
+            for run, all_stripes in zip(striped, in_all, strict=True)
         ),
         linear=linear,
         quadratic=quadratic,
+        start=start,
         constant=constant,
         memory=slope * 1e3,
-        disk=of_disk * 1e3,
+        disk=of_disk,
+        handed=handed,
         predicted="\n".join(map(predicted, PREDICTED)),
     )
 
@@ -216,22 +296,24 @@ def report(runs: list[dict[str, float]], busy: str) -> str:
 def main() -> None:
     """Measure everything, or what the arguments ask for."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--rows", type=int, nargs="+", default=ROWS)
+    parser.add_argument("--rows", type=int, nargs="+", default=ROWS, help="of the runs in stripes")
+    parser.add_argument("--whole", type=int, nargs="+", default=WHOLE, help="of the runs in one step")
     parser.add_argument("--busy", default="", help="what to say of the machine")
     parser.add_argument("--output", type=Path, default=Path(__file__).with_suffix(".md"))
     parser.add_argument("--one", type=Path, help=argparse.SUPPRESS)
+    parser.add_argument("--in-stripes", action="store_true", help=argparse.SUPPRESS)
     asked = parser.parse_args()
     if asked.one:
-        json.dump(measure(asked.one, *asked.rows), sys.stdout)
+        json.dump(
+            (measure_in_stripes if asked.in_stripes else measure)(asked.one, *asked.rows), sys.stdout
+        )
         return
-    runs = []
-    with tempfile.TemporaryDirectory() as folder:
-        write_tables(Path(folder), asked.rows)
-        cores = faiss.omp_get_max_threads()
-        for rows, used in [(min(asked.rows), 1), *((rows, cores) for rows in asked.rows)]:
-            runs.append(in_process(Path(folder), rows, used))
-            print(runs[-1], file=sys.stderr)
-    asked.output.write_text(report(runs, asked.busy))
+    with tempfile.TemporaryDirectory() as name:
+        folder, every = Path(name), faiss.omp_get_max_threads()
+        write_tables(folder, [*asked.whole, *asked.rows])
+        whole = [in_process(folder, rows, cores) for rows in asked.whole for cores in {1, every}]
+        striped = [in_process(folder, rows, every, in_stripes=True) for rows in asked.rows]
+    asked.output.write_text(report(whole, striped, asked.busy))
 
 
 if __name__ == "__main__":

@@ -59,7 +59,11 @@ def copies_of(originals: Matrix, decay: float, random: np.random.Generator) -> M
 
 def in_a_cone(rows: int, random: np.random.Generator) -> Matrix:
     """Images that have much in common with each other, and differ in many directions."""
-    shared = unit(different(1, 0, random))
+    return around(unit(different(1, 0, random)), rows, random)
+
+
+def around(shared: Matrix, rows: int, random: np.random.Generator) -> Matrix:
+    """Images that have this direction in common."""
     own = different(rows, 0.15, random)
     return unit(np.float32(np.sqrt(CONE)) * shared + np.float32(np.sqrt(1 - CONE)) * own)
 

@@ -34,6 +34,7 @@ from laion_assets.search.probe import (
 )
 from laion_assets.staging import OpenIndex
 
+PLANNED = "planned and taken"  # metadata of a table
 SHOWN_SECONDS, SHOWN_SHARE = 0.5, 0.01  # of the time; shorter steps are not named
 
 
@@ -165,9 +166,13 @@ class Meter:
     read: int | None
 
     @classmethod
-    def start(cls) -> Meter:
-        """Begin to measure."""
-        return cls(time.monotonic(), bytes_read())
+    def start(cls, seconds: float = 0.0) -> Meter:
+        """Begin to measure, after seconds that other steps took."""
+        return cls(time.monotonic() - seconds, bytes_read())
+
+    def seconds(self) -> float:
+        """Return the seconds since the step began."""
+        return round(time.monotonic() - self.started, 2)
 
     def against(self, planned: Step, opened: OpenIndex) -> str:
         """Describe what the step was planned to take and took: bytes from the disk or the source."""

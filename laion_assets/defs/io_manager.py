@@ -97,7 +97,8 @@ class Tables:
         folder = self._unfinished(*_table_of(context))
         fs, path = open_storage(folder, OUTPUT)
         with reaching(folder, OUTPUT):
-            runs = {name.rpartition("/")[2] for name in fs.ls(path, detail=False) if name != path}
+            found = fs.ls(path, detail=False) if fs.exists(path) else []
+        runs = {name.rpartition("/")[2] for name in found if name != path}
         known = ((run, context.instance.get_run_by_id(run)) for run in runs)
         ended = {run for run, found in known if found is None or found.is_finished}
         ended |= runs & {context.run.run_id}

@@ -79,7 +79,7 @@ class Combined:
 
 
 @dataclass(frozen=True)
-class _Rows:
+class Rows:
     """The numeric columns of all rows of both sets, knn first."""
 
     ids: Ids
@@ -95,6 +95,7 @@ def combine(
     threshold: float,
     most: int | None = None,
     log: Callable[[str], None] = lambda _: None,
+    links: Iterable[tuple[Ids, Ids]] | None = None,
 ) -> Combined:
     """Combine two URL sets into one table with a row per image.
 
@@ -104,6 +105,8 @@ def combine(
         threshold: cosine above which two images are near-duplicates.
         most: images to keep, the first in the order of the table; None keeps all.
         log: called with what comparing the images takes, before that begins.
+        links: pairs of near-duplicates that connect all of them, as `stripes` finds them; None compares
+            the images here.
 
     Returns:
         A table with id, url, caption, similarity, rank, seed, strategies and the other metadata columns,
@@ -113,22 +116,24 @@ def combine(
         InputError: this machine has too little memory or disk; nothing was compared yet.
 
     """
-    rows = _read_numbers(knn, centroid)
-    representative, image = _images(rows)
-    if threshold < 1:
+    rows = read_numbers(knn, centroid)
+    representative, image = images_of(rows)
+    compares = links is None and threshold < 1  # at 1 nothing is a near-duplicate
+    if compares:
         needs = Needs.of(len(representative), len(rows.ids))
         needs.check()
         if needs.core_seconds > WORTH_SAYING:
             log(str(needs))
-    urls, codes = _urls_and_codes(knn, centroid, representative, with_codes=threshold < 1)
+    urls, codes = urls_and_codes(knn, centroid, representative, with_codes=compares)
     forest = Forest(len(representative))
     forest.connect(*_equal_urls(urls))
     distinct_urls = forest.count()
-    if threshold < 1:  # at 1 nothing is a near-duplicate
-        decode = _decoder(knn, centroid).decode_to_compare
+    if compares:
+        decode = decoder_of(knn, centroid).decode_to_compare
         labels = components(decoded_codes(codes, decode, HELD_VECTORS), threshold)
-        near = np.flatnonzero(labels != np.arange(len(labels)))
-        forest.connect(near, labels[near])
+        links = [differing(np.arange(len(labels)), labels)]
+    for one, other in links or ():
+        forest.connect(one, other)
     labels = forest.labels()
 
     stays = np.flatnonzero(labels == np.arange(len(labels)))
@@ -152,7 +157,14 @@ def combine(
     return Combined(schema, _batches(knn, centroid, rows, kept, found_by[stays], schema), funnel)
 
 
-def _read_numbers(knn: Stored, centroid: Stored) -> _Rows:
+def differing(before: Ids, after: Ids) -> tuple[Ids, Ids]:
+    """Return links that turn labels of components into later ones: rows, and their new labels."""
+    rows = np.flatnonzero(after != before)
+    return rows, after[rows]
+
+
+def read_numbers(knn: Stored, centroid: Stored) -> Rows:
+    """Read the numeric columns of both sets."""
     kinds = (np.int64, np.int32, np.int8, np.int32, np.float32)
     columns: list[list[NDArray[Any]]] = [[np.empty(0, kind)] for kind in kinds]
     for number, table in enumerate((knn, centroid)):  # ties go to knn
@@ -171,10 +183,10 @@ def _read_numbers(knn: Stored, centroid: Stored) -> _Rows:
     joined: list[NDArray[Any]] = []
     while columns:  # in sequence, so that only one exists twice
         joined.append(np.concatenate(columns.pop(0)))
-    return _Rows(*joined)
+    return Rows(*joined)
 
 
-def _images(rows: _Rows) -> tuple[Ids, NDArray[np.int32]]:
+def images_of(rows: Rows) -> tuple[Ids, NDArray[np.int32]]:
     """Return the best row of each id, best-ranked first; and for each row, the place of its id there."""
     order = np.lexsort((rows.seed, rows.ids, rows.strategy, rows.rank))  # no two rows are equal
     _, first, image = np.unique(rows.ids[order], return_index=True, return_inverse=True)
@@ -186,7 +198,7 @@ def _images(rows: _Rows) -> tuple[Ids, NDArray[np.int32]]:
     return order[first[by_rank]], image_of
 
 
-def _urls_and_codes(knn: Stored, centroid: Stored, rows: Ids, *, with_codes: bool) -> tuple[Ids, Bytes]:
+def urls_and_codes(knn: Stored, centroid: Stored, rows: Ids, *, with_codes: bool) -> tuple[Ids, Bytes]:
     """Return the hashes of the URLs (n, 2) of some rows, and their codes (n, code size)."""
     size = knn.schema.field("code").type.byte_width if with_codes else 0
     urls, codes = np.empty((len(rows), 2), np.int64), spilled((len(rows), size), np.uint8)
@@ -204,7 +216,8 @@ def _equal_urls(urls: Ids) -> tuple[Ids, Ids]:
     return order[:-1][equal], order[1:][equal]
 
 
-def _decoder(knn: Stored, centroid: Stored) -> Decoder:
+def decoder_of(knn: Stored, centroid: Stored) -> Decoder:
+    """Return a decoder of the codes of both sets."""
     one, other = (Decoder.from_bytes(table.attachment(DECODER)) for table in (knn, centroid))
     return one.merged(other)
 
@@ -241,7 +254,7 @@ def _schema(knn: pa.Schema) -> pa.Schema:
 def _batches(
     knn: Stored,
     centroid: Stored,
-    rows: _Rows,
+    rows: Rows,
     kept: Ids,
     found_by: NDArray[np.int8],
     schema: pa.Schema,

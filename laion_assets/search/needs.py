@@ -6,6 +6,7 @@ cosine of about 0.6 between most images, which is the slowest geometry that was 
 
 from __future__ import annotations
 
+import math
 import tempfile
 from dataclasses import dataclass
 
@@ -19,6 +20,7 @@ MEMORY_OF_A_REPEAT = 100  # bytes of a row whose image another row has
 DISK_OF_AN_IMAGE = 773  # bytes
 HOUR = 3600  # seconds
 LINEAR, QUADRATIC = 119e-6, 1889e-12  # core-seconds of an image, and of a pair of images
+STRIPE = 8 * HOUR  # core-seconds of a stripe, at most: half an hour on 16 cores
 
 
 @dataclass(frozen=True)
@@ -48,6 +50,11 @@ class Needs:
             DISK_OF_AN_IMAGE * images,
             LINEAR * images + QUADRATIC * images**2,
         )
+
+    @property
+    def stripes(self) -> int:
+        """Return in how many stripes the images are compared; at least 1."""
+        return max(1, math.ceil(QUADRATIC * self.images**2 / STRIPE))
 
     def shortage(self) -> str | None:
         """Return what this machine lacks; None if it has enough.
@@ -81,5 +88,5 @@ class Needs:
         return (
             f"combining {count(self.images, 'different image')} takes about "
             f"{self.core_seconds / unit:,.0f} {name}, {as_bytes(self.memory)} of memory and "
-            f"{as_bytes(self.disk)} of disk"
+            f"{as_bytes(self.disk)} of disk{f', in {self.stripes:,} stripes' if self.stripes > 1 else ''}"
         )

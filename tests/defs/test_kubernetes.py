@@ -311,7 +311,7 @@ BROKEN = {
     "centroid_vector": "laion_assets.defs.assets.seed_embeddings.centroid",
     "staged_laion_index": "laion_assets.defs.resources.stage",
     "knn_urls": "laion_assets.defs.assets.url_sets.retrieve",
-    "combined_urls": "laion_assets.defs.assets.url_sets.combine",
+    "combined_urls": "laion_assets.defs.assets.combined_urls.combine",
 }
 
 

@@ -158,8 +158,10 @@ def materialization(result: dg.ExecuteInProcessResult, asset: str) -> dg.AssetMa
 
 
 def working_op(node: NodeDefinition) -> dg.OpDefinition:
-    """The op of an asset; of a graph the one that searches."""
-    found = node.node_named("search").definition if isinstance(node, dg.GraphDefinition) else node
+    """The op of an asset; of a graph the one that does the work of a usual set."""
+    found = node
+    if isinstance(node, dg.GraphDefinition):
+        found = node.node_named({"knn_urls": "search", "combined_urls": "unite"}[node.name]).definition
     assert isinstance(found, dg.OpDefinition)
     return found
 

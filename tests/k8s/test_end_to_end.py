@@ -21,15 +21,18 @@ from laion_assets.search import retrieval
 
 STEPS = (
     "staged_laion_index", "seed_embeddings", "centroid_vector",
-    "knn_urls.shards", "knn_urls.search", "knn_urls.join", "centroid_urls", "combined_urls",
+    "knn_urls.shards", "knn_urls.search", "knn_urls.join", "centroid_urls",
+    "combined_urls.stripes", "combined_urls.unite",
 )  # fmt: skip
 ON_NVME = {"staged_laion_index", "knn_urls.search", "centroid_urls"}
 ROW = 4 * 35 + 4 * 256  # bytes of a result of the demo's index
 OF_TWO_SEEDS = 2 * 50 * ROW  # of 12 or 11
-SMALL_BATCHES = f"""
+SMALL_PARTS = f"""
 from laion_assets.search import retrieval, shards
 retrieval.RESULT_BYTES = shards.RESULT_BYTES = {OF_TWO_SEEDS}
 shards.NOMINAL_ROW, shards.BATCHES = {ROW}, 1
+from laion_assets.search.needs import Needs
+Needs.stripes = 3
 """
 RETRY = dg.DagsterEventType.STEP_UP_FOR_RETRY
 
@@ -89,33 +92,39 @@ def test_two_seed_sets_at_once_search_on_two_nodes_and_each_has_a_copy(
             assert platform.table("combined_urls", seed_set).equals(expected)
 
 
-def test_shards_of_a_set_are_searched_on_two_nodes_and_only_one_that_was_killed_again(
+def test_shards_are_searched_on_two_nodes_and_only_a_shard_or_stripe_that_was_killed_again(
     platform: Platform, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
     (tmp_path / "small").mkdir()
-    (tmp_path / "small" / "sitecustomize.py").write_text(SMALL_BATCHES)
+    (tmp_path / "small" / "sitecustomize.py").write_text(SMALL_PARTS)
     path = f"{tmp_path / 'small'}:{REPOSITORY}"
     monkeypatch.setitem(platform.cluster.environment, "PYTHONPATH", path)
-    run = platform.launch("flower", "knn_urls")
-    platform.cluster.kill(platform.running_pod("knn_urls.search"))
+    run = platform.launch("flower", "knn_urls", "combined_urls")
+    for step in ("knn_urls.search", "combined_urls.compare"):
+        platform.cluster.kill(platform.running_pod(step))
     platform.succeed(run)
-    pods = [
-        pod
-        for pod in platform.cluster.pods_of("knn_urls.search")
-        if pod["metadata"]["labels"]["dagster/run-id"] == run
-    ]
-    assert {pod["spec"]["nodeName"] for pod in pods} == {"pool-1", "pool-2"}
-    tries = Counter(pod["metadata"]["labels"]["dagster/op"] for pod in pods)
-    assert sorted(tries.values()) == [1, 1, 1, 1, 1, 2]
-    (retried,) = platform.events(run, RETRY)
-    assert tries[sanitize_k8s_label(retried.dagster_event.step_key)] == 2
+    retried = [sanitize_k8s_label(e.dagster_event.step_key) for e in platform.events(run, RETRY)]
+    assert len(retried) == 2
+    for step, number in (("knn_urls.search", 6), ("combined_urls.compare", 3)):
+        pods = [
+            pod
+            for pod in platform.cluster.pods_of(step)
+            if pod["metadata"]["labels"]["dagster/run-id"] == run
+        ]
+        nodes = {pod["spec"]["nodeName"] for pod in pods}
+        assert nodes == ({"any"} if step == "combined_urls.compare" else {"pool-1", "pool-2"})
+        tries = Counter(pod["metadata"]["labels"]["dagster/op"] for pod in pods)
+        assert len(tries) == number
+        assert [name for name in tries if tries[name] > 1] == [name for name in tries if name in retried]
     bucket = platform.root / "bucket"
     monkeypatch.setattr(retrieval, "RESULT_BYTES", OF_TWO_SEEDS)  # and one shard of 6 batches
     with new_project(tmp_path, bucket / "index", bucket / "seeds") as one_machine:
         assert one_machine.run("flower").success
-        expected = pq.read_table(one_machine.table("knn_urls", "flower"))
-    assert platform.table("knn_urls", "flower").equals(expected)
-    assert not list((bucket / "tables" / "knn_urls").glob("*.unfinished")), "the shards are gone"
+        for asset in ("knn_urls", "combined_urls"):
+            expected = pq.read_table(one_machine.table(asset, "flower"))
+            assert platform.table(asset, "flower").equals(expected)
+            unfinished = list((bucket / "tables" / asset).glob("*.unfinished"))
+            assert not unfinished, "shards and stripes are gone"
 
 
 def test_a_node_that_dies_in_a_search_costs_one_retry_and_no_operator(platform: Platform):
@@ -168,13 +177,13 @@ def test_a_step_that_was_killed_evicted_or_out_of_memory_is_tried_again(platform
     run = platform.launch("fruit", "staged_laion_index", "centroid_vector", "combined_urls")
     platform.cluster.kill(platform.running_pod("staged_laion_index"), "OOMKilled")
     platform.cluster.kill(platform.running_pod("centroid_vector"))
-    platform.cluster.delete("pods", platform.running_pod("combined_urls"))
+    platform.cluster.delete("pods", platform.running_pod("combined_urls.unite"))
     platform.succeed(run)
     retries = {
         log.dagster_event.step_key: log.dagster_event.step_retry_data.error.message
         for log in platform.events(run, RETRY)
     }
-    assert retries.keys() == {"staged_laion_index", "centroid_vector", "combined_urls"}
+    assert retries.keys() == {"staged_laion_index", "centroid_vector", "combined_urls.unite"}
     assert "OOMKilled, exit code 137" in retries["staged_laion_index"]
     assert "exit code 137" in retries["centroid_vector"]
 

@@ -5,13 +5,15 @@ from collections.abc import Iterable, Iterator
 import numpy as np
 import pyarrow as pa
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from laion_assets.index.decoder import Decoder
 from laion_assets.io.errors import InputError
-from laion_assets.search import needs
+from laion_assets.io.tables import StoredTable
+from laion_assets.search import needs, stripes
 from laion_assets.search.combined import DECODER, combine
+from laion_assets.search.links import Sizes
 
 EAST, ALMOST_EAST, NORTH, WEST, SOUTH = (
     (1.0, 0.0),
@@ -167,6 +169,34 @@ def _same(x: dict, y: dict) -> bool:
 def test_what_cannot_fit_is_refused_before_any_code_is_read(monkeypatch) -> None:
     monkeypatch.setattr(needs, "free_memory", lambda: 0)
     monkeypatch.setattr(needs, "HELD_BYTES", 0)
-    monkeypatch.delattr("laion_assets.search.combined._urls_and_codes")
+    monkeypatch.delattr("laion_assets.search.combined.urls_and_codes")
     with pytest.raises(InputError, match="combining 2 different images needs about 190 MB of memory"):
         combined([row(1, "a", 1, EAST)], [row(2, "b", 1, NORTH)])
+
+
+@settings(deadline=None, max_examples=25)
+@given(
+    angles=st.lists(st.floats(0, 6), min_size=1, max_size=30),
+    in_knn=st.lists(st.booleans(), min_size=30, max_size=30),
+    many=st.integers(1, 6),
+    chunk=st.integers(1, 6),
+)
+def test_images_compared_in_any_number_of_stripes_are_combined_as_ever(
+    tmp_path_factory, angles, in_knn, many, chunk
+) -> None:
+    rows = [row(i, f"u{i}", 1, (float(np.cos(a)), float(np.sin(a)))) for i, a in enumerate(angles)]
+    knn = InMemory([r for r, chosen in zip(rows, in_knn, strict=False) if chosen], seed=True)
+    centroid = InMemory(rows, seed=False)
+    folder = tmp_path_factory.mktemp("stripes")
+    sizes = Sizes(small=0, cell_width=1, chunk=chunk, cap=1, batch=5, tile=(2, 4), group=3, panel=9)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(stripes, "SIZES", sizes)
+        plan, found = str(folder / "plan.parquet"), [str(folder / f"{i}.parquet") for i in range(many)]
+        stripes.write_plan(knn, centroid, 0.94, plan, lambda _: None)
+        for number in range(many):
+            stripes.compare_stripe(StoredTable(plan), 0.94, (number, many), found[number])
+    whole = combine(knn, centroid, 0.94)
+    links = stripes.links_in(map(StoredTable, found))
+    striped = combine(knn, centroid, 0.94, links=links)
+    assert striped.funnel == whole.funnel
+    assert list(striped.batches) == list(whole.batches)

@@ -10,10 +10,11 @@ from laion_assets.defs.assets.built_index import (
     laion_index_asset,
     trained_index_asset,
 )
+from laion_assets.defs.assets.combined_urls import combined_urls_asset
 from laion_assets.defs.assets.knn_urls import knn_urls_asset
 from laion_assets.defs.assets.seed_embeddings import centroid_vector_asset, seed_embeddings_asset
 from laion_assets.defs.assets.staged_laion_index import staged_laion_index_asset
-from laion_assets.defs.assets.url_sets import centroid_urls_asset, combined_urls_asset
+from laion_assets.defs.assets.url_sets import centroid_urls_asset
 from laion_assets.defs.kubernetes.placement import Placement
 from laion_assets.defs.sources import laion_index_source
 

@@ -1,4 +1,4 @@
-"""The URL sets: rows found around each seed, rows found around the centroid, and both combined.
+"""A search for a URL set: `centroid_urls`, and what it has in common with `knn_urls`.
 
 Dagster's concept: https://docs.dagster.io/guides/build/assets
 """
@@ -13,13 +13,13 @@ import pyarrow as pa
 from laion_assets.defs import checks, report
 from laion_assets.defs.assets.staged_laion_index import open_index
 from laion_assets.defs.bounds import Bounds
-from laion_assets.defs.estimate import Meter, known_machine, planned_combining, share_read
+from laion_assets.defs.estimate import PLANNED, Meter, known_machine, share_read
 from laion_assets.defs.failures import as_failures
-from laion_assets.defs.history import URLS_ALIVE, expected_alive, materializations
+from laion_assets.defs.history import expected_alive, materializations
 from laion_assets.defs.io_manager import Tables
 from laion_assets.defs.kubernetes.placement import Placement
 from laion_assets.defs.partitions import seed_sets
-from laion_assets.defs.provenance import Provenance, check_continues, check_same_origin, now
+from laion_assets.defs.provenance import Provenance, check_continues, now
 from laion_assets.defs.report import Materialized
 from laion_assets.defs.resources import LaionIndex, Pictures
 from laion_assets.defs.settings import ALIVE, Defaults, ResolvedSettings, RetrievalConfig
@@ -29,10 +29,9 @@ from laion_assets.index.faiss_index import FURTHER
 from laion_assets.io.arrays import Floats
 from laion_assets.io.progress import Progress
 from laion_assets.io.tables import StoredTable, Written, new_table
-from laion_assets.search.combined import DECODER, CombinedFunnel, combine
+from laion_assets.search.combined import DECODER
 from laion_assets.search.cost import Step
 from laion_assets.search.filters import Filters, conditions_in
-from laion_assets.search.liveness import measured_liveness
 from laion_assets.search.retrieval import (
     MOST_REQUESTED,
     Found,
@@ -49,7 +48,6 @@ from laion_assets.staging import OpenIndex
 
 LOW_RECALL = 0.9
 LEAST_SHARE = 1 / MOST_REQUESTED
-PLANNED = "planned and taken"
 SEARCH_VERSION = "4"  # increment it if a search now finds other rows
 
 
@@ -90,87 +88,6 @@ def centroid_urls_asset(placement: Placement) -> dg.AssetsDefinition:
             return step.report(step.write(step.origin(retrieval_config, defaults)))
 
     return centroid_urls
-
-
-def combined_urls_asset(placement: Placement) -> dg.AssetsDefinition:
-    """Return the asset with the pod from a placement."""
-    pod = placement.combining("combined_urls")
-
-    @dg.asset(
-        group_name="urls",
-        kinds={"parquet"},
-        partitions_def=seed_sets,
-        code_version="2",
-        check_specs=checks.COMBINED,
-        tags=pod.tags,
-        op_tags=pod.op_tags,
-        retry_policy=pod.retry_policy,
-    )
-    def combined_urls(
-        context: dg.AssetExecutionContext,
-        knn_urls: StoredTable,
-        centroid_urls: StoredTable,
-        seed_embeddings: StoredTable,
-        laion_index: dg.ResourceParam[LaionIndex],
-        tables: dg.ResourceParam[Tables],
-        pictures: dg.ResourceParam[Pictures],
-    ) -> Materialized:
-        """Both URL sets as one table with a row per image, ready for img2dataset.
-
-        Rows with the same id, the same URL or near-duplicate vectors are one image, of which the row with
-        the lowest rank is kept. The table is sorted by rank, then id; with a target, it ends there.
-        """
-        with as_failures():
-            meter = Meter.start()
-            origin = check_same_origin(knn_urls, centroid_urls, seed_embeddings)
-            provenance = replace(
-                origin, run=context.run.run_id, counts={}, block_list_matches={}, written=now()
-            )
-            threshold = origin.settings.values.dedup_threshold
-            most = origin.settings.images
-            combined = combine(knn_urls, centroid_urls, threshold, most, context.log.info)
-            context.log.info(_united(combined.funnel))
-            seed_set = pa.field("seed_set", pa.string())
-            with tables.new(context, combined.schema.append(seed_set)) as table:
-                table.footer = provenance.to_footer()
-                for batch in combined.batches:
-                    names = pa.repeat(origin.seed_set, len(batch))
-                    table.write(batch.append_column(seed_set, names))
-            planned = planned_combining(laion_index, origin.index, len(knn_urls) + len(centroid_urls))
-            took = {PLANNED: meter.against_time(planned)} if planned else {}
-            stored = tables.written(context)
-            context.log.info(f"{count(len(stored), 'row')}, {stored.size:,} bytes in {stored.where}")
-            sources = {report.AROUND_SEEDS: knn_urls, report.AROUND_CENTROID: centroid_urls}
-            metadata = report.describe_combined(
-                stored,
-                combined.funnel,
-                provenance,
-                sources,
-                seed_embeddings,
-                table.written(),
-                remote_pictures=pictures.remote,
-            )
-            alive = measured_liveness(stored.batches(["url"]), len(stored)) if pictures.remote else None
-            metadata |= took | ({URLS_ALIVE: alive.share} if alive and alive.requested else {})
-            results = [
-                *checks.of_combined(stored, knn_urls, centroid_urls, threshold),
-                checks.urls_alive(alive, origin.settings),
-            ]
-            return dg.MaterializeResult(
-                metadata=report.page(metadata), check_results=checks.logged(context, results)
-            )
-
-    return combined_urls
-
-
-def _united(funnel: CombinedFunnel) -> str:
-    return (
-        f"{funnel.knn:,} + {funnel.centroid:,} rows: {count(funnel.repeated_ids, 'repeated id')}, "
-        f"{count(funnel.repeated_urls, 'repeated URL')}, "
-        f"{count(funnel.near_duplicates, 'near-duplicate')}, "
-        f"{f'{funnel.beyond_target:,} beyond the target, ' if funnel.beyond_target else ''}"
-        f"{funnel.kept:,} kept"
-    )
 
 
 @dataclass(frozen=True)
