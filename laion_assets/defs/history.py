@@ -23,10 +23,11 @@ URLS_ALIVE = "URLs that work"  # a share
 LEAST_ALIVE = 0.2  # a smaller share rather means that this machine's network failed
 MOST_OF = 0.9  # share of the requested images; a search that returns fewer ran out of rows
 PROVENANCE = "provenance"
+SETTINGS = "settings"  # a table, of which `PROVENANCE` repeats nothing
 NODE = "node"  # metadata of a staged index on a cluster: the node that holds the copy
 FINGERPRINT = "fingerprint"  # of a staged index
 ROW_COUNT = "dagster/row_count"  # of an index; the UI shows it
-DETAILS = "details"  # metadata of a table: all figures that its page does not show in a row
+DETAILS = "details"  # metadata: all figures that a page does not show in a row
 DECIDE_THE_YIELD = ("dedup_threshold", "filters", BLOCK_LIST)
 
 
@@ -45,10 +46,11 @@ class PastMaterialization:
 
     @property
     def asked(self) -> Mapping[str, Any] | None:
-        """The requested settings; None if another release did not record them."""
+        """The settings, as requested or computed; None if another release did not record them."""
         try:
-            return ResolvedSettings.from_json(self.figures[PROVENANCE]["settings"]).asked()
-        except (KeyError, TypeError, ValueError):
+            rows = [record.data for record in self.figures[SETTINGS].records]
+            return ResolvedSettings.from_rows(rows).asked()
+        except (AttributeError, KeyError, ValueError):
             return None
 
 

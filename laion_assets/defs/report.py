@@ -21,10 +21,10 @@ from laion_assets.defs.drawing.thumbnails import (
     strip_of_combined,
     strip_of_removed,
 )
-from laion_assets.defs.history import CHECKSUM, DETAILS, PROVENANCE, YIELD
+from laion_assets.defs.history import CHECKSUM, DETAILS, NODE, PROVENANCE, ROW_COUNT, SETTINGS, YIELD
 from laion_assets.defs.io_manager import PICTURE
 from laion_assets.defs.provenance import Provenance
-from laion_assets.defs.settings import ResolvedSettings
+from laion_assets.defs.settings import OF_SEEDS, ResolvedSettings
 from laion_assets.defs.terminal import count
 from laion_assets.io.arrays import Floats
 from laion_assets.io.tables import DESCRIPTIONS, SUFFIX, StoredTable, Written
@@ -49,20 +49,24 @@ ROWS = (
     "funnel",
     "contact sheet",
     "charts",
-    "settings",
+    SETTINGS,
     "bad images",
     "cut prompts",
     "images not embedded",
     "ignored files",
     "first rows",
+    "source",
+    NODE,
+    "verified",
+    ROW_COUNT,
     "dagster/partition_row_count",
     "dagster/uri",
     "dagster/column_schema",
-)  # of the page of a table, in order
+)  # of a page, in order
 
 
 def page(figures: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the metadata of a table: the rows that a person reads, and all other figures as one JSON.
+    """Return the metadata of a page: the rows that a person reads, and all other figures as one JSON.
 
     Dagster plots the numbers among the rows, but as one line through all seed sets, which means nothing.
     """
@@ -72,7 +76,16 @@ def page(figures: Mapping[str, Any]) -> dict[str, Any]:
         if name not in ROWS
     }
     shown = {name: figures[name] for name in ROWS if name in figures}
-    return {**shown, DETAILS: dg.MetadataValue.json(rest)}
+    return {**shown, DETAILS: dg.MetadataValue.json(_without_empty(rest))}
+
+
+def _without_empty(figures: Mapping[str, Any]) -> dict[str, Any]:
+    """Leave out what says nothing, at any depth: null, and empty objects, lists and texts."""
+    kept = {
+        name: _without_empty(value) if isinstance(value, Mapping) else value
+        for name, value in figures.items()
+    }
+    return {name: value for name, value in kept.items() if value not in (None, "", [], {})}
 
 
 def describe_seeds(
@@ -98,8 +111,9 @@ def describe_seeds(
         "images embedded before": found.reused,
         **{name: names[:NAMES_SHOWN] for name, names in lists.items() if names},
         "files": [file.name for file in seed_set.files[:NAMES_SHOWN]],
+        SETTINGS: table([row for row in provenance.settings.rows() if row["setting"] in OF_SEEDS]),
         **describe_table(stored, written),
-        PROVENANCE: provenance.to_json(),
+        PROVENANCE: _record(provenance),
     }
 
 
@@ -109,8 +123,6 @@ def describe_centroid(stored: StoredTable, written: Written) -> dict[str, Any]:
     about = f"the mean of **{count(row['seeds'], 'seed')}**, of length {row['norm_of_mean']:.3f}"
     return {
         "about": dg.MetadataValue.md(about),
-        "norm of mean": row["norm_of_mean"],
-        "seeds": row["seeds"],
         **describe_table(stored, written),
     }
 
@@ -143,14 +155,14 @@ def describe_search(
         if sheet
         else links(stored, found.removed, fetched.note),
         "charts": chart(steps(counts), {title: similarities(stored)}),
-        "settings": table(provenance.settings.rows()),
+        SETTINGS: table(provenance.settings.rows()),
         **_labelled(counts),
         YIELD: found.funnel.yielded,
         **({"block list": str(found.block_list)} if found.block_list else {}),
         **({"not UTF-8": str(found.not_utf8)} if str(found.not_utf8) else {}),
         "recall of nprobe": _recall(found),
         **describe_table(stored, written),
-        PROVENANCE: provenance.to_json(),
+        PROVENANCE: _record(provenance),
     }
 
 
@@ -193,7 +205,7 @@ def describe_combined(
         ),
         "contact sheet": as_markdown(sheet, fetched.note) if sheet else links(stored, note=fetched.note),
         "charts": chart(steps(total, united), {title: similarities(t) for title, t in sources.items()}),
-        "settings": table(provenance.settings.rows()),
+        SETTINGS: table(provenance.settings.rows()),
         "requested": total["requested"],
         "received": total["received"],
         **_labelled(united),
@@ -201,7 +213,7 @@ def describe_combined(
         **_target(provenance.settings),
         **({"picture": dg.MetadataValue.path(_saved(stored, sheet))} if sheet else {}),
         **describe_table(stored, written),
-        PROVENANCE: provenance.to_json(),
+        PROVENANCE: _record(provenance),
     }
 
 
@@ -216,6 +228,12 @@ def describe_table(stored: StoredTable, written: Written) -> dict[str, Any]:
         "dagster/column_schema": _column_schema(stored.schema),
         "first rows": _preview(stored),
     }
+
+
+def _record(provenance: Provenance) -> dict[str, Any]:
+    """Return what a table was made from, without what the other figures say: settings and counts."""
+    shown = {SETTINGS, "counts", "block_list_matches"}
+    return {name: value for name, value in provenance.to_json().items() if name not in shown}
 
 
 def similarities(stored: StoredTable) -> Floats:

@@ -40,6 +40,7 @@ COUNTS = ("nb_images_knn", "nb_images_centroid")
 TARGET, ALIVE = "target_images", "expect_alive"
 TEAM = "team"  # in settings.yaml only; it tags runs, and changes no table
 BLOCK_LIST = "block_list"  # set per deployment; recorded with the settings
+NONE = "none"  # shown for a setting without a value
 OF_SEEDS = {"max_bad_images"}  # settings of seeds, which no search uses
 THIS_RUN = "Launchpad or command line"
 KIND_NAMES: Mapping[type, str] = {int: "a whole number", float: "a number", str: "text"}
@@ -184,9 +185,22 @@ class ResolvedSettings:
         """Return a row for each setting with an origin, for tables in the UI."""
         values = self.values.model_dump() | {BLOCK_LIST: self.block_list}
         return [
-            {"setting": name, "value": str(values[name]), "from": origin}
+            {"setting": name, "value": _or_none(values[name]), "from": origin}
             for name, origin in self._all_origins().items()
         ]
+
+    @classmethod
+    def from_rows(cls, rows: Sequence[Mapping[str, Any]]) -> ResolvedSettings:
+        """Read the output of `rows`, which does not say what was computed.
+
+        Raises:
+            KeyError, ValueError: another release with other settings wrote it.
+
+        """
+        values = {row["setting"]: None if row["value"] == NONE else row["value"] for row in rows}
+        block_list = values.pop(BLOCK_LIST, None)
+        origins = {row["setting"]: row["from"] for row in rows if row["setting"] in values}
+        return cls(Settings(**dict.fromkeys(FIELDS) | values), origins, block_list=block_list)
 
     def _all_origins(self) -> dict[str, str]:
         return {**self.origins} | ({BLOCK_LIST: variable_of(BLOCK_LIST)} if self.block_list else {})
@@ -220,19 +234,19 @@ def changes(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
     """Describe how two requests differ, such as "nb_images_knn 830 -> 1000".
 
     Args:
-        before: the earlier output of `ResolvedSettings.asked`.
+        before: the earlier output of `ResolvedSettings.asked`; what is None may be left out.
         now: its current output.
 
     """
     return [
-        f"{name} {_or_none(before.get(name))} -> {_or_none(value)}"
-        for name, value in now.items()
-        if before.get(name) != value
+        f"{name} {_or_none(before.get(name))} -> {_or_none(now.get(name))}"
+        for name in {**before, **now}
+        if before.get(name) != now.get(name)
     ]
 
 
 def _or_none(value: Any) -> str:
-    return "none" if value is None else str(value)
+    return NONE if value is None else str(value)
 
 
 # --- where settings come from ---------------------------------------------------------------------

@@ -122,7 +122,8 @@ def settings_version(seed_set: str, settings: ResolvedSettings | str) -> Version
     if isinstance(settings, str):
         return Version(key, _fingerprint(settings), seed_set, {CHANGED: f"cannot be used: {settings}"})
     asked = settings.asked()
-    return Version(key, _fingerprint(asked), seed_set, {SETTINGS: dg.MetadataValue.json(asked)})
+    given = {name: value for name, value in asked.items() if value is not None}
+    return Version(key, _fingerprint(asked), seed_set, {SETTINGS: dg.MetadataValue.json(given)})
 
 
 def current_settings(

@@ -221,11 +221,11 @@ def test_prompts_are_seeds_of_their_own_and_not_part_of_the_centroid(demo, tmp_p
         assert told["seeds"] == 5
         (cut,) = told["cut prompts"]
         assert "line 2" in cut
-        assert reported(result, "centroid_vector")["seeds"] == 3
+        assert "the mean of **3 seeds**" in reported(result, "centroid_vector")["about"]
         (check,) = [c for c in result.get_asset_check_evaluations() if "all_seeds" in c.check_name]
         assert not check.passed
         assert "left out: 2 prompts" in (check.description or "")
         for path in folder.glob("*.JPG"):
             path.unlink()
         result = project.run("mine", "seed_embeddings", "centroid_vector")
-        assert reported(result, "centroid_vector")["seeds"] == 2
+        assert "the mean of **2 seeds**" in reported(result, "centroid_vector")["about"]

@@ -12,6 +12,7 @@ from helpers.project import Demo, failures, new_project
 
 from laion_assets.defs.assets import staged_laion_index as index
 from laion_assets.defs.failures import REMEDIES
+from laion_assets.defs.history import figures_of
 from laion_assets.staging import Manifest, stage
 
 
@@ -53,7 +54,7 @@ def test_it_is_staged_again_and_that_is_on_record(demo: Demo, tmp_path):
         assert project.run("fruit", "knn_urls").success
         again, _ = materializations(project.instance)
         assert "staged by knn_urls" in again.asset_materialization.description
-        assert again.asset_materialization.metadata["bytes fetched"].value > 0
+        assert figures_of(again.asset_materialization.metadata)["bytes fetched"] > 0
         assert version(again) == version(first)
 
 
@@ -65,7 +66,7 @@ def test_one_lost_file_is_all_that_is_fetched(demo: Demo, tmp_path):
         lost.unlink()
         assert project.run("fruit", "centroid_urls").success
         again, _ = materializations(project.instance)
-        assert again.asset_materialization.metadata["bytes fetched"].value == size
+        assert figures_of(again.asset_materialization.metadata)["bytes fetched"] == size
 
 
 def test_an_index_that_dagster_does_not_know_to_be_staged_is_exchanged(demo: Demo, other: Path, tmp_path):
@@ -89,7 +90,7 @@ def test_a_newer_index_whose_record_is_missing_stays_and_is_recorded(demo: Demo,
         assert project.run("fruit", "knn_urls").success
         again, first = materializations(project.instance)
         assert version(again) == newer != version(first)
-        assert again.asset_materialization.metadata["bytes fetched"].value == 0
+        assert figures_of(again.asset_materialization.metadata)["bytes fetched"] == 0
 
 
 def test_or_the_step_fails_and_names_both_if_so_set(demo: Demo, other: Path, tmp_path, at_once):

@@ -1,16 +1,19 @@
 """The settings of a request are a source of the graph: a change makes tables stale."""
 
+import json
 import shutil
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import dagster as dg
+import pyarrow.parquet as pq
 import pytest
 from helpers.project import Demo, Project, Ticks, failures, new_project, reported, stale
 
 from laion_assets.defs import sensors
 from laion_assets.defs.history import YIELD, measured_yield
+from laion_assets.defs.provenance import PROVENANCE_KEY
 from laion_assets.defs.resources import LaionIndex
 from laion_assets.defs.settings import BLOCK_LIST, Defaults, RetrievalConfig
 from laion_assets.defs.sources import CHANGED, FIRST, last_version, retrieval_settings
@@ -197,9 +200,10 @@ def test_what_is_given_for_one_run_in_the_launchpad_changes_no_settings(made: Ti
 def test_what_is_computed_for_a_request_is_no_change(made: Ticks) -> None:
     """The index has fewer lists than that, and no share of URLs that work was given."""
     made.project = made.project.with_environment(LAION_NPROBE="1000000", LAION_TARGET_IMAGES="600")
-    result = searched(made.project, "fruit")
+    searched(made.project, "fruit")
     for asset in (*URL_SETS, "combined_urls"):
-        settings = reported(result, asset)["provenance"]["settings"]
+        footer = pq.read_metadata(made.project.table(asset, "fruit")).metadata[PROVENANCE_KEY.encode()]
+        settings = json.loads(footer)["settings"]
         assert settings["values"]["nprobe"] < 1_000_000
         assert set(settings["computed"]) == {"expect_alive", "nprobe"}
     assert stale(made.project, "fruit") == set()

@@ -22,7 +22,7 @@ from helpers.chart import DEPLOYMENT, IMAGE, VALUES, instance_config
 from helpers.cluster import Cluster, running_cluster, wait_until
 from helpers.graphql import ask
 
-from laion_assets.defs.history import NODE, asset_of_step
+from laion_assets.defs.history import NODE, asset_of_step, figures_of
 from laion_assets.defs.partitions import JOB
 from laion_assets.demo import DEMO_MODEL
 from laion_assets.demo.build import build_demo
@@ -192,7 +192,7 @@ class Platform:
         return [
             (str(one.metadata[NODE].value), one.description or "")
             for one in made
-            if one.metadata["bytes fetched"].value
+            if figures_of(one.metadata)["bytes fetched"]
         ]
 
     def table(self, asset: str, seed_set: str) -> pa.Table:

@@ -10,7 +10,7 @@ from typing import Any
 
 import dagster as dg
 
-from laion_assets.defs import checks
+from laion_assets.defs import checks, report
 from laion_assets.defs.crashes import reported
 from laion_assets.defs.failures import as_failures
 from laion_assets.defs.history import FINGERPRINT, NODE, ROW_COUNT
@@ -62,7 +62,7 @@ def staged_laion_index_asset(placement: Placement, source: dg.AssetKey) -> dg.As
             if source == laion_index_source.key:
                 observe(context, Version(source, staged.source_version))
             with _opened(context, laion_index) as opened:
-                metadata = _figures(staged, laion_index) | _shape(opened)
+                metadata = report.page(_figures(staged, laion_index) | _shape(opened))
                 results = checks.of_staged_index(opened, laion_index.cache_dir)
         context.log.info(_sentence(staged, laion_index))
         return dg.MaterializeResult(
@@ -118,7 +118,7 @@ def _restage(context: dg.AssetExecutionContext, laion_index: LaionIndex) -> None
         dg.AssetMaterialization(
             key,
             description=f"staged by {context.asset_key.to_user_string()}, whose disk had no current copy",
-            metadata=_figures(staged, laion_index),
+            metadata=report.page(_figures(staged, laion_index)),
             tags={"dagster/data_version": staged.manifest.fingerprint},
         )
     )
@@ -135,6 +135,7 @@ def _shape(opened: OpenIndex) -> dict[str, Any]:
 
 def _figures(staged: Staged, laion_index: LaionIndex) -> dict[str, Any]:
     return {
+        "about": _sentence(staged, laion_index),
         "source": staged.manifest.source,
         "dagster/uri": laion_index.cache_dir,
         **({NODE: laion_index.node} if laion_index.node else {}),
