@@ -105,7 +105,7 @@ bench-build: $(READY) ## Build the same index as autofaiss, about an hour; ROWS=
 bench-duplicates: $(READY) ## CPU time and memory of finding near-duplicates, a few minutes; writes benchmarks/duplicates.md
 	$(BIN)/python benchmarks/duplicates.py
 
-bench-combine: $(READY) ## Time, memory and disk of combining millions of images, hours; ROWS="250000 500000" for other sizes
+bench-combine: $(READY) ## Time, memory and disk of combining millions of images, half an hour; ROWS="250000 500000" for other sizes
 	$(BIN)/python benchmarks/combine.py $(if $(ROWS),--rows $(ROWS))
 
 bench-plan: $(READY) ## Compare planned requests with measured ones, two minutes; needs the data of bench-build

@@ -56,7 +56,8 @@ stripes. *Handed over* is what the plan writes and every stripe reads.
 |---|---|---|---|---|---|---|---|---|---|
 {striped}
 
-The laws through the runs in stripes, for n million images:
+The laws through the runs in stripes, and that of memory through all with {cores} cores, for n million
+images:
 
 - core seconds: {linear:.0f} n + {quadratic:.0f} n²
 - core seconds of each stripe beyond the first: {start:.0f} n
@@ -254,7 +255,10 @@ def report(whole: list[dict[str, float]], striped: list[dict[str, float]], busy:
     quadratic = float((runs["stripes"] * runs["compare"] / n**2).mean())
     in_all = once + runs["stripes"] * (runs["start"] + runs["compare"]) - runs["start"]
     start = float((runs["start"] / n).mean())
-    slope, constant = np.polyfit(n, runs["memory"] / 1e9, 1)
+    held = [*striped, *(run for run in whole if run["cores"] == striped[0]["cores"])]
+    slope, constant = np.polyfit(
+        [run["rows"] / 1e6 for run in held], [run["memory"] / 1e9 for run in held], 1
+    )
     of_disk, handed = (float((runs[name] / runs["rows"]).max()) for name in ("disk", "handed"))
 
     def predicted(images: int) -> str:

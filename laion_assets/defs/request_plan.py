@@ -23,9 +23,10 @@ from laion_assets.defs.history import (
 from laion_assets.defs.terminal import count
 from laion_assets.io.progress import format_duration
 from laion_assets.io.text import as_bytes
-from laion_assets.search.needs import Needs
+from laion_assets.search.needs import HOUR, NODE, Needs
 from laion_assets.search.sizing import USUAL, Counts, Yield, expected_counts, images_wanted
 
+NODES = 4  # for which a plan says how long combining takes, beside one
 TABLES = ("knn_urls", "centroid_urls", "combined_urls")
 
 
@@ -167,8 +168,19 @@ def as_yaml(plan: RequestPlan, seeds: int, times: Sequence[str] = ()) -> list[st
         *([f"# the index has only {rows:,} rows, which caps requests"] if bounded else []),
         *(times or scaled(plan)),
         f"# {plan.needs}; twice the images take four times as long",
+        *in_stripes(plan.needs),
         f"# disk: tables {sizes or 'unknown before the first run of the set'}; index {index}",
     ]
+
+
+def in_stripes(needs: Needs) -> list[str]:
+    """Return how long combining takes on one node and on some, as a comment; empty if it is one step."""
+    if needs.stripes == 1:
+        return []
+    nodes = min(NODES, needs.stripes)
+    one, some = (format_duration(HOUR * needs.hours(number)) for number in (1, nodes))
+    stripes = f"in {needs.stripes:,} stripes"
+    return [f"#   {stripes}: {one} on one node of {NODE} cores, {some} on {nodes} such nodes"]
 
 
 def scaled(plan: RequestPlan) -> list[str]:

@@ -15,12 +15,19 @@ from laion_assets.io.machine import free_disk, free_memory
 from laion_assets.io.spill import HELD_BYTES
 from laion_assets.io.text import as_bytes, count
 
-MEMORY, MEMORY_OF_AN_IMAGE = 190e6, 308  # bytes
+MEMORY, MEMORY_OF_AN_IMAGE = 240e6, 109  # bytes
 MEMORY_OF_A_REPEAT = 100  # bytes of a row whose image another row has
-DISK_OF_AN_IMAGE = 773  # bytes
+DISK_OF_AN_IMAGE = 901  # bytes
 HOUR = 3600  # seconds
-LINEAR, QUADRATIC = 119e-6, 1889e-12  # core-seconds of an image, and of a pair of images
-STRIPE = 8 * HOUR  # core-seconds of a stripe, at most: half an hour on 16 cores
+LINEAR, QUADRATIC = 22e-6, 1732e-12  # core-seconds of an image, and of a pair of images
+START = 6e-6  # core-seconds of an image when a stripe begins; the linear part has those of one stripe
+STRIPE = 8 * HOUR  # core-seconds of comparing one stripe, at most: half an hour on 16 cores
+NODE = 16  # cores of a usual node
+
+
+def stripes_of(images: int) -> int:
+    """Return in how many stripes different images are compared; at least 1."""
+    return max(1, math.ceil(QUADRATIC * images**2 / STRIPE))
 
 
 @dataclass(frozen=True)
@@ -31,7 +38,8 @@ class Needs:
         images: number of different ids; near-duplicates are among them.
         memory: bytes of memory.
         disk: bytes of intermediate files.
-        core_seconds: time of a processor core.
+        core_seconds: time of a processor core, for all stripes.
+        stripes: number of stripes in which the images are compared.
 
     """
 
@@ -39,22 +47,26 @@ class Needs:
     memory: float
     disk: float
     core_seconds: float
+    stripes: int
 
     @classmethod
     def of(cls, images: int, rows: int | None = None) -> Needs:
         """Estimate the needs of different images, which have some rows; by default one each."""
         repeats = 0 if rows is None else rows - images
+        stripes = stripes_of(images)
         return cls(
             images,
             MEMORY + MEMORY_OF_AN_IMAGE * images + MEMORY_OF_A_REPEAT * repeats,
             DISK_OF_AN_IMAGE * images,
-            LINEAR * images + QUADRATIC * images**2,
+            (LINEAR + (stripes - 1) * START) * images + QUADRATIC * images**2,
+            stripes,
         )
 
-    @property
-    def stripes(self) -> int:
-        """Return in how many stripes the images are compared; at least 1."""
-        return max(1, math.ceil(QUADRATIC * self.images**2 / STRIPE))
+    def hours(self, nodes: int = 1, cores: int = NODE) -> float:
+        """Return the time on some nodes, each of which compares one stripe after the other."""
+        alone = (LINEAR - START) * self.images
+        of_a_stripe = (self.core_seconds - alone) / self.stripes
+        return (alone + math.ceil(self.stripes / nodes) * of_a_stripe) / cores / HOUR
 
     def shortage(self) -> str | None:
         """Return what this machine lacks; None if it has enough.
@@ -88,5 +100,5 @@ class Needs:
         return (
             f"combining {count(self.images, 'different image')} takes about "
             f"{self.core_seconds / unit:,.0f} {name}, {as_bytes(self.memory)} of memory and "
-            f"{as_bytes(self.disk)} of disk{f', in {self.stripes:,} stripes' if self.stripes > 1 else ''}"
+            f"{as_bytes(self.disk)} of disk"
         )

@@ -32,7 +32,7 @@ from laion_assets.search.combined import (
     urls_and_codes,
 )
 from laion_assets.search.links import SIZES, Links
-from laion_assets.search.needs import Needs
+from laion_assets.search.needs import Needs, stripes_of
 
 PLAN = "plan"  # attachment of a table of codes
 LINKS = pa.schema({"row": pa.int64(), "label": pa.int64()})
@@ -40,10 +40,10 @@ LINKS = pa.schema({"row": pa.int64(), "label": pa.int64()})
 
 def stripes_for(knn: StoredTable, centroid: StoredTable) -> int:
     """Return in how many stripes to compare the different images of two URL sets; at least 1."""
-    if Needs.of(len(knn) + len(centroid)).stripes == 1:  # different images are at most as many
+    if stripes_of(len(knn) + len(centroid)) == 1:  # different images are at most as many
         return 1
     ids = [batch["id"].to_numpy() for table in (knn, centroid) for batch in table.batches(["id"])]
-    return Needs.of(len(np.unique(np.concatenate(ids)))).stripes
+    return stripes_of(len(np.unique(np.concatenate(ids))))
 
 
 def write_plan(
@@ -66,7 +66,7 @@ def write_plan(
     representative, _ = images_of(rows)
     needs = Needs.of(len(representative), len(rows.ids))
     needs.check()
-    log(str(needs))
+    log(f"{needs}, in {needs.stripes:,} stripes")
     del rows
     _, codes = urls_and_codes(knn, centroid, representative, with_codes=True)
     decoder = decoder_of(knn, centroid)

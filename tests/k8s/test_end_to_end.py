@@ -31,8 +31,8 @@ SMALL_PARTS = f"""
 from laion_assets.search import retrieval, shards
 retrieval.RESULT_BYTES = shards.RESULT_BYTES = {OF_TWO_SEEDS}
 shards.NOMINAL_ROW, shards.BATCHES = {ROW}, 1
-from laion_assets.search.needs import Needs
-Needs.stripes = 3
+from laion_assets.search import needs
+needs.stripes_of = lambda images: 3
 """
 RETRY = dg.DagsterEventType.STEP_UP_FOR_RETRY
 
