@@ -41,7 +41,7 @@ test-ui: $(READY) ## Run the tests against a real `make dev`, with a real browse
 	$(BIN)/python -m pytest tests/ui
 
 screenshots: $(READY) ## Retake the README's screenshots of the UI; needs chromium
-	SCREENSHOTS=$(CURDIR)/docs/ui $(BIN)/python -m pytest tests/ui/test_ui.py
+	SCREENSHOTS=$(CURDIR)/docs/ui $(BIN)/python -m pytest tests/ui/test_built_index.py tests/ui/test_ui.py
 
 test-peer: $(READY) ## Compare with clip-retrieval, and with indices of autofaiss, in their own environment
 	PYTHONPATH=benchmarks $(BIN)/python -m pytest tests/peer

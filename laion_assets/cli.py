@@ -6,6 +6,7 @@ import argparse
 import errno
 import logging
 import os
+import re
 import shlex
 import signal
 import socket
@@ -16,7 +17,7 @@ from contextlib import contextmanager, suppress
 from importlib import resources
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import dagster as dg
 from dotenv import load_dotenv
@@ -40,7 +41,7 @@ from laion_assets.defs.request_plan import as_yaml, estimated, plan_request, rea
 from laion_assets.defs.resources import Embedder, IndexBuilder, LaionIndex, SeedFolder
 from laion_assets.defs.run_origin import give_origin
 from laion_assets.defs.services import serve
-from laion_assets.defs.settings import FIELDS, Defaults, RetrievalConfig, kind_of
+from laion_assets.defs.settings import FIELDS, KIND_NAMES, Defaults, RetrievalConfig, kind_of
 from laion_assets.defs.terminal import count, one_line
 from laion_assets.demo import DEMO_MODEL, build_demo
 from laion_assets.index import ModelRecord
@@ -57,6 +58,16 @@ EXAMPLES = 8  # rows shown by `index-images`
 IMAGES_SHOWN = 10  # skipped images listed by `index-images`
 HOST, PORT, MAX_PORT = "127.0.0.1", 3000, 65_535
 INSTANCE_FILE = "dagster.yaml"
+WRONG_ARGUMENTS = {  # messages of argparse, and ours
+    "argument COMMAND: invalid choice: ('.*?') .*": r"there is no command \1",
+    r"argument (\S+): expected one argument": r"\1 has no value: give one",
+    r"argument (\S+): not allowed with argument (\S+)": r"\1 and \2 are given: give only one of them",
+    r"argument (\S+): (.*)": r"\1 \2",
+    r"the following arguments are required: ([^,]+)": r"\1 is missing",
+    r"the following arguments are required: (.+)": r"\1 are missing",
+    r"one of the arguments (\S+) (\S+) is required": r"neither \1 nor \2 is given: give one of them",
+    r"unrecognized arguments: (.*)": r"nothing like \1 is expected",
+}
 METAVARS: Mapping[type, str] = {int: "N", float: "X", str: "CONDITIONS"}
 DEFAULT_FOLDERS = {"LAION_INDEX_URI": DATA / "index", "LAION_SEEDS_URI": DATA / "seeds"}
 CONSOLE: Mapping[str, Any] = {"loggers": {"console": {"config": {}}}}
@@ -128,8 +139,33 @@ def _remedy(message: str, environment: Mapping[str, str]) -> str:
     return ""
 
 
+class _Parser(argparse.ArgumentParser):
+    """A parser whose errors are one sentence with the remedy, like all others."""
+
+    def error(self, message: str) -> NoReturn:
+        """Print what is wrong with the arguments, and exit with 2."""
+        for pattern, wording in WRONG_ARGUMENTS.items():
+            if found := re.fullmatch(pattern, message):
+                message = found.expand(wording)
+                break
+        remedy = "" if ": give " in message else f": see `{self.prog} --help`"
+        self.exit(2, f"error: {printable(message)}{remedy}\n")
+
+
+def _number(kind: type) -> Callable[[str], Any]:
+    """Return a function that reads a value of a type of setting."""
+
+    def read(text: str) -> Any:
+        try:
+            return kind(text)
+        except ValueError:
+            raise argparse.ArgumentTypeError(f"is {text!r}: give {KIND_NAMES[kind]}") from None
+
+    return read
+
+
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = _Parser(
         prog="laion-assets",
         description="Turn seed images into a clean table of similar images from LAION. Runs the assets "
         "of the Dagster UI without a server.",
@@ -142,7 +178,7 @@ def _parser() -> argparse.ArgumentParser:
     for name in FIELDS:
         materialize.add_argument(
             f"--{name.replace('_', '-')}",
-            type=kind_of(name),
+            type=_number(kind_of(name)),
             metavar=METAVARS[kind_of(name)],
             help=RetrievalConfig.model_fields[name].description,
         )
@@ -152,10 +188,10 @@ def _parser() -> argparse.ArgumentParser:
         "plan", help="print how many images to request, as YAML, with the expected time and disk space"
     )
     planned.add_argument(
-        "--target", type=int, metavar="N", required=True, help="images wanted whose URLs work"
+        "--target", type=_number(int), metavar="N", required=True, help="images wanted whose URLs work"
     )
     which = planned.add_mutually_exclusive_group(required=True)
-    which.add_argument("--seeds", type=int, metavar="N", help="number of seeds")
+    which.add_argument("--seeds", type=_number(int), metavar="N", help="number of seeds")
     which.add_argument(
         "--seed-set", metavar="SEED_SET", help="count the seeds of this set and use its past runs"
     )
@@ -166,7 +202,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     looked.add_argument("what", metavar='IMAGE|FOLDER|SEED_SET|"a prompt"', help="the query")
     looked.add_argument(
-        "--top", type=int, metavar="N", default=TOP, help=f"number of rows (default {TOP})"
+        "--top", type=_number(int), metavar="N", default=TOP, help=f"number of rows (default {TOP})"
     )
     looked.add_argument(
         "--output", metavar="PNG", help=f"file of the contact sheet (default {SHEETS}/<name>.png)"
@@ -182,16 +218,16 @@ def _parser() -> argparse.ArgumentParser:
         "plan-build", help="estimate a build: shards, core-hours, bytes; measures this machine"
     )
     costs.add_argument(
-        "--rows", type=int, metavar="N", help="number of rows, instead of LAION_EMBEDDINGS_URI"
+        "--rows", type=_number(int), metavar="N", help="number of rows, instead of LAION_EMBEDDINGS_URI"
     )
     costs.add_argument(
         "--dimension",
-        type=int,
+        type=_number(int),
         metavar="N",
         default=768,
         help="dimension of the vectors, with --rows (default 768)",
     )
-    costs.add_argument("--core-price", type=float, metavar="X", help="price of a core-hour")
+    costs.add_argument("--core-price", type=_number(float), metavar="X", help="price of a core-hour")
     costs.set_defaults(command=_plan_build)
 
     verified = commands.add_parser(
@@ -225,7 +261,7 @@ def _parser() -> argparse.ArgumentParser:
     demo.set_defaults(command=_demo)
 
     dev = commands.add_parser("dev", help="start the Dagster UI with this folder's data and history")
-    dev.add_argument("--port", type=int, metavar="N", default=PORT, help=f"default {PORT}")
+    dev.add_argument("--port", type=_number(int), metavar="N", default=PORT, help=f"default {PORT}")
     dev.set_defaults(command=_dev)
     return parser
 
@@ -445,7 +481,7 @@ def _build_demo() -> None:
     report = build_demo(DATA / "index", DATA / "seeds")
     built = f"built in {report.seconds:.0f} s" if report.seconds else "already built"
     print(
-        f"demo index: {report.rows:,} images in {report.index_key}, {built}; it finds "
+        f"demo index: {count(report.rows, 'image')} in {report.index_key}, {built}; it finds "
         f"{report.recall_all_lists:.0%} of the 10 true nearest"
     )
     print(f"demo seeds: {', '.join(report.seeds)}, {count(sum(report.seeds.values()), 'image')}")

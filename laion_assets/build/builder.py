@@ -124,7 +124,7 @@ class Built:
     @property
     def summary(self) -> str:
         """The number of rows that a search can find, and of those that it cannot."""
-        return f"{self.stored:,} of {self.rows:,} rows{without_vector(self.unusable)}"
+        return f"{self.stored:,} of {count(self.rows, 'row')}{without_vector(self.unusable)}"
 
 
 @dataclass(frozen=True)
@@ -629,8 +629,8 @@ def _write_one_file(
     """Write an index without lists (Flat, HNSW), in which a row's id is its position."""
     if unusable := sum(record.unusable for record in records):
         raise InputError(
-            f"{unusable:,} rows have no usable vector, but {trained.record.index_key} needs one for each "
-            "row: leave these rows out, or choose a key with lists, such as IVF1,Flat",
+            f"{count(unusable, 'row')} without a usable vector, but {trained.record.index_key} needs one "
+            "for each row: leave these rows out, or choose a key with lists, such as IVF1,Flat",
             "index_key",
         )
     index = faiss.clone_index(trained.index)

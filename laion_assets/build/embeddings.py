@@ -30,7 +30,7 @@ from laion_assets.index.model_record import ModelRecord
 from laion_assets.io.arrays import Floats, Ids
 from laion_assets.io.checksums import fingerprint
 from laion_assets.io.errors import InputError
-from laion_assets.io.text import list_shortly
+from laion_assets.io.text import count, list_shortly
 from laion_assets.staging.transfer.files import SourceFile, version_of
 
 FILES_AT_ONCE = 16  # files whose headers or sample rows are read at a time
@@ -212,7 +212,7 @@ def list_embeddings(
     rows = sum(file.rows for file in listed)
     if not rows and dimension is None:
         raise InputError(
-            f"{uri} holds no rows: all of its {len(listed):,} files are empty, so name another folder",
+            f"{uri} holds no rows, in {count(len(listed), 'file')}: name another folder",
             URI,
         )
     dimension = _common_dimension(listed, uri, dimension)

@@ -17,6 +17,7 @@ from laion_assets.build.workspace import Workspace
 from laion_assets.index import nprobe_rule, set_search_depth, transformed
 from laion_assets.io.arrays import Bytes, Floats, Ids, unit_rows
 from laion_assets.io.errors import InputError
+from laion_assets.io.text import count
 
 QUERIES = 200
 SCALED_AT_ONCE = 16_384  # rows
@@ -173,8 +174,8 @@ def train_index(
     vectors, order = _shuffled_unit_rows(sampled)
     if not len(vectors):
         raise InputError(
-            f"none of the {len(sampled):,} rows read for training has a finite, non-zero vector: check "
-            "the embeddings",
+            f"no row of the {count(len(sampled), 'row')} read for training has a finite, non-zero "
+            "vector: check the embeddings",
             "embeddings_uri",
         )
     index_key = key_for(int(rows * len(vectors) / len(sampled)))
@@ -183,7 +184,7 @@ def train_index(
     training = vectors[QUERIES:]
     if len(training) < max(len(vectors) // 2, needed, 1):
         training = vectors  # with few rows, all are needed
-    log(f"training {index_key} on {len(training):,} rows")
+    log(f"training {index_key} on {count(len(training), 'row')}")
     index = train(index_key, dimension, training, rows_per_centre=rows_per_centre, log=log)
     lists = faiss.try_extract_index_ivf(index)
     folder = workspace / FOLDER

@@ -11,6 +11,7 @@ from laion_assets.defs.history import received_since, rows_of_the_index, staged_
 from laion_assets.defs.places import Places
 from laion_assets.defs.settings import COUNTS, ResolvedSettings
 from laion_assets.io.errors import InputError
+from laion_assets.io.text import count
 from laion_assets.search.sizing import kept_by_each
 
 DAY = 24 * 60 * 60.0  # seconds
@@ -55,8 +56,8 @@ class Bounds:
         requested = _requested(context, settings, seeds)
         if self.run is not None and requested > self.run:
             raise InputError(
-                f"this run requests {requested:,} images, but LAION_MAX_IMAGES allows {self.run:,}: "
-                "request fewer, or raise it"
+                f"this run requests {count(requested, 'image')}, but LAION_MAX_IMAGES allows {self.run:,}"
+                ": request fewer, or raise it"
             )
         if self.day is None:
             return
@@ -66,8 +67,8 @@ class Bounds:
         )
         if before + requested > self.day:
             raise InputError(
-                f"this run requests {requested:,} images after {before:,} in the last 24 hours, but "
-                f"LAION_MAX_IMAGES_PER_DAY allows {self.day:,}: wait, request fewer, or raise it"
+                f"this run requests {count(requested, 'image')} after {before:,} in the last 24 hours, "
+                f"but LAION_MAX_IMAGES_PER_DAY allows {self.day:,}: wait, request fewer, or raise it"
             )
 
 

@@ -86,7 +86,7 @@ def build_embeddings_sensor(jobs: Sequence[dg.UnresolvedAssetJobDefinition]) -> 
         registered = set(instance.get_dynamic_partitions(SHARDS))
         new = [name for name in names if name not in registered]
         version = Version(embedding_files.key, listing.version)
-        planned = f"; {plan.rows:,} rows in {count(len(names), 'shard')}" if names else ""
+        planned = f"; {count(plan.rows, 'row')} in {count(len(names), 'shard')}" if names else ""
         report = f"{step.report}{planned}"
         context.log.info(report)
         return dg.SensorResult(

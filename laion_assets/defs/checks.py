@@ -253,7 +253,7 @@ def of_built_index(built: Built, min_recall: float) -> Results:
         "rows_have_vectors",
         usable >= USABLE,
         WARN,
-        f"{built.unusable:,} of {built.rows:,} rows have no usable vector",
+        f"{built.unusable:,} of {count(built.rows, 'row')} without a usable vector",
         {"usable": usable},
     )
 
@@ -310,29 +310,30 @@ def of_staged_index(opened: OpenIndex, cache_dir: Any) -> list[dg.AssetCheckResu
 def _sampled(sound: audit.Soundness | None) -> str:
     if sound is None:
         return f"no rows were sampled: {ONLY_A_PART}"
-    return f"{sound.rows:,} sampled rows have valid ids, {sound.without_vector:,} of them no vector"
+    rows = count(sound.rows, "sampled row")
+    return f"{rows} with valid ids, {sound.without_vector:,} of them without a vector"
 
 
 def _coverage(rows: int, metadata_rows: int) -> str:
     if rows == metadata_rows:
-        return f"all {rows:,} rows have metadata"
+        return f"{count(rows, 'row')} in the index and in the metadata"
     if rows > metadata_rows:
         return (
-            f"{rows - metadata_rows:,} of {rows:,} rows have no metadata: they are left out and "
-            "counted; this is fine if you keep only a part of the metadata, such as the English part"
+            f"{rows - metadata_rows:,} of {count(rows, 'row')} without metadata: left out and counted; "
+            "this is fine if you keep only a part of the metadata, such as the English part"
         )
     return (
-        f"{metadata_rows - rows:,} metadata rows belong to no row of the index: make sure that both come "
-        "from the same release"
+        f"{count(metadata_rows - rows, 'row')} of metadata without a row of the index: make sure that "
+        "both come from the same release"
     )
 
 
 def _agreement(captions: audit.Agreement) -> str:
     if not captions.is_decidable:
-        return f"not checked: only {captions.pairs} pairs of neighbours have captions"
+        return f"not checked: only {count(captions.pairs, 'pair')} of neighbours with captions"
     described = (
         f"neighbours share {captions.near:.1%} of their words, random captions {captions.apart:.1%} "
-        f"({captions.pairs} pairs, in the quarter of the rows with the smallest difference)"
+        f"({count(captions.pairs, 'pair')}, in the quarter of the rows with the smallest difference)"
     )
     if captions.silent:
         described += f"; {captions.silent} of {audit.PARTS} quarters of the rows have too few captions"

@@ -165,7 +165,7 @@ def as_yaml(plan: RequestPlan, seeds: int, times: Sequence[str] = ()) -> list[st
         f"# {images:,} images from {count(seeds, 'seed')}, if {plan.expect_alive:.0%} of the URLs work",
         f"# about {requested['knn_urls']:,} requested around the seeds, {counts.nb_images_knn:,} each,",
         f"#   and {requested['centroid_urls']:,} around their mean, at {plan.known.yielded}",
-        *([f"# the index has only {rows:,} rows, which caps requests"] if bounded else []),
+        *([f"# the index has only {count(rows or 0, 'row')}, which caps requests"] if bounded else []),
         *(times or scaled(plan)),
         f"# {plan.needs}; twice the images take four times as long",
         *in_stripes(plan.needs),

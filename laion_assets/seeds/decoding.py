@@ -127,7 +127,7 @@ def thumbnail(image: Image.Image) -> bytes:
 def _opened(data: bytes) -> Image.Image:
     """Read the header."""
     if not data:
-        raise BadImageError("is empty (0 bytes): remove it")
+        raise BadImageError("is empty (0 bytes): use another file")
     try:
         image = Image.open(io.BytesIO(data), formats=FORMATS)
     except Image.DecompressionBombError as error:
@@ -192,7 +192,7 @@ def _what_it_is(data: bytes) -> str:
         if data.startswith(magic):
             return f"is a truncated or damaged {name}: copy it again"
     if _is_text(data[:1024]):
-        return "is text, not an image: remove it"
+        return "is text, not an image: use another file"
     return f"is not an image in a supported format ({', '.join(FORMATS)}): save it in one of them"
 
 

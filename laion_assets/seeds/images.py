@@ -62,7 +62,7 @@ class BadImage:
 
     Attributes:
         name: the file's name.
-        reason: a phrase that follows the name, such as "is empty (0 bytes): remove it".
+        reason: a phrase that follows the name, such as "is empty (0 bytes): use another file".
 
     """
 
@@ -206,7 +206,7 @@ def _embedded(model: Model, waiting: Iterable[_Prepared | Outcome]) -> Iterator[
         elif (vector := next(vectors)) is not None:
             yield EmbeddedImage(outcome.name, outcome.content, vector, outcome.thumbnail)
         else:
-            yield BadImage(outcome.name, f"{NO_DIRECTION}: remove it, or use another model")
+            yield BadImage(outcome.name, f"{NO_DIRECTION}: use another file, or another model")
 
 
 def _directions(answers: Floats | None) -> Iterator[Floats | None]:

@@ -287,7 +287,7 @@ def test_a_file_without_rows_or_vectors_that_is_added_later_is_encoded_too(root)
 def test_input_without_any_usable_row_is_refused(root):
     for number, size in enumerate(SIZES):
         write_part(root / "embeddings", number, np.zeros((size, DIMENSION), np.float32))
-    with pytest.raises(InputError, match="none of the 350 rows"):
+    with pytest.raises(InputError, match="no row of the 350 rows"):
         built(request(root))
 
 
@@ -300,7 +300,7 @@ def test_an_index_without_lists_finds_every_row_and_has_no_place_for_unusable_on
     assert hits["id"].to_pylist() == list(range(len(rows)))
     assert faiss.read_index(str(root / "index" / "image.index")).ntotal == len(rows)
     write_part(root / "embeddings", 3, np.zeros((2, DIMENSION), np.float32))
-    with pytest.raises(InputError, match=f"2 rows have no usable vector, but {key}.*IVF1,Flat"):
+    with pytest.raises(InputError, match=f"2 rows without a usable vector, but {key}.*IVF1,Flat"):
         built(request(root, index_key=key))
     assert hits.equals(search(root / "index", rows, 1, dedup_threshold=1))
 

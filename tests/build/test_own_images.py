@@ -41,7 +41,7 @@ def test_each_image_is_the_best_row_for_itself_and_images_that_are_added_get_the
     found, index = built(tmp_path, model)
     count = len(list((PICTURES / "bird").iterdir()))
     assert (found.images, found.new, [str(bad) for bad in found.bad]) == (
-        count, count, [f"{mine / 'broken.jpg'} is empty (0 bytes): remove it"],
+        count, count, [f"{mine / 'broken.jpg'} is empty (0 bytes): use another file"],
     )  # fmt: skip
     assert index.stored == count
     first = vectors(tmp_path)

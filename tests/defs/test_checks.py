@@ -400,7 +400,7 @@ def test_rows_without_a_vector_are_counted_and_block_only_where_there_are_no_oth
     found = named(checks.of_staged_index(replace(opened, index=odd), cache))["staged_index_is_intact"]
     assert found.passed == sound
     assert found.metadata["rows without a vector"].value > 0
-    assert ("of them no vector" if sound else "none of") in (found.description or "")
+    assert ("of them without a vector" if sound else "none of") in (found.description or "")
 
 
 def test_of_an_index_that_is_only_partly_on_the_disk_no_row_is_asked_and_it_is_told(staged):

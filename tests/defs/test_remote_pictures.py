@@ -1,8 +1,6 @@
 """Runs on an index without thumbnails, where hosts may be asked for pictures and for working URLs."""
 
-import threading
 from collections.abc import Iterator
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import dagster as dg
@@ -10,6 +8,7 @@ import numpy as np
 import pyarrow as pa
 import pytest
 from helpers import indices
+from helpers.picture_host import PictureHost, picture_host
 from helpers.project import failures, new_project, reported
 from PIL import Image
 
@@ -19,41 +18,14 @@ from laion_assets.io import remote_images
 ROWS = 400
 
 
-class Host(BaseHTTPRequestHandler):
-    """Has every image but each fourth."""
-
-    asked: list[tuple[str, int]]
-
-    def do_HEAD(self) -> None:
-        self.do_GET()
-
-    def do_GET(self) -> None:
-        row = int(self.path[1:])
-        self.asked.append((self.command, row))
-        self.send_response(404 if row % 4 == 0 else 200)
-        self.end_headers()
-        if self.command == "GET" and row % 4:
-            Image.new("RGB", (80, 80), "red").save(self.wfile, "PNG")
-
-    def log_message(self, *_: object) -> None:
-        pass
-
-
-class Server(ThreadingHTTPServer):
-    request_queue_size = 128  # connections that wait; by default only five may
+@pytest.fixture
+def host() -> Iterator[PictureHost]:
+    with picture_host() as running:
+        yield running
 
 
 @pytest.fixture
-def host() -> Iterator[str]:
-    Host.asked = []
-    with Server(("127.0.0.1", 0), Host) as server:
-        threading.Thread(target=server.serve_forever, daemon=True).start()
-        yield f"http://127.0.0.1:{server.server_port}"
-        server.shutdown()
-
-
-@pytest.fixture
-def index(tmp_path: Path, host: str) -> Path:
+def index(tmp_path: Path, host: PictureHost) -> Path:
     """An index of which each third row is marked as unsafe."""
     rows = np.random.default_rng(5).standard_normal((ROWS, indices.DIMENSION)).astype(np.float32)
     rows /= np.linalg.norm(rows, axis=1, keepdims=True)
@@ -61,7 +33,7 @@ def index(tmp_path: Path, host: str) -> Path:
     indices.write_index(folder, rows, "Flat")
     metadata = pa.table(
         {
-            "url": [f"{host}/{row}" for row in range(ROWS)],
+            "url": [f"{host.url}/{row}" for row in range(ROWS)],
             "caption": [f"picture {row}" for row in range(ROWS)],
             "punsafe": [0.9 if row % 3 == 0 else 0.1 for row in range(ROWS)],
         }
@@ -77,12 +49,12 @@ def check(result: dg.ExecuteInProcessResult) -> dg.AssetCheckEvaluation:
     return found
 
 
-def test_pictures_and_working_urls_are_asked_for_only_where_it_is_allowed(tmp_path, index, monkeypatch):
+def test_pictures_and_working_urls_are_asked_for_only_where_allowed(tmp_path, host, index, monkeypatch):
     monkeypatch.setattr(remote_images, "is_public", lambda _: True)  # the host is this machine
     with new_project(tmp_path, index, tmp_path / "given") as project:
         result = project.run("mine", nb_images_knn=9, nb_images_centroid=9)
         assert failures(result) == {}
-        assert Host.asked == []
+        assert host.asked == []
         for name in ("knn_urls", "centroid_urls", "combined_urls"):
             shown = reported(result, name)["contact sheet"]
             assert "LAION_SHOW_REMOTE_PICTURES=true" in shown
@@ -93,7 +65,7 @@ def test_pictures_and_working_urls_are_asked_for_only_where_it_is_allowed(tmp_pa
         allowed = project.with_environment(LAION_SHOW_REMOTE_PICTURES="true")
         result = allowed.run("mine", nb_images_knn=100, nb_images_centroid=300)
         assert failures(result) == {}
-        fetched = [row for command, row in Host.asked if command == "GET"]
+        fetched = [row for command, row in host.asked if command == "GET"]
         assert len(fetched) <= 3 * 48
         assert [row for row in fetched if row % 3 == 0] == []  # unsafe
         for name in ("knn_urls", "centroid_urls", "combined_urls"):
@@ -103,7 +75,7 @@ def test_pictures_and_working_urls_are_asked_for_only_where_it_is_allowed(tmp_pa
             assert "returned status 404" in shown
         assert red_pixels(project.output / "combined_urls" / "mine.png") > 10_000
 
-        heads = [row for command, row in Host.asked if command == "HEAD"]
+        heads = [row for command, row in host.asked if command == "HEAD"]
         assert len(heads) == len(set(heads)) == 200
         working = sum(row % 4 != 0 for row in heads)
         told = check(result)

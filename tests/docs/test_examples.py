@@ -11,6 +11,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from helpers.project import REPOSITORY, Demo, new_project
+from PIL import Image
 
 BLOCK = re.compile(r"^```python\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 PAGES = sorted(page for page in (REPOSITORY / "docs").glob("*.md") if BLOCK.search(page.read_text()))
@@ -76,3 +77,15 @@ def test_an_index_is_built_from_embeddings(tmp_path, monkeypatch, capsys):
 def test_every_example_is_tested():
     tested = set(re.findall(r'run_example\("(\w+\.py)"', Path(__file__).read_text()))
     assert tested == {path.name for path in (REPOSITORY / "examples").glob("*.py")}
+
+
+def test_the_readme_shows_what_the_demo_makes(folder: Path) -> None:
+    told = (REPOSITORY / "README.md").read_text()
+    for name in ("knn_urls", "centroid_urls", "combined_urls"):
+        file = f"data/output/{name}/fruit.parquet"
+        (counts,) = re.findall(rf"^{name} +(.*?) +{file}$", told, re.MULTILINE)
+        kept = pq.read_metadata(folder / file).num_rows
+        assert int(counts.split()[-1]) == pytest.approx(kept, rel=0.02)  # processors round differently
+    made = folder / "data" / "output" / "combined_urls" / "fruit.png"
+    shown = REPOSITORY / "docs" / "contact-sheet.png"
+    assert Image.open(shown).size == Image.open(made).size, f"{shown}: copy the demo's contact sheet"

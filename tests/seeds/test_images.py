@@ -323,7 +323,7 @@ def with_size(width: int, height: int) -> bytes:
 
 
 BAD = {
-    "nothing": (b"", "is empty (0 bytes): remove it"),
+    "nothing": (b"", "is empty (0 bytes): use another file"),
     "a truncated JPEG": (JPEG[: len(JPEG) // 2], "is truncated: copy it again"),
     "a truncated PNG": (saved(noise(300, 200))[:3000], "is truncated"),
     "a truncated WebP": (saved(noise(300, 200), "WEBP")[:300], "damaged"),

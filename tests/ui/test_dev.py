@@ -73,7 +73,7 @@ def test_a_seed_set_that_cannot_be_used_is_one_failed_run_with_the_reason(projec
     (failure,) = ui.step_events(run.id, "seed_embeddings", "STEP_FAILURE")
     assert "broken/1.npy" in failure["failureMetadata"]["description"]
     ticks = len(ui.ticks())
-    wait_for("three more ticks", lambda: len(ui.ticks()) >= ticks + 3)
+    wait_for("two more ticks", lambda: len(ui.ticks()) >= ticks + 2)
     assert ui.runs_of(BROKEN) == [ui.run(run.id)]
 
 
@@ -183,7 +183,7 @@ def test_history_outlives_a_restart_and_only_what_was_interrupted_runs_again(pro
     assert ui.finished(interrupted, 90).status == "FAILURE"
     again = wait_for("a retry", lambda: ui.retry_of(interrupted), 60)
     assert ui.finished(again).status == "SUCCESS"
-    wait_for("three more ticks", lambda: len(ui.ticks()) >= ticks + 3)
+    wait_for("two more ticks", lambda: len(ui.ticks()) >= ticks + 2)
     assert ui.runs()[2:] == runs
     assert ui.partitions("combined_urls") == partitions
     assert partitions["all"] >= {*DEMO_SETS, OWN_IMAGES, DROPPED, BROKEN}

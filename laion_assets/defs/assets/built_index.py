@@ -53,8 +53,8 @@ def trained_index_asset(placement: Placement) -> dg.AssetsDefinition:
                 trained, plan = build.train(), build.stored_plan()
             record = trained.record
             context.log.info(
-                f"{record.index_key} trained on {record.sample:,} rows; {plan.rows:,} rows planned in "
-                f"{count(len(plan.shards), 'shard')}"
+                f"{record.index_key} trained on {count(record.sample, 'row')}; "
+                f"{count(plan.rows, 'row')} planned in {count(len(plan.shards), 'shard')}"
             )
             return dg.MaterializeResult(
                 data_version=dg.DataVersion(record.checksum),
@@ -165,7 +165,7 @@ def laion_index_asset(placement: Placement) -> dg.AssetsDefinition:
                 data_version=dg.DataVersion(built.fingerprint),
                 metadata={
                     "about": dg.MetadataValue.md(
-                        f"**{built.stored:,} rows** of {built.rows:,} in {built.index_key}\n\n"
+                        f"**{count(built.stored, 'row')}** of {built.rows:,} in {built.index_key}\n\n"
                         f"{results[0].description}"
                     ),
                     "recall": table(_by_nprobe(built.recall, searched)),

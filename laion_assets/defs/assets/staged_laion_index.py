@@ -167,5 +167,5 @@ def _sentence(staged: Staged, laion_index: LaionIndex) -> str:
     if staged.mended:
         parts.append(f"{count(staged.mended, 'damaged file')} mended")
     if staged.retries:
-        parts.append(f"{staged.retries} reads retried")
+        parts.append(f"{count(staged.retries, 'read')} retried")
     return "; ".join(parts)
