@@ -17,6 +17,7 @@ from laion_assets.defs.launchpad import prefilled
 from laion_assets.defs.partitions import JOB
 from laion_assets.defs.places import Places
 from laion_assets.defs.resources import SeedFolder, resources_from, storage_kind
+from laion_assets.defs.retries import build_missed_retries_sensor
 from laion_assets.defs.seed_set_states import seed_sets_table
 from laion_assets.defs.sensors import build_laion_index_sensor, build_seed_sets_sensor
 from laion_assets.defs.settings import Defaults
@@ -67,6 +68,7 @@ def build_defs(
                 job, index if building else None, is_on=on_this_machine(places.index_uri)
             ),
             build_embeddings_sensor(build) if build else build_laion_index_sensor(),
+            build_missed_retries_sensor(),
         ],
         resources=resources_from(environment),
         executor=_executor(environment),

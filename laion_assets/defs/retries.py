@@ -5,6 +5,8 @@ each event once: if it comes between the two, it finds a run that has not failed
 
 A step that finds its pool full waits until the step that leaves the pool assigns it the place. If one
 joins the queue while the other leaves, nobody assigns it, and it would wait for ever.
+
+Dagster's concept: https://docs.dagster.io/guides/automate/sensors
 """
 
 from __future__ import annotations
@@ -16,13 +18,34 @@ from typing import Any
 import dagster as dg
 
 from laion_assets.defs.dagster_internals import AUTO_RETRY_RUN_ID_TAG, WILL_RETRY_TAG
+from laion_assets.defs.terminal import some
 
 MISSED_AFTER = 60.0  # seconds; the daemon looks for failures every few seconds
 GIVEN_UP_AFTER = timedelta(hours=1)
+INTERVAL = 15  # seconds between ticks
 
 
-def report_missed_retries(instance: dg.DagsterInstance) -> None:
-    """Report the failure of runs again that are to be retried, but were not."""
+def build_missed_retries_sensor() -> dg.SensorDefinition:
+    """Return the sensor that repeats what Dagster has missed; it is on, whatever other sensors are."""
+
+    @dg.sensor(
+        name="missed_retries_sensor",
+        minimum_interval_seconds=INTERVAL,
+        default_status=dg.DefaultSensorStatus.RUNNING,
+        description="Retries killed runs whose failure Dagster has missed, and assigns places in pools "
+        "that it has not assigned. It starts nothing that was not requested.",
+    )
+    def missed_retries_sensor(context: dg.SensorEvaluationContext) -> dg.SkipReason:
+        assign_missed_places(context.instance)
+        retried = report_missed_retries(context.instance)
+        return dg.SkipReason(f"retries again: {some(retried)}" if retried else "no retry was missed")
+
+    return missed_retries_sensor
+
+
+def report_missed_retries(instance: dg.DagsterInstance) -> list[str]:
+    """Report the failure of runs again that are to be retried, but were not; return their ids."""
+    missed = []
     waiting = dg.RunsFilter(
         statuses=[dg.DagsterRunStatus.FAILURE],
         tags={WILL_RETRY_TAG: "true"},
@@ -34,6 +57,8 @@ def report_missed_retries(instance: dg.DagsterInstance) -> None:
             instance.report_run_failed(
                 run, "the retry of this run was missed: the failure is reported again"
             )
+            missed.append(run.run_id)
+    return missed
 
 
 def assign_missed_places(instance: dg.DagsterInstance) -> None:

@@ -22,7 +22,6 @@ from laion_assets.defs.launchpad import run_config
 from laion_assets.defs.partitions import SEED_SETS, seed_sets
 from laion_assets.defs.provenance import files_version
 from laion_assets.defs.resources import LaionIndex, SeedFolder
-from laion_assets.defs.retries import assign_missed_places, report_missed_retries
 from laion_assets.defs.seed_set_states import (
     Is,
     State,
@@ -189,8 +188,6 @@ def build_seed_sets_sensor(
         defaults: dg.ResourceParam[Defaults],
     ) -> dg.SensorResult:
         state, instance = state_in(context.cursor), context.instance
-        report_missed_retries(instance)
-        assign_missed_places(instance)
         try:
             listing = seeds.listing(LISTING_SECONDS)
         except InputError as error:

@@ -383,8 +383,8 @@ def test_without_embeddings_there_is_no_build():
         {sensor.name for sensor in each.get_repository_def().sensor_defs} for each in (defs, built)
     ]
     assert sensors == [
-        {"seed_sets_sensor", "laion_index_sensor"},
-        {"seed_sets_sensor", "embedding_files_sensor"},
+        {"seed_sets_sensor", "laion_index_sensor", "missed_retries_sensor"},
+        {"seed_sets_sensor", "embedding_files_sensor", "missed_retries_sensor"},
     ]
     graph = built.resolve_asset_graph()
     parents = {
