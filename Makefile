@@ -78,7 +78,7 @@ bench: $(READY) ## Measure against the peer, about an hour; writes benchmarks/re
 bench-quick: $(READY) ## The same on less data, a few minutes; writes benchmarks/.cache/quick
 	$(BIN)/python benchmarks/bench.py --quick --output benchmarks/.cache/quick
 
-bench-cold: $(READY) ## Measure the bytes of cold metadata reads, a minute
+bench-cold: $(READY) ## Measure the bytes of cold reads of metadata and lists, five minutes
 	$(BIN)/python benchmarks/cold.py
 
 bench-embed: $(READY) ## Measure embedded images per second, against the model alone, a few minutes

@@ -1,7 +1,9 @@
-"""Bytes and seconds of cold reads: opening metadata and taking scattered rows, against their pages.
+"""Bytes and seconds of cold reads: of metadata against its pages, and of the lists of many seeds.
 
-The page cache forgets the file before each measurement. The limit is 1.5 times the pages that hold what
-is taken. The same pages, read by bare `pread`, say what the disk gives.
+The page cache forgets the files before each measurement. Opening metadata and taking scattered rows is
+limited to 1.5 times the pages that hold what is taken. The same pages, read by bare `pread`, say what
+the disk gives. Seeds of many styles are searched in batches in the order of their table, then in batches
+of neighbours. The page cache forgets the lists before each batch, as if it held what one batch reads.
 """
 
 from __future__ import annotations
@@ -15,14 +17,20 @@ from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
+from stand_in import ROW_BYTES, Recipe, StandIn
 
+from laion_assets.index import Index
 from laion_assets.index.arrow_file import ArrowFile
 from laion_assets.index.metadata import READS, Metadata
 from laion_assets.io.ranges import WholeFiles, members, union
+from laion_assets.search.neighbours import batches_of_neighbours
 
 PAGE = 4096
 BATCH_ROWS = 65_536
 ROW = "{:34}{:>12}{:>10}{:>10}{:>10}"
+MANY_STYLES = Recipe(batches=256, lists=8_192, styles=32, files=1)  # lists 1/22 as long as LAION-5B's
+SEEDS_OF_A_STYLE, BATCH_OF_SEEDS, K, NPROBE = 200, 200, 100, 64
+LISTS_ROW = "{:34}{:>16}{:>10}{:>10}"
 
 
 def write(path: Path, batches: int) -> None:
@@ -78,6 +86,32 @@ def preads(path: Path, pages: np.ndarray, threads: int) -> Callable[[], object]:
     return work
 
 
+def compare_orders(stand_in: StandIn) -> None:
+    """Search seeds of many styles, batch by batch, in two orders, and print what both read."""
+    seeds = stand_in.space.seeds_of_all_styles(SEEDS_OF_A_STYLE)
+    numbers = np.arange(len(seeds))
+    lists = Index(stand_in.index, stand_in.ivfdata).nearest_lists(seeds, NPROBE)
+    stand_in.write_lists(np.unique(lists))
+    different = stand_in.lists.sizes[np.unique(lists)].sum() * ROW_BYTES
+    print(f"{len(seeds):,} seeds of {stand_in.recipe.styles} styles: {different:,} bytes of lists")
+    print(LISTS_ROW.format("batches of seeds", "bytes", "times", "seconds"))
+    for name, batches in {
+        "in the order of the table": np.split(numbers, numbers[BATCH_OF_SEEDS::BATCH_OF_SEEDS]),
+        "of neighbours": batches_of_neighbours(seeds, numbers, BATCH_OF_SEEDS),
+    }.items():
+        read, seconds = 0, 0.0
+        for batch in batches:  # each opens the index, because mapped pages would not be forgotten
+            index = Index(stand_in.index, stand_in.ivfdata)
+            some = cold(
+                stand_in.ivfdata, lambda index=index, batch=batch: index.search(seeds[batch], K, NPROBE)
+            )
+            read, seconds = read + some[0], seconds + some[1]
+            del index
+        print(
+            LISTS_ROW.format(name, f"{read:,}", f"{read / different:.1f}", f"{seconds:.0f}"), flush=True
+        )
+
+
 def main() -> None:
     """Measure and print a table."""
     parser = argparse.ArgumentParser(description=__doc__)
@@ -103,6 +137,10 @@ def main() -> None:
     opened.clear()  # mapped pages would not be forgotten
     show("pread of their pages, 1 thread", preads(path, pages, 1))
     show(f"pread of their pages, {READS} threads", preads(path, pages, READS))
+    print()
+    many = StandIn(cache / "many-styles", MANY_STYLES)
+    many.create()
+    compare_orders(many)
 
 
 if __name__ == "__main__":

@@ -135,8 +135,16 @@ class Space:
 
     def seeds(self, count: int) -> Floats:
         """Images that are not in the index, all of one style: (count, dimension) unit vectors."""
-        random = self.recipe.rng(4)
-        centres = self._around(self.styles[0], SHARED_BY_SEEDS, self._differences(count, random))
+        return self._seeds(0, count)
+
+    def seeds_of_all_styles(self, each: int) -> Floats:
+        """Some of each style, in random order: (styles * each, dimension) unit vectors."""
+        seeds = [self._seeds(style, each) for style in range(self.recipe.styles)]
+        return self.recipe.rng(7).permutation(np.concatenate(seeds))
+
+    def _seeds(self, style: int, count: int) -> Floats:
+        random = self.recipe.rng(4, style) if style else self.recipe.rng(4)
+        centres = self._around(self.styles[style], SHARED_BY_SEEDS, self._differences(count, random))
         images = self._around(centres, OF_CENTRE, self._differences(count, random))
         return unit(images @ self.rotation)
 

@@ -22,7 +22,7 @@ from laion_assets.index.faiss_consistency import contradictions
 from laion_assets.index.faiss_file import read_with_lists_beside
 from laion_assets.index.inverted_lists import ID_SIZE, QUERIES_AT_ONCE, InvertedLists
 from laion_assets.index.vectors import unit
-from laion_assets.io.arrays import Bytes, Floats, Ids
+from laion_assets.io.arrays import Bytes, Floats, Ids, Mask
 from laion_assets.io.console import silent_stdout
 from laion_assets.io.errors import InputError
 from laion_assets.io.parallel import in_threads, slices
@@ -70,6 +70,11 @@ class Hits:
     code: Ids
     codes: Bytes
     lists: Ids
+
+    def of(self, queries: Mask) -> Hits:
+        """Return the results of some of the queries."""
+        found = (self.ids[queries], self.similarity[queries], self.code[queries])
+        return Hits(*found, self.codes, self.lists[queries])
 
 
 class Index:
@@ -156,7 +161,7 @@ class Index:
                 lists = np.empty((len(queries), 0), np.int64)
             else:
                 similarity, locations, lists = self._search_lists(
-                    held, transformed(self._index, queries), k, nprobe, progress
+                    held, self._transformed(queries), k, nprobe, progress
                 )
             found = locations >= 0
             distinct, number = np.unique(locations[found], return_inverse=True)
@@ -178,7 +183,7 @@ class Index:
         if self._ivf is None:
             return np.zeros((len(queries), 1), np.int64)
         parameters = self._set_search_depth(nprobe)
-        return self._nearest_lists(transformed(self._index, queries), parameters.nprobe)[1]
+        return self._nearest_lists(self._transformed(queries), parameters.nprobe)[1]
 
     def _search_lists(
         self,
@@ -215,8 +220,16 @@ class Index:
         if self._lists is None:
             in_threads(search, slices(len(order), QUERIES_AT_ONCE))
         else:
-            self._lists.visit(search, lists)
+            self._lists.visit(self._ivf, search, lists)
         return similarity[back], locations[back], lists[back]
+
+    def _transformed(self, queries: Floats) -> Floats:
+        """Apply the transforms that come before the lists, to each query alone.
+
+        In a product of matrices, the last bit of a row may depend on how many rows there are.
+        """
+        each = in_threads(lambda row: transformed(self._index, queries[row]), slices(len(queries), 1))
+        return np.concatenate(each) if each else queries
 
     def _nearest_lists(self, transformed: Floats, nprobe: int) -> tuple[Floats, Ids]:
         """Return nearness and number of the lists to probe, each (q, nprobe); -1 for none.
@@ -276,7 +289,7 @@ class Index:
 
         Args:
             queries: (q, dimension) float32.
-            hits: what `search` found for these queries, and possibly for others after them.
+            hits: what `search` found for these queries.
             nprobe: the lists that were probed for `hits`.
 
         """
@@ -288,7 +301,7 @@ class Index:
             return 1.0
         if not self._disk.whole:
             return math.nan
-        rotated = transformed(self._index, np.ascontiguousarray(queries, np.float32))
+        rotated = self._transformed(np.ascontiguousarray(queries, np.float32))
         parameters = self._set_search_depth(FURTHER * nprobe)
         nearness, lists = self._nearest_lists(rotated, parameters.nprobe)
 
@@ -452,10 +465,9 @@ def _recall_of_graph(graph: Any, queries: Floats, hits: Hits) -> float:
     k = hits.ids.shape[1]
     further = faiss.SearchParametersHNSW(efSearch=FURTHER * max(graph.hnsw.efSearch, k))
     best, _ = graph.search(queries, k, params=further)
-    found = hits.ids[: len(queries)] >= 0
+    found = hits.ids >= 0
     last = np.take_along_axis(best, np.maximum(found.sum(axis=1, keepdims=True) - 1, 0), axis=1)
-    similarity = hits.similarity[: len(queries)]
-    remained = found & (similarity >= last - SCORE_ROUNDING * np.maximum(1, np.abs(last)))
+    remained = found & (hits.similarity >= last - SCORE_ROUNDING * np.maximum(1, np.abs(last)))
     return float(remained.sum() / max(found.sum(), 1))
 
 

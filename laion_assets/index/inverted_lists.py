@@ -25,6 +25,7 @@ WORTH_READING_AHEAD = (
     8 << 20
 )  # bytes of lists for each query; the kernel's own readahead is enough for less
 MOST_AHEAD = 2 << 30  # bytes of lists that are read before they are searched
+THREADS_OF_FAISS = 32  # its default, that read the lists of a search ahead
 
 
 @dataclass(frozen=True)
@@ -102,10 +103,11 @@ class InvertedLists:
             ranges_of(codes, codes + wanted * self.code_size), ranges_of(ids, ids + wanted * ID_SIZE)
         )
 
-    def visit(self, search: Callable[[slice], None], lists: Ids) -> None:
+    def visit(self, ivf: Any, search: Callable[[slice], None], lists: Ids) -> None:
         """Search lists in threads, a few queries at a time, while those that follow are read ahead.
 
         Args:
+            ivf: the index.
             search: searches the lists of a slice of the queries.
             lists: (q, nprobe) the lists of each query, the nearest first; -1 for none.
 
@@ -113,7 +115,11 @@ class InvertedLists:
         a_query = int(self._bytes_of(lists).sum()) // max(len(lists), 1)
         at_once = max(1, min(QUERIES_AT_ONCE, BYTES_AT_ONCE // max(a_query, 1)))
         batches = slices(len(lists), at_once)
-        if a_query < WORTH_READING_AHEAD:
+        is_worth = a_query >= WORTH_READING_AHEAD
+        # faiss's own threads lock each list that they read: queries that share lists wait for each other.
+        stored = faiss.downcast_InvertedLists(ivf.invlists)
+        stored.prefetch_nthread = 0 if is_worth else THREADS_OF_FAISS
+        if not is_worth:
             in_threads(search, batches)
             return
         threads = faiss.omp_get_max_threads()

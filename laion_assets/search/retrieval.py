@@ -1,7 +1,9 @@
 """The images around one query or many, near-duplicates removed within each query's results.
 
 The steps are search, decode, near-duplicates, metadata. Queries pass through them in batches, so memory
-depends on the rows of a batch and not on the number of queries.
+depends on the rows of a batch and not on the number of queries. A batch holds queries that are near each
+other, so most of its lists are read once for all of them. The rows of a query do not depend on the others
+in its batch, unless the search continues until enough images are kept.
 """
 
 from __future__ import annotations
@@ -19,18 +21,19 @@ from laion_assets.index.metadata import THUMBNAIL_COLUMN, Metadata
 from laion_assets.index.vectors import decoded_codes, unit
 from laion_assets.io.arrays import Bytes, Floats, Ids, Mask
 from laion_assets.io.errors import InputError
-from laion_assets.io.parallel import one_blas_thread
+from laion_assets.io.parallel import one_blas_thread, slices
 from laion_assets.io.tables import fixed_size_binary
 from laion_assets.io.text import REPLACED, count
 from laion_assets.search.block_list import BlockListMatches
 from laion_assets.search.filters import NO_FILTERS, Filters
 from laion_assets.search.near_duplicates import components_of_lists
+from laion_assets.search.neighbours import batches_of_neighbours
 from laion_assets.search.sizing import further, share_kept
 
 RESULT_BYTES = 1 << 30  # of results held in memory, unless one query alone asks for more
 COPIES = 4  # of a row's code, at most, at a time
 WRITTEN_ROWS = 1 << 16  # in one batch
-RECALL_QUERIES = 16  # whose recall is measured
+RECALL_QUERIES = 16  # the first, whose recall is measured
 MOST_REQUESTED = 100  # images for each one to keep; a search that keeps fewer than 1 % ends there
 ALWAYS_REQUESTED = 10_000  # images of a query, before it ends there
 THUMBNAILS = 48  # that travel with a table
@@ -154,6 +157,7 @@ class Found:
         nprobe: inverted lists probed, for the largest k; None where the index has none.
         recall: share of a sample's results that remains when `FURTHER` times the lists are probed; NaN
             where that was not measured.
+        sampled: number of queries in the sample.
         removed: examples of near-duplicates, of the first queries.
         decoder: serialised `Decoder` of the codes that were written.
         block_list: how many entries of the block list match; None without one.
@@ -168,6 +172,7 @@ class Found:
     recall: float
     removed: Removed | None
     decoder: bytes
+    sampled: int = 0
     block_list: BlockListMatches | None = None
     short: int = 0
     not_utf8: NotUtf8 = NotUtf8()
@@ -205,7 +210,7 @@ def retrieve(
     *,
     per_seed: bool,
     progress: Callable[[float], None] = lambda _: None,
-    some: range | None = None,
+    batches: Sequence[Ids] | None = None,
 ) -> Found:
     """Search around each query, keep one row of each group of near-duplicates, and write the rows.
 
@@ -214,12 +219,13 @@ def retrieve(
         metadata: of the rows of the index.
         queries: (q, dimension) float32 unit rows.
         request: how many, how similar.
-        write: takes the rows, in order of query and rank, with the columns of `columns_found`.
+        write: takes the rows with the columns of `columns_found`: those of a query together, in order of
+            rank. Queries come in the order of the batches.
         per_seed: whether a column `seed` holds the number of the query.
         progress: called with the number of queries done since the last call; a query that was searched
             and whose rows are not written yet is half done.
-        some: numbers of the queries to search, see `shards`; None for all. Recall and examples of
-            near-duplicates are only found with the first query.
+        batches: numbers of the queries to search, see `shards`; None for all. Thumbnails and examples of
+            near-duplicates are of the first batch.
 
     Raises:
         InputError: the queries have another dimension than the index, or the metadata lacks a column
@@ -233,9 +239,10 @@ def retrieve(
             "seeds with the model the index was made with"
         )
     schema = columns_found(index, metadata, per_seed=per_seed)
-    some = range(len(queries)) if some is None else some
-    search = _Search(index, metadata, queries, request, schema, progress, is_first=some.start == 0)
-    for numbers in batches_of(index, np.arange(some.start, some.stop), search.k):
+    if batches is None:
+        batches = batches_of(index, queries, np.arange(len(queries)), starting_k(index, request))
+    search = _Search(index, metadata, queries, request, schema, progress)
+    for numbers in batches:
         for batch in search.rows_of(numbers).to_batches(WRITTEN_ROWS):
             write(batch)
         progress(len(numbers) / 2)
@@ -246,6 +253,7 @@ def retrieve(
         search.recall,
         search.removed,
         decoder,
+        search.sampled,
         search.block_list(),
         search.short,
         search.not_utf8(),
@@ -258,22 +266,33 @@ def starting_k(index: Index, request: Request) -> int:
     return request.k if request.keep is None else min(request.k, index.rows)
 
 
-def batches_of(index: Index, numbers: Ids, k: int) -> Iterator[Ids]:
-    """Cut numbers of queries into batches whose results fit into memory."""
+def batches_of(index: Index, queries: Floats, numbers: Ids, k: int) -> list[Ids]:
+    """Cut queries into batches whose results fit into memory, of neighbours if the index has lists.
+
+    Args:
+        index: the index.
+        queries: (q, dimension) float32 unit rows.
+        numbers: (n,) ascending numbers of those to cut.
+        k: images requested of each.
+
+    """
     row = COPIES * index.code_size + 4 * index.dimension
     at_once = max(1, RESULT_BYTES // (row * k))
-    for first in range(0, len(numbers), at_once):
-        yield numbers[first : first + at_once]
+    if index.nlist:
+        return batches_of_neighbours(queries, numbers, at_once)
+    return [numbers[batch] for batch in slices(len(numbers), at_once)]
 
 
 def retrieve_table(
     index: Index, metadata: Metadata, queries: Floats, request: Request, *, per_seed: bool
 ) -> tuple[pa.Table, Found]:
-    """Search as `retrieve` does, and return the rows as a table in memory."""
+    """Search as `retrieve` does, and return a table in memory, in order of query and rank."""
     batches: list[pa.RecordBatch] = []
     found = retrieve(index, metadata, queries, request, batches.append, per_seed=per_seed)
-    schema = columns_found(index, metadata, per_seed=per_seed)
-    return pa.Table.from_batches(batches, schema), found
+    table = pa.Table.from_batches(batches, columns_found(index, metadata, per_seed=per_seed))
+    if per_seed and len(batches) > 1:
+        table = table.take(pa.array(np.argsort(table["seed"].to_numpy(), kind="stable")))
+    return table, found
 
 
 class _Search:
@@ -287,8 +306,6 @@ class _Search:
         request: Request,
         schema: pa.Schema,
         progress: Callable[[float], None],
-        *,
-        is_first: bool,
     ) -> None:
         self._index = index
         self._decode = index.decoder().decode_to_compare
@@ -304,20 +321,22 @@ class _Search:
             )
         )
         self._progress = progress
-        self._is_first = is_first  # of the shards: it measures the recall and chooses examples
         self.k = starting_k(index, request)
         self.nprobe = index.nprobe_for(self.k, request.nprobe)
-        self.recall = math.nan
+        self._remained, self.sampled = 0.0, 0
         self.lists = np.empty(0, np.int64)
         self.funnel = Funnel()
         self.short = 0
         self.removed: Removed | None = None
+        self._shown: Ids = np.empty(0, np.int64)  # queries whose thumbnails travel
         self._odd_urls: Ids = np.empty(0, np.int64)
         self._odd_captions = 0
         self.blocked_by: Ids = np.empty(0, np.int64)
 
     def rows_of(self, numbers: Ids) -> pa.Table:
         """Return the rows that are kept of a batch of queries, in order of query and rank."""
+        is_first = numbers[0] == 0
+        self._shown = numbers[:THUMBNAILS] if is_first else numbers[:0]
         parts = list(self._rounds(numbers, self.k))
         if len(parts) == 1:
             return parts[0].table
@@ -329,7 +348,7 @@ class _Search:
         """Search for k rows, then with a larger k for the queries that keep too few of them."""
         kept, going_on, deeper = self._round(numbers, k)
         yield kept
-        for some in batches_of(self._index, going_on, deeper):
+        for some in batches_of(self._index, self._queries, going_on, deeper):
             yield from self._rounds(some, deeper)
 
     def _round(self, numbers: Ids, k: int) -> tuple[_Kept, Ids, int]:
@@ -365,15 +384,27 @@ class _Search:
         self._count(np.bincount(outcome[counted], minlength=OUTCOMES), int(depth[ended].sum()))
         if self._request.keep is not None:
             self.short += int((ended & ~self._is_enough(images)).sum())
-        if self._is_first and self.removed is None and ended.any():
+        if len(self._shown) and self.removed is None and ended.any():
             self.removed = self._examples(received[rows], labels, best, hits.codes)
         if nprobe is not None:
             self.nprobe = max(nprobe, self.nprobe or 0)
-        if self._is_first and math.isnan(self.recall) and ended.all():
-            self.recall = self._index.recall(queries[:RECALL_QUERIES], hits, nprobe)
+        self._measure_recall(hits, queries, ended & (numbers < RECALL_QUERIES), nprobe)
         kept = received[rows[best]]
         table = self._as_table(kept, columns, hits.codes)
         return _Kept(kept.query, table), numbers[~ended], self._next_k(k, images[~ended])
+
+    @property
+    def recall(self) -> float:
+        """Return the share of the sample's results that remains; NaN without a sample."""
+        return self._remained / self.sampled if self.sampled else math.nan
+
+    def _measure_recall(self, hits: Hits, queries: Floats, sample: Mask, nprobe: int | None) -> None:
+        """Add some queries of a batch to the sample, if their recall can be measured."""
+        number = int(sample.sum())
+        recall = self._index.recall(queries[sample], hits.of(sample), nprobe) if number else math.nan
+        if not math.isnan(recall):
+            self._remained += number * recall
+            self.sampled += number
 
     def _has_all(self, received: Ids, k: int) -> Mask:
         """Return whether queries that received this many rows of k would get no more with a larger k."""
@@ -548,11 +579,11 @@ class _Search:
 
     def _thumbnails(self, kept: _FoundRows) -> pa.ChunkedArray:
         """Return thumbnails of the first rows of the first queries, null for all others."""
-        each = math.ceil(THUMBNAILS / min(len(self._queries), THUMBNAILS))
+        each = math.ceil(THUMBNAILS / max(len(self._shown), 1))
         starts = np.flatnonzero(np.diff(kept.query, prepend=-1))
         lengths = np.diff(starts, append=len(kept.query))
         place = np.arange(len(kept.query)) - np.repeat(starts, lengths)
-        shown = (kept.query < THUMBNAILS) & (place < each)
+        shown = np.isin(kept.query, self._shown) & (place < each)
         thumbnails = self._take(kept.ids[shown], [THUMBNAIL_COLUMN])[THUMBNAIL_COLUMN]
         slot = np.cumsum(shown) - 1
         return thumbnails.take(pa.array(slot, mask=~shown))

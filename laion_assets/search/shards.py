@@ -1,7 +1,7 @@
 """Search around many queries in shards, each by itself, and join what they found.
 
-A shard is a run of whole batches of queries. So the joined rows are those of one search: how queries are
-cut in batches can change the last bit of a similarity.
+A shard is a run of whole batches of queries, see `neighbours`. So the joined rows are those of one
+search, in the same order, also where each batch continues by itself until enough images are kept.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ import pyarrow as pa
 
 from laion_assets.index.decoder import Decoder
 from laion_assets.index.faiss_index import Index
+from laion_assets.io.arrays import Floats, Ids
 from laion_assets.search.block_list import BlockList, BlockListMatches
 from laion_assets.search.retrieval import (
     RESULT_BYTES,
@@ -57,20 +58,19 @@ class Shard:
     number: int
     of: int
 
-    def queries(self, index: Index, queries: int, request: Request) -> range:
-        """Return the numbers of its queries; none if there are more shards than batches.
+    def batches(self, index: Index, queries: Floats, request: Request) -> list[Ids]:
+        """Return the numbers of its queries in batches; none if there are more shards than batches.
 
         Args:
             index: the index, on which the size of batches depends.
-            queries: number of all queries.
+            queries: (q, dimension) float32 unit rows, all of them.
             request: what to look for.
 
         """
-        batches = list(batches_of(index, np.arange(queries), starting_k(index, request)))
-        # Rounded up, so that the first shard has the first query if any has.
+        batches = batches_of(index, queries, np.arange(len(queries)), starting_k(index, request))
+        # Rounded up, so that the first shard has the first batch.
         first, stop = (-(-len(batches) * each // self.of) for each in (self.number, self.number + 1))
-        starts = [*(int(batch[0]) for batch in batches), queries]
-        return range(starts[first], starts[stop])
+        return batches[first:stop]
 
 
 ALL = Shard(0, 1)
@@ -92,6 +92,8 @@ def joined(parts: Sequence[Found], listed: BlockList | None) -> Found:
         decoder = decoder.merged(Decoder.from_bytes(part.decoder))
     counts = {name: sum(getattr(part.funnel, name) for part in parts) for name in asdict(Funnel())}
     blocked_by = np.unique(np.concatenate([part.blocked_by for part in parts]))
+    sampled = [part for part in parts if part.sampled]
+    recalls, queries = [part.recall for part in sampled], [part.sampled for part in sampled]
     matches = None
     if listed is not None and first.block_list is not None:
         found = listed.matches(0, blocked_by)
@@ -99,6 +101,8 @@ def joined(parts: Sequence[Found], listed: BlockList | None) -> Found:
     return replace(
         first,
         funnel=Funnel(**counts),
+        recall=float(np.average(recalls, weights=queries)) if sampled else math.nan,
+        sampled=sum(queries),
         nprobe=max((part.nprobe for part in parts if part.nprobe is not None), default=None),
         short=sum(part.short for part in parts),
         not_utf8=NotUtf8(

@@ -104,7 +104,7 @@ def knn_urls_asset(placement: Placement) -> dg.AssetsDefinition:
         pictures: dg.ResourceParam[Pictures],
         bounds: dg.ResourceParam[Bounds],
     ) -> Iterator[Any]:
-        """Write the rows of all shards in the order of the seeds, and report the table."""
+        """Write the rows of all shards in their order, and report the table."""
         with as_failures():
             step = SearchStep(context, vectors, laion_index, tables, pictures, bounds, per_seed=True)
             parts = sorted(found, key=lambda part: part["number"])

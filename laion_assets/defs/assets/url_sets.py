@@ -4,10 +4,11 @@ Dagster's concept: https://docs.dagster.io/guides/build/assets
 """
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 
 import dagster as dg
+import numpy as np
 import pyarrow as pa
 
 from laion_assets.defs import checks, report
@@ -26,7 +27,7 @@ from laion_assets.defs.settings import ALIVE, Defaults, ResolvedSettings, Retrie
 from laion_assets.defs.sources import current_settings, observe, retrieval_settings, settings_version
 from laion_assets.defs.terminal import count
 from laion_assets.index.faiss_index import FURTHER
-from laion_assets.io.arrays import Floats
+from laion_assets.io.arrays import Floats, Ids
 from laion_assets.io.progress import Progress
 from laion_assets.io.tables import StoredTable, Written, new_table
 from laion_assets.search.combined import DECODER
@@ -48,7 +49,7 @@ from laion_assets.staging import OpenIndex
 
 LOW_RECALL = 0.9
 LEAST_SHARE = 1 / MOST_REQUESTED
-SEARCH_VERSION = "4"  # increment it if a search now finds other rows
+SEARCH_VERSION = "5"  # increment it if a search now finds other rows
 
 
 def centroid_urls_asset(placement: Placement) -> dg.AssetsDefinition:
@@ -156,12 +157,13 @@ class SearchStep:
             origin = replace(origin, index=opened.manifest.fingerprint)
             knn = self._found_around_seeds(origin)
             request = self._request(origin.settings)
-            some = part.queries(opened.index, len(queries), request)
+            batches = part.batches(opened.index, queries, request)
+            some = np.concatenate([np.empty(0, np.int64), *batches])
             self.context.log.info(_looking(request, len(some), opened.index.rows, per_seed=self.per_seed))
-            planned = self._planned(opened, origin.seed_set, queries[some.start : some.stop], request)
+            planned = self._planned(opened, origin.seed_set, queries[some], request)
             schema = columns_found(opened.index, opened.metadata, per_seed=self.per_seed)
             with new_table(uri, schema) if uri else self.tables.new(self.context, schema) as table:
-                found = self._search(opened, queries, some, request, knn, origin, table.write)
+                found = self._search(opened, queries, batches, request, knn, origin, table.write)
                 provenance = self.provenance(origin, found)
                 table.attach(DECODER, found.decoder)
                 table.footer = provenance.to_footer()
@@ -217,7 +219,7 @@ class SearchStep:
         self,
         opened: OpenIndex,
         queries: Floats,
-        some: range,
+        batches: Sequence[Ids],
         request: Request,
         knn: StoredTable | None,
         origin: Provenance,
@@ -227,7 +229,8 @@ class SearchStep:
         if knn is not None:
             images = origin.settings.images or 0
             return retrieve_the_rest(index, metadata, queries, request, images, knn, write)
-        with Progress("queries", len(some), "", self.context.log.info) as progress:
+        number = sum(map(len, batches))
+        with Progress("queries", number, "", self.context.log.info) as progress:
             return retrieve(
                 index,
                 metadata,
@@ -236,7 +239,7 @@ class SearchStep:
                 write,
                 per_seed=self.per_seed,
                 progress=progress.advance,
-                some=some,
+                batches=batches,
             )
 
     def provenance(self, origin: Provenance, found: Found) -> Provenance:
