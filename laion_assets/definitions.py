@@ -14,6 +14,7 @@ from laion_assets.defs.forget import forget_job
 from laion_assets.defs.kubernetes.placement import NvmeNode, Placement, is_cluster
 from laion_assets.defs.launcher import end_with_parent
 from laion_assets.defs.launchpad import prefilled
+from laion_assets.defs.old_runs import delete_old_runs_job, weekly
 from laion_assets.defs.partitions import JOB
 from laion_assets.defs.places import Places
 from laion_assets.defs.resources import SeedFolder, resources_from, storage_kind
@@ -48,6 +49,7 @@ def build_defs(
         description="All assets of one seed set, from the seeds to combined_urls. The staged index is "
         "verified, and restaged if necessary.",
     )
+    delete_old_runs = delete_old_runs_job()
     uris = {index: places.index_uri, seed_folder.key: places.seeds_uri}
     if places.embeddings_uri:
         uris[embedding_files.key] = places.embeddings_uri
@@ -62,7 +64,8 @@ def build_defs(
 
     return dg.Definitions(
         assets=dg.map_asset_specs(as_shown, [*sources, *building, *assets]),
-        jobs=[job, forget_job(), *build],
+        jobs=[job, forget_job(), delete_old_runs, *build],
+        schedules=[weekly(delete_old_runs)],
         sensors=[
             build_seed_sets_sensor(
                 job, index if building else None, is_on=on_this_machine(places.index_uri)

@@ -796,7 +796,12 @@ def test_the_proxy_uses_google_s_own_client():
     assert of_kind("BackendConfig")["spec"]["iap"] == {"enabled": True}
 
 
-def test_ticks_expire_and_nobody_is_asked_for_an_address():
+def test_ticks_expire_and_nobody_is_asked_for_an_address(tmp_path):
+    kept = {"skipped": 7, "success": 30, "failure": 30, "started": -1}
+    on_one_machine = yaml.safe_load((REPOSITORY / "dagster.yaml").read_text())
+    of_the_chart = instance_config(tmp_path, {}, tmp_path)
+    for config in (on_one_machine, of_the_chart):
+        assert config["retention"]["sensor"]["purge_after_days"] == kept
     assert VALUES["retention"]["enabled"]
     assert VALUES["additionalInstanceConfig"]["nux"] == {"enabled": False}
     assert VALUES["telemetry"] == {"enabled": False}
