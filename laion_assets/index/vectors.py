@@ -78,4 +78,8 @@ class Coded:
         return len(self._codes)
 
     def __getitem__(self, rows: slice | Ids, /) -> Floats:
-        return unit(self._decode(self._codes[rows]))
+        if isinstance(rows, slice):
+            return unit(self._decode(self._codes[rows]))
+        distinct, place = np.unique(rows, return_inverse=True)
+        vectors = unit(self._decode(self._codes[distinct]))
+        return vectors[place]

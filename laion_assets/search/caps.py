@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import TypeAlias
@@ -17,6 +17,7 @@ from laion_assets.search.links import SLACK, Links, pairs_of
 from laion_assets.search.sketches import choose_axes, distinct_rows, near_pairs, sketch, sketch_all
 
 Numbers: TypeAlias = NDArray[np.int32]
+Pairs: TypeAlias = tuple[Ids, Ids]  # rows a[i] and b[i]
 
 WHOLE = (0, 1)  # the only stripe
 
@@ -209,9 +210,9 @@ def find_links_of_stripe(links: Links, comparison: Comparison, stripe: tuple[int
     """
     (height, width), (first, step) = links.sizes.tile, stripe
     sketched = Sketched(comparison.rows, sketch_all(links, comparison.axes, comparison.rows))
-    starts, caps = comparison.starts, len(comparison.starts) - 1
+    starts = comparison.starts
     # Each block has the place of its first row, and either caps or loose rows.
-    blocks = [(int(starts[block.start]), block, True) for block in slices(caps, height)]
+    blocks = [(int(starts[block.start]), block, True) for block in slices(len(starts) - 1, height)]
     for start in range(int(starts[-1]), len(sketched), height):
         blocks.append((start, slice(start, start + height), False))
     blocks = blocks[first::step]
@@ -222,9 +223,10 @@ def find_links_of_stripe(links: Links, comparison: Comparison, stripe: tuple[int
             tiles = range(max(start, panel.start), panel.stop, width)
             beside = [sketched[tile : min(tile + width, panel.stop)] for tile in tiles]
             if are_caps:
-                compare_caps(links, caps_of(links, sketched, starts[some.start : some.stop + 1]), beside)
+                caps = caps_of(links, sketched, starts[some.start : some.stop + 1])
+                check_together(links, compare_caps(links, caps, beside))
             else:
-                compare_loose_rows(links, sketched[some], beside)
+                check_together(links, compare_loose_rows(links, sketched[some], beside))
 
         in_threads(compare, [block for block in blocks if block[0] < panel.stop])
 
@@ -235,8 +237,8 @@ def caps_of(links: Links, sketched: Sketched, starts: Ids) -> Caps:
     return Caps(members, starts, *enclose(links, members.sketches, starts))
 
 
-def compare_caps(links: Links, caps: Caps, tiles: Iterable[Sketched]) -> None:
-    """Find the links between the rows of caps and tiles of rows.
+def compare_caps(links: Links, caps: Caps, tiles: Iterable[Sketched]) -> Iterator[Pairs]:
+    """Yield pairs of rows of caps and tiles of rows that may be linked.
 
     Small caps are compared in groups with all rows that one of them meets: a product of a few rows takes
     longer to start than to compute.
@@ -247,23 +249,32 @@ def compare_caps(links: Links, caps: Caps, tiles: Iterable[Sketched]) -> None:
         met = caps.centres @ beside.sketches.T > caps.reach[:, None]
         met &= links.apart(first_rows, beside.rows)
         connect_some(links, first_rows, beside.rows, met)
-        pairs = []
         for group in groups:
             meets = np.logical_or.reduce(met[group])
             if meets.any():
                 borders = starts[group.start : group.stop + 1]
                 members = caps.members[int(borders[0]) : int(borders[-1])]
                 may = np.repeat(met[group][:, meets], np.diff(borders), axis=0)
-                pairs.append(candidates(links, members, beside[meets], may))
-        if pairs:
-            links.check(*map(np.concatenate, zip(*pairs, strict=True)))
+                yield candidates(links, members, beside[meets], may)
 
 
-def compare_loose_rows(links: Links, rows: Sketched, tiles: Iterable[Sketched]) -> None:
-    """Find the links between loose rows and tiles of rows."""
+def compare_loose_rows(links: Links, rows: Sketched, tiles: Iterable[Sketched]) -> Iterator[Pairs]:
+    """Yield pairs of loose rows and tiles of rows that may be linked."""
     for beside in tiles:
         if links.apart(rows.rows[:1], np.append(rows.rows, beside.rows)).any():
-            links.check(*candidates(links, rows, beside))
+            yield candidates(links, rows, beside)
+
+
+def check_together(links: Links, found: Iterable[Pairs]) -> None:
+    """Check pairs, many at a time: each row is then fetched once for several of its pairs."""
+    waiting: list[Pairs] = []
+    for pairs in found:
+        waiting.append(pairs)
+        if sum(len(rows) for rows, _ in waiting) >= links.sizes.together:
+            links.check(*map(np.concatenate, zip(*waiting, strict=True)))
+            waiting.clear()
+    if waiting:
+        links.check(*map(np.concatenate, zip(*waiting, strict=True)))
 
 
 def candidates(links: Links, a: Sketched, b: Sketched, may: Mask | None = None) -> tuple[Ids, Ids]:

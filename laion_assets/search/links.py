@@ -30,6 +30,7 @@ class Sizes:
     single: int = 80  # pairs that one product compares in the time of one pair that is fetched alone
     many_of_row: int = 8  # near pairs for each row of a short list above which one product is cheaper
     batch: int = 1024  # rows, or pairs of rows, that are fetched at once
+    together: int = 4096  # pairs of a block that are collected before they are checked
 
 
 SIZES = Sizes()
@@ -112,7 +113,8 @@ class Links:
 
         def decide_batch(start: int) -> None:
             batch = slice(start, start + self.sizes.batch)
-            left, right = self.vectors[a[batch]], self.vectors[b[batch]]
+            both = np.concatenate([a[batch], b[batch]])  # at once: decoded rows are decoded once
+            left, right = np.split(self.vectors[both], 2)
             cosines = np.einsum("ij,ij->i", left, right)
             linked[batch] = cosines > self.limit
             unsure = np.flatnonzero(np.abs(cosines - self.limit) <= SLACK)
