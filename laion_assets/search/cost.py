@@ -383,10 +383,7 @@ def _opening_step(shape: Shape, rates: Rates) -> Step:
 
 
 def _search_step(shape: Shape, rates: Rates, search: Search) -> Step:
-    """Search, and check the recall.
-
-    Reading overlaps with computing only where lists are read ahead, so the sum is at most twice too much.
-    """
+    """Search, and check the recall; lists that are read ahead are read while others are searched."""
     nprobe, further = search.nprobe, recall_lists(shape, search.nprobe)
     sample = min(search.queries, RECALL_QUERIES)
     computing = _searching(shape, rates, search.queries, nprobe, nprobe, search.k)
@@ -402,7 +399,9 @@ def _search_step(shape: Shape, rates: Rates, search: Search) -> Step:
     size += list_bytes(shape, more, shape.window)
     size = min(size, shape.rows * shape.row_size)
     if not shape.sparse:
-        return Step(size, 0, computing + size * rates.byte, computing)
+        reading = size * rates.byte
+        cold = computing + reading if window else max(computing, reading)
+        return Step(size, 0, cold, computing)
     reads = max(lists, size / PAGE_SIZE / MAX_READ)
     return Step(size, reads, computing + _fetching(rates, reads, size), computing)
 
