@@ -27,6 +27,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -205,7 +206,10 @@ def build(bench: Bench, measured: Iterable[str]) -> None:
 
 
 class Meter:
-    """Seconds, bytes read and memory of a piece of work, and of the phases within it."""
+    """Seconds, bytes read and memory of a piece of work, and of the phases within it.
+
+    What other threads do meanwhile, such as reading metadata ahead, counts for the phase of the main one.
+    """
 
     def __init__(self, phases: Mapping[str, tuple[Any, str]]) -> None:
         self._phases = {n: (o, f) for n, (o, f) in phases.items() if hasattr(o, f)}
@@ -239,6 +243,8 @@ class Meter:
 
     def _timed(self, name: str, plain: Callable[..., Any]) -> Callable[..., Any]:
         def call(*arguments: Any, **named: Any) -> Any:
+            if threading.current_thread() is not threading.main_thread():
+                return plain(*arguments, **named)
             started, read = time.perf_counter(), bytes_read("self")
             try:
                 return plain(*arguments, **named)

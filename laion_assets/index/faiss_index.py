@@ -312,7 +312,10 @@ class Index:
             rounding = SCORE_ROUNDING * max(1, abs(float(found[0])))
             further = np.flatnonzero((lists[number] >= 0) & ~np.isin(lists[number], hits.lists[number]))
             better, weight = np.empty(0, np.float32), np.empty(0)
-            for sampled, each in _sample(further, sampled_lists(nprobe)):
+            samples = _sample(further, sampled_lists(nprobe))
+            if self._lists is not None and samples:
+                self._lists.read_ahead(lists[number][np.concatenate([some for some, _ in samples])])
+            for sampled, each in samples:
                 rows = self._rows_above(
                     rotated[number],
                     lists[number][sampled],

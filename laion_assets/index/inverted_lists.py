@@ -140,7 +140,10 @@ class InvertedLists:
         nearest_first = lists.T.ravel()
         _, first = np.unique(nearest_first, return_index=True)
         numbers = nearest_first[np.sort(first)]
-        numbers = numbers[numbers >= 0]
+        self.read_ahead(numbers[numbers >= 0])
+
+    def read_ahead(self, numbers: Ids) -> None:
+        """Let the kernel begin to read lists, as many of the first as are worth it."""
         read_ahead(self.path, self.ranges(numbers[np.cumsum(self._bytes_of(numbers)) <= MOST_AHEAD]))
 
     def _bytes_of(self, lists: Ids) -> Ids:

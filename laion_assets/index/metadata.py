@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import os
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache, partial
 from itertools import pairwise
@@ -32,6 +33,7 @@ URL_COLUMNS = ("url", "URL", "image_url", "image_path")
 CAPTION_COLUMNS = ("caption", "TEXT", "text", "alt")
 THUMBNAIL_COLUMN = "thumbnail"
 ROWS_AT_ONCE = (64, 512)  # rows that a thread takes; with fewer it waits longer for the interpreter
+AHEAD_AT_ONCE = 1 << 16  # rows that are read ahead, and forgotten, at a time
 READS = 32  # threads that wait for the disk
 TEXT_TYPES = (pa.large_string(), pa.null())
 THUMBNAIL_TYPES = (pa.binary(), pa.null())
@@ -129,6 +131,32 @@ class Metadata:
             taken = _readers().map(partial(self._take_from_file, schema=schema), parts)
             table = pa.concat_tables([schema.empty_table(), *taken])
         return table.take(pa.array(back))
+
+    @contextmanager
+    def reading_ahead(self, columns: Sequence[str]) -> Iterator[Callable[[Ids], None]]:
+        """Return a function that reads rows in the background, so that `take` then finds them in memory.
+
+        It does nothing with Parquet, whose decoding takes the time, nor where the files are not complete:
+        rows that nobody takes would be fetched. Reading ends before the block does.
+
+        Args:
+            columns: as for `take`.
+
+        """
+        if not self._disk.whole or not all(isinstance(file, ArrowFile) for file in self._files):
+            yield lambda _: None
+            return
+
+        def read(ids: Ids) -> None:
+            for some in slices(len(ids), AHEAD_AT_ONCE):
+                self.take(ids[some], columns)
+
+        with ThreadPoolExecutor(1, "read-ahead") as reader:
+
+            def read_ahead(ids: Ids) -> None:
+                reader.submit(read, np.sort(ids))  # `take` meets and raises the same errors
+
+            yield read_ahead
 
     def _wanted(self, columns: Sequence[str] | None) -> list[str]:
         if columns is None:

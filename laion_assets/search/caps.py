@@ -22,11 +22,6 @@ Pairs: TypeAlias = tuple[Ids, Ids]  # rows a[i] and b[i]
 WHOLE = (0, 1)  # the only stripe
 
 
-def find_links_by_caps(links: Links) -> None:
-    """Find the links among all rows."""
-    find_links_of_stripe(links, Comparison.plan(links), WHOLE)
-
-
 @dataclass(frozen=True)
 class Comparison:
     """What is compared with what: each cap and each loose row with all rows after it.

@@ -65,6 +65,7 @@ Then it is compared with those to which it may be linked and is not connected ye
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -72,14 +73,19 @@ import numpy as np
 from laion_assets.index.vectors import Vectors
 from laion_assets.io.arrays import Bytes, Floats, Ids
 from laion_assets.io.parallel import in_threads
-from laion_assets.search.caps import find_links_by_caps
+from laion_assets.search.caps import WHOLE, Comparison, find_links_of_stripe
 from laion_assets.search.links import SIZES, Forest, Links, Sizes, pairs_of, squares
 from laion_assets.search.sketches import choose_axes, distinct_rows, near_pairs, sketch_all
 
 DEDUP_THRESHOLD = 0.94  # the default cosine above which two images are near-duplicates
 
 
-def components(vectors: Vectors, threshold: float, sizes: Sizes = SIZES) -> Ids:
+def components(
+    vectors: Vectors,
+    threshold: float,
+    sizes: Sizes = SIZES,
+    foreseen: Callable[[Ids], None] = lambda _: None,
+) -> Ids:
     """Label each row with the lowest row of its component.
 
     Args:
@@ -87,6 +93,8 @@ def components(vectors: Vectors, threshold: float, sizes: Sizes = SIZES) -> Ids:
         threshold: from 0 to 1, taken as float32. Rows are linked where their cosine is strictly above it;
             1 links none.
         sizes: how the work is divided.
+        foreseen: called with all rows to keep, ascending, and a few others, before the longest part of
+            the work; not where all pairs are compared at once.
 
     Returns:
         (n,) int64; rows to keep are labelled with their own number.
@@ -99,12 +107,19 @@ def components(vectors: Vectors, threshold: float, sizes: Sizes = SIZES) -> Ids:
     if len(vectors) <= sizes.small:
         links.find(everything, everything)
     else:
-        find_links_by_caps(links)
+        comparison = Comparison.plan(links)
+        foreseen(np.unique(links.forest.labels()))
+        find_links_of_stripe(links, comparison, WHOLE)
     return links.forest.labels()
 
 
 def components_of_lists(
-    vectors: Vectors, members: Ids, lists: Ids, threshold: float, sizes: Sizes = SIZES
+    vectors: Vectors,
+    members: Ids,
+    lists: Ids,
+    threshold: float,
+    sizes: Sizes = SIZES,
+    foreseen: Callable[[Ids], None] = lambda _: None,
 ) -> Ids:
     """Label each entry of many lists with the first entry of its component within its list.
 
@@ -114,6 +129,7 @@ def components_of_lists(
         lists: (m,) ascending numbers of the list of each entry.
         threshold: as for `components`.
         sizes: how the work is divided.
+        foreseen: as for `components`, called with entries of each list that takes long.
 
     Returns:
         (m,) int64; entries to keep are labelled with their own number.
@@ -123,9 +139,14 @@ def components_of_lists(
     starts = np.flatnonzero(np.diff(lists, prepend=-1))
     ends = np.append(starts[1:], len(members))
     long = ends - starts > sizes.small
-    for start, end in zip(starts[long], ends[long], strict=True):
+
+    def foreseen_from(start: int) -> Callable[[Ids], None]:
+        return lambda rows: foreseen(start + rows)
+
+    for start, end in zip(starts[long].tolist(), ends[long].tolist(), strict=True):
         one = Gathered(vectors, members[start:end])
-        labels[start:end] = start + components(one, threshold, sizes)
+        found = components(one, threshold, sizes, foreseen_from(start))
+        labels[start:end] = start + found
     if threshold < 1 and not long.all():
         short = np.flatnonzero(np.repeat(~long, ends - starts))
         found = components_of_short_lists(vectors, members[short], lists[short], threshold, sizes)

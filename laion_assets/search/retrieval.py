@@ -486,11 +486,17 @@ class _Search:
 
     def _labels(self, rows: _FoundRows, codes: Bytes) -> Ids:
         """Label each row with its best-ranked near-duplicate; at a threshold of 1 there are none."""
-        threshold = self._request.dedup_threshold
-        if threshold < 1:
-            vectors = decoded_codes(codes, self._decode)
-            return components_of_lists(vectors, rows.code, rows.query, threshold)
-        return np.arange(len(rows))
+        threshold, keep = self._request.dedup_threshold, self._request.keep
+        if threshold == 1:
+            return np.arange(len(rows))
+        vectors = decoded_codes(codes, self._decode)
+        with self._metadata.reading_ahead(self._columns) as read_ahead:
+
+            def foreseen(entries: Ids) -> None:
+                if len(entries) >= (keep or 0):
+                    read_ahead(rows.ids[entries[:keep]])
+
+            return components_of_lists(vectors, rows.code, rows.query, threshold, foreseen=foreseen)
 
     def _best_allowed(self, ids: Ids, labels: Ids) -> tuple[Ids, pa.Table, Ids]:
         """Return the best-ranked allowed row of each component, its metadata, and each row's outcome.

@@ -311,10 +311,23 @@ def test_a_text_that_would_lie_outside_its_batch_is_an_error_of_its_file(tmp_pat
         damaged = content[: offset + 8] + np.int32(wrong).tobytes() + content[offset + 12 :]
         path.unlink()
         path.write_bytes(damaged)
+        metadata = Metadata([path])
+        with metadata.reading_ahead(["url"]) as read_ahead:
+            read_ahead(np.array([2, 1]))
         with pytest.raises(
             InputError, match=rf"{path.name} .*not within its batch.*stage the index again"
         ):
-            Metadata([path]).take(np.array([1, 2]))
+            metadata.take(np.array([1, 2]))
+
+
+@pytest.mark.parametrize(("suffix", "read"), [(indices.ARROW, [1, 2, 30]), (indices.PARQUET, [])])
+def test_rows_of_mapped_files_are_read_ahead_before_the_block_ends(tmp_path, suffix, read, monkeypatch):
+    table = pa.table({"url": [f"https://example.org/{n}" for n in range(40)]})
+    metadata, taken = Metadata(write(tmp_path, [table], suffix)), []
+    monkeypatch.setattr(Metadata, "take", lambda _, ids, _columns: taken.extend(ids.tolist()))
+    with metadata.reading_ahead(["url"]) as read_ahead:
+        read_ahead(np.array([30, 1, 2]))
+    assert taken == read
 
 
 @pytest.mark.faults

@@ -116,6 +116,16 @@ def test_few_pairs_are_compared_at_full_width_whatever_the_geometry(geometry, mo
 
 
 @settings(deadline=None, max_examples=20)
+@given(seed=st.integers(0, 1 << 30), n=st.integers(1, 100), threshold=thresholds)
+def test_all_entries_to_keep_of_long_lists_are_foreseen(seed, n, threshold) -> None:
+    rows = clumps(np.random.default_rng(seed), n)
+    members, lists, foreseen = np.tile(np.arange(n), 2), np.repeat([0, 1], n), []
+    labels = components_of_lists(rows, members, lists, threshold, WAYS["by caps"], foreseen.append)
+    kept = np.flatnonzero(labels == np.arange(2 * n))
+    assert set(kept) <= set(np.concatenate(foreseen))
+
+
+@settings(deadline=None, max_examples=20)
 @given(seed=st.integers(0, 1 << 30), n=st.integers(1, 150), threshold=thresholds, many=st.integers(1, 7))
 def test_stripes_compared_apart_find_the_links_of_the_whole(seed, n, threshold, many) -> None:
     random = np.random.default_rng(seed)
