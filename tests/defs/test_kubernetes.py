@@ -18,6 +18,7 @@ import pytest
 import yaml
 from dagster._config import process_config, resolve_to_config_type
 from dagster._core.instance.config import dagster_instance_config_schema
+from dagster_gcp.gcs import GCSComputeLogManager
 from dagster_k8s import K8sRunLauncher, construct_dagster_k8s_job
 from dagster_k8s.container_context import K8sContainerContext
 from dagster_k8s.job import get_user_defined_k8s_config
@@ -718,6 +719,10 @@ def test_dagster_takes_what_the_chart_makes_of_the_values(tmp_path):
     schema = resolve_to_config_type(dagster_instance_config_schema())
     read = process_config(schema, config)
     assert read.success, read.errors
+    logs = VALUES["computeLogManager"]
+    assert logs["type"] == GCSComputeLogManager.__name__
+    (config,) = logs["config"].values()
+    assert process_config(resolve_to_config_type(GCSComputeLogManager.config_type()), config).success
 
 
 def test_the_chart_limits_and_frees_what_dagster_yaml_does():
@@ -790,6 +795,24 @@ def test_every_image_is_ours():
     )
     assert set(used) <= {ours, "&image", "*image"}
     assert VALUES["busybox"]["image"].items() <= DEPLOYMENT["image"].items()
+
+
+INDEX_GIB = 2_328  # of LAION-5B
+
+
+def test_each_machine_of_the_recipe_has_room_for_the_index_and_a_search():
+    row = r"^\| `([\w-]+)` \| (\d+), (\d+) GB \| \d+(?:, fixed)? \| ([\d,]+) GiB \| .* \| \$([\d.]+) \|$"
+    machines = re.findall(row, (K8S / "README.md").read_text(), re.MULTILINE)
+    assert {name.split("-")[0] for name, *_ in machines} == {"n2", "c3", "c3d", "c4", "c4d", "z3"}
+    for _, cores, memory, disk, _ in machines:
+        assert int(disk.replace(",", "")) > INDEX_GIB
+        assert int(cores) > float(NvmeNode().cpu)
+        assert int(memory) > int(NvmeNode().memory_limit.removesuffix("Gi"))
+    prices = {name: price for name, *_, price in machines}
+    scale = (REPOSITORY / "docs" / "scale.md").read_text()
+    told = re.findall(r"^\| `([\w-]+)` \| \d+ \| ([\d.]+) \|", scale, re.MULTILINE)
+    assert told
+    assert {name: price for name, price in told if prices[name] != price} == {}
 
 
 def test_the_proxy_uses_google_s_own_client():
