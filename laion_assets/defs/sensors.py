@@ -51,7 +51,7 @@ from laion_assets.defs.sources import (
 from laion_assets.defs.terminal import count, some
 from laion_assets.io.errors import InputError
 from laion_assets.io.text import printable
-from laion_assets.seeds import SeedSet, check_name
+from laion_assets.seeds import Listing, SeedSet, check_name
 
 SEEDS_INTERVAL = 15  # seconds between ticks
 INDEX_INTERVAL = 300  # seconds between ticks
@@ -187,119 +187,176 @@ def build_seed_sets_sensor(
         laion_index: dg.ResourceParam[LaionIndex],
         defaults: dg.ResourceParam[Defaults],
     ) -> dg.SensorResult:
-        state, instance = state_in(context.cursor), context.instance
+        state = state_in(context.cursor)
         try:
             listing = seeds.listing(LISTING_SECONDS)
         except InputError as error:
             return nothing_to_do(sentence(error), state)
-        present = {name: found for name, found in listing.sets.items() if _is_usable(name)}
-        versions = {name: found.fingerprint for name, found in present.items()}
-        known = last_versions(instance, seed_folder.key, dg.DagsterEventType.ASSET_OBSERVATION)
-        embedded = last_versions(
-            instance, dg.AssetKey("seed_embeddings"), dg.DagsterEventType.ASSET_MATERIALIZATION
-        )
-        done = {name: files_version(version) for name, version in embedded.items()}
-        restored = [n for n, v in versions.items() if known.get(n) != v and done.get(n) == v]
-        is_index_there = built_index is None or last_version(instance, built_index) is not None
-        pending = {name: Pending(*seen) for name, seen in state.items()}
-        decision = decide(
-            pending,
-            versions,
-            known,
-            done,
-            time.time_ns() // 1_000_000,
-            at_most=RUNS_PER_TICK if is_index_there else 0,
-            failed=[name for name in restored if _last_run_failed(instance, name)],
-        )
-        registered = instance.get_dynamic_partitions(SEED_SETS)
-        removed = [name for name in registered if name not in listing.sets and name not in listing.failed]
-        settings = list(
-            _changed_settings(
-                instance,
-                {name: present[name] for name in registered if name in present},
-                seeds,
-                laion_index,
-                defaults,
-            )
-        )
-        stored = states_of(instance, list({*present, *removed}))
-        # Nothing was made of these, so nothing is lost with the partition.
-        forgotten = [
-            name
-            for name in removed
-            if name not in done and stored[name].state not in (Is.QUEUED, Is.RUNNING)
-        ]
-        states = [
-            *(
-                _state(
-                    stored[name], found, pending.get(name), decision, done, is_index_there=is_index_there
-                )
-                for name, found in present.items()
-            ),
-            *(_removed(stored[name], has_tables=name in done) for name in removed),
-            *(
-                State(repr(name), Is.REFUSED, about=_why_unusable(name))
-                for name in listing.sets
-                if name not in present
-            ),
-            *(
-                State(printable(name), Is.UNLISTED, about=reason)
-                for name, reason in listing.failed.items()
-            ),
-        ]
-        report = _summary(
-            states,
-            {
-                "settings changed:": [
-                    version.seed_set or "" for version in settings if version.metadata[CHANGED] != FIRST
-                ],
-                "ignored files:": listing.ignored,
-            },
-            len(present),
-        )
+        seen = _Seen.of(context.instance, listing)
+        pending = {name: Pending(*each) for name, each in state.items()}
+        is_index_there = built_index is None or last_version(context.instance, built_index) is not None
+        decision = _decided(seen, pending, at_most=RUNS_PER_TICK if is_index_there else 0)
+        settings = list(_changed_settings(seen, seeds, laion_index, defaults))
+        states = _states(seen, pending, decision, is_index_there=is_index_there)
+        report = _summary(states, _news(listing, settings), len(seen.present))
         context.log.info(report)
-        outside = [file for file in listing.ignored if file.partition("/")[0] not in present]
-        overview = as_event(states, outside)
-        new = [name for name in present if name not in registered and name not in decision.waiting]
-        seen = [
-            *(seeds_version(present[name]) for name in decision.report),
-            *(Version(seed_folder.key, REMOVED, name) for name in removed if known.get(name) != REMOVED),
-            *settings,
-        ]
-        no_longer_red = [
-            event
-            for name in removed
-            if known.get(name) != REMOVED or stored[name].state is Is.FAILED
-            for event in nothing_red(instance, name)
-        ]
         return dg.SensorResult(
             run_requests=[
-                dg.RunRequest(
-                    partition_key=name,
-                    run_config=run_config({}),  # not today's settings, which may change before it starts
-                    run_key=f"{name}:{versions[name]}:{decision.pending[name].since}",
-                    tags={**_time_limit(present[name]), **_team_tag(seeds, present[name])},
-                )
-                for name in decision.run
+                _run_request(seeds, seen.present[name], decision.pending[name]) for name in decision.run
             ],
-            dynamic_partitions_requests=[
-                *([seed_sets.build_add_request(new)] if new else []),
-                *([seed_sets.build_delete_request(forgotten)] if forgotten else []),
-            ],
+            dynamic_partitions_requests=_partition_requests(seen, decision),
             asset_events=[
-                *(event for version in seen for event in version.events()),
-                *no_longer_red,
-                *([] if is_reported(instance, overview) else [overview]),
+                *_versions(seen, decision, settings),
+                *_no_longer_red(seen),
+                *_table(seen, states),
             ],
             cursor=as_cursor(
                 report,
-                {name: seen for name, seen in state.items() if name in listing.failed}
-                | {name: astuple(seen) for name, seen in decision.pending.items()},
+                {name: each for name, each in state.items() if name in listing.failed}
+                | {name: astuple(each) for name, each in decision.pending.items()},
             ),
             skip_reason=None if decision.run else report,
         )
 
     return seed_sets_sensor
+
+
+@dataclass(frozen=True)
+class _Seen:
+    """What a tick compares: the seeds folder, and what Dagster knows of its sets.
+
+    Attributes:
+        instance: the instance with the history.
+        listing: the contents of the folder.
+        present: the sets whose name can be used, by name.
+        known: fingerprint of each set in its last report.
+        done: fingerprint of each set in its last materialization.
+        registered: sets with a partition.
+        removed: those of them whose folder is gone.
+        stored: state in Dagster of each present or removed set.
+
+    """
+
+    instance: dg.DagsterInstance
+    listing: Listing
+    present: Mapping[str, SeedSet]
+    known: Mapping[str, str]
+    done: Mapping[str, str]
+    registered: Sequence[str]
+    removed: Sequence[str]
+    stored: Mapping[str, State]
+
+    @classmethod
+    def of(cls, instance: dg.DagsterInstance, listing: Listing) -> _Seen:
+        """Read what Dagster knows of the sets in a listing."""
+        present = {name: found for name, found in listing.sets.items() if _is_usable(name)}
+        embedded = last_versions(
+            instance, dg.AssetKey("seed_embeddings"), dg.DagsterEventType.ASSET_MATERIALIZATION
+        )
+        registered = instance.get_dynamic_partitions(SEED_SETS)
+        removed = [name for name in registered if name not in listing.sets and name not in listing.failed]
+        return cls(
+            instance,
+            listing,
+            present,
+            last_versions(instance, seed_folder.key, dg.DagsterEventType.ASSET_OBSERVATION),
+            {name: files_version(version) for name, version in embedded.items()},
+            registered,
+            removed,
+            states_of(instance, list({*present, *removed})),
+        )
+
+
+def _decided(seen: _Seen, pending: Mapping[str, Pending], *, at_most: int) -> Decision:
+    versions = {name: found.fingerprint for name, found in seen.present.items()}
+    restored = [n for n, v in versions.items() if seen.known.get(n) != v and seen.done.get(n) == v]
+    return decide(
+        pending,
+        versions,
+        seen.known,
+        seen.done,
+        time.time_ns() // 1_000_000,
+        at_most=at_most,
+        failed=[name for name in restored if _last_run_failed(seen.instance, name)],
+    )
+
+
+def _run_request(seeds: SeedFolder, seed_set: SeedSet, pending: Pending) -> dg.RunRequest:
+    return dg.RunRequest(
+        partition_key=seed_set.name,
+        run_config=run_config({}),  # not today's settings, which may change before it starts
+        run_key=f"{seed_set.name}:{seed_set.fingerprint}:{pending.since}",
+        tags={**_time_limit(seed_set), **_team_tag(seeds, seed_set)},
+    )
+
+
+def _partition_requests(
+    seen: _Seen, decision: Decision
+) -> list[dg.AddDynamicPartitionsRequest | dg.DeleteDynamicPartitionsRequest]:
+    """Add the partitions of new sets, and delete those of removed sets of which nothing was made."""
+    new = [name for name in seen.present if name not in seen.registered and name not in decision.waiting]
+    forgotten = [
+        name
+        for name in seen.removed
+        if name not in seen.done and seen.stored[name].state not in (Is.QUEUED, Is.RUNNING)
+    ]
+    return [
+        *([seed_sets.build_add_request(new)] if new else []),
+        *([seed_sets.build_delete_request(forgotten)] if forgotten else []),
+    ]
+
+
+def _versions(
+    seen: _Seen, decision: Decision, settings: Sequence[Version]
+) -> Iterator[dg.AssetObservation | dg.AssetMaterialization]:
+    """Yield the reports of the new versions of seeds and settings."""
+    changed = [seeds_version(seen.present[name]) for name in decision.report]
+    removed = [
+        Version(seed_folder.key, REMOVED, name)
+        for name in seen.removed
+        if seen.known.get(name) != REMOVED
+    ]
+    for version in (*changed, *removed, *settings):
+        yield from version.events()
+
+
+def _no_longer_red(seen: _Seen) -> Iterator[dg.AssetCheckEvaluation]:
+    for name in seen.removed:
+        if seen.known.get(name) != REMOVED or seen.stored[name].state is Is.FAILED:
+            yield from nothing_red(seen.instance, name)
+
+
+def _table(seen: _Seen, states: Sequence[State]) -> Iterator[dg.AssetMaterialization]:
+    """Yield the table of all sets, if it has changed."""
+    outside = [file for file in seen.listing.ignored if file.partition("/")[0] not in seen.present]
+    overview = as_event(states, outside)
+    if not is_reported(seen.instance, overview):
+        yield overview
+
+
+def _news(listing: Listing, settings: Sequence[Version]) -> Mapping[str, Sequence[str]]:
+    changed = [version.seed_set or "" for version in settings if version.metadata[CHANGED] != FIRST]
+    return {"settings changed:": changed, "ignored files:": listing.ignored}
+
+
+def _states(
+    seen: _Seen, pending: Mapping[str, Pending], decision: Decision, *, is_index_there: bool
+) -> list[State]:
+    """Return the states of all sets, whether their folder is there, gone or cannot be read."""
+    listing = seen.listing
+    return [
+        *(
+            _state(seen, found, pending.get(name), decision, is_index_there=is_index_there)
+            for name, found in seen.present.items()
+        ),
+        *(_removed(seen.stored[name], has_tables=name in seen.done) for name in seen.removed),
+        *(
+            State(repr(name), Is.REFUSED, about=_why_unusable(name))
+            for name in listing.sets
+            if name not in seen.present
+        ),
+        *(State(printable(name), Is.UNLISTED, about=reason) for name, reason in listing.failed.items()),
+    ]
 
 
 def _team_tag(seeds: SeedFolder, seed_set: SeedSet) -> Mapping[str, str]:
@@ -324,26 +381,20 @@ def _last_run_failed(instance: dg.DagsterInstance, seed_set: str) -> bool:
 
 
 def _state(
-    stored: State,
-    found: SeedSet,
-    before: Pending | None,
-    decision: Decision,
-    done: Mapping[str, str],
-    *,
-    is_index_there: bool,
+    seen: _Seen, found: SeedSet, before: Pending | None, decision: Decision, *, is_index_there: bool
 ) -> State:
     """Return the state of a set whose folder is there: what Dagster knows, unless the set has changed.
 
     Args:
-        stored: the state in Dagster.
-        found: its folder.
+        seen: what this tick compares.
+        found: the folder of the set.
         before: its state in the last tick, if it had changed.
         decision: the decisions of this tick.
-        done: fingerprint of each set in its last materialization.
         is_index_there: whether there is an index to search.
 
     """
     name, now = found.name, decision.pending.get(found.name)
+    stored = seen.stored[name]
     described = replace(stored, contents=found.contents(), ignored=_ignored(found))
     if name in decision.waiting and now is not None:
         since = moment(now.since / 1000)
@@ -353,7 +404,7 @@ def _state(
         return replace(described, state=state, since=since, about="", run="")
     if name in decision.run:
         return replace(described, state=Is.QUEUED, since="", about="", run="")
-    if stored.state is Is.DONE and done.get(name) != found.fingerprint:
+    if stored.state is Is.DONE and seen.done.get(name) != found.fingerprint:
         return replace(described, state=Is.NOT_MADE, about="its tables are of earlier files")
     return described
 
@@ -370,13 +421,11 @@ def _ignored(found: SeedSet) -> str:
 
 
 def _changed_settings(
-    instance: dg.DagsterInstance,
-    present: Mapping[str, SeedSet],
-    seeds: SeedFolder,
-    laion_index: LaionIndex,
-    defaults: Defaults,
+    seen: _Seen, seeds: SeedFolder, laion_index: LaionIndex, defaults: Defaults
 ) -> Iterator[Version]:
-    """Yield the current settings of each seed set, if they differ from its last report."""
+    """Yield the current settings of each registered set, if they differ from its last report."""
+    instance = seen.instance
+    present = {name: seen.present[name] for name in seen.registered if name in seen.present}
     if not present:
         return
     known = last_versions(instance, retrieval_settings.key, dg.DagsterEventType.ASSET_OBSERVATION)
