@@ -88,12 +88,12 @@ class Tables:
         """Return the location of a folder beside a step's table, for unfinished work."""
         return self._unfinished(*_table_of(context))
 
-    def shards(self, asset: str, seed_set: str, run: str) -> str:
-        """Return the location of the folder for the shards of an asset that a run has searched."""
+    def handed_over(self, asset: str, seed_set: str, run: str) -> str:
+        """Return the location of the folder for what the steps of an asset hand over in a run."""
         return f"{self._unfinished(asset, seed_set)}/{run}"
 
-    def remove_shards(self, context: dg.AssetExecutionContext) -> None:
-        """Remove the shards of this run, and of others that have ended: the table replaces them."""
+    def remove_handed_over(self, context: dg.AssetExecutionContext) -> None:
+        """Remove what this run handed over, and others that have ended: the table replaces it."""
         folder = self._unfinished(*_table_of(context))
         fs, path = open_storage(folder, OUTPUT)
         with reaching(folder, OUTPUT):
@@ -183,4 +183,4 @@ class HandoverIOManager(dg.IOManager):
     def _uri(self, context: dg.OutputContext, seed_set: str) -> str:
         asset, _, step = context.step_key.partition(".")
         name = "-".join(re.findall(r"\w+", f"{step} {context.mapping_key or ''}"))
-        return f"{self._tables.shards(asset, seed_set, context.run_id)}/{name}.json"
+        return f"{self._tables.handed_over(asset, seed_set, context.run_id)}/{name}.json"

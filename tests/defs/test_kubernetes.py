@@ -392,8 +392,10 @@ def test_where_an_asset_runs_can_be_searched_for_in_the_ui(staging, where):
 def test_the_steps_of_a_build_share_a_pool_of_their_own_and_wait_for_no_search():
     pools = {name: working_op(asset.node_def).pool for name, asset in assets_for().items()}
     assert {name for name, pool in pools.items() if pool == "building"} == BUILDING
+    stripes = assets_for()["combined_urls"].node_def.node_named("compare").definition
+    assert stripes.pool == "combining"  # otherwise most of their pods would wait too long for a node
     for folder in (REPOSITORY / "k8s" / "values.yaml", REPOSITORY / "dagster.yaml"):
-        assert '"building"' in folder.read_text()
+        assert '"combining", "building"' in folder.read_text()
 
 
 def test_label_taint_and_folder_are_the_same_everywhere():

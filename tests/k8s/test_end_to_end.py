@@ -99,6 +99,7 @@ def test_shards_are_searched_on_two_nodes_and_only_a_shard_or_stripe_that_was_ki
     (tmp_path / "small" / "sitecustomize.py").write_text(SMALL_PARTS)
     path = f"{tmp_path / 'small'}:{REPOSITORY}"
     monkeypatch.setitem(platform.cluster.environment, "PYTHONPATH", path)
+    platform.instance.event_log_storage.set_concurrency_slots("combining", 3)
     run = platform.launch("flower", "knn_urls", "combined_urls")
     for step in ("knn_urls.search", "combined_urls.compare"):
         platform.cluster.kill(platform.running_pod(step))

@@ -68,7 +68,12 @@ def combined_urls_asset(placement: Placement) -> dg.AssetsDefinition:
         for each in range(number if number > 1 else 0):
             yield dg.DynamicOutput({**shared, "number": each}, f"{each:04d}")
 
-    @dg.op(out=dg.Out(io_manager_key="handover"), tags=pod.op_tags, retry_policy=pod.retry_policy)
+    @dg.op(
+        out=dg.Out(io_manager_key="handover"),
+        pool="combining",
+        tags=pod.op_tags,
+        retry_policy=pod.retry_policy,
+    )
     def compare(
         context: dg.AssetExecutionContext, stripe: Value, tables: dg.ResourceParam[Tables]
     ) -> Value:
@@ -137,7 +142,7 @@ def combined_urls_asset(placement: Placement) -> dg.AssetsDefinition:
             result: dg.MaterializeResult[Any] = dg.MaterializeResult(
                 metadata=report.page(metadata), check_results=checks.logged(context, results)
             )
-            tables.remove_shards(context)
+            tables.remove_handed_over(context)
         yield result
 
     @dg.graph_asset(
@@ -163,7 +168,7 @@ def combined_urls_asset(placement: Placement) -> dg.AssetsDefinition:
 
 
 def _folder(tables: Tables, context: dg.AssetExecutionContext) -> str:
-    return tables.shards(NAME, context.partition_key, context.run.run_id)
+    return tables.handed_over(NAME, context.partition_key, context.run.run_id)
 
 
 def _to_json(written: Written, uri: str) -> Value:

@@ -85,7 +85,7 @@ def knn_urls_asset(placement: Placement) -> dg.AssetsDefinition:
             part, origin = Shard(**shard["shard"]), Provenance.from_json(shard["origin"])
             _check_inputs(origin, vectors, laion_index)
             step = SearchStep(context, vectors, laion_index, tables, pictures, bounds, per_seed=True)
-            folder = tables.shards(NAME, context.partition_key, context.run.run_id)
+            folder = tables.handed_over(NAME, context.partition_key, context.run.run_id)
             uri = f"{folder}/{part.number:04d}.parquet" if part.of > 1 else None
             return _to_json(step.write(origin, part, uri)) | {"number": part.number, "uri": uri}
 
@@ -115,7 +115,7 @@ def knn_urls_asset(placement: Placement) -> dg.AssetsDefinition:
             else:
                 searched = _join(step, parts)
             result = step.report(searched)
-            tables.remove_shards(context)
+            tables.remove_handed_over(context)
         yield result
 
     @dg.graph_asset(
