@@ -126,6 +126,42 @@ def test_pods_without_a_copy_to_go_to_spread(cluster: Cluster):
     assert {pod_of(number, "Running").spec.node_name for number in "12"} == {"nvme-1", "nvme-2"}
 
 
+def test_required_affinity_and_taints_decide_before_preferences(cluster: Cluster):
+    for name in ("nvme-1", "nvme-2"):
+        cluster.add_node(name, nvme=True)
+    term = {
+        "topologyKey": "kubernetes.io/hostname",
+        "labelSelector": {"matchLabels": {COPY_LABEL: "node"}},
+    }
+    required = "requiredDuringSchedulingIgnoredDuringExecution"
+    on_the_second = {"key": "kubernetes.io/hostname", "operator": "In", "values": ["nvme-2"]}
+    affinities = {
+        "there": {
+            "nodeAffinity": {required: {"nodeSelectorTerms": [{"matchExpressions": [on_the_second]}]}}
+        },
+        "together": {"podAffinity": {required: [term]}},
+        "apart": {"podAntiAffinity": {required: [term]}},
+        "nowhere": {"podAntiAffinity": {required: [term]}},
+    }
+    for name, affinity in affinities.items():
+        made = job(name, "sleep", "60", nodes=("nvme-1",), cpu="2")
+        made["spec"]["template"]["spec"]["affinity"] |= affinity
+        submit(made)
+        pod_of(name, "Pending" if name == "nowhere" else "Running")
+    nodes = [pod_of(name, "Running").spec.node_name for name in ("there", "together", "apart")]
+    assert nodes == ["nvme-2", "nvme-2", "nvme-1"]
+    assert (
+        "2 node(s) didn't match pod anti-affinity rules"
+        in pod_of("nowhere", "Pending").status.conditions[0].message
+    )
+    unwilling = job("unwilling", "true")
+    del unwilling["spec"]["template"]["spec"]["tolerations"]
+    submit(unwilling)
+    assert (
+        "2 node(s) had untolerated taint" in pod_of("unwilling", "Pending").status.conditions[0].message
+    )
+
+
 def test_a_pool_grows_from_zero_only_for_pods_that_fit_its_nodes(cluster: Cluster):
     cluster.add_node("any", nvme=False)
     cluster.pool_size = 2
