@@ -164,7 +164,7 @@ def measure(folder: Path, rows: int) -> dict[str, float]:
 def measure_in_stripes(folder: Path, rows: int) -> dict[str, float]:
     """Plan, compare no stripe, then one, and write the table with its links only."""
     spill.HELD_BYTES = 0
-    of = round((rows / OF_A_STRIPE) ** 2)
+    of = max(1, round((rows / OF_A_STRIPE) ** 2))
     steps = {}
     with tempfile.TemporaryDirectory(dir=folder) as work, PeakMemory() as memory, PeakDisk() as disk:
         plan, links = f"{work}/plan.parquet", f"{work}/links.parquet"
