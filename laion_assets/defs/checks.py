@@ -45,6 +45,7 @@ ONLY_A_PART = "only a part of the index is on the disk"
 SEARCHES = ("knn_urls", "centroid_urls")
 WITHOUT_SEED_SETS = ("laion_index", "staged_laion_index")
 FOUND_BY_PROBING_MORE = 0.05  # most of the best rows that the default nprobe may miss
+DIGITS = 4  # of a figure in the UI
 USABLE = 0.99  # share of the rows of a built index
 
 Results = Iterator[dg.AssetCheckResult]
@@ -246,7 +247,7 @@ def of_built_index(built: Built, min_recall: float) -> Results:
         f"{further:.1%} more"
         if best
         else "every search compares all rows",
-        {"more": round(further, 4)},
+        {"more": further},
     )
     usable = built.stored / built.rows
     yield _result(
@@ -293,7 +294,10 @@ def of_staged_index(opened: OpenIndex, cache_dir: Any) -> list[dg.AssetCheckResu
             captions is None or captions.is_aligned,
             WARN,
             _agreement(captions) if captions else f"not checked: {ONLY_A_PART}",
-            {"words shared by neighbours": captions.near, "words shared by chance": captions.apart}
+            {
+                "words shared by neighbours": captions.near,
+                "words shared by chance": captions.apart,
+            }
             if captions
             else None,
         ),
@@ -501,6 +505,10 @@ def _result(
     description: str,
     metadata: Mapping[str, Any] | None = None,
 ) -> dg.AssetCheckResult:
+    figures = {
+        label: round(value, DIGITS) if isinstance(value, float) else value
+        for label, value in (metadata or {}).items()
+    }
     return dg.AssetCheckResult(
-        check_name=name, passed=passed, severity=severity, description=description, metadata=metadata
+        check_name=name, passed=passed, severity=severity, description=description, metadata=figures
     )

@@ -27,7 +27,7 @@ from markdown_it import MarkdownIt
 from PIL import Image
 
 from laion_assets.definitions import build_defs
-from laion_assets.defs.drawing.thumbnails import SHEET_BYTES, SHEET_WIDTH
+from laion_assets.defs.drawing.thumbnails import SHEET_BYTES, SHEET_HEIGHT, SHEET_WIDTH
 from laion_assets.defs.provenance import PROVENANCE_KEY
 from laion_assets.defs.report import PREVIEW_ROWS
 from laion_assets.defs.settings import FIELDS, THIS_RUN
@@ -261,6 +261,7 @@ def test_the_contact_sheet_is_a_picture_small_enough_for_the_event_log(done):
         size = Image.open(io.BytesIO(picture)).size
         assert min(size) > 100
         assert size[0] <= SHEET_WIDTH
+        assert size[1] <= SHEET_HEIGHT
     saved = reported(result, "combined_urls")["picture"]
     assert Image.open(saved).format == "PNG"
 

@@ -147,6 +147,9 @@ def test_the_pictures_open_and_fit_into_their_dialog(page: Page, launched: str, 
             assert frame
             assert frame["x"] < within["x"]
             assert within["x"] + within["width"] < frame["x"] + frame["width"]
+        close = dialog.get_by_role("button", name="Close", exact=True).bounding_box()
+        assert close
+        assert close["y"] + close["height"] < SIZE["height"]
         dialog.get_by_role("button", name="Close", exact=True).click()
         expect(dialog).to_have_count(0)
 

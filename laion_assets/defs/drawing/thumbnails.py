@@ -32,6 +32,7 @@ HOW_TO_HAVE_PICTURES = (
     f"of the first {FETCHED} results from their hosts."
 )
 SHEET_WIDTH = 960  # the UI's dialog cuts off wider images
+SHEET_HEIGHT = 680  # of a window of 900 pixels, the dialog and its buttons take the rest
 SHEET_BYTES = 160_000  # the event log stores it for every materialization
 
 
@@ -186,7 +187,7 @@ def as_markdown(image: Image.Image, *below: str) -> dg.MarkdownMetadataValue:
 
     """
     shown = image.copy()
-    shown.thumbnail((SHEET_WIDTH, image.height))
+    shown.thumbnail((SHEET_WIDTH, SHEET_HEIGHT))
     sheet = embedded("contact sheet", *encode(shown, max_bytes=SHEET_BYTES))
     return dg.MetadataValue.md("\n\n".join([sheet, *filter(None, below)]))
 
