@@ -21,11 +21,12 @@ from stand_in import ROW_BYTES, Recipe, StandIn
 
 from laion_assets.index import Index
 from laion_assets.index.arrow_file import ArrowFile
-from laion_assets.index.metadata import READS, Metadata
+from laion_assets.index.metadata import Metadata
 from laion_assets.io.ranges import WholeFiles, members, union
 from laion_assets.search.neighbours import batches_of_neighbours
 
 PAGE = 4096
+READS = 32  # at a time, by the probe
 BATCH_ROWS = 65_536
 ROW = "{:34}{:>12}{:>10}{:>10}{:>10}"
 MANY_STYLES = Recipe(batches=256, lists=8_192, styles=32, files=1)  # lists 1/22 as long as LAION-5B's

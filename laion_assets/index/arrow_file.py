@@ -142,7 +142,12 @@ class ArrowFile:
     # --- what is read -----------------------------------------------------------------------------
 
     def needs(self, batches: Ids, rows: Ids, columns: Sequence[str]) -> Iterator[Ranges]:
-        """Yield where numbers and the positions of texts are, then where the texts are."""
+        """Yield where numbers and the positions of texts are, then where the texts are.
+
+        Raises:
+            InputError: a text is not within its batch.
+
+        """
         plain = [self._plain[name] for name in columns if name in self._plain]
         spans = [span for column in plain for span in self._element_spans(column, batches, rows)]
         others = [name for name in columns if name not in self._plain]
@@ -150,7 +155,10 @@ class ArrowFile:
             spans += self._whole(np.unique(batches), others)
         yield union(*spans)
         texts = (column for column in plain if column.texts is not None)
-        yield union(*(ranges_of(*self._texts(column, batches, rows).T) for column in texts))
+        try:
+            yield union(*(ranges_of(*self._texts(column, batches, rows).T) for column in texts))
+        except ValueError as error:
+            raise incomplete(self.path, "Arrow IPC", error) from error
 
     def _whole(self, batches: Ids, columns: Sequence[str]) -> list[Ranges]:
         """Return what Arrow reads of batches for columns without single rows."""

@@ -1,7 +1,7 @@
 """URL, caption and other columns of index rows, taken by id from Arrow or Parquet files.
 
 Arrow files are memory-mapped, and only the requested rows are read. The kernel is advised that reads are
-random, and threads wait for them: a cold read takes only the pages that hold the rows.
+random, and the pages of many rows are requested before the first is read: a cold read takes only these.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import cache, partial
+from functools import cache
 from itertools import pairwise
 from pathlib import Path
 
@@ -26,15 +26,15 @@ from laion_assets.index.parquet_file import ParquetFile
 from laion_assets.io.arrays import Ids, Mask
 from laion_assets.io.errors import InputError
 from laion_assets.io.parallel import slices
-from laion_assets.io.ranges import Disk, Hold, WholeFiles
+from laion_assets.io.ranges import Disk, Hold, WholeFiles, in_memory
 from laion_assets.io.text import readable
 
 URL_COLUMNS = ("url", "URL", "image_url", "image_path")
 CAPTION_COLUMNS = ("caption", "TEXT", "text", "alt")
 THUMBNAIL_COLUMN = "thumbnail"
-ROWS_AT_ONCE = (64, 512)  # rows that a thread takes; with fewer it waits longer for the interpreter
-AHEAD_AT_ONCE = 1 << 16  # rows that are read ahead, and forgotten, at a time
-READS = 32  # threads that wait for the disk
+THREADS = 4  # more wait for the interpreter
+ROWS_AT_ONCE = (256, 1 << 14)  # rows that a thread requests and takes
+SAMPLED = 64  # rows that show whether all are in memory
 TEXT_TYPES = (pa.large_string(), pa.null())
 THUMBNAIL_TYPES = (pa.binary(), pa.null())
 # Columns that people look at; every table carries those that the metadata has.
@@ -117,44 +117,47 @@ class Metadata:
         if not self.covers(ids).all():
             raise IndexError("an id without a metadata row")
         unique, back = np.unique(ids, return_inverse=True)
-        schema = pa.schema([self.columns.field(name) for name in self._wanted(columns)])
-        requests = self._by_file(unique)
+        schema = self._schema_of(columns)
         with self._disk.hold() as held:
             if not self._disk.whole:
-                self._fetch(held, requests, schema)
-            at_once = int(np.clip(len(unique) // READS, *ROWS_AT_ONCE))
-            parts = [
-                _Rows(rows.file, rows.batches[part], rows.rows[part])
-                for rows in requests
-                for part in slices(len(rows.rows), at_once)
-            ]
-            taken = _readers().map(partial(self._take_from_file, schema=schema), parts)
-            table = pa.concat_tables([schema.empty_table(), *taken])
+                self._fetch(held, self._by_file(unique), schema)
+            cold = self._disk.whole and not self._in_memory(unique, schema)
+
+            def take(rows: _Rows) -> pa.Table:
+                if cold:
+                    self._fetch(held, [rows], schema)
+                return self._take_from_file(rows, schema)
+
+            table = pa.concat_tables([schema.empty_table(), *_readers().map(take, self._parts(unique))])
         return table.take(pa.array(back))
 
     @contextmanager
     def reading_ahead(self, columns: Sequence[str]) -> Iterator[Callable[[Ids], None]]:
         """Return a function that reads rows in the background, so that `take` then finds them in memory.
 
-        It does nothing with Parquet, whose decoding takes the time, nor where the files are not complete:
-        rows that nobody takes would be fetched. Reading ends before the block does.
+        It does nothing where the files are not complete: rows that nobody takes would be fetched. Parquet
+        does not say what a row needs, and is not read ahead.
 
         Args:
             columns: as for `take`.
 
         """
-        if not self._disk.whole or not all(isinstance(file, ArrowFile) for file in self._files):
+        if not self._disk.whole:
             yield lambda _: None
             return
 
-        def read(ids: Ids) -> None:
-            for some in slices(len(ids), AHEAD_AT_ONCE):
-                self.take(ids[some], columns)
+        schema = self._schema_of(columns)
 
-        with ThreadPoolExecutor(1, "read-ahead") as reader:
+        def read(part: _Rows) -> None:
+            with self._disk.hold() as held:
+                self._fetch(held, [part], schema)
+
+        with ThreadPoolExecutor(THREADS, "read-ahead") as readers:
 
             def read_ahead(ids: Ids) -> None:
-                reader.submit(read, np.sort(ids))  # `take` meets and raises the same errors
+                ids = np.sort(ids)
+                if not self._in_memory(ids, schema):
+                    readers.map(read, self._parts(ids))  # `take` meets and raises the same errors
 
             yield read_ahead
 
@@ -181,8 +184,29 @@ class Metadata:
             if last > first
         ]
 
+    def _parts(self, ids: Ids) -> list[_Rows]:
+        """Return where ascending ids are, as many at a time as a thread takes."""
+        at_once = int(np.clip(-(-len(ids) // THREADS), *ROWS_AT_ONCE))
+        return [
+            _Rows(rows.file, rows.batches[part], rows.rows[part])
+            for rows in self._by_file(ids)
+            for part in slices(len(rows.rows), at_once)
+        ]
+
+    def _schema_of(self, columns: Sequence[str] | None) -> pa.Schema:
+        return pa.schema([self.columns.field(name) for name in self._wanted(columns)])
+
+    def _in_memory(self, ids: Ids, schema: pa.Schema) -> bool:
+        """Return whether a sample of ascending ids is in the page cache."""
+        sample = self._by_file(ids[:: len(ids) // SAMPLED + 1])
+        return all(
+            in_memory(rows.file.path, ranges)
+            for rows in sample
+            for ranges in rows.file.needs(rows.batches, rows.rows, self._present(rows.file, schema.names))
+        )
+
     def _fetch(self, held: Hold, requests: Sequence[_Rows], schema: pa.Schema) -> None:
-        """Fetch the bytes that rows need, in rounds: the next ranges of all files at a time."""
+        """Fetch or request the bytes that rows need, in rounds: the next ranges of all files at once."""
         needs = [
             (
                 rows.file.path,
@@ -229,8 +253,8 @@ class _Rows:
 
 @cache
 def _readers() -> ThreadPoolExecutor:
-    """Return threads that wait for the disk; starting them takes longer than a small request."""
-    return ThreadPoolExecutor(READS, "metadata")
+    """Return threads that take rows; starting them takes longer than a small request."""
+    return ThreadPoolExecutor(THREADS, "metadata")
 
 
 os.register_at_fork(after_in_child=_readers.cache_clear)  # a forked process has none of the threads

@@ -67,6 +67,19 @@ class WholeFiles:
             read_ahead(path, some)
 
 
+def in_memory(path: Path, ranges: Ranges) -> bool:
+    """Return whether the first byte of every range is in the page cache; false if nobody can tell."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        for start in ranges[:, 0].tolist():
+            os.preadv(descriptor, [bytearray(1)], start, os.RWF_NOWAIT)
+    except OSError:  # it would have to wait, or the file system does not know
+        return False
+    finally:
+        os.close(descriptor)
+    return True
+
+
 def read_ahead(path: Path, ranges: Ranges) -> None:
     """Ask the kernel to read ranges of a file ahead, without waiting for it."""
     descriptor = os.open(path, os.O_RDONLY)

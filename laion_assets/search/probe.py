@@ -26,7 +26,7 @@ import pyarrow.parquet as pq
 
 from laion_assets.index.faiss_index import MIN_NPROBE, Hits, Index
 from laion_assets.index.layout import METADATA_FOLDER
-from laion_assets.index.metadata import READS, Metadata
+from laion_assets.index.metadata import Metadata
 from laion_assets.index.vectors import decoded_codes, unit
 from laion_assets.io.arrays import Bytes, Floats, Ids
 from laion_assets.io.derived import keep
@@ -58,6 +58,7 @@ STYLED = 64  # queries that show among how many lists those of all are spread
 MANY_LISTS = 1024  # chosen for a query
 SCATTERED, DENSE = 256, 1 << 14  # rows taken from many batches, and from few
 PAGES = 1024  # read at random
+READS = 32  # of them at a time
 USUAL_WINDOW = 128 << 10  # bytes; Linux's default
 RUN, PIECE = 64 << 20, 1 << 20  # bytes read in a row, and at a time
 REQUESTS = 4 * READ_THREADS  # pages requested from the source
