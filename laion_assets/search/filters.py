@@ -8,6 +8,7 @@ as code. Null and NaN fail every condition, because a missing safety score does 
 from __future__ import annotations
 
 import difflib
+import math
 import operator
 import re
 from collections.abc import Callable, Mapping, Sequence
@@ -98,7 +99,9 @@ class Condition:
         elif _is_number(column.type):
             return self._holds_exactly(column)
         exact = isinstance(self.value, str | bool)
-        value = self.value if exact else float(str(self.value))  # may be infinite
+        value = self.value if exact else float(str(self.value))
+        if value in (math.inf, -math.inf):  # an infinite number of the column is not this finite one
+            return self._holds_exactly(column)
         passed = COMPARE[self.comparison](column, pa.scalar(value))
         held: Mask = pc.fill_null(passed, False).to_numpy()
         return held
