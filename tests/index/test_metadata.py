@@ -324,7 +324,7 @@ def test_a_text_that_would_lie_outside_its_batch_is_an_error_of_its_file(tmp_pat
 
 def test_rows_of_a_cold_file_are_in_memory_soon_after_they_are_read_ahead(tmp_path):
     table = pa.table({"url": [f"https://example.org/{n:0500}" for n in range(60_000)]})
-    (path,) = write(tmp_path, [table], indices.ARROW)
+    (path,) = write(tmp_path, [table], indices.ARROW, batch=len(table))
     metadata = Metadata([path])
     with path.open("rb") as file:
         os.fsync(file.fileno())
