@@ -52,13 +52,25 @@ def report_missed_retries(instance: dg.DagsterInstance) -> list[str]:
         updated_after=datetime.now(UTC) - GIVEN_UP_AFTER,
     )
     for record in instance.get_run_records(waiting):
-        run, ended = record.dagster_run, record.end_time or 0
-        if AUTO_RETRY_RUN_ID_TAG not in run.tags and time.time() - ended > MISSED_AFTER:
+        run = record.dagster_run
+        if AUTO_RETRY_RUN_ID_TAG not in run.tags and _is_missed(instance, run.run_id):
             instance.report_run_failed(
                 run, "the retry of this run was missed: the failure is reported again"
             )
             missed.append(run.run_id)
     return missed
+
+
+def _is_missed(instance: dg.DagsterInstance, run_id: str) -> bool:
+    """Return whether a failure is old enough to be missed, but not so old that it is given up.
+
+    Reporting a failure again changes the end of the run, so only its events say when it first failed.
+    """
+    reports = instance.all_logs(run_id, of_type=dg.DagsterEventType.RUN_FAILURE)
+    if not reports:
+        return False
+    first, last = (time.time() - reports[place].timestamp for place in (0, -1))
+    return last > MISSED_AFTER and first < GIVEN_UP_AFTER.total_seconds()
 
 
 def assign_missed_places(instance: dg.DagsterInstance) -> None:

@@ -1,5 +1,8 @@
 """What Dagster misses is done by the next tick: a retry, and the turn of a step that waits."""
 
+import time
+from datetime import timedelta
+
 import dagster as dg
 import pytest
 
@@ -44,6 +47,18 @@ def test_a_failure_is_reported_again_if_its_retry_was_missed(tags, seconds, repo
         assert (run.run_id in said) == (reports == 2)
         kinds = [entry.dagster_event_type for entry in instance.all_logs(run.run_id)]
         assert kinds.count(dg.DagsterEventType.PIPELINE_FAILURE) == reports
+
+
+def test_a_retry_that_never_comes_is_given_up(monkeypatch) -> None:
+    monkeypatch.setattr(retries, "MISSED_AFTER", -1)
+    with dg.DagsterInstance.ephemeral() as instance:
+        run = instance.create_run_for_job(empty)
+        instance.report_run_failed(run)
+        instance.add_run_tags(run.run_id, {WILL_RETRY_TAG: "true"})
+        time.sleep(1)
+        assert run.run_id in tick(instance)  # which updates the run
+        monkeypatch.setattr(retries, "GIVEN_UP_AFTER", timedelta(seconds=1))
+        assert run.run_id not in tick(instance)
 
 
 def test_a_step_that_nobody_assigned_a_place_gets_it(tmp_path) -> None:
