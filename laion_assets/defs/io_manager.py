@@ -17,6 +17,7 @@ import pyarrow as pa
 
 from laion_assets.defs.failures import as_failures
 from laion_assets.defs.history import CHECKSUM, asset_of_step, materializations
+from laion_assets.io.checksums import checksum_text, crc32c
 from laion_assets.io.errors import InputError
 from laion_assets.io.storage import new_file, on_this_machine, open_storage, reaching
 from laion_assets.io.tables import (
@@ -28,6 +29,7 @@ from laion_assets.io.tables import (
     new_table,
     remove,
 )
+from laion_assets.io.text import json_object
 from laion_assets.search.combined import DECODER
 
 PICTURE = ".png"  # the contact sheet beside a table
@@ -152,6 +154,10 @@ class ParquetIOManager(dg.IOManager):
             return self._tables.open(asset, seed_set, last.figures.get(CHECKSUM) if last else None)
 
 
+def _checksum(value: object) -> str:
+    return checksum_text(crc32c(json.dumps(value).encode()))
+
+
 class HandoverIOManager(dg.IOManager):
     """Passes JSON values from one step of an asset to the next, as files among its unfinished work.
 
@@ -164,7 +170,7 @@ class HandoverIOManager(dg.IOManager):
     def handle_output(self, context: dg.OutputContext, obj: object) -> None:
         """Write the value of a step."""
         with as_failures(), new_file(self._uri(context, context.partition_key), OUTPUT) as sink:
-            sink.write(json.dumps(obj).encode())
+            sink.write(json.dumps({"value": obj, "crc32c": _checksum(obj)}).encode())
 
     def load_input(self, context: dg.InputContext) -> Any:
         """Read the value of an earlier step."""
@@ -175,7 +181,10 @@ class HandoverIOManager(dg.IOManager):
         fs, path = open_storage(uri, OUTPUT)
         with as_failures(), reaching(uri, OUTPUT):
             try:
-                return json.loads(fs.cat_file(path))
+                stored = json_object(fs.cat_file(path))
+                if stored.get("crc32c") != _checksum(stored.get("value")):
+                    raise ValueError("it differs from what was written")
+                return stored["value"]
             except (FileNotFoundError, ValueError) as error:
                 asset = asset_of_step(upstream.step_key)
                 raise InputError(f"{uri} is missing or damaged: materialize {asset} again") from error

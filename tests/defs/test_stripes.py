@@ -1,6 +1,7 @@
 """`combined_urls` in stripes: what a failed one repeats, and that the table is that of one comparison."""
 
 from collections.abc import Iterator
+from pathlib import Path
 
 import dagster as dg
 import pyarrow.parquet as pq
@@ -80,3 +81,29 @@ def test_what_fails_at_the_end_is_repeated_unless_a_url_set_has_changed(project,
         assert again.success == repeated
         assert steps(project, again) == (["combined_urls.unite"] if repeated else [])
     assert "materialize combined_urls again" in failures(again)["combined_urls"]
+
+
+def damaged(stripes: list[Path]) -> None:
+    stripes[1].write_bytes(stripes[1].read_bytes().replace(b'"number": 1', b'"number": 7'))
+
+
+def of_another_stripe(stripes: list[Path]) -> None:
+    stripes[1].write_bytes(stripes[0].read_bytes())
+
+
+@pytest.mark.parametrize(
+    ("change", "fact"), [(damaged, "missing or damaged"), (of_another_stripe, "not those of one plan")]
+)
+def test_what_stripes_hand_over_is_refused_if_damaged_or_incomplete(
+    project, monkeypatch, change, fact
+) -> None:
+    monkeypatch.setattr(combined_urls, "stripes_for", lambda *_: 2)
+    with monkeypatch.context() as patch:
+        patch.setattr(combined_urls, "combine", broken)
+        first = project.run(SEED_SET, "combined_urls")
+    folder = project.output / "combined_urls" / f"{SEED_SET}.unfinished" / first.run_id
+    change(sorted(folder.glob("compare*.json")))
+    again = project.re_execute(first)
+    said = failures(again)["combined_urls"]
+    assert fact in said
+    assert "materialize combined_urls again" in said

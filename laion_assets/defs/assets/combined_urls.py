@@ -24,6 +24,7 @@ from laion_assets.defs.partitions import seed_sets
 from laion_assets.defs.provenance import Provenance, check_same_origin, now
 from laion_assets.defs.resources import LaionIndex, Pictures
 from laion_assets.defs.terminal import count
+from laion_assets.io.arrays import Ids
 from laion_assets.io.errors import InputError
 from laion_assets.io.tables import StoredTable, Written
 from laion_assets.search.combined import Combined, CombinedFunnel, combine
@@ -48,24 +49,23 @@ def combined_urls_asset(placement: Placement) -> dg.AssetsDefinition:
         tables: dg.ResourceParam[Tables],
     ) -> Iterator[dg.DynamicOutput[Value]]:
         """Plan the comparison of many images; a usual set has no stripes."""
-        number = 0
         with as_failures():
             origin = check_same_origin(knn_urls, centroid_urls, seed_embeddings)
             threshold = origin.settings.values.dedup_threshold
-            if threshold < 1:
-                number = stripes_for(knn_urls, centroid_urls)
-            if number > 1:
-                meter = Meter.start()
-                uri = f"{_folder(tables, context)}/images.parquet"
-                planned = write_plan(knn_urls, centroid_urls, threshold, uri, context.log.info)
-                shared = {
-                    "planned": _to_json(planned, uri),
-                    "threshold": threshold,
-                    "inputs": _inputs(knn_urls, centroid_urls),
-                    "seconds": meter.seconds(),
-                    "of": number,
-                }
-        for each in range(number if number > 1 else 0):
+            number = stripes_for(knn_urls, centroid_urls) if threshold < 1 else 1
+            if number == 1:
+                return
+            meter = Meter.start()
+            uri = f"{_folder(tables, context)}/images.parquet"
+            planned = write_plan(knn_urls, centroid_urls, threshold, uri, context.log.info)
+            shared = {
+                "planned": _to_json(planned, uri),
+                "threshold": threshold,
+                "inputs": _inputs(knn_urls, centroid_urls),
+                "seconds": meter.seconds(),
+                "of": number,
+            }
+        for each in range(number):
             yield dg.DynamicOutput({**shared, "number": each}, f"{each:04d}")
 
     @dg.op(
@@ -85,8 +85,8 @@ def combined_urls_asset(placement: Placement) -> dg.AssetsDefinition:
             found = compare_stripe(_open(stripe["planned"]), stripe["threshold"], (number, of), uri)
             planning = stripe["seconds"] if number == 0 else 0.0
             return {
+                "stripe": stripe,
                 "links": _to_json(found, uri),
-                "inputs": stripe["inputs"],
                 "seconds": meter.seconds() + planning,
             }
 
@@ -184,10 +184,14 @@ def _inputs(*urls: StoredTable) -> list[list[str]]:
     return [[made.run, made.written] for made in map(Provenance.of, urls)]
 
 
-def _links(found: Sequence[Value], inputs: list[list[str]]) -> Any:
-    """Return the links of all stripes, if they compared these inputs."""
-    if any(each["inputs"] != inputs for each in found):
+def _links(found: Sequence[Value], inputs: list[list[str]]) -> Iterator[tuple[Ids, Ids]]:
+    """Return the links of all stripes, if they are those of one plan and compared these inputs."""
+    stripes = sorted((each["stripe"] for each in found), key=lambda stripe: stripe["number"])
+    if any(stripe["inputs"] != inputs for stripe in stripes):
         raise InputError(f"a URL set has changed since its images were compared: {REMEDY}")
+    plans = {stripe["planned"]["checksum"] for stripe in stripes}
+    if len(plans) > 1 or [stripe["number"] for stripe in stripes] != [*range(stripes[0]["of"])]:
+        raise InputError(f"the stripes are not those of one plan: {REMEDY}")
     return links_in(_open(each["links"]) for each in found)
 
 
