@@ -59,14 +59,16 @@ IMAGES_SHOWN = 10  # skipped images listed by `index-images`
 HOST, PORT, MAX_PORT = "127.0.0.1", 3000, 65_535
 INSTANCE_FILE = "dagster.yaml"
 WRONG_ARGUMENTS = {  # messages of argparse, and ours
-    "argument COMMAND: invalid choice: ('.*?') .*": r"there is no command \1",
+    r"argument COMMAND: invalid choice: (.*) \(choose from .*": r"there is no command \1",
     r"argument (\S+): expected one argument": r"\1 has no value: give one",
     r"argument (\S+): not allowed with argument (\S+)": r"\1 and \2 are given: give only one of them",
-    r"argument (\S+): (.*)": r"\1 \2",
+    r"argument (\S+): ignored explicit argument .*": r"\1 takes no value: give none",
+    r"argument (\S+): is (.*): give (.*)": r"\1 is \2: give \3",
+    r"ambiguous option: (.*)": r"\1",
     r"the following arguments are required: ([^,]+)": r"\1 is missing",
     r"the following arguments are required: (.+)": r"\1 are missing",
     r"one of the arguments (\S+) (\S+) is required": r"neither \1 nor \2 is given: give one of them",
-    r"unrecognized arguments: (.*)": r"nothing like \1 is expected",
+    r"unrecognized arguments: (.*)": r"\1 is not understood",
 }
 METAVARS: Mapping[type, str] = {int: "N", float: "X", str: "CONDITIONS"}
 DEFAULT_FOLDERS = {"LAION_INDEX_URI": DATA / "index", "LAION_SEEDS_URI": DATA / "seeds"}
@@ -144,11 +146,12 @@ class _Parser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         """Print what is wrong with the arguments, and exit with 2."""
+        remedy = f": see `{self.prog} --help`"
         for pattern, wording in WRONG_ARGUMENTS.items():
-            if found := re.fullmatch(pattern, message):
+            if found := re.fullmatch(pattern, message, re.DOTALL):
                 message = found.expand(wording)
+                remedy = "" if ": give " in wording else remedy
                 break
-        remedy = "" if ": give " in message else f": see `{self.prog} --help`"
         self.exit(2, f"error: {printable(message)}{remedy}\n")
 
 

@@ -231,8 +231,17 @@ MISTAKES: dict[str, tuple[list[str], dict[str, str], int, tuple[str, ...]]] = {
     "a command that is none": (
         ["materialise", "flower"], {}, 2, ("no command 'materialise'", "laion-assets --help"),
     ),
+    "a command of two lines": (["a'b\nc"], {}, 2, (r"""no command "a'b\nc": see""",)),
     "no seed set": (["materialize"], {}, 2, ("SEED_SET is missing", "laion-assets materialize --help")),
-    "an option that is none": (["verify", "--all"], {}, 2, ("--all", "laion-assets --help")),
+    "an option that is none": (
+        ["verify", "--all\n: give 5"], {}, 2, (r"--all\n: give 5", "laion-assets --help"),
+    ),
+    "an option that is two": (
+        ["plan", "--se", "5"], {}, 2, ("error: --se could match --seeds, --seed-set: see",),
+    ),
+    "an option that takes no value": (
+        ["verify", "--repair=3"], {}, 2, ("--repair takes no value: give none",),
+    ),
     "an option without a value": (["dev", "--port"], {}, 2, ("--port has no value: give one",)),
     "a plan for seeds of two kinds": (
         ["plan", "--target", "5", "--seeds", "5", "--seed-set", "fruit"], {}, 2,
