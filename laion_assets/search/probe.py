@@ -12,7 +12,6 @@ import json
 import os
 import time
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -47,7 +46,7 @@ from laion_assets.staging.sparse.store import READ_THREADS
 from laion_assets.staging.transfer.fetch import Fetcher, TransferStats
 
 KEPT = ".rates.json"  # in the cache directory
-VERSION = 2  # increment it if rates are measured in another way
+VERSION = 3  # increment it if rates are measured in another way
 QUERIES = 8
 SCANNED = 1 << 20  # rows in the lists that they probe together
 FOUND = 1 << 14  # rows found around each
@@ -58,7 +57,6 @@ STYLED = 64  # queries that show among how many lists those of all are spread
 MANY_LISTS = 1024  # chosen for a query
 SCATTERED, DENSE = 256, 1 << 14  # rows taken from many batches, and from few
 PAGES = 1024  # read at random
-READS = 32  # of them at a time
 USUAL_WINDOW = 128 << 10  # bytes; Linux's default
 RUN, PIECE = 64 << 20, 1 << 20  # bytes read in a row, and at a time
 REQUESTS = 4 * READ_THREADS  # pages requested from the source
@@ -392,14 +390,16 @@ def _disk_rates(opened: OpenIndex, cache: Path) -> tuple[float, float]:
 
 
 def _page_seconds(descriptor: int, pages: Ids) -> float:
-    """Read pages at random as `Metadata.take` does, in threads that wait for the disk."""
+    """Read pages at random as `Metadata.take` does: all are requested before the first is read."""
     os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_RANDOM)
     for page in pages.tolist():
         os.posix_fadvise(descriptor, page, PAGE_SIZE, os.POSIX_FADV_DONTNEED)
-    with ThreadPoolExecutor(READS) as readers:
-        started = time.monotonic()
-        list(readers.map(partial(os.pread, descriptor, PAGE_SIZE), pages.tolist()))
-        return time.monotonic() - started
+    started = time.monotonic()
+    for page in pages.tolist():
+        os.posix_fadvise(descriptor, page, PAGE_SIZE, os.POSIX_FADV_WILLNEED)
+    for page in pages.tolist():
+        os.pread(descriptor, PAGE_SIZE, page)
+    return time.monotonic() - started
 
 
 def _run_seconds(descriptor: int, path: Path, start: int, size: int) -> float:

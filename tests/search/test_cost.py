@@ -212,13 +212,21 @@ def test_combining_compares_all_images_with_each_other():
 
 
 def test_sparse_requests_wait_for_the_source_and_others_for_the_disk():
-    search = search_of(LAION, 1, 830_000, 0.36)
+    search = search_of(LAION, 200, 830, 0.36)
     whole, sparse = (search_steps(shape, RATES, search)["metadata"] for shape in (LAION, SPARSE))
     assert whole.reads == 0
     assert whole.cold - whole.warm == pytest.approx(whole.size / PAGE * RATES.page)
     assert sparse.cold - sparse.warm == pytest.approx(
         sparse.reads * RATES.request + sparse.size * RATES.fetched
     )
+
+
+def test_metadata_is_read_while_many_images_are_compared():
+    steps = search_steps(LAION, RATES, search_of(LAION, 1, 830_000, 0.36))
+    metadata, meanwhile = steps["metadata"], steps["near-duplicates"].warm
+    reading = metadata.size / PAGE * RATES.page
+    assert 0 < meanwhile < reading
+    assert metadata.cold - metadata.warm == pytest.approx(reading - meanwhile)
 
 
 def test_a_compressed_batch_is_read_whole():
