@@ -20,7 +20,7 @@ from laion_assets.defs.terminal import count
 
 DELETE_JOB, DELETE_STEP = "delete_old_runs", "delete"
 SCHEDULE = "delete_old_runs_weekly"
-DAYS = 90
+DAYS, MOST_DAYS = 90, 36_500
 PAGE = 100  # runs in memory at a time
 ENDED = [dg.DagsterRunStatus.SUCCESS, dg.DagsterRunStatus.FAILURE, dg.DagsterRunStatus.CANCELED]
 EVENTS_OF_ASSETS = {dg.DagsterEventType.ASSET_MATERIALIZATION, dg.DagsterEventType.ASSET_OBSERVATION}
@@ -72,7 +72,9 @@ def _runs_of_last(instance: dg.DagsterInstance, event: DagsterEvent) -> set[str]
 class DeleteOldRuns(dg.Config):
     """What the job is asked to delete."""
 
-    older_than_days: int = Field(DAYS, ge=1, description="delete runs that ended so many days ago")
+    older_than_days: int = Field(
+        DAYS, ge=1, le=MOST_DAYS, description="delete runs that ended so many days ago"
+    )
 
 
 def delete_old_runs_job() -> dg.JobDefinition:

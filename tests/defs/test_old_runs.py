@@ -4,11 +4,19 @@ from datetime import UTC, datetime, timedelta
 
 import dagster as dg
 import numpy as np
+import pytest
 from helpers.project import Demo, Project, Ticks, new_project
 
 from laion_assets.definitions import build_defs
 from laion_assets.defs.history import materializations
-from laion_assets.defs.old_runs import DELETE_JOB, DELETE_STEP, SCHEDULE, old_runs
+from laion_assets.defs.old_runs import (
+    DELETE_JOB,
+    DELETE_STEP,
+    MOST_DAYS,
+    SCHEDULE,
+    DeleteOldRuns,
+    old_runs,
+)
 from laion_assets.defs.seed_set_states import states_of
 
 ASSETS = ("seed_embeddings", "centroid_vector")
@@ -47,6 +55,17 @@ def test_old_runs_go_but_for_those_whose_events_the_ui_and_the_sensor_need(demo:
         assert made_by("centroid_vector") == [last, observed]
         assert states_of(instance, sets) == states
         assert [ticks.tick() for _ in range(3)] == before == [[]] * 3
+
+
+@pytest.mark.parametrize("days", [-1, 0, 10**9])
+def test_days_that_have_not_passed_are_refused(days):
+    with pytest.raises(ValueError, match="older_than_days"):
+        DeleteOldRuns(older_than_days=days)
+
+
+def test_runs_of_a_hundred_years_ago_are_looked_for():
+    with dg.DagsterInstance.ephemeral() as instance:
+        assert not list(old_runs(instance, datetime.now(UTC) - timedelta(days=MOST_DAYS)))
 
 
 def test_nothing_is_deleted_until_the_schedule_is_turned_on():
