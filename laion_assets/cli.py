@@ -156,7 +156,7 @@ class _Parser(argparse.ArgumentParser):
 
 
 def _number(kind: type) -> Callable[[str], Any]:
-    """Return a function that reads a value of a type of setting."""
+    """Return a function that reads a value of a type; its error says which is expected."""
 
     def read(text: str) -> Any:
         try:

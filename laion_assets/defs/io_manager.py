@@ -95,7 +95,7 @@ class Tables:
         return f"{self._unfinished(asset, seed_set)}/{run}"
 
     def remove_handed_over(self, context: dg.AssetExecutionContext) -> None:
-        """Remove what this run handed over, and others that have ended: the table replaces it."""
+        """Remove what was handed over in this run and in runs that have ended: the table replaces it."""
         folder = self._unfinished(*_table_of(context))
         fs, path = open_storage(folder, OUTPUT)
         with reaching(folder, OUTPUT):

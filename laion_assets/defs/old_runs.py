@@ -57,7 +57,7 @@ def _is_last(instance: dg.DagsterInstance, run: dg.DagsterRun) -> bool:
 def _runs_of_last(instance: dg.DagsterInstance, event: DagsterEvent) -> set[str]:
     """Return the runs with the last events of the same asset and partition.
 
-    Of an asset without partitions these are as many as requests look at, such as stagings on other nodes.
+    Of an asset without partitions, they are the last few that requests read: each node has its staging.
     """
     asset, partition = event.asset_key, event.partition
     if asset is None:

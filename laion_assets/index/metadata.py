@@ -135,8 +135,8 @@ class Metadata:
     def reading_ahead(self, columns: Sequence[str]) -> Iterator[Callable[[Ids], None]]:
         """Return a function that reads rows in the background, so that `take` then finds them in memory.
 
-        It does nothing where the files are not complete: rows that nobody takes would be fetched. Parquet
-        does not say what a row needs, and is not read ahead.
+        It does nothing if the files are not complete, because it would fetch rows that are never taken.
+        Parquet is not read ahead, because its footer does not say where a row is.
 
         Args:
             columns: as for `take`.

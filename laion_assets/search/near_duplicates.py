@@ -93,8 +93,8 @@ def components(
         threshold: from 0 to 1, taken as float32. Rows are linked where their cosine is strictly above it;
             1 links none.
         sizes: how the work is divided.
-        foreseen: called with all rows to keep, ascending, and a few others, before the longest part of
-            the work; not where all pairs are compared at once.
+        foreseen: called before the longest part of the work with all rows to keep and a few others,
+            ascending. It is not called if all pairs are compared at once.
 
     Returns:
         (n,) int64; rows to keep are labelled with their own number.
