@@ -80,3 +80,15 @@ def test_a_failed_shard_alone_is_repeated_and_the_table_is_that_of_one_search(
     for name in ("requested", "received", "kept", "near duplicates", "recall of nprobe"):
         assert figures[name] == told[name]
     assert not [name for name in contents(project.output) if ".unfinished" in name]
+
+
+def test_shards_of_which_one_is_copied_over_another_are_refused(project, monkeypatch) -> None:
+    in_shards(monkeypatch, 2)
+    with monkeypatch.context() as patch:
+        patch.setattr(knn_urls, "_join", lambda *_: 1 / 0)
+        first = project.run("many", "knn_urls", nb_images_knn=50)
+    folder = project.output / "knn_urls" / "many.unfinished" / first.run_id
+    one, other = sorted(folder.glob("search*.json"))
+    other.write_bytes(one.read_bytes())
+    said = failures(project.re_execute(first))["knn_urls"]
+    assert "not those of one search: materialize knn_urls again" in said

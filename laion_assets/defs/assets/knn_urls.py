@@ -87,7 +87,7 @@ def knn_urls_asset(placement: Placement) -> dg.AssetsDefinition:
             step = SearchStep(context, vectors, laion_index, tables, pictures, bounds, per_seed=True)
             folder = tables.handed_over(NAME, context.partition_key, context.run.run_id)
             uri = f"{folder}/{part.number:04d}.parquet" if part.of > 1 else None
-            return _to_json(step.write(origin, part, uri)) | {"number": part.number, "uri": uri}
+            return _to_json(step.write(origin, part, uri)) | shard | {"uri": uri}
 
     @dg.op(
         out={"result": dg.Out(dg.Nothing)}
@@ -107,7 +107,8 @@ def knn_urls_asset(placement: Placement) -> dg.AssetsDefinition:
         """Write the rows of all shards in their order, and report the table."""
         with as_failures():
             step = SearchStep(context, vectors, laion_index, tables, pictures, bounds, per_seed=True)
-            parts = sorted(found, key=lambda part: part["number"])
+            parts = sorted(found, key=lambda part: part["shard"]["number"])
+            _check_whole(parts)
             _check_inputs(Provenance.from_json(parts[0]["provenance"]), vectors, laion_index)
             if parts[0]["uri"] is None:
                 table = tables.written(context)
@@ -142,6 +143,14 @@ def knn_urls_asset(placement: Placement) -> dg.AssetsDefinition:
         return {name: getattr(outputs, name) for name in outputs._fields}
 
     return knn_urls
+
+
+def _check_whole(parts: list[Value]) -> None:
+    """Raise if these are not all shards of one search, in their order."""
+    shards, origin = [Shard(**part["shard"]) for part in parts], parts[0]["origin"]
+    of = shards[0].of
+    if shards != [Shard(number, of) for number in range(of)] or any(p["origin"] != origin for p in parts):
+        raise InputError(f"the shards are not those of one search: materialize {NAME} again")
 
 
 def _check_inputs(origin: Provenance, vectors: StoredTable, laion_index: LaionIndex) -> None:
