@@ -263,11 +263,13 @@ def compare_loose_rows(links: Links, rows: Sketched, tiles: Iterable[Sketched]) 
 def check_together(links: Links, found: Iterable[Pairs]) -> None:
     """Check pairs, many at a time: each row is then fetched once for several of its pairs."""
     waiting: list[Pairs] = []
+    number = 0
     for pairs in found:
         waiting.append(pairs)
-        if sum(len(rows) for rows, _ in waiting) >= links.sizes.together:
+        number += len(pairs[0])
+        if number >= links.sizes.together:
             links.check(*map(np.concatenate, zip(*waiting, strict=True)))
-            waiting.clear()
+            waiting, number = [], 0
     if waiting:
         links.check(*map(np.concatenate, zip(*waiting, strict=True)))
 
