@@ -51,6 +51,12 @@ USABLE = 0.99  # share of the rows of a built index
 Results = Iterator[dg.AssetCheckResult]
 
 
+def outputs_with(asset: str, specs: Iterable[dg.AssetCheckSpec]) -> dict[str, dg.Out]:
+    """Return the outputs of the last step of a graph: the asset, and its checks."""
+    names = ["result", *(f"{asset}_{spec.name}" for spec in specs)]
+    return {name: dg.Out(dg.Nothing) for name in names}
+
+
 def _spec(asset: str, name: str, description: str, *, blocking: bool = False) -> dg.AssetCheckSpec:
     with warnings.catch_warnings():
         # Partitioned checks are new in Dagster. Without partitions, the last run would decide for all

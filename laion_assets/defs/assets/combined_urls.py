@@ -91,8 +91,7 @@ def combined_urls_asset(placement: Placement) -> dg.AssetsDefinition:
             }
 
     @dg.op(
-        out={"result": dg.Out(dg.Nothing)}
-        | {f"{NAME}_{spec.name}": dg.Out(dg.Nothing) for spec in checks.COMBINED},
+        out=checks.outputs_with(NAME, checks.COMBINED),
         tags=pod.op_tags,
         retry_policy=pod.retry_policy,
     )

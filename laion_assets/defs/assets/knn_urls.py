@@ -31,6 +31,7 @@ from laion_assets.search.combined import DECODER
 from laion_assets.search.shards import Shard, from_json, joined, shards_for, to_json
 
 NAME = "knn_urls"
+REMEDY = f"materialize {NAME} again"
 Value = dict[str, Any]  # passed between steps as JSON
 
 
@@ -90,8 +91,7 @@ def knn_urls_asset(placement: Placement) -> dg.AssetsDefinition:
             return _to_json(step.write(origin, part, uri)) | shard | {"uri": uri}
 
     @dg.op(
-        out={"result": dg.Out(dg.Nothing)}
-        | {f"{NAME}_{spec.name}": dg.Out(dg.Nothing) for spec in checks.KNN_URLS},
+        out=checks.outputs_with(NAME, checks.KNN_URLS),
         tags=small.op_tags,
         retry_policy=small.retry_policy,
     )
@@ -150,7 +150,7 @@ def _check_whole(parts: list[Value]) -> None:
     shards, origin = [Shard(**part["shard"]) for part in parts], parts[0]["origin"]
     of = shards[0].of
     if shards != [Shard(number, of) for number in range(of)] or any(p["origin"] != origin for p in parts):
-        raise InputError(f"the shards are not those of one search: materialize {NAME} again")
+        raise InputError(f"the shards are not those of one search: {REMEDY}")
 
 
 def _check_inputs(origin: Provenance, vectors: StoredTable, laion_index: LaionIndex) -> None:
@@ -158,7 +158,7 @@ def _check_inputs(origin: Provenance, vectors: StoredTable, laion_index: LaionIn
     seeds = Provenance.of(vectors).seeds_version == origin.seeds_version
     if not seeds or laion_index.block_list_description() != origin.settings.block_list:
         what = "the block list" if seeds else f"seed_embeddings of {origin.seed_set!r}"
-        raise InputError(f"{what} has changed since this search began: materialize {NAME} again")
+        raise InputError(f"{what} has changed since this search began: {REMEDY}")
 
 
 def _to_json(searched: Searched) -> Value:
@@ -181,14 +181,13 @@ def _from_json(part: Value, decoder: bytes) -> Searched:
 
 def _join(step: SearchStep, parts: list[Value]) -> Searched:
     """Write the tables of all shards as one."""
-    remedy = f"materialize {NAME} again"
-    stored = [StoredTable(part["uri"], remedy, part["table"]["checksum"]) for part in parts]
+    stored = [StoredTable(part["uri"], REMEDY, part["table"]["checksum"]) for part in parts]
     shards = [
         _from_json(part, table.attachment(DECODER)) for part, table in zip(parts, stored, strict=True)
     ]
     indices = {shard.provenance.index for shard in shards}
     if len(indices) > 1:
-        raise InputError(f"the shards searched different indices: {remedy}")
+        raise InputError(f"the shards searched different indices: {REMEDY}")
     found = joined([shard.found for shard in shards], step.laion_index.block_list())
     with step.tables.new(step.context, stored[0].schema) as table:
         for part in stored:
