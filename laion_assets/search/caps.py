@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import TypeAlias
@@ -14,10 +14,19 @@ from laion_assets.index.vectors import unit
 from laion_assets.io.arrays import Floats, Ids, Mask
 from laion_assets.io.parallel import in_threads, slices
 from laion_assets.search.links import SLACK, Links, pairs_of
-from laion_assets.search.sketches import choose_axes, distinct_rows, near_pairs, sketch, sketch_all
+from laion_assets.search.rounded import (
+    Rounded,
+    Tiles,
+    each_may_exceed,
+    may_exceed,
+    products,
+    where_may_exceed,
+)
+from laion_assets.search.sketches import choose_axes, distinct_rows, near_pairs, reach_of, sketch_all
 
 Numbers: TypeAlias = NDArray[np.int32]
-Pairs: TypeAlias = tuple[Ids, Ids]  # rows a[i] and b[i]
+Pairs: TypeAlias = tuple[Ids, Ids]  # a[i] and b[i]
+Part: TypeAlias = tuple[int, Tiles]  # the place of the first of some rows, and their sketches
 
 WHOLE = (0, 1)  # the only stripe
 
@@ -41,37 +50,56 @@ class Comparison:
     rows: Ids
     starts: Ids
 
-    @classmethod
-    def plan(cls, links: Links) -> Comparison:
-        """Choose axes, find the links within cells, and gather connected rows in caps."""
-        sample = distinct_rows(links)
-        axes = choose_axes(links, sample)
-        order, borders = cut_into_chunks(*nearest_cells(links, axes, sample), links.sizes.chunk)
-        chunks = [order[start:end] for start, end in pairwise(borders)]
-        in_threads(lambda chunk: links.find(chunk, chunk), chunks)
-        chunk_of = np.empty(len(order), np.int32)
-        chunk_of[order] = np.repeat(np.arange(len(chunks), dtype=np.int32), np.diff(borders))
-        order, borders = connected_groups(links.forest.labels(), chunk_of)
-        return cls(axes, *gather_in_caps(links, axes, order, borders, sample))
+
+def find_all_links(links: Links, foreseen: Callable[[], None]) -> None:
+    """Find all links; `foreseen` is called when most of them are found, before the longest part."""
+    comparison, sketches = plan_comparison(links)
+    foreseen()
+    find_links(links, Caps.of(links, comparison, sketches.in_order(comparison.rows)), WHOLE)
 
 
-def nearest_cells(links: Links, axes: Floats, sample: Ids) -> tuple[Numbers, Floats]:
-    """Return the cell of each row, and the row's nearness to the centre of the cell."""
-    sizes, rows = links.sizes, len(links.vectors)
-    axes = np.ascontiguousarray(axes[:, : sizes.cell_width])
-    centres = unit(links.vectors[sample] @ axes)
-    cells, nearness = np.empty(rows, np.int32), np.empty(rows, np.float32)
+def find_links_of_stripe(links: Links, comparison: Comparison, stripe: tuple[int, int]) -> None:
+    """Find the links of every m-th block of caps, and of loose rows, with all rows after it.
+
+    Args:
+        links: those found so far.
+        comparison: the plan.
+        stripe: number of the first block, and m.
+
+    """
+    sketches = sketch_all(links, comparison.axes, comparison.rows)
+    find_links(links, Caps.of(links, comparison, sketches), stripe)
+
+
+def plan_comparison(links: Links) -> tuple[Comparison, Rounded]:
+    """Find the links within cells, gather connected rows in caps, and return the sketches of all rows."""
+    sample = distinct_rows(links)
+    axes = choose_axes(links, sample)
+    sketches = sketch_all(links, axes)
+    order, borders = cut_into_chunks(*nearest_cells(links, sketches, sample), links.sizes.chunk)
+    chunks = [order[start:end] for start, end in pairwise(borders)]
+    in_threads(lambda chunk: links.find(chunk, chunk), chunks)
+    chunk_of = np.empty(len(order), np.int32)
+    chunk_of[order] = np.repeat(np.arange(len(chunks), dtype=np.int32), np.diff(borders))
+    order, borders = connected_groups(links.forest.labels(), chunk_of)
+    return Comparison(axes, *gather_in_caps(links, sketches, order, borders, sample)), sketches
+
+
+def nearest_cells(links: Links, sketches: Rounded, sample: Ids) -> tuple[Numbers, Numbers]:
+    """Return the cell of each row and the row's nearness to the cell's centre, a row of the sample."""
+    centres = sketches[sample].right
+    cells, nearness = np.empty(len(sketches), np.int32), np.empty(len(sketches), np.int32)
 
     def assign(batch: slice) -> None:
-        to_centres = links.vectors[batch] @ axes @ centres.T
+        to_centres = products(sketches[batch].left, centres)
         cells[batch] = to_centres.argmax(axis=1)
         nearness[batch] = to_centres.max(axis=1)
 
-    in_threads(assign, slices(rows, sizes.batch))
+    in_threads(assign, slices(len(sketches), links.sizes.batch))
     return cells, nearness
 
 
-def cut_into_chunks(cells: Numbers, nearness: Floats, size: int) -> tuple[Ids, Ids]:
+def cut_into_chunks(cells: Numbers, nearness: Numbers, size: int) -> tuple[Ids, Ids]:
     """Divide the rows of each cell into chunks of similar nearness to its centre.
 
     Returns:
@@ -97,14 +125,16 @@ def connected_groups(labels: Ids, chunk_of: Numbers) -> tuple[Ids, Ids]:
     return order, np.append(np.flatnonzero(new), len(order))
 
 
-def gather_in_caps(links: Links, axes: Floats, order: Ids, borders: Ids, sample: Ids) -> tuple[Ids, Ids]:
+def gather_in_caps(
+    links: Links, sketches: Rounded, order: Ids, borders: Ids, sample: Ids
+) -> tuple[Ids, Ids]:
     """Return `rows` and `starts` of a `Comparison`, given the rows in order of their group.
 
     A cap saves comparisons of its rows with others, but each row that it meets costs some. A cap of few
     rows that meets many does not pay; the sample shows how many it meets.
     """
     labels, least = links.forest.labels(), links.sizes.cap
-    sampled, sampled_labels = sketch_all(links, axes, sample), labels[sample]
+    sampled, sampled_labels = sketches[sample], labels[sample]
     sizes = np.diff(borders)
     large = np.flatnonzero(sizes >= least)
     large = large[np.argsort(-sizes[large], kind="stable")]  # each is compared with the rows after it
@@ -113,9 +143,8 @@ def gather_in_caps(links: Links, axes: Floats, order: Ids, borders: Ids, sample:
 
     def choose(batch: slice) -> None:
         inside = starts[batch.start : batch.stop + 1]
-        sketches = sketch(links.vectors[rows[inside[0] : inside[-1]]], axes)
-        centres, reach = enclose(links, sketches, inside - inside[0])
-        met = sampled @ centres.T > reach
+        centres, reach = enclose(links, sketches[rows[inside[0] : inside[-1]]], inside - inside[0])
+        met = may_exceed(sampled, centres, reach)
         met &= sampled_labels[:, None] != labels[rows[inside[:-1]]]
         pays[batch] = np.diff(inside) >= least * (1 + np.count_nonzero(met, axis=0))
 
@@ -129,8 +158,7 @@ def gather_in_caps(links: Links, axes: Floats, order: Ids, borders: Ids, sample:
 def laid_out(order: Ids, borders: Ids, groups: Ids) -> tuple[Ids, Ids]:
     """Return the rows of some groups concatenated, with the start of each group, and the end."""
     sizes = np.diff(borders)[groups]
-    starts = np.append(0, np.cumsum(sizes))
-    return order[np.repeat(borders[groups] - starts[:-1], sizes) + np.arange(starts[-1])], starts
+    return order[consecutive(borders[groups], sizes)], np.append(0, np.cumsum(sizes))
 
 
 def batches_of(starts: Ids, rows: int) -> list[slice]:
@@ -139,161 +167,189 @@ def batches_of(starts: Ids, rows: int) -> list[slice]:
     return [slice(int(first), int(end)) for first, end in pairwise(borders)]
 
 
-def enclose(links: Links, sketches: Floats, starts: Ids) -> tuple[Floats, Floats]:
+def enclose(links: Links, sketches: Rounded, starts: Ids) -> tuple[Rounded, Floats]:
     """Return the caps of groups of connected rows, see fact 2.
 
     Args:
         links: the links.
-        sketches: (n, width + 1) of all rows of the groups.
+        sketches: of all rows of the groups.
         starts: (g + 1,) place at which each group starts, and n.
 
     Returns:
-        (g, width + 1) the direction of the mean sketch of each group; and (g,) a lower bound of its
-        cosine with the sketch of any row that is linked to one of the group.
+        The direction of the mean sketch of each group; and (g,) a lower bound of its cosine with the
+        sketch of any row that is linked to one of the group.
 
     """
-    sizes = np.diff(starts)
-    centres = unit(np.add.reduceat(sketches, starts[:-1], axis=0))
-    cosines = np.einsum("ij,ij->i", sketches, np.repeat(centres, sizes, axis=0))
+    rows = sketches.floats()
+    centres = unit(np.add.reduceat(rows, starts[:-1], axis=0))
+    cosines = (
+        np.einsum("ij,ij->i", rows, np.repeat(centres, np.diff(starts), axis=0)) - sketches.rest_error
+    )
     radius = np.arccos(np.clip(np.minimum.reduceat(cosines, starts[:-1]) - SLACK, -1, 1))
     widest = np.minimum(np.arccos(links.limit) + radius, np.pi)  # beyond pi the cosine rises again
-    return centres, (np.cos(widest) - SLACK).astype(np.float32)
-
-
-@dataclass(frozen=True)
-class Sketched:
-    """Rows and their sketches."""
-
-    rows: Ids
-    sketches: Floats
-
-    def __len__(self) -> int:
-        return len(self.rows)
-
-    def __getitem__(self, some: slice | Mask) -> Sketched:
-        return Sketched(self.rows[some], self.sketches[some])
+    return Rounded.of(centres, reach_of(centres.shape[1])), np.cos(widest) - SLACK
 
 
 @dataclass(frozen=True)
 class Caps:
-    """Caps of a comparison.
+    """The caps of a comparison.
 
     Attributes:
-        members: the rows of all of them, one cap after the other.
-        starts: (c + 1,) place at which each cap starts, and the number of rows.
-        centres: (c, width + 1) direction of the mean sketch of each.
+        rows: see `Comparison`.
+        starts: see `Comparison`.
+        sketches: of the rows, in their order.
+        centres: (c,) directions of the mean sketches.
         reach: (c,) see `enclose`.
 
     """
 
-    members: Sketched
+    rows: Ids
     starts: Ids
-    centres: Floats
+    sketches: Rounded
+    centres: Rounded
     reach: Floats
 
+    @classmethod
+    def of(cls, links: Links, comparison: Comparison, sketches: Rounded) -> Caps:
+        """Compute the caps from the sketches of all rows, in their order."""
+        starts, number = comparison.starts, len(comparison.starts) - 1
+        every = Rounded.empty(number, sketches.codes.shape[1], sketches.scale)
+        reach = np.empty(number, np.float32)
 
-def find_links_of_stripe(links: Links, comparison: Comparison, stripe: tuple[int, int]) -> None:
-    """Find the links of every m-th block of caps, and of loose rows, with all rows after it.
+        def gather(batch: slice) -> None:
+            inside = starts[batch.start : batch.stop + 1]
+            every[batch], reach[batch] = enclose(
+                links, sketches[inside[0] : inside[-1]], inside - inside[0]
+            )
 
-    The rows are compared in panels, which stay in memory while all blocks are compared with them.
+        in_threads(gather, batches_of(starts, links.sizes.batch))
+        return cls(comparison.rows, starts, sketches, every, reach)
 
-    Args:
-        links: those found so far.
-        comparison: the plan.
-        stripe: number of the first block, and m.
 
-    """
-    (height, width), (first, step) = links.sizes.tile, stripe
-    sketched = Sketched(comparison.rows, sketch_all(links, comparison.axes, comparison.rows))
-    starts = comparison.starts
+def find_links(links: Links, caps: Caps, stripe: tuple[int, int]) -> None:
+    """Find the links of a stripe, in panels of rows, which stay in memory while all blocks meet them."""
+    sizes, (first, step) = links.sizes, stripe
+    starts, rows = caps.starts, len(caps.rows)
     # Each block has the place of its first row, and either caps or loose rows.
-    blocks = [(int(starts[block.start]), block, True) for block in slices(len(starts) - 1, height)]
-    for start in range(int(starts[-1]), len(sketched), height):
-        blocks.append((start, slice(start, start + height), False))
-    blocks = blocks[first::step]
-    for panel in slices(len(sketched), links.sizes.panel):
+    blocks = [(int(starts[block.start]), block, True) for block in slices(len(starts) - 1, sizes.block)]
+    for start in range(int(starts[-1]), rows, sizes.block):
+        blocks.append((start, slice(start, min(start + sizes.block, rows)), False))
+    for panel in slices(rows, sizes.panel):
+        tiles = Tiles.of(caps.sketches[panel], sizes.tile)
 
-        def compare(block: tuple[int, slice, bool], panel: slice = panel) -> None:
+        def compare(
+            block: tuple[int, slice, bool], first: int = panel.start, tiles: Tiles = tiles
+        ) -> None:
             start, some, are_caps = block
-            tiles = range(max(start, panel.start), panel.stop, width)
-            beside = [sketched[tile : min(tile + width, panel.stop)] for tile in tiles]
-            if are_caps:
-                caps = caps_of(links, sketched, starts[some.start : some.stop + 1])
-                check_together(links, compare_caps(links, caps, beside))
-            else:
-                check_together(links, compare_loose_rows(links, sketched[some], beside))
+            after = [
+                (first + part * sizes.tile, tiles.part(part, sizes.tiles))
+                for part in range(max(0, start - first) // sizes.tile, len(tiles.codes), sizes.tiles)
+            ]
+            found = (compare_caps if are_caps else compare_loose_rows)(links, caps, some, after)
+            for a, b in together(found, sizes.together):
+                links.check(a, b)
 
-        in_threads(compare, [block for block in blocks if block[0] < panel.stop])
-
-
-def caps_of(links: Links, sketched: Sketched, starts: Ids) -> Caps:
-    """Return the caps that start at these places, the last of which is the end of the last cap."""
-    members, starts = sketched[int(starts[0]) : int(starts[-1])], starts - starts[0]
-    return Caps(members, starts, *enclose(links, members.sketches, starts))
+        in_threads(compare, [block for block in blocks[first::step] if block[0] < panel.stop])
 
 
-def compare_caps(links: Links, caps: Caps, tiles: Iterable[Sketched]) -> Iterator[Pairs]:
-    """Yield pairs of rows of caps and tiles of rows that may be linked.
+def compare_caps(links: Links, caps: Caps, block: slice, after: Iterable[Part]) -> Iterator[Pairs]:
+    """Yield pairs of rows of some caps and rows of tiles that may be linked."""
+    centres, reach = caps.centres[block], caps.reach[block, None]
 
-    Small caps are compared in groups with all rows that one of them meets: a product of a few rows takes
-    longer to start than to compute.
-    """
-    starts, first_rows = caps.starts, caps.members.rows[caps.starts[:-1]]
-    groups = batches_of(starts, links.sizes.group)
-    for beside in tiles:
-        met = caps.centres @ beside.sketches.T > caps.reach[:, None]
-        met &= links.apart(first_rows, beside.rows)
-        connect_some(links, first_rows, beside.rows, met)
-        for group in groups:
-            meets = np.logical_or.reduce(met[group])
-            if meets.any():
-                borders = starts[group.start : group.stop + 1]
-                members = caps.members[int(borders[0]) : int(borders[-1])]
-                may = np.repeat(met[group][:, meets], np.diff(borders), axis=0)
-                yield candidates(links, members, beside[meets], may)
+    def met() -> Iterator[Pairs]:
+        for first, tiles in after:
+            cap, place, near = where_may_exceed(centres, tiles, reach)
+            cap, place = block.start + cap, first + place
+            connect_some(links, caps.rows[caps.starts[cap]], caps.rows[place], near)
+            i, j = pairs_of(near)
+            yield cap[i], place[j]
+
+    for pairs in together(met(), links.sizes.met):
+        yield from near_rows(links, caps, *pairs)
 
 
-def compare_loose_rows(links: Links, rows: Sketched, tiles: Iterable[Sketched]) -> Iterator[Pairs]:
-    """Yield pairs of loose rows and tiles of rows that may be linked."""
-    for beside in tiles:
-        if links.apart(rows.rows[:1], np.append(rows.rows, beside.rows)).any():
-            yield candidates(links, rows, beside)
+def compare_loose_rows(links: Links, caps: Caps, block: slice, after: Iterable[Part]) -> Iterator[Pairs]:
+    """Yield pairs of some loose rows and rows of tiles that may be linked."""
+    sketches = caps.sketches[block]
+    for first, tiles in after:
+        loose, place, near = where_may_exceed(sketches, tiles, links.limit - SLACK)
+        yield few_pairs(links, caps, block.start + loose, first + place, near)
 
 
-def check_together(links: Links, found: Iterable[Pairs]) -> None:
-    """Check pairs, many at a time: each row is then fetched once for several of its pairs."""
+def together(found: Iterable[Pairs], least: int) -> Iterator[Pairs]:
+    """Concatenate pairs until they are so many: most work is cheaper for many at once."""
     waiting: list[Pairs] = []
     number = 0
     for pairs in found:
         waiting.append(pairs)
         number += len(pairs[0])
-        if number >= links.sizes.together:
-            links.check(*map(np.concatenate, zip(*waiting, strict=True)))
+        if number >= least:
+            yield joined(waiting)
             waiting, number = [], 0
-    if waiting:
-        links.check(*map(np.concatenate, zip(*waiting, strict=True)))
+    if number:
+        yield joined(waiting)
 
 
-def candidates(links: Links, a: Sketched, b: Sketched, may: Mask | None = None) -> tuple[Ids, Ids]:
-    """Return the pairs of rows of a and b that may be linked; if there are many, decide them at once.
+def joined(pairs: Iterable[Pairs]) -> Pairs:
+    """Concatenate pairs."""
+    a, b = map(np.concatenate, zip(*pairs, strict=True))
+    return a, b
+
+
+def near_rows(links: Links, caps: Caps, cap: Ids, place: Ids) -> Iterator[Pairs]:
+    """Yield the pairs of a row of cap[i] and the row at place[i] that may be linked.
+
+    The rows of a cap are compared with all that it meets in one product, unless they are so few that the
+    product takes longer to start than to compute.
+    """
+    apart = np.flatnonzero(links.forest.apart(caps.rows[caps.starts[cap]], caps.rows[place]))
+    order = apart[np.argsort(cap[apart], kind="stable")]
+    cap, place = cap[order], place[order]
+    edges = np.flatnonzero(np.diff(cap, prepend=-1, append=-1))
+    number = np.diff(edges)
+    sizes = caps.starts[cap[edges[:-1]] + 1] - caps.starts[cap[edges[:-1]]]
+    many = number * sizes > links.sizes.many
+    for start, end in zip(edges[:-1][many].tolist(), edges[1:][many].tolist(), strict=True):
+        mine = np.arange(*caps.starts[cap[start] : cap[start] + 2])
+        for some in range(start, end, links.sizes.batch):
+            theirs = place[some : min(some + links.sizes.batch, end)]
+            near = near_pairs(links, caps.sketches[mine], caps.sketches[theirs])
+            yield few_pairs(links, caps, mine, theirs, near)
+    few = np.repeat(~many, number)
+    sizes, cap, place = np.repeat(sizes, number)[few], cap[few], place[few]
+    mine, theirs = consecutive(caps.starts[cap], sizes), np.repeat(place, sizes)
+    yield nearer(links, caps, mine, theirs)
+
+
+def few_pairs(links: Links, caps: Caps, a: Ids, b: Ids, near: Mask) -> Pairs:
+    """Return pairs of rows that may be linked; if there are many, decide them.
 
     Args:
         links: those found so far.
-        a: some rows.
-        b: other rows.
-        may: (a, b) pairs that are not ruled out before; all if None.
+        caps: the caps.
+        a: places of rows.
+        b: places of other rows.
+        near: (a, b) which pairs may be linked by the first eight bits; changed.
 
     """
-    near = near_pairs(links, a.sketches, b.sketches)
-    if may is not None:
-        near &= may
-    connect_some(links, a.rows, b.rows, near)
-    count = np.count_nonzero(near)
-    if count > links.sizes.batch and count * links.sizes.single > near.size:
-        links.find(a.rows[near.any(axis=1)], b.rows[near.any(axis=0)])
-        return a.rows[:0], b.rows[:0]
-    i, j = pairs_of(near)
-    return a.rows[i], b.rows[j]
+    connect_some(links, caps.rows[a], caps.rows[b], near)
+    count, least = np.count_nonzero(near), max(links.sizes.batch, near.size // links.sizes.single)
+    if count <= max(least, near.size // links.sizes.fine):
+        i, j = pairs_of(near)
+        found = nearer(links, caps, a[i], b[j])
+        if len(found[0]) <= least:
+            return found
+    links.find(caps.rows[a[near.any(axis=1)]], caps.rows[b[near.any(axis=0)]])
+    return a[:0], b[:0]
+
+
+def nearer(links: Links, caps: Caps, a: Ids, b: Ids) -> Pairs:
+    """Return the pairs of the rows at a[i] and b[i] that may be linked by all bits of their sketches."""
+    near = np.empty(len(a), np.bool_)
+    for some in slices(len(a), links.sizes.batch):
+        sketches = caps.sketches[a[some]], caps.sketches[b[some]]
+        near[some] = each_may_exceed(*sketches, links.limit - SLACK)
+    return caps.rows[a[near]], caps.rows[b[near]]
 
 
 def connect_some(links: Links, a: Ids, b: Ids, near: Mask) -> None:
@@ -309,3 +365,8 @@ def connect_some(links: Links, a: Ids, b: Ids, near: Mask) -> None:
     some = near[i, j]
     links.check(a[i[some]], b[j[some]])
     near &= links.apart(a, b)
+
+
+def consecutive(starts: Ids, sizes: Ids) -> Ids:
+    """Return, one after the other, so many numbers from each start."""
+    return np.repeat(starts - (np.cumsum(sizes) - sizes), sizes) + np.arange(sizes.sum())

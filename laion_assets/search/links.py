@@ -20,13 +20,16 @@ class Sizes:
 
     small: int = 4096  # up to this many rows, all pairs are compared
     sample: int = 2048  # rows from which axes and cells are chosen
-    widths: tuple[int, ...] = (64, 96, 128, 160, 192, 256, 384)  # numbers of axes to choose from
-    cell_width: int = 32  # coordinates of a sketch that determine the cell
+    widths: tuple[int, ...] = (63, 127, 191, 255, 383)  # numbers of axes to choose from
     chunk: int = 384  # rows of a cell of which all pairs are compared
     cap: int = 3  # rows that are worth a cap, and as many more for each row of the sample that it meets
-    tile: tuple[int, int] = (512, 2048)  # units and rows whose sketches are compared in one product
-    group: int = 32  # rows of small caps that are compared with what one of the caps meets
-    panel: int = 1 << 19  # rows whose sketches all units are compared with before the next
+    block: int = 512  # caps or loose rows that a thread compares with all rows after them
+    tile: int = 256  # rows that these are compared with in one product: it stays in the processor's cache
+    tiles: int = 16  # after which near pairs are looked at
+    panel: int = 1 << 18  # rows that all caps and rows before them are compared with before the next
+    met: int = 1 << 16  # pairs of a cap and a row that are collected before the rows of caps are compared
+    many: int = 4096  # pairs of rows of a cap and those that it meets that are worth a product
+    fine: int = 10  # pairs that one product compares in the time of one pair of sketches in sixteen bits
     single: int = 80  # pairs that one product compares in the time of one pair that is fetched alone
     many_of_row: int = 8  # near pairs for each row of a short list above which one product is cheaper
     batch: int = 1024  # rows, or pairs of rows, that are fetched at once

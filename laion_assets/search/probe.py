@@ -30,15 +30,15 @@ from laion_assets.index.vectors import decoded_codes, unit
 from laion_assets.io.arrays import Bytes, Floats, Ids
 from laion_assets.io.derived import keep
 from laion_assets.io.errors import InputError
-from laion_assets.io.parallel import one_blas_thread
 from laion_assets.io.ranges import read_ahead
 from laion_assets.io.tables import fixed_size_binary
 from laion_assets.search.combined import combine
 from laion_assets.search.cost import Pairwise, Rates, Shape, lists_among, mean_probed_rows, touched
-from laion_assets.search.links import SIZES, Links
+from laion_assets.search.links import SIZES
 from laion_assets.search.near_duplicates import DEDUP_THRESHOLD, components_of_lists
 from laion_assets.search.retrieval import Request, retrieve_table
-from laion_assets.search.sketches import near_pairs
+from laion_assets.search.rounded import Rounded, Tiles, where_may_exceed
+from laion_assets.search.sketches import reach_of
 from laion_assets.staging import OpenIndex
 from laion_assets.staging.opening import sources_of
 from laion_assets.staging.sparse.reads import MAX_READ, PAGE_SIZE
@@ -46,13 +46,13 @@ from laion_assets.staging.sparse.store import READ_THREADS
 from laion_assets.staging.transfer.fetch import Fetcher, TransferStats
 
 KEPT = ".rates.json"  # in the cache directory
-VERSION = 3  # increment it if rates are measured in another way
+VERSION = 4  # increment it if rates are measured in another way
 QUERIES = 8
 SCANNED = 1 << 20  # rows in the lists that they probe together
 FOUND = 1 << 14  # rows found around each
 SHORT = 1100, 2200  # rows of short results; of half the queries, more than are compared at once
 LONG = FOUND // 2, FOUND  # rows of a long result
-TILE_WIDTH = SIZES.widths[0] + 1  # of sketches
+WIDTH = SIZES.widths[1] + 1  # of usual sketches
 STYLED = 64  # queries that show among how many lists those of all are spread
 MANY_LISTS = 1024  # chosen for a query
 SCATTERED, DENSE = 256, 1 << 14  # rows taken from many batches, and from few
@@ -289,11 +289,13 @@ def _seconds_of_a_pair() -> float:
 
     The different images are compared with those that follow, as caps with all their rows, or as rows.
     """
-    random = np.random.default_rng(0)
-    tile, after = (unit(random.standard_normal((n, TILE_WIDTH), np.float32)) for n in SIZES.tile)
-    links = Links(tile, DEDUP_THRESHOLD, SIZES)
-    with one_blas_thread():
-        return _seconds(lambda: near_pairs(links, tile, after)) / (len(tile) * len(after))
+    random, number = np.random.default_rng(0), SIZES.tile * SIZES.tiles
+    block, after = (
+        Rounded.of(unit(random.standard_normal((rows, WIDTH), np.float32)), reach_of(WIDTH))
+        for rows in (SIZES.block, number)
+    )
+    tiles = Tiles.of(after, SIZES.tile)
+    return _seconds(lambda: where_may_exceed(block, tiles, DEDUP_THRESHOLD)) / (SIZES.block * number)
 
 
 def _take_rates(metadata: Metadata) -> tuple[float, float]:

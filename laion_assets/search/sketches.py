@@ -2,13 +2,20 @@
 
 from __future__ import annotations
 
+import math
+from functools import cache
+
 import numpy as np
 
 from laion_assets.index.vectors import unit
 from laion_assets.io.arrays import Floats, Ids, Mask
 from laion_assets.io.parallel import in_threads, one_blas_thread, slices
-from laion_assets.io.spill import spilled
 from laion_assets.search.links import SLACK, Links, squares
+from laion_assets.search.rounded import Rounded, may_exceed, scale_of
+
+# What a product of sketches takes was measured: so many coordinates as long as what each pair takes
+# besides; and one pair in sixteen bits, or in a product at full width, as long as so many pairs.
+AS_LONG_AS_THE_REST, FINE, FULL_WIDTH = 600, 300, 28
 
 
 def distinct_rows(links: Links) -> Ids:
@@ -29,39 +36,56 @@ def choose_axes(links: Links, sample: Ids) -> Floats:
     fitted, tried = links.vectors[sample[::2]], links.vectors[sample[1::2]]
     with one_blas_thread():
         axes = np.linalg.eigh(fitted.T @ fitted)[1][:, ::-1]
-        widths = [width for width in links.sizes.widths if width < len(axes)] or [len(axes)]
-        left = np.array([share_near(links, tried, axes[:, :width]) for width in widths])
-    cost = widths + len(axes) * links.sizes.single * left
+        widths = np.array([width for width in links.sizes.widths if width < len(axes)] or [len(axes)])
+        left = np.array([shares_near(links, tried, axes[:, :width]) for width in widths])
+    cost = 1 + widths / AS_LONG_AS_THE_REST + left @ [FINE, links.sizes.single * FULL_WIDTH]
     return np.ascontiguousarray(axes[:, : widths[cost.argmin()]])
 
 
-def share_near(links: Links, vectors: Floats, axes: Floats) -> float:
-    """Return the share of pairs of different vectors whose sketches do not rule out a link."""
+def shares_near(links: Links, vectors: Floats, axes: Floats) -> tuple[float, float]:
+    """Return the share of pairs whose sketches do not rule out a link, in 8 bits and in 16."""
     sketches = sketch(vectors, axes)
+    floats, pairs = sketches.floats(), len(vectors) * (len(vectors) - 1)
     near = np.count_nonzero(near_pairs(links, sketches, sketches)) - len(vectors)
-    return near / max(1, len(vectors) * (len(vectors) - 1))
+    nearer = np.count_nonzero(floats @ floats.T > links.limit - SLACK) - len(vectors)
+    return near / max(1, pairs), nearer / max(1, pairs)
 
 
-def near_pairs(links: Links, a: Floats, b: Floats) -> Mask:
+def near_pairs(links: Links, a: Rounded, b: Rounded) -> Mask:
     """Return (a, b), which sketches of a and b do not rule out a link."""
-    near: Mask = a @ b.T > links.limit - SLACK
-    return near
+    return may_exceed(a, b, links.limit - SLACK)
 
 
-def sketch_all(links: Links, axes: Floats, rows: Ids | None = None) -> Floats:
-    """Return (n, width + 1) the sketch of every row, or of some rows; many lie on the disk."""
-    count, size = len(links.vectors) if rows is None else len(rows), links.sizes.batch
-    sketches: Floats = spilled((count, axes.shape[1] + 1), np.float32)
+def sketch_all(links: Links, axes: Floats, rows: Ids | None = None) -> Rounded:
+    """Return the sketch of every row, or of some rows; many lie on the disk."""
+    count, width = len(links.vectors) if rows is None else len(rows), axes.shape[1] + 1
+    sketches = Rounded.empty(count, width, scale_of(reach_of(width)))
 
     def sketch_batch(batch: slice) -> None:
         sketches[batch] = sketch(links.vectors[batch if rows is None else rows[batch]], axes)
 
-    in_threads(sketch_batch, slices(count, size))
+    in_threads(sketch_batch, slices(count, links.sizes.batch))
     return sketches
 
 
-def sketch(vectors: Floats, axes: Floats) -> Floats:
-    """Return coordinates on the axes and the length of the remainder, see facts 1 and *Rounding*."""
+def sketch(vectors: Floats, axes: Floats) -> Rounded:
+    """Return coordinates on the axes and the length of the remainder, see facts 1 and *Rounding*.
+
+    They are turned in a random direction, so that all coordinates are about equally large.
+    """
     seen = vectors @ axes
     rest = np.sqrt(np.maximum(squares(vectors) - squares(seen), 0) + np.float32(SLACK))
-    return unit(np.column_stack([seen, rest]))
+    sketches = unit(np.column_stack([seen, rest]))
+    return Rounded.of(sketches @ turn(sketches.shape[1]), reach_of(sketches.shape[1]))
+
+
+def reach_of(width: int) -> float:
+    """Return what hardly any coordinate of a turned sketch exceeds: 5.5 standard deviations."""
+    return 5.5 / math.sqrt(width)
+
+
+@cache
+def turn(width: int) -> Floats:
+    """Return a random orthonormal matrix, always the same."""
+    random = np.random.default_rng(0).standard_normal((width, width))
+    return np.linalg.qr(random)[0].astype(np.float32)

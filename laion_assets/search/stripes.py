@@ -19,7 +19,7 @@ from laion_assets.index.vectors import decoded_codes
 from laion_assets.io.arrays import Bytes, Ids
 from laion_assets.io.spill import spilled
 from laion_assets.io.tables import StoredTable, Written, code_bytes, fixed_size_binary, new_table
-from laion_assets.search.caps import Comparison, find_links_of_stripe
+from laion_assets.search.caps import Comparison, find_links_of_stripe, plan_comparison
 from laion_assets.search.combined import (
     COMBINED_ROWS,
     DECODER,
@@ -71,7 +71,7 @@ def write_plan(
     _, codes = urls_and_codes(knn, centroid, representative, with_codes=True)
     decoder = decoder_of(knn, centroid)
     links = _links(codes, decoder, threshold)
-    plan = Comparison.plan(links)
+    plan = plan_comparison(links)[0]
     with new_table(uri, pa.schema({"code": pa.binary(codes.shape[1])})) as table:
         for start in range(0, len(codes), COMBINED_ROWS):
             some = fixed_size_binary(codes[start : start + COMBINED_ROWS])

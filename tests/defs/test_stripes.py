@@ -18,7 +18,7 @@ SETTINGS = {"nb_images_centroid": 300, "dedup_threshold": 0.6}
 
 @pytest.fixture(autouse=True)
 def small_blocks(monkeypatch) -> None:
-    monkeypatch.setattr(stripes, "SIZES", Sizes(small=0, chunk=8, tile=(16, 64)))
+    monkeypatch.setattr(stripes, "SIZES", Sizes(small=0, chunk=8, block=16, tile=64))
 
 
 @pytest.fixture(scope="module")

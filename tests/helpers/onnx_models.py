@@ -1,4 +1,4 @@
-"""Small models in the layout of transformers.js, written as ONNX without a library for it."""
+"""Small models in the layout of transformers.js."""
 
 import json
 from collections.abc import Mapping, Sequence
@@ -9,53 +9,13 @@ import numpy as np
 from tokenizers import Tokenizer, normalizers, pre_tokenizers, processors
 from tokenizers.models import BPE
 
-FLOAT, INT64, FLOAT16 = 1, 7, 10
-NUMPY = {FLOAT: np.float32, INT64: np.int64, FLOAT16: np.float16}
-INT, INTS = 2, 7  # kinds of attributes
+from laion_assets.io import onnx_models
+from laion_assets.io.onnx_models import FLOAT, INT64, Shape, node, value
+
+KINDS = {kind: dtype for dtype, kind in onnx_models.TYPES.items()}
 EDGE = 8  # pixels of the images that the small model takes
 DIMENSION = 4
 START, END = "<|startoftext|>", "<|endoftext|>"
-Shape = Sequence[int | str]
-
-
-def varint(number: int) -> bytes:
-    made = bytearray()
-    while number > 0x7F:
-        made.append(number & 0x7F | 0x80)
-        number >>= 7
-    return bytes([*made, number])
-
-
-def field(number: int, value: int | bytes | str) -> bytes:
-    """A field of a protocol buffer."""
-    if isinstance(value, int):
-        return varint(number << 3) + varint(value)
-    content = value.encode() if isinstance(value, str) else value
-    return varint(number << 3 | 2) + varint(len(content)) + content
-
-
-def argument(name: str, kind: int, shape: Shape) -> bytes:
-    dims = [field(1, field(1, edge) if isinstance(edge, int) else field(2, edge)) for edge in shape]
-    tensor = field(1, kind) + field(2, b"".join(dims))
-    return field(1, name) + field(2, field(1, tensor))
-
-
-def constant(name: str, values: np.ndarray[Any, Any]) -> bytes:
-    (kind,) = (number for number, dtype in NUMPY.items() if dtype == values.dtype)
-    dims = b"".join(field(1, edge) for edge in values.shape)
-    return dims + field(2, kind) + field(8, name) + field(9, values.tobytes())
-
-
-def node(kind: str, inputs: Sequence[str], output: str, **attributes: int | Sequence[int]) -> bytes:
-    made = b"".join(field(1, name) for name in inputs) + field(2, output) + field(4, kind)
-    for name, value in attributes.items():
-        whole = (
-            field(3, value) + field(20, INT)
-            if isinstance(value, int)
-            else b"".join(field(8, number) for number in value) + field(20, INTS)
-        )
-        made += field(5, field(1, name) + whole)
-    return made
 
 
 def model(
@@ -64,16 +24,7 @@ def model(
     inputs: Sequence[bytes],
     outputs: Sequence[bytes],
 ) -> bytes:
-    graph = b"".join(
-        [
-            *(field(1, each) for each in nodes),
-            field(2, "made for a test"),
-            *(field(5, constant(name, values)) for name, values in constants.items()),
-            *(field(11, each) for each in inputs),
-            *(field(12, each) for each in outputs),
-        ]
-    )
-    return field(1, 8) + field(7, graph) + field(8, field(2, 13))  # opset 13
+    return onnx_models.model(onnx_models.graph(nodes, inputs, outputs, constants))
 
 
 def vision_model(
@@ -86,12 +37,12 @@ def vision_model(
     extra: Sequence[bytes] = (),
 ) -> bytes:
     """Every pixel times a constant: an image of zeros becomes a vector of zeros."""
-    weights = np.random.default_rng(0).standard_normal((3 * EDGE * EDGE, DIMENSION)).astype(NUMPY[kind])
+    weights = np.random.default_rng(0).standard_normal((3 * EDGE * EDGE, DIMENSION)).astype(KINDS[kind])
     return model(
         [node("Flatten", [takes], "flat", axis=1), node("MatMul", ["flat", "weights"], gives)],
         {"weights": weights},
-        [argument(takes, kind, shape), *extra],
-        [argument(gives, kind, (shape[0], width))],
+        [value(takes, kind, shape), *extra],
+        [value(gives, kind, (shape[0], width))],
     )
 
 
@@ -100,8 +51,8 @@ def text_model(
 ) -> bytes:
     """The mean of a vector for each token; with a mask, the sum over those that are no padding."""
     table = np.random.default_rng(1).standard_normal((vocabulary, dimension)).astype(np.float32)
-    ids = argument("input_ids", INT64, ("batch", length))
-    gives = [argument("text_embeds", FLOAT, ("batch", dimension))]
+    ids = value("input_ids", INT64, ("batch", length))
+    gives = [value("text_embeds", FLOAT, ("batch", dimension))]
     found = node("Gather", ["table", "input_ids"], "found", axis=0)
     if not mask:
         mean = node("ReduceMean", ["found"], "text_embeds", axes=[1], keepdims=0)
@@ -114,7 +65,7 @@ def text_model(
         node("ReduceSum", ["real", "first"], "text_embeds", keepdims=0),
     ]
     constants = {"table": table, "second": np.array([2]), "first": np.array([1])}
-    return model(nodes, constants, [ids, argument("attention_mask", INT64, ("batch", length))], gives)
+    return model(nodes, constants, [ids, value("attention_mask", INT64, ("batch", length))], gives)
 
 
 PREPROCESSOR = {

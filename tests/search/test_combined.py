@@ -188,7 +188,7 @@ def test_images_compared_in_any_number_of_stripes_are_combined_as_ever(
     knn = InMemory([r for r, chosen in zip(rows, in_knn, strict=False) if chosen], seed=True)
     centroid = InMemory(rows, seed=False)
     folder = tmp_path_factory.mktemp("stripes")
-    sizes = Sizes(small=0, cell_width=1, chunk=chunk, cap=1, batch=5, tile=(2, 4), group=3, panel=9)
+    sizes = Sizes(small=0, chunk=chunk, cap=1, batch=5, block=2, tile=2, tiles=2, panel=9)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(stripes, "SIZES", sizes)
         plan, found = str(folder / "plan.parquet"), [str(folder / f"{i}.parquet") for i in range(many)]

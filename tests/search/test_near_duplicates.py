@@ -11,22 +11,23 @@ from scipy.sparse.csgraph import connected_components
 from laion_assets.index import vectors as vectors_module
 from laion_assets.index.vectors import decoded_codes, unit
 from laion_assets.io import spill
-from laion_assets.search.caps import Comparison, find_links_of_stripe
+from laion_assets.search.caps import find_links_of_stripe, plan_comparison
 from laion_assets.search.links import SIZES, Links, Sizes
 from laion_assets.search.near_duplicates import components, components_of_lists
 
-ALMOST_ALL = {"small": 0, "sample": 40, "cell_width": 3, "chunk": 6, "cap": 2, "batch": 5}
-ALMOST_ALL |= {"tile": (4, 8), "group": 7, "panel": 27}
+ALMOST_ALL = {"small": 0, "sample": 40, "chunk": 6, "cap": 2, "batch": 5}
+ALMOST_ALL |= {"block": 4, "tile": 4, "tiles": 2, "panel": 27, "met": 9, "many": 20}
 BY_CAPS = {"widths": (6,), **ALMOST_ALL}
 WAYS = {
     "as it is": SIZES,
     "by caps": Sizes(**BY_CAPS),
-    "by caps on two axes": Sizes(**BY_CAPS | {"widths": (2,), "cell_width": 1}),
+    "by caps on two axes": Sizes(**BY_CAPS | {"widths": (2,)}),
     "on axes of a chosen number": Sizes(**BY_CAPS | {"widths": (2, 4, 8, 12)}),
     "all rows in caps": Sizes(**BY_CAPS | {"cap": 0}),
     "no rows in caps": Sizes(**BY_CAPS | {"cap": 1000}),
     "near pairs in one product": Sizes(**BY_CAPS | {"single": 1000}),
-    "near pairs one by one": Sizes(**BY_CAPS | {"single": 0}),
+    "near pairs one by one": Sizes(**BY_CAPS | {"single": 1, "fine": 1}),
+    "each cap in a product of its own": Sizes(**BY_CAPS | {"many": 0}),
     "each row a chunk": Sizes(**BY_CAPS | {"chunk": 1}),
 }
 WAYS_WITH_LISTS = {
@@ -131,7 +132,7 @@ def test_stripes_compared_apart_find_the_links_of_the_whole(seed, n, threshold, 
     random = np.random.default_rng(seed)
     rows = clumps(random, n)
     links = Links(rows, threshold, WAYS["by caps"])
-    comparison = Comparison.plan(links)
+    comparison, _ = plan_comparison(links)
     before = links.forest.labels().copy()
     for stripe in random.permutation(many).tolist():
         alone = Links(rows, threshold, WAYS["by caps"])
@@ -221,5 +222,5 @@ def test_rows_decoded_on_every_access_have_the_same_components(monkeypatch) -> N
 def test_rows_opposite_to_a_cap_wider_than_half_the_sphere_are_not_missed() -> None:
     angles = np.radians([0, 50, -50, 100, -100, 180])
     rows = np.stack([np.cos(angles), np.sin(angles)], axis=1).astype(np.float32)
-    sizes = Sizes(small=0, sample=6, cell_width=1, chunk=5, cap=0, tile=(1, 8))
+    sizes = Sizes(small=0, sample=6, chunk=5, cap=0, block=1, tile=8)
     assert not components(rows, 0.0, sizes).any()

@@ -15,10 +15,7 @@ import pytest
 from helpers.gcs import describe
 from helpers.onnx_models import (
     EDGE,
-    FLOAT,
-    FLOAT16,
     PREPROCESSOR,
-    argument,
     clip_tokenizer,
     text_model,
     vision_model,
@@ -27,6 +24,7 @@ from helpers.onnx_models import (
 from helpers.project import REPOSITORY
 
 from laion_assets.io.errors import InputError
+from laion_assets.io.onnx_models import FLOAT, FLOAT16, value
 from laion_assets.io.storage import open_storage
 from laion_assets.seeds.model import Model
 from laion_assets.seeds.model_folder import find_model
@@ -142,7 +140,7 @@ BROKEN = {
         partial(
             with_content,
             "onnx/vision_model.onnx",
-            vision_model(extra=[argument("input_ids", FLOAT, ("batch",))]),
+            vision_model(extra=[value("input_ids", FLOAT, ("batch",))]),
         ),
         "pixel_values (tensor(float)), input_ids (tensor(float)), but pixel_values is needed",
     ),
