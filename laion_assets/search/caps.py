@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from laion_assets.index.vectors import unit
 from laion_assets.io.arrays import Floats, Ids, Mask
 from laion_assets.io.parallel import in_threads, slices
+from laion_assets.io.ranges import members
 from laion_assets.search.links import SLACK, Links, pairs_of
 from laion_assets.search.rounded import (
     Rounded,
@@ -157,8 +158,12 @@ def gather_in_caps(
 
 def laid_out(order: Ids, borders: Ids, groups: Ids) -> tuple[Ids, Ids]:
     """Return the rows of some groups concatenated, with the start of each group, and the end."""
-    sizes = np.diff(borders)[groups]
-    return order[consecutive(borders[groups], sizes)], np.append(0, np.cumsum(sizes))
+    return order[places(borders, groups)], np.append(0, np.cumsum(np.diff(borders)[groups]))
+
+
+def places(borders: Ids, groups: Ids) -> Ids:
+    """Return the places of some groups, group by group, given where each starts, and the end."""
+    return members(np.stack([borders[groups], borders[groups + 1]], axis=1))
 
 
 def batches_of(starts: Ids, rows: int) -> list[slice]:
@@ -317,8 +322,7 @@ def near_rows(links: Links, caps: Caps, cap: Ids, place: Ids) -> Iterator[Pairs]
             yield few_pairs(links, caps, mine, theirs, near)
     few = np.repeat(~many, number)
     sizes, cap, place = np.repeat(sizes, number)[few], cap[few], place[few]
-    mine, theirs = consecutive(caps.starts[cap], sizes), np.repeat(place, sizes)
-    yield nearer(links, caps, mine, theirs)
+    yield nearer(links, caps, places(caps.starts, cap), np.repeat(place, sizes))
 
 
 def few_pairs(links: Links, caps: Caps, a: Ids, b: Ids, near: Mask) -> Pairs:
@@ -365,8 +369,3 @@ def connect_some(links: Links, a: Ids, b: Ids, near: Mask) -> None:
     some = near[i, j]
     links.check(a[i[some]], b[j[some]])
     near &= links.apart(a, b)
-
-
-def consecutive(starts: Ids, sizes: Ids) -> Ids:
-    """Return, one after the other, so many numbers from each start."""
-    return np.repeat(starts - (np.cumsum(sizes) - sizes), sizes) + np.arange(sizes.sum())
