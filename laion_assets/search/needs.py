@@ -15,12 +15,12 @@ from laion_assets.io.machine import free_disk, free_memory
 from laion_assets.io.spill import HELD_BYTES
 from laion_assets.io.text import as_bytes, count
 
-MEMORY, MEMORY_OF_AN_IMAGE = 240e6, 109  # bytes
+MEMORY, MEMORY_OF_AN_IMAGE = 340e6, 99  # bytes
 MEMORY_OF_A_REPEAT = 100  # bytes of a row whose image another row has
-DISK_OF_AN_IMAGE = 901  # bytes
+DISK_OF_AN_IMAGE = 641  # bytes
 HOUR = 3600  # seconds
-LINEAR, QUADRATIC = 22e-6, 1732e-12  # core-seconds of an image, and of a pair of images
-START = 6e-6  # core-seconds of an image when a stripe begins; the linear part has those of one stripe
+LINEAR, QUADRATIC = 28e-6, 481e-12  # core-seconds of an image, and of a pair of images
+START = 8e-6  # core-seconds of an image when a stripe begins; the linear part has those of one stripe
 STRIPE = 8 * HOUR  # core-seconds of comparing one stripe, at most: half an hour on 16 cores
 NODE = 16  # cores of a usual node
 
