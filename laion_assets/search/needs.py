@@ -18,6 +18,7 @@ from laion_assets.io.text import as_bytes, count
 MEMORY, MEMORY_OF_AN_IMAGE = 340e6, 99  # bytes
 MEMORY_OF_A_REPEAT = 100  # bytes of a row whose image another row has
 DISK_OF_AN_IMAGE = 641  # bytes
+SMALL = 100_000  # images that are never refused for their memory
 HOUR = 3600  # seconds
 LINEAR, QUADRATIC = 28e-6, 481e-12  # core-seconds of an image, and of a pair of images
 START = 8e-6  # core-seconds of an image when a stripe begins; the linear part has those of one stripe
@@ -74,7 +75,7 @@ class Needs:
         The laws are of large requests: a small one takes less memory, and no disk.
         """
         memory, disk = free_memory(), free_disk()
-        if self.memory > max(memory, HELD_BYTES):
+        if self.images > SMALL and self.memory > memory:
             return f"{as_bytes(self.memory)} of memory, but {as_bytes(memory)} are free"
         if self.disk > max(disk, HELD_BYTES):
             where = tempfile.gettempdir()
