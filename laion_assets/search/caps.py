@@ -17,6 +17,7 @@ from laion_assets.io.ranges import members
 from laion_assets.search.links import SLACK, Links, pairs_of
 from laion_assets.search.rounded import (
     Rounded,
+    RoundedTwice,
     Tiles,
     each_may_exceed,
     may_exceed,
@@ -68,15 +69,15 @@ def find_links_of_stripe(links: Links, comparison: Comparison, stripe: tuple[int
         stripe: number of the first block, and m.
 
     """
-    sketches = sketch_all(links, comparison.axes, comparison.rows)
+    sketches = sketch_all(links, comparison.axes, RoundedTwice, comparison.rows)
     find_links(links, Caps.of(links, comparison, sketches), stripe)
 
 
-def plan_comparison(links: Links) -> tuple[Comparison, Rounded]:
+def plan_comparison(links: Links) -> tuple[Comparison, RoundedTwice]:
     """Find the links within cells, gather connected rows in caps, and return the sketches of all rows."""
     sample = distinct_rows(links)
     axes = choose_axes(links, sample)
-    sketches = sketch_all(links, axes)
+    sketches = sketch_all(links, axes, RoundedTwice)
     order, borders = cut_into_chunks(*nearest_cells(links, sketches, sample), links.sizes.chunk)
     chunks = [order[start:end] for start, end in pairwise(borders)]
     in_threads(lambda chunk: links.find(chunk, chunk), chunks)
@@ -127,7 +128,7 @@ def connected_groups(labels: Ids, chunk_of: Numbers) -> tuple[Ids, Ids]:
 
 
 def gather_in_caps(
-    links: Links, sketches: Rounded, order: Ids, borders: Ids, sample: Ids
+    links: Links, sketches: RoundedTwice, order: Ids, borders: Ids, sample: Ids
 ) -> tuple[Ids, Ids]:
     """Return `rows` and `starts` of a `Comparison`, given the rows in order of their group.
 
@@ -172,7 +173,7 @@ def batches_of(starts: Ids, rows: int) -> list[slice]:
     return [slice(int(first), int(end)) for first, end in pairwise(borders)]
 
 
-def enclose(links: Links, sketches: Rounded, starts: Ids) -> tuple[Rounded, Floats]:
+def enclose(links: Links, sketches: RoundedTwice, starts: Ids) -> tuple[Rounded, Floats]:
     """Return the caps of groups of connected rows, see fact 2.
 
     Args:
@@ -210,12 +211,12 @@ class Caps:
 
     rows: Ids
     starts: Ids
-    sketches: Rounded
+    sketches: RoundedTwice
     centres: Rounded
     reach: Floats
 
     @classmethod
-    def of(cls, links: Links, comparison: Comparison, sketches: Rounded) -> Caps:
+    def of(cls, links: Links, comparison: Comparison, sketches: RoundedTwice) -> Caps:
         """Compute the caps from the sketches of all rows, in their order."""
         starts, number = comparison.starts, len(comparison.starts) - 1
         every = Rounded.empty(number, sketches.codes.shape[1], sketches.scale)

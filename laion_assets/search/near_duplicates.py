@@ -163,7 +163,7 @@ def components_of_short_lists(
     if len(vectors) <= sizes.small:
         sketches = Rounded.of(vectors[:], float(np.abs(vectors[:]).max(initial=0)) or 1)
     else:
-        sketches = sketch_all(links, choose_axes(links, distinct_rows(links)))
+        sketches = sketch_all(links, choose_axes(links, distinct_rows(links)), Rounded)
     by_member = np.lexsort((members, lists))
     each = np.split(by_member, np.flatnonzero(np.diff(lists)) + 1)
     lowest = np.empty_like(by_member)

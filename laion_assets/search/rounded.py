@@ -11,9 +11,9 @@ out that x . y is above a limit.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache, cached_property
-from typing import Any, TypeAlias
+from typing import Any, Self, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
@@ -27,32 +27,28 @@ from laion_assets.io.spill import spilled
 Codes: TypeAlias = NDArray[np.int8]
 Numbers: TypeAlias = NDArray[np.int32]
 
-AT_ONCE = 1 << 14  # vectors that are put in order
+ROUNDED_AT_ONCE, PUT_AT_ONCE = 256, 1 << 14  # vectors; those that are rounded stay in the cache
 FINER = 254  # times as small are the steps of the rests: half a step of codes is 127 of them
 ZERO = 128  # is added to the left codes, which the product takes without a sign
 
 
 @dataclass(frozen=True)
 class Rounded:
-    """Unit vectors that are rounded to eight bits, and to sixteen.
+    """Unit vectors that are rounded to eight bits.
 
     Attributes:
         codes: (n, d) row i stands for `scale * codes[i]`.
         error: (n,) length of the difference of a vector and what stands for it.
-        rests: (n, d) the difference, in steps that are `FINER` times as small.
-        rest_error: (n,) length of what is left of it.
         scale: length of a step.
 
     """
 
     codes: Codes
     error: Floats
-    rests: Codes
-    rest_error: Floats
     scale: float
 
     @classmethod
-    def of(cls, vectors: Floats, reach: float) -> Rounded:
+    def of(cls, vectors: Floats, reach: float) -> Self:
         """Round (n, d) vectors.
 
         Args:
@@ -60,43 +56,32 @@ class Rounded:
             reach: what the largest code stands for. What exceeds it adds to the error.
 
         """
-        most, scale = largest_code(), scale_of(reach)
-        codes, left = _rounded(vectors, scale, most)
-        rests, least = _rounded(left, scale / FINER, FINER // 2)
-        return cls(codes, _lengths(left), rests, _lengths(least), scale)
+        rows, width = vectors.shape
+        made = cls.empty(rows, width, scale_of(reach))
+        for batch in slices(rows, ROUNDED_AT_ONCE):
+            made._round(batch, vectors[batch])
+        return made
 
     @classmethod
-    def empty(cls, rows: int, width: int, scale: float) -> Rounded:
+    def empty(cls, rows: int, width: int, scale: float) -> Self:
         """Return codes of arbitrary content, to be filled; many lie on the disk."""
-        codes, rests = (spilled((rows, width), np.int8) for _ in range(2))
-        return cls(codes, np.empty(rows, np.float32), rests, np.empty(rows, np.float32), scale)
-
-    def in_order(self, rows: Ids) -> Rounded:
-        """Return all vectors in another order; many lie on the disk."""
-        ordered = Rounded.empty(len(rows), self.codes.shape[1], self.scale)
-        for batch in slices(len(rows), AT_ONCE):
-            ordered[batch] = self[rows[batch]]
-        return ordered
+        return cls(spilled((rows, width), np.int8), np.empty(rows, np.float32), scale)
 
     def __len__(self) -> int:
         return len(self.codes)
 
-    def __getitem__(self, rows: slice | Ids | Mask) -> Rounded:
-        return Rounded(
-            self.codes[rows], self.error[rows], self.rests[rows], self.rest_error[rows], self.scale
-        )
+    def __getitem__(self, rows: slice | Ids | Mask) -> Self:
+        return replace(self, codes=self.codes[rows], error=self.error[rows])
 
-    def __setitem__(self, rows: slice, others: Rounded) -> None:
+    def __setitem__(self, rows: slice, others: Self) -> None:
         self.codes[rows], self.error[rows] = others.codes, others.error
-        self.rests[rows], self.rest_error[rows] = others.rests, others.rest_error
 
-    def floats(self) -> Floats:
-        """Return (n, d) what codes and rests stand for."""
-        found: Floats = self.rests.astype(np.float32)
-        found *= np.float32(1 / FINER)
-        found += self.codes
-        found *= np.float32(self.scale)
-        return found
+    def in_order(self, rows: Ids) -> Self:
+        """Return all vectors in another order; many lie on the disk."""
+        ordered = self.empty(len(rows), self.codes.shape[1], self.scale)
+        for batch in slices(len(rows), PUT_AT_ONCE):
+            ordered[batch] = self[rows[batch]]
+        return ordered
 
     @cached_property
     def left(self) -> Bytes:
@@ -112,6 +97,54 @@ class Rounded:
     def largest_error(self) -> float:
         """The largest of the errors; 0 without vectors."""
         return float(self.error.max(initial=0))
+
+    def _round(self, rows: slice, vectors: Floats) -> Floats:
+        """Fill some rows, and return the differences."""
+        codes, rest = _rounded(vectors, self.scale, largest_code())
+        self.codes[rows], self.error[rows] = codes, _lengths(rest)
+        return rest
+
+
+@dataclass(frozen=True)
+class RoundedTwice(Rounded):
+    """Unit vectors that are rounded to eight bits, and to sixteen.
+
+    Attributes:
+        rests: (n, d) the differences, in steps that are `FINER` times as small.
+        rest_error: (n,) length of what is left of them.
+
+    """
+
+    rests: Codes
+    rest_error: Floats
+
+    @classmethod
+    def empty(cls, rows: int, width: int, scale: float) -> Self:
+        """Return codes of arbitrary content, to be filled; many lie on the disk."""
+        codes, rests = (spilled((rows, width), np.int8) for _ in range(2))
+        return cls(codes, np.empty(rows, np.float32), scale, rests, np.empty(rows, np.float32))
+
+    def __getitem__(self, rows: slice | Ids | Mask) -> Self:
+        some = super().__getitem__(rows)
+        return replace(some, rests=self.rests[rows], rest_error=self.rest_error[rows])
+
+    def __setitem__(self, rows: slice, others: Self) -> None:
+        super().__setitem__(rows, others)
+        self.rests[rows], self.rest_error[rows] = others.rests, others.rest_error
+
+    def floats(self) -> Floats:
+        """Return (n, d) what codes and rests stand for."""
+        found: Floats = self.rests.astype(np.float32)
+        found *= np.float32(1 / FINER)
+        found += self.codes
+        found *= np.float32(self.scale)
+        return found
+
+    def _round(self, rows: slice, vectors: Floats) -> Floats:
+        rest = super()._round(rows, vectors)
+        rests, least = _rounded(rest, self.scale / FINER, FINER // 2)
+        self.rests[rows], self.rest_error[rows] = rests, _lengths(least)
+        return least
 
 
 @dataclass(frozen=True)
@@ -191,7 +224,7 @@ def where_may_exceed(a: Rounded, tiles: Tiles, limit: float | Floats) -> tuple[I
     return rows, columns[:there], mask[:, :there]
 
 
-def each_may_exceed(a: Rounded, b: Rounded, limit: float) -> Mask:
+def each_may_exceed(a: RoundedTwice, b: RoundedTwice, limit: float) -> Mask:
     """Return (n,), false only where the dot product of a[i] and b[i] is at most the limit, in 16 bits."""
     product = np.einsum("ij,ij->i", a.floats(), b.floats())
     found: Mask = product > limit - a.rest_error * (1 + b.rest_error) - b.rest_error

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from functools import cache
+from typing import TypeVar
 
 import numpy as np
 
@@ -12,6 +13,8 @@ from laion_assets.io.arrays import Floats, Ids, Mask
 from laion_assets.io.parallel import in_threads, one_blas_thread, slices
 from laion_assets.search.links import SLACK, Links, squares
 from laion_assets.search.rounded import Rounded, may_exceed, scale_of
+
+Kind = TypeVar("Kind", bound=Rounded)
 
 # What a product of sketches takes was measured: so many coordinates as long as what each pair takes
 # besides; and one pair in sixteen bits, or in a product at full width, as long as so many pairs.
@@ -44,8 +47,8 @@ def choose_axes(links: Links, sample: Ids) -> Floats:
 
 def shares_near(links: Links, vectors: Floats, axes: Floats) -> tuple[float, float]:
     """Return the share of pairs whose sketches do not rule out a link, in 8 bits and in 16."""
-    sketches = sketch(vectors, axes)
-    floats, pairs = sketches.floats(), len(vectors) * (len(vectors) - 1)
+    floats, pairs = sketch(vectors, axes), len(vectors) * (len(vectors) - 1)
+    sketches = Rounded.of(floats, reach_of(floats.shape[1]))
     near = np.count_nonzero(near_pairs(links, sketches, sketches)) - len(vectors)
     nearer = np.count_nonzero(floats @ floats.T > links.limit - SLACK) - len(vectors)
     return near / max(1, pairs), nearer / max(1, pairs)
@@ -56,19 +59,20 @@ def near_pairs(links: Links, a: Rounded, b: Rounded) -> Mask:
     return may_exceed(a, b, links.limit - SLACK)
 
 
-def sketch_all(links: Links, axes: Floats, rows: Ids | None = None) -> Rounded:
+def sketch_all(links: Links, axes: Floats, kind: type[Kind], rows: Ids | None = None) -> Kind:
     """Return the sketch of every row, or of some rows; many lie on the disk."""
     count, width = len(links.vectors) if rows is None else len(rows), axes.shape[1] + 1
-    sketches = Rounded.empty(count, width, scale_of(reach_of(width)))
+    sketches = kind.empty(count, width, scale_of(reach_of(width)))
 
     def sketch_batch(batch: slice) -> None:
-        sketches[batch] = sketch(links.vectors[batch if rows is None else rows[batch]], axes)
+        sketched = sketch(links.vectors[batch if rows is None else rows[batch]], axes)
+        sketches[batch] = kind.of(sketched, reach_of(width))
 
     in_threads(sketch_batch, slices(count, links.sizes.batch))
     return sketches
 
 
-def sketch(vectors: Floats, axes: Floats) -> Rounded:
+def sketch(vectors: Floats, axes: Floats) -> Floats:
     """Return coordinates on the axes and the length of the remainder, see facts 1 and *Rounding*.
 
     They are turned in a random direction, so that all coordinates are about equally large.
@@ -76,7 +80,8 @@ def sketch(vectors: Floats, axes: Floats) -> Rounded:
     seen = vectors @ axes
     rest = np.sqrt(np.maximum(squares(vectors) - squares(seen), 0) + np.float32(SLACK))
     sketches = unit(np.column_stack([seen, rest]))
-    return Rounded.of(sketches @ turn(sketches.shape[1]), reach_of(sketches.shape[1]))
+    turned: Floats = sketches @ turn(sketches.shape[1])
+    return turned
 
 
 def reach_of(width: int) -> float:

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from laion_assets.index.vectors import unit
 from laion_assets.search import rounded
 from laion_assets.search.rounded import (
-    Rounded,
+    RoundedTwice,
     Tiles,
     each_may_exceed,
     may_exceed,
@@ -49,7 +49,7 @@ def test_no_pair_above_the_limit_is_missed_however_coarse_the_codes(
 ) -> None:
     random = np.random.default_rng(seed)
     x, y = (vectors(random, n, dimension) for n in sizes)
-    a, b = Rounded.of(x, reach), Rounded.of(y, reach)
+    a, b = RoundedTwice.of(x, reach), RoundedTwice.of(y, reach)
     cosines = x.astype(np.float64) @ y.T
     near = may_exceed(a, b, limit - SLACK)
     assert near[cosines > limit].all()
@@ -66,7 +66,7 @@ def test_no_pair_above_the_limit_is_missed_however_coarse_the_codes(
 
 def test_each_vector_may_have_a_limit_of_its_own() -> None:
     x = vectors(np.random.default_rng(0), 30, 64)
-    a = Rounded.of(x, 0.7)
+    a = RoundedTwice.of(x, 0.7)
     limits = np.linspace(-0.5, 1, len(x))[:, None]
     each = np.concatenate(
         [may_exceed(a[[row]], a, float(limit)) for row, limit in enumerate(limits.ravel())]
@@ -82,7 +82,7 @@ def test_each_vector_may_have_a_limit_of_its_own() -> None:
 def test_few_pairs_below_the_limit_are_left(largest_code) -> None:
     random = np.random.default_rng(0)
     x = unit(random.standard_normal((1000, 128)).astype(np.float32))
-    a = Rounded.of(x, 5.5 / np.sqrt(128))
+    a = RoundedTwice.of(x, 5.5 / np.sqrt(128))
     assert a.largest_error < 0.015 * 127 / largest_code
     assert a.rest_error.max() < 1e-4 * 127 / largest_code
     near = may_exceed(a, a, 0.3)
