@@ -51,9 +51,9 @@ from laion_assets.index import (
     Index,
     Metadata,
     in_place,
+    nearest_centres,
     nprobe_rule,
     open_folder,
-    set_search_depth,
     transformed,
 )
 from laion_assets.index.faiss_index import FURTHER
@@ -181,8 +181,7 @@ def lists_probed(stand_in: StandIn, queries: np.ndarray, k: int) -> tuple[Ids, I
     rotated = transformed(index, queries)
     found = []
     for sample, depth in ((rotated, nprobe), (rotated[:RECALL_QUERIES], FURTHER * nprobe)):
-        set_search_depth(ivf, depth)
-        numbers = np.unique(ivf.quantizer.search(sample, depth)[1])
+        numbers = np.unique(nearest_centres(ivf, sample, depth)[1])
         found.append(numbers[numbers >= 0])
     return found[0], found[1]
 
@@ -555,7 +554,7 @@ def plain_faiss(bench: Bench, name: str, table: pa.Table) -> float:
     index = faiss.read_index(str(stand_in.index), faiss.IO_FLAG_ONDISK_SAME_DIR | faiss.IO_FLAG_READ_ONLY)
     ivf = faiss.downcast_index(faiss.extract_index_ivf(index))
     ivf.nprobe = nprobe_rule(case.k, ivf.nlist, index.ntotal)
-    set_search_depth(ivf, ivf.nprobe)
+    faiss.downcast_index(ivf.quantizer).hnsw.efSearch = 2 * ivf.nprobe  # as our search sets it
     found, numbers = index.search(queries_of(case, stand_in)[:COMPARED_QUERIES], case.k)
     worst = 0.0
     for query, (similarity, ids) in enumerate(zip(found, numbers, strict=True)):

@@ -14,7 +14,7 @@ from laion_assets.build.answers import Answers
 from laion_assets.build.index_key import ROWS_PER_LIST, IndexKey, check_key, training_rows
 from laion_assets.build.training import train
 from laion_assets.build.workspace import Workspace
-from laion_assets.index import nprobe_rule, set_search_depth, transformed
+from laion_assets.index import nearest_centres, nprobe_rule, transformed
 from laion_assets.io.arrays import Bytes, Floats, Ids, unit_rows
 from laion_assets.io.errors import InputError
 from laion_assets.io.text import count
@@ -115,8 +115,7 @@ class Trained:
         queries = transformed(index, self.queries)
         probed = {}
         for nprobe in self.record.nprobes:
-            set_search_depth(ivf, nprobe)
-            probed[nprobe] = ivf.quantizer.search(queries, nprobe)
+            probed[nprobe] = nearest_centres(ivf, queries, nprobe)
         needed = np.unique(np.concatenate([lists.ravel() for _, lists in probed.values()]))
         stored = faiss.ArrayInvertedLists(ivf.nlist, ivf.code_size)
         stops = np.cumsum(sizes)

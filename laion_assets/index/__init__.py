@@ -6,7 +6,7 @@
 from laion_assets.index.arrow_layout import read_table
 from laion_assets.index.batch_tables import content_of, published_tables, table_as_parquet
 from laion_assets.index.decoder import Decoder
-from laion_assets.index.faiss_index import Index, nprobe_rule, set_search_depth, transformed
+from laion_assets.index.faiss_index import Index, nearest_centres, nprobe_rule, transformed
 from laion_assets.index.in_place import open_folder
 from laion_assets.index.inverted_lists import ID_SIZE
 from laion_assets.index.layout import (
@@ -36,12 +36,12 @@ __all__ = [
     "Metadata",
     "ModelRecord",
     "content_of",
+    "nearest_centres",
     "nprobe_rule",
     "open_folder",
     "published_tables",
     "read_model_record",
     "read_table",
-    "set_search_depth",
     "table_as_parquet",
     "transformed",
     "unit",

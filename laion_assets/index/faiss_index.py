@@ -33,6 +33,9 @@ CANDIDATES_PER_RESULT = 16  # rows in the probed lists for each row requested, a
 SCORE_ROUNDING = 1e-6  # scores of the same row in two scans differ by less
 FURTHER = 4  # a check of the recall probes this many times as many lists
 SAMPLED = 4  # it looks into the quotient of nprobe and this number of further lists
+ROWS_OF_THE_FIRST_ROUND = 1 << 15  # of the lists of a query, see `Index._best_rows`
+GROWTH = 4  # each further round ends at this many times the rows of those before it
+NONE = np.finfo(np.float32).min  # the similarity of no row, as faiss fills it in
 UNKNOWN_KIND = re.compile("could not load|not recognized")  # faiss's words
 MIN_SAMPLED_LISTS = 16  # but into no fewer
 # Kinds whose stored rows decode to vectors with the scores that a search returns, exactly these classes:
@@ -80,7 +83,7 @@ class Hits:
 class Index:
     """A faiss index by inner product, memory-mapped and read-only.
 
-    Not thread-safe: a search sets the quantizer's efSearch.
+    One thread at a time may use it, beside those that run `recall`.
 
     Args:
         path: the faiss file.
@@ -182,8 +185,7 @@ class Index:
         """
         if self._ivf is None:
             return np.zeros((len(queries), 1), np.int64)
-        parameters = self._set_search_depth(nprobe)
-        return self._nearest_lists(self._transformed(queries), parameters.nprobe)[1]
+        return self._nearest_lists(self._transformed(queries), self._probed(nprobe))[1]
 
     def _search_lists(
         self,
@@ -199,29 +201,53 @@ class Index:
         exactly the lists that are searched are fetched. Queries with the same nearest list, which share
         most of their lists, are searched together.
         """
-        parameters = self._set_search_depth(nprobe)
-        nearness, lists = self._nearest_lists(transformed, parameters.nprobe)
+        nprobe = self._probed(nprobe)
+        nearness, lists = self._nearest_lists(transformed, nprobe)
         self._fetch(held, np.unique(lists[lists >= 0]))
         order = np.argsort(lists[:, 0], kind="stable")
         back = np.argsort(order)
         transformed, lists, nearness = transformed[order], lists[order], nearness[order]
-        similarity = np.empty((len(order), k), np.float32)
-        locations = np.empty((len(order), k), np.int64)
+        similarity = np.full((len(order), k), NONE, np.float32)
+        locations = np.full((len(order), k), -1)
 
-        def search(batch: slice) -> None:
-            # The only call of faiss that returns locations; it runs in the calling thread alone.
+        def with_heaps(batch: slice) -> None:
+            # The call without a wrapper returns locations.
             self._ivf.search_preassigned_c(
                 len(lists[batch]), faiss.swig_ptr(transformed[batch]), k, faiss.swig_ptr(lists[batch]),
                 faiss.swig_ptr(nearness[batch]), faiss.swig_ptr(similarity[batch]),
-                faiss.swig_ptr(locations[batch]), True, parameters,
+                faiss.swig_ptr(locations[batch]), True, faiss.SearchParametersIVF(nprobe=nprobe),
             )  # fmt: skip
             progress(len(lists[batch]))
 
+        def in_rounds(batch: slice) -> None:
+            for number in range(batch.start, batch.stop):
+                best, at = self._best_rows(transformed[number], lists[number], nearness[number], k)
+                similarity[number, : len(best)], locations[number, : len(at)] = best, at
+                progress(1)
+
         if self._lists is None:
-            in_threads(search, slices(len(order), QUERIES_AT_ONCE))
+            in_threads(with_heaps, slices(len(order), QUERIES_AT_ONCE))
+        elif self._lists.are_long(nprobe):
+            self._lists.visit_long(self._ivf, in_rounds, lists)
         else:
-            self._lists.visit(self._ivf, search, lists)
+            self._lists.visit_short(self._ivf, with_heaps, lists)
         return similarity[back], locations[back], lists[back]
+
+    def _best_rows(self, query: Floats, lists: Ids, nearness: Floats, k: int) -> tuple[Floats, Ids]:
+        """Return similarity and location of the k best rows of some lists, ties by location.
+
+        Rounds of more and more lists return the rows that are as good as the k best so far, without
+        order, so that faiss's threads can share the lists. With heaps each thread would collect k rows.
+        """
+        best, at = np.empty(0, np.float32), np.empty(0, np.int64)
+        enough = -np.inf
+        sizes = self.list_sizes()[lists] * (lists >= 0)
+        for some in _rounds(sizes, max(2 * k, ROWS_OF_THE_FIRST_ROUND)):
+            found, places = self._rows_above(query, lists[some], nearness[some], enough)
+            best, at = _best(np.append(best, found), np.append(at, places), k)
+            if len(best) == k:
+                enough = np.nextafter(best.min(), np.float32(-np.inf))
+        return best, at
 
     def _transformed(self, queries: Floats) -> Floats:
         """Apply the transforms that come before the lists, to each query alone.
@@ -242,7 +268,7 @@ class Index:
         lists = np.empty((len(transformed), nprobe), np.int64)
 
         def choose(batch: slice) -> None:
-            nearness[batch], lists[batch] = self._ivf.quantizer.search(transformed[batch], nprobe)
+            nearness[batch], lists[batch] = nearest_centres(self._ivf, transformed[batch], nprobe)
 
         in_threads(choose, slices(len(transformed), QUERIES_AT_ONCE))
         return nearness, lists
@@ -287,6 +313,9 @@ class Index:
         the lists between it and the next. NaN if the lists are not all on the disk: the check would
         fetch lists that no request needs.
 
+        It may run in a thread of its own, beside searches: it leaves the limit on BLAS alone, which
+        holds for the whole process.
+
         Args:
             queries: (q, dimension) float32.
             hits: what `search` found for these queries.
@@ -301,9 +330,8 @@ class Index:
             return 1.0
         if not self._disk.whole:
             return math.nan
-        rotated = self._transformed(np.ascontiguousarray(queries, np.float32))
-        parameters = self._set_search_depth(FURTHER * nprobe)
-        nearness, lists = self._nearest_lists(rotated, parameters.nprobe)
+        rotated = transformed(self._index, np.ascontiguousarray(queries, np.float32))
+        nearness, lists = nearest_centres(self._ivf, rotated, self._probed(FURTHER * nprobe))
 
         def counts(number: int) -> tuple[int, int]:
             found = hits.similarity[number][hits.ids[number] >= 0]
@@ -316,7 +344,7 @@ class Index:
             if self._lists is not None and samples:
                 self._lists.read_ahead(lists[number][np.concatenate([some for some, _ in samples])])
             for sampled, each in samples:
-                rows = self._rows_above(
+                rows, _ = self._rows_above(
                     rotated[number],
                     lists[number][sampled],
                     nearness[number][sampled],
@@ -328,19 +356,23 @@ class Index:
             place = ahead[np.searchsorted(-better[order], -(found + rounding))] + np.arange(len(found))
             return int((place < len(found)).sum()), len(found)
 
-        remained, returned = np.array(in_threads(counts, range(len(queries)))).sum(axis=0)
+        remained, returned = np.array([counts(number) for number in range(len(queries))]).sum(axis=0)
         return float(remained / returned)
 
-    def _rows_above(self, query: Floats, lists: Ids, nearness: Floats, score: float) -> Floats:
-        """Return the similarity of all rows of some lists that is above a score."""
+    def _rows_above(
+        self, query: Floats, lists: Ids, nearness: Floats, score: float
+    ) -> tuple[Floats, Ids]:
+        """Return similarity and location of all rows of some lists whose similarity is above a score."""
         found = faiss.RangeSearchResult(1)
         self._ivf.range_search_preassigned_c(
             1, faiss.swig_ptr(query), float(score), faiss.swig_ptr(lists), faiss.swig_ptr(nearness),
-            found, False, faiss.SearchParametersIVF(nprobe=len(lists)),
+            found, True, faiss.SearchParametersIVF(nprobe=len(lists)),
         )  # fmt: skip
         count = int(faiss.rev_swig_ptr(found.lims, 2)[1])
-        similarity: Floats = faiss.rev_swig_ptr(found.distances, count).copy()
-        return similarity
+        similarity, locations = (
+            faiss.rev_swig_ptr(values, count).copy() for values in (found.distances, found.labels)
+        )
+        return similarity, locations
 
     def sample(self, lists: int, rows: int) -> Iterator[tuple[Ids, Floats]]:
         """Yield ids and unit vectors of rows drawn at random with a fixed seed.
@@ -415,11 +447,35 @@ class Index:
         """Whether codes are a list number and a PQ code; else they are vectors."""
         return isinstance(self._ivf, faiss.IndexIVFPQ)
 
-    def _set_search_depth(self, nprobe: int | None) -> Any:
-        """Set how far the quantizer looks, and return the search parameters."""
-        nprobe = min(nprobe or self._ivf.nprobe, self.nlist)
-        set_search_depth(self._ivf, nprobe)
-        return faiss.SearchParametersIVF(nprobe=nprobe)
+    def _probed(self, nprobe: int | None) -> int:
+        """Return how many lists a search probes, at most all."""
+        return min(nprobe or int(self._ivf.nprobe), self.nlist)
+
+
+def _rounds(sizes: Ids, first: int) -> Iterator[slice]:
+    """Cut lists into rounds, of which the first has at least `first` rows.
+
+    Args:
+        sizes: (lists,) rows of each.
+        first: above 0.
+
+    """
+    ends, start, rows = np.cumsum(sizes), 0, first
+    while start < len(ends):
+        stop = min(int(np.searchsorted(ends, rows)) + 1, len(ends))
+        yield slice(start, stop)
+        start, rows = stop, GROWTH * int(ends[stop - 1])
+
+
+def _best(similarity: Floats, locations: Ids, k: int) -> tuple[Floats, Ids]:
+    """Choose the k most similar rows, in any order; among ties those with the first locations."""
+    if len(similarity) <= k:
+        return similarity, locations
+    least = np.partition(similarity, -k)[-k]
+    above, ties = np.flatnonzero(similarity > least), np.flatnonzero(similarity == least)
+    ties = ties[np.argsort(locations[ties])][: k - len(above)]
+    chosen = np.append(above, ties)
+    return similarity[chosen], locations[chosen]
 
 
 def sampled_lists(nprobe: int) -> int:
@@ -474,12 +530,20 @@ def _recall_of_graph(graph: Any, queries: Floats, hits: Hits) -> float:
     return float(remained.sum() / max(found.sum(), 1))
 
 
-def set_search_depth(ivf: Any, nprobe: int) -> None:
-    """Set how far the quantizer of an IVF index looks for the lists to probe."""
-    quantizer = faiss.downcast_index(ivf.quantizer)
-    if isinstance(quantizer, faiss.IndexHNSW):
-        # The graph must visit more lists than nprobe to find the nearest ones.
-        quantizer.hnsw.efSearch = 2 * nprobe
+def nearest_centres(ivf: Any, rows: Floats, nprobe: int) -> tuple[Floats, Ids]:
+    """Return nearness and number of the lists to probe, each (q, nprobe); -1 for none.
+
+    Args:
+        ivf: the IVF index.
+        rows: (q, dimension of its lists) float32.
+        nprobe: how many lists.
+
+    """
+    is_graph = isinstance(faiss.downcast_index(ivf.quantizer), faiss.IndexHNSW)
+    # The graph must visit more lists than nprobe to find the nearest ones.
+    depth = faiss.SearchParametersHNSW(efSearch=2 * nprobe) if is_graph else None
+    nearness, lists = ivf.quantizer.search(rows, nprobe, params=depth)
+    return nearness, lists
 
 
 def nprobe_rule(k: int, lists: int, rows: int) -> int:

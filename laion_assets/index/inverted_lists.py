@@ -103,8 +103,13 @@ class InvertedLists:
             ranges_of(codes, codes + wanted * self.code_size), ranges_of(ids, ids + wanted * ID_SIZE)
         )
 
-    def visit(self, ivf: Any, search: Callable[[slice], None], lists: Ids) -> None:
-        """Search lists in threads, a few queries at a time, while those that follow are read ahead.
+    def are_long(self, nprobe: int) -> bool:
+        """Return whether the lists of a query are worth reading ahead and sharing between threads."""
+        of_a_list = float(self.size.mean()) * (self.code_size + ID_SIZE)
+        return nprobe * of_a_list >= WORTH_READING_AHEAD
+
+    def visit_short(self, ivf: Any, search: Callable[[slice], None], lists: Ids) -> None:
+        """Search lists in threads, each a few queries at a time.
 
         Args:
             ivf: the index.
@@ -112,16 +117,24 @@ class InvertedLists:
             lists: (q, nprobe) the lists of each query, the nearest first; -1 for none.
 
         """
+        _share_lists(ivf, shared=False)
+        in_threads(search, slices(len(lists), QUERIES_AT_ONCE))
+
+    def visit_long(self, ivf: Any, search: Callable[[slice], None], lists: Ids) -> None:
+        """Search lists in threads, a few queries at a time, while those that follow are read ahead.
+
+        Few queries are searched in turn, and all threads share the lists of each.
+
+        Args:
+            ivf: the index.
+            search: searches the lists of a slice of the queries.
+            lists: (q, nprobe) the lists of each query, the nearest first; -1 for none.
+
+        """
+        _share_lists(ivf, shared=True)
         a_query = int(self._bytes_of(lists).sum()) // max(len(lists), 1)
         at_once = max(1, min(QUERIES_AT_ONCE, BYTES_AT_ONCE // max(a_query, 1)))
         batches = slices(len(lists), at_once)
-        is_worth = a_query >= WORTH_READING_AHEAD
-        # faiss's own threads lock each list that they read: queries that share lists wait for each other.
-        stored = faiss.downcast_InvertedLists(ivf.invlists)
-        stored.prefetch_nthread = 0 if is_worth else THREADS_OF_FAISS
-        if not is_worth:
-            in_threads(search, batches)
-            return
         threads = faiss.omp_get_max_threads()
         with ThreadPoolExecutor(1, "read-ahead") as reader:
             reads = [reader.submit(self._read_ahead, lists[batch]) for batch in batches[:threads]]
@@ -131,7 +144,11 @@ class InvertedLists:
                     reads.append(reader.submit(self._read_ahead, lists[batch]))
                 search(batches[number])
 
-            in_threads(read_and_search, range(len(batches)))
+            if len(batches) < threads:
+                for number in range(len(batches)):
+                    read_and_search(number)
+            else:
+                in_threads(read_and_search, range(len(batches)))
         for read in reads:
             read.result()
 
@@ -148,6 +165,15 @@ class InvertedLists:
 
     def _bytes_of(self, lists: Ids) -> Ids:
         return np.where(lists >= 0, self.size[lists], 0) * (self.code_size + ID_SIZE)
+
+
+def _share_lists(ivf: Any, *, shared: bool) -> None:
+    """Let faiss's threads share the lists of a query, or read them ahead.
+
+    To read ahead they lock each list: queries that share lists wait for each other.
+    """
+    ivf.parallel_mode = int(shared)
+    faiss.downcast_InvertedLists(ivf.invlists).prefetch_nthread = 0 if shared else THREADS_OF_FAISS
 
 
 def _table(stored: Any, lists: int) -> Ids:

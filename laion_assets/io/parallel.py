@@ -46,10 +46,16 @@ def in_threads(work: Callable[[Argument], Result], arguments: Iterable[Argument]
     arguments = list(arguments)
     threads = faiss.omp_get_max_threads()  # read before the limit on BLAS, which lowers it too
     with one_blas_thread():
-        if len(arguments) < 2:  # a thread takes longer to start than a small request to compute
+        # A thread takes longer to start than a small request to compute.
+        if threads == 1 or len(arguments) < 2:
             return [work(argument) for argument in arguments]
-        with ThreadPoolExecutor(threads) as pool:
+        with one_thread_each(threads) as pool:
             return list(pool.map(work, arguments))
+
+
+def one_thread_each(threads: int, name: str = "") -> ThreadPoolExecutor:
+    """Return threads in each of which faiss starts no others."""
+    return ThreadPoolExecutor(threads, name, faiss.omp_set_num_threads, (1,))
 
 
 def slices(count: int, size: int) -> list[slice]:

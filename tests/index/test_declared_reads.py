@@ -14,7 +14,7 @@ from helpers.staging import write_many_lists
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from laion_assets.index import inverted_lists
+from laion_assets.index import faiss_index, inverted_lists
 from laion_assets.index.faiss_index import Index
 from laion_assets.index.metadata import Metadata
 
@@ -108,14 +108,26 @@ def test_little_is_read_of_metadata(tmp_path):
     assert disk.bytes_needed - opened <= values + 100 * (8 + 8 + 8) + headers
 
 
-def test_reading_lists_ahead_changes_no_answer(many_lists, monkeypatch):
+def test_long_lists_are_read_ahead_and_shared_between_threads_without_changing_an_answer(
+    many_lists, monkeypatch
+):
     index = Index(*indices.index_paths(many_lists))
     queries = indices.random_rows(np.random.default_rng(0), 50)
-    expected = index.search(queries, 10, 20)
+    every = index.search(queries, index.rows, 20)  # of ties, those with the first ids are first
     monkeypatch.setattr(inverted_lists, "WORTH_READING_AHEAD", 0)
-    for at_once, ahead in ((1, 1 << 30), (1 << 30, 1 << 30), (1, 5000)):
+    for few, k, rows, at_once, ahead in (
+        (50, 10, 1, 1, 1 << 30),
+        (50, 300, 1 << 30, 1 << 30, 1 << 30),
+        (1, 10, 50, 1, 5000),
+        (1, 1 << 30, 50, 1, 5000),
+    ):
+        monkeypatch.setattr(faiss_index, "ROWS_OF_THE_FIRST_ROUND", rows)
         monkeypatch.setattr(inverted_lists, "BYTES_AT_ONCE", at_once)
         monkeypatch.setattr(inverted_lists, "MOST_AHEAD", ahead)
-        found = index.search(queries, 10, 20)
-        for ours, theirs in zip(vars(found).values(), vars(expected).values(), strict=True):
-            np.testing.assert_array_equal(ours, theirs)
+        found = index.search(queries[:few], k, 20)
+        ids, similarity, code = (of[:few, :k] for of in (every.ids, every.similarity, every.code))
+        np.testing.assert_array_equal(found.ids, ids)
+        np.testing.assert_array_equal(found.similarity, similarity)
+        some = ids >= 0
+        np.testing.assert_array_equal(found.codes[found.code[some]], every.codes[code[some]])
+        np.testing.assert_array_equal(found.lists, every.lists[:few])
