@@ -230,7 +230,11 @@ def report(
                 + " | ".join(f"{spent.get(name, 0):.2f}" for name in PHASES)
                 + " |"
             )
-    lines += ["", "The peer decodes while it searches."]
+    lines += [
+        "",
+        "The peer decodes while it searches. Our recall check runs beside the other phases: what counts "
+        "is the wait for it.",
+    ]
     lines += [
         "",
         "## How the cost grows",

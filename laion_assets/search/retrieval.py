@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Executor, Future
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -21,7 +22,7 @@ from laion_assets.index.metadata import THUMBNAIL_COLUMN, Metadata
 from laion_assets.index.vectors import decoded_codes, unit
 from laion_assets.io.arrays import Bytes, Floats, Ids, Mask
 from laion_assets.io.errors import InputError
-from laion_assets.io.parallel import one_blas_thread, slices
+from laion_assets.io.parallel import one_blas_thread, one_thread_each, slices
 from laion_assets.io.tables import fixed_size_binary
 from laion_assets.io.text import REPLACED, count
 from laion_assets.search.block_list import BlockListMatches
@@ -241,19 +242,21 @@ def retrieve(
     schema = columns_found(index, metadata, per_seed=per_seed)
     if batches is None:
         batches = batches_of(index, queries, np.arange(len(queries)), starting_k(index, request))
-    search = _Search(index, metadata, queries, request, schema, progress)
-    for numbers in batches:
-        for batch in search.rows_of(numbers).to_batches(WRITTEN_ROWS):
-            write(batch)
-        progress(len(numbers) / 2)
-    decoder = index.decoder(search.lists).to_bytes()
+    with one_thread_each(1, "recall") as background:
+        search = _Search(index, metadata, queries, request, schema, progress, background)
+        for numbers in batches:
+            for batch in search.rows_of(numbers).to_batches(WRITTEN_ROWS):
+                write(batch)
+            progress(len(numbers) / 2)
+        decoder = index.decoder(search.lists).to_bytes()
+        recall, sampled = search.recall()
     return Found(
         search.funnel,
         search.nprobe,
-        search.recall,
+        recall,
         search.removed,
         decoder,
-        search.sampled,
+        sampled,
         search.block_list(),
         search.short,
         search.not_utf8(),
@@ -306,6 +309,7 @@ class _Search:
         request: Request,
         schema: pa.Schema,
         progress: Callable[[float], None],
+        background: Executor,
     ) -> None:
         self._index = index
         self._decode = index.decoder().decode_to_compare
@@ -323,7 +327,8 @@ class _Search:
         self._progress = progress
         self.k = starting_k(index, request)
         self.nprobe = index.nprobe_for(self.k, request.nprobe)
-        self._remained, self.sampled = 0.0, 0
+        self._background = background
+        self._recalls: list[tuple[int, Future[float]]] = []  # of how many queries, and what it is
         self.lists = np.empty(0, np.int64)
         self.funnel = Funnel()
         self.short = 0
@@ -360,6 +365,9 @@ class _Search:
         )
         received = _FoundRows.of(hits, numbers)
         query = np.searchsorted(numbers, received.query)  # place of each row's query in `numbers`
+        ends = self._has_all(np.bincount(query, minlength=len(numbers)), k)
+        sampled = numbers < RECALL_QUERIES
+        self._measure_recall(hits, queries, ends & sampled, nprobe)
         outcome = np.full(len(received), NEAR_DUPLICATE)
         distinct = _first_of_each(received.query, received.ids)
         covers = self._metadata.covers(received.ids[distinct])
@@ -369,7 +377,6 @@ class _Search:
 
         # Metadata is the slowest to read, so it is not read for queries that continue in any case.
         images = np.bincount(query[rows[labels == np.arange(len(labels))]], minlength=len(numbers))
-        ends = self._has_all(np.bincount(query, minlength=len(numbers)), k)
         ended = ends | self._is_enough(images)
         here = ended[query[rows]]
         rows, labels = rows[here], (np.cumsum(here) - 1)[labels[here]]
@@ -388,23 +395,27 @@ class _Search:
             self.removed = self._examples(received[rows], labels, best, hits.codes)
         if nprobe is not None:
             self.nprobe = max(nprobe, self.nprobe or 0)
-        self._measure_recall(hits, queries, ended & (numbers < RECALL_QUERIES), nprobe)
+        self._measure_recall(hits, queries, ended & ~ends & sampled, nprobe)
         kept = received[rows[best]]
         table = self._as_table(kept, columns, hits.codes)
         return _Kept(kept.query, table), numbers[~ended], self._next_k(k, images[~ended])
 
-    @property
-    def recall(self) -> float:
-        """Return the share of the sample's results that remains; NaN without a sample."""
-        return self._remained / self.sampled if self.sampled else math.nan
+    def recall(self) -> tuple[float, int]:
+        """Wait for the share of the sample's results that remains, and return it with the sample's size.
+
+        It is NaN without a sample, to which belong the queries whose recall can be measured.
+        """
+        measured = [(number, recall.result()) for number, recall in self._recalls]
+        measured = [(number, recall) for number, recall in measured if not math.isnan(recall)]
+        sampled = sum(number for number, _ in measured)
+        remained = sum(number * recall for number, recall in measured)
+        return remained / sampled if sampled else math.nan, sampled
 
     def _measure_recall(self, hits: Hits, queries: Floats, sample: Mask, nprobe: int | None) -> None:
-        """Add some queries of a batch to the sample, if their recall can be measured."""
-        number = int(sample.sum())
-        recall = self._index.recall(queries[sample], hits.of(sample), nprobe) if number else math.nan
-        if not math.isnan(recall):
-            self._remained += number * recall
-            self.sampled += number
+        """Begin to measure the recall of some queries of a batch, in the background."""
+        if sample.any():
+            recall = self._background.submit(self._index.recall, queries[sample], hits.of(sample), nprobe)
+            self._recalls.append((int(sample.sum()), recall))
 
     def _has_all(self, received: Ids, k: int) -> Mask:
         """Return whether queries that received this many rows of k would get no more with a larger k."""

@@ -11,6 +11,7 @@ from helpers import indices
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from laion_assets.index import faiss_index
 from laion_assets.index.decoder import Decoder
 from laion_assets.index.faiss_index import Index
 from laion_assets.index.metadata import Metadata
@@ -135,6 +136,14 @@ def test_a_request_the_lists_cannot_fill_is_counted(demo) -> None:
     _, found = retrieve_table(index, metadata, query, Request(2000, 0.94, 1), per_seed=False)
     assert 0 < found.funnel.received < found.funnel.requested == 2000
     assert found.recall < 0.9
+
+
+def test_an_error_of_the_recall_check_ends_the_search(demo, monkeypatch) -> None:
+    index, metadata = open_folder(demo.index)
+    query = unit(indices.reconstructed(demo.index)[:1])
+    monkeypatch.delattr(faiss_index, "sampled_lists")
+    with pytest.raises(NameError, match="sampled_lists"):
+        retrieve_table(index, metadata, query, Request(20, 0.94, 1), per_seed=False)
 
 
 def test_nprobe_follows_from_the_images_wanted_and_not_from_what_is_stored(tmp_path) -> None:
