@@ -7,6 +7,7 @@ vector itself.
 
 from __future__ import annotations
 
+import io
 from functools import cached_property
 from typing import Any
 
@@ -103,8 +104,11 @@ class Decoder:
     def to_bytes(self) -> bytes:
         """Serialise: dimension and number of lists (int64), list numbers (int64), faiss index."""
         head = np.array([self._dimension, len(self._lists)], np.int64)
-        body = b"" if self._index is None else faiss.serialize_index(self._index).tobytes()
-        return head.tobytes() + self._lists.tobytes() + body
+        written = io.BytesIO(head.tobytes() + self._lists.tobytes())
+        written.seek(0, io.SEEK_END)
+        if self._index is not None:
+            faiss.write_index(self._index, faiss.PyCallbackIOWriter(written.write))
+        return written.getvalue()
 
     @classmethod
     def from_bytes(cls, data: bytes) -> Decoder:

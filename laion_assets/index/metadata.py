@@ -121,14 +121,16 @@ class Metadata:
         with self._disk.hold() as held:
             if not self._disk.whole:
                 self._fetch(held, self._by_file(unique), schema)
-            cold = self._disk.whole and not self._in_memory(unique, schema)
+            warm = self._in_memory(unique, schema)
 
             def take(rows: _Rows) -> pa.Table:
-                if cold:
+                if self._disk.whole and not warm:
                     self._fetch(held, [rows], schema)
                 return self._take_from_file(rows, schema)
 
-            table = pa.concat_tables([schema.empty_table(), *_readers().map(take, self._parts(unique))])
+            # Threads wait for the disk together, but for a few rows in memory they wait for each other.
+            each = map if warm and len(unique) <= ROWS_AT_ONCE[1] else _readers().map
+            table = pa.concat_tables([schema.empty_table(), *each(take, self._parts(unique))])
         return table.take(pa.array(back))
 
     @contextmanager
