@@ -64,7 +64,7 @@ write_reference()
 # --- links ----------------------------------------------------------------------------------------
 
 nitpicky = True
-OTHERS = "PIL aiohttp collections contextlib ctypes datetime google_crc32c ipaddress numpy"
+OTHERS = "PIL aiohttp collections concurrent contextlib ctypes datetime google_crc32c ipaddress numpy"
 OTHERS += " obstore pathlib pyarrow threading yarl"
 nitpick_ignore_regex = [
     ("py:.*", rf"({'|'.join(OTHERS.split())})\..*"),  # documented elsewhere
