@@ -22,7 +22,7 @@ class Sizes:
     sample: int = 2048  # rows from which axes and cells are chosen
     widths: tuple[int, ...] = (63, 127, 191, 255, 383)  # numbers of axes to choose from
     chunk: int = 384  # rows of a cell of which all pairs are compared
-    cap: int = 3  # rows that are worth a cap, and as many more for each row of the sample that it meets
+    cap: int = 2  # rows that are worth a cap, and as many more for each row of the sample that it meets
     block: int = 512  # caps or loose rows that a thread compares with all rows after them
     tile: int = 256  # rows that these are compared with in one product: it stays in the processor's cache
     tiles: int = 16  # after which near pairs are looked at
