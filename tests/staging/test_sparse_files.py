@@ -450,20 +450,38 @@ def test_two_requests_that_find_the_same_damage_both_read_what_is_right(files, m
 # --- errors ---------------------------------------------------------------------------------------
 
 
-def test_a_full_disk_is_an_error_that_leaves_nothing_wrong(files, monkeypatch):
+def no_space(*_: Any) -> int:
+    raise OSError(errno.ENOSPC, "No space left on device")
+
+
+def no_blocks(descriptor: int, mode: int, *more: Any, **named: Any) -> int:
+    full = mode == disk_module.KEEP_SIZE
+    return errno.ENOSPC if full else fallocate(descriptor, mode, *more, **named)
+
+
+fallocate = disk_module._fallocate
+
+
+@pytest.mark.parametrize(
+    ("owner", "name", "full"), [(os, "pwrite", no_space), (disk_module, "_fallocate", no_blocks)]
+)
+def test_a_full_disk_is_an_error_that_leaves_nothing_wrong(files, monkeypatch, owner, name, full):
     content = files.content[files.path]
-
-    def full(*_: Any) -> int:
-        raise OSError(errno.ENOSPC, "No space left on device")
-
     with files.opened() as disk:
         with monkeypatch.context() as patch:
-            patch.setattr(os, "pwrite", full)
+            patch.setattr(owner, name, full)
             with pytest.raises(InputError, match="No space left on device") as refused:
                 files.need(disk, 0, len(content))
         assert refused.value.about == "cache_dir"
         assert files.marked() == []
         assert files.need(disk, 0, len(content)) == content
+
+
+def test_short_reads_that_are_not_written_at_once_are_written_nevertheless(files, monkeypatch):
+    monkeypatch.setattr(disk_module, "_pwrite", lambda *_: -1)
+    with files.opened() as disk, disk.hold() as held:
+        held.need({files.path: PAGE_SIZE * as_ranges([(0, 1), (8, 2), (16, 1)])})
+        assert files.marked() == [0, 8, 9, 16]
 
 
 def overwrite(files: TwoFiles, memory: Path) -> None:
@@ -578,9 +596,10 @@ def test_data_is_durable_before_marks_and_marks_are_cleared_before_holes(files, 
 
     with files.opened(11 * PAGE_SIZE) as disk:
         note(os, "pwrite", "write")
+        note(disk_module, "_pwrite", "write")
         note(os, "fdatasync", "data durable")
         note(os, "fsync", "marks durable")
-        note(disk_module, "_fallocate", "hole")
+        note(pages, "punch_hole", "hole")
         files.need_pages(disk, 0, 10)
         marked = [("write", 0), ("marks durable", 10)]
         assert done == [("write", 0), ("data durable", 0), *marked]
@@ -593,7 +612,7 @@ def test_data_is_durable_before_marks_and_marks_are_cleared_before_holes(files, 
 
 STEPS = [
     *((os, name) for name in ("pwrite", "fsync", "fdatasync", "ftruncate")),
-    (disk_module, "_fallocate"),
+    *((disk_module, name) for name in ("_fallocate", "_pwrite")),
     (leases.Lease, "release"),
     (SparseFile, "mark"),
     (SparseFile, "unmark"),

@@ -17,6 +17,7 @@ from collections.abc import Iterable, Sequence
 from contextlib import suppress
 from functools import cached_property
 from pathlib import Path
+from threading import Lock
 
 import numpy as np
 from numpy.typing import NDArray
@@ -26,7 +27,13 @@ from laion_assets.io.checksums import PartChecksums
 from laion_assets.io.errors import InputError
 from laion_assets.io.ranges import NO_RANGES, Ranges, WholeFiles, batched, members, outside, runs, split
 from laion_assets.staging.sparse.reads import MAX_READ, PAGE_SIZE
-from laion_assets.staging.transfer.disk import allocated_bytes, punch_hole, sync_folder, write_at
+from laion_assets.staging.transfer.disk import (
+    allocated_bytes,
+    fill_hole,
+    punch_hole,
+    sync_folder,
+    write_at,
+)
 
 MAP_SUFFIX = ".pages"
 NEW_SUFFIX = ".new"  # of a map that is being written
@@ -123,6 +130,7 @@ class SparseFile:
         self.size = size
         self.pages = -(-size // PAGE_SIZE)
         self._header = _map_header(path, size, content)
+        self._syncing = Lock()  # then writes wait for the disk
         self._map = -1
         self._forget()
 
@@ -146,11 +154,12 @@ class SparseFile:
 
     def write(self, data: bytes, at: int) -> None:
         """Write bytes at an offset."""
-        write_at(self._file, data, at)
+        fill_hole(self._file, data, at, self.path, wait=self._syncing.locked())
 
     def sync(self) -> None:
         """Make what was written durable."""
-        os.fdatasync(self._file)
+        with self._syncing:
+            os.fdatasync(self._file)
 
     def free(self, pages: Ranges) -> None:
         """Make the map durable, then punch holes for pages that it no longer marks.

@@ -43,6 +43,9 @@ from laion_assets.staging.transfer.files import SourceFile
 from laion_assets.staging.transfer.range_readers import ChangedError, RangeReader
 
 READ_THREADS = 64  # 2,000 reads a second at 30 ms each
+JOB_READS = 32  # at most, that a thread reads before it hands on what it has read
+JOBS_LEFT = 4 * READ_THREADS  # at least: jobs become shorter, so that all threads end at the same time
+WRITTEN_AT_ONCE = 256 << 10  # bytes that a thread holds back
 EVICTION_MARGIN = 0.05  # of the budget, evicted beyond what is needed, so that not every request evicts
 EVICTION_STEP = 1 << 16  # pages that are evicted at a time
 POLL_INTERVAL = 0.5  # seconds between checks whether other requests have released pages
@@ -399,15 +402,16 @@ class SparseFiles:
         threads = min(READ_THREADS, sum(map(len, reads.values())))
         fetcher = Fetcher(self._reader, threads, self._log, self.stats)
 
-        def read(job: tuple[_Batch, int, int]) -> None:
-            batch, first, stop = job
+        def read(job: tuple[_Batch, Ranges]) -> None:
+            batch, some = job
             checksums = PartChecksums(PAGE_SIZE)
-            stop = min(stop * PAGE_SIZE, batch.file.size)
-            for data, at in fetcher.read(batch.source, first * PAGE_SIZE, stop):
-                batch.file.write(data, at)
-                checksums.add(data)
-                progress.advance(len(data))
-            if batch.finish_read(first, page_checksums(checksums.finish())):
+            for pieces in _held_back(self._pieces(fetcher, batch, some)):
+                for data, at in pieces:
+                    batch.file.write(data, at)
+                content = b"".join(data for data, _ in pieces)
+                checksums.add(content)
+                progress.advance(len(content))
+            if batch.finish(some, page_checksums(checksums.finish())):
                 self._mark(batch)
 
         try:
@@ -426,12 +430,21 @@ class SparseFiles:
             f"{self.stats.reads - before.reads:,} reads and {time.monotonic() - started:.1f} s"
         )
 
-    def _jobs(self, reads: Pages) -> Iterator[tuple[_Batch, int, int]]:
+    def _jobs(self, reads: Pages) -> Iterator[tuple[_Batch, Ranges]]:
+        left = sum(map(len, reads.values()))
         for number, ranges in reads.items():
             for some in read_batches(ranges):
                 batch = _Batch(self._files[number], self._sources[number], len(some))
-                for first, stop in some.tolist():
-                    yield batch, first, stop
+                while len(some):
+                    count = min(max(left // JOBS_LEFT, 1), JOB_READS, len(some))
+                    yield batch, some[:count]
+                    some = some[count:]
+                    left -= count
+
+    def _pieces(self, fetcher: Fetcher, batch: _Batch, reads: Ranges) -> Iterator[tuple[bytes, int]]:
+        """Yield what some reads return, each piece with its offset."""
+        for start, stop in np.minimum(reads * PAGE_SIZE, batch.file.size).tolist():
+            yield from fetcher.read(batch.source, start, stop)
 
     def _mark(self, batch: _Batch) -> None:
         """Make a batch durable, then mark its pages."""
@@ -470,23 +483,34 @@ class _Batch:
         self.file = file
         self.source = source
         self._left = reads
-        self._checksums: list[tuple[int, list[int]]] = []  # first page of a read, and its checksums
+        self._done: list[tuple[Ranges, list[int]]] = []  # pages, and the checksum of each
         self._lock = Lock()
 
-    def finish_read(self, first: int, checksums: list[int]) -> bool:
-        """Record that one read is complete; whether it was the last."""
+    def finish(self, reads: Ranges, checksums: list[int]) -> bool:
+        """Record that some reads are complete; whether they were the last."""
         with self._lock:
-            self._checksums.append((first, checksums))
-            self._left -= 1
+            self._done.append((reads, checksums))
+            self._left -= len(reads)
             return not self._left
 
     def pages_and_checksums(self) -> tuple[Ids, list[int]]:
         """Return the numbers of all pages, ascending, and their checksums."""
-        self._checksums.sort()
-        starts = np.array([first for first, _ in self._checksums])
-        lengths = np.array([len(some) for _, some in self._checksums])
-        pages = members(np.stack([starts, starts + lengths], axis=1))
-        return pages, [checksum for _, some in self._checksums for checksum in some]
+        self._done.sort(key=lambda done: int(done[0][0, 0]))
+        pages = members(np.concatenate([reads for reads, _ in self._done]))
+        return pages, [checksum for _, some in self._done for checksum in some]
+
+
+def _held_back(pieces: Iterable[tuple[bytes, int]]) -> Iterator[list[tuple[bytes, int]]]:
+    """Yield pieces together, once there are enough of them to be written, and at the end."""
+    held: list[tuple[bytes, int]] = []
+    size = 0
+    for piece in pieces:
+        held.append(piece)
+        size += len(piece[0])
+        if size >= WRITTEN_AT_ONCE:
+            yield held
+            held, size = [], 0
+    yield held
 
 
 def _once(log: Callable[[str], None]) -> Callable[[str], None]:
