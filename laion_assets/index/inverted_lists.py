@@ -117,7 +117,7 @@ class InvertedLists:
             lists: (q, nprobe) the lists of each query, the nearest first; -1 for none.
 
         """
-        _share_lists(ivf, shared=False)
+        faiss.downcast_InvertedLists(ivf.invlists).prefetch_nthread = THREADS_OF_FAISS
         in_threads(search, slices(len(lists), QUERIES_AT_ONCE))
 
     def visit_long(self, ivf: Any, search: Callable[[slice], None], lists: Ids) -> None:
@@ -131,7 +131,8 @@ class InvertedLists:
             lists: (q, nprobe) the lists of each query, the nearest first; -1 for none.
 
         """
-        _share_lists(ivf, shared=True)
+        # faiss's own threads lock each list that they read: queries that share lists wait for each other.
+        faiss.downcast_InvertedLists(ivf.invlists).prefetch_nthread = 0
         a_query = int(self._bytes_of(lists).sum()) // max(len(lists), 1)
         at_once = max(1, min(QUERIES_AT_ONCE, BYTES_AT_ONCE // max(a_query, 1)))
         batches = slices(len(lists), at_once)
@@ -165,15 +166,6 @@ class InvertedLists:
 
     def _bytes_of(self, lists: Ids) -> Ids:
         return np.where(lists >= 0, self.size[lists], 0) * (self.code_size + ID_SIZE)
-
-
-def _share_lists(ivf: Any, *, shared: bool) -> None:
-    """Let faiss's threads share the lists of a query, or read them ahead.
-
-    To read ahead they lock each list: queries that share lists wait for each other.
-    """
-    ivf.parallel_mode = int(shared)
-    faiss.downcast_InvertedLists(ivf.invlists).prefetch_nthread = 0 if shared else THREADS_OF_FAISS
 
 
 def _table(stored: Any, lists: int) -> Ids:
