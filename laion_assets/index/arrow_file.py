@@ -9,6 +9,7 @@ numbers and text.
 from __future__ import annotations
 
 import mmap
+import os
 import threading
 from collections.abc import Iterator, Sequence
 from itertools import pairwise
@@ -18,7 +19,7 @@ import numpy as np
 import pyarrow as pa
 
 from laion_assets.index import arrow_layout
-from laion_assets.index.arrow_layout import Column
+from laion_assets.index.arrow_layout import BatchTable, Column
 from laion_assets.index.batch_tables import BatchTables
 from laion_assets.index.metadata_file import BatchLayout, incomplete, rows_of
 from laion_assets.io.arrays import Bytes, Ids, Mask
@@ -73,7 +74,7 @@ class ArrowFile:
         table = tables and tables.read(self.path, len(self._blocks.headers))
         if not table:
             held.need({self.path: self._headers(np.arange(len(self._blocks.headers)))})
-            table = arrow_layout.read_headers(self._blocks, lambda start, stop: self._all[start:stop])
+            table = self._read_headers()
             if tables:
                 tables.write(self.path, table)
         self._table = table
@@ -85,6 +86,14 @@ class ArrowFile:
             if (column := arrow_layout.column(self.schema.field(name).type, buffers))
         }
         self._check_sizes()
+
+    def _read_headers(self) -> BatchTable:
+        """Read the headers of all batches, not through the mapping: a fault takes longer than a read."""
+        with self.path.open("rb") as file:
+            descriptor = file.fileno()
+            return arrow_layout.read_headers(
+                self._blocks, lambda start, stop: os.pread(descriptor, stop - start, start)
+            )
 
     def _check_format(self, begin: bytes) -> None:
         """Refuse Arrow's stream format, which has no table of its batches.
