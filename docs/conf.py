@@ -69,7 +69,7 @@ OTHERS += " obstore pathlib pyarrow threading yarl"
 nitpick_ignore_regex = [
     ("py:.*", rf"({'|'.join(OTHERS.split())})\..*"),  # documented elsewhere
     ("py:class", "|".join(ARRAYS)),
-    ("py:class", r"laion_assets\..*\.(Argument|Result|FetchJob)"),  # type variables
+    ("py:class", r"laion_assets\..*\.(Argument|Result|FetchJob|Kind)"),  # type variables
 ]
 
 # Markdown files outside of docs/, and the page that includes each: on GitHub, links lead to the files.

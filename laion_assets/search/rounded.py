@@ -1,7 +1,7 @@
 """Dot products of unit vectors in eight bits: fast, and wrong by no more than is known.
 
 Processors multiply integers of eight bits many times as fast as floats. Rounding moves a vector x by its
-error, a length that is known. Where p and q are the codes of x and y, and s and t the lengths of a step,
+error, a length that is known. Where p and q are the codes of x and y, and s and t the lengths of a step::
 
     |x . y - st p . q|  =  |(x - sp) . tq + x . (y - tq)|  <=  error(x) (1 + error(y)) + error(y)
 
