@@ -38,11 +38,26 @@ def choose_axes(links: Links, sample: Ids) -> Floats:
     """
     fitted, tried = links.vectors[sample[::2]], links.vectors[sample[1::2]]
     with one_blas_thread():
-        axes = np.linalg.eigh(fitted.T @ fitted)[1][:, ::-1]
-        widths = np.array([width for width in links.sizes.widths if width < len(axes)] or [len(axes)])
+        dimension = fitted.shape[1]
+        widths = np.array([width for width in links.sizes.widths if width < dimension] or [dimension])
+        axes = principal_axes(fitted, int(widths.max()))
         left = np.array([shares_near(links, tried, axes[:, :width]) for width in widths])
     cost = 1 + widths / AS_LONG_AS_THE_REST + left @ [FINE, links.sizes.single * FULL_WIDTH]
     return np.ascontiguousarray(axes[:, : widths[cost.argmin()]])
+
+
+def principal_axes(vectors: Floats, number: int) -> Floats:
+    """Return (d, number) orthonormal columns, nearly the directions of greatest variance, greatest first.
+
+    Two rounds of subspace iteration from random directions suffice, and take half the time of computing
+    all directions exactly (Halko, Martinsson and Tropp, 2011).
+    """
+    products = vectors.T @ vectors
+    axes = np.random.default_rng(0).standard_normal((len(products), number), np.float32)
+    for _ in range(2):
+        axes = np.linalg.qr(products @ axes)[0]
+    found: Floats = axes @ np.linalg.eigh(axes.T @ products @ axes)[1][:, ::-1]
+    return found
 
 
 def shares_near(links: Links, vectors: Floats, axes: Floats) -> tuple[float, float]:
