@@ -51,7 +51,7 @@ FULL = Plan(
     curve=(10_000, 30_000, 100_000, 300_000, 1_000_000),
     streams=(20_000, 200),
     repeats=3,
-    wanted={"centroid": 18, "seeds": 6},
+    wanted={"centroid": 30, "seeds": 10},
 )
 QUICK = Plan(
     recipe=Recipe(rows=100_000, lists=256, seeds=2_000),
@@ -166,6 +166,11 @@ def exponent(rows: list[int], seconds: list[float]) -> float:
     return float(np.polyfit(np.log(rows), np.log(seconds), 1)[0])
 
 
+def brief(seconds: float) -> str:
+    """Seconds with two digits that tell something."""
+    return f"{seconds:.{3 if 0.0005 < seconds < 0.1 else 2}f}"
+
+
 def say(text: str) -> None:
     """Tell the person who waits."""
     print(text, file=sys.stderr, flush=True)
@@ -205,8 +210,8 @@ def report(
         wanted = plan.wanted.get(one.kind, "") if one is biggest(compared, one.kind) else ""
         peaks = [max(r["anonymous_bytes"]["peak"] for r in side) / GB for side in (one.ours, one.theirs)]
         lines.append(
-            f"| {one.what} | {one.kept('ours'):,} | {one.seconds('ours'):.2f} s | "
-            f"{one.seconds('theirs'):.2f} s | **{one.ratio:.1f}** | {wanted} | "
+            f"| {one.what} | {one.kept('ours'):,} | {brief(one.seconds('ours'))} s | "
+            f"{brief(one.seconds('theirs'))} s | **{one.ratio:.1f}** | {wanted} | "
             f"{one.differing()} | {peaks[0]:.2f} GB | {peaks[1]:.2f} GB |"
         )
     lines += [
@@ -227,7 +232,7 @@ def report(
             spent = phases(getattr(one, side))
             lines.append(
                 f"| {one.what} | {'ours' if side == 'ours' else 'peer'} | "
-                + " | ".join(f"{spent.get(name, 0):.2f}" for name in PHASES)
+                + " | ".join(brief(spent.get(name, 0)) for name in PHASES)
                 + " |"
             )
     lines += [
