@@ -250,7 +250,7 @@ class Index:
         return _best(np.concatenate(best), np.concatenate(at), k)
 
     def _best_in_rounds(self, query: Floats, lists: Ids, nearness: Floats, k: int) -> tuple[Floats, Ids]:
-        """Do the same in one thread.
+        """Return similarity and location of the k best rows of some lists, in the calling thread.
 
         Rounds of more and more lists return the rows that are as good as the k best so far. A heap, in
         which faiss finds the best, takes longer than that if k is large.

@@ -104,7 +104,11 @@ class InvertedLists:
         )
 
     def are_long(self, nprobe: int) -> bool:
-        """Return whether the lists of a query are worth reading ahead and sharing between threads."""
+        """Return whether the lists of a query are worth reading ahead and sharing between threads.
+
+        It depends on nprobe alone: heaps break ties otherwise than rounds, and the rows of a query must
+        not depend on the others.
+        """
         of_a_list = float(self.size.mean()) * (self.code_size + ID_SIZE)
         return nprobe * of_a_list >= WORTH_READING_AHEAD
 

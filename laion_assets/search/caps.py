@@ -8,7 +8,6 @@ from itertools import pairwise
 from typing import TypeAlias
 
 import numpy as np
-from numpy.typing import NDArray
 
 from laion_assets.index.vectors import unit
 from laion_assets.io.arrays import Floats, Ids, Mask
@@ -16,6 +15,7 @@ from laion_assets.io.parallel import in_threads, slices
 from laion_assets.io.ranges import members
 from laion_assets.search.links import SLACK, Links, pairs_of
 from laion_assets.search.rounded import (
+    Numbers,
     Rounded,
     RoundedTwice,
     Tiles,
@@ -26,7 +26,6 @@ from laion_assets.search.rounded import (
 )
 from laion_assets.search.sketches import choose_axes, distinct_rows, near_pairs, reach_of, sketch_all
 
-Numbers: TypeAlias = NDArray[np.int32]
 Pairs: TypeAlias = tuple[Ids, Ids]  # a[i] and b[i]
 Part: TypeAlias = tuple[int, Tiles]  # the place of the first of some rows, and their sketches
 
@@ -57,7 +56,8 @@ def find_all_links(links: Links, foreseen: Callable[[], None]) -> None:
     """Find all links; `foreseen` is called when most of them are found, before the longest part."""
     comparison, sketches = plan_comparison(links)
     foreseen()
-    find_links(links, Caps.of(links, comparison, sketches.in_order(comparison.rows)), WHOLE)
+    sketches = sketches.in_order(comparison.rows)
+    find_links(links, Caps.of(links, comparison, sketches), WHOLE)
 
 
 def find_links_of_stripe(links: Links, comparison: Comparison, stripe: tuple[int, int]) -> None:
@@ -234,7 +234,7 @@ class Caps:
 
 def find_links(links: Links, caps: Caps, stripe: tuple[int, int]) -> None:
     """Find the links of a stripe, in panels of rows, which stay in memory while all blocks meet them."""
-    sizes, (first, step) = links.sizes, stripe
+    sizes, (number, step) = links.sizes, stripe
     starts, rows = caps.starts, len(caps.rows)
     # Each block has the place of its first row, and either caps or loose rows.
     blocks = [(int(starts[block.start]), block, True) for block in slices(len(starts) - 1, sizes.block)]
@@ -244,18 +244,18 @@ def find_links(links: Links, caps: Caps, stripe: tuple[int, int]) -> None:
         tiles = Tiles.of(caps.sketches[panel], sizes.tile)
 
         def compare(
-            block: tuple[int, slice, bool], first: int = panel.start, tiles: Tiles = tiles
+            block: tuple[int, slice, bool], begin: int = panel.start, tiles: Tiles = tiles
         ) -> None:
             start, some, are_caps = block
             after = [
-                (first + part * sizes.tile, tiles.part(part, sizes.tiles))
-                for part in range(max(0, start - first) // sizes.tile, len(tiles.codes), sizes.tiles)
+                (begin + part * sizes.tile, tiles.part(part, sizes.tiles))
+                for part in range(max(0, start - begin) // sizes.tile, len(tiles.codes), sizes.tiles)
             ]
             found = (compare_caps if are_caps else compare_loose_rows)(links, caps, some, after)
             for a, b in together(found, sizes.together):
                 links.check(a, b)
 
-        in_threads(compare, [block for block in blocks[first::step] if block[0] < panel.stop])
+        in_threads(compare, [block for block in blocks[number::step] if block[0] < panel.stop])
 
 
 def compare_caps(links: Links, caps: Caps, block: slice, after: Iterable[Part]) -> Iterator[Pairs]:
@@ -313,7 +313,7 @@ def near_rows(links: Links, caps: Caps, cap: Ids, place: Ids) -> Iterator[Pairs]
     cap, place = cap[order], place[order]
     edges = np.flatnonzero(np.diff(cap, prepend=-1, append=-1))
     number = np.diff(edges)
-    sizes = caps.starts[cap[edges[:-1]] + 1] - caps.starts[cap[edges[:-1]]]
+    sizes = np.diff(caps.starts)[cap[edges[:-1]]]
     many = number * sizes > links.sizes.many
     for start, end in zip(edges[:-1][many].tolist(), edges[1:][many].tolist(), strict=True):
         mine = np.arange(*caps.starts[cap[start] : cap[start] + 2])

@@ -25,7 +25,7 @@ class Sizes:
     cap: int = 2  # rows that are worth a cap, and as many more for each row of the sample that it meets
     block: int = 512  # caps or loose rows that a thread compares with all rows after them
     tile: int = 256  # rows that these are compared with in one product: it stays in the processor's cache
-    tiles: int = 16  # after which near pairs are looked at
+    tiles: int = 16  # that are compared before their near pairs are looked at
     panel: int = 1 << 18  # rows that all caps and rows before them are compared with before the next
     met: int = 1 << 16  # pairs of a cap and a row that are collected before the rows of caps are compared
     many: int = 4096  # pairs of rows of a cap and those that it meets that are worth a product

@@ -73,7 +73,7 @@ import numpy as np
 
 from laion_assets.index.vectors import Vectors
 from laion_assets.io.arrays import Bytes, Floats, Ids
-from laion_assets.io.parallel import in_threads
+from laion_assets.io.parallel import in_threads, slices
 from laion_assets.search.caps import find_all_links
 from laion_assets.search.links import SIZES, Forest, Links, Sizes, pairs_of, squares
 from laion_assets.search.rounded import Rounded
@@ -161,7 +161,8 @@ def components_of_short_lists(
     links = Links(vectors, threshold, sizes)
     forest = Forest(len(members))
     if len(vectors) <= sizes.small:
-        sketches = Rounded.of(vectors[:], float(np.abs(vectors[:]).max(initial=0)) or 1)
+        held = vectors[:]
+        sketches = Rounded.of(held, float(np.abs(held).max(initial=0)) or 1)
     else:
         sketches = sketch_all(links, choose_axes(links, distinct_rows(links)), Rounded)
     by_member = np.lexsort((members, lists))
@@ -169,10 +170,12 @@ def components_of_short_lists(
     lowest = np.empty_like(by_member)
 
     def compare(entries: Ids) -> Bytes:
-        compared = sketches[members[entries]]
-        near = near_pairs(links, compared, compared)
-        lowest[entries] = entries[near.argmax(axis=1)]
-        return np.packbits(near, axis=1)
+        compared, packed = sketches[members[entries]], []
+        for some in slices(len(entries), sizes.tile):  # the products stay in the processor's cache
+            near = near_pairs(links, compared[some], compared)
+            lowest[entries[some]] = entries[near.argmax(axis=1)]
+            packed.append(np.packbits(near, axis=1))
+        return np.concatenate(packed)
 
     def still_apart(job: tuple[Ids, Bytes]) -> tuple[Ids, Ids]:
         entries, packed = job

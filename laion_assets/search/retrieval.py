@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Executor, Future
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import pyarrow as pa
@@ -414,7 +414,8 @@ class _Search:
     def _measure_recall(self, hits: Hits, queries: Floats, sample: Mask, nprobe: int | None) -> None:
         """Begin to measure the recall of some queries of a batch, in the background."""
         if sample.any():
-            recall = self._background.submit(self._index.recall, queries[sample], hits.of(sample), nprobe)
+            without_codes = replace(hits.of(sample), codes=hits.codes[:0])  # they are large
+            recall = self._background.submit(self._index.recall, queries[sample], without_codes, nprobe)
             self._recalls.append((int(sample.sum()), recall))
 
     def _has_all(self, received: Ids, k: int) -> Mask:

@@ -1,12 +1,13 @@
-"""Dot products of unit vectors in eight bits: fast, and wrong by no more than is known.
+"""Dot products of unit vectors in eight bits, with a bound of their error.
 
 Processors multiply integers of eight bits many times as fast as floats. Rounding moves a vector x by its
 error, a length that is known. Where p and q are the codes of x and y, and s and t the lengths of a step::
 
     |x . y - st p . q|  =  |(x - sp) . tq + x . (y - tq)|  <=  error(x) (1 + error(y)) + error(y)
 
-by Cauchy-Schwarz, because tq is at most 1 + error(y) long. The product of the codes is exact. So it rules
-out that x . y is above a limit.
+by Cauchy-Schwarz, because tq is at most 1 + error(y) long. The product of the codes is exact. So where it
+is small enough, x . y is not above a limit. The bound leaves out the rounding of float32, below 1e-6:
+callers relax their limits by more.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from functools import cache, cached_property
 from typing import Any, Self, TypeAlias
 
 import numpy as np
+import onnxruntime
 from numpy.typing import NDArray
 
 from laion_assets.io import onnx_models
@@ -53,7 +55,8 @@ class Rounded:
 
         Args:
             vectors: (n, d) float32.
-            reach: what the largest code stands for. What exceeds it adds to the error.
+            reach: the coordinate that the largest code stands for. Larger ones are cut, which adds to the
+                error.
 
         """
         rows, width = vectors.shape
@@ -266,18 +269,16 @@ def largest_code() -> int:
     """Return the largest code whose products this processor adds exactly.
 
     Processors without VNNI instructions add two products in 16 bits and cut what is too large: 255 * 127
-    and as much again. They take codes of seven bits.
+    and as much again. They take smaller codes: twice (79 + 128) * 79 fits.
     """
     left, right = np.full((64, 64), 255, np.uint8), np.full((64, 64), 127, np.int8)
     exact = (255 - ZERO) * 127 * 64
-    return 127 if (products(left, right) == exact).all() else 63
+    return 127 if (products(left, right) == exact).all() else 79
 
 
 @cache
 def _session(result: str) -> Any:
     """Return a model of ONNX Runtime that multiplies in the calling thread, see `_graphs`."""
-    import onnxruntime  # which takes a while, and most commands compare nothing
-
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = options.inter_op_num_threads = 1
     model = onnx_models.model(_graphs()[result])

@@ -455,7 +455,7 @@ def no_space(*_: Any) -> int:
 
 
 def no_blocks(descriptor: int, mode: int, *more: Any, **named: Any) -> int:
-    full = mode == disk_module.KEEP_SIZE
+    full = mode == disk_module.ALLOCATE
     return errno.ENOSPC if full else fallocate(descriptor, mode, *more, **named)
 
 

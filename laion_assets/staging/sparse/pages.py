@@ -130,7 +130,7 @@ class SparseFile:
         self.size = size
         self.pages = -(-size // PAGE_SIZE)
         self._header = _map_header(path, size, content)
-        self._syncing = Lock()  # then writes wait for the disk
+        self._syncing = Lock()  # held while data becomes durable; writes then wait for the disk
         self._map = -1
         self._forget()
 

@@ -35,7 +35,14 @@ from laion_assets.staging.sparse.pages import (
     page_checksums,
     page_records,
 )
-from laion_assets.staging.sparse.reads import MERGE_GAP, PAGE_SIZE, pages_of, read_batches, reads_for
+from laion_assets.staging.sparse.reads import (
+    MAX_READ,
+    MERGE_GAP,
+    PAGE_SIZE,
+    pages_of,
+    read_batches,
+    reads_for,
+)
 from laion_assets.staging.transfer import locks
 from laion_assets.staging.transfer.disk import DISK_FULL_ERRORS, allocated_bytes, cannot_write
 from laion_assets.staging.transfer.fetch import Fetcher, TransferStats, read_range
@@ -437,6 +444,7 @@ class SparseFiles:
                 batch = _Batch(self._files[number], self._sources[number], len(some))
                 while len(some):
                     count = min(max(left // JOBS_LEFT, 1), JOB_READS, len(some))
+                    count = min(count, max(1, MAX_READ * len(some) // total(some)))  # of usual length
                     yield batch, some[:count]
                     some = some[count:]
                     left -= count
@@ -510,7 +518,8 @@ def _held_back(pieces: Iterable[tuple[bytes, int]]) -> Iterator[list[tuple[bytes
         if size >= WRITTEN_AT_ONCE:
             yield held
             held, size = [], 0
-    yield held
+    if held:
+        yield held
 
 
 def _once(log: Callable[[str], None]) -> Callable[[str], None]:

@@ -14,7 +14,7 @@ from laion_assets.io.errors import InputError
 DISK_FULL_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS}
 STAT_BLOCK = 512  # bytes, the unit of st_blocks
 SHORT_WRITE = 16 << 10  # bytes, which are copied sooner than another thread would run
-KEEP_SIZE, PUNCH_HOLE = 1, 2  # modes of Linux's fallocate
+ALLOCATE, KEEP_SIZE, PUNCH_HOLE = 0, 1, 2  # modes of Linux's fallocate
 
 
 def write_at(descriptor: int, data: bytes, offset: int) -> None:
@@ -30,7 +30,8 @@ def fill_hole(descriptor: int, data: bytes, start: int, path: Path, *, wait: boo
 
     Without blocks of its own, each page that lies apart takes three times as long to become durable:
     ext4 then searches for blocks around it too. A short write that does not wait for the disk keeps the
-    interpreter: to get it back from many threads takes longer than to write.
+    interpreter: to get it back from many threads takes longer than to write. While the disk stalls, all
+    threads stall.
 
     Args:
         descriptor: of the file.
@@ -40,12 +41,12 @@ def fill_hole(descriptor: int, data: bytes, start: int, path: Path, *, wait: boo
         wait: whether the calls are likely to wait for the disk, so that other threads should run.
 
     Raises:
-        InputError: the file system has no sparse files.
+        InputError: the file system cannot allocate parts of a file.
         OSError: the disk is full or damaged.
 
     """
     wait = wait or len(data) > SHORT_WRITE
-    number = _fallocate(descriptor, KEEP_SIZE, start, len(data), wait=wait)
+    number = _fallocate(descriptor, ALLOCATE, start, len(data), wait=wait)
     _raise_for(number, path)
     if wait or _pwrite(descriptor, bytes(data), start) < len(data):
         write_at(descriptor, data, start)  # if there is an error, it raises it
