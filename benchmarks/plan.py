@@ -73,10 +73,11 @@ class Plan:
 def planned(cache: Path) -> dict[str, Plan]:
     """Measure the machine, and estimate all requests; what is mapped is let go."""
     plans = {}
+    started, used = time.monotonic(), time.process_time()
+    measured = measured_rates(partial(open_staged, cache), cache)
+    wall, cpu = time.monotonic() - started, time.process_time() - used
     with open_staged(cache) as opened:
-        started, used = time.monotonic(), time.process_time()
-        keep_rates(cache, opened.manifest.fingerprint, measured_rates(partial(open_staged, cache), cache))
-        wall, cpu = time.monotonic() - started, time.process_time() - used
+        keep_rates(cache, opened.manifest.fingerprint, measured)
         rates, shape = kept_rates(cache, opened.manifest.fingerprint), shape_of(opened, cache)
         print(f"probe: {wall:.1f} s, {cpu:.1f} of CPU\n")
         for what, (seeds, k) in REQUESTS.items():

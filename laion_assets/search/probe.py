@@ -46,7 +46,7 @@ from laion_assets.staging.sparse.store import READ_THREADS
 from laion_assets.staging.transfer.fetch import Fetcher, TransferStats
 
 KEPT = ".rates.json"  # in the cache directory
-VERSION = 4  # increment it if rates are measured in another way
+VERSION = 5  # increment it if rates are measured in another way
 QUERIES = 8
 SCANNED = 1 << 20  # rows in the lists that they probe together
 FOUND = 1 << 14  # rows found around each
@@ -166,10 +166,10 @@ def measured_rates(open_index: Callable[[], AbstractContextManager[OpenIndex]], 
         InputError: the index is empty, or its source cannot be read.
 
     """
+    opening = _opening_seconds(
+        open_index, cache
+    )  # first, because the first calls of a process take longer
     with open_index() as opened:
-        if not opened.index.rows or not len(opened.metadata):
-            raise InputError(f"the index in {cache} is empty", "staged_index")
-        opening = _opening_seconds(open_index)  # first, because the first calls of a process take longer
         page, byte = _disk_rates(opened, cache) if opened.whole else (0.0, 0.0)
         request, fetched = (0.0, 0.0) if opened.whole else _source_rates(opened)
         query, a_list = _choosing_rates(opened.index)
@@ -205,10 +205,12 @@ def _seconds(work: Callable[[], object]) -> float:
     return time.process_time() - started
 
 
-def _opening_seconds(open_index: Callable[[], AbstractContextManager[OpenIndex]]) -> float:
+def _opening_seconds(open_index: Callable[[], AbstractContextManager[OpenIndex]], cache: Path) -> float:
     """Open the index, and search for one image."""
     started = time.process_time()
     with open_index() as opened:
+        if not opened.index.rows or not len(opened.metadata):
+            raise InputError(f"the index in {cache} is empty", "staged_index")
         query = np.ones((1, opened.index.dimension), np.float32)
         request = Request(1, DEDUP_THRESHOLD, 1)
         retrieve_table(opened.index, opened.metadata, unit(query), request, per_seed=False)
