@@ -10,6 +10,7 @@ from laion_assets.defs.assets import knn_urls
 from laion_assets.defs.dagster_internals import AssetPartitionStatus
 from laion_assets.defs.forget import ASSETS
 from laion_assets.defs.partitions import seed_sets
+from laion_assets.io.errors import InputError
 from laion_assets.search import retrieval
 
 SEEDS = 24
@@ -80,6 +81,11 @@ def test_a_failed_shard_alone_is_repeated_and_the_table_is_that_of_one_search(
     for name in ("requested", "received", "kept", "near duplicates", "recall of nprobe"):
         assert figures[name] == told[name]
     assert not [name for name in contents(project.output) if ".unfinished" in name]
+
+
+def test_a_run_that_begins_no_search_says_what_to_do() -> None:
+    with pytest.raises(InputError, match="lost before a shard was searched: materialize knn_urls again"):
+        knn_urls._check_whole([])
 
 
 def test_shards_of_which_one_is_copied_over_another_are_refused(project, monkeypatch) -> None:

@@ -6,6 +6,7 @@ One cluster and one Dagster serve all tests, in this order; each leaves nodes wi
 import json
 from collections import Counter
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -200,12 +201,11 @@ def test_a_run_that_was_cancelled_gives_its_place_to_the_next(platform: Platform
     platform.succeed(second)
 
 
-@pytest.mark.xfail(
-    reason="the run that starts again may join no shards: under investigation", strict=False
-)
 def test_a_run_whose_own_pod_was_lost_starts_again_from_where_it_was(platform: Platform):
     run = platform.launch("fruit", "knn_urls", "combined_urls")
     platform.running_pod("knn_urls.search")
+    searching = partial(platform.events, run, dg.DagsterEventType.STEP_START, "knn_urls")
+    wait_until(lambda: len(searching()) > 1, "the search has begun, after the shards were cut")
     (own,) = [name for name in platform.cluster.running if name.startswith(f"dagster-run-{run}")]
     platform.cluster.kill(own)
     assert platform.wait(run) == dg.DagsterRunStatus.FAILURE
