@@ -1,4 +1,4 @@
-"""What a piece of work takes: the peak of this process's anonymous memory (mapped files not counted)."""
+"""What a piece of work takes: the peak of this process's memory, mapped files not counted."""
 
 from __future__ import annotations
 
@@ -8,11 +8,9 @@ from types import TracebackType
 
 
 def anonymous_bytes() -> int:
-    """The memory this process holds that no file backs."""
-    for line in Path("/proc/self/status").read_text().splitlines():
-        if line.startswith("RssAnon:"):
-            return int(line.split()[1]) * 1024
-    raise OSError("this kernel does not report RssAnon")
+    """The memory this process holds that no file backs, and its page tables."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return 1024 * sum(int(line.split()[1]) for line in lines if line.startswith(("RssAnon:", "VmPTE:")))
 
 
 class PeakMemory:

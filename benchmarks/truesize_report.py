@@ -50,7 +50,8 @@ files: {apparent:,} bytes, of which {written:.1f} GB are really written: what th
 The centres are drawn and not trained, in a real HNSW; codes are drawn as well, in groups of copies.
 Every measurement is a process of its own. *Cold*: the page cache holds nothing of the index's files.
 *The disk*: the pages of the lists that are probed and of the rows that are taken, read by `pread` in
-{reads} threads and nothing else; the same pages are the plan. Memory is anonymous memory at its peak.
+{reads} threads and nothing else; the same pages are the plan. Memory is the peak of anonymous memory and
+page tables.
 
 ## Opening
 

@@ -1,9 +1,13 @@
-"""An Arrow IPC file of metadata, memory-mapped, of which single rows are read.
+"""An Arrow IPC file of metadata, of which single rows are read.
 
 The positions of all buffers are read from the batches' headers once, and kept. numpy then gathers the
 rows from the mapped file: it needs nothing else of a batch, and other threads run while it waits for the
 disk. Arrow itself reads what has no single rows: compressed batches, and columns of other types than
 numbers and text.
+
+**Page tables.** A mapping needs 4 KB of them for each 2 MB of a file in which something was read. For
+rows all over a file of LAION-5B's size these are gigabytes, which count for a container's limit and stay
+until the mapping ends. So a large file is mapped anew for every few thousand rows.
 """
 
 from __future__ import annotations
@@ -11,6 +15,7 @@ from __future__ import annotations
 import mmap
 import os
 import threading
+import weakref
 from collections.abc import Iterator, Sequence
 from itertools import pairwise
 from pathlib import Path
@@ -24,8 +29,11 @@ from laion_assets.index.batch_tables import BatchTables
 from laion_assets.index.metadata_file import BatchLayout, incomplete, rows_of
 from laion_assets.io.arrays import Bytes, Ids, Mask
 from laion_assets.io.errors import InputError
+from laion_assets.io.parallel import slices
 from laion_assets.io.ranges import Disk, Hold, Ranges, batched, members, ranges_of, total, union
 
+SMALL = 16 << 30  # bytes of a file whose page tables, 32 MB, may stay
+ROWS_AT_ONCE = 4096  # that are gathered from one mapping of a large file
 GATHERED_AT_ONCE = 1 << 18  # bytes; numpy needs eight times as many to say where they are
 
 
@@ -56,14 +64,14 @@ class ArrowFile:
             raise incomplete(path, "Arrow IPC", error) from error
 
     def _open(self, held: Hold, tables: BatchTables | None) -> None:
-        size = self.path.stat().st_size
+        self._descriptor = os.open(self.path, os.O_RDONLY)
+        weakref.finalize(self, os.close, self._descriptor)
+        self._size = size = os.fstat(self._descriptor).st_size
         held.need({self.path: arrow_layout.ends(size)})
-        with self.path.open("rb") as file:
-            mapped = mmap.mmap(file.fileno(), 0, prot=mmap.PROT_READ)
-        mapped.madvise(mmap.MADV_RANDOM)
+        mapped = self._map()
         self._check_format(mapped[: len(arrow_layout.MAGIC)])
         self._all = pa.py_buffer(mapped)
-        self._bytes: Bytes = np.frombuffer(mapped, np.uint8)
+        self._mapped = mapped if size <= SMALL else None
         footer = arrow_layout.footer(size, self._all[max(size - arrow_layout.TAIL, 0) :])
         held.need({self.path: footer})
         self._of_thread = threading.local()
@@ -89,11 +97,9 @@ class ArrowFile:
 
     def _read_headers(self) -> BatchTable:
         """Read the headers of all batches, not through the mapping: a fault takes longer than a read."""
-        with self.path.open("rb") as file:
-            descriptor = file.fileno()
-            return arrow_layout.read_headers(
-                self._blocks, lambda start, stop: os.pread(descriptor, stop - start, start)
-            )
+        return arrow_layout.read_headers(
+            self._blocks, lambda start, stop: os.pread(self._descriptor, stop - start, start)
+        )
 
     def _check_format(self, begin: bytes) -> None:
         """Refuse Arrow's stream format, which has no table of its batches.
@@ -247,7 +253,7 @@ class ArrowFile:
     ) -> pa.Array:
         places = self._texts(column, batches, rows)
         offsets = np.concatenate([[0], np.cumsum(places[:, 1] - places[:, 0])])
-        parts = [self._bytes.take(members(some)) for some in batched(places, GATHERED_AT_ONCE)]
+        parts = [self._bytes().take(members(some)) for some in batched(places, GATHERED_AT_ONCE)]
         values = np.concatenate([np.empty(0, np.uint8), *parts])
         text = pa.types.is_string(column.kind) or pa.types.is_large_string(column.kind)
         buffers = [validity, pa.py_buffer(offsets), pa.py_buffer(values)]
@@ -281,7 +287,26 @@ class ArrowFile:
 
     def _gather(self, starts: Ids, width: int) -> Bytes:
         """Return `width` bytes from each start, (n, width)."""
-        return self._bytes.take(starts[:, None] + np.arange(width))
+        parts = [
+            self._bytes().take(starts[some, None] + np.arange(width))
+            for some in slices(len(starts), ROWS_AT_ONCE)
+        ]
+        return np.concatenate([np.empty((0, width), np.uint8), *parts])
+
+    def _bytes(self) -> Bytes:
+        """Return the bytes of the file; those of a large file in a mapping of their own."""
+        return np.frombuffer(self._mapped or self._map(), np.uint8)
+
+    def _map(self) -> mmap.mmap:
+        """Map the file for random reads.
+
+        Raises:
+            ValueError: it is empty, or was cut after it was opened.
+
+        """
+        mapped = mmap.mmap(self._descriptor, self._size, prot=mmap.PROT_READ)
+        mapped.madvise(mmap.MADV_RANDOM)
+        return mapped
 
 
 def _as_bytes(column: pa.ChunkedArray) -> pa.ChunkedArray:

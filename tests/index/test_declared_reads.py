@@ -3,6 +3,7 @@
 import shutil
 from itertools import count
 from pathlib import Path
+from unittest import mock
 
 import numpy as np
 import pyarrow as pa
@@ -14,7 +15,7 @@ from helpers.staging import write_many_lists
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from laion_assets.index import faiss_index, inverted_lists
+from laion_assets.index import arrow_file, faiss_index, inverted_lists
 from laion_assets.index.faiss_index import Index
 from laion_assets.index.metadata import Metadata
 
@@ -56,9 +57,15 @@ def write_compressed(path: Path, table: pa.Table, batch: int) -> None:
 
 
 @settings(max_examples=150)
-@given(tables=metadata_files(), batch=st.integers(1, 4), compressed=st.booleans(), data=st.data())
+@given(
+    tables=metadata_files(),
+    batch=st.integers(1, 4),
+    compressed=st.booleans(),
+    small=st.sampled_from([0, 1 << 30]),
+    data=st.data(),
+)
 def test_rows_are_taken_without_a_byte_that_was_not_asked_for(
-    tmp_path_factory, tables, batch, compressed, data
+    tmp_path_factory, tables, batch, compressed, small, data
 ):
     folder = tmp_path_factory.mktemp("metadata")
     right = write(folder / "right", tables, batch=batch)
@@ -68,7 +75,8 @@ def test_rows_are_taken_without_a_byte_that_was_not_asked_for(
     (folder / "sparse").mkdir()
     disk = OnlyDeclared({folder / "sparse" / path.name: path for path in right})
     whole = Metadata(right)
-    metadata = Metadata([folder / "sparse" / path.name for path in right], disk=disk)
+    with mock.patch.object(arrow_file, "SMALL", small):
+        metadata = Metadata([folder / "sparse" / path.name for path in right], disk=disk)
     assert (len(metadata), metadata.schema) == (len(whole), whole.schema)
     ids = st.integers(0, len(whole) - 1)
     for wanted in data.draw(st.lists(st.lists(ids, max_size=6), max_size=3)) if len(whole) else [[]]:

@@ -6,6 +6,7 @@ import shutil
 import subprocess
 import sys
 import time
+from unittest import mock
 
 import numpy as np
 import pyarrow as pa
@@ -16,6 +17,7 @@ from helpers.metadata import metadata_files, write
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from laion_assets.index import arrow_file
 from laion_assets.index.metadata import Metadata
 from laion_assets.io.errors import InputError
 from laion_assets.io.ranges import in_memory
@@ -29,12 +31,15 @@ SUFFIXES = [indices.ARROW, indices.PARQUET]
 
 @pytest.mark.parametrize("suffix", SUFFIXES)
 @settings(deadline=None, max_examples=150, suppress_health_check=[HealthCheck.too_slow])
-@given(tables=metadata_files(), batch=st.integers(1, 4), data=st.data())
+@given(
+    tables=metadata_files(), batch=st.integers(1, 4), small=st.sampled_from([0, 1 << 30]), data=st.data()
+)
 def test_rows_taken_by_id_are_the_rows_of_all_files_in_a_line(
-    tmp_path_factory, suffix, tables, batch, data
+    tmp_path_factory, suffix, tables, batch, small, data
 ):
     folder = tmp_path_factory.mktemp("metadata")
-    metadata = Metadata(write(folder, tables, suffix, batch))
+    with mock.patch.object(arrow_file, "SMALL", small):
+        metadata = Metadata(write(folder, tables, suffix, batch))
     rows = [row for table in tables for row in table.to_pylist()]
     assert len(metadata) == len(rows)
     ids = data.draw(st.lists(st.integers(0, len(rows) - 1), max_size=20) if rows else st.just([]))
@@ -216,6 +221,7 @@ OPEN_EVERY_LENGTH = """
 import json, sys
 from pathlib import Path
 from laion_assets.io.errors import InputError
+from laion_assets.index import arrow_file
 from laion_assets.index.metadata import Metadata
 
 path = Path(sys.argv[1])
@@ -240,6 +246,7 @@ import collections, json, sys
 from pathlib import Path
 import numpy as np
 from laion_assets.io.errors import InputError
+from laion_assets.index import arrow_file
 from laion_assets.index.metadata import Metadata
 
 path = Path(sys.argv[1])
@@ -303,6 +310,15 @@ def test_rows_of_many_row_groups_are_taken_side_by_side(tmp_path):
     for _ in range(5):
         taken = Metadata([tmp_path / "0.parquet"]).take(ids)
         assert taken["url"].to_pylist() == rows.take(ids)["url"].to_pylist()
+
+
+def test_a_large_file_that_is_cut_after_it_was_opened_is_named(tmp_path, monkeypatch):
+    monkeypatch.setattr(arrow_file, "SMALL", 0)
+    (path,) = write(tmp_path, [pa.table({"url": [f"https://example.org/{n}" for n in range(4000)]})])
+    metadata = Metadata([path])
+    os.truncate(path, path.stat().st_size // 2)
+    with pytest.raises(InputError, match=rf"{path.name} .*stage the index again"):
+        metadata.take(np.array([3999]))
 
 
 def test_a_text_that_would_lie_outside_its_batch_is_an_error_of_its_file(tmp_path):
