@@ -87,13 +87,13 @@ def plan_comparison(links: Links) -> tuple[Comparison, RoundedTwice]:
     return Comparison(axes, *gather_in_caps(links, sketches, order, borders, sample)), sketches
 
 
-def nearest_cells(links: Links, sketches: Rounded, sample: Ids) -> tuple[Numbers, Numbers]:
+def nearest_cells(links: Links, sketches: RoundedTwice, sample: Ids) -> tuple[Numbers, Numbers]:
     """Return the cell of each row and the row's nearness to the cell's centre, a row of the sample."""
-    centres = sketches[sample].right
+    centres = sketches[sample].coarse().right
     cells, nearness = np.empty(len(sketches), np.int32), np.empty(len(sketches), np.int32)
 
     def assign(batch: slice) -> None:
-        to_centres = products(sketches[batch].left, centres)
+        to_centres = products(sketches[batch].coarse().left, centres)
         cells[batch] = to_centres.argmax(axis=1)
         nearness[batch] = to_centres.max(axis=1)
 
@@ -136,7 +136,7 @@ def gather_in_caps(
     rows that meets many does not pay; the sample shows how many it meets.
     """
     labels, least = links.forest.labels(), links.sizes.cap
-    sampled, sampled_labels = sketches[sample], labels[sample]
+    sampled, sampled_labels = sketches[sample].coarse(), labels[sample]
     sizes = np.diff(borders)
     large = np.flatnonzero(sizes >= least)
     large = large[np.argsort(-sizes[large], kind="stable")]  # each is compared with the rows after it
@@ -189,7 +189,7 @@ def enclose(links: Links, sketches: RoundedTwice, starts: Ids) -> tuple[Rounded,
     rows = sketches.floats()
     centres = unit(np.add.reduceat(rows, starts[:-1], axis=0))
     cosines = (
-        np.einsum("ij,ij->i", rows, np.repeat(centres, np.diff(starts), axis=0)) - sketches.rest_error
+        np.einsum("ij,ij->i", rows, np.repeat(centres, np.diff(starts), axis=0)) - sketches.fine_error
     )
     radius = np.arccos(np.clip(np.minimum.reduceat(cosines, starts[:-1]) - SLACK, -1, 1))
     widest = np.minimum(np.arccos(links.limit) + radius, np.pi)  # beyond pi the cosine rises again
@@ -219,7 +219,7 @@ class Caps:
     def of(cls, links: Links, comparison: Comparison, sketches: RoundedTwice) -> Caps:
         """Compute the caps from the sketches of all rows, in their order."""
         starts, number = comparison.starts, len(comparison.starts) - 1
-        every = Rounded.empty(number, sketches.codes.shape[1], sketches.scale)
+        every = Rounded.empty(number, sketches.fine.shape[1], sketches.scale)
         reach = np.empty(number, np.float32)
 
         def gather(batch: slice) -> None:
@@ -241,7 +241,7 @@ def find_links(links: Links, caps: Caps, stripe: tuple[int, int]) -> None:
     for start in range(int(starts[-1]), rows, sizes.block):
         blocks.append((start, slice(start, min(start + sizes.block, rows)), False))
     for panel in slices(rows, sizes.panel):
-        tiles = Tiles.of(caps.sketches[panel], sizes.tile)
+        tiles = Tiles.of(caps.sketches[panel].coarse(), sizes.tile)
 
         def compare(
             block: tuple[int, slice, bool], begin: int = panel.start, tiles: Tiles = tiles
@@ -276,7 +276,7 @@ def compare_caps(links: Links, caps: Caps, block: slice, after: Iterable[Part]) 
 
 def compare_loose_rows(links: Links, caps: Caps, block: slice, after: Iterable[Part]) -> Iterator[Pairs]:
     """Yield pairs of some loose rows and rows of tiles that may be linked."""
-    sketches = caps.sketches[block]
+    sketches = caps.sketches[block].coarse()
     for first, tiles in after:
         loose, place, near = where_may_exceed(sketches, tiles, links.limit - SLACK)
         yield few_pairs(links, caps, block.start + loose, first + place, near)
@@ -319,7 +319,7 @@ def near_rows(links: Links, caps: Caps, cap: Ids, place: Ids) -> Iterator[Pairs]
         mine = np.arange(*caps.starts[cap[start] : cap[start] + 2])
         for some in range(start, end, links.sizes.batch):
             theirs = place[some : min(some + links.sizes.batch, end)]
-            near = near_pairs(links, caps.sketches[mine], caps.sketches[theirs])
+            near = near_pairs(links, caps.sketches[mine].coarse(), caps.sketches[theirs].coarse())
             yield few_pairs(links, caps, mine, theirs, near)
     few = np.repeat(~many, number)
     sizes, cap, place = np.repeat(sizes, number)[few], cap[few], place[few]

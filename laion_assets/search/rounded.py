@@ -12,7 +12,7 @@ callers relax their limits by more.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from functools import cache, cached_property
 from typing import Any, Self, TypeAlias
 
@@ -30,27 +30,47 @@ Codes: TypeAlias = NDArray[np.int8]
 Numbers: TypeAlias = NDArray[np.int32]
 
 ROUNDED_AT_ONCE, PUT_AT_ONCE = 256, 1 << 14  # vectors; those that are rounded stay in the cache
-FINER = 254  # times as small are the steps of the rests: half a step of codes is 127 of them
+FINER = 256  # times as small are the steps in sixteen bits
 ZERO = 128  # is added to the left codes, which the product takes without a sign
 
 
 @dataclass(frozen=True)
-class Rounded:
+class _Rows:
+    """Vectors that are rounded: each field but `scale` has a row for each."""
+
+    scale: float
+    error: Floats
+
+    def __len__(self) -> int:
+        return len(self.error)
+
+    def __getitem__(self, rows: slice | Ids | Mask) -> Self:
+        return replace(self, **{name: array[rows] for name, array in self._arrays().items()})
+
+    def __setitem__(self, rows: slice, others: Self) -> None:
+        theirs = others._arrays()
+        for name, array in self._arrays().items():
+            array[rows] = theirs[name]
+
+    def _arrays(self) -> dict[str, Any]:
+        return {field.name: getattr(self, field.name) for field in fields(self) if field.name != "scale"}
+
+
+@dataclass(frozen=True)
+class Rounded(_Rows):
     """Unit vectors that are rounded to eight bits.
 
     Attributes:
-        codes: (n, d) row i stands for `scale * codes[i]`.
-        error: (n,) length of the difference of a vector and what stands for it.
         scale: length of a step.
+        error: (n,) length of the difference of a vector and what stands for it.
+        codes: (n, d) row i stands for `scale * codes[i]`.
 
     """
 
     codes: Codes
-    error: Floats
-    scale: float
 
     @classmethod
-    def of(cls, vectors: Floats, reach: float) -> Self:
+    def of(cls, vectors: Floats, reach: float) -> Rounded:
         """Round (n, d) vectors.
 
         Args:
@@ -62,29 +82,14 @@ class Rounded:
         rows, width = vectors.shape
         made = cls.empty(rows, width, scale_of(reach))
         for batch in slices(rows, ROUNDED_AT_ONCE):
-            made._round(batch, vectors[batch])
+            codes, made.error[batch] = _rounded(vectors[batch], made.scale, largest_code())
+            made.codes[batch] = codes
         return made
 
     @classmethod
-    def empty(cls, rows: int, width: int, scale: float) -> Self:
+    def empty(cls, rows: int, width: int, scale: float) -> Rounded:
         """Return codes of arbitrary content, to be filled; many lie on the disk."""
-        return cls(spilled((rows, width), np.int8), np.empty(rows, np.float32), scale)
-
-    def __len__(self) -> int:
-        return len(self.codes)
-
-    def __getitem__(self, rows: slice | Ids | Mask) -> Self:
-        return replace(self, codes=self.codes[rows], error=self.error[rows])
-
-    def __setitem__(self, rows: slice, others: Self) -> None:
-        self.codes[rows], self.error[rows] = others.codes, others.error
-
-    def in_order(self, rows: Ids) -> Self:
-        """Return all vectors in another order; many lie on the disk."""
-        ordered = self.empty(len(rows), self.codes.shape[1], self.scale)
-        for batch in slices(len(rows), PUT_AT_ONCE):
-            ordered[batch] = self[rows[batch]]
-        return ordered
+        return cls(scale, np.empty(rows, np.float32), spilled((rows, width), np.int8))
 
     @cached_property
     def left(self) -> Bytes:
@@ -101,53 +106,58 @@ class Rounded:
         """The largest of the errors; 0 without vectors."""
         return float(self.error.max(initial=0))
 
-    def _round(self, rows: slice, vectors: Floats) -> Floats:
-        """Fill some rows, and return the differences."""
-        codes, rest = _rounded(vectors, self.scale, largest_code())
-        self.codes[rows], self.error[rows] = codes, _lengths(rest)
-        return rest
-
 
 @dataclass(frozen=True)
-class RoundedTwice(Rounded):
-    """Unit vectors that are rounded to eight bits, and to sixteen.
+class RoundedTwice(_Rows):
+    """Unit vectors that are rounded to sixteen bits, of which eight can be taken alone.
 
     Attributes:
-        rests: (n, d) the differences, in steps that are `FINER` times as small.
-        rest_error: (n,) length of what is left of them.
+        scale: length of a step of the first eight bits.
+        error: (n,) length of the difference of a vector and what the first eight bits stand for.
+        fine: (n, d) row i stands for `scale / FINER * fine[i]`.
+        fine_error: (n,) as `error`, of all bits.
 
     """
 
-    rests: Codes
-    rest_error: Floats
+    fine: NDArray[np.int16]
+    fine_error: Floats
 
     @classmethod
-    def empty(cls, rows: int, width: int, scale: float) -> Self:
+    def of(cls, vectors: Floats, reach: float) -> RoundedTwice:
+        """Round (n, d) vectors, see `Rounded.of`."""
+        rows, width = vectors.shape
+        made = cls.empty(rows, width, scale_of(reach))
+        most = largest_code() * FINER + FINER // 2 - 1
+        for batch in slices(rows, ROUNDED_AT_ONCE):
+            some = vectors[batch]
+            fine, made.fine_error[batch] = _rounded(some, made.scale / FINER, most)
+            made.fine[batch] = fine
+            made.error[batch] = _lengths(some - np.float32(made.scale) * _first_bits(made.fine[batch]))
+        return made
+
+    @classmethod
+    def empty(cls, rows: int, width: int, scale: float) -> RoundedTwice:
         """Return codes of arbitrary content, to be filled; many lie on the disk."""
-        codes, rests = (spilled((rows, width), np.int8) for _ in range(2))
-        return cls(codes, np.empty(rows, np.float32), scale, rests, np.empty(rows, np.float32))
+        error, fine_error = np.empty((2, rows), np.float32)
+        return cls(scale, error, spilled((rows, width), np.int16), fine_error)
 
-    def __getitem__(self, rows: slice | Ids | Mask) -> Self:
-        some = super().__getitem__(rows)
-        return replace(some, rests=self.rests[rows], rest_error=self.rest_error[rows])
+    def in_order(self, rows: Ids) -> RoundedTwice:
+        """Return all vectors in another order; many lie on the disk."""
+        ordered = self.empty(len(rows), self.fine.shape[1], self.scale)
+        for batch in slices(len(rows), PUT_AT_ONCE):
+            ordered[batch] = self[rows[batch]]
+        return ordered
 
-    def __setitem__(self, rows: slice, others: Self) -> None:
-        super().__setitem__(rows, others)
-        self.rests[rows], self.rest_error[rows] = others.rests, others.rest_error
+    def coarse(self) -> Rounded:
+        """Return the first eight bits."""
+        codes = np.empty(self.fine.shape, np.int8)
+        for batch in slices(len(codes), ROUNDED_AT_ONCE):
+            codes[batch] = _first_bits(self.fine[batch])
+        return Rounded(self.scale, self.error, codes)
 
     def floats(self) -> Floats:
-        """Return (n, d) what codes and rests stand for."""
-        found: Floats = self.rests.astype(np.float32)
-        found *= np.float32(1 / FINER)
-        found += self.codes
-        found *= np.float32(self.scale)
-        return found
-
-    def _round(self, rows: slice, vectors: Floats) -> Floats:
-        rest = super()._round(rows, vectors)
-        rests, least = _rounded(rest, self.scale / FINER, FINER // 2)
-        self.rests[rows], self.rest_error[rows] = rests, _lengths(least)
-        return least
+        """Return (n, d) what the codes stand for."""
+        return self.fine * np.float32(self.scale / FINER)
 
 
 @dataclass(frozen=True)
@@ -229,16 +239,22 @@ def where_may_exceed(a: Rounded, tiles: Tiles, limit: float | Floats) -> tuple[I
 
 def each_may_exceed(a: RoundedTwice, b: RoundedTwice, limit: float) -> Mask:
     """Return (n,), false only where the dot product of a[i] and b[i] is at most the limit, in 16 bits."""
-    product = np.einsum("ij,ij->i", a.floats(), b.floats())
-    found: Mask = product > limit - a.rest_error * (1 + b.rest_error) - b.rest_error
+    step = a.scale * b.scale / FINER**2
+    product = step * np.einsum("ij,ij->i", a.fine.astype(np.float32), b.fine.astype(np.float32))
+    found: Mask = product > limit - a.fine_error * (1 + b.fine_error) - b.fine_error
     return found
 
 
-def _rounded(vectors: Floats, scale: float, most: int) -> tuple[Codes, Floats]:
-    """Return codes of at most `most`, and what is left of the vectors."""
+def _rounded(vectors: Floats, scale: float, most: int) -> tuple[Floats, Floats]:
+    """Return codes of at most `most`, and the length of what is left of each vector."""
     codes = np.rint(vectors * np.float32(1 / scale))
     np.clip(codes, -most, most, out=codes)
-    return codes.astype(np.int8), vectors - np.float32(scale) * codes
+    return codes, _lengths(vectors - np.float32(scale) * codes)
+
+
+def _first_bits(fine: NDArray[np.int16]) -> NDArray[np.int16]:
+    """Return the nearest codes of eight bits."""
+    return (fine + np.int16(FINER // 2)) >> np.int16(8)
 
 
 def _lengths(vectors: Floats) -> Floats:

@@ -12,9 +12,9 @@ from laion_assets.index.vectors import unit
 from laion_assets.io.arrays import Floats, Ids, Mask
 from laion_assets.io.parallel import in_threads, one_blas_thread, slices
 from laion_assets.search.links import SLACK, Links, squares
-from laion_assets.search.rounded import Rounded, may_exceed, scale_of
+from laion_assets.search.rounded import Rounded, RoundedTwice, may_exceed, scale_of
 
-Kind = TypeVar("Kind", bound=Rounded)
+Kind = TypeVar("Kind", Rounded, RoundedTwice)
 
 # What a product of sketches takes was measured: so many coordinates as long as what each pair takes
 # besides; and one pair in sixteen bits, or in a product at full width, as long as so many pairs.

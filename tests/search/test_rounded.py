@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 from laion_assets.index.vectors import unit
 from laion_assets.search import rounded
 from laion_assets.search.rounded import (
+    Rounded,
     RoundedTwice,
     Tiles,
     each_may_exceed,
@@ -51,10 +52,10 @@ def test_no_pair_above_the_limit_is_missed_however_coarse_the_codes(
     x, y = (vectors(random, n, dimension) for n in sizes)
     a, b = RoundedTwice.of(x, reach), RoundedTwice.of(y, reach)
     cosines = x.astype(np.float64) @ y.T
-    near = may_exceed(a, b, limit - SLACK)
+    near = may_exceed(a.coarse(), b.coarse(), limit - SLACK)
     assert near[cosines > limit].all()
 
-    rows, columns, some = where_may_exceed(a, Tiles.of(b, width), limit - SLACK)
+    rows, columns, some = where_may_exceed(a.coarse(), Tiles.of(b.coarse(), width), limit - SLACK)
     found = np.zeros_like(near)
     found[np.ix_(rows, columns)] = some
     assert found[cosines > limit].all()
@@ -66,7 +67,7 @@ def test_no_pair_above_the_limit_is_missed_however_coarse_the_codes(
 
 def test_each_vector_may_have_a_limit_of_its_own() -> None:
     x = vectors(np.random.default_rng(0), 30, 64)
-    a = RoundedTwice.of(x, 0.7)
+    a = Rounded.of(x, 0.7)
     limits = np.linspace(-0.5, 1, len(x))[:, None]
     each = np.concatenate(
         [may_exceed(a[[row]], a, float(limit)) for row, limit in enumerate(limits.ravel())]
@@ -83,9 +84,9 @@ def test_few_pairs_below_the_limit_are_left(largest_code) -> None:
     random = np.random.default_rng(0)
     x = unit(random.standard_normal((1000, 128)).astype(np.float32))
     a = RoundedTwice.of(x, 5.5 / np.sqrt(128))
-    assert a.largest_error < 0.015 * 127 / largest_code
-    assert a.rest_error.max() < 1e-4 * 127 / largest_code
-    near = may_exceed(a, a, 0.3)
+    assert a.coarse().largest_error < 0.015 * 127 / largest_code
+    assert a.fine_error.max() < 1e-4 * 127 / largest_code
+    near = may_exceed(a.coarse(), a.coarse(), 0.3)
     assert near.sum() < 3 * (x @ x.T > 0.3).sum()
     i, j = np.nonzero(near)
     assert each_may_exceed(a[i], a[j], 0.3).sum() < 1.02 * (x @ x.T > 0.3).sum()
