@@ -180,10 +180,10 @@ class Tiles:
     @classmethod
     def of(cls, vectors: Rounded, width: int) -> Tiles:
         """Cut vectors in tiles."""
-        number, dimension = -(-len(vectors) // width), vectors.codes.shape[1]
-        filled = np.zeros((number, width, dimension), np.int8)
-        filled.reshape(-1, dimension)[: len(vectors)] = vectors.codes
-        codes = np.ascontiguousarray(filled.transpose(0, 2, 1))
+        every = slices(len(vectors), width)
+        codes = np.zeros((len(every), vectors.codes.shape[1], width), np.int8)
+        for tile, some in zip(codes, every, strict=True):
+            tile[:, : some.stop - some.start] = vectors.codes[some].T
         return cls(codes, len(vectors), vectors.largest_error, vectors.scale)
 
     def __len__(self) -> int:
