@@ -64,7 +64,7 @@ def _read_bytes() -> int:
 
 def pages_of(path: Path, ids: np.ndarray) -> np.ndarray:
     """Return the numbers of the pages that hold the offsets and texts of some rows."""
-    file = ArrowFile(path, WholeFiles(), None)
+    file = ArrowFile(path, WholeFiles(), None, 0)
     batches, rows = np.divmod(np.sort(ids), BATCH_ROWS)
     spans = union(*file.needs(batches, rows, file.schema.names))
     return members(union(np.stack([spans[:, 0] // PAGE, -(-spans[:, 1] // PAGE)], axis=1)))

@@ -1,4 +1,4 @@
-"""What a piece of work takes: the peak of this process's memory, mapped files not counted."""
+"""What a piece of work takes: the peak of this process's anonymous memory and page tables."""
 
 from __future__ import annotations
 

@@ -159,7 +159,7 @@ class Recorder:
 
     @contextmanager
     def reading_ahead(self, _: Sequence[str]) -> Iterator[Callable[[Ids], None]]:
-        """Rows that are read ahead are read from the disk, even if they are not taken then."""
+        """Note rows that are read ahead too: they are read from the disk even if they are never taken."""
         yield self.taken.append
 
 

@@ -5,18 +5,20 @@ rows from the mapped file: it needs nothing else of a batch, and other threads r
 disk. Arrow itself reads what has no single rows: compressed batches, and columns of other types than
 numbers and text.
 
-**Page tables.** A mapping needs 4 KB of them for each 2 MB of a file in which something was read. For
-rows all over a file of LAION-5B's size these are gigabytes, which count for a container's limit and stay
-until the mapping ends. So a large file is mapped anew for every few thousand rows.
+**Page tables.** The kernel keeps 4 KB of them for every 2 MB of a mapping in which something was read.
+For rows all over files of LAION-5B's size these are gigabytes, which count towards a container's limit
+until the mapping ends. So a large file is mapped anew for every few thousand values.
 """
 
 from __future__ import annotations
 
+import errno
 import mmap
 import os
 import threading
 import weakref
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from itertools import pairwise
 from pathlib import Path
 
@@ -28,12 +30,13 @@ from laion_assets.index.arrow_layout import BatchTable, Column
 from laion_assets.index.batch_tables import BatchTables
 from laion_assets.index.metadata_file import BatchLayout, incomplete, rows_of
 from laion_assets.io.arrays import Bytes, Ids, Mask
+from laion_assets.io.descriptors import TOO_MANY_OPEN_FILES
 from laion_assets.io.errors import InputError
 from laion_assets.io.parallel import slices
 from laion_assets.io.ranges import Disk, Hold, Ranges, batched, members, ranges_of, total, union
 
-SMALL = 16 << 30  # bytes of a file whose page tables, 32 MB, may stay
-ROWS_AT_ONCE = 4096  # that are gathered from one mapping of a large file
+NOT_OF_THE_FILE = {*TOO_MANY_OPEN_FILES, errno.ENOMEM}  # errors of the process that maps it
+VALUES_AT_ONCE = 4096  # that are gathered from one mapping of a large file
 GATHERED_AT_ONCE = 1 << 18  # bytes; numpy needs eight times as many to say where they are
 
 
@@ -47,31 +50,27 @@ class ArrowFile:
         path: the file.
         disk: fetches the parts of the file that are about to be read.
         tables: keeps the positions of the batches' buffers, which are then read once.
+        small: bytes of a file that is mapped once.
 
     Raises:
         InputError: the file is damaged, or in Arrow's stream format.
 
     """
 
-    def __init__(self, path: Path, disk: Disk, tables: BatchTables | None) -> None:
+    def __init__(self, path: Path, disk: Disk, tables: BatchTables | None, small: int) -> None:
         self.path = path
-        try:
-            with disk.hold() as held:
-                self._open(held, tables)
-        except InputError:  # it could not be fetched, or is of the stream format
-            raise
-        except (pa.ArrowException, OSError, ValueError) as error:  # an empty file cannot be mapped
-            raise incomplete(path, "Arrow IPC", error) from error
+        with self._naming_the_file(), disk.hold() as held:
+            self._open(held, tables, small)
 
-    def _open(self, held: Hold, tables: BatchTables | None) -> None:
+    def _open(self, held: Hold, tables: BatchTables | None, small: int) -> None:
         self._descriptor = os.open(self.path, os.O_RDONLY)
-        weakref.finalize(self, os.close, self._descriptor)
+        close = weakref.finalize(self, os.close, self._descriptor)
         self._size = size = os.fstat(self._descriptor).st_size
         held.need({self.path: arrow_layout.ends(size)})
         mapped = self._map()
         self._check_format(mapped[: len(arrow_layout.MAGIC)])
         self._all = pa.py_buffer(mapped)
-        self._mapped = mapped if size <= SMALL else None
+        self._mapped = mapped if size <= small else None
         footer = arrow_layout.footer(size, self._all[max(size - arrow_layout.TAIL, 0) :])
         held.need({self.path: footer})
         self._of_thread = threading.local()
@@ -94,6 +93,20 @@ class ArrowFile:
             if (column := arrow_layout.column(self.schema.field(name).type, buffers))
         }
         self._check_sizes()
+        if self._mapped:
+            close()
+
+    @contextmanager
+    def _naming_the_file(self) -> Iterator[None]:
+        """Convert errors of a damaged file."""
+        try:
+            yield
+        except InputError:  # it could not be fetched, or is of the stream format
+            raise
+        except (pa.ArrowException, OSError, ValueError) as error:  # an empty file cannot be mapped
+            if isinstance(error, OSError) and error.errno in NOT_OF_THE_FILE:
+                raise
+            raise incomplete(self.path, "Arrow IPC", error) from error
 
     def _read_headers(self) -> BatchTable:
         """Read the headers of all batches, not through the mapping: a fault takes longer than a read."""
@@ -169,11 +182,9 @@ class ArrowFile:
         if others:
             spans += self._whole(np.unique(batches), others)
         yield union(*spans)
-        texts = (column for column in plain if column.texts is not None)
-        try:
-            yield union(*(ranges_of(*self._texts(column, batches, rows).T) for column in texts))
-        except ValueError as error:
-            raise incomplete(self.path, "Arrow IPC", error) from error
+        with self._naming_the_file():
+            texts = [self._texts(column, batches, rows) for column in plain if column.texts is not None]
+        yield union(*(ranges_of(*places.T) for places in texts))
 
     def _whole(self, batches: Ids, columns: Sequence[str]) -> list[Ranges]:
         """Return what Arrow reads of batches for columns without single rows."""
@@ -211,15 +222,13 @@ class ArrowFile:
 
     def take(self, batches: Ids, rows: Ids, columns: Sequence[str]) -> list[pa.Array | pa.ChunkedArray]:
         """Return the values of some rows, of each column."""
-        try:
+        with self._naming_the_file():
             others = [name for name in columns if name not in self._plain]
             found = dict(zip(others, self._taken_by_arrow(batches, rows, others), strict=True))
             return [
                 self._gathered(self._plain[name], batches, rows) if name in self._plain else found[name]
                 for name in columns
             ]
-        except (pa.ArrowException, OSError, ValueError) as error:
-            raise incomplete(self.path, "Arrow IPC", error) from error
 
     def _taken_by_arrow(self, batches: Ids, rows: Ids, columns: Sequence[str]) -> list[pa.ChunkedArray]:
         if not columns:
@@ -289,7 +298,7 @@ class ArrowFile:
         """Return `width` bytes from each start, (n, width)."""
         parts = [
             self._bytes().take(starts[some, None] + np.arange(width))
-            for some in slices(len(starts), ROWS_AT_ONCE)
+            for some in slices(len(starts), VALUES_AT_ONCE)
         ]
         return np.concatenate([np.empty((0, width), np.uint8), *parts])
 

@@ -32,6 +32,7 @@ from laion_assets.io.text import readable
 URL_COLUMNS = ("url", "URL", "image_url", "image_path")
 CAPTION_COLUMNS = ("caption", "TEXT", "text", "alt")
 THUMBNAIL_COLUMN = "thumbnail"
+SMALL = 16 << 30  # bytes of all files whose page tables, 32 MB, may stay
 THREADS = 4  # more wait for the interpreter
 ROWS_AT_ONCE = (256, 1 << 14)  # rows that a thread requests and takes
 SAMPLED = 64  # rows that show whether all are in memory
@@ -73,7 +74,8 @@ class Metadata:
         tables: BatchTables | None = None,
     ) -> None:
         self._disk = disk or WholeFiles()
-        self._files: list[MetadataFile] = [_open(path, self._disk, tables) for path in paths]
+        small = SMALL // max(len(paths), 1)
+        self._files: list[MetadataFile] = [_open(path, self._disk, tables, small) for path in paths]
         self._names = {
             file.path: _column_names(file.schema, columns or {}, file.path) for file in self._files
         }
@@ -262,8 +264,8 @@ def _readers() -> ThreadPoolExecutor:
 os.register_at_fork(after_in_child=_readers.cache_clear)  # a forked process has none of the threads
 
 
-def _open(path: Path, disk: Disk, tables: BatchTables | None) -> MetadataFile:
-    return ArrowFile(path, disk, tables) if path.suffix == ".arrow" else ParquetFile(path)
+def _open(path: Path, disk: Disk, tables: BatchTables | None, small: int) -> MetadataFile:
+    return ArrowFile(path, disk, tables, small) if path.suffix == ".arrow" else ParquetFile(path)
 
 
 def _column_names(schema: pa.Schema, given: Mapping[str, str], path: Path) -> dict[str, str]:

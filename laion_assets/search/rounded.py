@@ -30,13 +30,13 @@ Codes: TypeAlias = NDArray[np.int8]
 Numbers: TypeAlias = NDArray[np.int32]
 
 ROUNDED_AT_ONCE, PUT_AT_ONCE = 256, 1 << 14  # vectors; those that are rounded stay in the cache
-FINER = 256  # times as small are the steps in sixteen bits
+FINER = 256  # steps of sixteen bits are one of eight
 ZERO = 128  # is added to the left codes, which the product takes without a sign
 
 
 @dataclass(frozen=True)
 class _Rows:
-    """Vectors that are rounded: each field but `scale` has a row for each."""
+    """Rounded vectors: every field but `scale` has a row for each of them."""
 
     scale: float
     error: Floats
@@ -82,8 +82,7 @@ class Rounded(_Rows):
         rows, width = vectors.shape
         made = cls.empty(rows, width, scale_of(reach))
         for batch in slices(rows, ROUNDED_AT_ONCE):
-            codes, made.error[batch] = _rounded(vectors[batch], made.scale, largest_code())
-            made.codes[batch] = codes
+            made.codes[batch], made.error[batch] = _rounded(vectors[batch], made.scale, largest_code())
         return made
 
     @classmethod
@@ -115,7 +114,7 @@ class RoundedTwice(_Rows):
         scale: length of a step of the first eight bits.
         error: (n,) length of the difference of a vector and what the first eight bits stand for.
         fine: (n, d) row i stands for `scale / FINER * fine[i]`.
-        fine_error: (n,) as `error`, of all bits.
+        fine_error: (n,) length of the difference of a vector and what all bits stand for.
 
     """
 
@@ -127,11 +126,10 @@ class RoundedTwice(_Rows):
         """Round (n, d) vectors, see `Rounded.of`."""
         rows, width = vectors.shape
         made = cls.empty(rows, width, scale_of(reach))
-        most = largest_code() * FINER + FINER // 2 - 1
+        most = largest_code() * FINER + FINER // 2 - 1  # half a step more fits sixteen bits too
         for batch in slices(rows, ROUNDED_AT_ONCE):
             some = vectors[batch]
-            fine, made.fine_error[batch] = _rounded(some, made.scale / FINER, most)
-            made.fine[batch] = fine
+            made.fine[batch], made.fine_error[batch] = _rounded(some, made.scale / FINER, most)
             made.error[batch] = _lengths(some - np.float32(made.scale) * _first_bits(made.fine[batch]))
         return made
 
@@ -254,7 +252,7 @@ def _rounded(vectors: Floats, scale: float, most: int) -> tuple[Floats, Floats]:
 
 def _first_bits(fine: NDArray[np.int16]) -> NDArray[np.int16]:
     """Return the nearest codes of eight bits."""
-    return (fine + np.int16(FINER // 2)) >> np.int16(8)
+    return (fine + np.int16(FINER // 2)) // np.int16(FINER)
 
 
 def _lengths(vectors: Floats) -> Floats:

@@ -84,7 +84,9 @@ def test_a_failed_shard_alone_is_repeated_and_the_table_is_that_of_one_search(
 
 
 def test_a_run_that_begins_no_search_says_what_to_do() -> None:
-    with pytest.raises(InputError, match="lost before a shard was searched: materialize knn_urls again"):
+    with pytest.raises(
+        InputError, match="ended before any shard was searched: materialize knn_urls again"
+    ):
         knn_urls._check_whole([])
 
 

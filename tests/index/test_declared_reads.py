@@ -15,7 +15,7 @@ from helpers.staging import write_many_lists
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from laion_assets.index import arrow_file, faiss_index, inverted_lists
+from laion_assets.index import faiss_index, inverted_lists
 from laion_assets.index.faiss_index import Index
 from laion_assets.index.metadata import Metadata
 
@@ -75,7 +75,7 @@ def test_rows_are_taken_without_a_byte_that_was_not_asked_for(
     (folder / "sparse").mkdir()
     disk = OnlyDeclared({folder / "sparse" / path.name: path for path in right})
     whole = Metadata(right)
-    with mock.patch.object(arrow_file, "SMALL", small):
+    with mock.patch("laion_assets.index.metadata.SMALL", small):
         metadata = Metadata([folder / "sparse" / path.name for path in right], disk=disk)
     assert (len(metadata), metadata.schema) == (len(whole), whole.schema)
     ids = st.integers(0, len(whole) - 1)

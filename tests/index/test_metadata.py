@@ -2,10 +2,12 @@
 
 import json
 import os
+import resource
 import shutil
 import subprocess
 import sys
 import time
+from pathlib import Path
 from unittest import mock
 
 import numpy as np
@@ -17,7 +19,6 @@ from helpers.metadata import metadata_files, write
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from laion_assets.index import arrow_file
 from laion_assets.index.metadata import Metadata
 from laion_assets.io.errors import InputError
 from laion_assets.io.ranges import in_memory
@@ -38,7 +39,7 @@ def test_rows_taken_by_id_are_the_rows_of_all_files_in_a_line(
     tmp_path_factory, suffix, tables, batch, small, data
 ):
     folder = tmp_path_factory.mktemp("metadata")
-    with mock.patch.object(arrow_file, "SMALL", small):
+    with mock.patch("laion_assets.index.metadata.SMALL", small):
         metadata = Metadata(write(folder, tables, suffix, batch))
     rows = [row for table in tables for row in table.to_pylist()]
     assert len(metadata) == len(rows)
@@ -221,7 +222,6 @@ OPEN_EVERY_LENGTH = """
 import json, sys
 from pathlib import Path
 from laion_assets.io.errors import InputError
-from laion_assets.index import arrow_file
 from laion_assets.index.metadata import Metadata
 
 path = Path(sys.argv[1])
@@ -246,9 +246,10 @@ import collections, json, sys
 from pathlib import Path
 import numpy as np
 from laion_assets.io.errors import InputError
-from laion_assets.index import arrow_file
+import laion_assets.index.metadata as module
 from laion_assets.index.metadata import Metadata
 
+module.SMALL = 0
 path = Path(sys.argv[1])
 whole, wrong = path.read_bytes(), path.with_name("wrong" + path.suffix)
 results = collections.Counter()
@@ -313,12 +314,38 @@ def test_rows_of_many_row_groups_are_taken_side_by_side(tmp_path):
 
 
 def test_a_large_file_that_is_cut_after_it_was_opened_is_named(tmp_path, monkeypatch):
-    monkeypatch.setattr(arrow_file, "SMALL", 0)
+    monkeypatch.setattr("laion_assets.index.metadata.SMALL", 0)
     (path,) = write(tmp_path, [pa.table({"url": [f"https://example.org/{n}" for n in range(4000)]})])
     metadata = Metadata([path])
     os.truncate(path, path.stat().st_size // 2)
     with pytest.raises(InputError, match=rf"{path.name} .*stage the index again"):
         metadata.take(np.array([3999]))
+
+
+def test_too_few_descriptors_are_no_damage_of_a_large_file(tmp_path, monkeypatch):
+    monkeypatch.setattr("laion_assets.index.metadata.SMALL", 0)
+    metadata = Metadata(write(tmp_path, [pa.table({"url": ["https://example.org"]})]))
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    next_one = os.open(os.devnull, os.O_RDONLY)
+    os.close(next_one)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (next_one, hard))
+    try:
+        with pytest.raises(OSError, match="Too many open files"):
+            metadata.take(np.array([0]))
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+
+
+def test_small_files_take_one_descriptor_each(tmp_path):
+    paths = write(tmp_path, [pa.table({"url": [f"https://example.org/{n}"]}) for n in range(40)])
+    before = open_files()
+    metadata = Metadata(paths)
+    assert open_files() - before == len(paths)
+    assert metadata.take(np.array([39]))["url"].to_pylist() == ["https://example.org/39"]
+
+
+def open_files() -> int:
+    return len(list(Path("/proc/self/fd").iterdir()))
 
 
 def test_a_text_that_would_lie_outside_its_batch_is_an_error_of_its_file(tmp_path):

@@ -148,11 +148,11 @@ def knn_urls_asset(placement: Placement) -> dg.AssetsDefinition:
 def _check_whole(parts: list[Value]) -> None:
     """Raise if these are not all shards of one search, in their order.
 
-    If a run is lost after the shards are cut and before one is begun, Dagster's re-execution from the
-    failure takes them for none, and begins with this step.
+    There are none if the run ended before a shard was begun: Dagster's re-execution from the failure
+    then runs only this step.
     """
     if not parts:
-        raise InputError(f"the run was lost before a shard was searched: {REMEDY}")
+        raise InputError(f"the run ended before any shard was searched: {REMEDY}")
     shards, origin = [Shard(**part["shard"]) for part in parts], parts[0]["origin"]
     of = shards[0].of
     if shards != [Shard(number, of) for number in range(of)] or any(p["origin"] != origin for p in parts):
