@@ -218,9 +218,9 @@ def report(
         "",
         "A row may differ where two scores, or a cosine and the threshold, are the same but for rounding "
         "(`make test-peer` allows nothing else). "
-        "Memory is the peak of anonymous memory (mapped files do not count). The peer is told to "
-        "use OpenBLAS's products for Haswell: the OpenBLAS in faiss's wheel is of 2021, and takes "
-        "processors made since for very old ones.",
+        "Memory is the peak of anonymous memory and page tables (mapped files do not count). The peer is "
+        "told to use OpenBLAS's products for Haswell: the OpenBLAS in faiss's wheel is of 2021, and "
+        "takes processors made since for very old ones.",
         "",
         "## Where the time goes",
         "",

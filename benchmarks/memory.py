@@ -10,7 +10,8 @@ from types import TracebackType
 def anonymous_bytes() -> int:
     """The memory this process holds that no file backs, and its page tables."""
     lines = Path("/proc/self/status").read_text().splitlines()
-    return 1024 * sum(int(line.split()[1]) for line in lines if line.startswith(("RssAnon:", "VmPTE:")))
+    told = dict(line.split(":", 1) for line in lines)
+    return 1024 * sum(int(told[name].split()[0]) for name in ("RssAnon", "VmPTE"))
 
 
 class PeakMemory:

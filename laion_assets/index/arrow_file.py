@@ -1,4 +1,4 @@
-"""An Arrow IPC file of metadata, of which single rows are read.
+"""An Arrow IPC file of metadata, memory-mapped, of which single rows are read.
 
 The positions of all buffers are read from the batches' headers once, and kept. numpy then gathers the
 rows from the mapped file: it needs nothing else of a batch, and other threads run while it waits for the
@@ -50,7 +50,7 @@ class ArrowFile:
         path: the file.
         disk: fetches the parts of the file that are about to be read.
         tables: keeps the positions of the batches' buffers, which are then read once.
-        small: bytes of a file that is mapped once.
+        small: a file of at most so many bytes is mapped only once.
 
     Raises:
         InputError: the file is damaged, or in Arrow's stream format.

@@ -166,9 +166,8 @@ def measured_rates(open_index: Callable[[], AbstractContextManager[OpenIndex]], 
         InputError: the index is empty, or its source cannot be read.
 
     """
-    opening = _opening_seconds(
-        open_index, cache
-    )  # first, because the first calls of a process take longer
+    # First, because the first calls of a process take longer.
+    opening = _opening_seconds(open_index, cache)
     with open_index() as opened:
         page, byte = _disk_rates(opened, cache) if opened.whole else (0.0, 0.0)
         request, fetched = (0.0, 0.0) if opened.whole else _source_rates(opened)

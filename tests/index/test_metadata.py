@@ -249,8 +249,7 @@ from laion_assets.io.errors import InputError
 import laion_assets.index.metadata as module
 from laion_assets.index.metadata import Metadata
 
-module.SMALL = 0
-path = Path(sys.argv[1])
+path, module.SMALL = Path(sys.argv[1]), int(sys.argv[2])
 whole, wrong = path.read_bytes(), path.with_name("wrong" + path.suffix)
 results = collections.Counter()
 for place in range(len(whole)):
@@ -385,8 +384,9 @@ def test_rows_of_a_cold_file_are_in_memory_soon_after_they_are_read_ahead(tmp_pa
 
 
 @pytest.mark.faults
+@pytest.mark.parametrize("small", [0, 1 << 30])
 @pytest.mark.parametrize("compressed", [False, True])
-def test_a_flipped_bit_gives_rows_or_an_error_and_no_crash(tmp_path, compressed):
+def test_a_flipped_bit_gives_rows_or_an_error_and_no_crash(tmp_path, compressed, small):
     table = pa.table({"url": [f"u{n}" for n in range(12)], "width": range(12), "LANGUAGE": [["a"]] * 12})
     options = pa.ipc.IpcWriteOptions(compression="zstd" if compressed else None)
     path = tmp_path / "0.arrow"
@@ -394,7 +394,10 @@ def test_a_flipped_bit_gives_rows_or_an_error_and_no_crash(tmp_path, compressed)
         out.write_table(table, max_chunksize=5)
     # In a process of its own, which a wrong address would end.
     done = subprocess.run(
-        [sys.executable, "-c", FLIP_EVERY_BYTE, str(path)], capture_output=True, text=True, check=False
+        [sys.executable, "-c", FLIP_EVERY_BYTE, str(path), str(small)],
+        capture_output=True,
+        text=True,
+        check=False,
     )
     assert done.returncode == 0, done.stderr
     results = json.loads(done.stdout)
