@@ -113,3 +113,10 @@ def test_smaller_codes_are_taken_where_the_processor_adds_two_products_in_sixtee
         assert rounded.largest_code() == 79
     finally:
         rounded.largest_code.cache_clear()
+
+
+def test_tiles_in_which_nothing_is_near_are_empty() -> None:
+    rows = unit(np.eye(6, dtype=np.float32))
+    vectors = Rounded.of(rows[:3], 1.0)
+    found, columns, near = where_may_exceed(vectors, Tiles.of(Rounded.of(rows[3:], 1.0), 2), 0.9)
+    assert (len(found), len(columns), near.shape) == (0, 0, (0, 0))
