@@ -35,6 +35,7 @@ FURTHER = 4  # a check of the recall probes this many times as many lists
 SAMPLED = 4  # it looks into the quotient of nprobe and this number of further lists
 ROWS_OF_THE_FIRST_ROUND = 1 << 15  # of the lists of a query, see `Index._best_in_rounds`
 GROWTH = 4  # each further round ends at this many times the rows of those before it
+TRANSFORMED_AT_ONCE = 4  # queries: a tile of a processor's product of matrices, so none is at its edge
 NONE = np.finfo(np.float32).min  # the similarity of no row, as faiss fills it in
 UNKNOWN_KIND = re.compile("could not load|not recognized")  # faiss's words
 MIN_SAMPLED_LISTS = 16  # but into no fewer
@@ -266,12 +267,15 @@ class Index:
         return best, at
 
     def _transformed(self, queries: Floats) -> Floats:
-        """Apply the transforms that come before the lists, to each query alone.
+        """Apply the transforms that come before the lists, always to so many queries at a time.
 
-        In a product of matrices, the last bit of a row may depend on how many rows there are.
+        In a product of matrices, the last bit of a row may depend on how many rows there are, but not on
+        what the others are.
         """
-        each = in_threads(lambda row: transformed(self._index, queries[row]), slices(len(queries), 1))
-        return np.concatenate(each) if each else queries
+        rows = np.pad(queries, ((0, -len(queries) % TRANSFORMED_AT_ONCE), (0, 0)))
+        batches = slices(len(rows), TRANSFORMED_AT_ONCE)
+        each = in_threads(lambda batch: transformed(self._index, rows[batch]), batches)
+        return np.concatenate(each)[: len(queries)] if each else queries
 
     def _nearest_lists(self, transformed: Floats, nprobe: int) -> tuple[Floats, Ids]:
         """Return nearness and number of the lists to probe, each (q, nprobe); -1 for none.

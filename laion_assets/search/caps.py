@@ -75,7 +75,7 @@ def find_links_of_stripe(links: Links, comparison: Comparison, stripe: tuple[int
 
 def plan_comparison(links: Links) -> tuple[Comparison, RoundedTwice]:
     """Find the links within cells, gather connected rows in caps, and return the sketches of all rows."""
-    sample = distinct_rows(links)
+    sample = distinct_rows(links, links.sizes.sample)
     axes = choose_axes(links, sample)
     sketches = sketch_all(links, axes, RoundedTwice)
     order, borders = cut_into_chunks(*nearest_cells(links, sketches, sample), links.sizes.chunk)

@@ -74,8 +74,8 @@ import numpy as np
 from laion_assets.index.vectors import Vectors
 from laion_assets.io.arrays import Bytes, Floats, Ids
 from laion_assets.io.parallel import in_threads, slices
-from laion_assets.search.caps import find_all_links
-from laion_assets.search.links import SIZES, Forest, Links, Sizes, pairs_of, squares
+from laion_assets.search.caps import find_all_links, joined
+from laion_assets.search.links import SIZES, Forest, Links, Sizes, pairs_of
 from laion_assets.search.rounded import Rounded
 from laion_assets.search.sketches import choose_axes, distinct_rows, near_pairs, sketch_all
 
@@ -91,7 +91,7 @@ def components(
     """Label each row with the lowest row of its component.
 
     Args:
-        vectors: (n, d) float32 unit rows, best-ranked first. Zero and non-finite rows are never linked.
+        vectors: (n, d) float32 unit rows, best-ranked first. Rows of zeros are never linked.
         threshold: from 0 to 1, taken as float32. Rows are linked where their cosine is strictly above it;
             1 links none.
         sizes: how the work is divided.
@@ -102,7 +102,7 @@ def components(
         (n,) int64; rows to keep are labelled with their own number.
 
     """
-    links = Links(finite(vectors), threshold, sizes)
+    links = Links(vectors, threshold, sizes)
     everything = np.arange(len(vectors))
     if links.limit >= 1 or not len(vectors):
         return everything
@@ -135,7 +135,7 @@ def components_of_lists(
         (m,) int64; entries to keep are labelled with their own number.
 
     """
-    vectors, labels = finite(vectors), np.arange(len(members))
+    labels = np.arange(len(members))
     starts = np.flatnonzero(np.diff(lists, prepend=-1))
     ends = np.append(starts[1:], len(members))
     long = ends - starts > sizes.small
@@ -164,30 +164,35 @@ def components_of_short_lists(
         held = vectors[:]
         sketches = Rounded.of(held, float(np.abs(held).max(initial=0)) or 1)
     else:
-        sketches = sketch_all(links, choose_axes(links, distinct_rows(links)), Rounded)
+        axes = choose_axes(links, distinct_rows(links, sizes.sample // 2))
+        sketches = sketch_all(links, axes, Rounded)
     by_member = np.lexsort((members, lists))
     each = np.split(by_member, np.flatnonzero(np.diff(lists)) + 1)
     lowest = np.empty_like(by_member)
 
-    def compare(entries: Ids) -> Bytes:
+    def compare(entries: Ids) -> list[Bytes]:
         compared, packed = sketches[members[entries]], []
-        for some in slices(len(entries), sizes.tile):  # the products stay in the processor's cache
-            near = near_pairs(links, compared[some], compared)
+        for some in slices(len(entries), sizes.rows_of_list):
+            near = near_pairs(links, compared[some], compared[: some.stop])
             lowest[entries[some]] = entries[near.argmax(axis=1)]
             packed.append(np.packbits(near, axis=1))
-        return np.concatenate(packed)
+        return packed
 
-    def still_apart(job: tuple[Ids, Bytes]) -> tuple[Ids, Ids]:
+    def still_apart(job: tuple[Ids, list[Bytes]]) -> tuple[Ids, Ids]:
         entries, packed = job
-        roots = np.unique(forest.roots(entries), return_inverse=True)[1].astype(np.int32)
-        near = np.unpackbits(packed, axis=1, count=len(entries)).view(np.bool_)
-        near &= roots[:, None] < roots
-        if np.count_nonzero(near) > sizes.many_of_row * len(entries):
+        roots = forest.roots(entries).astype(np.int32)
+        pairs = []
+        for some, bits in zip(slices(len(entries), sizes.rows_of_list), packed, strict=True):
+            near = np.unpackbits(bits, axis=1, count=some.stop).view(np.bool_)
+            near &= roots[some, None] != roots[: some.stop]
+            higher, lower = pairs_of(near)
+            once = lower < some.start + higher  # the last columns are these rows
+            pairs.append((entries[lower[once]], entries[some][higher[once]]))
+        if sum(len(lower) for lower, _ in pairs) > sizes.many_of_row * len(entries):
             labels = components(Gathered(vectors, members[entries]), threshold, sizes)
             forest.connect(entries, entries[labels])
             return entries[:0], entries[:0]
-        i, j = pairs_of(near)
-        return entries[i], entries[j]
+        return joined(pairs)
 
     def decide(a: Ids, b: Ids) -> None:
         pairs, same = np.unique(members[a] * len(vectors) + members[b], return_inverse=True)
@@ -198,16 +203,8 @@ def components_of_short_lists(
     others = np.flatnonzero(lowest != np.arange(len(members)))
     decide(lowest[others], others)
     rest = in_threads(still_apart, zip(each, near, strict=True))
-    decide(*map(np.concatenate, zip(*rest, strict=True)))
+    decide(*joined(rest))
     return forest.labels()
-
-
-def finite(vectors: Vectors) -> Vectors:
-    """Return vectors with zeros for rows of an array that are not finite; decoded rows all are."""
-    if not isinstance(vectors, np.ndarray):
-        return vectors
-    usable = np.isfinite(squares(vectors))
-    return vectors if usable.all() else np.where(usable[:, None], vectors, np.float32(0))
 
 
 @dataclass(frozen=True)

@@ -654,6 +654,5 @@ def _has_url(columns: pa.Table) -> Mask:
 
 def _first_of_each(query: Ids, ids: Ids) -> Ids:
     """Return the places, ascending, at which each query has an id for the first time."""
-    by_id = np.lexsort((ids, query))
-    repeated = (np.diff(query[by_id]) == 0) & (np.diff(ids[by_id]) == 0)
-    return np.sort(np.delete(by_id, np.flatnonzero(repeated) + 1))
+    _, first = np.unique(query * (ids.max(initial=0) + 1) + ids, return_index=True)
+    return np.sort(first)

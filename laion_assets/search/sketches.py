@@ -21,9 +21,9 @@ Kind = TypeVar("Kind", Rounded, RoundedTwice)
 AS_LONG_AS_THE_REST, FINE, FULL_WIDTH = 600, 300, 28
 
 
-def distinct_rows(links: Links) -> Ids:
-    """Return evenly spaced rows, none of them near-duplicates of each other."""
-    rows = np.unique(np.linspace(0, len(links.vectors) - 1, links.sizes.sample).astype(np.int64))
+def distinct_rows(links: Links, most: int) -> Ids:
+    """Return at most so many evenly spaced rows, none of them near-duplicates of each other."""
+    rows = np.unique(np.linspace(0, len(links.vectors) - 1, most).astype(np.int64))
     among = Links(links.vectors[rows], links.limit, links.sizes)
     among.find(np.arange(len(rows)), np.arange(len(rows)))
     distinct: Ids = rows[among.forest.labels() == np.arange(len(rows))]
@@ -37,26 +37,31 @@ def choose_axes(links: Links, sample: Ids) -> Floats:
     The other half of the sample shows how many: on the rows that determine the axes, it would be too few.
     """
     fitted, tried = links.vectors[sample[::2]], links.vectors[sample[1::2]]
+    dimension = fitted.shape[1]
+    best, least = np.empty((dimension, 0), np.float32), math.inf
     with one_blas_thread():
-        dimension = fitted.shape[1]
-        widths = np.array([width for width in links.sizes.widths if width < dimension] or [dimension])
-        axes = principal_axes(fitted, int(widths.max()))
-        left = np.array([shares_near(links, tried, axes[:, :width]) for width in widths])
-    cost = 1 + widths / AS_LONG_AS_THE_REST + left @ [FINE, links.sizes.single * FULL_WIDTH]
-    return np.ascontiguousarray(axes[:, : widths[cost.argmin()]])
+        covariance = fitted.T @ fitted
+        for width in [width for width in links.sizes.widths if width < dimension] or [dimension]:
+            axes = principal_axes(covariance, width)
+            near, nearer = shares_near(links, tried, axes)
+            left = FINE * near + links.sizes.single * FULL_WIDTH * nearer
+            cost = 1 + width / AS_LONG_AS_THE_REST + left
+            if cost > least:  # it falls until the sketches are wide enough, and rises from there
+                break
+            best, least = axes, cost
+    return best
 
 
-def principal_axes(vectors: Floats, number: int) -> Floats:
+def principal_axes(covariance: Floats, number: int) -> Floats:
     """Return (d, number) orthonormal columns, nearly the directions of greatest variance, greatest first.
 
     Two rounds of subspace iteration from random directions suffice, and take half the time of computing
     all directions exactly (Halko, Martinsson and Tropp, 2011).
     """
-    products = vectors.T @ vectors
-    axes = np.random.default_rng(0).standard_normal((len(products), number), np.float32)
+    axes = np.random.default_rng(0).standard_normal((len(covariance), number), np.float32)
     for _ in range(2):
-        axes = np.linalg.qr(products @ axes)[0]
-    found: Floats = axes @ np.linalg.eigh(axes.T @ products @ axes)[1][:, ::-1]
+        axes = np.linalg.qr(covariance @ axes)[0]
+    found: Floats = axes @ np.linalg.eigh(axes.T @ covariance @ axes)[1][:, ::-1]
     return found
 
 

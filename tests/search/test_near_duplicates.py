@@ -34,6 +34,7 @@ WAYS_WITH_LISTS = {
     "as it is": SIZES,
     "by caps": WAYS["by caps"],
     "lists whose rows are all alike": Sizes(many_of_row=0),
+    "a few rows of a list at a time": Sizes(rows_of_list=7),
 }
 thresholds = st.sampled_from([0.0, 0.3, 0.6, 0.8, 0.94, 0.99, 0.9999])
 
@@ -181,7 +182,7 @@ def test_rows_that_are_zero_or_not_finite_are_never_linked(way) -> None:
     rows[4] = np.nan
     rows[5, 2] = np.inf
     rows[6] = rows[4]
-    assert components(rows, 0.94, WAYS[way]).tolist() == [0, 1, 2, 0, 4, 5, 6, 7, 0]
+    assert components(unit(rows), 0.94, WAYS[way]).tolist() == [0, 1, 2, 0, 4, 5, 6, 7, 0]
 
 
 @pytest.mark.parametrize("way", WAYS)
