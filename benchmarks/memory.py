@@ -1,15 +1,26 @@
-"""What a piece of work takes: the peak of this process's anonymous memory and page tables."""
+"""What a piece of work takes: the peak of anonymous memory and page tables, of its processes together."""
 
 from __future__ import annotations
 
 import threading
+from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
 
 
 def anonymous_bytes() -> int:
-    """The memory this process holds that no file backs, and its page tables."""
-    lines = Path("/proc/self/status").read_text().splitlines()
+    """The memory that this process and its children hold and no file backs, and their page tables."""
+    held = bytes_of(Path("/proc/self"))
+    for task in Path("/proc/self/task").iterdir():
+        for child in (task / "children").read_text().split():
+            with suppress(FileNotFoundError, ProcessLookupError, KeyError):  # it has just ended
+                held += bytes_of(Path("/proc", child))
+    return held
+
+
+def bytes_of(process: Path) -> int:
+    """The memory of a process, by its folder in /proc."""
+    lines = (process / "status").read_text().splitlines()
     told = dict(line.split(":", 1) for line in lines)
     return 1024 * sum(int(told[name].split()[0]) for name in ("RssAnon", "VmPTE"))
 

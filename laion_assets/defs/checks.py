@@ -478,7 +478,7 @@ def urls_alive(alive: Liveness | None, settings: ResolvedSettings) -> dg.AssetCh
 
 def _near_duplicates(codes: Any, groups: Any, decoder: Decoder, threshold: float) -> dg.AssetCheckResult:
     left = (
-        audit.near_duplicates_left(decoded_codes(codes, decoder.decode_to_compare), groups, threshold)
+        audit.near_duplicates_left(decoded_codes(codes, decoder), groups, threshold)
         if threshold < 1
         else 0
     )

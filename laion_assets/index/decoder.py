@@ -8,6 +8,7 @@ vector itself.
 from __future__ import annotations
 
 import io
+from collections.abc import Callable
 from functools import cached_property
 from typing import Any
 
@@ -88,6 +89,15 @@ class Decoder:
         rows = np.searchsorted(self._lists, list_numbers(codes, width))
         return np.hstack([list_bytes(rows, ivf.coarse_code_size()), codes[:, width:]])
 
+    def only(self, codes: Bytes) -> Decoder:
+        """Return a decoder of some (n, code size) codes: it holds the centres of their lists alone."""
+        if self._index is None:
+            return self
+        ivf = faiss.downcast_index(faiss.extract_index_ivf(self._index))
+        lists = np.unique(list_numbers(codes, codes.shape[1] - ivf.code_size))
+        centres = ivf.quantizer.reconstruct_batch(np.searchsorted(self._lists, lists))
+        return Decoder(_emptied(self._index, centres), lists, self._dimension)
+
     def merged(self, other: Decoder) -> Decoder:
         """Return a decoder for the codes of both decoders, which must come from the same index."""
         if self._index is None:
@@ -109,6 +119,10 @@ class Decoder:
         if self._index is not None:
             faiss.write_index(self._index, faiss.PyCallbackIOWriter(written.write))
         return written.getvalue()
+
+    def __reduce__(self) -> tuple[Callable[[bytes], Decoder], tuple[bytes]]:
+        """Pickle as `to_bytes` serialises."""
+        return Decoder.from_bytes, (self.to_bytes(),)
 
     @classmethod
     def from_bytes(cls, data: bytes) -> Decoder:

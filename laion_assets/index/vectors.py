@@ -1,14 +1,17 @@
 """Unit vectors, held in memory or decoded on demand."""
 
-from collections.abc import Callable
+from __future__ import annotations
+
+from functools import cached_property
 from typing import Protocol
 
 import numpy as np
 
+from laion_assets.index.decoder import Decoder
 from laion_assets.io.arrays import Bytes, Floats, Ids
 from laion_assets.io.parallel import in_threads, one_blas_thread
 
-HELD_ROWS = 1 << 19  # more vectors than this are decoded on every access
+HELD_ROWS = 1 << 17  # more vectors than this are decoded on every access
 ROWS_DECODED_AT_ONCE = 1024  # so that intermediate results fit into the processor's cache
 
 
@@ -31,9 +34,7 @@ def unit(vectors: Floats) -> Floats:
     return scaled
 
 
-def decoded_codes(
-    codes: Bytes, decode: Callable[[Bytes], Floats], held_rows: int | None = None
-) -> Vectors:
+def decoded_codes(codes: Bytes, decoder: Decoder, held_rows: int | None = None) -> Vectors:
     """Return the unit vectors of codes.
 
     A few vectors are decoded at once and held as an array. More are decoded on every access: for LAION-5B
@@ -41,11 +42,11 @@ def decoded_codes(
 
     Args:
         codes: (n, code size).
-        decode: turns (m, code size) codes into (m, d) vectors.
+        decoder: of the codes, see `Decoder.decode_to_compare`.
         held_rows: vectors to hold, at most; `HELD_ROWS` if None.
 
     """
-    coded = Coded(codes, decode)
+    coded = Coded(codes, decoder)
     if not 0 < len(codes) <= (HELD_ROWS if held_rows is None else held_rows):
         return coded
     if len(codes) <= ROWS_DECODED_AT_ONCE:
@@ -66,20 +67,28 @@ class Coded:
 
     Args:
         codes: (n, code size).
-        decode: turns (m, code size) codes into (m, d) vectors.
+        decoder: of the codes, see `Decoder.decode_to_compare`.
 
     """
 
-    def __init__(self, codes: Bytes, decode: Callable[[Bytes], Floats]) -> None:
+    def __init__(self, codes: Bytes, decoder: Decoder) -> None:
         self._codes = codes
-        self._decode = decode
+        self._decoder = decoder
+
+    def __reduce__(self) -> tuple[type[Coded], tuple[Bytes, Decoder]]:
+        """Pickle what decodes these codes, which is small."""
+        return Coded, (self._codes, self._decoder_of_these)
+
+    @cached_property
+    def _decoder_of_these(self) -> Decoder:
+        return self._decoder.only(self._codes)
 
     def __len__(self) -> int:
         return len(self._codes)
 
     def __getitem__(self, rows: slice | Ids, /) -> Floats:
         if isinstance(rows, slice):
-            return unit(self._decode(self._codes[rows]))
+            return unit(self._decoder.decode_to_compare(self._codes[rows]))
         distinct, place = np.unique(rows, return_inverse=True)
-        vectors = unit(self._decode(self._codes[distinct]))
+        vectors = unit(self._decoder.decode_to_compare(self._codes[distinct]))
         return vectors[place]

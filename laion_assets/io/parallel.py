@@ -41,15 +41,20 @@ def _libraries() -> ThreadpoolController:
     return ThreadpoolController()
 
 
+def threads() -> int:
+    """Return in how many threads work is done."""
+    return int(faiss.omp_get_max_threads())
+
+
 def in_threads(work: Callable[[Argument], Result], arguments: Iterable[Argument]) -> list[Result]:
     """Call `work` with each argument and return the results in the order of the arguments."""
     arguments = list(arguments)
-    threads = faiss.omp_get_max_threads()  # read before the limit on BLAS, which lowers it too
+    most = threads()  # read before the limit on BLAS, which lowers it too
     with one_blas_thread():
         # A thread takes longer to start than a small request to compute.
-        if threads == 1 or len(arguments) < 2:
+        if most == 1 or len(arguments) < 2:
             return [work(argument) for argument in arguments]
-        with one_thread_each(threads) as pool:
+        with one_thread_each(most) as pool:
             return list(pool.map(work, arguments))
 
 

@@ -38,10 +38,34 @@ def spilled(shape: tuple[int, ...], dtype: DTypeLike) -> NDArray[Any]:
     size = math.prod(shape) * np.dtype(dtype).itemsize
     if size <= HELD_BYTES:
         return np.empty(shape, dtype)
-    with tempfile.TemporaryFile() as file:
+    with ExitStack() as stack:
+        file = stack.enter_context(tempfile.TemporaryFile())
         with _room():
             os.posix_fallocate(file.fileno(), 0, size)  # a full disk would kill the process later
-        return np.memmap(file, dtype, "r+", shape=shape).view(np.ndarray)
+        mapped: Any = np.memmap(file, dtype, "r+", shape=shape)
+        stack.pop_all()
+    mapped.file = file  # stays open as long as the array, see `file_of`
+    array: NDArray[Any] = mapped.view(np.ndarray)
+    return array
+
+
+@contextmanager
+def file_of(array: NDArray[Any]) -> Iterator[IO[bytes]]:
+    """Open the file that a whole array of `spilled` lies in, or a new file without a name that holds it.
+
+    Raises:
+        InputError: the disk has no room for the array.
+
+    """
+    whole: Any = array.base
+    if hasattr(whole, "file") and whole.nbytes == array.nbytes and array.flags.c_contiguous:
+        yield whole.file
+        return
+    with tempfile.TemporaryFile() as file:
+        with _room():
+            np.ascontiguousarray(array).tofile(file)
+            file.flush()
+        yield file
 
 
 def sorted_batches(

@@ -9,11 +9,12 @@ from typing import TypeAlias
 
 import numpy as np
 
-from laion_assets.index.vectors import unit
+from laion_assets.index.vectors import Vectors, unit
 from laion_assets.io.arrays import Floats, Ids, Mask
-from laion_assets.io.parallel import in_threads, slices
+from laion_assets.io.parallel import in_threads, slices, threads
+from laion_assets.io.processes import in_processes
 from laion_assets.io.ranges import members
-from laion_assets.search.links import SLACK, Links, pairs_of
+from laion_assets.search.links import SLACK, Links, Sizes, pairs_of
 from laion_assets.search.rounded import (
     Numbers,
     Rounded,
@@ -233,6 +234,53 @@ class Caps:
 
 
 def find_links(links: Links, caps: Caps, stripe: tuple[int, int]) -> None:
+    """Find the links of a stripe. If it takes long, processes share it, each a stripe of the stripe."""
+    (number, step), processes = stripe, threads()
+    if processes == 1 or len(caps.rows) <= links.sizes.shared:
+        find_links_here(links, caps, stripe)
+        return
+    labels = links.forest.labels()
+    shares = [
+        Share(links.vectors, links.limit, links.sizes, labels, caps, (first, step * processes))
+        for first in range(number, number + step * processes, step)
+    ]
+    for found in in_processes(links_of_share, shares):
+        links.forest.connect(*found)
+
+
+@dataclass(frozen=True)
+class Share:
+    """What a process needs to find the links of a stripe.
+
+    Attributes:
+        vectors: see `Links`.
+        limit: see `Links`.
+        sizes: see `Links`.
+        labels: (n,) components that are connected already.
+        caps: what is compared.
+        stripe: see `find_links_of_stripe`.
+
+    """
+
+    vectors: Vectors
+    limit: float
+    sizes: Sizes
+    labels: Ids
+    caps: Caps
+    stripe: tuple[int, int]
+
+
+def links_of_share(share: Share) -> Pairs:
+    """Return the links that a share of the work adds."""
+    links = Links(share.vectors, share.limit, share.sizes)
+    links.forest.connect(np.arange(len(share.labels)), share.labels)
+    find_links_here(links, share.caps, share.stripe)
+    labels = links.forest.labels()
+    rows = np.flatnonzero(labels != share.labels)
+    return rows, labels[rows]
+
+
+def find_links_here(links: Links, caps: Caps, stripe: tuple[int, int]) -> None:
     """Find the links of a stripe, in panels of rows, which stay in memory while all blocks meet them."""
     sizes, (number, step) = links.sizes, stripe
     starts, rows = caps.starts, len(caps.rows)

@@ -129,8 +129,8 @@ def combine(
     forest.connect(*_equal_urls(urls))
     distinct_urls = forest.count()
     if compares:
-        decode = decoder_of(knn, centroid).decode_to_compare
-        labels = components(decoded_codes(codes, decode, HELD_VECTORS), threshold)
+        decoder = decoder_of(knn, centroid)
+        labels = components(decoded_codes(codes, decoder, HELD_VECTORS), threshold)
         links = [differing(np.arange(len(labels)), labels)]
     for one, other in links or ():
         forest.connect(one, other)

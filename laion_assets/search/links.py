@@ -27,6 +27,7 @@ class Sizes:
     tile: int = 256  # rows that these are compared with in one product: it stays in the processor's cache
     tiles: int = 16  # that are compared before their near pairs are looked at
     panel: int = 1 << 18  # rows that all caps and rows before them are compared with before the next
+    shared: int = 1 << 17  # rows above which processes share the comparison of caps and loose rows
     met: int = 1 << 16  # pairs of a cap and a row that are collected before the rows of caps are compared
     many: int = 4096  # pairs of rows of a cap and those that it meets that are worth a product
     fine: int = 10  # pairs that one product compares in the time of one pair of sketches in sixteen bits

@@ -263,7 +263,7 @@ def _near_duplicate_laws(index: Index, hits: Hits) -> tuple[Pairwise, Pairwise]:
     def compare(code: Ids) -> Ids:
         result, place = np.nonzero(code >= 0)
         distinct, members = np.unique(code[result, place], return_inverse=True)
-        vectors = decoded_codes(hits.codes[distinct], decode)
+        vectors = decoded_codes(hits.codes[distinct], decoder)
         return components_of_lists(vectors, members, result, DEDUP_THRESHOLD)
 
     def of_a_short_result(rows: int) -> tuple[float, float]:
@@ -276,7 +276,7 @@ def _near_duplicate_laws(index: Index, hits: Hits) -> tuple[Pairwise, Pairwise]:
         code = hits.code[longest : longest + 1, :rows]
         return float((code >= 0).sum()), seconds(code)
 
-    decode = index.decoder().decode_to_compare
+    decoder = index.decoder()
     longest = int(np.argmax((hits.code >= 0).sum(axis=1)))
     few, many = (of_a_short_result(rows) for rows in SHORT)
     short = Pairwise.through(*few, *many)

@@ -312,7 +312,7 @@ class _Search:
         background: Executor,
     ) -> None:
         self._index = index
-        self._decode = index.decoder().decode_to_compare
+        self._decoder = index.decoder()
         self._metadata = metadata
         self._queries = queries
         self._request = request
@@ -501,7 +501,7 @@ class _Search:
         threshold, keep = self._request.dedup_threshold, self._request.keep
         if threshold == 1:
             return np.arange(len(rows))
-        vectors = decoded_codes(codes, self._decode)
+        vectors = decoded_codes(codes, self._decoder)
         with self._metadata.reading_ahead(self._columns) as read_ahead:
 
             def foreseen(entries: Ids) -> None:
@@ -571,7 +571,7 @@ class _Search:
         allowed = np.flatnonzero(outcomes == KEPT)[:PAIRS]
         pairs = both.reshape(2, -1)[:, allowed]
         with one_blas_thread():
-            ends = [unit(self._decode(codes[rows.code[each]])) for each in pairs]
+            ends = [unit(self._decoder.decode_to_compare(codes[rows.code[each]])) for each in pairs]
         texts = looked_at.select(shown)
         return Removed(
             removed=texts.take(pa.array(allowed)),

@@ -114,7 +114,7 @@ def links_in(tables: Iterable[StoredTable]) -> Iterator[tuple[Ids, Ids]]:
 
 
 def _links(codes: Bytes, decoder: Decoder, threshold: float) -> Links:
-    return Links(decoded_codes(codes, decoder.decode_to_compare, HELD_VECTORS), threshold, SIZES)
+    return Links(decoded_codes(codes, decoder, HELD_VECTORS), threshold, SIZES)
 
 
 def _codes(planned: StoredTable) -> Bytes:

@@ -73,7 +73,7 @@ def _distinct(index: Index, found: pa.Table, threshold: float) -> Ids:
     if not len(places):
         return places
     codes = code_bytes(found["code"])[places]
-    labels = components(decoded_codes(codes, index.decoder().decode_to_compare), threshold)
+    labels = components(decoded_codes(codes, index.decoder()), threshold)
     distinct: Ids = places[labels == np.arange(len(places))]
     return distinct
 

@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 from scipy.sparse.csgraph import connected_components
 
 from laion_assets.index import vectors as vectors_module
+from laion_assets.index.decoder import Decoder
 from laion_assets.index.vectors import decoded_codes, unit
 from laion_assets.io import spill
 from laion_assets.search.caps import find_links_of_stripe, plan_comparison
@@ -208,9 +209,10 @@ def test_rows_decoded_on_every_access_have_the_same_components(monkeypatch) -> N
     rows = 3 * clumps(np.random.default_rng(5), 300)
     monkeypatch.setattr(vectors_module, "ROWS_DECODED_AT_ONCE", 70)
     codes = rows.view(np.uint8)
-    held = decoded_codes(codes, lambda some: np.ascontiguousarray(some).view(np.float32))
+    decoder = Decoder(None, np.empty(0, np.int64), rows.shape[1])
+    held = decoded_codes(codes, decoder)
     monkeypatch.setattr(vectors_module, "HELD_ROWS", 0)
-    coded = decoded_codes(codes, lambda some: np.ascontiguousarray(some).view(np.float32))
+    coded = decoded_codes(codes, decoder)
     assert isinstance(held, np.ndarray)
     assert not isinstance(coded, np.ndarray)
     expected = brute_force(unit(rows), 0.94)
@@ -218,6 +220,17 @@ def test_rows_decoded_on_every_access_have_the_same_components(monkeypatch) -> N
     for vectors in (held, coded):
         for sizes in WAYS.values():
             np.testing.assert_array_equal(components(vectors, 0.94, sizes), expected)
+
+
+@pytest.mark.parametrize("held_rows", [0, 1000], ids=["decoded on every access", "held"])
+def test_processes_that_share_the_work_find_the_same_components(held_rows) -> None:
+    rows = clumps(np.random.default_rng(6), 400)
+    decoder = Decoder(None, np.empty(0, np.int64), rows.shape[1])
+    vectors = decoded_codes(rows.view(np.uint8), decoder, held_rows)
+    expected = brute_force(rows, 0.94)
+    assert 1 < len(np.unique(expected)) < 300
+    sizes = Sizes(**BY_CAPS | {"shared": 0})
+    np.testing.assert_array_equal(components(vectors, 0.94, sizes), expected)
 
 
 def test_rows_opposite_to_a_cap_wider_than_half_the_sphere_are_not_missed() -> None:

@@ -141,8 +141,8 @@ def _best_rows(table: StoredTable, columns: Sequence[str], most: int) -> pa.Tabl
 
 def _different(rows: pa.Table, table: StoredTable) -> pa.Table:
     """Leave out near-duplicates of rows before them, which other seeds have found."""
-    decode = Decoder.from_bytes(table.attachment(DECODER)).decode_to_compare
-    labels = components(decoded_codes(code_bytes(rows["code"]), decode), DEDUP_THRESHOLD)
+    decoder = Decoder.from_bytes(table.attachment(DECODER))
+    labels = components(decoded_codes(code_bytes(rows["code"]), decoder), DEDUP_THRESHOLD)
     return rows.filter(pa.array(labels == np.arange(len(labels))))
 
 
