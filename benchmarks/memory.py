@@ -12,8 +12,8 @@ def anonymous_bytes() -> int:
     """The memory that this process and its children hold and no file backs, and their page tables."""
     held = bytes_of(Path("/proc/self"))
     for task in Path("/proc/self/task").iterdir():
-        for child in (task / "children").read_text().split():
-            with suppress(FileNotFoundError, ProcessLookupError, KeyError):  # it has just ended
+        with suppress(FileNotFoundError, ProcessLookupError, KeyError):  # a thread or child just ended
+            for child in (task / "children").read_text().split():
                 held += bytes_of(Path("/proc", child))
     return held
 

@@ -41,7 +41,7 @@ def _libraries() -> ThreadpoolController:
     return ThreadpoolController()
 
 
-def threads() -> int:
+def thread_count() -> int:
     """Return in how many threads work is done."""
     return int(faiss.omp_get_max_threads())
 
@@ -49,7 +49,7 @@ def threads() -> int:
 def in_threads(work: Callable[[Argument], Result], arguments: Iterable[Argument]) -> list[Result]:
     """Call `work` with each argument and return the results in the order of the arguments."""
     arguments = list(arguments)
-    most = threads()  # read before the limit on BLAS, which lowers it too
+    most = thread_count()  # read before the limit on BLAS, which lowers it too
     with one_blas_thread():
         # A thread takes longer to start than a small request to compute.
         if most == 1 or len(arguments) < 2:

@@ -11,7 +11,7 @@ import numpy as np
 
 from laion_assets.index.vectors import Vectors, unit
 from laion_assets.io.arrays import Floats, Ids, Mask
-from laion_assets.io.parallel import in_threads, slices, threads
+from laion_assets.io.parallel import in_threads, slices, thread_count
 from laion_assets.io.processes import in_processes
 from laion_assets.io.ranges import members
 from laion_assets.search.links import SLACK, Links, Sizes, pairs_of
@@ -235,7 +235,7 @@ class Caps:
 
 def find_links(links: Links, caps: Caps, stripe: tuple[int, int]) -> None:
     """Find the links of a stripe. If it takes long, processes share it, each a stripe of the stripe."""
-    (number, step), processes = stripe, threads()
+    (number, step), processes = stripe, thread_count()
     if processes == 1 or len(caps.rows) <= links.sizes.shared:
         find_links_here(links, caps, stripe)
         return

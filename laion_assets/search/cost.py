@@ -118,6 +118,8 @@ class Rates:
 
     Attributes:
         cores: cores that the work is divided among.
+        threads: cores that are busy with near-duplicates while threads look for them: they wait for the
+            interpreter, and processes that share the longest part do not.
         opening: to open the index and its metadata, and to search for the first time.
         query: to choose the lists of a query, however many.
         list: for each list chosen.
@@ -137,6 +139,7 @@ class Rates:
     """
 
     cores: int
+    threads: float
     opening: float
     query: float
     list: float
@@ -434,7 +437,9 @@ def _metadata_step(shape: Shape, rates: Rates, rows: float) -> Step:
 def _near_duplicates_step(rates: Rates, results: int, rows: float) -> Step:
     """Near-duplicates are removed within each result."""
     law = rates.short if rows <= SIZES.small else rates.long
-    return _computed(results * law.seconds(rows) / rates.cores)
+    cores = rates.cores if rows > SIZES.shared else rates.threads  # that compare the different images
+    seconds = law.linear * rows / rates.threads + law.quadratic * rows**2 / cores
+    return _computed(results * seconds)
 
 
 def _fetching(rates: Rates, reads: float, size: float) -> float:

@@ -30,6 +30,7 @@ from laion_assets.index.vectors import decoded_codes, unit
 from laion_assets.io.arrays import Bytes, Floats, Ids
 from laion_assets.io.derived import keep
 from laion_assets.io.errors import InputError
+from laion_assets.io.parallel import one_thread, thread_count
 from laion_assets.io.ranges import read_ahead
 from laion_assets.io.tables import fixed_size_binary
 from laion_assets.search.combined import combine
@@ -46,7 +47,7 @@ from laion_assets.staging.sparse.store import READ_THREADS
 from laion_assets.staging.transfer.fetch import Fetcher, TransferStats
 
 KEPT = ".rates.json"  # in the cache directory
-VERSION = 5  # increment it if rates are measured in another way
+VERSION = 6  # increment it if rates are measured in another way
 QUERIES = 8
 SCANNED = 1 << 20  # rows in the lists that they probe together
 FOUND = 1 << 14  # rows found around each
@@ -173,11 +174,12 @@ def measured_rates(open_index: Callable[[], AbstractContextManager[OpenIndex]], 
         request, fetched = (0.0, 0.0) if opened.whole else _source_rates(opened)
         query, a_list = _choosing_rates(opened.index)
         scanned, found, hits = _search_rates(opened.index)
-        short, long = _near_duplicate_laws(opened.index, hits)
+        short, long, threads = _near_duplicate_laws(opened.index, hits)
         batch, taken = _take_rates(opened.metadata)
         written, combined = _table_rates(opened.metadata, hits.codes)
     return Rates(
         cores=faiss.omp_get_max_threads(),
+        threads=threads,
         opening=opening,
         query=query,
         list=a_list,
@@ -253,12 +255,18 @@ def _rows_as_queries(index: Index) -> Floats:
     return unit(index.decoder().decode(hits.codes[hits.code[hits.code >= 0]]))
 
 
-def _near_duplicate_laws(index: Index, hits: Hits) -> tuple[Pairwise, Pairwise]:
-    """Find the near-duplicates in the short results of some queries, and in a long one of one query."""
+def _near_duplicate_laws(index: Index, hits: Hits) -> tuple[Pairwise, Pairwise, float]:
+    """Find the near-duplicates in the short results of some queries, and in a long one of one query.
+
+    Returns:
+        The laws of both, and how many cores threads keep busy.
+
+    """
 
     def seconds(code: Ids) -> float:
-        """Of the results whose rows have these codes, (results, rows)."""
-        return _seconds(lambda: compare(code))
+        """Of the results whose rows have these codes, (results, rows), in one thread."""
+        with one_thread():
+            return _seconds(lambda: compare(code))
 
     def compare(code: Ids) -> Ids:
         result, place = np.nonzero(code >= 0)
@@ -281,8 +289,12 @@ def _near_duplicate_laws(index: Index, hits: Hits) -> tuple[Pairwise, Pairwise]:
     few, many = (of_a_short_result(rows) for rows in SHORT)
     short = Pairwise.through(*few, *many)
     few, many = (of_a_long_result(rows) for rows in LONG)
-    kept = len(np.unique(compare(hits.code[longest : longest + 1]))) / max(many[0], 1)
-    return short, Pairwise.through(*few, *many, least=kept**2 * _seconds_of_a_pair())
+    started = time.perf_counter()
+    labels = compare(hits.code[longest : longest + 1])
+    in_threads = time.perf_counter() - started
+    kept = len(np.unique(labels)) / max(many[0], 1)
+    long = Pairwise.through(*few, *many, least=kept**2 * _seconds_of_a_pair())
+    return short, long, float(np.clip(many[1] / in_threads, 1, thread_count()))
 
 
 def _seconds_of_a_pair() -> float:

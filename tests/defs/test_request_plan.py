@@ -71,7 +71,7 @@ def test_metadata_is_read_of_all_but_near_duplicates(received, duplicates, share
 
 def test_a_plan_names_the_steps_that_take_long():
     shape = Shape(10**9, 1000, 10**6, 136, 1000, BatchLayout(10**6, 4096))
-    rates = Rates(1, 0.0, *[0.0] * 4, Pairwise(0, 0), Pairwise(0, 0), *[0.0] * 8)
+    rates = Rates(1, 1.0, 0.0, *[0.0] * 4, Pairwise(0, 0), Pairwise(0, 0), *[0.0] * 8)
     steps = {
         "search": Step(8.1e9, 0, 300, 100),
         "metadata": Step(0, 0, 240, 20),

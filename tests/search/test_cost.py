@@ -29,6 +29,7 @@ from laion_assets.search.cost import (
     total,
     touched,
 )
+from laion_assets.search.links import SIZES
 
 ROWS = 65_536  # of a record batch
 PAGE = 4096
@@ -50,7 +51,7 @@ FIVE_MORE = replace(
 LAION = Shape(5_850_000_000, 131_072, 45_300, 136, 89_264, URL_AND_CAPTION, 512_000_000, 128 << 10)
 SPARSE = replace(LAION, sparse=True)
 RATES = Rates(
-    16, 1.0, 1e-3, 1e-5, 6e-8, 1e-6, Pairwise(2e-5, 1e-9), Pairwise(3e-5, 1e-11), 1e-4, 1e-7, 1e-6,
+    16, 4.0, 1.0, 1e-3, 1e-5, 6e-8, 1e-6, Pairwise(2e-5, 1e-9), Pairwise(3e-5, 1e-11), 1e-4, 1e-7, 1e-6,
     1e-6, 1e-5, 1e-9, 5e-4, 1e-9,
 )  # fmt: skip
 
@@ -208,7 +209,14 @@ def test_the_law_is_linear_where_more_rows_take_no_longer_and_where_there_are_no
 def test_combining_compares_all_images_with_each_other():
     one, ten = (combine_steps(RATES, rows)["near-duplicates"].warm for rows in (10**6, 10**7))
     assert 10 * one < ten < 100 * one
-    assert ten == pytest.approx(RATES.long.seconds(10**7) / RATES.cores)
+    law = RATES.long
+    assert ten == pytest.approx(law.linear * 10**7 / RATES.threads + law.quadratic * 10**14 / RATES.cores)
+
+
+def test_threads_share_what_is_too_little_for_processes():
+    few, more = (combine_steps(RATES, rows)["near-duplicates"].warm for rows in (SIZES.shared, 10**6))
+    assert few == pytest.approx(RATES.long.seconds(SIZES.shared) / RATES.threads)
+    assert more < RATES.long.seconds(10**6) / RATES.threads
 
 
 def test_sparse_requests_wait_for_the_source_and_others_for_the_disk():

@@ -18,7 +18,7 @@ from laion_assets.search.retrieval import Request, retrieve_table
 from laion_assets.staging import open_staged, stage
 
 ROWS = 600
-RATES = Rates(2, *np.arange(1.0, 6), Pairwise(6, 7), Pairwise(8, 9), *np.arange(10.0, 18))
+RATES = Rates(2, 1.5, *np.arange(1.0, 6), Pairwise(6, 7), Pairwise(8, 9), *np.arange(10.0, 18))
 
 
 @pytest.fixture
