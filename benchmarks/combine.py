@@ -23,7 +23,7 @@ import numpy as np
 import pyarrow as pa
 from duplicates import around, copies_of, different
 from generate import DIMENSION, Matrix, unit
-from memory import PeakMemory
+from memory import PeakMemory, cpu_seconds
 
 from laion_assets.index.decoder import Decoder
 from laion_assets.io import spill
@@ -196,11 +196,11 @@ class Took:
     """The time of a step from here."""
 
     def __init__(self) -> None:
-        self.used, self.started = time.process_time(), time.monotonic()
+        self.used, self.started = cpu_seconds(), time.monotonic()
 
     def so_far(self) -> tuple[float, float]:
         """Seconds, and core seconds."""
-        return time.monotonic() - self.started, time.process_time() - self.used
+        return time.monotonic() - self.started, cpu_seconds() - self.used
 
 
 def tables(folder: Path, rows: int) -> list[StoredTable]:

@@ -1,7 +1,8 @@
-"""What a piece of work takes: the peak of anonymous memory and page tables, of its processes together."""
+"""What a piece of work takes, all its processes together: anonymous memory and page tables, and cores."""
 
 from __future__ import annotations
 
+import resource
 import threading
 from contextlib import suppress
 from pathlib import Path
@@ -23,6 +24,12 @@ def bytes_of(process: Path) -> int:
     lines = (process / "status").read_text().splitlines()
     told = dict(line.split(":", 1) for line in lines)
     return 1024 * sum(int(told[name].split()[0]) for name in ("RssAnon", "VmPTE"))
+
+
+def cpu_seconds() -> float:
+    """The time that this process and its children that ended have used of processor cores."""
+    used = [resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
+    return sum(one.ru_utime + one.ru_stime for one in used)
 
 
 class PeakMemory:

@@ -20,6 +20,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 import numpy as np
+from memory import cpu_seconds
 
 from laion_assets.io.tables import new_table
 from laion_assets.search.combined import DECODER
@@ -42,7 +43,7 @@ ROW = "{:30}{:5}" + "{:>10}{:>10}{:>7}" * 3
 
 def measure(cache: Path, queries: np.ndarray, k: int) -> dict[str, float]:
     """Search, and write the table, as a step of the graph does; with the CPU time of both."""
-    read, started, used = bytes_read(), time.monotonic(), time.process_time()
+    read, started, used = bytes_read(), time.monotonic(), cpu_seconds()
     per_seed = len(queries) > 1
     with open_staged(cache) as opened, TemporaryDirectory() as folder:
         schema = columns_found(opened.index, opened.metadata, per_seed=per_seed)
@@ -54,7 +55,7 @@ def measure(cache: Path, queries: np.ndarray, k: int) -> dict[str, float]:
             table.attach(DECODER, found.decoder)
         return {
             "seconds": time.monotonic() - started,
-            "core seconds": time.process_time() - used,
+            "core seconds": cpu_seconds() - used,
             "bytes": bytes_read() - read,
             "share": found.funnel.kept / found.funnel.requested,
         }
@@ -73,9 +74,9 @@ class Plan:
 def planned(cache: Path) -> dict[str, Plan]:
     """Measure the machine, and estimate all requests; what is mapped is let go."""
     plans = {}
-    started, used = time.monotonic(), time.process_time()
+    started, used = time.monotonic(), cpu_seconds()
     measured = measured_rates(partial(open_staged, cache), cache)
-    wall, cpu = time.monotonic() - started, time.process_time() - used
+    wall, cpu = time.monotonic() - started, cpu_seconds() - used
     with open_staged(cache) as opened:
         keep_rates(cache, opened.manifest.fingerprint, measured)
         rates, shape = kept_rates(cache, opened.manifest.fingerprint), shape_of(opened, cache)
@@ -83,7 +84,7 @@ def planned(cache: Path) -> dict[str, Plan]:
         for what, (seeds, k) in REQUESTS.items():
             search = search_of(shape, max(seeds, 1), k, USUAL_SHARE)
             whole = total(search_steps(shape, rates, search))
-            alone = total(search_steps(shape, replace(rates, cores=1), search))
+            alone = total(search_steps(shape, replace(rates, cores=1, threads=1.0), search))
             plans[what] = Plan(whole.cold, whole.warm, alone.warm, whole.size)
     return plans
 

@@ -27,6 +27,8 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 
+from memory import cpu_seconds
+
 REPOSITORY = Path(__file__).parents[1]
 sys.path.insert(0, str(REPOSITORY / "tests"))  # for the server
 
@@ -164,12 +166,6 @@ def measure_one(client: str, url: str, folder: Path, size: int) -> None:
     assert written.stat().st_size == size
     rss = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss << 10
     print(json.dumps({"seconds": seconds, "cpu": cpu_seconds() - before, "rss": rss}))
-
-
-def cpu_seconds() -> float:
-    """Of this process and its children."""
-    used = [resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
-    return sum(one.ru_utime + one.ru_stime for one in used)
 
 
 # --- the server -----------------------------------------------------------------------------------

@@ -42,7 +42,7 @@ import faiss
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
-from memory import PeakMemory
+from memory import PeakMemory, cpu_seconds
 from ours import PHASES
 from stand_in import BATCH, BUCKET, FOLDER, LAION_5B, QUICK, SCHEMA, Ids, StandIn
 from truesize_report import Case, report
@@ -224,7 +224,7 @@ class Meter:
         plain = {name: getattr(owner, function) for name, (owner, function) in self._phases.items()}
         for name, (owner, function) in self._phases.items():
             setattr(owner, function, self._timed(name, plain[name]))
-        usage, read = resource.getrusage(resource.RUSAGE_SELF), bytes_read("self")
+        usage, cpu, read = resource.getrusage(resource.RUSAGE_SELF), cpu_seconds(), bytes_read("self")
         started = time.perf_counter()
         with PeakMemory() as memory:
             told = work()
@@ -234,7 +234,7 @@ class Meter:
             setattr(owner, function, plain[name])
         return {
             "seconds": seconds,
-            "cpu": after.ru_utime + after.ru_stime - usage.ru_utime - usage.ru_stime,
+            "cpu": cpu_seconds() - cpu,
             "system": after.ru_stime - usage.ru_stime,
             "read": bytes_read("self") - read,
             "faults": after.ru_majflt - usage.ru_majflt,
