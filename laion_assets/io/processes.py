@@ -42,7 +42,8 @@ def in_processes(work: Callable[[Argument], Result], arguments: Sequence[Argumen
 
     Args:
         work: a function of a module.
-        arguments: what pickle can write; large arrays in them are read-only.
+        arguments: what pickle can write. Large arrays take memory only where a process changes them,
+            which no other sees.
 
     Returns:
         The results in the order of the arguments.
@@ -141,7 +142,7 @@ class _Files:
 def _mapped(reference: tuple[int, str, tuple[int, ...]]) -> NDArray[Any]:
     descriptor, dtype, shape = reference
     with open(descriptor, "rb", closefd=False) as file:
-        return np.memmap(file, dtype, "r", shape=shape).view(np.ndarray)
+        return np.memmap(file, dtype, "c", shape=shape).view(np.ndarray)
 
 
 def main() -> None:

@@ -14,7 +14,7 @@ from laion_assets.io.arrays import Floats, Ids, Mask
 from laion_assets.io.parallel import in_threads, slices, thread_count
 from laion_assets.io.processes import in_processes
 from laion_assets.io.ranges import members
-from laion_assets.search.links import SLACK, Links, Sizes, pairs_of
+from laion_assets.search.links import SLACK, Forest, Links, Sizes, pairs_of
 from laion_assets.search.rounded import (
     Numbers,
     Rounded,
@@ -31,6 +31,7 @@ Pairs: TypeAlias = tuple[Ids, Ids]  # a[i] and b[i]
 Part: TypeAlias = tuple[int, Tiles]  # the place of the first of some rows, and their sketches
 
 WHOLE = (0, 1)  # the only stripe
+ROWS = 1 << 20  # whose numbers exist at once
 
 
 @dataclass(frozen=True)
@@ -271,13 +272,20 @@ class Share:
 
 
 def links_of_share(share: Share) -> Pairs:
-    """Return the links that a share of the work adds."""
-    links = Links(share.vectors, share.limit, share.sizes)
-    links.forest.connect(np.arange(len(share.labels)), share.labels)
+    """Return links that connect what a share of the work connects; the labels of the share change."""
+    forest = Forest(share.labels)
+    apart = roots_of(forest)
+    links = Links(share.vectors, share.limit, share.sizes, forest)
     find_links_here(links, share.caps, share.stripe)
-    labels = links.forest.labels()
-    rows = np.flatnonzero(labels != share.labels)
-    return rows, labels[rows]
+    rows = np.flatnonzero(apart & ~roots_of(forest))
+    return rows, forest.roots(rows)
+
+
+def roots_of(forest: Forest) -> Mask:
+    """Return which rows are the root of their component; not all at once, for their numbers are large."""
+    parents = forest.parents
+    every = [parents[some] == np.arange(some.start, some.stop) for some in slices(len(parents), ROWS)]
+    return np.concatenate(every)
 
 
 def find_links_here(links: Links, caps: Caps, stripe: tuple[int, int]) -> None:
@@ -289,7 +297,7 @@ def find_links_here(links: Links, caps: Caps, stripe: tuple[int, int]) -> None:
     for start in range(int(starts[-1]), rows, sizes.block):
         blocks.append((start, slice(start, min(start + sizes.block, rows)), False))
     for panel in slices(rows, sizes.panel):
-        tiles = Tiles.of(caps.sketches[panel].coarse(), sizes.tile)
+        tiles = Tiles.of(caps.sketches[panel], sizes.tile)
 
         def compare(
             block: tuple[int, slice, bool], begin: int = panel.start, tiles: Tiles = tiles

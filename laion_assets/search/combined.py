@@ -125,7 +125,7 @@ def combine(
         if needs.core_seconds > WORTH_SAYING:
             log(str(needs))
     urls, codes = urls_and_codes(knn, centroid, representative, with_codes=compares)
-    forest = Forest(len(representative))
+    forest = Forest(np.arange(len(representative)))
     forest.connect(*_equal_urls(urls))
     distinct_urls = forest.count()
     if compares:

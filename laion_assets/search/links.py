@@ -42,10 +42,15 @@ SIZES = Sizes()
 
 
 class Forest:
-    """A disjoint-set forest of connected rows; the root of a component is its lowest row."""
+    """A disjoint-set forest of connected rows; the root of a component is its lowest row.
 
-    def __init__(self, rows: int) -> None:
-        self.parents = np.arange(rows)
+    Args:
+        parents: (n,) a row of the same component, not above the row itself; it changes.
+
+    """
+
+    def __init__(self, parents: Ids) -> None:
+        self.parents = parents
         self.lock = threading.Lock()
 
     def roots(self, rows: Ids) -> Ids:
@@ -79,12 +84,22 @@ class Forest:
 
 
 class Links:
-    """The links found so far. Only `find` and `linked` decide whether two rows are linked."""
+    """The links found so far. Only `find` and `linked` decide whether two rows are linked.
 
-    def __init__(self, vectors: Vectors, threshold: float, sizes: Sizes) -> None:
+    Args:
+        vectors: (n, d) unit rows.
+        threshold: cosine above which rows are linked.
+        sizes: how the work is divided.
+        forest: the links that are known; none if None.
+
+    """
+
+    def __init__(
+        self, vectors: Vectors, threshold: float, sizes: Sizes, forest: Forest | None = None
+    ) -> None:
         self.vectors, self.sizes = vectors, sizes
         self.limit = float(np.float32(threshold))
-        self.forest = Forest(len(vectors))
+        self.forest = Forest(np.arange(len(vectors))) if forest is None else forest
 
     def find(self, a: Ids, b: Ids) -> None:
         """Find the links between the rows of a and the rows of b, with one product."""

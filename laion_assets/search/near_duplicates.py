@@ -159,7 +159,7 @@ def components_of_short_lists(
 ) -> Ids:
     """Do what `components_of_lists` does, by comparing the sketches of all pairs of each list."""
     links = Links(vectors, threshold, sizes)
-    forest = Forest(len(members))
+    forest = Forest(np.arange(len(members)))
     if len(vectors) <= sizes.small:
         held = vectors[:]
         sketches = Rounded.of(held, float(np.abs(held).max(initial=0)) or 1)

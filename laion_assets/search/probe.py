@@ -38,7 +38,7 @@ from laion_assets.search.cost import Pairwise, Rates, Shape, lists_among, mean_p
 from laion_assets.search.links import SIZES
 from laion_assets.search.near_duplicates import DEDUP_THRESHOLD, components_of_lists
 from laion_assets.search.retrieval import Request, retrieve_table
-from laion_assets.search.rounded import Rounded, Tiles, where_may_exceed
+from laion_assets.search.rounded import RoundedTwice, Tiles, where_may_exceed
 from laion_assets.search.sketches import reach_of
 from laion_assets.staging import OpenIndex
 from laion_assets.staging.opening import sources_of
@@ -304,11 +304,11 @@ def _seconds_of_a_pair() -> float:
     """
     random, number = np.random.default_rng(0), SIZES.tile * SIZES.tiles
     block, after = (
-        Rounded.of(unit(random.standard_normal((rows, WIDTH), np.float32)), reach_of(WIDTH))
+        RoundedTwice.of(unit(random.standard_normal((rows, WIDTH), np.float32)), reach_of(WIDTH))
         for rows in (SIZES.block, number)
     )
-    tiles = Tiles.of(after, SIZES.tile)
-    return _seconds(lambda: where_may_exceed(block, tiles, DEDUP_THRESHOLD)) / (SIZES.block * number)
+    some, tiles = block.coarse(), Tiles.of(after, SIZES.tile)
+    return _seconds(lambda: where_may_exceed(some, tiles, DEDUP_THRESHOLD)) / (SIZES.block * number)
 
 
 def _take_rates(metadata: Metadata) -> tuple[float, float]:

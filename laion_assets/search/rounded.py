@@ -176,13 +176,13 @@ class Tiles:
     scale: float
 
     @classmethod
-    def of(cls, vectors: Rounded, width: int) -> Tiles:
-        """Cut vectors in tiles."""
+    def of(cls, vectors: RoundedTwice, width: int) -> Tiles:
+        """Cut vectors in tiles of their first eight bits."""
         every = slices(len(vectors), width)
-        codes = np.zeros((len(every), vectors.codes.shape[1], width), np.int8)
+        codes = np.zeros((len(every), vectors.fine.shape[1], width), np.int8)
         for tile, some in zip(codes, every, strict=True):
-            tile[:, : some.stop - some.start] = vectors.codes[some].T
-        return cls(codes, len(vectors), vectors.largest_error, vectors.scale)
+            tile[:, : some.stop - some.start] = _first_bits(vectors.fine[some]).T
+        return cls(codes, len(vectors), float(vectors.error.max(initial=0)), vectors.scale)
 
     def __len__(self) -> int:
         return self.count

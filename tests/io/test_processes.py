@@ -18,10 +18,11 @@ from laion_assets.io.spill import spilled
 LARGE = (1 << 10, 1 << 11)
 
 
-def summed(job: tuple[np.ndarray, int]) -> tuple[int, int, bool]:
+def summed(job: tuple[np.ndarray, int]) -> tuple[int, int]:
     array, number = job
     print("what a library prints is no answer")
-    return int(array.sum()) + number, os.getpid(), array.flags.writeable
+    array[:1, :1] += number
+    return int(array.sum()), os.getpid()
 
 
 def refused(name: str) -> None:
@@ -47,9 +48,9 @@ def test_processes_map_the_same_large_array(held, monkeypatch) -> None:
     array[:] = 1
     found = in_processes(summed, [(array, 0), (array, 1), (array[:, ::2], 2)])
     size = array.size
-    assert [total for total, _, _ in found] == [size, size + 1, size // 2 + 2]
-    assert len({process for _, process, _ in found} | {os.getpid()}) == 4
-    assert not any(writeable for _, _, writeable in found)
+    assert [total for total, _ in found] == [size, size + 1, size // 2 + 2]
+    assert len({process for _, process in found} | {os.getpid()}) == 4
+    assert (array == 1).all()
 
 
 def test_an_error_of_a_process_is_raised_as_it_is() -> None:

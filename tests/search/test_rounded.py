@@ -55,7 +55,7 @@ def test_no_pair_above_the_limit_is_missed_however_coarse_the_codes(
     near = may_exceed(a.coarse(), b.coarse(), limit - SLACK)
     assert near[cosines > limit].all()
 
-    rows, columns, some = where_may_exceed(a.coarse(), Tiles.of(b.coarse(), width), limit - SLACK)
+    rows, columns, some = where_may_exceed(a.coarse(), Tiles.of(b, width), limit - SLACK)
     found = np.zeros_like(near)
     found[np.ix_(rows, columns)] = some
     assert found[cosines > limit].all()
@@ -67,14 +67,15 @@ def test_no_pair_above_the_limit_is_missed_however_coarse_the_codes(
 
 def test_each_vector_may_have_a_limit_of_its_own() -> None:
     x = vectors(np.random.default_rng(0), 30, 64)
-    a = Rounded.of(x, 0.7)
+    twice = RoundedTwice.of(x, 0.7)
+    a = twice.coarse()
     limits = np.linspace(-0.5, 1, len(x))[:, None]
     each = np.concatenate(
         [may_exceed(a[[row]], a, float(limit)) for row, limit in enumerate(limits.ravel())]
     )
     together = may_exceed(a, a, limits)
     assert (together >= each).all()  # the largest error of several is no smaller
-    rows, columns, some = where_may_exceed(a, Tiles.of(a, 7), limits)
+    rows, columns, some = where_may_exceed(a, Tiles.of(twice, 7), limits)
     found = np.zeros_like(together)
     found[np.ix_(rows, columns)] = some
     np.testing.assert_array_equal(found, together)
@@ -118,5 +119,5 @@ def test_smaller_codes_are_taken_where_the_processor_adds_two_products_in_sixtee
 def test_tiles_in_which_nothing_is_near_are_empty() -> None:
     rows = unit(np.eye(6, dtype=np.float32))
     vectors = Rounded.of(rows[:3], 1.0)
-    found, columns, near = where_may_exceed(vectors, Tiles.of(Rounded.of(rows[3:], 1.0), 2), 0.9)
+    found, columns, near = where_may_exceed(vectors, Tiles.of(RoundedTwice.of(rows[3:], 1.0), 2), 0.9)
     assert (len(found), len(columns), near.shape) == (0, 0, (0, 0))
