@@ -30,7 +30,7 @@ from laion_assets.io import spill
 from laion_assets.io.tables import StoredTable, fixed_size_binary, new_table
 from laion_assets.search.combined import DECODER, combine
 from laion_assets.search.near_duplicates import DEDUP_THRESHOLD
-from laion_assets.search.needs import Needs
+from laion_assets.search.needs import Needs, worth
 from laion_assets.search.stripes import compare_stripe, links_in, write_plan
 
 REPORT = """# Combining
@@ -221,12 +221,13 @@ def write_combined(
 
 def unnamed_bytes() -> int:
     """The size of the files without a name that this process has open; mapped ones stay open."""
-    size = 0
+    sizes = {}  # by file: an array and its mapping have a descriptor each
     for descriptor in Path("/proc/self/fd").iterdir():
         with suppress(OSError):  # closed meanwhile
             if str(descriptor.readlink()).endswith("(deleted)"):
-                size += descriptor.stat().st_size
-    return size
+                file = descriptor.stat()
+                sizes[file.st_dev, file.st_ino] = file.st_size
+    return sum(sizes.values())
 
 
 class PeakDisk(PeakMemory):
@@ -266,7 +267,7 @@ def report(whole: list[dict[str, float]], striped: list[dict[str, float]], busy:
         hours = (linear * m + quadratic * m**2 + start * m * (stripes - 1)) / 3600
         return (
             f"| {images:,} | {stripes} | {constant + slope * m:.1f} GB | {of_disk * m / 1e3:.1f} GB "
-            f"| {hours:.1f} | {hours / 2:.1f} h | {hours / 16:.2f} h |"
+            f"| {hours:.1f} | {hours / 2:.1f} h | {hours / worth(16):.2f} h |"
         )
 
     return REPORT.format(

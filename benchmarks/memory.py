@@ -13,8 +13,11 @@ def anonymous_bytes() -> int:
     """The memory that this process and its children hold and no file backs, and their page tables."""
     held = bytes_of(Path("/proc/self"))
     for task in Path("/proc/self/task").iterdir():
-        with suppress(FileNotFoundError, ProcessLookupError, KeyError):  # a thread or child just ended
-            for child in (task / "children").read_text().split():
+        children: list[str] = []
+        with suppress(FileNotFoundError, ProcessLookupError):  # the thread has just ended
+            children = (task / "children").read_text().split()
+        for child in children:
+            with suppress(FileNotFoundError, ProcessLookupError, KeyError):  # so has the child
                 held += bytes_of(Path("/proc", child))
     return held
 

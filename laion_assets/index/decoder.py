@@ -120,15 +120,19 @@ class Decoder:
             faiss.write_index(self._index, faiss.PyCallbackIOWriter(written.write))
         return written.getvalue()
 
-    def __reduce__(self) -> tuple[Callable[[bytes], Decoder], tuple[bytes]]:
-        """Pickle as `to_bytes` serialises."""
-        return Decoder.from_bytes, (self.to_bytes(),)
+    def __reduce__(self) -> tuple[Callable[[Bytes], Decoder], tuple[Bytes]]:
+        """Pickle as an array, which processes share if it is large."""
+        return Decoder.from_bytes, (self._serialised,)
+
+    @cached_property
+    def _serialised(self) -> Bytes:
+        return np.frombuffer(self.to_bytes(), np.uint8)
 
     @classmethod
-    def from_bytes(cls, data: bytes) -> Decoder:
+    def from_bytes(cls, data: bytes | Bytes) -> Decoder:
         """Deserialise the output of `to_bytes`."""
         dimension, count = (int(number) for number in np.frombuffer(data, np.int64, 2))
-        lists = np.frombuffer(data, np.int64, count, offset=16)
+        lists = np.frombuffer(data, np.int64, count, offset=16).copy()
         body = np.frombuffer(data, np.uint8, offset=16 + lists.nbytes)
         return cls(faiss.deserialize_index(body) if body.size else None, lists, dimension)
 

@@ -19,6 +19,7 @@ from dataclasses import dataclass
 from io import BytesIO
 from multiprocessing import Pipe
 from multiprocessing.connection import Connection, wait
+from pathlib import Path
 from typing import IO, Any, TypeVar
 
 import numpy as np
@@ -96,9 +97,9 @@ class _Process:
 def _process(descriptors: Sequence[int]) -> Iterator[_Process]:
     ours, theirs = Pipe()
     with ours, theirs:
-        path = os.pathsep.join(filter(None, sys.path))
+        path = os.pathsep.join(folder or str(Path.cwd()) for folder in sys.path)
         process = subprocess.Popen(  # noqa: S603
-            [sys.executable, "-m", __name__, str(theirs.fileno())],
+            [sys.executable, "-P", "-m", __name__, str(theirs.fileno())],
             stdin=subprocess.DEVNULL,
             stdout=sys.__stderr__,  # what libraries print
             pass_fds=[theirs.fileno(), *descriptors],
@@ -149,17 +150,22 @@ def main() -> None:
     """Do what comes by the connection, and answer."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # this process ends with its parent
     connection: Connection = Connection(int(sys.argv[1]))
-    unpickler = pickle.Unpickler(BytesIO(connection.recv_bytes()))  # noqa: S301
-    unpickler.persistent_load = _mapped  # type: ignore[method-assign]
-    work, argument = unpickler.load()
+    job = connection.recv_bytes()
     threading.Thread(target=_end_with_parent, args=[connection], daemon=True).start()
     try:
+        work, argument = _unpickled(job)
         with one_thread():
             answer = True, work(argument)
     except Exception as error:  # the parent raises it
         error.add_note(f"in a process that shares the work:\n{traceback.format_exc()}")
         answer = False, error
     connection.send_bytes(pickle.dumps(answer))
+
+
+def _unpickled(job: bytes) -> Any:
+    unpickler = pickle.Unpickler(BytesIO(job))  # noqa: S301
+    unpickler.persistent_load = _mapped  # type: ignore[method-assign]
+    return unpickler.load()
 
 
 def _end_with_parent(connection: Connection) -> None:

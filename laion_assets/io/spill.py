@@ -10,6 +10,7 @@ import errno
 import math
 import os
 import tempfile
+import weakref
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import IO, Any
@@ -45,6 +46,7 @@ def spilled(shape: tuple[int, ...], dtype: DTypeLike) -> NDArray[Any]:
         mapped: Any = np.memmap(file, dtype, "r+", shape=shape)
         stack.pop_all()
     mapped.file = file  # stays open as long as the array, see `file_of`
+    weakref.finalize(mapped, file.close)
     array: NDArray[Any] = mapped.view(np.ndarray)
     return array
 
@@ -63,7 +65,8 @@ def file_of(array: NDArray[Any]) -> Iterator[IO[bytes]]:
         return
     with tempfile.TemporaryFile() as file:
         with _room():
-            np.ascontiguousarray(array).tofile(file)
+            os.posix_fallocate(file.fileno(), 0, array.nbytes)
+            file.write(np.ascontiguousarray(array).data)
             file.flush()
         yield file
 

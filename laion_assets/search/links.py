@@ -32,7 +32,7 @@ class Sizes:
     many: int = 4096  # pairs of rows of a cap and those that it meets that are worth a product
     fine: int = 10  # pairs that one product compares in the time of one pair of sketches in sixteen bits
     single: int = 80  # pairs that one product compares in the time of one pair that is fetched alone
-    rows_of_list: int = 1024  # of a short list in one product: threads contend for shorter calls
+    rows_of_list: int = 1024  # of a short list in one product: threads wait in shorter calls
     many_of_row: int = 8  # near pairs for each row of a short list above which one product is cheaper
     batch: int = 1024  # rows, or pairs of rows, that are fetched at once
     together: int = 4096  # pairs of a block that are collected before they are checked

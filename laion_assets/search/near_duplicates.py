@@ -29,7 +29,8 @@ The steps are:
 
 Steps (e) and (f) compare sketches in eight bits, in which a processor multiplies many times as fast as in
 32; `rounded` says why that misses nothing. The few pairs that may be linked are compared in sixteen bits,
-then at full width, unless they are connected already. Both steps are cut in blocks, which threads share.
+then at full width, unless they are connected already. Both steps are cut in blocks, which threads share,
+or processes if there are many rows.
 They may also be cut in stripes, see `caps.Comparison`: the components of a union of links do not depend
 on where and in which order the links were found.
 
@@ -38,7 +39,7 @@ of a cap and a loose one, are visited in (e), two loose rows in (f). A pair is d
 rows are connected already, or where an upper bound of its cosine (facts 1 and 2) is below the threshold.
 
 **No link is invented.** Every link is a full-width dot product above the threshold. Which links steps
-(b) to (d) find affects the speed, never the result. Threads do not affect it either:
+(b) to (d) find affects the speed, never the result. Threads and processes do not affect it either:
 one that reads connections late only checks a pair without need.
 
 **Rounding.** The float32 dot product of two unit rows of d numbers has an error below d * 6e-8 (5e-5
@@ -181,17 +182,18 @@ def components_of_short_lists(
     def still_apart(job: tuple[Ids, list[Bytes]]) -> tuple[Ids, Ids]:
         entries, packed = job
         roots = forest.roots(entries).astype(np.int32)
-        pairs = []
+        pairs, number = [], 0
         for some, bits in zip(slices(len(entries), sizes.rows_of_list), packed, strict=True):
             near = np.unpackbits(bits, axis=1, count=some.stop).view(np.bool_)
             near &= roots[some, None] != roots[: some.stop]
+            near[:, some] &= np.tri(len(near), k=-1, dtype=np.bool_)  # each pair once
+            number += int(np.count_nonzero(near))
+            if number > sizes.many_of_row * len(entries):
+                labels = components(Gathered(vectors, members[entries]), threshold, sizes)
+                forest.connect(entries, entries[labels])
+                return entries[:0], entries[:0]
             higher, lower = pairs_of(near)
-            once = lower < some.start + higher  # the last columns are these rows
-            pairs.append((entries[lower[once]], entries[some][higher[once]]))
-        if sum(len(lower) for lower, _ in pairs) > sizes.many_of_row * len(entries):
-            labels = components(Gathered(vectors, members[entries]), threshold, sizes)
-            forest.connect(entries, entries[labels])
-            return entries[:0], entries[:0]
+            pairs.append((entries[lower], entries[some][higher]))
         return joined(pairs)
 
     def decide(a: Ids, b: Ids) -> None:

@@ -17,18 +17,24 @@ from laion_assets.io.text import as_bytes, count
 
 MEMORY, MEMORY_OF_AN_IMAGE = 340e6, 99  # bytes
 MEMORY_OF_A_REPEAT = 100  # bytes of a row whose image another row has
+MEASURED_CORES = 2
 DISK_OF_AN_IMAGE = 641  # bytes
 SMALL = 100_000  # images that are never refused for their memory
 HOUR = 3600  # seconds
 LINEAR, QUADRATIC = 28e-6, 481e-12  # core-seconds of an image, and of a pair of images
 START = 8e-6  # core-seconds of an image when a stripe begins; the linear part has those of one stripe
-STRIPE = 8 * HOUR  # core-seconds of comparing one stripe, at most: half an hour on 16 cores
+STRIPE = 8 * HOUR  # core-seconds of comparing one stripe, at most: an hour on 16 cores
 NODE = 16  # cores of a usual node
 
 
 def stripes_of(images: int) -> int:
     """Return in how many stripes different images are compared; at least 1."""
     return max(1, math.ceil(QUADRATIC * images**2 / STRIPE))
+
+
+def worth(cores: int) -> float:
+    """Return the cores that would do as much if none waited: 16 do as much as 9."""
+    return min(cores, MEASURED_CORES) + max(cores - MEASURED_CORES, 0) / 2
 
 
 @dataclass(frozen=True)
@@ -67,7 +73,7 @@ class Needs:
         """Return the time on some nodes, each of which compares one stripe after the other."""
         alone = (LINEAR - START) * self.images
         of_a_stripe = (self.core_seconds - alone) / self.stripes
-        return (alone + math.ceil(self.stripes / nodes) * of_a_stripe) / cores / HOUR
+        return (alone + math.ceil(self.stripes / nodes) * of_a_stripe) / worth(cores) / HOUR
 
     def shortage(self) -> str | None:
         """Return what this machine lacks; None if it has enough.

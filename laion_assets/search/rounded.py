@@ -269,7 +269,7 @@ def _lowest(a: Rounded, b: Rounded | Tiles, limit: float | Floats) -> Numbers:
 
 def products(left: Bytes, right: Codes) -> Numbers:
     """Multiply (n, d) left codes, less ZERO each, with (d, m) right ones, or with tiles of them."""
-    if not (left.size and right.size):  # ONNX Runtime refuses nothing up to version 1.30
+    if not (left.size and right.size):  # ONNX Runtime up to 1.30 refuses empty arrays
         nothing: Numbers = np.matmul(left.astype(np.int32), right.astype(np.int32))
         return nothing
     found: Numbers = _session("products").run(None, {"a": left, "b": right})[0]

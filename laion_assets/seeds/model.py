@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping, Sequence
+from contextlib import redirect_stdout
 from functools import cached_property
+from io import StringIO
 from pathlib import Path
 from typing import Any
 
@@ -72,7 +74,7 @@ class Model:
         if device == "cuda" and self.device != "cuda":
             raise InputError(
                 "the GPU cannot be used, ONNX Runtime fell back to the CPU: install the CUDA and cuDNN "
-                "that this onnxruntime-gpu needs, or choose cpu",
+                "that it needs, as `pip install 'onnxruntime-gpu[cuda,cudnn]'` does, or choose cpu",
                 DEVICE,
             )
         self.dimension: int = self._images.width or self._probed_dimension()
@@ -285,7 +287,11 @@ def _providers(device: str) -> list[str]:
             "install onnxruntime-gpu in place of onnxruntime, or choose auto or cpu",
             DEVICE,
         )
-    return [CUDA, CPU] if CUDA in there and device != "cpu" else [CPU]
+    if CUDA not in there or device == "cpu":
+        return [CPU]
+    with redirect_stdout(StringIO()):  # what is missing is found when the model is opened
+        ort.preload_dlls()  # finds CUDA and cuDNN where pip has installed them
+    return [CUDA, CPU]
 
 
 def _check_is_no_pointer(path: Path) -> None:

@@ -47,7 +47,7 @@ def test_time_and_disk_are_those_of_the_last_run_scaled_by_what_is_requested():
 def test_a_plan_says_the_hours_memory_and_disk_of_combining():
     told = "\n".join(as_yaml(plan_request(9_000_000, 100_000, History(), 0.75), 100_000))
     assert "12,000,000 different images takes about 19 core-hours, 1.53 GB of memory and 7.69 GB" in told
-    assert "in 3 stripes: 1 h 13 min on one node of 16 cores, 24 min on 3 such nodes" in told
+    assert "in 3 stripes: 2 h 9 min on one node of 16 cores, 43 min on 3 such nodes" in told
 
 
 @pytest.mark.parametrize("rows", [None, 10**9, 500])

@@ -578,14 +578,13 @@ def _files(root: Path) -> list[str]:
 
 
 def _held_memory() -> Counter[int]:
-    """Bytes of anonymous memory by session, which a pod's first process leads."""
+    """Bytes of anonymous memory and page tables by session, which a pod's first process leads."""
     held: Counter[int] = Counter()
     for folder in Path("/proc").glob("[0-9]*"):
         try:
             status = (folder / "status").read_text()
-            anonymous = re.search(r"^RssAnon:\s+(\d+) kB$", status, re.MULTILINE)
-            if anonymous:
-                held[os.getsid(int(folder.name))] += int(anonymous[1]) * 1024
+            sizes = re.findall(r"^(?:RssAnon|VmPTE):\s+(\d+) kB$", status, re.MULTILINE)
+            held[os.getsid(int(folder.name))] += 1024 * sum(map(int, sizes))
         except OSError:
             continue  # the process ended meanwhile
     return held

@@ -12,6 +12,8 @@ from laion_assets.index import vectors as vectors_module
 from laion_assets.index.decoder import Decoder
 from laion_assets.index.vectors import decoded_codes, unit
 from laion_assets.io import spill
+from laion_assets.io.processes import in_processes
+from laion_assets.search import caps
 from laion_assets.search.caps import find_links_of_stripe, plan_comparison
 from laion_assets.search.links import SIZES, Links, Sizes
 from laion_assets.search.near_duplicates import components, components_of_lists
@@ -223,7 +225,12 @@ def test_rows_decoded_on_every_access_have_the_same_components(monkeypatch) -> N
 
 
 @pytest.mark.parametrize("held_rows", [0, 1000], ids=["decoded on every access", "held"])
-def test_processes_that_share_the_work_find_the_same_components(held_rows) -> None:
+def test_processes_that_share_the_work_find_the_same_components(held_rows, monkeypatch) -> None:
+    shares: list[list[caps.Share]] = []
+    monkeypatch.setattr(caps, "thread_count", lambda: 3)
+    monkeypatch.setattr(
+        caps, "in_processes", lambda work, some: shares.append(some) or in_processes(work, some)
+    )
     rows = clumps(np.random.default_rng(6), 400)
     decoder = Decoder(None, np.empty(0, np.int64), rows.shape[1])
     vectors = decoded_codes(rows.view(np.uint8), decoder, held_rows)
@@ -231,6 +238,7 @@ def test_processes_that_share_the_work_find_the_same_components(held_rows) -> No
     assert 1 < len(np.unique(expected)) < 300
     sizes = Sizes(**BY_CAPS | {"shared": 0})
     np.testing.assert_array_equal(components(vectors, 0.94, sizes), expected)
+    assert [share.stripe for share in shares[0]] == [(0, 3), (1, 3), (2, 3)]
 
 
 def test_rows_opposite_to_a_cap_wider_than_half_the_sphere_are_not_missed() -> None:

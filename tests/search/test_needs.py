@@ -50,7 +50,8 @@ def test_each_stripe_takes_some_hours_at_most_and_nodes_share_them():
     assert 4 < many.core_seconds / many.stripes / needs.HOUR <= 8.1
     assert many.hours(cores=1) == pytest.approx(many.core_seconds / needs.HOUR)
     assert many.hours(1) / 4.1 < many.hours(4) < many.hours(1) / 3.5
-    assert many.hours(10**6) < 0.6
+    assert many.hours(10**6) < 1
+    assert needs.worth(16) == 9
 
 
 def test_a_small_request_is_never_refused(monkeypatch):
