@@ -27,6 +27,7 @@ LIBRARY = {"build", "index", "io", "search", "seeds", "staging"}
 IN_LIBRARY = [path for path in MODULES if path.relative_to(PACKAGE).parts[0] in LIBRARY]
 # Where the environment of the process comes in, and where Google's clients look for their own variables.
 ENVIRONMENT = {
+    "laion_assets.io.processes",  # hands it on to the processes that it starts
     "laion_assets.definitions",
     "laion_assets.cli",
     "laion_assets.defs.webserver",
