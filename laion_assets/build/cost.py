@@ -7,7 +7,6 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 
-import faiss
 import numpy as np
 from tqdm import tqdm
 
@@ -15,6 +14,7 @@ from laion_assets.build.codebooks import WideCodebooks
 from laion_assets.build.index_key import IndexKey, training_rows
 from laion_assets.build.nearest import CANDIDATES, EXACT_CENTRES, GROUP_CENTRES, Centres, unit_or_zero
 from laion_assets.index import ID_SIZE
+from laion_assets.io.parallel import thread_count
 
 ROWS_MEASURED = 16_384
 # At most; rates for more lists are scaled by the number of centres that a row is compared with.
@@ -180,7 +180,7 @@ def measured(index_key: str, dimension: int) -> Rates:
     rows = unit_or_zero(random.standard_normal((ROWS_MEASURED, dimension), np.float32))
     rotation = random.standard_normal((width, dimension), np.float32)
     lists = min(key.lists, LISTS_MEASURED)
-    cores = int(faiss.omp_get_max_threads())
+    cores = thread_count()
 
     def seconds(work: Callable[[], object]) -> float:
         work()

@@ -25,7 +25,7 @@ from laion_assets.index.vectors import unit
 from laion_assets.io.arrays import Bytes, Floats, Ids, Mask
 from laion_assets.io.console import silent_stdout
 from laion_assets.io.errors import InputError
-from laion_assets.io.parallel import in_threads, slices
+from laion_assets.io.parallel import in_threads, slices, thread_count
 from laion_assets.io.ranges import Disk, Hold, WholeFiles, ranges_of, read_ahead
 
 MIN_NPROBE = 64
@@ -240,7 +240,7 @@ class Index:
         Each thread finds the best of its share of the lists. faiss's own threads would do the same, but
         on a busy machine they spin for 20 ms while they wait for each other.
         """
-        threads = faiss.omp_get_max_threads()
+        threads = thread_count()
 
         def best_of(first: int) -> tuple[Floats, Ids]:
             numbers, near = lists[first::threads], nearness[first::threads]

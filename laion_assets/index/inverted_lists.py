@@ -14,7 +14,7 @@ import numpy as np
 
 from laion_assets.io.arrays import Ids
 from laion_assets.io.errors import InputError
-from laion_assets.io.parallel import in_threads, slices
+from laion_assets.io.parallel import in_threads, slices, thread_count
 from laion_assets.io.ranges import Ranges, ranges_of, read_ahead, union
 
 ID_SIZE = 8  # bytes of an id in a list
@@ -140,7 +140,7 @@ class InvertedLists:
         a_query = int(self._bytes_of(lists).sum()) // max(len(lists), 1)
         at_once = max(1, min(QUERIES_AT_ONCE, BYTES_AT_ONCE // max(a_query, 1)))
         batches = slices(len(lists), at_once)
-        threads = faiss.omp_get_max_threads()
+        threads = thread_count()
         with ThreadPoolExecutor(1, "read-ahead") as reader:
             reads = [reader.submit(self._read_ahead, lists[batch]) for batch in batches[:threads]]
 

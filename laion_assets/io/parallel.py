@@ -26,7 +26,7 @@ def one_blas_thread() -> AbstractContextManager[None]:
 @contextmanager
 def one_thread() -> Iterator[None]:
     """Run faiss, BLAS and `in_threads` in one thread, so that sums always have the same order."""
-    threads = faiss.omp_get_max_threads()
+    threads = thread_count()
     faiss.omp_set_num_threads(1)
     try:
         with one_blas_thread():

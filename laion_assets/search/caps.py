@@ -9,12 +9,12 @@ from typing import TypeAlias
 
 import numpy as np
 
-from laion_assets.index.vectors import Vectors, unit
+from laion_assets.index.vectors import unit
 from laion_assets.io.arrays import Floats, Ids, Mask
 from laion_assets.io.parallel import in_threads, slices, thread_count
 from laion_assets.io.processes import in_processes
 from laion_assets.io.ranges import members
-from laion_assets.search.links import SLACK, Forest, Links, Sizes, pairs_of
+from laion_assets.search.links import SLACK, Links, pairs_of
 from laion_assets.search.rounded import (
     Numbers,
     Rounded,
@@ -31,7 +31,6 @@ Pairs: TypeAlias = tuple[Ids, Ids]  # a[i] and b[i]
 Part: TypeAlias = tuple[int, Tiles]  # the place of the first of some rows, and their sketches
 
 WHOLE = (0, 1)  # the only stripe
-ROWS = 1 << 20  # whose numbers exist at once
 
 
 @dataclass(frozen=True)
@@ -235,57 +234,23 @@ class Caps:
 
 
 def find_links(links: Links, caps: Caps, stripe: tuple[int, int]) -> None:
-    """Find the links of a stripe. If it takes long, processes share it, each a stripe of the stripe."""
+    """Find the links of a stripe. Of many rows, each process takes every p-th block of the stripe."""
     (number, step), processes = stripe, thread_count()
     if processes == 1 or len(caps.rows) <= links.sizes.shared:
         find_links_here(links, caps, stripe)
         return
-    labels = links.forest.labels()
-    shares = [
-        Share(links.vectors, links.limit, links.sizes, labels, caps, (first, step * processes))
-        for first in range(number, number + step * processes, step)
-    ]
+    shares = [(links, caps, (number + step * place, step * processes)) for place in range(processes)]
     for found in in_processes(links_of_share, shares):
         links.forest.connect(*found)
 
 
-@dataclass(frozen=True)
-class Share:
-    """What a process needs to find the links of a stripe.
-
-    Attributes:
-        vectors: see `Links`.
-        limit: see `Links`.
-        sizes: see `Links`.
-        labels: (n,) components that are connected already.
-        caps: what is compared.
-        stripe: see `find_links_of_stripe`.
-
-    """
-
-    vectors: Vectors
-    limit: float
-    sizes: Sizes
-    labels: Ids
-    caps: Caps
-    stripe: tuple[int, int]
-
-
-def links_of_share(share: Share) -> Pairs:
-    """Return links that connect what a share of the work connects; the labels of the share change."""
-    forest = Forest(share.labels)
-    apart = roots_of(forest)
-    links = Links(share.vectors, share.limit, share.sizes, forest)
-    find_links_here(links, share.caps, share.stripe)
-    rows = np.flatnonzero(apart & ~roots_of(forest))
+def links_of_share(share: tuple[Links, Caps, tuple[int, int]]) -> Pairs:
+    """Return links that connect what a share of the work connects."""
+    forest = share[0].forest
+    before = forest.are_roots()
+    find_links_here(*share)
+    rows = np.flatnonzero(before & ~forest.are_roots())
     return rows, forest.roots(rows)
-
-
-def roots_of(forest: Forest) -> Mask:
-    """Return which rows are the root of their component; not all at once, for their numbers are large."""
-    parents = forest.parents
-    every = [parents[some] == np.arange(some.start, some.stop) for some in slices(len(parents), ROWS)]
-    return np.concatenate(every)
 
 
 def find_links_here(links: Links, caps: Caps, stripe: tuple[int, int]) -> None:

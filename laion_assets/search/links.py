@@ -9,8 +9,9 @@ import numpy as np
 
 from laion_assets.index.vectors import Vectors
 from laion_assets.io.arrays import Floats, Ids, Mask
-from laion_assets.io.parallel import in_threads
+from laion_assets.io.parallel import in_threads, slices
 
+ROWS_NUMBERED = 1 << 20  # at a time: the numbers of all rows take memory
 SLACK = 1e-4  # relaxes every bound by more than float32's rounding, see `near_duplicates`
 
 
@@ -53,6 +54,10 @@ class Forest:
         self.parents = parents
         self.lock = threading.Lock()
 
+    def __reduce__(self) -> tuple[type[Forest], tuple[Ids]]:
+        """Pickle the parents; another process has a lock of its own."""
+        return Forest, (self.parents,)
+
     def roots(self, rows: Ids) -> Ids:
         """Return the root of each row; it may be outdated while other threads connect rows."""
         roots = self.parents[rows]
@@ -73,9 +78,17 @@ class Forest:
                 a, b = a[a != b], b[a != b]
                 np.minimum.at(self.parents, np.maximum(a, b), np.minimum(a, b))
 
+    def are_roots(self) -> Mask:
+        """Return which rows are the root of their component."""
+        every = slices(len(self.parents), ROWS_NUMBERED)
+        return np.concatenate(
+            [np.empty(0, np.bool_)]
+            + [self.parents[some] == np.arange(some.start, some.stop) for some in every]
+        )
+
     def count(self) -> int:
         """Return the number of components."""
-        return int(np.count_nonzero(self.parents == np.arange(len(self.parents))))
+        return int(np.count_nonzero(self.are_roots()))
 
     def labels(self) -> Ids:
         """Return the root of every row."""
@@ -84,22 +97,12 @@ class Forest:
 
 
 class Links:
-    """The links found so far. Only `find` and `linked` decide whether two rows are linked.
+    """The links found so far. Only `find` and `linked` decide whether two rows are linked."""
 
-    Args:
-        vectors: (n, d) unit rows.
-        threshold: cosine above which rows are linked.
-        sizes: how the work is divided.
-        forest: the links that are known; none if None.
-
-    """
-
-    def __init__(
-        self, vectors: Vectors, threshold: float, sizes: Sizes, forest: Forest | None = None
-    ) -> None:
+    def __init__(self, vectors: Vectors, threshold: float, sizes: Sizes) -> None:
         self.vectors, self.sizes = vectors, sizes
         self.limit = float(np.float32(threshold))
-        self.forest = Forest(np.arange(len(vectors))) if forest is None else forest
+        self.forest = Forest(np.arange(len(vectors)))
 
     def find(self, a: Ids, b: Ids) -> None:
         """Find the links between the rows of a and the rows of b, with one product."""

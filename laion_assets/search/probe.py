@@ -18,7 +18,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import faiss
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -139,7 +138,7 @@ def keep_rates(cache: Path, fingerprint: str, rates: Rates) -> None:
 
 
 def _measured(fingerprint: str) -> dict[str, Any]:
-    return {"version": VERSION, "index": fingerprint, "cores": faiss.omp_get_max_threads()}
+    return {"version": VERSION, "index": fingerprint, "cores": thread_count()}
 
 
 def bytes_read() -> int | None:
@@ -178,7 +177,7 @@ def measured_rates(open_index: Callable[[], AbstractContextManager[OpenIndex]], 
         batch, taken = _take_rates(opened.metadata)
         written, combined = _table_rates(opened.metadata, hits.codes)
     return Rates(
-        cores=faiss.omp_get_max_threads(),
+        cores=thread_count(),
         threads=threads,
         opening=opening,
         query=query,
@@ -291,10 +290,10 @@ def _near_duplicate_laws(index: Index, hits: Hits) -> tuple[Pairwise, Pairwise, 
     few, many = (of_a_long_result(rows) for rows in LONG)
     started = time.perf_counter()
     labels = compare(hits.code[longest : longest + 1])
-    in_threads = time.perf_counter() - started
+    together = time.perf_counter() - started
     kept = len(np.unique(labels)) / max(many[0], 1)
     long = Pairwise.through(*few, *many, least=kept**2 * _seconds_of_a_pair())
-    return short, long, float(np.clip(many[1] / in_threads, 1, thread_count()))
+    return short, long, float(np.clip(many[1] / together, 1, thread_count()))
 
 
 def _seconds_of_a_pair() -> float:

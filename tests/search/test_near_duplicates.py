@@ -226,7 +226,7 @@ def test_rows_decoded_on_every_access_have_the_same_components(monkeypatch) -> N
 
 @pytest.mark.parametrize("held_rows", [0, 1000], ids=["decoded on every access", "held"])
 def test_processes_that_share_the_work_find_the_same_components(held_rows, monkeypatch) -> None:
-    shares: list[list[caps.Share]] = []
+    shares: list[list[tuple[Links, caps.Caps, tuple[int, int]]]] = []
     monkeypatch.setattr(caps, "thread_count", lambda: 3)
     monkeypatch.setattr(
         caps, "in_processes", lambda work, some: shares.append(some) or in_processes(work, some)
@@ -238,7 +238,7 @@ def test_processes_that_share_the_work_find_the_same_components(held_rows, monke
     assert 1 < len(np.unique(expected)) < 300
     sizes = Sizes(**BY_CAPS | {"shared": 0})
     np.testing.assert_array_equal(components(vectors, 0.94, sizes), expected)
-    assert [share.stripe for share in shares[0]] == [(0, 3), (1, 3), (2, 3)]
+    assert [stripe for _, _, stripe in shares[0]] == [(0, 3), (1, 3), (2, 3)]
 
 
 def test_rows_opposite_to_a_cap_wider_than_half_the_sphere_are_not_missed() -> None:
