@@ -155,17 +155,27 @@ def main() -> None:
     try:
         work, argument = _unpickled(job)
         with one_thread():
-            answer = True, work(argument)
+            answer = pickle.dumps((True, work(argument)))
     except Exception as error:  # the parent raises it
         error.add_note(f"in a process that shares the work:\n{traceback.format_exc()}")
-        answer = False, error
-    connection.send_bytes(pickle.dumps(answer))
+        answer = _pickled(error)
+    connection.send_bytes(answer)
 
 
 def _unpickled(job: bytes) -> Any:
     unpickler = pickle.Unpickler(BytesIO(job))  # noqa: S301
     unpickler.persistent_load = _mapped  # type: ignore[method-assign]
     return unpickler.load()
+
+
+def _pickled(error: Exception) -> bytes:
+    """Pickle an error, or what it says if it does not survive that."""
+    try:
+        answer = pickle.dumps((False, error))
+        pickle.loads(answer)  # noqa: S301
+    except Exception:  # whatever the class of the error raises
+        answer = pickle.dumps((False, RuntimeError("\n".join([str(error), *error.__notes__]))))
+    return answer
 
 
 def _end_with_parent(connection: Connection) -> None:

@@ -29,6 +29,19 @@ def refused(name: str) -> None:
     raise InputError(f"{name} is damaged: replace it", "staged_index")
 
 
+class OddError(Exception):
+    """An error that pickle writes and cannot read."""
+
+    def __init__(self, one: str, other: str) -> None:
+        super().__init__(f"{one} of {other}")
+
+
+def odd(place: str) -> object:
+    if place == "error":
+        raise OddError("a page", "a file")
+    return lambda: place
+
+
 def killed(number: int) -> int:
     if number == 1:
         os.kill(os.getpid(), signal.SIGKILL)
@@ -58,6 +71,16 @@ def test_an_error_of_a_process_is_raised_as_it_is() -> None:
         in_processes(refused, ["one", "two"])
     assert raised.value.about == "staged_index"
     assert "in refused" in "".join(raised.value.__notes__)
+
+
+@pytest.mark.parametrize(("place", "told"), [("error", "a page of a file"), ("result", "lambda")])
+def test_what_pickle_cannot_hand_over_is_told_as_it_is(place, told) -> None:
+    with pytest.raises(Exception, match=told) as raised:
+        in_processes(odd, [place])
+    assert not isinstance(raised.value, InputError)
+    assert "in a process that shares the work" in str(raised.value) + "".join(
+        getattr(raised.value, "__notes__", [])
+    )
 
 
 def test_a_killed_process_is_named_with_the_remedy_and_the_others_end() -> None:
