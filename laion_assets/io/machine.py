@@ -1,12 +1,30 @@
-"""What this machine has to give: its free memory and disk."""
+"""What this machine has to give: its cores, and its free memory and disk."""
 
 from __future__ import annotations
 
+import math
+import os
 import re
 import shutil
 import tempfile
 from contextlib import suppress
+from functools import cache
 from pathlib import Path
+
+
+@cache
+def cores(root: Path = Path("/")) -> int:
+    """Return the cores that this process may use, or the time of how many its container has (cgroup v2).
+
+    Args:
+        root: folder of `proc` and `sys`.
+
+    """
+    usable = len(os.sched_getaffinity(0))
+    with suppress(OSError, ValueError):  # no such file without cgroup v2, and "max" is no limit
+        quota, period = map(int, (_control_group(root) / "cpu.max").read_text().split())
+        usable = min(usable, math.ceil(quota / period))
+    return usable
 
 
 def free_memory(root: Path = Path("/")) -> int:
@@ -22,8 +40,7 @@ def free_memory(root: Path = Path("/")) -> int:
     meminfo = (root / "proc/meminfo").read_text()
     available = re.search(r"^MemAvailable: *(\d+) kB", meminfo, re.MULTILINE)
     free = int(available[1]) * 1024 if available else 0
-    group = re.search(r"^0::/(.*)$", (root / "proc/self/cgroup").read_text(), re.MULTILINE)
-    folder = root / "sys/fs/cgroup" / (group[1] if group else "")
+    folder = _control_group(root)
     with suppress(OSError, ValueError):  # no such files without cgroup v2, and "max" is no limit
         limit = int((folder / "memory.max").read_text())
         held = re.search(r"^anon (\d+)", (folder / "memory.stat").read_text(), re.MULTILINE)
@@ -34,3 +51,9 @@ def free_memory(root: Path = Path("/")) -> int:
 def free_disk() -> int:
     """Return the free bytes in the folder of temporary files."""
     return shutil.disk_usage(tempfile.gettempdir()).free
+
+
+def _control_group(root: Path) -> Path:
+    """Return the folder of the limits of this process; they hold for its whole container."""
+    group = re.search(r"^0::/(.*)$", (root / "proc/self/cgroup").read_text(), re.MULTILINE)
+    return root / "sys/fs/cgroup" / (group[1] if group else "")

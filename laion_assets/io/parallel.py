@@ -9,6 +9,8 @@ from typing import TypeVar
 import faiss
 from threadpoolctl import ThreadpoolController
 
+from laion_assets.io.machine import cores
+
 Argument = TypeVar("Argument")
 Result = TypeVar("Result")
 
@@ -42,8 +44,8 @@ def _libraries() -> ThreadpoolController:
 
 
 def thread_count() -> int:
-    """Return in how many threads work is done."""
-    return int(faiss.omp_get_max_threads())
+    """Return in how many threads work is done: those of faiss, or fewer in a container with less time."""
+    return min(int(faiss.omp_get_max_threads()), cores())
 
 
 def in_threads(work: Callable[[Argument], Result], arguments: Iterable[Argument]) -> list[Result]:

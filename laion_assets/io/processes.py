@@ -51,6 +51,7 @@ def in_processes(work: Callable[[Argument], Result], arguments: Sequence[Argumen
 
     Raises:
         InputError: a process was killed, probably because memory ran out, or the disk is full.
+        RuntimeError: a process ended in another way.
         Exception: any error of `work`, with a note that says where it was raised.
 
     """
@@ -84,10 +85,11 @@ class _Process:
         except (EOFError, ConnectionError):
             code = self.process.wait()
             ending = signal.Signals(-code).name if code < 0 else f"exit code {code}"
-            raise InputError(
-                f"a process that shared the work of this one has ended ({ending}): give this step more "
-                "memory, or fewer cores"
-            ) from None
+            ended = f"a process that shared the work of this one has ended ({ending})"
+            if code == -signal.SIGKILL:  # by the kernel
+                remedy = "give this step more memory, or fewer cores (OMP_NUM_THREADS)"
+                raise InputError(f"{ended}: {remedy}") from None
+            raise RuntimeError(f"{ended}; what it printed may say why") from None
         if succeeded:
             return result
         raise result

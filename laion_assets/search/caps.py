@@ -11,6 +11,7 @@ import numpy as np
 
 from laion_assets.index.vectors import unit
 from laion_assets.io.arrays import Floats, Ids, Mask
+from laion_assets.io.machine import free_memory
 from laion_assets.io.parallel import in_threads, slices, thread_count
 from laion_assets.io.processes import in_processes
 from laion_assets.io.ranges import members
@@ -31,6 +32,7 @@ Pairs: TypeAlias = tuple[Ids, Ids]  # a[i] and b[i]
 Part: TypeAlias = tuple[int, Tiles]  # the place of the first of some rows, and their sketches
 
 WHOLE = (0, 1)  # the only stripe
+MEMORY_OF_A_PROCESS, MEMORY_OF_A_ROW = 150 << 20, 8  # bytes, of one that shares the comparison
 
 
 @dataclass(frozen=True)
@@ -233,10 +235,16 @@ class Caps:
         return cls(comparison.rows, starts, sketches, every, reach)
 
 
+def processes_for(rows: int) -> int:
+    """Return how many processes share the comparison: one a core, if half the free memory has room."""
+    room = free_memory() // 2 // (MEMORY_OF_A_PROCESS + MEMORY_OF_A_ROW * rows)
+    return min(thread_count(), room)
+
+
 def find_links(links: Links, caps: Caps, stripe: tuple[int, int]) -> None:
     """Find the links of a stripe. Of many rows, each process takes every p-th block of the stripe."""
-    (number, step), processes = stripe, thread_count()
-    if processes == 1 or len(caps.rows) <= links.sizes.shared:
+    (number, step), processes = stripe, processes_for(len(caps.rows))
+    if processes < 2 or len(caps.rows) <= links.sizes.shared:
         find_links_here(links, caps, stripe)
         return
     shares = [(links, caps, (number + step * place, step * processes)) for place in range(processes)]

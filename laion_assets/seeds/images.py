@@ -13,9 +13,10 @@ from typing import NamedTuple, TypeAlias
 import numpy as np
 
 from laion_assets.io.arrays import Floats, unit_rows
+from laion_assets.io.machine import cores
 from laion_assets.io.storage import first_line
 from laion_assets.seeds.decoding import BadImageError, PixelBudget, open_image, thumbnail
-from laion_assets.seeds.model import NO_DIRECTION, Model, cores
+from laion_assets.seeds.model import NO_DIRECTION, Model
 from laion_assets.seeds.preprocessing import Preprocessing
 from laion_assets.seeds.seed_files import UnusableFileError
 

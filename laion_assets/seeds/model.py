@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping, Sequence
 from contextlib import redirect_stdout
 from functools import cached_property
@@ -15,6 +14,7 @@ import onnxruntime as ort
 
 from laion_assets.io.arrays import Floats, Ids
 from laion_assets.io.errors import InputError
+from laion_assets.io.machine import cores
 from laion_assets.io.storage import first_line
 from laion_assets.seeds.model_folder import (
     MODEL,
@@ -269,11 +269,6 @@ class Session:
             )
         vectors: Floats = answer[:rows].astype(np.float32, copy=False)
         return vectors
-
-
-def cores() -> int:
-    """Return the number of cores that this process may use."""
-    return len(os.sched_getaffinity(0))
 
 
 def _providers(device: str) -> list[str]:

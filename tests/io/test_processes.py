@@ -49,6 +49,10 @@ def killed(number: int) -> int:
     return number
 
 
+def ended(code: int) -> None:
+    os._exit(code)
+
+
 def waiting(folder: str) -> None:
     (Path(folder) / str(os.getpid())).touch()
     time.sleep(600)
@@ -88,6 +92,11 @@ def test_a_killed_process_is_named_with_the_remedy_and_the_others_end() -> None:
     with pytest.raises(InputError, match=r"has ended \(SIGKILL\): give this step more memory"):
         in_processes(killed, [0, 1, 2])
     assert time.monotonic() - started < 60
+
+
+def test_a_process_that_ends_itself_is_no_lack_of_memory() -> None:
+    with pytest.raises(RuntimeError, match=r"has ended \(exit code 7\)"):
+        in_processes(ended, [7])
 
 
 def test_processes_end_with_their_parent_however_it_ends(tmp_path) -> None:

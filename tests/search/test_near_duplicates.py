@@ -241,6 +241,14 @@ def test_processes_that_share_the_work_find_the_same_components(held_rows, monke
     assert [stripe for _, _, stripe in shares[0]] == [(0, 3), (1, 3), (2, 3)]
 
 
+def test_no_more_processes_share_the_work_than_memory_has_room_for(monkeypatch) -> None:
+    monkeypatch.setattr(caps, "thread_count", lambda: 96)
+    rows = 8_000_000
+    for free, expected in ((1 << 40, 96), (12 << 30, 29), (600 << 20, 1), (0, 0)):
+        monkeypatch.setattr(caps, "free_memory", lambda free=free: free)
+        assert caps.processes_for(rows) == expected
+
+
 def test_rows_opposite_to_a_cap_wider_than_half_the_sphere_are_not_missed() -> None:
     angles = np.radians([0, 50, -50, 100, -100, 180])
     rows = np.stack([np.cos(angles), np.sin(angles)], axis=1).astype(np.float32)

@@ -1,13 +1,11 @@
 """What combining takes follows the measured laws, and what cannot fit is refused with the numbers."""
 
 import re
-from pathlib import Path
 
 import pytest
 from helpers.project import REPOSITORY
 
 from laion_assets.io.errors import InputError
-from laion_assets.io.machine import free_memory
 from laion_assets.search import needs
 from laion_assets.search.needs import Needs
 
@@ -58,22 +56,3 @@ def test_a_small_request_is_never_refused(monkeypatch):
     for what in ("free_memory", "free_disk"):
         monkeypatch.setattr(needs, what, lambda: 0)
     Needs.of(100_000).check()
-
-
-@pytest.mark.parametrize(
-    ("limit", "free"), [("max", 6_000_000 * 1024), ("3000000000", 1_000_000_000), ("1000000000", 0)]
-)
-def test_memory_is_free_up_to_the_limit_of_the_container_and_files_do_not_count(tmp_path, limit, free):
-    files = {
-        "proc/meminfo": "MemTotal: 9000000 kB\nMemFree: 100000 kB\nMemAvailable:    6000000 kB\n",
-        "proc/self/cgroup": "0::/pod\n",
-        "sys/fs/cgroup/pod/memory.max": f"{limit}\n",
-        "sys/fs/cgroup/pod/memory.stat": "anon 2000000000\nfile 9000000000\n",
-    }
-    for name, text in files.items():
-        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
-        (tmp_path / name).write_text(text)
-    assert free_memory(tmp_path) == free
-    (tmp_path / "sys/fs/cgroup/pod/memory.max").unlink()
-    assert free_memory(tmp_path) == 6_000_000 * 1024
-    assert free_memory(Path("/")) > 0

@@ -4,7 +4,6 @@ import json
 from dataclasses import asdict, replace
 from functools import partial
 
-import faiss
 import numpy as np
 import pyarrow as pa
 import pytest
@@ -100,7 +99,7 @@ def test_rates_are_kept_for_the_index_and_the_cores_they_were_measured_with(tmp_
     keep_rates(tmp_path, "one", RATES)
     assert kept_rates(tmp_path, "one") == RATES
     assert kept_rates(tmp_path, "another") is None
-    monkeypatch.setattr(faiss, "omp_get_max_threads", lambda: 1000)
+    monkeypatch.setattr(probe, "thread_count", lambda: 1000)
     assert kept_rates(tmp_path, "one") is None
     keep_rates(tmp_path, "one", replace(RATES, cores=1000))
     assert kept_rates(tmp_path, "one") == replace(RATES, cores=1000)
