@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import io
 from collections.abc import Callable
+from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
@@ -60,27 +61,25 @@ class Decoder:
         """Return vectors with the same inner products as the decoded ones, for a third of the work.
 
         Decoding ends with the transpose of OPQ's matrix A, (m, d) with orthonormal columns if m >= d, or
-        orthonormal rows otherwise. Inner products do not need it: A'y . A'z = y . AA'z, and AA' only
-        removes from z the few directions orthogonal to A's columns (LAION-5B: 128 of 896).
+        orthonormal rows otherwise. That changes inner products only by mapping m - d directions to zero
+        (LAION-5B: 128 of 896). So it is enough to leave these out.
 
         Args:
             codes: (n, code size).
 
         Returns:
-            (n, m) float32, where m is the output dimension of OPQ.
+            (n, min(m, d)) float32.
 
         """
-        if self._orthogonal_directions is None:
+        if self._reflection is None:
             return self.decode(codes)
         vectors: Floats = faiss.extract_index_ivf(self._index).sa_decode(self._renumbered(codes))
-        if self._orthogonal_directions.size:
-            vectors -= (vectors @ self._orthogonal_directions) @ self._orthogonal_directions.T
-        return vectors
+        return self._reflection.rest_of(vectors)
 
     @cached_property
-    def _orthogonal_directions(self) -> Floats | None:
+    def _reflection(self) -> _Reflection | None:
         with one_blas_thread():
-            return _orthogonal_directions(self._index)
+            return _reflection(self._index)
 
     def _renumbered(self, codes: Bytes) -> Bytes:
         """Replace the list numbers in codes by the row numbers of this decoder's centres."""
@@ -149,13 +148,54 @@ def list_bytes(numbers: Ids, width: int) -> Bytes:
     return numbers.astype("<i8").view(np.uint8).reshape(-1, 8)[:, :width]
 
 
-def _orthogonal_directions(index: Any) -> Floats | None:
-    """Return the directions that the transpose of the index's linear transform maps to zero.
+@dataclass(frozen=True)
+class _Reflection:
+    """An orthonormal matrix that turns g directions, which a transform maps to zero, to the first g axes.
 
-    Returns:
-        (m, max(m - d, 0)) orthonormal columns. None if the index does not have exactly one linear
-        transform, or if the transform changes inner products.
+    Let the columns of D be such directions, orthonormal and chosen so that the upper g rows, D1, are
+    symmetric and positive semidefinite. With the other rows, D2, the columns of::
 
+        -D2'
+        I - D2 (I + D1)^-1 D2'
+
+    are orthonormal, and orthogonal to D (a block reflector: Schreiber and Parlett, 1988). So they keep
+    the inner products of vectors without these directions, in two products of g * (m - g) numbers.
+
+    Attributes:
+        into: (m - g, g) D2 (I + D1)^-1.
+        out_of: (g, m - g) D2'.
+
+    """
+
+    into: Floats
+    out_of: Floats
+
+    @classmethod
+    def of(cls, directions: Floats) -> _Reflection:
+        """Return the reflection of (m, g) orthonormal directions."""
+        gone = directions.shape[1]
+        left, _, right = np.linalg.svd(directions[:gone])
+        turned = directions @ (left @ right).T
+        top, rest = turned[:gone], turned[gone:]
+        into = np.linalg.solve(np.eye(gone, dtype=np.float32) + top, rest.T).T
+        return cls(np.ascontiguousarray(into), np.ascontiguousarray(rest.T))
+
+    def rest_of(self, vectors: Floats) -> Floats:
+        """Return (n, m - g) what is left of (n, m) vectors."""
+        gone = len(self.out_of)
+        if not gone:
+            return vectors
+        first, others = vectors[:, :gone], vectors[:, gone:]
+        along: Floats = others @ self.into
+        along += first
+        taken: Floats = along @ self.out_of
+        return np.subtract(others, taken, out=taken)
+
+
+def _reflection(index: Any) -> _Reflection | None:
+    """Return the reflection of the directions that the transpose of the index's transform maps to zero.
+
+    None if the index does not have exactly one linear transform, or if it changes inner products.
     """
     if not isinstance(index, faiss.IndexPreTransform) or index.chain.size() != 1:
         return None
@@ -171,7 +211,7 @@ def _orthogonal_directions(index: Any) -> Floats | None:
     directions = random.standard_normal((width_out, max(width_out - width_in, 0)), np.float32)
     for _ in range(2):  # a single projection leaves rounding errors
         directions = np.linalg.qr(directions - matrix @ (matrix.T @ directions))[0]
-    return np.ascontiguousarray(directions)
+    return _Reflection.of(directions)
 
 
 def _emptied(index: Any, centres: Floats) -> Any:

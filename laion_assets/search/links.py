@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from laion_assets.index.vectors import Vectors
-from laion_assets.io.arrays import Floats, Ids, Mask
+from laion_assets.io.arrays import Bytes, Floats, Ids, Mask
 from laion_assets.io.parallel import in_threads, slices
 
 ROWS_NUMBERED = 1 << 20  # at a time: the numbers of all rows take memory
@@ -154,6 +154,14 @@ class Links:
 def pairs_of(mask: Mask) -> tuple[Ids, Ids]:
     """Return row and column of true elements, four times as fast as a two-dimensional `nonzero`."""
     return np.divmod(np.flatnonzero(mask), mask.shape[1])
+
+
+def pairs_of_bits(packed: Bytes) -> tuple[Ids, Ids]:
+    """Return row and column of the bits that `np.packbits` packed along each row, where few are set."""
+    some = np.flatnonzero(packed.ravel() != 0)
+    row, byte = np.divmod(some, packed.shape[1])
+    place, bit = pairs_of(np.unpackbits(packed.ravel()[some, None], axis=1).view(np.bool_))
+    return row[place], byte[place] * 8 + bit
 
 
 def squares(vectors: Floats) -> Floats:

@@ -43,7 +43,7 @@ rows are connected already, or where an upper bound of its cosine (facts 1 and 2
 one that reads connections late only checks a pair without need.
 
 **Rounding.** The float32 dot product of two unit rows of d numbers has an error below d * 6e-8 (5e-5
-for LAION-5B's 896; about 1e-6 in practice), which depends on the order of summation. Every bound is
+for LAION-5B's 768; about 1e-6 in practice), which depends on the order of summation. Every bound is
 therefore relaxed by SLACK, which exceeds that error up to d = 1,600. A pair within SLACK of the
 threshold is decided in float64, where the order does not matter, so the result is a function of the
 vectors alone. The length of the remainder is the root of a difference of squares, which is inaccurate
@@ -76,7 +76,7 @@ from laion_assets.index.vectors import Vectors
 from laion_assets.io.arrays import Bytes, Floats, Ids
 from laion_assets.io.parallel import in_threads, slices
 from laion_assets.search.caps import find_all_links, joined
-from laion_assets.search.links import SIZES, Forest, Links, Sizes, pairs_of
+from laion_assets.search.links import SIZES, Forest, Links, Sizes, pairs_of_bits
 from laion_assets.search.rounded import Rounded
 from laion_assets.search.sketches import choose_axes, distinct_rows, near_pairs, sketch_all
 
@@ -181,19 +181,20 @@ def components_of_short_lists(
 
     def still_apart(job: tuple[Ids, list[Bytes]]) -> tuple[Ids, Ids]:
         entries, packed = job
-        roots = forest.roots(entries).astype(np.int32)
+        roots, own = np.unique(forest.roots(entries), return_inverse=True)
+        numbers = np.arange(len(roots), dtype=np.int32)
+        connected = np.packbits(numbers[:, None] == own.astype(np.int32), axis=1)
         pairs, number = [], 0
-        for some, bits in zip(slices(len(entries), sizes.rows_of_list), packed, strict=True):
-            near = np.unpackbits(bits, axis=1, count=some.stop).view(np.bool_)
-            near &= roots[some, None] != roots[: some.stop]
-            near[:, some] &= np.tri(len(near), k=-1, dtype=np.bool_)  # each pair once
-            number += int(np.count_nonzero(near))
+        for some, near in zip(slices(len(entries), sizes.rows_of_list), packed, strict=True):
+            row, lower = pairs_of_bits(near & ~connected[own[some], : near.shape[1]])
+            higher = some.start + row
+            once = lower < higher
+            pairs.append((entries[lower[once]], entries[higher[once]]))
+            number += len(pairs[-1][0])
             if number > sizes.many_of_row * len(entries):
                 labels = components(Gathered(vectors, members[entries]), threshold, sizes)
                 forest.connect(entries, entries[labels])
                 return entries[:0], entries[:0]
-            higher, lower = pairs_of(near)
-            pairs.append((entries[lower], entries[some][higher]))
         return joined(pairs)
 
     def decide(a: Ids, b: Ids) -> None:
