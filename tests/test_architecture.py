@@ -27,6 +27,7 @@ LIBRARY = {"build", "index", "io", "search", "seeds", "staging"}
 IN_LIBRARY = [path for path in MODULES if path.relative_to(PACKAGE).parts[0] in LIBRARY]
 # Where the environment of the process comes in, and where Google's clients look for their own variables.
 ENVIRONMENT = {
+    "laion_assets",  # tells ONNX Runtime to report nothing
     "laion_assets.io.processes",  # hands it on to the processes that it starts
     "laion_assets.definitions",
     "laion_assets.cli",
@@ -93,6 +94,15 @@ def test_the_environment_of_the_process_is_read_where_it_comes_in_and_nowhere_el
         if isinstance(node, ast.Attribute) and node.attr in ("environ", "getenv", "environb")
     ]
     assert bool(reads) == (name_of(path) in ENVIRONMENT), reads
+
+
+def test_onnx_runtime_keeps_no_record_of_the_models_that_it_opens(tmp_path):
+    program = "from laion_assets.search.rounded import largest_code; print(largest_code())"
+    kept_off = ("CI", "ORT_DISABLE_TELEMETRY")  # each of them would turn it off
+    environment = {name: value for name, value in os.environ.items() if name not in kept_off}
+    environment["HOME"] = str(tmp_path)
+    subprocess.run([sys.executable, "-c", program], env=environment, check=True)
+    assert list(tmp_path.rglob("*")) == []
 
 
 def test_a_code_location_takes_no_notice_of_variables_that_it_was_not_given(monkeypatch):
