@@ -5,6 +5,7 @@ import pytest
 from helpers import indices
 
 from laion_assets.index import Decoder, Index
+from laion_assets.index.decoder import _Reflection
 
 ROWS = indices.random_rows(np.random.default_rng(4), 80)
 
@@ -28,3 +29,18 @@ def test_decoders_of_some_lists_and_merged_ones_decode_as_the_index_does(tmp_pat
         compared = decoder.decode_to_compare(codes)
         assert compared.shape[1] <= stored.shape[1]
         np.testing.assert_allclose(compared @ compared.T, stored @ stored.T, atol=1e-4)
+
+
+@pytest.mark.parametrize(("width", "gone"), [(20, 0), (20, 5), (20, 19), (10, 5)])
+@pytest.mark.parametrize("first", [0, 1, -1], ids=["the first axes", "the next axes", "any"])
+def test_vectors_without_some_directions_keep_the_inner_products_of_the_rest(width, gone, first):
+    random = np.random.default_rng(5)
+    every = np.eye(width, dtype=np.float32)
+    if first < 0:
+        every = np.linalg.qr(random.standard_normal((width, width)).astype(np.float32))[0]
+    directions = np.roll(every, -max(first, 0) * gone, axis=1)[:, :gone]
+    vectors = random.standard_normal((30, width)).astype(np.float32)
+    rest = vectors - vectors @ directions @ directions.T
+    shorter = _Reflection.of(directions).rest_of(vectors)
+    assert shorter.shape == (30, width - gone)
+    np.testing.assert_allclose(shorter @ shorter.T, rest @ rest.T, atol=1e-4)

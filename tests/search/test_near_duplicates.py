@@ -228,6 +228,7 @@ def test_rows_decoded_on_every_access_have_the_same_components(monkeypatch) -> N
 def test_processes_that_share_the_work_find_the_same_components(held_rows, monkeypatch) -> None:
     shares: list[list[tuple[Links, caps.Caps, tuple[int, int]]]] = []
     monkeypatch.setattr(caps, "thread_count", lambda: 3)
+    monkeypatch.setattr(caps, "free_memory", lambda: 1 << 40)
     monkeypatch.setattr(
         caps, "in_processes", lambda work, some: shares.append(some) or in_processes(work, some)
     )
