@@ -68,7 +68,7 @@ class Decoder:
             codes: (n, code size).
 
         Returns:
-            (n, min(m, d)) float32.
+            (n, min(m, d)) float32, or (n, d) if the index has no such matrix.
 
         """
         if self._reflection is None:

@@ -14,7 +14,7 @@ from pathlib import Path
 
 @cache
 def cores(root: Path = Path("/")) -> int:
-    """Return the cores that this process may use, or the time of how many its container has (cgroup v2).
+    """Return how many cores this process may use: no more than its container has time for (cgroup v2).
 
     Args:
         root: folder of `proc` and `sys`.

@@ -28,7 +28,7 @@ def one_blas_thread() -> AbstractContextManager[None]:
 @contextmanager
 def one_thread() -> Iterator[None]:
     """Run faiss, BLAS and `in_threads` in one thread, so that sums always have the same order."""
-    threads = thread_count()
+    threads = faiss.omp_get_max_threads()
     faiss.omp_set_num_threads(1)
     try:
         with one_blas_thread():
@@ -44,7 +44,7 @@ def _libraries() -> ThreadpoolController:
 
 
 def thread_count() -> int:
-    """Return in how many threads work is done: those of faiss, or fewer in a container with less time."""
+    """Return in how many threads work is done: those of faiss, or as many as this process has cores."""
     return min(int(faiss.omp_get_max_threads()), cores())
 
 

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 
+from laion_assets.io import parallel
 from laion_assets.io.machine import cores, free_memory
 
 
@@ -39,6 +40,13 @@ def test_a_container_uses_as_many_cores_as_it_has_time_for(tmp_path, monkeypatch
 def test_without_a_limit_all_cores_are_used(tmp_path):
     write(tmp_path, {})
     assert cores(tmp_path) == len(os.sched_getaffinity(0))
+
+
+@pytest.mark.parametrize(("of_faiss", "usable"), [(8, 3), (3, 8)])
+def test_threads_are_no_more_than_those_of_faiss_and_the_usable_cores(monkeypatch, of_faiss, usable):
+    monkeypatch.setattr(parallel.faiss, "omp_get_max_threads", lambda: of_faiss)
+    monkeypatch.setattr(parallel, "cores", lambda: usable)
+    assert parallel.thread_count() == 3
 
 
 def write(root: Path, files: dict[str, str]) -> None:

@@ -242,6 +242,14 @@ def test_processes_that_share_the_work_find_the_same_components(held_rows, monke
     assert [stripe for _, _, stripe in shares[0]] == [(0, 3), (1, 3), (2, 3)]
 
 
+def test_without_memory_for_processes_threads_find_the_same_components(monkeypatch) -> None:
+    monkeypatch.setattr(caps, "thread_count", lambda: 3)
+    monkeypatch.setattr(caps, "free_memory", lambda: 0)
+    rows = clumps(np.random.default_rng(6), 400)
+    sizes = Sizes(**BY_CAPS | {"shared": 0})
+    np.testing.assert_array_equal(components(rows, 0.94, sizes), brute_force(rows, 0.94))
+
+
 def test_no_more_processes_share_the_work_than_memory_has_room_for(monkeypatch) -> None:
     monkeypatch.setattr(caps, "thread_count", lambda: 96)
     rows = 8_000_000
