@@ -21,9 +21,10 @@ def cores(root: Path = Path("/")) -> int:
 
     """
     usable = len(os.sched_getaffinity(0))
-    with suppress(OSError, ValueError):  # no such file without cgroup v2, and "max" is no limit
-        quota, period = map(int, (_control_group(root) / "cpu.max").read_text().split())
-        usable = min(usable, math.ceil(quota / period))
+    for group in _control_groups(root):
+        with suppress(OSError, ValueError):  # no such file without cgroup v2, and "max" is no limit
+            quota, period = map(int, (group / "cpu.max").read_text().split())
+            usable = min(usable, math.ceil(quota / period))
     return usable
 
 
@@ -40,11 +41,11 @@ def free_memory(root: Path = Path("/")) -> int:
     meminfo = (root / "proc/meminfo").read_text()
     available = re.search(r"^MemAvailable: *(\d+) kB", meminfo, re.MULTILINE)
     free = int(available[1]) * 1024 if available else 0
-    folder = _control_group(root)
-    with suppress(OSError, ValueError):  # no such files without cgroup v2, and "max" is no limit
-        limit = int((folder / "memory.max").read_text())
-        held = re.search(r"^anon (\d+)", (folder / "memory.stat").read_text(), re.MULTILINE)
-        free = min(free, max(0, limit - int(held[1] if held else 0)))
+    for group in _control_groups(root):
+        with suppress(OSError, ValueError):  # no such files without cgroup v2, and "max" is no limit
+            limit = int((group / "memory.max").read_text())
+            held = re.search(r"^anon (\d+)", (group / "memory.stat").read_text(), re.MULTILINE)
+            free = min(free, max(0, limit - int(held[1] if held else 0)))
     return free
 
 
@@ -53,7 +54,9 @@ def free_disk() -> int:
     return shutil.disk_usage(tempfile.gettempdir()).free
 
 
-def _control_group(root: Path) -> Path:
-    """Return the folder of the limits of this process; they hold for its whole container."""
-    group = re.search(r"^0::/(.*)$", (root / "proc/self/cgroup").read_text(), re.MULTILINE)
-    return root / "sys/fs/cgroup" / (group[1] if group else "")
+def _control_groups(root: Path) -> list[Path]:
+    """Return the folders of the groups whose limits hold for this process: its own, and those above."""
+    named = re.search(r"^0::/(.*)$", (root / "proc/self/cgroup").read_text(), re.MULTILINE)
+    top = root / "sys/fs/cgroup"
+    group = top / (named[1] if named else "")
+    return [group, *(above for above in group.parents if above.is_relative_to(top))]

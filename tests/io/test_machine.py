@@ -37,6 +37,24 @@ def test_a_container_uses_as_many_cores_as_it_has_time_for(tmp_path, monkeypatch
     assert cores(tmp_path) == expected
 
 
+def test_limits_of_the_groups_above_hold_too(tmp_path, monkeypatch):
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(8)))
+    write(
+        tmp_path,
+        {
+            "proc/meminfo": "MemAvailable: 6000000 kB\n",
+            "sys/fs/cgroup/job/cpu.max": "300000 100000\n",
+            "sys/fs/cgroup/job/memory.max": "3000000000\n",
+            "sys/fs/cgroup/job/memory.stat": "anon 2000000000\n",
+            "sys/fs/cgroup/job/step/cpu.max": "max 100000\n",
+            "sys/fs/cgroup/job/step/memory.max": "max\n",
+        },
+        group="job/step",
+    )
+    assert cores(tmp_path) == 3
+    assert free_memory(tmp_path) == 1_000_000_000
+
+
 def test_without_a_limit_all_cores_are_used(tmp_path):
     write(tmp_path, {})
     assert cores(tmp_path) == len(os.sched_getaffinity(0))
@@ -49,8 +67,8 @@ def test_threads_are_no_more_than_those_of_faiss_and_the_usable_cores(monkeypatc
     assert parallel.thread_count() == 3
 
 
-def write(root: Path, files: dict[str, str]) -> None:
-    """Write files of `proc` and `sys`, in which this process belongs to the group `pod`."""
-    for name, text in {**files, "proc/self/cgroup": "0::/pod\n"}.items():
+def write(root: Path, files: dict[str, str], group: str = "pod") -> None:
+    """Write files of `proc` and `sys`, in which this process belongs to a group."""
+    for name, text in {**files, "proc/self/cgroup": f"0::/{group}\n"}.items():
         (root / name).parent.mkdir(parents=True, exist_ok=True)
         (root / name).write_text(text)
