@@ -243,8 +243,8 @@ def processes_for(rows: int) -> int:
 
 def find_links(links: Links, caps: Caps, stripe: tuple[int, int]) -> None:
     """Find the links of a stripe. Of many rows, each process takes every p-th block of the stripe."""
-    (number, step), processes = stripe, processes_for(len(caps.rows))
-    if processes < 2 or len(caps.rows) <= links.sizes.shared:
+    (number, step), rows = stripe, len(caps.rows)
+    if rows <= links.sizes.shared or (processes := processes_for(rows)) < 2:
         find_links_here(links, caps, stripe)
         return
     shares = [(links, caps, (number + step * place, step * processes)) for place in range(processes)]

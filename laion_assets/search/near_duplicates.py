@@ -170,31 +170,32 @@ def components_of_short_lists(
     by_member = np.lexsort((members, lists))
     each = np.split(by_member, np.flatnonzero(np.diff(lists)) + 1)
     lowest = np.empty_like(by_member)
+    before = np.tri(sizes.rows_of_list, k=-1, dtype=np.bool_)  # each pair once
 
     def compare(entries: Ids) -> list[Bytes]:
         compared, packed = sketches[members[entries]], []
         for some in slices(len(entries), sizes.rows_of_list):
             near = near_pairs(links, compared[some], compared[: some.stop])
             lowest[entries[some]] = entries[near.argmax(axis=1)]
+            near[:, some] &= before[: len(near), : len(near)]
             packed.append(np.packbits(near, axis=1))
         return packed
 
     def still_apart(job: tuple[Ids, list[Bytes]]) -> tuple[Ids, Ids]:
         entries, packed = job
-        roots, own = np.unique(forest.roots(entries), return_inverse=True)
-        numbers = np.arange(len(roots), dtype=np.int32)
-        connected = np.packbits(numbers[:, None] == own.astype(np.int32), axis=1)
+        roots = forest.roots(entries).astype(np.int32)
         pairs, number = [], 0
         for some, near in zip(slices(len(entries), sizes.rows_of_list), packed, strict=True):
-            row, lower = pairs_of_bits(near & ~connected[own[some], : near.shape[1]])
-            higher = some.start + row
-            once = lower < higher
-            pairs.append((entries[lower[once]], entries[higher[once]]))
-            number += len(pairs[-1][0])
+            distinct, own = np.unique(roots[some], return_inverse=True)
+            connected = np.packbits(distinct[:, None] == roots[: some.stop], axis=1)
+            near &= ~connected[own]
+            number += int(np.bitwise_count(near).sum())
             if number > sizes.many_of_row * len(entries):
                 labels = components(Gathered(vectors, members[entries]), threshold, sizes)
                 forest.connect(entries, entries[labels])
                 return entries[:0], entries[:0]
+            higher, lower = pairs_of_bits(near)
+            pairs.append((entries[lower], entries[some][higher]))
         return joined(pairs)
 
     def decide(a: Ids, b: Ids) -> None:
