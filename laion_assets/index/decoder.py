@@ -79,7 +79,7 @@ class Decoder:
     @cached_property
     def _reflection(self) -> _Reflection | None:
         with one_blas_thread():
-            return _reflection(self._index)
+            return _Reflection.of_index(self._index)
 
     def _renumbered(self, codes: Bytes) -> Bytes:
         """Replace the list numbers in codes by the row numbers of this decoder's centres."""
@@ -150,7 +150,7 @@ def list_bytes(numbers: Ids, width: int) -> Bytes:
 
 @dataclass(frozen=True)
 class _Reflection:
-    """An orthonormal matrix that turns g directions, which a transform maps to zero, to the first g axes.
+    """An orthonormal matrix that maps the g directions that a transform removes onto the first g axes.
 
     Let the columns of D be such directions, orthonormal and chosen so that the upper g rows, D1, are
     symmetric and positive semidefinite. With the other rows, D2, the columns of::
@@ -169,6 +169,28 @@ class _Reflection:
 
     into: Floats
     out_of: Floats
+
+    @classmethod
+    def of_index(cls, index: Any) -> _Reflection | None:
+        """Return the reflection of what the transpose of the index's transform maps to zero.
+
+        None if the index does not have exactly one linear transform, or if it changes inner products.
+        """
+        if not isinstance(index, faiss.IndexPreTransform) or index.chain.size() != 1:
+            return None
+        transform = faiss.downcast_VectorTransform(index.chain.at(0))
+        if not isinstance(transform, faiss.LinearTransform) or transform.have_bias:
+            return None
+        matrix = faiss.vector_to_array(transform.A).reshape(transform.d_out, transform.d_in)
+        width_out, width_in = matrix.shape
+        inner = matrix.T @ matrix if width_out >= width_in else matrix @ matrix.T
+        if not np.allclose(inner, np.eye(len(inner)), atol=ORTHONORMAL):
+            return None
+        random = np.random.default_rng(0)
+        directions = random.standard_normal((width_out, max(width_out - width_in, 0)), np.float32)
+        for _ in range(2):  # a single projection leaves rounding errors
+            directions = np.linalg.qr(directions - matrix @ (matrix.T @ directions))[0]
+        return cls.of(directions)
 
     @classmethod
     def of(cls, directions: Floats) -> _Reflection:
@@ -190,28 +212,6 @@ class _Reflection:
         along += first
         taken: Floats = along @ self.out_of
         return np.subtract(others, taken, out=taken)
-
-
-def _reflection(index: Any) -> _Reflection | None:
-    """Return the reflection of the directions that the transpose of the index's transform maps to zero.
-
-    None if the index does not have exactly one linear transform, or if it changes inner products.
-    """
-    if not isinstance(index, faiss.IndexPreTransform) or index.chain.size() != 1:
-        return None
-    transform = faiss.downcast_VectorTransform(index.chain.at(0))
-    if not isinstance(transform, faiss.LinearTransform) or transform.have_bias:
-        return None
-    matrix = faiss.vector_to_array(transform.A).reshape(transform.d_out, transform.d_in)
-    width_out, width_in = matrix.shape
-    inner = matrix.T @ matrix if width_out >= width_in else matrix @ matrix.T
-    if not np.allclose(inner, np.eye(len(inner)), atol=ORTHONORMAL):
-        return None
-    random = np.random.default_rng(0)
-    directions = random.standard_normal((width_out, max(width_out - width_in, 0)), np.float32)
-    for _ in range(2):  # a single projection leaves rounding errors
-        directions = np.linalg.qr(directions - matrix @ (matrix.T @ directions))[0]
-    return _Reflection.of(directions)
 
 
 def _emptied(index: Any, centres: Floats) -> Any:
