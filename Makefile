@@ -82,7 +82,7 @@ bench-cold: $(READY) ## Measure the bytes of cold reads of metadata and lists, f
 	$(BIN)/python benchmarks/cold.py
 
 bench-embed: $(READY) ## Measure embedded images per second, against the model alone, a few minutes
-	$(BIN)/python benchmarks/embed.py
+	ORT_DISABLE_TELEMETRY=1 $(BIN)/python benchmarks/embed.py
 
 bench-staging: $(READY) ## Measure how fast an index is copied from a bucket, a few minutes; writes benchmarks/staging.md
 	$(BIN)/python benchmarks/staging.py
