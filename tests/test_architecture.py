@@ -97,7 +97,7 @@ def test_the_environment_of_the_process_is_read_where_it_comes_in_and_nowhere_el
 
 
 def test_onnx_runtime_keeps_no_record_of_the_models_that_it_opens(tmp_path):
-    program = "from laion_assets.search.rounded import largest_code; print(largest_code())"
+    program = "from laion_assets.io.int8 import largest_code; print(largest_code())"
     environment = {"HOME": str(tmp_path), "PATH": os.environ["PATH"]}  # nothing that turns it off
     subprocess.run([sys.executable, "-c", program], env=environment, check=True)
     assert list(tmp_path.rglob("*")) == []

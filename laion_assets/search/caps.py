@@ -11,19 +11,18 @@ import numpy as np
 
 from laion_assets.index.vectors import unit
 from laion_assets.io.arrays import Floats, Ids, Mask
+from laion_assets.io.int8 import Numbers, products
 from laion_assets.io.machine import free_memory
 from laion_assets.io.parallel import in_threads, slices, thread_count
 from laion_assets.io.processes import in_processes
 from laion_assets.io.ranges import members
 from laion_assets.search.links import SLACK, Links, pairs_of
 from laion_assets.search.rounded import (
-    Numbers,
     Rounded,
     RoundedTwice,
     Tiles,
     each_may_exceed,
     may_exceed,
-    products,
     where_may_exceed,
 )
 from laion_assets.search.sketches import choose_axes, distinct_rows, near_pairs, reach_of, sketch_all

@@ -13,25 +13,19 @@ callers relax their limits by more.
 from __future__ import annotations
 
 from dataclasses import dataclass, fields, replace
-from functools import cache, cached_property
-from typing import Any, Self, TypeAlias
+from functools import cached_property
+from typing import Any, Self
 
 import numpy as np
-import onnxruntime
 from numpy.typing import NDArray
 
-from laion_assets.io import onnx_models
 from laion_assets.io.arrays import Bytes, Floats, Ids, Mask
-from laion_assets.io.onnx_models import INT8, INT32, UINT8, graph, node, value
+from laion_assets.io.int8 import ZERO, Codes, Numbers, largest_code, largest_products, products
 from laion_assets.io.parallel import slices
 from laion_assets.io.spill import spilled
 
-Codes: TypeAlias = NDArray[np.int8]
-Numbers: TypeAlias = NDArray[np.int32]
-
 ROUNDED_AT_ONCE, PUT_AT_ONCE = 256, 1 << 14  # vectors; those that are rounded stay in the cache
 FINER = 256  # steps of sixteen bits are one of eight
-ZERO = 128  # is added to the left codes, which the product takes without a sign
 
 
 @dataclass(frozen=True)
@@ -224,7 +218,7 @@ def where_may_exceed(a: Rounded, tiles: Tiles, limit: float | Floats) -> tuple[I
 
     """
     lowest = _lowest(a, tiles, limit)
-    largest = _session("largest").run(None, {"a": a.left, "b": tiles.codes})[0]
+    largest = largest_products(a.left, tiles.codes)
     met = largest > lowest.reshape(-1)
     rows, some = np.flatnonzero(met.any(axis=0)), np.flatnonzero(met.any(axis=1))
     width = tiles.codes.shape[2]
@@ -267,51 +261,6 @@ def _lowest(a: Rounded, b: Rounded | Tiles, limit: float | Floats) -> Numbers:
     return lowest
 
 
-def products(left: Bytes, right: Codes) -> Numbers:
-    """Multiply (n, d) left codes, less ZERO each, with (d, m) right ones, or with tiles of them."""
-    if not (left.size and right.size):  # ONNX Runtime up to 1.30 refuses empty arrays
-        nothing: Numbers = np.matmul(left.astype(np.int32), right.astype(np.int32))
-        return nothing
-    found: Numbers = _session("products").run(None, {"a": left, "b": right})[0]
-    return found
-
-
 def scale_of(reach: float) -> float:
     """Return the length of a step, where the largest code stands for `reach`."""
     return reach / largest_code()
-
-
-@cache
-def largest_code() -> int:
-    """Return the largest code whose products this processor adds exactly.
-
-    Processors without VNNI instructions add two products in 16 bits and cut what is too large: 255 * 127
-    and as much again. They take smaller codes: twice (79 + 128) * 79 fits.
-    """
-    left, right = np.full((64, 64), 255, np.uint8), np.full((64, 64), 127, np.int8)
-    exact = (255 - ZERO) * 127 * 64
-    return 127 if (products(left, right) == exact).all() else 79
-
-
-@cache
-def _session(result: str) -> Any:
-    """Return a model of ONNX Runtime that multiplies in the calling thread, see `_graphs`."""
-    options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = options.inter_op_num_threads = 1
-    model = onnx_models.model(_graphs()[result])
-    return onnxruntime.InferenceSession(model, options, providers=["CPUExecutionProvider"])
-
-
-def _graphs() -> dict[str, bytes]:
-    """Return two graphs: `products` of a - ZERO and b, and the `largest` of each row and tile of b."""
-    zero = {"zero": np.array(ZERO, np.uint8)}
-    inputs = [value("a", UINT8), value("b", INT8)]
-    of_b = node("MatMulInteger", ["a", "b", "zero"], "products")
-    of_tile = node("MatMulInteger", ["a", "tile", "zero"], "products")
-    of_row = node("ReduceMax", ["products"], "of row", axes=[1], keepdims=0)
-    body = graph([of_tile, of_row], [value("tile", INT8)], [value("of row", INT32, ["rows"])])
-    tile_by_tile = node("Scan", ["b"], "largest", body=body, num_scan_inputs=1)
-    return {
-        "products": graph([of_b], inputs, [value("products", INT32)], zero),
-        "largest": graph([tile_by_tile], inputs, [value("largest", INT32)], zero),
-    }

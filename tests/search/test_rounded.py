@@ -13,7 +13,6 @@ from laion_assets.search.rounded import (
     Tiles,
     each_may_exceed,
     may_exceed,
-    products,
     where_may_exceed,
 )
 
@@ -91,29 +90,6 @@ def test_few_pairs_below_the_limit_are_left(largest_code) -> None:
     assert near.sum() < 3 * (x @ x.T > 0.3).sum()
     i, j = np.nonzero(near)
     assert each_may_exceed(a[i], a[j], 0.3).sum() < 1.02 * (x @ x.T > 0.3).sum()
-
-
-def test_codes_are_multiplied_exactly_at_both_ends_of_their_range() -> None:
-    most = rounded.largest_code()
-    left = np.array([[0, 255], [255, 0], [128 + most, 128 - most]], np.uint8).repeat(96, axis=1)
-    right = np.array([[most, -most], [-most, -most]], np.int8).repeat(96, axis=0)
-    expected = (left.astype(int) - 128) @ right.astype(int)
-    np.testing.assert_array_equal(products(left, right), expected)
-
-
-def test_smaller_codes_are_taken_where_the_processor_adds_two_products_in_sixteen(monkeypatch) -> None:
-    def saturated(left, right):
-        each = left.astype(int)[:, :, None] * right
-        return (each[:, ::2] + each[:, 1::2]).clip(max=32767).sum(axis=1) - 128 * right.sum(
-            axis=0, dtype=int
-        )
-
-    monkeypatch.setattr(rounded, "products", saturated)
-    rounded.largest_code.cache_clear()
-    try:
-        assert rounded.largest_code() == 79
-    finally:
-        rounded.largest_code.cache_clear()
 
 
 def test_tiles_in_which_nothing_is_near_are_empty() -> None:
