@@ -17,10 +17,12 @@ from typing import Any
 import faiss
 import numpy as np
 
+from laion_assets.index.codebook import Codebook
 from laion_assets.index.decoder import Decoder, list_bytes, list_numbers
 from laion_assets.index.faiss_consistency import contradictions
 from laion_assets.index.faiss_file import read_with_lists_beside
 from laion_assets.index.inverted_lists import ID_SIZE, QUERIES_AT_ONCE, InvertedLists
+from laion_assets.index.shared_lists import NONE, WORTH_SHARING, Scanners, SharedLists
 from laion_assets.index.vectors import unit
 from laion_assets.io.arrays import Bytes, Floats, Ids, Mask
 from laion_assets.io.console import silent_stdout
@@ -36,7 +38,6 @@ SAMPLED = 4  # it looks into the quotient of nprobe and this number of further l
 ROWS_OF_THE_FIRST_ROUND = 1 << 15  # of the lists of a query, see `Index._best_in_rounds`
 GROWTH = 4  # each further round ends at this many times the rows of those before it
 TRANSFORMED_AT_ONCE = 4  # queries: a tile of a processor's product of matrices, so none is at its edge
-NONE = np.finfo(np.float32).min  # the similarity of no row, as faiss fills it in
 UNKNOWN_KIND = re.compile("could not load|not recognized")  # faiss's words
 MIN_SAMPLED_LISTS = 16  # but into no fewer
 # Kinds whose stored rows decode to vectors with the scores that a search returns, exactly these classes:
@@ -205,11 +206,58 @@ class Index:
         nprobe = self._probed(nprobe)
         nearness, lists = self._nearest_lists(transformed, nprobe)
         self._fetch(held, np.unique(lists[lists >= 0]))
-        order = np.argsort(lists[:, 0], kind="stable")
-        back = np.argsort(order)
-        transformed, lists, nearness = transformed[order], lists[order], nearness[order]
-        similarity = np.full((len(order), k), NONE, np.float32)
-        locations = np.full((len(order), k), -1)
+        similarity = np.full((len(lists), k), NONE, np.float32)
+        locations, alone = np.full((len(lists), k), -1), np.arange(len(lists))
+
+        def found(query: int, best: Floats, at: Ids) -> None:
+            best, at = _best(best, at, k)
+            similarity[query, : len(best)], locations[query, : len(at)] = best, at
+
+        shared = self._shared_lists(transformed, lists, nearness, k)
+        if shared is not None:
+            alone = np.flatnonzero(shared.search(found, progress))
+            progress = _told_already
+        alone = alone[np.argsort(lists[alone, 0], kind="stable")]
+        similarity[alone], locations[alone] = self._search_alone(
+            transformed[alone], lists[alone], nearness[alone], k, progress
+        )
+        return similarity, locations, lists
+
+    def _shared_lists(
+        self, transformed: Floats, lists: Ids, nearness: Floats, k: int
+    ) -> SharedLists | None:
+        """Return the search for all queries at once, if lists are long and many queries share them."""
+        if self._lists is None or self._codebook is None or not self._lists.are_long(lists.shape[1]):
+            return None
+        rows, probed = self._lists.size, lists[lists >= 0]
+        are_shared = rows[probed].sum() >= WORTH_SHARING * rows[np.unique(probed)].sum()
+        if not are_shared or not np.isfinite(transformed).all():
+            return None
+        index = self._ivf, self._scanners, self._codebook, self._lists
+        return SharedLists(*index, transformed, lists, nearness, k)
+
+    @cached_property
+    def _codebook(self) -> Codebook | None:
+        return Codebook.of(self._ivf.pq) if self._has_pq_codes else None
+
+    @cached_property
+    def _scanners(self) -> Scanners:
+        return Scanners(self._ivf)
+
+    def _search_alone(
+        self,
+        transformed: Floats,
+        lists: Ids,
+        nearness: Floats,
+        k: int,
+        progress: Callable[[int], None],
+    ) -> tuple[Floats, Ids]:
+        """Return similarity and location of the rows nearest to each query.
+
+        Queries with the same nearest list, which share most of their lists, come together.
+        """
+        similarity = np.full((len(lists), k), NONE, np.float32)
+        locations, nprobe = np.full((len(lists), k), -1), lists.shape[1]
 
         def with_heaps(batch: slice) -> None:
             # The call without a wrapper returns locations.
@@ -227,12 +275,12 @@ class Index:
                 progress(1)
 
         if self._lists is None:
-            in_threads(with_heaps, slices(len(order), QUERIES_AT_ONCE))
+            in_threads(with_heaps, slices(len(lists), QUERIES_AT_ONCE))
         elif self._lists.are_long(nprobe):
             self._lists.visit_long(self._ivf, in_rounds, lists)
         else:
             self._lists.visit_short(self._ivf, with_heaps, lists)
-        return similarity[back], locations[back], lists[back]
+        return similarity, locations
 
     def _best_rows(self, query: Floats, lists: Ids, nearness: Floats, k: int) -> tuple[Floats, Ids]:
         """Return similarity and location of the k best rows of some lists, ties by location.
@@ -470,6 +518,10 @@ class Index:
     def _probed(self, nprobe: int | None) -> int:
         """Return how many lists a search probes, at most all."""
         return min(nprobe or int(self._ivf.nprobe), self.nlist)
+
+
+def _told_already(_: int) -> None:
+    """Tell nothing: the search of shared lists has told that all queries are searched."""
 
 
 def _rounds(sizes: Ids, first: int) -> Iterator[slice]:

@@ -1,0 +1,339 @@
+"""Search inverted lists that many queries share.
+
+faiss looks up a number for each part of a code, and does so anew for each query. Where many queries probe
+a list, it takes less time to decode its rows once, in eight bits, and to multiply them with all these
+queries, see `codebook`. Such products are not exact, but their error has a bound. So they rule out nearly
+all rows, and faiss scores the others: the results are the same, bit for bit.
+
+The nearest lists show how similar the k-th row of a query is at least. Rows that cannot be as similar are
+ruled out. Where too many rows are nearly as similar, a query is left to the caller.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass
+from itertools import pairwise
+from queue import Empty, SimpleQueue
+from typing import Any
+
+import faiss
+import numpy as np
+
+from laion_assets.index.codebook import Codebook
+from laion_assets.index.inverted_lists import QUERIES_AT_ONCE, InvertedLists
+from laion_assets.io.arrays import Bytes, Floats, Ids, Mask
+from laion_assets.io.int8 import Numbers
+from laion_assets.io.parallel import in_threads, slices
+
+WORTH_SHARING = 20  # queries that probe the list of a row, on average: there it takes as long as faiss
+NEAREST = 2  # rows of the nearest lists, for each row wanted
+ROWS_OF_A_JOB = 1 << 12
+PAIRS_AT_ONCE = 1 << 25  # of a row and a query, which are compared before more are ruled out
+MORE_LEFT = 1 << 20  # pairs that may be left until then
+MOST_LEFT, MOST_LEFT_OF_K = (
+    1 << 12,
+    16,
+)  # rows of a query that may be left: so many, and for each one wanted
+ROUNDING = 2.0**-23  # of the sum of absolute values, for each of them: twice what float32 loses
+LARGEST = 1 << 30  # no product of codes is as large
+NONE = np.finfo(np.float32).min  # the similarity of no row, as faiss fills it in
+ROW = 0xFFFFFFFF  # of a list, in a pair or location
+
+
+class Scanners:
+    """Objects of faiss that score some rows of lists, each in one thread at a time.
+
+    They are used again and again: faiss's Python package does not free them.
+
+    Args:
+        ivf: an IVF index.
+
+    """
+
+    def __init__(self, ivf: Any) -> None:
+        self._ivf = ivf
+        self._parameters = faiss.SearchParametersIVF()
+        self._idle: SimpleQueue[Any] = SimpleQueue()
+
+    @contextmanager
+    def one(self) -> Iterator[Any]:
+        """Lend a scanner."""
+        try:
+            scanner = self._idle.get_nowait()
+        except Empty:
+            scanner = self._ivf.get_InvertedListScanner(False, None, self._parameters)
+        yield scanner
+        self._idle.put(scanner)
+
+
+@dataclass(frozen=True)
+class Job:
+    """Some rows of a list, and who probes it.
+
+    Attributes:
+        list: number of the list.
+        rows: some of its rows.
+        visits: (v,) ascending numbers of visits: ``query * nprobe + rank`` of the list.
+
+    """
+
+    list: int
+    rows: slice
+    visits: Ids
+
+    @property
+    def pairs(self) -> int:
+        """Number of pairs of a row and a query."""
+        return int(self.rows.stop - self.rows.start) * len(self.visits)
+
+
+@dataclass(frozen=True)
+class Left:
+    """Pairs of a row and a query that are not ruled out; n of them.
+
+    Attributes:
+        pair: (n,) number of the visit, << 32 | row of the list.
+        near: (n,) float32, nearly the similarity.
+
+    """
+
+    pair: Ids
+    near: Floats
+
+    @classmethod
+    def joined(cls, some: list[Left]) -> Left:
+        """Return all pairs."""
+        return cls(
+            np.concatenate([np.empty(0, np.int64), *(each.pair for each in some)]),
+            np.concatenate([np.empty(0, np.float32), *(each.near for each in some)]),
+        )
+
+    @property
+    def visit(self) -> Ids:
+        """Number of the visit of each pair."""
+        return self.pair >> 32
+
+    def __len__(self) -> int:
+        return len(self.pair)
+
+    def __getitem__(self, which: Mask | slice | Ids) -> Left:
+        return Left(self.pair[which], self.near[which])
+
+
+class SharedLists:
+    """The search of one batch of queries.
+
+    Args:
+        ivf: an IVF + PQ index.
+        scanners: of it.
+        codebook: of its quantizer.
+        lists: its lists on the disk.
+        queries: (q, d) float32, transformed, finite.
+        probed: (q, nprobe) the lists of each query, the nearest first; -1 for none.
+        nearness: (q, nprobe) float32, of these lists.
+        k: rows wanted for each query.
+
+    """
+
+    def __init__(
+        self,
+        ivf: Any,
+        scanners: Scanners,
+        codebook: Codebook,
+        lists: InvertedLists,
+        queries: Floats,
+        probed: Ids,
+        nearness: Floats,
+        k: int,
+    ) -> None:
+        self._ivf, self._scanners, self._codebook, self._lists = ivf, scanners, codebook, lists
+        self._queries, self._probed, self._nearness, self._k = queries, probed, nearness, k
+        self._lengths = np.linalg.norm(queries, axis=1)
+        self._rounded = codebook.rounded(queries)
+        self._off = np.zeros(probed.shape, np.float32)  # of similarities, at most
+        self._least = np.full(len(queries), -np.inf)  # similarity of the k-th row
+        self._too_many = np.zeros(len(queries), np.bool_)
+
+    def search(
+        self,
+        found: Callable[[int, Floats, Ids], None],
+        progress: Callable[[int], None],
+    ) -> Mask:
+        """Find the k most similar rows of each query, and a few others.
+
+        Args:
+            found: called, in any thread, with a query, and similarity and location of its rows.
+            progress: called with the number of queries searched since the last call.
+
+        Returns:
+            (q,) the queries that are left to the caller.
+
+        """
+        rows = self._lists.size[self._probed] * (self._probed >= 0)
+        self._find_least((np.cumsum(rows, axis=1) - rows < NEAREST * self._k) & (rows > 0))
+        left = self._all_left(rows > 0, progress)
+        edges = self._edges(left)
+
+        def score(queries: slice) -> None:
+            with self._scanners.one() as scanner:
+                for query in range(queries.start, queries.stop):
+                    if not self._too_many[query]:
+                        some = left[edges[query] : edges[query + 1]]
+                        found(query, *self._scored(scanner, query, some))
+
+        in_threads(score, slices(len(self._queries), QUERIES_AT_ONCE))
+        return self._too_many
+
+    def _find_least(self, nearest: Mask) -> None:
+        """Find how similar the k-th row of each query is at least, from its nearest lists."""
+        jobs = list(self._jobs(nearest))
+        self._lists.read_ahead(np.array([job.list for job in jobs], np.int64))
+        best = [row for rows in in_threads(self._best_at_least, jobs) for row in rows]
+        query = self._query(np.concatenate([np.empty(0, np.int64), *(job.visits for job in jobs)]))
+        order = np.argsort(query, kind="stable")
+        edges = np.searchsorted(query[order], np.arange(len(self._queries) + 1))
+        for number, (first, last) in enumerate(pairwise(edges)):
+            each = np.concatenate([np.empty(0), *(best[place] for place in order[first:last])])
+            if len(each) >= self._k:
+                self._least[number] = np.partition(each, -self._k)[-self._k]
+
+    def _best_at_least(self, job: Job) -> Floats:
+        """Return (v, at most k) what the best rows of a list are at least."""
+        query, best = self._query(job.visits), np.empty((0, len(job.visits)), np.int32)
+        for some in self._products(job):
+            best = np.concatenate([best, some])
+            if len(best) > self._k:
+                best = np.partition(best, -self._k, axis=0)[-self._k :]
+        of_centre, off = self._of_centre(job)
+        least: Floats = (of_centre - off)[:, None] + self._rounded.step[query, None] * best.T
+        return least
+
+    def _all_left(self, wanted: Mask, progress: Callable[[int], None]) -> Left:
+        """Return the pairs that are left of some visits, in order."""
+        batches = _batches(self._jobs(wanted))
+        pairs = np.cumsum([sum(job.pairs for job in batch) for batch in batches])
+        searched = np.diff(len(self._queries) * pairs // pairs[-1:], prepend=0)
+        left, most = [Left.joined([])], MORE_LEFT
+        with ThreadPoolExecutor(1, "read-ahead") as reader:
+            for batch, following, share in zip(batches, [*batches[1:], []], searched, strict=True):
+                numbers = np.array(sorted({job.list for job in following}), np.int64)
+                reading = reader.submit(self._lists.read_ahead, numbers)
+                left += in_threads(self._left_of, batch)
+                if sum(map(len, left)) > most:
+                    left = [self._with_fewer(Left.joined(left))]
+                    most = len(left[0]) + MORE_LEFT
+                progress(int(share))
+                reading.result()
+        return self._with_fewer(Left.joined(left))
+
+    def _left_of(self, job: Job) -> Left:
+        """Return the pairs that are left of a job."""
+        query, first = self._query(job.visits), job.rows.start
+        of_centre, off = self._of_centre(job)
+        step = self._rounded.step[query]
+        limit = (self._least[query] - off - of_centre) / step
+        at_least = np.ceil(np.clip(limit, -LARGEST, LARGEST)).astype(np.int32)
+        left, number = [], np.zeros(len(query), np.int64)
+        for some in self._products(job):
+            row, visit = np.divmod(np.flatnonzero(some >= at_least), len(query))
+            near = of_centre[visit] + step[visit] * some[row, visit]
+            left.append(Left(job.visits[visit] << 32 | first + row, near.astype(np.float32)))
+            first += len(some)
+            number += np.bincount(visit, minlength=len(query))
+            many = number > self._most_left
+            self._too_many[query[many]] = True
+            at_least[many] = LARGEST
+        return Left.joined(left)
+
+    def _with_fewer(self, left: Left) -> Left:
+        """Rule out rows that cannot be among the k most similar; return the others in order."""
+        left = left[np.argsort(left.pair)]
+        off = self._off.reshape(-1)[left.visit]
+        least, most = left.near - off, left.near + off
+        stay = np.zeros(len(left), np.bool_)
+        for query, (first, last) in enumerate(pairwise(self._edges(left))):
+            if last - first > self._k:
+                kth = float(np.partition(least[first:last], -self._k)[-self._k])
+                self._least[query] = max(self._least[query], kth)
+            stay[first:last] = most[first:last] >= self._least[query]
+            self._too_many[query] |= np.count_nonzero(stay[first:last]) > self._most_left
+            stay[first:last] &= not self._too_many[query]
+        return left[stay]
+
+    def _scored(self, scanner: Any, query: int, left: Left) -> tuple[Floats, Ids]:
+        """Return similarity and location of the rows that are left of a query, as faiss scores them."""
+        visit, row = left.visit, left.pair & ROW
+        lists, nearness = self._probed.reshape(-1)[visit], self._nearness.reshape(-1)[visit]
+        similarity, locations = np.full(len(left), NONE, np.float32), np.full(len(left), -1)
+        at = lists << 32 | row
+        scanner.set_query(faiss.swig_ptr(self._queries[query]))
+        for first, last in pairwise(np.flatnonzero(np.diff(visit, prepend=-1, append=-1)).tolist()):
+            codes = self._codes(int(lists[first]))[row[first:last]]
+            scanner.set_list(int(lists[first]), float(nearness[first]))
+            scanner.scan_codes(
+                last - first, faiss.swig_ptr(codes), faiss.swig_ptr(at[first:last]),
+                faiss.swig_ptr(similarity), faiss.swig_ptr(locations), len(left),
+            )  # fmt: skip
+        there = locations >= 0
+        return similarity[there], locations[there]
+
+    def _products(self, job: Job) -> Iterator[Numbers]:
+        """Yield (few, v) products of a few rows of a job and its queries, in steps."""
+        codes = self._codes(job.list)[job.rows]
+        return self._rounded.products(self._query(job.visits), self._codebook, codes)
+
+    def _of_centre(self, job: Job) -> tuple[Floats, Floats]:
+        """Return (v,) the product of each query with the centre, and how far similarities may be off."""
+        query, centre = self._query(job.visits), self._ivf.quantizer.reconstruct(job.list)
+        if not self._ivf.by_residual:
+            centre[:] = 0
+        terms = len(centre) + self._codebook.parts
+        absolute = self._lengths[query] * np.linalg.norm(centre) + self._rounded.of_residuals[query]
+        off: Floats = self._rounded.off[query] + ROUNDING * terms * absolute
+        self._off.reshape(-1)[job.visits] = off
+        return self._queries[query] @ centre, off
+
+    def _codes(self, number: int) -> Bytes:
+        """Return the codes of a list, (rows, m)."""
+        rows, width = int(self._lists.size[number]), int(self._ivf.code_size)
+        codes: Bytes = faiss.rev_swig_ptr(self._ivf.invlists.get_codes(number), rows * width)
+        return codes.reshape(rows, width)
+
+    def _jobs(self, wanted: Mask) -> Iterator[Job]:
+        """Yield each list that wanted visits, (q, nprobe), are to, with all of its rows."""
+        visits = np.flatnonzero(wanted)
+        visits = visits[np.argsort(self._probed.reshape(-1)[visits], kind="stable")]
+        lists = self._probed.reshape(-1)[visits]
+        for first, last in pairwise(np.flatnonzero(np.diff(lists, prepend=-1, append=-1))):
+            number = int(lists[first])
+            yield Job(number, slice(0, int(self._lists.size[number])), visits[first:last])
+
+    def _query(self, visits: Ids) -> Ids:
+        query: Ids = visits // self._probed.shape[1]
+        return query
+
+    def _edges(self, left: Left) -> Ids:
+        """Return (q + 1,) where the pairs of each query begin, and where those of the last end."""
+        return np.searchsorted(self._query(left.visit), np.arange(len(self._queries) + 1))
+
+    @property
+    def _most_left(self) -> int:
+        return MOST_LEFT + MOST_LEFT_OF_K * self._k
+
+
+def _batches(lists: Iterator[Job]) -> list[list[Job]]:
+    """Cut lists in jobs, and put these together in batches."""
+    batches: list[list[Job]] = []
+    pairs = PAIRS_AT_ONCE
+    for whole in lists:
+        for rows in slices(whole.rows.stop, ROWS_OF_A_JOB):
+            if pairs >= PAIRS_AT_ONCE:
+                batches.append([])
+                pairs = 0
+            job = Job(whole.list, rows, whole.visits)
+            batches[-1].append(job)
+            pairs += job.pairs
+    return batches
