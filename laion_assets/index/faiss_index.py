@@ -227,17 +227,18 @@ class Index:
         self, transformed: Floats, lists: Ids, nearness: Floats, k: int
     ) -> SharedLists | None:
         """Return the search for all queries at once, if lists are long and many queries share them."""
-        if self._lists is None or self._codebook is None or not self._lists.are_long(lists.shape[1]):
+        if self._lists is None or self.codebook is None or not self._lists.are_long(lists.shape[1]):
             return None
         rows, probed = self._lists.size, lists[lists >= 0]
         are_shared = rows[probed].sum() >= WORTH_SHARING * rows[np.unique(probed)].sum()
         if not are_shared or not np.isfinite(transformed).all():
             return None
-        index = self._ivf, self._scanners, self._codebook, self._lists
+        index = self._ivf, self._scanners, self.codebook, self._lists
         return SharedLists(*index, transformed, lists, nearness, k)
 
     @cached_property
-    def _codebook(self) -> Codebook | None:
+    def codebook(self) -> Codebook | None:
+        """Return the rounded centroids of codes that can be compared with many queries at once."""
         return Codebook.of(self._ivf.pq) if self._has_pq_codes else None
 
     @cached_property

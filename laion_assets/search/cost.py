@@ -16,6 +16,7 @@ import numpy as np
 from laion_assets.index.faiss_index import FURTHER, nprobe_rule, sampled_lists
 from laion_assets.index.inverted_lists import WORTH_READING_AHEAD
 from laion_assets.index.metadata_file import BatchLayout
+from laion_assets.index.shared_lists import WORTH_SHARING
 from laion_assets.io.arrays import Ids
 from laion_assets.search.links import SIZES
 from laion_assets.search.retrieval import RECALL_QUERIES
@@ -135,6 +136,8 @@ class Rates:
         byte: to read a byte of a long run from the disk.
         request: to request a range from the source, while many are requested; 0 unless staged sparse.
         fetched: to read a byte of a long range from the source; likewise.
+        decoded: for each row of a list that many queries share; 0 if they never do.
+        compared: for each pair of such a row and a query; likewise.
 
     """
 
@@ -155,6 +158,8 @@ class Rates:
     byte: float
     request: float = 0.0
     fetched: float = 0.0
+    decoded: float = 0.0
+    compared: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -398,14 +403,15 @@ def _search_step(shape: Shape, rates: Rates, search: Search) -> Step:
     """Search, and check the recall; lists that are read ahead are read while others are searched."""
     nprobe, further = search.nprobe, recall_lists(shape, search.nprobe)
     sample = min(search.queries, RECALL_QUERIES)
-    computing = _searching(shape, rates, search.queries, nprobe, nprobe, search.k)
-    if further:
-        chosen = min(FURTHER * nprobe, shape.lists)
-        computing += _searching(shape, rates, sample, chosen, further, 0)
     among = max(min(search.among, shape.lists), nprobe)
     lists = distinct_lists(among, nprobe, search.queries)
-    of_a_query = rows_scanned(shape, nprobe) * shape.row_size
-    window = 0 if shape.sparse or of_a_query >= WORTH_READING_AHEAD else shape.window
+    scanning = _scanning(shape, rates, search, lists)
+    computing = _searching(rates, search.queries, nprobe, scanning, rows_found(shape, search))
+    if further:
+        scanning = sample * rates.scanned * rows_scanned(shape, further)
+        chosen = min(FURTHER * nprobe, shape.lists)
+        computing += _searching(rates, sample, chosen, scanning, 0)
+    window = 0 if shape.sparse or _are_long(shape, nprobe) else shape.window
     size = list_bytes(shape, lists, window)
     more = distinct_lists(among, further, sample) * (1 - lists / among)  # others were read by the search
     size += list_bytes(shape, more, shape.window)
@@ -418,11 +424,24 @@ def _search_step(shape: Shape, rates: Rates, search: Search) -> Step:
     return Step(size, reads, computing + _fetching(rates, reads, size), computing)
 
 
-def _searching(shape: Shape, rates: Rates, queries: int, chosen: int, lists: int, k: int) -> float:
-    """Return the seconds to choose lists for each query and to scan some; each query takes one core."""
+def _searching(rates: Rates, queries: int, chosen: int, scanning: float, found: float) -> float:
+    """Return the seconds to choose lists for each query, to scan them and to return rows."""
+    choosing = queries * (rates.query + rates.list * chosen)
+    return (choosing + scanning + rates.found * found) / min(rates.cores, queries)
+
+
+def _scanning(shape: Shape, rates: Rates, search: Search, lists: float) -> float:
+    """Return the core-seconds to scan different lists for all queries, see `shared_lists`."""
+    pairs = search.queries * rows_scanned(shape, search.nprobe)
     rows = rows_scanned(shape, lists)
-    of_a_query = rates.query + rates.list * chosen + rates.scanned * rows + rates.found * min(k, rows)
-    return of_a_query * queries / min(rates.cores, queries)
+    if rates.compared and _are_long(shape, search.nprobe) and pairs >= WORTH_SHARING * rows:
+        return rates.decoded * rows + rates.compared * pairs
+    return rates.scanned * pairs
+
+
+def _are_long(shape: Shape, nprobe: int) -> bool:
+    """Return whether the lists of a query are read ahead, see `InvertedLists.are_long`."""
+    return rows_scanned(shape, nprobe) * shape.row_size >= WORTH_READING_AHEAD
 
 
 def _metadata_step(shape: Shape, rates: Rates, rows: float) -> Step:

@@ -25,11 +25,12 @@ import pyarrow.parquet as pq
 from laion_assets.index.faiss_index import MIN_NPROBE, Hits, Index
 from laion_assets.index.layout import METADATA_FOLDER
 from laion_assets.index.metadata import Metadata
+from laion_assets.index.shared_lists import LARGEST, ROWS_OF_A_JOB, WORTH_SHARING
 from laion_assets.index.vectors import decoded_codes, unit
 from laion_assets.io.arrays import Bytes, Floats, Ids
 from laion_assets.io.derived import keep
 from laion_assets.io.errors import InputError
-from laion_assets.io.parallel import one_thread, thread_count
+from laion_assets.io.parallel import in_threads, one_thread, slices, thread_count
 from laion_assets.io.ranges import read_ahead
 from laion_assets.io.tables import fixed_size_binary
 from laion_assets.search.combined import combine
@@ -46,7 +47,7 @@ from laion_assets.staging.sparse.store import READ_THREADS
 from laion_assets.staging.transfer.fetch import Fetcher, TransferStats
 
 KEPT = ".rates.json"  # in the cache directory
-VERSION = 6  # increment it if rates are measured in another way
+VERSION = 7  # increment it if rates are measured in another way
 QUERIES = 8
 SCANNED = 1 << 20  # rows in the lists that they probe together
 FOUND = 1 << 14  # rows found around each
@@ -54,6 +55,8 @@ SHORT = 1100, 2200  # rows of short results; of half the queries, more than are 
 LONG = FOUND // 2, FOUND  # rows of a long result
 WIDTH = SIZES.widths[1] + 1  # of usual sketches
 STYLED = 64  # queries that show among how many lists those of all are spread
+SHARING = 2 * WORTH_SHARING, 8 * WORTH_SHARING  # queries that share lists
+SHARED_ROWS = 1 << 15  # of the lists
 MANY_LISTS = 1024  # chosen for a query
 SCATTERED, DENSE = 256, 1 << 14  # rows taken from many batches, and from few
 PAGES = 1024  # read at random
@@ -173,6 +176,7 @@ def measured_rates(open_index: Callable[[], AbstractContextManager[OpenIndex]], 
         request, fetched = (0.0, 0.0) if opened.whole else _source_rates(opened)
         query, a_list = _choosing_rates(opened.index)
         scanned, found, hits = _search_rates(opened.index)
+        decoded, compared = _shared_rates(opened.index)
         short, long, threads = _near_duplicate_laws(opened.index, hits)
         batch, taken = _take_rates(opened.metadata)
         written, combined = _table_rates(opened.metadata, hits.codes)
@@ -194,6 +198,8 @@ def measured_rates(open_index: Callable[[], AbstractContextManager[OpenIndex]], 
         byte=byte,
         request=request,
         fetched=fetched,
+        decoded=decoded,
+        compared=compared,
     )
 
 
@@ -240,6 +246,33 @@ def _search_rates(index: Index) -> tuple[float, float, Hits]:
     one, many = (_seconds(partial(index.search, queries, k, nprobe)) for k in (1, FOUND))
     scanned, found = sizes[lists[lists >= 0]].sum(), (hits.ids >= 0).sum()
     return max(one - choosing, 0) / max(scanned, 1), max(many - one, 0) / max(found, 1), hits
+
+
+def _shared_rates(index: Index) -> tuple[float, float]:
+    """Compare codes with some queries, then with more, as `shared_lists` does.
+
+    Returns:
+        The seconds of a code, and those of a pair; 0 if the index has other codes.
+
+    """
+    codebook, random = index.codebook, np.random.default_rng(0)
+    if codebook is None:
+        return 0.0, 0.0
+    codes = random.integers(0, 256, (SHARED_ROWS, codebook.parts), np.uint8)
+
+    def seconds(number: int) -> float:
+        queries = random.standard_normal((number, len(codebook.steps)), np.float32)
+        rounded, every = codebook.rounded(queries), np.arange(number)
+
+        def compare(rows: slice) -> int:
+            products = rounded.products(every, codebook, codes[rows])
+            return sum(len(np.flatnonzero(some >= LARGEST)) for some in products)
+
+        return _seconds(lambda: in_threads(compare, slices(len(codes), ROWS_OF_A_JOB))) / len(codes)
+
+    few, many = seconds(SHARING[0]), seconds(SHARING[1])
+    compared = max(many - few, 0) / (SHARING[1] - SHARING[0])
+    return max(few - SHARING[0] * compared, 0), compared
 
 
 def _probed_lists(sizes: Ids) -> int:

@@ -192,6 +192,25 @@ def test_searching_and_near_duplicates_are_linear_in_the_queries(queries):
         assert three[name].warm == pytest.approx(3 * one[name].warm)
 
 
+@pytest.mark.parametrize("shape", [LAION, SPARSE])
+def test_lists_that_many_queries_share_are_decoded_once_and_compared_with_all(shape):
+    rates = replace(RATES, decoded=4e-7, compared=1e-8)
+
+    def scanning(among: float, of: Shape = shape) -> float:
+        """Core-seconds for 2,000 queries, without the lists that the check of the recall scans."""
+        search = replace(search_of(of, 2000, 830, 0.3), among=among)
+        nothing = replace(rates, scanned=0, decoded=0, compared=0)
+        all_, others = (search_steps(of, each, search)["search"].warm for each in (rates, nothing))
+        sampled = 16 * rows_scanned(of, recall_lists(of, 64)) * rates.scanned
+        return rates.cores * (all_ - others) - sampled
+
+    pairs, rows = 2000 * rows_scanned(shape, 64), rows_scanned(shape, 500)
+    assert scanning(500) == pytest.approx(rates.decoded * rows + rates.compared * pairs)
+    assert scanning(shape.lists) == pytest.approx(rates.scanned * pairs)
+    short = replace(shape, probed_rows=450, rows=58_500_000)
+    assert scanning(500, short) == pytest.approx(rates.scanned * 2000 * rows_scanned(short, 64))
+
+
 @given(st.floats(1, 1e4), st.floats(0, 1e-3), st.floats(0, 1e-6))
 def test_the_law_of_near_duplicates_goes_through_two_measurements(rows, linear, quadratic):
     law = Pairwise(linear, quadratic)

@@ -17,7 +17,7 @@ from laion_assets.search.retrieval import Request, retrieve_table
 from laion_assets.staging import open_staged, stage
 
 ROWS = 600
-RATES = Rates(2, 1.5, *np.arange(1.0, 6), Pairwise(6, 7), Pairwise(8, 9), *np.arange(10.0, 18))
+RATES = Rates(2, 1.5, *np.arange(1.0, 6), Pairwise(6, 7), Pairwise(8, 9), *np.arange(10.0, 20))
 
 
 @pytest.fixture
@@ -54,6 +54,7 @@ def test_every_form_of_index_is_measured(index, tmp_path, form, suffix):
     numbers = [each for each in asdict(rates).values() if not isinstance(each, dict)]
     assert min(numbers + of_laws) >= 0
     assert min(rates.opening, rates.page, rates.byte, rates.taken, rates.written) > 0
+    assert (rates.compared > 0) == ("PQ" in indices.FORMS[form])
     search = search_of(shape, 3, 20, 1.0)
     assert search.nprobe == (found.nprobe or 1)
     whole = total(search_steps(shape, rates, search))
