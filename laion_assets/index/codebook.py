@@ -26,7 +26,7 @@ from laion_assets.io.int8 import ZERO, Codes, Numbers, largest_code, products
 from laion_assets.io.parallel import slices
 
 BITS = 8  # of each part of a code
-DECODED_AT_ONCE = 1 << 10  # rows: they stay in the processor's cache
+DECODED_AT_ONCE = 1 << 12  # rows: more threads would wait for each other at fewer
 LARGEST_PRODUCT = 1 << 30
 
 

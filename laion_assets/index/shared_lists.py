@@ -31,7 +31,7 @@ from laion_assets.io.parallel import in_threads, slices
 WORTH_SHARING = 20  # queries that probe the list of a row, on average: there it takes as long as faiss
 NEAREST = 2  # rows of the nearest lists, for each row wanted
 ROWS_OF_A_JOB = 1 << 12
-PAIRS_AT_ONCE = 1 << 25  # of a row and a query, which are compared before more are ruled out
+PAIRS_AT_ONCE = 1 << 26  # of a row and a query, which are compared before more are ruled out
 MORE_LEFT = 1 << 20  # pairs that may be left until then
 MOST_LEFT, MOST_LEFT_OF_K = (
     1 << 12,
