@@ -22,11 +22,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from laion_assets.io.arrays import Bytes, Floats, Ids
-from laion_assets.io.int8 import ZERO, Codes, Numbers, largest_code, products
+from laion_assets.io.int8 import ZERO, Codes, Numbers, largest_code, largest_excess, products
 from laion_assets.io.parallel import slices
 
 BITS = 8  # of each part of a code
-DECODED_AT_ONCE = 1 << 12  # rows: more threads would wait for each other at fewer
+DECODED_AT_ONCE = 1 << 11  # rows: threads would wait for each other at fewer
 LARGEST_PRODUCT = 1 << 30
 
 
@@ -118,13 +118,38 @@ class RoundedQueries:
     of_residuals: Floats
 
     def products(self, some: Ids, codebook: Codebook, codes: Bytes) -> Iterator[Numbers]:
-        """Yield the products of n rows with some queries, in steps: a few rows at a time, (few, some)."""
-        both = np.ascontiguousarray(self.codes[:, some].reshape(2 * len(some), -1).T)
+        """Yield products of n rows with some queries, in steps: (few, some) for a few rows at a time."""
+        factors = self._factors(some)
         for batch in slices(len(codes), DECODED_AT_ONCE):
-            high, low = np.split(products(codebook.decoded(codes[batch]), both), 2, axis=1)
-            high *= np.int32(self.finer)
-            high += low
-            yield high
+            yield self._multiplied(codebook.decoded(codes[batch]), *factors)
+
+    def reaching(
+        self, some: Ids, limits: Numbers, codebook: Codebook, codes: Bytes
+    ) -> Iterator[tuple[Ids, Numbers]]:
+        """Yield rows that reach the limit of a query, and their products with all, (few, some).
+
+        Args:
+            some: numbers of queries.
+            limits: (some,) at least; they may rise from one step to the next.
+            codebook: as for `products`.
+            codes: (n, m) of the rows.
+
+        """
+        factors = self._factors(some)
+        for batch in slices(len(codes), DECODED_AT_ONCE):
+            rows = codebook.decoded(codes[batch])
+            reach = np.flatnonzero(largest_excess(rows, *factors, self.finer, limits) >= 0)
+            yield batch.start + reach, self._multiplied(rows[reach], *factors)
+
+    def _factors(self, some: Ids) -> tuple[Codes, Codes]:
+        high, low = (np.ascontiguousarray(codes[some].T) for codes in self.codes)
+        return high, low
+
+    def _multiplied(self, rows: Bytes, high: Codes, low: Codes) -> Numbers:
+        found = products(rows, high)
+        found *= np.int32(self.finer)
+        found += products(rows, low)
+        return found
 
 
 def _lengths(vectors: NDArray[Any]) -> Floats:

@@ -25,7 +25,6 @@ import numpy as np
 from laion_assets.index.codebook import Codebook
 from laion_assets.index.inverted_lists import QUERIES_AT_ONCE, InvertedLists
 from laion_assets.io.arrays import Bytes, Floats, Ids, Mask
-from laion_assets.io.int8 import Numbers
 from laion_assets.io.parallel import in_threads, slices
 
 WORTH_SHARING = 20  # queries that probe the list of a row, on average: there it takes as long as faiss
@@ -203,7 +202,7 @@ class SharedLists:
     def _best_at_least(self, job: Job) -> Floats:
         """Return (v, at most k) what the best rows of a list are at least."""
         query, best = self._query(job.visits), np.empty((0, len(job.visits)), np.int32)
-        for some in self._products(job):
+        for some in self._rounded.products(query, self._codebook, self._codes(job.list)[job.rows]):
             best = np.concatenate([best, some])
             if len(best) > self._k:
                 best = np.partition(best, -self._k, axis=0)[-self._k :]
@@ -231,17 +230,18 @@ class SharedLists:
 
     def _left_of(self, job: Job) -> Left:
         """Return the pairs that are left of a job."""
-        query, first = self._query(job.visits), job.rows.start
+        query = self._query(job.visits)
         of_centre, off = self._of_centre(job)
         step = self._rounded.step[query]
         limit = (self._least[query] - off - of_centre) / step
         at_least = np.ceil(np.clip(limit, -LARGEST, LARGEST)).astype(np.int32)
         left, number = [], np.zeros(len(query), np.int64)
-        for some in self._products(job):
-            row, visit = np.divmod(np.flatnonzero(some >= at_least), len(query))
-            near = of_centre[visit] + step[visit] * some[row, visit]
-            left.append(Left(job.visits[visit] << 32 | first + row, near.astype(np.float32)))
-            first += len(some)
+        codes = self._codes(job.list)[job.rows]
+        for rows, products in self._rounded.reaching(query, at_least, self._codebook, codes):
+            place, visit = np.nonzero(products >= at_least)
+            near = of_centre[visit] + step[visit] * products[place, visit]
+            row = job.rows.start + rows[place]
+            left.append(Left(job.visits[visit] << 32 | row, near.astype(np.float32)))
             number += np.bincount(visit, minlength=len(query))
             many = number > self._most_left
             self._too_many[query[many]] = True
@@ -279,11 +279,6 @@ class SharedLists:
             )  # fmt: skip
         there = locations >= 0
         return similarity[there], locations[there]
-
-    def _products(self, job: Job) -> Iterator[Numbers]:
-        """Yield (few, v) products of a few rows of a job and its queries, in steps."""
-        codes = self._codes(job.list)[job.rows]
-        return self._rounded.products(self._query(job.visits), self._codebook, codes)
 
     def _of_centre(self, job: Job) -> tuple[Floats, Floats]:
         """Return (v,) the product of each query with the centre, and how far similarities may be off."""

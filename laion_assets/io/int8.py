@@ -17,6 +17,7 @@ Codes: TypeAlias = NDArray[np.int8]
 Numbers: TypeAlias = NDArray[np.int32]
 
 ZERO = 128  # is added to the left codes, which the product takes without a sign
+ROWS_OF_A_TILE = 512  # whose products stay in the processor's cache
 
 
 def products(left: Bytes, right: Codes) -> Numbers:
@@ -32,6 +33,27 @@ def largest_products(left: Bytes, tiles: Codes) -> Numbers:
     """Return (t, n), the largest product of each of (n, d) left codes with each of (t, d, m) tiles."""
     found: Numbers = _session("largest").run(None, {"a": left, "b": tiles})[0]
     return found
+
+
+def largest_excess(left: Bytes, high: Codes, low: Codes, finer: int, limits: Numbers) -> Numbers:
+    """Return how far the products of each left code are above their limits at most, or below 0.
+
+    Args:
+        left: (n, d) codes, plus ZERO each.
+        high: (d, m) codes.
+        low: (d, m) codes; the products are ``left @ (finer * high + low)``.
+        finer: how many steps of `low` are one of `high`.
+        limits: (m,); neither they nor the products exceed 2^30.
+
+    Returns:
+        (n,).
+
+    """
+    whole = len(left) // ROWS_OF_A_TILE * ROWS_OF_A_TILE
+    given = {"high": high, "low": low, "finer": np.array(finer, np.int32), "limits": limits}
+    tiles = left[:whole].reshape(-1, ROWS_OF_A_TILE, left.shape[1]), left[None, whole:]
+    found = [_session("excess").run(None, {"tiles": some, **given})[0] for some in tiles if some.size]
+    return np.concatenate([np.empty(0, np.int32), *(each.reshape(-1) for each in found)])
 
 
 @cache
@@ -56,15 +78,37 @@ def _session(result: str) -> Any:
 
 
 def _graphs() -> dict[str, bytes]:
-    """Return two graphs: `products` of a - ZERO and b, and the `largest` of each row and tile of b."""
+    """Return three graphs, which have no intermediate result larger than of one tile.
+
+    `products` are those of a - ZERO and b, `largest` is the largest of each row and tile of b, and
+    `excess` is by how much those of each row of a tile exceed limits.
+    """
     zero = {"zero": np.array(ZERO, np.uint8)}
     inputs = [value("a", UINT8), value("b", INT8)]
     of_b = node("MatMulInteger", ["a", "b", "zero"], "products")
     of_tile = node("MatMulInteger", ["a", "tile", "zero"], "products")
-    of_row = node("ReduceMax", ["products"], "of row", axes=[1], keepdims=0)
-    body = graph([of_tile, of_row], [value("tile", INT8)], [value("of row", INT32, ["rows"])])
-    tile_by_tile = node("Scan", ["b"], "largest", body=body, num_scan_inputs=1)
+    largest = node("ReduceMax", ["products"], "of row", axes=[1], keepdims=0)
+    by_row = [value("of row", INT32, ["rows"])]
+    largest_of_tile = graph([of_tile, largest], [value("tile", INT8)], by_row)
+    excess = [
+        node("MatMulInteger", ["tile", "high", "zero"], "of high"),
+        node("MatMulInteger", ["tile", "low", "zero"], "of low"),
+        node("Mul", ["of high", "finer"], "of finer"),
+        node("Add", ["of finer", "of low"], "sums"),
+        node("Sub", ["sums", "limits"], "products"),
+        largest,
+    ]
+    excess_of_tile = graph(excess, [value("tile", UINT8)], by_row)
+    factors = [value("high", INT8), value("low", INT8), value("finer", INT32), value("limits", INT32)]
+
+    def tile_by_tile(tiles: str, body: bytes) -> list[bytes]:
+        return [node("Scan", [tiles], "found", body=body, num_scan_inputs=1)]
+
+    found = [value("found", INT32)]
     return {
         "products": graph([of_b], inputs, [value("products", INT32)], zero),
-        "largest": graph([tile_by_tile], inputs, [value("largest", INT32)], zero),
+        "largest": graph(tile_by_tile("b", largest_of_tile), inputs, found, zero),
+        "excess": graph(
+            tile_by_tile("tiles", excess_of_tile), [value("tiles", UINT8), *factors], found, zero
+        ),
     }

@@ -15,6 +15,10 @@ Argument = TypeVar("Argument")
 Result = TypeVar("Result")
 
 
+# Where most calls of NumPy are short, more threads wait for each other and take longer.
+SHORT_CALLS = 8
+
+
 def one_blas_thread() -> AbstractContextManager[None]:
     """Return a context in which matrix products and LAPACK run only in the calling thread.
 
@@ -48,10 +52,21 @@ def thread_count() -> int:
     return min(int(faiss.omp_get_max_threads()), cores())
 
 
-def in_threads(work: Callable[[Argument], Result], arguments: Iterable[Argument]) -> list[Result]:
-    """Call `work` with each argument and return the results in the order of the arguments."""
+def in_threads(
+    work: Callable[[Argument], Result], arguments: Iterable[Argument], most: int | None = None
+) -> list[Result]:
+    """Call `work` with each argument and return the results in the order of the arguments.
+
+    Args:
+        work: what each thread does.
+        arguments: of each call.
+        most: threads, at most; `thread_count` if None.
+
+    """
     arguments = list(arguments)
-    most = thread_count()  # read before the limit on BLAS, which lowers it too
+    most = min(
+        thread_count(), most or thread_count()
+    )  # read before the limit on BLAS, which lowers it too
     with one_blas_thread():
         # A thread takes longer to start than a small request to compute.
         if most == 1 or len(arguments) < 2:

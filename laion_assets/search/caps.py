@@ -13,7 +13,7 @@ from laion_assets.index.vectors import unit
 from laion_assets.io.arrays import Floats, Ids, Mask
 from laion_assets.io.int8 import Numbers, products
 from laion_assets.io.machine import free_memory
-from laion_assets.io.parallel import in_threads, slices, thread_count
+from laion_assets.io.parallel import SHORT_CALLS, in_threads, slices, thread_count
 from laion_assets.io.processes import in_processes
 from laion_assets.io.ranges import members
 from laion_assets.search.links import SLACK, Links, pairs_of
@@ -82,7 +82,7 @@ def plan_comparison(links: Links) -> tuple[Comparison, RoundedTwice]:
     sketches = sketch_all(links, axes, RoundedTwice)
     order, borders = cut_into_chunks(*nearest_cells(links, sketches, sample), links.sizes.chunk)
     chunks = [order[start:end] for start, end in pairwise(borders)]
-    in_threads(lambda chunk: links.find(chunk, chunk), chunks)
+    in_threads(lambda chunk: links.find(chunk, chunk), chunks, SHORT_CALLS)
     chunk_of = np.empty(len(order), np.int32)
     chunk_of[order] = np.repeat(np.arange(len(chunks), dtype=np.int32), np.diff(borders))
     order, borders = connected_groups(links.forest.labels(), chunk_of)
@@ -283,7 +283,8 @@ def find_links_here(links: Links, caps: Caps, stripe: tuple[int, int]) -> None:
             for a, b in together(found, sizes.together):
                 links.check(a, b)
 
-        in_threads(compare, [block for block in blocks[number::step] if block[0] < panel.stop])
+        some = [block for block in blocks[number::step] if block[0] < panel.stop]
+        in_threads(compare, some, SHORT_CALLS)
 
 
 def compare_caps(links: Links, caps: Caps, block: slice, after: Iterable[Part]) -> Iterator[Pairs]:

@@ -263,10 +263,10 @@ def _shared_rates(index: Index) -> tuple[float, float]:
     def seconds(number: int) -> float:
         queries = random.standard_normal((number, len(codebook.steps)), np.float32)
         rounded, every = codebook.rounded(queries), np.arange(number)
+        limits = np.full(number, LARGEST, np.int32)
 
         def compare(rows: slice) -> int:
-            products = rounded.products(every, codebook, codes[rows])
-            return sum(len(np.flatnonzero(some >= LARGEST)) for some in products)
+            return sum(len(some) for some, _ in rounded.reaching(every, limits, codebook, codes[rows]))
 
         return _seconds(lambda: in_threads(compare, slices(len(codes), ROWS_OF_A_JOB))) / len(codes)
 

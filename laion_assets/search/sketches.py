@@ -10,7 +10,7 @@ import numpy as np
 
 from laion_assets.index.vectors import unit
 from laion_assets.io.arrays import Floats, Ids, Mask
-from laion_assets.io.parallel import in_threads, one_blas_thread, slices
+from laion_assets.io.parallel import SHORT_CALLS, in_threads, one_blas_thread, slices
 from laion_assets.search.links import SLACK, Links, squares
 from laion_assets.search.rounded import Rounded, RoundedTwice, may_exceed, scale_of
 
@@ -88,7 +88,7 @@ def sketch_all(links: Links, axes: Floats, kind: type[Kind], rows: Ids | None = 
         sketched = sketch(links.vectors[batch if rows is None else rows[batch]], axes)
         sketches[batch] = kind.of(sketched, reach_of(width))
 
-    in_threads(sketch_batch, slices(count, links.sizes.batch))
+    in_threads(sketch_batch, slices(count, links.sizes.batch), SHORT_CALLS)
     return sketches
 
 
