@@ -13,7 +13,6 @@ the others.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,11 +21,16 @@ import numpy as np
 from numpy.typing import NDArray
 
 from laion_assets.io.arrays import Bytes, Floats, Ids
-from laion_assets.io.int8 import ZERO, Codes, Numbers, largest_code, largest_excess, products
-from laion_assets.io.parallel import slices
+from laion_assets.io.int8 import (
+    CODES_OF_A_PART,
+    ZERO,
+    Codes,
+    Numbers,
+    largest_code,
+    largest_excess,
+    products,
+)
 
-BITS = 8  # of each part of a code
-DECODED_AT_ONCE = 1 << 11  # rows: threads would wait for each other at fewer
 LARGEST_PRODUCT = 1 << 30
 
 
@@ -54,7 +58,7 @@ class Codebook:
         """Round a faiss ProductQuantizer; None unless its codes are bytes and its centroids finite."""
         parts, each, width = quantizer.M, quantizer.ksub, quantizer.dsub
         centroids = faiss.vector_to_array(quantizer.centroids).reshape(parts, each, width)
-        if quantizer.nbits != BITS or not np.isfinite(centroids).all():
+        if quantizer.ksub != CODES_OF_A_PART or not np.isfinite(centroids).all():
             return None
         largest = np.abs(centroids).max(axis=1, keepdims=True)
         steps = np.where(largest > 0, largest, 1) / np.float32(largest_code())
@@ -73,8 +77,9 @@ class Codebook:
 
     def decoded(self, codes: Bytes) -> Bytes:
         """Return the rounded residuals of (n, m) codes as left factors of a product."""
-        first = np.arange(0, len(self.words), 1 << BITS)
-        return self.words.take(codes + first, axis=0).reshape(len(codes), -1)
+        first = np.arange(0, len(self.words), CODES_OF_A_PART)
+        words = self.words.take(codes + first, axis=0)
+        return words.reshape(len(codes), self.parts * self.words.shape[1])
 
     def rounded(self, queries: Floats) -> RoundedQueries:
         """Round (q, d) finite queries."""
@@ -95,7 +100,8 @@ class Codebook:
         padded[..., : dimension // self.parts] = [
             part.reshape(by_part) for part in (high, codes - finer * high)
         ]
-        return RoundedQueries(padded.reshape(2, len(queries), -1), finer, step, off, of_residuals)
+        factors = np.ascontiguousarray(padded.reshape(2, len(queries), -1).swapaxes(1, 2))
+        return RoundedQueries(factors, finer, step, off, of_residuals)
 
 
 @dataclass(frozen=True)
@@ -103,7 +109,7 @@ class RoundedQueries:
     """What stands for q queries in products.
 
     Attributes:
-        codes: (2, q, w) h and l.
+        codes: (2, w, q) h and l.
         finer: F.
         step: (q,) s.
         off: (q,) the bound of the error.
@@ -117,39 +123,29 @@ class RoundedQueries:
     off: Floats
     of_residuals: Floats
 
-    def products(self, some: Ids, codebook: Codebook, codes: Bytes) -> Iterator[Numbers]:
-        """Yield products of n rows with some queries, in steps: (few, some) for a few rows at a time."""
-        factors = self._factors(some)
-        for batch in slices(len(codes), DECODED_AT_ONCE):
-            yield self._multiplied(codebook.decoded(codes[batch]), *factors)
-
     def reaching(
         self, some: Ids, limits: Numbers, codebook: Codebook, codes: Bytes
-    ) -> Iterator[tuple[Ids, Numbers]]:
-        """Yield rows that reach the limit of a query, and their products with all, (few, some).
+    ) -> tuple[Ids, Numbers]:
+        """Return the rows that reach the limit of a query, and their products with all, in steps.
 
         Args:
-            some: numbers of queries.
-            limits: (some,) at least; they may rise from one step to the next.
-            codebook: as for `products`.
-            codes: (n, m) of the rows.
+            some: (v,) numbers of queries.
+            limits: (v,) of products, in steps.
+            codebook: of the codes.
+            codes: (n, m) of rows.
+
+        Returns:
+            (r,) places of rows, and (r, v).
 
         """
-        factors = self._factors(some)
-        for batch in slices(len(codes), DECODED_AT_ONCE):
-            rows = codebook.decoded(codes[batch])
-            reach = np.flatnonzero(largest_excess(rows, *factors, self.finer, limits) >= 0)
-            yield batch.start + reach, self._multiplied(rows[reach], *factors)
-
-    def _factors(self, some: Ids) -> tuple[Codes, Codes]:
-        high, low = (np.ascontiguousarray(codes[some].T) for codes in self.codes)
-        return high, low
-
-    def _multiplied(self, rows: Bytes, high: Codes, low: Codes) -> Numbers:
-        found = products(rows, high)
+        high, low = self.codes.take(some, axis=2)
+        excess = largest_excess(codes, codebook.words, high, low, self.finer, limits)
+        rows = np.flatnonzero(excess >= 0)
+        decoded = codebook.decoded(codes[rows])
+        found = products(decoded, high)
         found *= np.int32(self.finer)
-        found += products(rows, low)
-        return found
+        found += products(decoded, low)
+        return rows, found
 
 
 def _lengths(vectors: NDArray[Any]) -> Floats:

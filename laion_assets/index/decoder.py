@@ -48,7 +48,7 @@ class Decoder:
         """
         ivf = faiss.downcast_index(faiss.extract_index_ivf(index))
         centres = ivf.quantizer.reconstruct_batch(lists)
-        return cls(_emptied(index, centres), lists, index.d)
+        return cls(emptied(index, centres), lists, index.d)
 
     def decode(self, codes: Bytes) -> Floats:
         """Decode (n, code size) codes to (n, dimension) float32 vectors, not normalised."""
@@ -95,7 +95,7 @@ class Decoder:
         ivf = faiss.downcast_index(faiss.extract_index_ivf(self._index))
         lists = np.unique(list_numbers(codes, codes.shape[1] - ivf.code_size))
         centres = ivf.quantizer.reconstruct_batch(np.searchsorted(self._lists, lists))
-        return Decoder(_emptied(self._index, centres), lists, self._dimension)
+        return Decoder(emptied(self._index, centres), lists, self._dimension)
 
     def merged(self, other: Decoder) -> Decoder:
         """Return a decoder for the codes of both decoders, which must come from the same index."""
@@ -103,7 +103,7 @@ class Decoder:
             return self
         lists, first = np.unique(np.concatenate([self._lists, other._lists]), return_index=True)
         centres = np.concatenate([self._centres(), other._centres()])[first]
-        return Decoder(_emptied(self._index, centres), lists, self._dimension)
+        return Decoder(emptied(self._index, centres), lists, self._dimension)
 
     def _centres(self) -> Floats:
         ivf = faiss.extract_index_ivf(self._index)
@@ -214,7 +214,7 @@ class _Reflection:
         return np.subtract(others, taken, out=taken)
 
 
-def _emptied(index: Any, centres: Floats) -> Any:
+def emptied(index: Any, centres: Floats) -> Any:
     """Return an index without rows that decodes codes of the lists with these centres."""
     ivf = faiss.downcast_index(faiss.extract_index_ivf(index))
     quantizer = faiss.IndexFlatIP(ivf.d)

@@ -22,7 +22,8 @@ from laion_assets.index.decoder import Decoder, list_bytes, list_numbers
 from laion_assets.index.faiss_consistency import contradictions
 from laion_assets.index.faiss_file import read_with_lists_beside
 from laion_assets.index.inverted_lists import ID_SIZE, QUERIES_AT_ONCE, InvertedLists
-from laion_assets.index.shared_lists import NONE, WORTH_SHARING, Scanners, SharedLists
+from laion_assets.index.scores import rows_above
+from laion_assets.index.shared_lists import NONE, WORTH_SHARING, SharedLists
 from laion_assets.index.vectors import unit
 from laion_assets.io.arrays import Bytes, Floats, Ids, Mask
 from laion_assets.io.console import silent_stdout
@@ -233,17 +234,12 @@ class Index:
         are_shared = rows[probed].sum() >= WORTH_SHARING * rows[np.unique(probed)].sum()
         if not are_shared or not np.isfinite(transformed).all():
             return None
-        index = self._ivf, self._scanners, self.codebook, self._lists
-        return SharedLists(*index, transformed, lists, nearness, k)
+        return SharedLists(self._ivf, self.codebook, self._lists, transformed, lists, nearness, k)
 
     @cached_property
     def codebook(self) -> Codebook | None:
         """Return the rounded centroids of codes that can be compared with many queries at once."""
         return Codebook.of(self._ivf.pq) if self._has_pq_codes else None
-
-    @cached_property
-    def _scanners(self) -> Scanners:
-        return Scanners(self._ivf)
 
     def _search_alone(
         self,
@@ -309,7 +305,9 @@ class Index:
         enough = -np.inf
         sizes = self.list_sizes()[lists] * (lists >= 0)
         for some in _rounds(sizes, max(2 * k, ROWS_OF_THE_FIRST_ROUND)):
-            found, places = self._rows_above(query, lists[some], nearness[some], enough)
+            found, places = rows_above(
+                self._ivf, query, lists[some], nearness[some], enough, locations=True
+            )
             best, at = _best(np.append(best, found), np.append(at, places), k)
             if len(best) == k:
                 enough = np.nextafter(best.min(), np.float32(-np.inf))
@@ -413,11 +411,13 @@ class Index:
             if self._lists is not None and samples:
                 self._lists.read_ahead(lists[number][np.concatenate([some for some, _ in samples])])
             for sampled, each in samples:
-                rows, _ = self._rows_above(
+                rows, _ = rows_above(
+                    self._ivf,
                     rotated[number],
                     lists[number][sampled],
                     nearness[number][sampled],
                     found[-1] + rounding,
+                    locations=True,
                 )
                 better, weight = np.append(better, rows), np.append(weight, np.full(len(rows), each))
             order = np.argsort(-better)
@@ -427,21 +427,6 @@ class Index:
 
         remained, returned = np.array([counts(number) for number in range(len(queries))]).sum(axis=0)
         return float(remained / returned)
-
-    def _rows_above(
-        self, query: Floats, lists: Ids, nearness: Floats, score: float
-    ) -> tuple[Floats, Ids]:
-        """Return similarity and location of all rows of some lists whose similarity is above a score."""
-        found = faiss.RangeSearchResult(1)
-        self._ivf.range_search_preassigned_c(
-            1, faiss.swig_ptr(query), float(score), faiss.swig_ptr(lists), faiss.swig_ptr(nearness),
-            found, True, faiss.SearchParametersIVF(nprobe=len(lists)),
-        )  # fmt: skip
-        count = int(faiss.rev_swig_ptr(found.lims, 2)[1])
-        similarity, locations = (
-            faiss.rev_swig_ptr(values, count).copy() for values in (found.distances, found.labels)
-        )
-        return similarity, locations
 
     def sample(self, lists: int, rows: int) -> Iterator[tuple[Ids, Floats]]:
         """Yield ids and unit vectors of rows drawn at random with a fixed seed.

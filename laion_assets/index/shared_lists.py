@@ -13,59 +13,34 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import pairwise
-from queue import Empty, SimpleQueue
 from typing import Any
 
 import faiss
 import numpy as np
 
-from laion_assets.index.codebook import Codebook
+from laion_assets.index.codebook import LARGEST_PRODUCT, Codebook
+from laion_assets.index.decoder import emptied
 from laion_assets.index.inverted_lists import QUERIES_AT_ONCE, InvertedLists
+from laion_assets.index.scores import rows_above
 from laion_assets.io.arrays import Bytes, Floats, Ids, Mask
 from laion_assets.io.parallel import in_threads, slices
 
 WORTH_SHARING = 20  # queries that probe the list of a row, on average: there it takes as long as faiss
 NEAREST = 2  # rows of the nearest lists, for each row wanted
-ROWS_OF_A_JOB = 1 << 12
-PAIRS_AT_ONCE = 1 << 26  # of a row and a query, which are compared before more are ruled out
+PAIRS_OF_A_JOB = 1 << 20  # of a row and a query: so many take longer than threads wait for each other
+ROWS_OF_A_JOB = 1 << 9  # at least
+PAIRS_AT_ONCE = 1 << 26  # which are compared before more are ruled out
 MORE_LEFT = 1 << 20  # pairs that may be left until then
 MOST_LEFT, MOST_LEFT_OF_K = (
     1 << 12,
     16,
 )  # rows of a query that may be left: so many, and for each one wanted
 ROUNDING = 2.0**-23  # of the sum of absolute values, for each of them: twice what float32 loses
-LARGEST = 1 << 30  # no product of codes is as large
+LARGEST = LARGEST_PRODUCT - 1
 NONE = np.finfo(np.float32).min  # the similarity of no row, as faiss fills it in
 ROW = 0xFFFFFFFF  # of a list, in a pair or location
-
-
-class Scanners:
-    """Objects of faiss that score some rows of lists, each in one thread at a time.
-
-    They are used again and again: faiss's Python package does not free them.
-
-    Args:
-        ivf: an IVF index.
-
-    """
-
-    def __init__(self, ivf: Any) -> None:
-        self._ivf = ivf
-        self._parameters = faiss.SearchParametersIVF()
-        self._idle: SimpleQueue[Any] = SimpleQueue()
-
-    @contextmanager
-    def one(self) -> Iterator[Any]:
-        """Lend a scanner."""
-        try:
-            scanner = self._idle.get_nowait()
-        except Empty:
-            scanner = self._ivf.get_InvertedListScanner(False, None, self._parameters)
-        yield scanner
-        self._idle.put(scanner)
 
 
 @dataclass(frozen=True)
@@ -127,7 +102,6 @@ class SharedLists:
 
     Args:
         ivf: an IVF + PQ index.
-        scanners: of it.
         codebook: of its quantizer.
         lists: its lists on the disk.
         queries: (q, d) float32, transformed, finite.
@@ -140,7 +114,6 @@ class SharedLists:
     def __init__(
         self,
         ivf: Any,
-        scanners: Scanners,
         codebook: Codebook,
         lists: InvertedLists,
         queries: Floats,
@@ -148,12 +121,12 @@ class SharedLists:
         nearness: Floats,
         k: int,
     ) -> None:
-        self._ivf, self._scanners, self._codebook, self._lists = ivf, scanners, codebook, lists
+        self._ivf, self._codebook, self._lists = ivf, codebook, lists
         self._queries, self._probed, self._nearness, self._k = queries, probed, nearness, k
         self._lengths = np.linalg.norm(queries, axis=1)
         self._rounded = codebook.rounded(queries)
         self._off = np.zeros(probed.shape, np.float32)  # of similarities, at most
-        self._least = np.full(len(queries), -np.inf)  # similarity of the k-th row
+        self._least = np.full(len(queries), -np.inf)  # the k-th similarity
         self._too_many = np.zeros(len(queries), np.bool_)
 
     def search(
@@ -177,38 +150,31 @@ class SharedLists:
         edges = self._edges(left)
 
         def score(queries: slice) -> None:
-            with self._scanners.one() as scanner:
-                for query in range(queries.start, queries.stop):
-                    if not self._too_many[query]:
-                        some = left[edges[query] : edges[query + 1]]
-                        found(query, *self._scored(scanner, query, some))
+            some = left[edges[queries.start] : edges[queries.stop]]
+            for query, similarity, locations in self._scored(some):
+                found(query, similarity, locations)
 
         in_threads(score, slices(len(self._queries), QUERIES_AT_ONCE))
         return self._too_many
 
     def _find_least(self, nearest: Mask) -> None:
         """Find how similar the k-th row of each query is at least, from its nearest lists."""
-        jobs = list(self._jobs(nearest))
-        self._lists.read_ahead(np.array([job.list for job in jobs], np.int64))
-        best = [row for rows in in_threads(self._best_at_least, jobs) for row in rows]
-        query = self._query(np.concatenate([np.empty(0, np.int64), *(job.visits for job in jobs)]))
-        order = np.argsort(query, kind="stable")
-        edges = np.searchsorted(query[order], np.arange(len(self._queries) + 1))
-        for number, (first, last) in enumerate(pairwise(edges)):
-            each = np.concatenate([np.empty(0), *(best[place] for place in order[first:last])])
-            if len(each) >= self._k:
-                self._least[number] = np.partition(each, -self._k)[-self._k]
+        lists = np.where(nearest, self._probed, -1)[:, : max(nearest.sum(axis=1).max(initial=0), 1)]
+        lists, nearness = np.ascontiguousarray(lists), self._nearness[:, : lists.shape[1]].copy()
+        self._lists.read_ahead(np.unique(lists[lists >= 0]))
+        best = np.full((len(lists), self._k), NONE, np.float32)
+        places = np.full((len(lists), self._k), -1)
+        parameters = faiss.SearchParametersIVF(nprobe=lists.shape[1])
 
-    def _best_at_least(self, job: Job) -> Floats:
-        """Return (v, at most k) what the best rows of a list are at least."""
-        query, best = self._query(job.visits), np.empty((0, len(job.visits)), np.int32)
-        for some in self._rounded.products(query, self._codebook, self._codes(job.list)[job.rows]):
-            best = np.concatenate([best, some])
-            if len(best) > self._k:
-                best = np.partition(best, -self._k, axis=0)[-self._k :]
-        of_centre, off = self._of_centre(job)
-        least: Floats = (of_centre - off)[:, None] + self._rounded.step[query, None] * best.T
-        return least
+        def search(queries: slice) -> None:
+            self._ivf.search_preassigned_c(
+                len(lists[queries]), faiss.swig_ptr(self._queries[queries]), self._k,
+                faiss.swig_ptr(lists[queries]), faiss.swig_ptr(nearness[queries]),
+                faiss.swig_ptr(best[queries]), faiss.swig_ptr(places[queries]), True, parameters,
+            )  # fmt: skip
+
+        in_threads(search, slices(len(lists), QUERIES_AT_ONCE))
+        self._least = np.where(places[:, -1] >= 0, best[:, -1], -np.inf).astype(np.float64)
 
     def _all_left(self, wanted: Mask, progress: Callable[[int], None]) -> Left:
         """Return the pairs that are left of some visits, in order."""
@@ -235,18 +201,15 @@ class SharedLists:
         step = self._rounded.step[query]
         limit = (self._least[query] - off - of_centre) / step
         at_least = np.ceil(np.clip(limit, -LARGEST, LARGEST)).astype(np.int32)
-        left, number = [], np.zeros(len(query), np.int64)
         codes = self._codes(job.list)[job.rows]
-        for rows, products in self._rounded.reaching(query, at_least, self._codebook, codes):
-            place, visit = np.nonzero(products >= at_least)
-            near = of_centre[visit] + step[visit] * products[place, visit]
-            row = job.rows.start + rows[place]
-            left.append(Left(job.visits[visit] << 32 | row, near.astype(np.float32)))
-            number += np.bincount(visit, minlength=len(query))
-            many = number > self._most_left
-            self._too_many[query[many]] = True
-            at_least[many] = LARGEST
-        return Left.joined(left)
+        rows, products = self._rounded.reaching(query, at_least, self._codebook, codes)
+        reach = products >= at_least
+        many = np.count_nonzero(reach, axis=0) > self._most_left
+        self._too_many[query[many]] = True
+        place, visit = np.nonzero(reach & ~many)
+        near = of_centre[visit] + step[visit] * products[place, visit]
+        row = job.rows.start + rows[place]
+        return Left(job.visits[visit] << 32 | row, near.astype(np.float32))
 
     def _with_fewer(self, left: Left) -> Left:
         """Rule out rows that cannot be among the k most similar; return the others in order."""
@@ -263,22 +226,30 @@ class SharedLists:
             stay[first:last] &= not self._too_many[query]
         return left[stay]
 
-    def _scored(self, scanner: Any, query: int, left: Left) -> tuple[Floats, Ids]:
-        """Return similarity and location of the rows that are left of a query, as faiss scores them."""
-        visit, row = left.visit, left.pair & ROW
-        lists, nearness = self._probed.reshape(-1)[visit], self._nearness.reshape(-1)[visit]
-        similarity, locations = np.full(len(left), NONE, np.float32), np.full(len(left), -1)
-        at = lists << 32 | row
-        scanner.set_query(faiss.swig_ptr(self._queries[query]))
-        for first, last in pairwise(np.flatnonzero(np.diff(visit, prepend=-1, append=-1)).tolist()):
-            codes = self._codes(int(lists[first]))[row[first:last]]
-            scanner.set_list(int(lists[first]), float(nearness[first]))
-            scanner.scan_codes(
-                last - first, faiss.swig_ptr(codes), faiss.swig_ptr(at[first:last]),
-                faiss.swig_ptr(similarity), faiss.swig_ptr(locations), len(left),
-            )  # fmt: skip
-        there = locations >= 0
-        return similarity[there], locations[there]
+    def _scored(self, left: Left) -> Iterator[tuple[int, Floats, Ids]]:
+        """Yield each query of some pairs, and similarity and location of its rows, as faiss scores them.
+
+        faiss searches a small index of all these rows, in the lists that they are from.
+        """
+        lists = self._probed.reshape(-1)[left.visit]
+        rows = np.unique(lists << 32 | left.pair & ROW)
+        numbers, first = np.unique(rows >> 32, return_index=True)
+        small = emptied(self._ivf, self._ivf.quantizer.reconstruct_batch(numbers))
+        for place, of_list in enumerate(np.split(rows, first[1:])):
+            codes = self._codes(int(numbers[place]))[of_list & ROW]
+            small.invlists.add_entries(
+                place, len(of_list), faiss.swig_ptr(of_list), faiss.swig_ptr(codes)
+            )
+        visits = np.unique(left.visit)
+        for of_query in np.split(visits, np.flatnonzero(np.diff(self._query(visits))) + 1):
+            query = int(self._query(of_query[0]))
+            nearness = self._nearness.reshape(-1)[of_query]
+            places = np.searchsorted(numbers, self._probed.reshape(-1)[of_query])
+            score = np.nextafter(np.float32(self._least[query]), NONE)
+            yield (
+                query,
+                *rows_above(small, self._queries[query], places, nearness, score, locations=False),
+            )
 
     def _of_centre(self, job: Job) -> tuple[Floats, Floats]:
         """Return (v,) the product of each query with the centre, and how far similarities may be off."""
@@ -324,7 +295,7 @@ def _batches(lists: Iterator[Job]) -> list[list[Job]]:
     batches: list[list[Job]] = []
     pairs = PAIRS_AT_ONCE
     for whole in lists:
-        for rows in slices(whole.rows.stop, ROWS_OF_A_JOB):
+        for rows in slices(whole.rows.stop, max(PAIRS_OF_A_JOB // len(whole.visits), ROWS_OF_A_JOB)):
             if pairs >= PAIRS_AT_ONCE:
                 batches.append([])
                 pairs = 0

@@ -17,6 +17,7 @@ Codes: TypeAlias = NDArray[np.int8]
 Numbers: TypeAlias = NDArray[np.int32]
 
 ZERO = 128  # is added to the left codes, which the product takes without a sign
+CODES_OF_A_PART = 256
 ROWS_OF_A_TILE = 512  # whose products stay in the processor's cache
 
 
@@ -35,23 +36,30 @@ def largest_products(left: Bytes, tiles: Codes) -> Numbers:
     return found
 
 
-def largest_excess(left: Bytes, high: Codes, low: Codes, finer: int, limits: Numbers) -> Numbers:
-    """Return how far the products of each left code are above their limits at most, or below 0.
+def largest_excess(
+    codes: Bytes, words: Bytes, high: Codes, low: Codes, finer: int, limits: Numbers
+) -> Numbers:
+    """Decode rows, multiply them, and return how far the products are above their limits.
+
+    All this is one call without Python's lock, which many threads would wait for.
 
     Args:
-        left: (n, d) codes, plus ZERO each.
-        high: (d, m) codes.
-        low: (d, m) codes; the products are ``left @ (finer * high + low)``.
+        codes: (n, p) for each part of a row the number of a word.
+        words: (p * 256, w) what the codes of each part stand for in turn, plus ZERO.
+        high: (p * w, m).
+        low: (p * w, m); the products are ``rows @ (finer * high + low)``.
         finer: how many steps of `low` are one of `high`.
         limits: (m,); neither they nor the products exceed 2^30.
 
     Returns:
-        (n,).
+        (n,) of the product of each row that is farthest above its limit; negative if none reaches it.
 
     """
-    whole = len(left) // ROWS_OF_A_TILE * ROWS_OF_A_TILE
-    given = {"high": high, "low": low, "finer": np.array(finer, np.int32), "limits": limits}
-    tiles = left[:whole].reshape(-1, ROWS_OF_A_TILE, left.shape[1]), left[None, whole:]
+    given = {"words": words, "high": high, "low": low, "limits": limits}
+    given["finer"] = np.array(finer, np.int32)
+    given["first"] = np.arange(0, len(words), CODES_OF_A_PART, dtype=np.int32)
+    whole = len(codes) // ROWS_OF_A_TILE * ROWS_OF_A_TILE
+    tiles = codes[:whole].reshape(-1, ROWS_OF_A_TILE, codes.shape[1]), codes[None, whole:]
     found = [_session("excess").run(None, {"tiles": some, **given})[0] for some in tiles if some.size]
     return np.concatenate([np.empty(0, np.int32), *(each.reshape(-1) for each in found)])
 
@@ -81,7 +89,7 @@ def _graphs() -> dict[str, bytes]:
     """Return three graphs, which have no intermediate result larger than of one tile.
 
     `products` are those of a - ZERO and b, `largest` is the largest of each row and tile of b, and
-    `excess` is by how much those of each row of a tile exceed limits.
+    `excess` is how far those of each row of a tile are above limits.
     """
     zero = {"zero": np.array(ZERO, np.uint8)}
     inputs = [value("a", UINT8), value("b", INT8)]
@@ -91,15 +99,20 @@ def _graphs() -> dict[str, bytes]:
     by_row = [value("of row", INT32, ["rows"])]
     largest_of_tile = graph([of_tile, largest], [value("tile", INT8)], by_row)
     excess = [
-        node("MatMulInteger", ["tile", "high", "zero"], "of high"),
-        node("MatMulInteger", ["tile", "low", "zero"], "of low"),
+        node("Cast", ["tile"], "numbers", to=INT32),
+        node("Add", ["numbers", "first"], "places"),
+        node("Gather", ["words", "places"], "parts", axis=0),
+        node("Flatten", ["parts"], "decoded", axis=1),
+        node("MatMulInteger", ["decoded", "high", "zero"], "of high"),
+        node("MatMulInteger", ["decoded", "low", "zero"], "of low"),
         node("Mul", ["of high", "finer"], "of finer"),
         node("Add", ["of finer", "of low"], "sums"),
         node("Sub", ["sums", "limits"], "products"),
         largest,
     ]
     excess_of_tile = graph(excess, [value("tile", UINT8)], by_row)
-    factors = [value("high", INT8), value("low", INT8), value("finer", INT32), value("limits", INT32)]
+    kinds = {"tiles": UINT8, "words": UINT8, "first": INT32, "high": INT8, "low": INT8, "finer": INT32}
+    given = [value(name, kind) for name, kind in (kinds | {"limits": INT32}).items()]
 
     def tile_by_tile(tiles: str, body: bytes) -> list[bytes]:
         return [node("Scan", [tiles], "found", body=body, num_scan_inputs=1)]
@@ -108,7 +121,5 @@ def _graphs() -> dict[str, bytes]:
     return {
         "products": graph([of_b], inputs, [value("products", INT32)], zero),
         "largest": graph(tile_by_tile("b", largest_of_tile), inputs, found, zero),
-        "excess": graph(
-            tile_by_tile("tiles", excess_of_tile), [value("tiles", UINT8), *factors], found, zero
-        ),
+        "excess": graph(tile_by_tile("tiles", excess_of_tile), given, found, zero),
     }

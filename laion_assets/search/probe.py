@@ -25,7 +25,7 @@ import pyarrow.parquet as pq
 from laion_assets.index.faiss_index import MIN_NPROBE, Hits, Index
 from laion_assets.index.layout import METADATA_FOLDER
 from laion_assets.index.metadata import Metadata
-from laion_assets.index.shared_lists import LARGEST, ROWS_OF_A_JOB, WORTH_SHARING
+from laion_assets.index.shared_lists import LARGEST, PAIRS_OF_A_JOB, WORTH_SHARING
 from laion_assets.index.vectors import decoded_codes, unit
 from laion_assets.io.arrays import Bytes, Floats, Ids
 from laion_assets.io.derived import keep
@@ -265,10 +265,11 @@ def _shared_rates(index: Index) -> tuple[float, float]:
         rounded, every = codebook.rounded(queries), np.arange(number)
         limits = np.full(number, LARGEST, np.int32)
 
-        def compare(rows: slice) -> int:
-            return sum(len(some) for some, _ in rounded.reaching(every, limits, codebook, codes[rows]))
+        def compare(rows: slice) -> None:
+            rounded.reaching(every, limits, codebook, codes[rows])
 
-        return _seconds(lambda: in_threads(compare, slices(len(codes), ROWS_OF_A_JOB))) / len(codes)
+        jobs = slices(len(codes), PAIRS_OF_A_JOB // number)
+        return _seconds(lambda: in_threads(compare, jobs)) / len(codes)
 
     few, many = seconds(SHARING[0]), seconds(SHARING[1])
     compared = max(many - few, 0) / (SHARING[1] - SHARING[0])

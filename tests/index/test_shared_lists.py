@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from laion_assets.index import codebook, faiss_index, inverted_lists, shared_lists
 from laion_assets.index.codebook import Codebook
 from laion_assets.index.faiss_index import Index
+from laion_assets.io import int8
 from laion_assets.io.int8 import ZERO
 
 QUERIES = 60
@@ -96,11 +97,16 @@ def test_how_the_work_is_divided_changes_nothing(tmp_path, monkeypatch) -> None:
     index = written(tmp_path, "IVF8,PQ8x8", rows)
     queries = indices.random_rows(random, QUERIES)
     expected = found_by_faiss(index, queries, 20, 6)
-    for rows_of_a_job, pairs, more_left, decoded in ((7, 1, 0, 3), (100, 5000, 100, 1), (1, MANY, 0, 64)):
+    for rows_of_a_job, pairs, more_left, rows_of_a_tile in (
+        (7, 1, 0, 3),
+        (100, 5000, 100, 1),
+        (1, MANY, 0, 64),
+    ):
+        monkeypatch.setattr(shared_lists, "PAIRS_OF_A_JOB", 1)
         monkeypatch.setattr(shared_lists, "ROWS_OF_A_JOB", rows_of_a_job)
         monkeypatch.setattr(shared_lists, "PAIRS_AT_ONCE", pairs)
         monkeypatch.setattr(shared_lists, "MORE_LEFT", more_left)
-        monkeypatch.setattr(codebook, "DECODED_AT_ONCE", decoded)
+        monkeypatch.setattr(int8, "ROWS_OF_A_TILE", rows_of_a_tile)
         index.alone = 0
         assert_same(index.search(queries, 20, 6), expected)
         assert index.alone == 0
@@ -114,8 +120,8 @@ def test_a_query_with_too_many_rows_nearly_as_similar_is_searched_alone(tmp_path
     queries = indices.random_rows(random, QUERIES)
     queries[::2] = rows[500]
     monkeypatch.setattr(shared_lists, "MOST_LEFT", 0)
-    for jobs in (50, 1 << 12):  # too many in all, or in one
-        monkeypatch.setattr(shared_lists, "ROWS_OF_A_JOB", jobs)
+    for pairs in (1, 1 << 20):  # too many in all, or in one job
+        monkeypatch.setattr(shared_lists, "PAIRS_OF_A_JOB", pairs)
         expected = found_by_faiss(index, queries, 30, 8)
         index.alone = 0
         assert_same(index.search(queries, 30, 8), expected)
@@ -162,7 +168,14 @@ def test_products_are_off_by_no_more_than_the_bound(seed, parts, width, spread, 
     assert np.abs(book.words.astype(int) - ZERO).max() <= largest_code
     rows = np.concatenate([by_part[part, codes[:, part]] for part in range(parts)], axis=1)
     exact = rows.astype(np.float64) @ queries.T.astype(np.float64)
-    (found,) = rounded.products(np.arange(8), book, codes)
+    no_limit = np.full(8, -(1 << 29), np.int32)
+    reaching, found = rounded.reaching(np.arange(8), no_limit, book, codes)
+    np.testing.assert_array_equal(reaching, np.arange(50))
     assert (np.abs(exact - rounded.step * found) <= rounded.off * (1 + 1e-5) + 1e-12).all()
+    limits = found.max(axis=0)
+    reaching, best = rounded.reaching(np.arange(8), limits, book, codes)
+    np.testing.assert_array_equal(reaching, np.flatnonzero((found >= limits).any(axis=1)))
+    np.testing.assert_array_equal(best, found[reaching])
+    assert len(rounded.reaching(np.arange(8), limits + 1, book, codes)[0]) == 0
     terms = rows.reshape(50, 1, parts, width) * queries.reshape(1, 8, parts, width)
     assert (np.abs(terms.sum(axis=3)).sum(axis=2) <= rounded.of_residuals * (1 + 1e-5)).all()
