@@ -33,10 +33,7 @@ PAIRS_OF_A_JOB = 1 << 20  # of a row and a query: so many take longer than threa
 ROWS_OF_A_JOB = 1 << 9  # at least
 PAIRS_AT_ONCE = 1 << 26  # which are compared before more are ruled out
 MORE_LEFT = 1 << 20  # pairs that may be left until then
-MOST_LEFT, MOST_LEFT_OF_K = (
-    1 << 12,
-    16,
-)  # rows of a query that may be left: so many, and for each one wanted
+MOST_LEFT, MOST_LEFT_OF_K = 1 << 12, 16  # rows of a query that may be left, and for each row wanted
 ROUNDING = 2.0**-23  # of the sum of absolute values, for each of them: twice what float32 loses
 LARGEST = LARGEST_PRODUCT - 1
 NONE = np.finfo(np.float32).min  # the similarity of no row, as faiss fills it in
@@ -161,6 +158,7 @@ class SharedLists:
         """Find how similar the k-th row of each query is at least, from its nearest lists."""
         lists = np.where(nearest, self._probed, -1)[:, : max(nearest.sum(axis=1).max(initial=0), 1)]
         lists, nearness = np.ascontiguousarray(lists), self._nearness[:, : lists.shape[1]].copy()
+        faiss.downcast_InvertedLists(self._ivf.invlists).prefetch_nthread = 0  # see `visit_long`
         self._lists.read_ahead(np.unique(lists[lists >= 0]))
         best = np.full((len(lists), self._k), NONE, np.float32)
         places = np.full((len(lists), self._k), -1)
@@ -201,6 +199,7 @@ class SharedLists:
         step = self._rounded.step[query]
         limit = (self._least[query] - off - of_centre) / step
         at_least = np.ceil(np.clip(limit, -LARGEST, LARGEST)).astype(np.int32)
+        at_least[self._too_many[query]] = LARGEST
         codes = self._codes(job.list)[job.rows]
         rows, products = self._rounded.reaching(query, at_least, self._codebook, codes)
         reach = products >= at_least
