@@ -41,9 +41,9 @@ class Codebook:
     Attributes:
         steps: (d,) t.
         words: (m * 256, w) the rounded centroids of each part in turn, as left factors of a product.
-        off: (m,) |y/t - c|, as of all below the largest of any centroid.
-        largest: (m,) |c|.
-        longest: (m,) |y|.
+        off: (m,) ``|y/t - c|``: the largest of any centroid of the part, as below.
+        largest: (m,) ``|c|``.
+        longest: (m,) ``|y|``.
 
     """
 
