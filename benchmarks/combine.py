@@ -27,6 +27,7 @@ from memory import PeakMemory, cpu_seconds
 
 from laion_assets.index.decoder import Decoder
 from laion_assets.io import spill
+from laion_assets.io.parallel import thread_count
 from laion_assets.io.tables import StoredTable, fixed_size_binary, new_table
 from laion_assets.search.combined import DECODER, combine
 from laion_assets.search.near_duplicates import DEDUP_THRESHOLD
@@ -152,7 +153,7 @@ def measure(folder: Path, rows: int) -> dict[str, float]:
         seconds, core_seconds = took.so_far()
     return {
         "rows": rows,
-        "cores": faiss.omp_get_max_threads(),
+        "cores": thread_count(),
         "kept": kept,
         "seconds": seconds,
         "core_seconds": core_seconds,
@@ -185,7 +186,7 @@ def measure_in_stripes(folder: Path, rows: int) -> dict[str, float]:
     return steps | {
         "rows": rows,
         "stripes": of,
-        "cores": faiss.omp_get_max_threads(),
+        "cores": thread_count(),
         "memory": memory.peak - memory.before,
         "disk": disk.peak,
         "handed": handed,
@@ -314,7 +315,7 @@ def main() -> None:
         )
         return
     with tempfile.TemporaryDirectory() as name:
-        folder, every = Path(name), faiss.omp_get_max_threads()
+        folder, every = Path(name), thread_count()
         write_tables(folder, [*asked.whole, *asked.rows])
         whole = [in_process(folder, rows, cores) for rows in asked.whole for cores in {1, every}]
         striped = [in_process(folder, rows, every, in_stripes=True) for rows in asked.rows]

@@ -16,12 +16,12 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-import faiss
 import numpy as np
 from memory import PeakMemory
 
 from laion_assets.index.faiss_index import Index
 from laion_assets.index.metadata import Metadata
+from laion_assets.io.parallel import thread_count
 from laion_assets.search import retrieval as retrieval
 from laion_assets.search.retrieval import Request, retrieve_table
 
@@ -102,7 +102,7 @@ def main() -> None:
         "versions": {"python": sys.version.split()[0]} | {name: version(name) for name in packages},
         "k": arguments.k,
         "nprobe": index.nprobe_for(arguments.k, arguments.nprobe),
-        "threads": faiss.omp_get_max_threads(),
+        "threads": thread_count(),
         "anonymous_bytes": {"before": memory.before, "peak": memory.peak},
     }
     json.dump({**about, "requests": [answer]}, sys.stdout)
