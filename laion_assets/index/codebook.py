@@ -20,7 +20,7 @@ import faiss
 import numpy as np
 from numpy.typing import NDArray
 
-from laion_assets.io.arrays import Bytes, Floats, Ids
+from laion_assets.io.arrays import Bytes, Doubles, Floats, Ids
 from laion_assets.io.int8 import (
     CODES_OF_A_PART,
     ZERO,
@@ -49,9 +49,9 @@ class Codebook:
 
     steps: Floats
     words: Bytes
-    off: Floats
-    largest: Floats
-    longest: Floats
+    off: Doubles
+    largest: Doubles
+    longest: Doubles
 
     @classmethod
     def of(cls, quantizer: Any) -> Codebook | None:
@@ -61,7 +61,8 @@ class Codebook:
         if quantizer.ksub != CODES_OF_A_PART or not np.isfinite(centroids).all():
             return None
         largest = np.abs(centroids).max(axis=1, keepdims=True)
-        steps = np.where(largest > 0, largest, 1) / np.float32(largest_code())
+        usable = largest > largest_code() * np.finfo(np.float32).tiny
+        steps = np.where(usable, largest, 1) / np.float32(largest_code())
         in_steps = centroids / steps
         rounded = np.rint(in_steps)
         room = 1 << (width - 1).bit_length()  # numpy copies words of such sizes fast
@@ -119,9 +120,9 @@ class RoundedQueries:
 
     codes: Codes
     finer: int
-    step: Floats
-    off: Floats
-    of_residuals: Floats
+    step: Doubles
+    off: Doubles
+    of_residuals: Doubles
 
     def reaching(
         self, some: Ids, limits: Numbers, codebook: Codebook, codes: Bytes
@@ -148,6 +149,6 @@ class RoundedQueries:
         return rows, found
 
 
-def _lengths(vectors: NDArray[Any]) -> Floats:
-    lengths: Floats = np.linalg.norm(vectors, axis=-1)
+def _lengths(vectors: NDArray[Any]) -> Doubles:
+    lengths: Doubles = np.linalg.norm(vectors.astype(np.float64), axis=-1)  # of tiny vectors too
     return lengths

@@ -231,8 +231,8 @@ class Index:
         if self._lists is None or self.codebook is None or not self._lists.are_long(lists.shape[1]):
             return None
         rows, probed = self._lists.size, lists[lists >= 0]
-        are_shared = rows[probed].sum() >= WORTH_SHARING * rows[np.unique(probed)].sum()
-        if not are_shared or not np.isfinite(transformed).all():
+        pairs, distinct = int(rows[probed].sum()), int(rows[np.unique(probed)].sum())
+        if not distinct or pairs < WORTH_SHARING * distinct or not np.isfinite(transformed).all():
             return None
         return SharedLists(self._ivf, self.codebook, self._lists, transformed, lists, nearness, k)
 

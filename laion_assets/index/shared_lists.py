@@ -24,7 +24,7 @@ from laion_assets.index.codebook import LARGEST_PRODUCT, Codebook
 from laion_assets.index.decoder import emptied
 from laion_assets.index.inverted_lists import QUERIES_AT_ONCE, InvertedLists
 from laion_assets.index.scores import rows_above
-from laion_assets.io.arrays import Bytes, Floats, Ids, Mask
+from laion_assets.io.arrays import Bytes, Doubles, Floats, Ids, Mask
 from laion_assets.io.parallel import in_threads, slices
 
 WORTH_SHARING = 20  # queries that probe the list of a row, on average: there it takes as long as faiss
@@ -33,8 +33,9 @@ PAIRS_OF_A_JOB = 1 << 20  # of a row and a query: so many take longer than threa
 ROWS_OF_A_JOB = 1 << 9  # at least
 PAIRS_AT_ONCE = 1 << 26  # which are compared before more are ruled out
 MORE_LEFT = 1 << 20  # pairs that may be left until then
-MOST_LEFT, MOST_LEFT_OF_K = 1 << 12, 16  # rows of a query that may be left, and for each row wanted
+MOST_LEFT, MOST_LEFT_OF_K = 1 << 12, 16  # rows of a query that stay, and for each row wanted
 ROUNDING = 2.0**-23  # of the sum of absolute values, for each of them: twice what float32 loses
+SMALLEST = 2.0**-149  # number of float32, which a product below it loses
 LARGEST = LARGEST_PRODUCT - 1
 NONE = np.finfo(np.float32).min  # the similarity of no row, as faiss fills it in
 ROW = 0xFFFFFFFF  # of a list, in a pair or location
@@ -120,10 +121,11 @@ class SharedLists:
     ) -> None:
         self._ivf, self._codebook, self._lists = ivf, codebook, lists
         self._queries, self._probed, self._nearness, self._k = queries, probed, nearness, k
-        self._lengths = np.linalg.norm(queries, axis=1)
+        self._lengths = np.linalg.norm(queries.astype(np.float64), axis=1)
         self._rounded = codebook.rounded(queries)
-        self._off = np.zeros(probed.shape, np.float32)  # of similarities, at most
+        self._off = np.zeros(probed.shape)  # of similarities, at most
         self._least = np.full(len(queries), -np.inf)  # the k-th similarity
+        self._number = np.zeros(len(queries), np.int64)  # of rows that are left
         self._too_many = np.zeros(len(queries), np.bool_)
 
     def search(
@@ -142,7 +144,7 @@ class SharedLists:
 
         """
         rows = self._lists.size[self._probed] * (self._probed >= 0)
-        self._find_least((np.cumsum(rows, axis=1) - rows < NEAREST * self._k) & (rows > 0))
+        self._find_least(np.cumsum(rows, axis=1) - rows < NEAREST * self._k)
         left = self._all_left(rows > 0, progress)
         edges = self._edges(left)
 
@@ -156,7 +158,7 @@ class SharedLists:
 
     def _find_least(self, nearest: Mask) -> None:
         """Find how similar the k-th row of each query is at least, from its nearest lists."""
-        lists = np.where(nearest, self._probed, -1)[:, : max(nearest.sum(axis=1).max(initial=0), 1)]
+        lists = np.where(nearest, self._probed, -1)[:, : nearest.sum(axis=1).max()]
         lists, nearness = np.ascontiguousarray(lists), self._nearness[:, : lists.shape[1]].copy()
         faiss.downcast_InvertedLists(self._ivf.invlists).prefetch_nthread = 0  # see `visit_long`
         self._lists.read_ahead(np.unique(lists[lists >= 0]))
@@ -178,7 +180,7 @@ class SharedLists:
         """Return the pairs that are left of some visits, in order."""
         batches = _batches(self._jobs(wanted))
         pairs = np.cumsum([sum(job.pairs for job in batch) for batch in batches])
-        searched = np.diff(len(self._queries) * pairs // pairs[-1:], prepend=0)
+        searched = np.diff((len(self._queries) * (pairs / pairs[-1])).astype(np.int64), prepend=0)
         left, most = [Left.joined([])], MORE_LEFT
         with ThreadPoolExecutor(1, "read-ahead") as reader:
             for batch, following, share in zip(batches, [*batches[1:], []], searched, strict=True):
@@ -197,13 +199,15 @@ class SharedLists:
         query = self._query(job.visits)
         of_centre, off = self._of_centre(job)
         step = self._rounded.step[query]
-        limit = (self._least[query] - off - of_centre) / step
+        self._too_many[query[~np.isfinite(of_centre + off)]] = True
+        limit = np.nan_to_num((self._least[query] - off - of_centre) / step)
         at_least = np.ceil(np.clip(limit, -LARGEST, LARGEST)).astype(np.int32)
         at_least[self._too_many[query]] = LARGEST
         codes = self._codes(job.list)[job.rows]
         rows, products = self._rounded.reaching(query, at_least, self._codebook, codes)
         reach = products >= at_least
-        many = np.count_nonzero(reach, axis=0) > self._most_left
+        self._number[query] += np.count_nonzero(reach, axis=0)
+        many = self._number[query] > 2 * self._most_left
         self._too_many[query[many]] = True
         place, visit = np.nonzero(reach & ~many)
         near = of_centre[visit] + step[visit] * products[place, visit]
@@ -212,6 +216,7 @@ class SharedLists:
 
     def _with_fewer(self, left: Left) -> Left:
         """Rule out rows that cannot be among the k most similar; return the others in order."""
+        left = left[~self._too_many[self._query(left.visit)]]
         left = left[np.argsort(left.pair)]
         off = self._off.reshape(-1)[left.visit]
         least, most = left.near - off, left.near + off
@@ -221,7 +226,8 @@ class SharedLists:
                 kth = float(np.partition(least[first:last], -self._k)[-self._k])
                 self._least[query] = max(self._least[query], kth)
             stay[first:last] = most[first:last] >= self._least[query]
-            self._too_many[query] |= np.count_nonzero(stay[first:last]) > self._most_left
+            self._number[query] = np.count_nonzero(stay[first:last])
+            self._too_many[query] |= self._number[query] > self._most_left
             stay[first:last] &= not self._too_many[query]
         return left[stay]
 
@@ -230,6 +236,8 @@ class SharedLists:
 
         faiss searches a small index of all these rows, in the lists that they are from.
         """
+        if not len(left):
+            return
         lists = self._probed.reshape(-1)[left.visit]
         rows = np.unique(lists << 32 | left.pair & ROW)
         numbers, first = np.unique(rows >> 32, return_index=True)
@@ -250,16 +258,18 @@ class SharedLists:
                 *rows_above(small, self._queries[query], places, nearness, score, locations=False),
             )
 
-    def _of_centre(self, job: Job) -> tuple[Floats, Floats]:
+    def _of_centre(self, job: Job) -> tuple[Doubles, Doubles]:
         """Return (v,) the product of each query with the centre, and how far similarities may be off."""
         query, centre = self._query(job.visits), self._ivf.quantizer.reconstruct(job.list)
         if not self._ivf.by_residual:
             centre[:] = 0
         terms = len(centre) + self._codebook.parts
-        absolute = self._lengths[query] * np.linalg.norm(centre) + self._rounded.of_residuals[query]
-        off: Floats = self._rounded.off[query] + ROUNDING * terms * absolute
+        length = np.linalg.norm(centre.astype(np.float64))
+        absolute = self._lengths[query] * length + self._rounded.of_residuals[query]
+        off: Doubles = self._rounded.off[query] + terms * (ROUNDING * absolute + SMALLEST)
         self._off.reshape(-1)[job.visits] = off
-        return self._queries[query] @ centre, off
+        with np.errstate(over="ignore", invalid="ignore"):
+            return (self._queries[query] @ centre).astype(np.float64), off
 
     def _codes(self, number: int) -> Bytes:
         """Return the codes of a list, (rows, m)."""

@@ -34,9 +34,11 @@ class Searched(Index):
         return super()._search_alone(transformed, *others)
 
 
-def written(folder, key: str, rows: np.ndarray, *, by_residual: bool = True) -> Searched:
-    """An index of rows with lists on the disk."""
-    index = indices.train(key, rows)
+def written(
+    folder, key: str, rows: np.ndarray, *, by_residual: bool = True, empty: object = None
+) -> Searched:
+    """An index of rows with lists on the disk; trained on these rows unless an empty one is given."""
+    index = empty or indices.train(key, rows)
     ivf = faiss.downcast_index(faiss.extract_index_ivf(index))
     ivf.by_residual = by_residual
     indices.write_merged(folder, index, rows)
@@ -126,6 +128,67 @@ def test_a_query_with_too_many_rows_nearly_as_similar_is_searched_alone(tmp_path
         index.alone = 0
         assert_same(index.search(queries, 30, 8), expected)
         assert QUERIES // 2 <= index.alone < QUERIES
+
+
+def test_queries_that_are_all_searched_alone_are_found(tmp_path) -> None:
+    rows = indices.random_rows(np.random.default_rng(5), 6000)
+    rows[:5500] = rows[0]
+    index = written(tmp_path, "IVF4,PQ8x8", rows)
+    queries = np.repeat(rows[:1], 40, axis=0)
+    expected = found_by_faiss(index, queries, 10, 4)
+    index.alone = 0
+    assert_same(index.search(queries, 10, 4), expected)
+    assert index.alone == 40
+
+
+def test_rows_that_are_left_are_counted_over_all_jobs(tmp_path, monkeypatch) -> None:
+    """Or a batch of pairs of which nothing is ruled out would take gigabytes."""
+    rows = indices.random_rows(np.random.default_rng(6), 3000)
+    rows[:2900] = rows[0]
+    index = written(tmp_path, "IVF1,PQ8x8", rows)
+    monkeypatch.setattr(shared_lists, "MOST_LEFT", 0)
+    monkeypatch.setattr(shared_lists, "PAIRS_OF_A_JOB", 1)
+    monkeypatch.setattr(shared_lists, "ROWS_OF_A_JOB", 50)
+    left, joined = [], shared_lists.Left.joined
+
+    def counted(some: list[shared_lists.Left]) -> shared_lists.Left:
+        left.append(sum(map(len, some)))
+        return joined(some)
+
+    monkeypatch.setattr(shared_lists.Left, "joined", staticmethod(counted))
+    queries = np.repeat(rows[:1], 40, axis=0)
+    assert_same(index.search(queries, 10, 1), found_by_faiss(index, queries, 10, 1))
+    assert max(left) < 40 * (2 * 160 + 3 * 50)
+
+
+@pytest.mark.parametrize("of_rows", [1e-20, 1, 1e15])
+@pytest.mark.parametrize("of_queries", [1e-25, 1e-3, 1e15])
+@pytest.mark.filterwarnings("ignore:overflow encountered:RuntimeWarning")
+def test_vectors_of_any_length_are_found(tmp_path, of_rows, of_queries) -> None:
+    random = np.random.default_rng(7)
+    rows = indices.random_rows(random, 800) * np.float32(of_rows)
+    index = written(tmp_path, "IVF8,PQ8x8", rows)
+    queries = indices.random_rows(random, QUERIES) * np.float32(of_queries)
+    queries[0] = 0
+    for k in (5, 100):
+        assert_same(index.search(queries, k, 4), found_by_faiss(index, queries, k, 4))
+
+
+def test_lists_without_rows_are_searched(tmp_path) -> None:
+    rows = indices.random_rows(np.random.default_rng(8), 60)
+    key = "IVF200,PQ8x8"
+    index = written(tmp_path, key, rows, empty=faiss.clone_index(indices.trained(key)))
+    empty = np.flatnonzero(index.list_sizes() == 0)
+    assert len(empty)
+    queries = faiss.downcast_index(faiss.extract_index_ivf(index._index)).quantizer.reconstruct_batch(
+        empty
+    )
+    for some in (queries, queries[:1], queries[:0]):
+        for nprobe in (1, 5):
+            told: list[int] = []
+            found = index.search(some, 5, nprobe, told.append)
+            assert_same(found, found_by_faiss(index, some, 5, nprobe))
+            assert sum(told) == len(some)
 
 
 @pytest.mark.parametrize("damage", [np.nan, np.inf])
