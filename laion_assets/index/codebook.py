@@ -68,8 +68,8 @@ class Codebook:
         room = 1 << (width - 1).bit_length()  # numpy copies words of such sizes fast
         words = np.full((parts * each, room), ZERO, np.uint8)
         words[:, :width] = (rounded + ZERO).reshape(-1, width)
-        lengths = (_lengths(each).max(axis=1) for each in (in_steps - rounded, rounded, centroids))
-        return cls(steps.astype(np.float32).reshape(-1), words, *lengths)
+        of_parts = (lengths(each).max(axis=1) for each in (in_steps - rounded, rounded, centroids))
+        return cls(steps.astype(np.float32).reshape(-1), words, *of_parts)
 
     @property
     def parts(self) -> int:
@@ -93,9 +93,9 @@ class Codebook:
         step[step == 0] = 1
         codes = np.rint(in_steps / step[:, None])
         high = np.rint(codes / finer)
-        left = _lengths(in_steps - step[:, None] * codes)
-        off = _lengths(in_steps.reshape(by_part)) @ self.off + left * np.linalg.norm(self.largest)
-        of_residuals = _lengths(queries.reshape(by_part)) @ self.longest
+        left = lengths(in_steps - step[:, None] * codes)
+        off = lengths(in_steps.reshape(by_part)) @ self.off + left * np.linalg.norm(self.largest)
+        of_residuals = lengths(queries.reshape(by_part)) @ self.longest
         room = self.words.shape[1]
         padded = np.zeros((2, len(queries), self.parts, room), np.int8)
         padded[..., : dimension // self.parts] = [
@@ -149,6 +149,7 @@ class RoundedQueries:
         return rows, found
 
 
-def _lengths(vectors: NDArray[Any]) -> Doubles:
-    lengths: Doubles = np.linalg.norm(vectors.astype(np.float64), axis=-1)  # of tiny vectors too
-    return lengths
+def lengths(vectors: NDArray[Any]) -> Doubles:
+    """Return the length of each vector, (..., d); in float32, the squares of tiny numbers are 0."""
+    found: Doubles = np.linalg.norm(vectors.astype(np.float64), axis=-1)
+    return found

@@ -215,7 +215,7 @@ class _Reflection:
 
 
 def emptied(index: Any, centres: Floats) -> Any:
-    """Return an index without rows that decodes codes of the lists with these centres."""
+    """Return an index without rows, but with the codes and some lists of another, given their centres."""
     ivf = faiss.downcast_index(faiss.extract_index_ivf(index))
     quantizer = faiss.IndexFlatIP(ivf.d)
     quantizer.add(centres)

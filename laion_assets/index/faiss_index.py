@@ -22,8 +22,8 @@ from laion_assets.index.decoder import Decoder, list_bytes, list_numbers
 from laion_assets.index.faiss_consistency import contradictions
 from laion_assets.index.faiss_file import read_with_lists_beside
 from laion_assets.index.inverted_lists import ID_SIZE, QUERIES_AT_ONCE, InvertedLists
-from laion_assets.index.scores import rows_above
-from laion_assets.index.shared_lists import NONE, WORTH_SHARING, SharedLists
+from laion_assets.index.scores import NONE, ROW, fill_in_best, rows_above
+from laion_assets.index.shared_lists import WORTH_SHARING, SharedLists
 from laion_assets.index.vectors import unit
 from laion_assets.io.arrays import Bytes, Floats, Ids, Mask
 from laion_assets.io.console import silent_stdout
@@ -201,8 +201,7 @@ class Index:
         """Return similarity and location of the rows nearest to each query, and the lists probed.
 
         A location is list << 32 | row of the list. The lists are chosen first, all at once, so that
-        exactly the lists that are searched are fetched. Queries with the same nearest list, which share
-        most of their lists, are searched together.
+        exactly the lists that are searched are fetched.
         """
         nprobe = self._probed(nprobe)
         nearness, lists = self._nearest_lists(transformed, nprobe)
@@ -228,11 +227,13 @@ class Index:
         self, transformed: Floats, lists: Ids, nearness: Floats, k: int
     ) -> SharedLists | None:
         """Return the search for all queries at once, if lists are long and many queries share them."""
-        if self._lists is None or self.codebook is None or not self._lists.are_long(lists.shape[1]):
+        if self._lists is None or not self._lists.are_long(lists.shape[1]):
             return None
         rows, probed = self._lists.size, lists[lists >= 0]
         pairs, distinct = int(rows[probed].sum()), int(rows[np.unique(probed)].sum())
         if not distinct or pairs < WORTH_SHARING * distinct or not np.isfinite(transformed).all():
+            return None
+        if self.codebook is None:  # made only where it is needed: it takes longer than a small search
             return None
         return SharedLists(self._ivf, self.codebook, self._lists, transformed, lists, nearness, k)
 
@@ -257,12 +258,14 @@ class Index:
         locations, nprobe = np.full((len(lists), k), -1), lists.shape[1]
 
         def with_heaps(batch: slice) -> None:
-            # The call without a wrapper returns locations.
-            self._ivf.search_preassigned_c(
-                len(lists[batch]), faiss.swig_ptr(transformed[batch]), k, faiss.swig_ptr(lists[batch]),
-                faiss.swig_ptr(nearness[batch]), faiss.swig_ptr(similarity[batch]),
-                faiss.swig_ptr(locations[batch]), True, faiss.SearchParametersIVF(nprobe=nprobe),
-            )  # fmt: skip
+            fill_in_best(
+                self._ivf,
+                transformed[batch],
+                lists[batch],
+                nearness[batch],
+                similarity[batch],
+                locations[batch],
+            )
             progress(len(lists[batch]))
 
         def in_rounds(batch: slice) -> None:
@@ -354,7 +357,7 @@ class Index:
                 else np.empty((0, self.dimension))
             )
             return locations, np.ascontiguousarray(vectors, np.float32).view(np.uint8)
-        lists, rows = locations >> 32, locations & 0xFFFFFFFF
+        lists, rows = locations >> 32, locations & ROW
         width, size = self._ivf.coarse_code_size(), self._ivf.code_size
         ids, codes = np.empty_like(locations), np.empty((len(locations), width + size), np.uint8)
         codes[:, :width] = list_bytes(lists, width)

@@ -20,10 +20,10 @@ from typing import Any
 import faiss
 import numpy as np
 
-from laion_assets.index.codebook import LARGEST_PRODUCT, Codebook
+from laion_assets.index.codebook import LARGEST_PRODUCT, Codebook, lengths
 from laion_assets.index.decoder import emptied
 from laion_assets.index.inverted_lists import QUERIES_AT_ONCE, InvertedLists
-from laion_assets.index.scores import rows_above
+from laion_assets.index.scores import NONE, ROW, fill_in_best, rows_above
 from laion_assets.io.arrays import Bytes, Doubles, Floats, Ids, Mask
 from laion_assets.io.parallel import in_threads, slices
 
@@ -37,8 +37,6 @@ MOST_LEFT, MOST_LEFT_OF_K = 1 << 12, 16  # rows of a query that stay, and for ea
 ROUNDING = 2.0**-23  # of the sum of absolute values, for each of them: twice what float32 loses
 SMALLEST = 2.0**-149  # number of float32, which a product below it loses
 LARGEST = LARGEST_PRODUCT - 1
-NONE = np.finfo(np.float32).min  # the similarity of no row, as faiss fills it in
-ROW = 0xFFFFFFFF  # of a list, in a pair or location
 
 
 @dataclass(frozen=True)
@@ -121,7 +119,7 @@ class SharedLists:
     ) -> None:
         self._ivf, self._codebook, self._lists = ivf, codebook, lists
         self._queries, self._probed, self._nearness, self._k = queries, probed, nearness, k
-        self._lengths = np.linalg.norm(queries.astype(np.float64), axis=1)
+        self._lengths = lengths(queries)
         self._rounded = codebook.rounded(queries)
         self._off = np.zeros(probed.shape)  # of similarities, at most
         self._least = np.full(len(queries), -np.inf)  # the k-th similarity
@@ -164,33 +162,33 @@ class SharedLists:
         self._lists.read_ahead(np.unique(lists[lists >= 0]))
         best = np.full((len(lists), self._k), NONE, np.float32)
         places = np.full((len(lists), self._k), -1)
-        parameters = faiss.SearchParametersIVF(nprobe=lists.shape[1])
 
         def search(queries: slice) -> None:
-            self._ivf.search_preassigned_c(
-                len(lists[queries]), faiss.swig_ptr(self._queries[queries]), self._k,
-                faiss.swig_ptr(lists[queries]), faiss.swig_ptr(nearness[queries]),
-                faiss.swig_ptr(best[queries]), faiss.swig_ptr(places[queries]), True, parameters,
-            )  # fmt: skip
+            given = self._queries[queries], lists[queries], nearness[queries]
+            fill_in_best(self._ivf, *given, best[queries], places[queries])
 
         in_threads(search, slices(len(lists), QUERIES_AT_ONCE))
         self._least = np.where(places[:, -1] >= 0, best[:, -1], -np.inf).astype(np.float64)
 
     def _all_left(self, wanted: Mask, progress: Callable[[int], None]) -> Left:
         """Return the pairs that are left of some visits, in order."""
-        batches = _batches(self._jobs(wanted))
-        pairs = np.cumsum([sum(job.pairs for job in batch) for batch in batches])
-        searched = np.diff((len(self._queries) * (pairs / pairs[-1])).astype(np.int64), prepend=0)
+        jobs = list(self._jobs(wanted))
+        pairs = np.cumsum([job.pairs for job in jobs])
+        edges = np.flatnonzero(np.diff(pairs // PAIRS_AT_ONCE, prepend=-1, append=-1))
+        searched = (len(self._queries) * (pairs[edges[1:] - 1] / pairs[-1])).astype(np.int64)
+        batches = [jobs[first:last] for first, last in pairwise(edges)]
         left, most = [Left.joined([])], MORE_LEFT
         with ThreadPoolExecutor(1, "read-ahead") as reader:
-            for batch, following, share in zip(batches, [*batches[1:], []], searched, strict=True):
+            for batch, following, more in zip(
+                batches, [*batches[1:], []], np.diff(searched, prepend=0), strict=True
+            ):
                 numbers = np.array(sorted({job.list for job in following}), np.int64)
                 reading = reader.submit(self._lists.read_ahead, numbers)
                 left += in_threads(self._left_of, batch)
                 if sum(map(len, left)) > most:
                     left = [self._with_fewer(Left.joined(left))]
                     most = len(left[0]) + MORE_LEFT
-                progress(int(share))
+                progress(int(more))
                 reading.result()
         return self._with_fewer(Left.joined(left))
 
@@ -264,8 +262,7 @@ class SharedLists:
         if not self._ivf.by_residual:
             centre[:] = 0
         terms = len(centre) + self._codebook.parts
-        length = np.linalg.norm(centre.astype(np.float64))
-        absolute = self._lengths[query] * length + self._rounded.of_residuals[query]
+        absolute = self._lengths[query] * lengths(centre) + self._rounded.of_residuals[query]
         off: Doubles = self._rounded.off[query] + terms * (ROUNDING * absolute + SMALLEST)
         self._off.reshape(-1)[job.visits] = off
         with np.errstate(over="ignore", invalid="ignore"):
@@ -278,13 +275,15 @@ class SharedLists:
         return codes.reshape(rows, width)
 
     def _jobs(self, wanted: Mask) -> Iterator[Job]:
-        """Yield each list that wanted visits, (q, nprobe), are to, with all of its rows."""
+        """Yield the rows of each list that wanted visits, (q, nprobe), are to, in turn."""
         visits = np.flatnonzero(wanted)
         visits = visits[np.argsort(self._probed.reshape(-1)[visits], kind="stable")]
         lists = self._probed.reshape(-1)[visits]
         for first, last in pairwise(np.flatnonzero(np.diff(lists, prepend=-1, append=-1))):
             number = int(lists[first])
-            yield Job(number, slice(0, int(self._lists.size[number])), visits[first:last])
+            at_once = max(PAIRS_OF_A_JOB // int(last - first), ROWS_OF_A_JOB)
+            for rows in slices(int(self._lists.size[number]), at_once):
+                yield Job(number, rows, visits[first:last])
 
     def _query(self, visits: Ids) -> Ids:
         query: Ids = visits // self._probed.shape[1]
@@ -297,18 +296,3 @@ class SharedLists:
     @property
     def _most_left(self) -> int:
         return MOST_LEFT + MOST_LEFT_OF_K * self._k
-
-
-def _batches(lists: Iterator[Job]) -> list[list[Job]]:
-    """Cut lists in jobs, and put these together in batches."""
-    batches: list[list[Job]] = []
-    pairs = PAIRS_AT_ONCE
-    for whole in lists:
-        for rows in slices(whole.rows.stop, max(PAIRS_OF_A_JOB // len(whole.visits), ROWS_OF_A_JOB)):
-            if pairs >= PAIRS_AT_ONCE:
-                batches.append([])
-                pairs = 0
-            job = Job(whole.list, rows, whole.visits)
-            batches[-1].append(job)
-            pairs += job.pairs
-    return batches

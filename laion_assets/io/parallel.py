@@ -14,9 +14,7 @@ from laion_assets.io.machine import cores
 Argument = TypeVar("Argument")
 Result = TypeVar("Result")
 
-
-# Where most calls of NumPy are short, more threads wait for each other and take longer.
-SHORT_CALLS = 8
+SHORT_CALLS = 8  # threads where most calls of NumPy are short: more wait for each other and take longer
 
 
 def one_blas_thread() -> AbstractContextManager[None]:
@@ -64,14 +62,13 @@ def in_threads(
 
     """
     arguments = list(arguments)
-    most = min(
-        thread_count(), most or thread_count()
-    )  # read before the limit on BLAS, which lowers it too
+    threads = thread_count()  # read before the limit on BLAS, which lowers it too
+    threads = min(threads, most or threads)
     with one_blas_thread():
         # A thread takes longer to start than a small request to compute.
-        if most == 1 or len(arguments) < 2:
+        if threads == 1 or len(arguments) < 2:
             return [work(argument) for argument in arguments]
-        with one_thread_each(most) as pool:
+        with one_thread_each(threads) as pool:
             return list(pool.map(work, arguments))
 
 
