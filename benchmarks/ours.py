@@ -28,7 +28,6 @@ from laion_assets.search.retrieval import Request, retrieve_table
 PHASES = {
     "search": (Index, "search"),
     "recall_check": (retrieval._Search, "recall"),  # the wait for it: it runs beside the others
-    "decode": (retrieval, "decoded_codes"),
     "near_duplicates": (retrieval, "components_of_lists"),
     "metadata": (Metadata, "take"),
 }

@@ -27,7 +27,7 @@ from laion_assets.defs.partitions import seed_sets
 from laion_assets.defs.settings import ResolvedSettings
 from laion_assets.defs.terminal import count
 from laion_assets.index.decoder import Decoder
-from laion_assets.index.vectors import decoded_codes
+from laion_assets.index.vectors import Coded
 from laion_assets.io.arrays import Floats
 from laion_assets.io.tables import StoredTable, code_bytes
 from laion_assets.search import audit
@@ -477,11 +477,7 @@ def urls_alive(alive: Liveness | None, settings: ResolvedSettings) -> dg.AssetCh
 
 
 def _near_duplicates(codes: Any, groups: Any, decoder: Decoder, threshold: float) -> dg.AssetCheckResult:
-    left = (
-        audit.near_duplicates_left(decoded_codes(codes, decoder), groups, threshold)
-        if threshold < 1
-        else 0
-    )
+    left = audit.near_duplicates_left(Coded(codes, decoder), groups, threshold) if threshold < 1 else 0
     looked_at = min(len(codes), audit.ANCHORS)
     return _result(
         "no_near_duplicates_left",

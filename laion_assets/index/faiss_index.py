@@ -174,9 +174,14 @@ class Index:
             row_ids, codes = self._rows_at(held, distinct)
         ids, code = np.full_like(locations, -1), np.full_like(locations, -1)
         ids[found], code[found] = row_ids[number], number
-        query = np.arange(len(ids))[:, None]
-        order = np.lexsort((ids, -similarity), axis=1)  # faiss orders ties differently in batches
-        return Hits(ids[query, order], similarity[query, order], code[query, order], codes, lists)
+
+        def rank(some: slice) -> None:  # faiss orders ties differently in batches
+            order = np.lexsort((ids[some], -similarity[some]), axis=1)
+            for values in (ids, similarity, code):
+                values[some] = np.take_along_axis(values[some], order, axis=1)
+
+        in_threads(rank, slices(len(ids), QUERIES_AT_ONCE))
+        return Hits(ids, similarity, code, codes, lists)
 
     def nearest_lists(self, queries: Floats, nprobe: int) -> Ids:
         """Return the inverted lists that a search probes, (q, nprobe); -1 for none.

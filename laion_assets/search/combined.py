@@ -19,7 +19,7 @@ import pyarrow as pa
 from numpy.typing import NDArray
 
 from laion_assets.index.decoder import Decoder
-from laion_assets.index.vectors import decoded_codes
+from laion_assets.index.vectors import Coded, held
 from laion_assets.io.arrays import Bytes, Floats, Ids
 from laion_assets.io.spill import sorted_batches, spilled
 from laion_assets.io.tables import code_bytes
@@ -130,7 +130,7 @@ def combine(
     distinct_urls = forest.count()
     if compares:
         decoder = decoder_of(knn, centroid)
-        labels = components(decoded_codes(codes, decoder, HELD_VECTORS), threshold)
+        labels = components(held(Coded(codes, decoder), HELD_VECTORS), threshold)
         links = [differing(np.arange(len(labels)), labels)]
     for one, other in links or ():
         forest.connect(one, other)

@@ -7,12 +7,12 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from laion_assets.index.vectors import Vectors
+from laion_assets.index.vectors import Vectors, as_vectors
 from laion_assets.io.arrays import Bytes, Floats, Ids, Mask
 from laion_assets.io.parallel import in_threads, slices
 
 ROWS_NUMBERED = 1 << 20  # at a time: the numbers of all rows take memory
-SLACK = 1e-4  # relaxes every bound by more than float32's rounding, see `near_duplicates`
+SLACK = 3e-4  # relaxes every bound by more than float32's rounding, see `near_duplicates`
 
 
 @dataclass(frozen=True)
@@ -99,8 +99,8 @@ class Forest:
 class Links:
     """The links found so far. Only `find` and `linked` decide whether two rows are linked."""
 
-    def __init__(self, vectors: Vectors, threshold: float, sizes: Sizes) -> None:
-        self.vectors, self.sizes = vectors, sizes
+    def __init__(self, vectors: Vectors | Floats, threshold: float, sizes: Sizes) -> None:
+        self.vectors, self.sizes = as_vectors(vectors), sizes
         self.limit = float(np.float32(threshold))
         self.forest = Forest(np.arange(len(vectors)))
 
@@ -136,13 +136,13 @@ class Links:
 
         def decide_batch(start: int) -> None:
             batch = slice(start, start + self.sizes.batch)
-            both = np.concatenate([a[batch], b[batch]])  # at once: decoded rows are decoded once
-            left, right = np.split(self.vectors[both], 2)
-            cosines = np.einsum("ij,ij->i", left, right)
+            cosines, off = self.vectors.cosines(a[batch], b[batch])
             linked[batch] = cosines > self.limit
-            unsure = np.flatnonzero(np.abs(cosines - self.limit) <= SLACK)
-            exact = np.einsum("ij,ij->i", left[unsure], right[unsure], dtype=np.float64)
-            linked[start + unsure] = exact > self.limit
+            unsure = start + np.flatnonzero(~(np.abs(cosines - self.limit) > SLACK + off))  # or NaN
+            both = np.concatenate([a[unsure], b[unsure]])  # at once: decoded rows are decoded once
+            left, right = np.split(self.vectors[both], 2)
+            exact = np.einsum("ij,ij->i", left, right, dtype=np.float64)
+            linked[unsure] = exact > self.limit
 
         if len(a) <= self.sizes.batch:  # the caller may be one of many threads
             decide_batch(0)
@@ -162,9 +162,3 @@ def pairs_of_bits(packed: Bytes) -> tuple[Ids, Ids]:
     row, byte = np.divmod(some, packed.shape[1])
     place, bit = pairs_of(np.unpackbits(packed.ravel()[some, None], axis=1).view(np.bool_))
     return row[place], byte[place] * 8 + bit
-
-
-def squares(vectors: Floats) -> Floats:
-    """Return the squared length of each vector."""
-    found: Floats = np.einsum("ij,ij->i", vectors, vectors)
-    return found

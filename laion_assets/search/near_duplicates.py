@@ -43,8 +43,9 @@ rows are connected already, or where an upper bound of its cosine (facts 1 and 2
 one that reads connections late only checks a pair without need.
 
 **Rounding.** The float32 dot product of two unit rows of d numbers has an error below d * 6e-8 (5e-5
-for LAION-5B's 768; about 1e-6 in practice), which depends on the order of summation. Every bound is
-therefore relaxed by SLACK, which exceeds that error up to d = 1,600. A pair within SLACK of the
+for LAION-5B's 768; about 1e-6 in practice), which depends on the order of summation. That of vectors
+which are scaled after they are decoded, see `vectors.Coded`, has an error below three times as much.
+Every bound is therefore relaxed by SLACK, which exceeds that up to d = 1,600. A pair within SLACK of the
 threshold is decided in float64, where the order does not matter, so the result is a function of the
 vectors alone. The length of the remainder is the root of a difference of squares, which is inaccurate
 near zero, so SLACK is added to its square. This adds SLACK to the square of every sketch's length, and
@@ -56,7 +57,7 @@ likewise.
 loose rows^2 / 2 * w for (f): quadratic in the number of different images. The spread of the vectors
 determines w. The more they have in common and the more evenly they differ in all directions, the more
 axes are needed until sketches tell them apart. Pairs that no sketch tells apart are compared at full
-width. Memory beside the vectors is some 70 bytes a row for components, orders and errors, and 30 MB a
+width. Memory beside the vectors is some 80 bytes a row for components, orders and errors, and 30 MB a
 thread. The sketches, 2 * w bytes a row, lie on the disk if they are large, see `spill`.
 
 **Many short lists over the same vectors** (the results of each seed) share their sketches and the
@@ -72,7 +73,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from laion_assets.index.vectors import Vectors
+from laion_assets.index.vectors import Vectors, as_vectors, held
 from laion_assets.io.arrays import Bytes, Floats, Ids
 from laion_assets.io.parallel import in_threads, slices
 from laion_assets.search.caps import find_all_links, joined
@@ -103,8 +104,8 @@ def components(
         (n,) int64; rows to keep are labelled with their own number.
 
     """
-    links = Links(vectors, threshold, sizes)
     everything = np.arange(len(vectors))
+    links = Links(held(vectors, sizes.small), threshold, sizes)
     if links.limit >= 1 or not len(vectors):
         return everything
     if len(vectors) <= sizes.small:
@@ -145,7 +146,7 @@ def components_of_lists(
         return lambda rows: foreseen(start + rows)
 
     for start, end in zip(starts[long].tolist(), ends[long].tolist(), strict=True):
-        one = Gathered(vectors, members[start:end])
+        one = held(Gathered(as_vectors(vectors), members[start:end]))
         found = components(one, threshold, sizes, foreseen_from(start))
         labels[start:end] = start + found
     if threshold < 1 and not long.all():
@@ -159,27 +160,28 @@ def components_of_short_lists(
     vectors: Vectors, members: Ids, lists: Ids, threshold: float, sizes: Sizes
 ) -> Ids:
     """Do what `components_of_lists` does, by comparing the sketches of all pairs of each list."""
-    links = Links(vectors, threshold, sizes)
+    links = Links(held(vectors, sizes.small), threshold, sizes)
     forest = Forest(np.arange(len(members)))
     if len(vectors) <= sizes.small:
-        held = vectors[:]
-        sketches = Rounded.of(held, float(np.abs(held).max(initial=0)) or 1)
+        rows = links.vectors[:]
+        sketches = Rounded.of(rows, float(np.abs(rows).max(initial=0)) or 1)
     else:
         axes = choose_axes(links, distinct_rows(links, sizes.sample // 2))
         sketches = sketch_all(links, axes, Rounded)
-    by_member = np.lexsort((members, lists))
-    each = np.split(by_member, np.flatnonzero(np.diff(lists)) + 1)
-    lowest = np.empty_like(by_member)
-    before = np.tri(sizes.rows_of_list, k=-1, dtype=np.bool_)  # each pair once
+    lowest = np.empty(len(members), np.int64)
+    each = np.split(np.arange(len(members)), np.flatnonzero(np.diff(lists)) + 1)
+    longest = max(map(len, each))
+    before = np.packbits(np.tri(longest, k=-1, dtype=np.bool_), axis=1)  # so each pair comes once
 
-    def compare(entries: Ids) -> list[Bytes]:
+    def compare(entries: Ids) -> tuple[Ids, list[Bytes]]:
+        entries = entries[np.argsort(members[entries], kind="stable")]
         compared, packed = sketches[members[entries]], []
         for some in slices(len(entries), sizes.rows_of_list):
             near = near_pairs(links, compared[some], compared[: some.stop])
             lowest[entries[some]] = entries[near.argmax(axis=1)]
-            near[:, some] &= before[: len(near), : len(near)]
             packed.append(np.packbits(near, axis=1))
-        return packed
+            packed[-1] &= before[some, : packed[-1].shape[1]]
+        return entries, packed
 
     def still_apart(job: tuple[Ids, list[Bytes]]) -> tuple[Ids, Ids]:
         entries, packed = job
@@ -206,7 +208,7 @@ def components_of_short_lists(
     near = in_threads(compare, each)
     others = np.flatnonzero(lowest != np.arange(len(members)))
     decide(lowest[others], others)
-    rest = in_threads(still_apart, zip(each, near, strict=True))
+    rest = in_threads(still_apart, near)
     decide(*joined(rest))
     return forest.labels()
 
@@ -223,3 +225,12 @@ class Gathered:
 
     def __getitem__(self, rows: slice | Ids, /) -> Floats:
         return self.vectors[self.rows[rows]]
+
+    def on_axes(self, axes: Floats) -> Callable[[slice | Ids], Floats]:
+        """Return what computes the products of rows with axes."""
+        on_axes = self.vectors.on_axes(axes)
+        return lambda rows: on_axes(self.rows[rows])
+
+    def cosines(self, a: Ids, b: Ids) -> tuple[Floats, Floats]:
+        """Return the products of rows, and how far they may be off."""
+        return self.vectors.cosines(self.rows[a], self.rows[b])

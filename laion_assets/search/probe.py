@@ -26,7 +26,7 @@ from laion_assets.index.faiss_index import MIN_NPROBE, Hits, Index
 from laion_assets.index.layout import METADATA_FOLDER
 from laion_assets.index.metadata import Metadata
 from laion_assets.index.shared_lists import LARGEST, PAIRS_OF_A_JOB, WORTH_SHARING
-from laion_assets.index.vectors import decoded_codes, unit
+from laion_assets.index.vectors import Coded, unit
 from laion_assets.io.arrays import Bytes, Floats, Ids
 from laion_assets.io.derived import keep
 from laion_assets.io.errors import InputError
@@ -304,7 +304,7 @@ def _near_duplicate_laws(index: Index, hits: Hits) -> tuple[Pairwise, Pairwise, 
     def compare(code: Ids) -> Ids:
         result, place = np.nonzero(code >= 0)
         distinct, members = np.unique(code[result, place], return_inverse=True)
-        vectors = decoded_codes(hits.codes[distinct], decoder)
+        vectors = Coded(hits.codes[distinct], decoder)
         return components_of_lists(vectors, members, result, DEDUP_THRESHOLD)
 
     def of_a_short_result(rows: int) -> tuple[float, float]:

@@ -8,10 +8,10 @@ from typing import TypeVar
 
 import numpy as np
 
-from laion_assets.index.vectors import unit
+from laion_assets.index.vectors import squares, unit
 from laion_assets.io.arrays import Floats, Ids, Mask
 from laion_assets.io.parallel import SHORT_CALLS, in_threads, one_blas_thread, slices
-from laion_assets.search.links import SLACK, Links, squares
+from laion_assets.search.links import SLACK, Links
 from laion_assets.search.rounded import Rounded, RoundedTwice, may_exceed, scale_of
 
 Kind = TypeVar("Kind", Rounded, RoundedTwice)
@@ -67,7 +67,7 @@ def principal_axes(covariance: Floats, number: int) -> Floats:
 
 def shares_near(links: Links, vectors: Floats, axes: Floats) -> tuple[float, float]:
     """Return the share of pairs whose sketches do not rule out a link, in 8 bits and in 16."""
-    floats, pairs = sketch(vectors, axes), len(vectors) * (len(vectors) - 1)
+    floats, pairs = sketch(vectors @ axes), len(vectors) * (len(vectors) - 1)
     sketches = Rounded.of(floats, reach_of(floats.shape[1]))
     near = np.count_nonzero(near_pairs(links, sketches, sketches)) - len(vectors)
     nearer = np.count_nonzero(floats @ floats.T > links.limit - SLACK) - len(vectors)
@@ -83,22 +83,22 @@ def sketch_all(links: Links, axes: Floats, kind: type[Kind], rows: Ids | None = 
     """Return the sketch of every row, or of some rows; many lie on the disk."""
     count, width = len(links.vectors) if rows is None else len(rows), axes.shape[1] + 1
     sketches = kind.empty(count, width, scale_of(reach_of(width)))
+    on_axes = links.vectors.on_axes(axes)
 
     def sketch_batch(batch: slice) -> None:
-        sketched = sketch(links.vectors[batch if rows is None else rows[batch]], axes)
+        sketched = sketch(on_axes(batch if rows is None else rows[batch]))
         sketches[batch] = kind.of(sketched, reach_of(width))
 
     in_threads(sketch_batch, slices(count, links.sizes.batch), SHORT_CALLS)
     return sketches
 
 
-def sketch(vectors: Floats, axes: Floats) -> Floats:
-    """Return coordinates on the axes and the length of the remainder, see facts 1 and *Rounding*.
+def sketch(seen: Floats) -> Floats:
+    """Return (n, w) coordinates on the axes and the length of the remainder, see 1 and *Rounding*.
 
     They are turned in a random direction, so that all coordinates are about equally large.
     """
-    seen = vectors @ axes
-    rest = np.sqrt(np.maximum(squares(vectors) - squares(seen), 0) + np.float32(SLACK))
+    rest = np.sqrt(np.maximum(1 - squares(seen), 0) + np.float32(SLACK))
     sketches = unit(np.column_stack([seen, rest]))
     turned: Floats = sketches @ turn(sketches.shape[1])
     return turned

@@ -15,7 +15,7 @@ import numpy as np
 import pyarrow as pa
 
 from laion_assets.index.decoder import Decoder
-from laion_assets.index.vectors import decoded_codes
+from laion_assets.index.vectors import Coded, held
 from laion_assets.io.arrays import Bytes, Ids
 from laion_assets.io.spill import spilled
 from laion_assets.io.tables import StoredTable, Written, code_bytes, fixed_size_binary, new_table
@@ -114,7 +114,7 @@ def links_in(tables: Iterable[StoredTable]) -> Iterator[tuple[Ids, Ids]]:
 
 
 def _links(codes: Bytes, decoder: Decoder, threshold: float) -> Links:
-    return Links(decoded_codes(codes, decoder, HELD_VECTORS), threshold, SIZES)
+    return Links(held(Coded(codes, decoder), HELD_VECTORS), threshold, SIZES)
 
 
 def _codes(planned: StoredTable) -> Bytes:

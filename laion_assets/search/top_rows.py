@@ -7,7 +7,7 @@ import pyarrow as pa
 
 from laion_assets.index.faiss_index import Index
 from laion_assets.index.metadata import THUMBNAIL_COLUMN, Metadata
-from laion_assets.index.vectors import decoded_codes
+from laion_assets.index.vectors import Coded, held
 from laion_assets.io.arrays import Floats, Ids
 from laion_assets.io.tables import code_bytes
 from laion_assets.search.block_list import BlockListMatches
@@ -73,7 +73,7 @@ def _distinct(index: Index, found: pa.Table, threshold: float) -> Ids:
     if not len(places):
         return places
     codes = code_bytes(found["code"])[places]
-    labels = components(decoded_codes(codes, index.decoder()), threshold)
+    labels = components(held(Coded(codes, index.decoder())), threshold)
     distinct: Ids = places[labels == np.arange(len(places))]
     return distinct
 

@@ -10,7 +10,7 @@ from scipy.sparse.csgraph import connected_components
 
 from laion_assets.index import vectors as vectors_module
 from laion_assets.index.decoder import Decoder
-from laion_assets.index.vectors import decoded_codes, unit
+from laion_assets.index.vectors import Coded, unit
 from laion_assets.io import spill
 from laion_assets.io.processes import in_processes
 from laion_assets.search import caps
@@ -60,6 +60,11 @@ def clumps(random: np.random.Generator, n: int, dimension: int = 16) -> np.ndarr
     chain = np.linspace(0, 2, n // 4)
     rows[: len(chain)] = centres[0] + chain[:, None] * random.standard_normal(dimension)
     return unit(random.permutation(rows).astype(np.float32))
+
+
+def coded(rows: np.ndarray) -> Coded:
+    """Rows as codes that are vectors."""
+    return Coded(rows.view(np.uint8), Decoder(None, np.empty(0, np.int64), rows.shape[1]))
 
 
 def near_copies(random: np.random.Generator, originals: np.ndarray, n: int) -> np.ndarray:
@@ -210,22 +215,15 @@ def test_rows_decoded_on_every_access_have_the_same_components(monkeypatch) -> N
     monkeypatch.setattr(spill, "HELD_BYTES", 0)  # all sketches lie on the disk
     rows = 3 * clumps(np.random.default_rng(5), 300)
     monkeypatch.setattr(vectors_module, "ROWS_DECODED_AT_ONCE", 70)
-    codes = rows.view(np.uint8)
-    decoder = Decoder(None, np.empty(0, np.int64), rows.shape[1])
-    held = decoded_codes(codes, decoder)
-    monkeypatch.setattr(vectors_module, "HELD_ROWS", 0)
-    coded = decoded_codes(codes, decoder)
-    assert isinstance(held, np.ndarray)
-    assert not isinstance(coded, np.ndarray)
     expected = brute_force(unit(rows), 0.94)
     assert 1 < len(np.unique(expected)) < 300
-    for vectors in (held, coded):
+    for vectors in (unit(rows), coded(rows)):
         for sizes in WAYS.values():
             np.testing.assert_array_equal(components(vectors, 0.94, sizes), expected)
 
 
-@pytest.mark.parametrize("held_rows", [0, 1000], ids=["decoded on every access", "held"])
-def test_processes_that_share_the_work_find_the_same_components(held_rows, monkeypatch) -> None:
+@pytest.mark.parametrize("form", [np.asarray, coded], ids=["in memory", "decoded on every access"])
+def test_processes_that_share_the_work_find_the_same_components(form, monkeypatch) -> None:
     shares: list[list[tuple[Links, caps.Caps, tuple[int, int]]]] = []
     monkeypatch.setattr(caps, "thread_count", lambda: 3)
     monkeypatch.setattr(caps, "free_memory", lambda: 1 << 40)
@@ -233,12 +231,10 @@ def test_processes_that_share_the_work_find_the_same_components(held_rows, monke
         caps, "in_processes", lambda work, some: shares.append(some) or in_processes(work, some)
     )
     rows = clumps(np.random.default_rng(6), 400)
-    decoder = Decoder(None, np.empty(0, np.int64), rows.shape[1])
-    vectors = decoded_codes(rows.view(np.uint8), decoder, held_rows)
     expected = brute_force(rows, 0.94)
     assert 1 < len(np.unique(expected)) < 300
     sizes = Sizes(**BY_CAPS | {"shared": 0})
-    np.testing.assert_array_equal(components(vectors, 0.94, sizes), expected)
+    np.testing.assert_array_equal(components(form(rows), 0.94, sizes), expected)
     assert [stripe for _, _, stripe in shares[0]] == [(0, 3), (1, 3), (2, 3)]
 
 

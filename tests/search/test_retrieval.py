@@ -100,7 +100,7 @@ def test_seeds_in_batches_find_what_they_find_alone(demo, monkeypatch) -> None:
 
 def test_at_a_threshold_of_one_nothing_is_decoded(demo, monkeypatch) -> None:
     index, metadata = open_folder(demo.index)
-    monkeypatch.delattr(retrieval, "decoded_codes")
+    monkeypatch.delattr(retrieval, "Coded")
     table, _ = retrieve_table(
         index, metadata, unit(indices.reconstructed(demo.index)[:2]), Request(20, 1.0), per_seed=True
     )

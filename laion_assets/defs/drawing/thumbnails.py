@@ -17,7 +17,7 @@ from laion_assets.defs.drawing.markup import embedded, plain
 from laion_assets.defs.drawing.remote_thumbnails import FETCHED, reasons, remote_thumbnails
 from laion_assets.index.decoder import Decoder
 from laion_assets.index.metadata import THUMBNAIL_COLUMN
-from laion_assets.index.vectors import decoded_codes
+from laion_assets.index.vectors import Coded
 from laion_assets.io.storage import new_file
 from laion_assets.io.tables import OUTPUT, StoredTable, code_bytes
 from laion_assets.search.combined import DECODER
@@ -142,7 +142,7 @@ def _best_rows(table: StoredTable, columns: Sequence[str], most: int) -> pa.Tabl
 def _different(rows: pa.Table, table: StoredTable) -> pa.Table:
     """Leave out near-duplicates of rows before them, which other seeds have found."""
     decoder = Decoder.from_bytes(table.attachment(DECODER))
-    labels = components(decoded_codes(code_bytes(rows["code"]), decoder), DEDUP_THRESHOLD)
+    labels = components(Coded(code_bytes(rows["code"]), decoder), DEDUP_THRESHOLD)
     return rows.filter(pa.array(labels == np.arange(len(labels))))
 
 
