@@ -246,8 +246,8 @@ def report(
             )
     lines += [
         "",
-        "The peer decodes while it searches, and ours while it looks for near-duplicates. Our recall "
-        "check runs beside the other phases: what counts is the wait for it.",
+        "The peer decodes while it searches, ours while it finds near-duplicates. Our recall check runs "
+        "beside the other phases: what counts is the wait for it.",
     ]
     lines += [
         "",

@@ -71,18 +71,18 @@ class Decoder:
             (n, min(m, d)) float32, or (n, d) if the index has no such matrix.
 
         """
-        vectors = self.decode_quickly(codes)
+        vectors = self.decode_unprojected(codes)
         return vectors if self._reflection is None else self._reflection.rest_of(vectors)
 
-    def decode_quickly(self, codes: Bytes) -> Floats:
-        """Return vectors with more than `decode_to_compare` leaves in them, for a sixth of its work.
+    def decode_unprojected(self, codes: Bytes) -> Floats:
+        """Return vectors that still have a part in the null space, for a sixth of the work.
 
         Args:
             codes: (n, code size).
 
         Returns:
-            (n, m) float32. What is left out are their products with `surplus`. Their products with
-            ``onto(axes)`` are those of the vectors to compare with the axes.
+            (n, m) float32. Without their part in `null_space`, they are the vectors to compare in another
+            basis, see `lifted`. A row does not depend on the others, to the last bit.
 
         """
         if self._reflection is None:
@@ -90,15 +90,16 @@ class Decoder:
         vectors: Floats = faiss.extract_index_ivf(self._index).sa_decode(self._renumbered(codes))
         return vectors
 
-    def onto(self, axes: Floats) -> Floats:
-        """Return (m, w) directions for `decode_quickly`, given (d, w) axes of vectors to compare."""
-        return axes if self._reflection is None else self._reflection.back(axes)
+    def lifted(self, axes: Floats) -> Floats:
+        """Return (m, w) axes of unprojected vectors, given (d, w) axes of the vectors to compare."""
+        return axes if self._reflection is None else self._reflection.lifted(axes)
 
-    def surplus(self, dimension: int) -> Floats:
-        """Return (m, g) orthonormal directions that vectors to compare of a dimension do not have."""
+    @property
+    def null_space(self) -> Floats:
+        """Return (m, g) orthonormal directions that the last transform maps to zero."""
         if self._reflection is None:
-            return np.empty((dimension, 0), np.float32)
-        return self._reflection.directions
+            return np.empty((self._dimension, 0), np.float32)
+        return self._reflection.null_space
 
     @cached_property
     def _reflection(self) -> _Reflection | None:
@@ -186,13 +187,13 @@ class _Reflection:
     the inner products of vectors without these directions, in two products of g * (m - g) numbers.
 
     Attributes:
-        directions: (m, g) D.
+        null_space: (m, g) D.
         into: (m - g, g) D2 (I + D1)^-1.
         out_of: (g, m - g) D2'.
 
     """
 
-    directions: Floats
+    null_space: Floats
     into: Floats
     out_of: Floats
 
@@ -239,7 +240,7 @@ class _Reflection:
         taken: Floats = along @ self.out_of
         return np.subtract(others, taken, out=taken)
 
-    def back(self, axes: Floats) -> Floats:
+    def lifted(self, axes: Floats) -> Floats:
         """Return (m, w) the directions that `rest_of` maps to (m - g, w) axes."""
         along = self.out_of @ axes
         return np.concatenate([-along, axes - self.into @ along])

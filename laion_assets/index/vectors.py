@@ -9,10 +9,10 @@ from typing import Protocol
 import numpy as np
 
 from laion_assets.index.decoder import Decoder
-from laion_assets.io.arrays import Bytes, Floats, Ids
+from laion_assets.io.arrays import Bytes, Doubles, Floats, Ids
 from laion_assets.io.parallel import in_threads, slices
 
-HELD_ROWS = 1 << 17  # more vectors than this take longer to hold than to decode on every access
+HELD_ROWS = 1 << 17  # more vectors than this are decoded on every access
 MOST_REMOVED = 0.2  # of a vector's squared length; of what is left, float32 then loses little more
 ORDINARY = 1e-20, 1e20  # squared lengths for which float32 is fit
 ROWS_DECODED_AT_ONCE = 1024  # so that intermediate results fit into the processor's cache
@@ -27,18 +27,27 @@ class Vectors(Protocol):
     def __getitem__(self, rows: slice | Ids, /) -> Floats:
         """Return (m, d) float32 rows of length 1, or of zeros."""
 
-    def on_axes(self, axes: Floats) -> Callable[[slice | Ids], Floats]:
+    def projection(self, axes: Floats) -> Callable[[slice | Ids], Floats]:
         """Return what computes the (m, w) products of rows with (d, w) axes."""
 
     def cosines(self, a: Ids, b: Ids) -> tuple[Floats, Floats]:
         """Return (n,) products of rows a[i] and b[i], NaN if unknown, and how far each may be off."""
 
+    def exact_cosines(self, a: Ids, b: Ids) -> Doubles:
+        """Return (n,) products of rows a[i] and b[i], which do not depend on the others."""
+
 
 class Held:
-    """Unit vectors in memory, (n, d)."""
+    """Unit vectors in memory.
 
-    def __init__(self, rows: Floats) -> None:
-        self._rows = rows
+    Args:
+        rows: (n, d) float32.
+        origin: what they were decoded from, which decides exactly; None if they were not.
+
+    """
+
+    def __init__(self, rows: Floats, origin: Vectors | None = None) -> None:
+        self._rows, self._origin = rows, origin
 
     def __len__(self) -> int:
         return len(self._rows)
@@ -46,7 +55,7 @@ class Held:
     def __getitem__(self, rows: slice | Ids, /) -> Floats:
         return self._rows[rows]
 
-    def on_axes(self, axes: Floats) -> Callable[[slice | Ids], Floats]:
+    def projection(self, axes: Floats) -> Callable[[slice | Ids], Floats]:
         """Return what computes the products of rows with axes."""
         return lambda rows: self._rows[rows] @ axes
 
@@ -54,23 +63,31 @@ class Held:
         """Return the products of rows, which are not off."""
         return np.einsum("ij,ij->i", self._rows[a], self._rows[b]), np.zeros(len(a), np.float32)
 
+    def exact_cosines(self, a: Ids, b: Ids) -> Doubles:
+        """Return the products of rows in float64."""
+        if self._origin is not None:
+            return self._origin.exact_cosines(a, b)
+        found: Doubles = np.einsum("ij,ij->i", self._rows[a], self._rows[b], dtype=np.float64)
+        return found
+
 
 def as_vectors(vectors: Vectors | Floats) -> Vectors:
-    """Return vectors as such, also if they are an array."""
+    """Wrap vectors that are an array."""
     return Held(vectors) if isinstance(vectors, np.ndarray) else vectors
 
 
 def held(vectors: Vectors | Floats, most: int = HELD_ROWS) -> Vectors:
-    """Return vectors in memory, where each is decoded only once; more than `most` as they are."""
-    if isinstance(vectors, np.ndarray | Held) or not 0 < len(vectors) <= most:
-        return as_vectors(vectors)
+    """Decode vectors into memory, where each is decoded only once; more than `most` stay as they are."""
+    vectors = as_vectors(vectors)
+    if isinstance(vectors, Held) or not 0 < len(vectors) <= most:
+        return vectors
     rows = np.empty((len(vectors), vectors[:1].shape[1]), np.float32)
 
     def hold(some: slice) -> None:
         rows[some] = vectors[some]
 
     in_threads(hold, slices(len(vectors), ROWS_DECODED_AT_ONCE))
-    return Held(rows)
+    return Held(rows, vectors)
 
 
 def squares(vectors: Floats) -> Floats:
@@ -91,16 +108,16 @@ def unit(vectors: Floats) -> Floats:
 class Coded:
     """The unit vectors of codes, decoded on every access.
 
-    For LAION-5B a code has 131 bytes, but a vector more than 3 KB. What OPQ's transpose removes from a
-    vector is small, but takes most of the time of decoding. So once the scale of a vector and the length
-    of its removed part are known, see `on_axes`, the removed parts of two vectors are not computed for
-    their product: it is off by at most the product of these lengths (Cauchy-Schwarz).
+    For LAION-5B a code has 131 bytes, but a vector more than 3 KB. To remove the part of a vector that is
+    in the null space of OPQ's transpose takes most of the time of decoding, although the part is small.
+    `projection` learns the length of each vector with and without it. Then `cosines` skips it: by
+    Cauchy-Schwarz, a product is off by at most the product of the lengths of two such parts.
 
     Args:
         codes: (n, code size).
         decoder: of the codes, see `Decoder.decode_to_compare`.
-        scale: (n,) what makes vectors of `Decoder.decode_quickly` unit vectors; NaN if not known.
-        removed: (n,) length of the removed part of such a vector, likewise.
+        scale: (n,) what makes unit vectors of unprojected ones; NaN if not known.
+        removed: (n,) length of the part of such a vector that is removed, likewise.
 
     """
 
@@ -130,34 +147,45 @@ class Coded:
         vectors = unit(self._decoder.decode_to_compare(self._codes[distinct]))
         return vectors[place]
 
-    def on_axes(self, axes: Floats) -> Callable[[slice | Ids], Floats]:
-        """Return what computes the products of rows with axes, and remembers their scales."""
-        onto = self._decoder.onto(axes)
-        surplus = self._decoder.surplus(len(onto))
-        factors = np.ascontiguousarray(np.hstack([surplus, onto]))
+    def projection(self, axes: Floats) -> Callable[[slice | Ids], Floats]:
+        """Return what computes the products of rows with axes, and learns their lengths."""
+        factors = np.hstack([self._decoder.null_space, self._decoder.lifted(axes)])
+        null = self._decoder.null_space.shape[1]
 
         def compute(rows: slice | Ids) -> Floats:
-            vectors = self._decoder.decode_quickly(self._codes[rows])
-            removed: Floats
-            products: Floats
-            removed, products = np.split(vectors @ factors, [surplus.shape[1]], axis=1)
+            vectors = self._decoder.decode_unprojected(self._codes[rows])
             with np.errstate(invalid="ignore", over="ignore"):
+                removed: Floats
+                products: Floats
+                removed, products = np.split(vectors @ factors, [null], axis=1)
                 whole, part = squares(vectors), squares(removed)
                 fit = (whole > ORDINARY[0]) & (whole < ORDINARY[1]) & (part <= MOST_REMOVED * whole)
-            scale = 1 / np.sqrt(np.where(fit, whole - part, np.nan))
-            self._scale[rows], self._removed[rows] = scale, scale * np.sqrt(part)
-            products *= scale[:, None]
+                scale = 1 / np.sqrt(np.where(fit, whole - part, np.nan))
+                self._scale[rows], self._removed[rows] = scale, scale * np.sqrt(part)
+                products *= scale[:, None]
             if not fit.all():
-                others = np.arange(len(self))[rows][~fit]
-                products[~fit] = self[others] @ axes
+                products[~fit] = self[rows][~fit] @ axes
             return products
 
         return compute
 
     def cosines(self, a: Ids, b: Ids) -> tuple[Floats, Floats]:
-        """Return the products of rows whose scales are known, without their removed parts."""
+        """Return the products of rows whose lengths are known, without what is removed."""
         distinct, place = np.unique(np.concatenate([a, b]), return_inverse=True)
-        vectors = self._decoder.decode_quickly(self._codes[distinct])
+        vectors = self._decoder.decode_unprojected(self._codes[distinct])
         left, right = np.split(vectors[place], 2)
-        products = np.einsum("ij,ij->i", left, right) * self._scale[a] * self._scale[b]
+        with np.errstate(invalid="ignore", over="ignore"):
+            products = np.einsum("ij,ij->i", left, right) * self._scale[a] * self._scale[b]
         return products, self._removed[a] * self._removed[b]
+
+    def exact_cosines(self, a: Ids, b: Ids) -> Doubles:
+        """Return the products of rows in float64; NaN for rows of zeros."""
+        distinct, place = np.unique(np.concatenate([a, b]), return_inverse=True)
+        vectors = self._decoder.decode_unprojected(self._codes[distinct]).astype(np.float64)
+        null_space = self._decoder.null_space.astype(np.float64)
+        with np.errstate(invalid="ignore", divide="ignore"):
+            vectors -= (vectors @ null_space) @ null_space.T
+            vectors /= np.linalg.norm(vectors, axis=1, keepdims=True)
+        left, right = np.split(vectors[place], 2)
+        found: Doubles = np.einsum("ij,ij->i", left, right)
+        return found

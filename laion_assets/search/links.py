@@ -139,10 +139,7 @@ class Links:
             cosines, off = self.vectors.cosines(a[batch], b[batch])
             linked[batch] = cosines > self.limit
             unsure = start + np.flatnonzero(~(np.abs(cosines - self.limit) > SLACK + off))  # or NaN
-            both = np.concatenate([a[unsure], b[unsure]])  # at once: decoded rows are decoded once
-            left, right = np.split(self.vectors[both], 2)
-            exact = np.einsum("ij,ij->i", left, right, dtype=np.float64)
-            linked[unsure] = exact > self.limit
+            linked[unsure] = self.vectors.exact_cosines(a[unsure], b[unsure]) > self.limit
 
         if len(a) <= self.sizes.batch:  # the caller may be one of many threads
             decide_batch(0)

@@ -43,10 +43,10 @@ rows are connected already, or where an upper bound of its cosine (facts 1 and 2
 one that reads connections late only checks a pair without need.
 
 **Rounding.** The float32 dot product of two unit rows of d numbers has an error below d * 6e-8 (5e-5
-for LAION-5B's 768; about 1e-6 in practice), which depends on the order of summation. That of vectors
-which are scaled after they are decoded, see `vectors.Coded`, has an error below three times as much.
-Every bound is therefore relaxed by SLACK, which exceeds that up to d = 1,600. A pair within SLACK of the
-threshold is decided in float64, where the order does not matter, so the result is a function of the
+for LAION-5B's 768; about 1e-6 in practice), which depends on the order of summation. Every bound is
+therefore relaxed by SLACK, which exceeds that error up to d = 5,000. This leaves room for what
+`vectors.Coded` rounds besides, because it scales vectors after it multiplies them. A pair within SLACK of
+the threshold is decided in float64, where the order does not matter, so the result is a function of the
 vectors alone. The length of the remainder is the root of a difference of squares, which is inaccurate
 near zero, so SLACK is added to its square. This adds SLACK to the square of every sketch's length, and
 at least SLACK to the dot product of any two sketches (Cauchy-Schwarz again). As (c + SLACK) / (1 +
@@ -74,7 +74,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from laion_assets.index.vectors import Vectors, as_vectors, held
-from laion_assets.io.arrays import Bytes, Floats, Ids
+from laion_assets.io.arrays import Bytes, Doubles, Floats, Ids
 from laion_assets.io.parallel import in_threads, slices
 from laion_assets.search.caps import find_all_links, joined
 from laion_assets.search.links import SIZES, Forest, Links, Sizes, pairs_of_bits
@@ -85,7 +85,7 @@ DEDUP_THRESHOLD = 0.94  # the default cosine above which two images are near-dup
 
 
 def components(
-    vectors: Vectors,
+    vectors: Vectors | Floats,
     threshold: float,
     sizes: Sizes = SIZES,
     foreseen: Callable[[Ids], None] = lambda _: None,
@@ -105,9 +105,9 @@ def components(
 
     """
     everything = np.arange(len(vectors))
-    links = Links(held(vectors, sizes.small), threshold, sizes)
-    if links.limit >= 1 or not len(vectors):
+    if np.float32(threshold) >= 1 or not len(vectors):
         return everything
+    links = Links(held(vectors, sizes.small), threshold, sizes)
     if len(vectors) <= sizes.small:
         links.find(everything, everything)
     else:
@@ -116,7 +116,7 @@ def components(
 
 
 def components_of_lists(
-    vectors: Vectors,
+    vectors: Vectors | Floats,
     members: Ids,
     lists: Ids,
     threshold: float,
@@ -138,6 +138,9 @@ def components_of_lists(
 
     """
     labels = np.arange(len(members))
+    if np.float32(threshold) >= 1:
+        return labels
+    vectors = as_vectors(vectors)
     starts = np.flatnonzero(np.diff(lists, prepend=-1))
     ends = np.append(starts[1:], len(members))
     long = ends - starts > sizes.small
@@ -146,10 +149,10 @@ def components_of_lists(
         return lambda rows: foreseen(start + rows)
 
     for start, end in zip(starts[long].tolist(), ends[long].tolist(), strict=True):
-        one = held(Gathered(as_vectors(vectors), members[start:end]))
+        one = held(Gathered(vectors, members[start:end]))
         found = components(one, threshold, sizes, foreseen_from(start))
         labels[start:end] = start + found
-    if threshold < 1 and not long.all():
+    if not long.all():
         short = np.flatnonzero(np.repeat(~long, ends - starts))
         found = components_of_short_lists(vectors, members[short], lists[short], threshold, sizes)
         labels[short] = short[found]
@@ -193,7 +196,7 @@ def components_of_short_lists(
             near &= ~connected[own]
             number += int(np.bitwise_count(near).sum())
             if number > sizes.many_of_row * len(entries):
-                labels = components(Gathered(vectors, members[entries]), threshold, sizes)
+                labels = components(Gathered(links.vectors, members[entries]), threshold, sizes)
                 forest.connect(entries, entries[labels])
                 return entries[:0], entries[:0]
             higher, lower = pairs_of_bits(near)
@@ -226,11 +229,15 @@ class Gathered:
     def __getitem__(self, rows: slice | Ids, /) -> Floats:
         return self.vectors[self.rows[rows]]
 
-    def on_axes(self, axes: Floats) -> Callable[[slice | Ids], Floats]:
+    def projection(self, axes: Floats) -> Callable[[slice | Ids], Floats]:
         """Return what computes the products of rows with axes."""
-        on_axes = self.vectors.on_axes(axes)
-        return lambda rows: on_axes(self.rows[rows])
+        projected = self.vectors.projection(axes)
+        return lambda rows: projected(self.rows[rows])
 
     def cosines(self, a: Ids, b: Ids) -> tuple[Floats, Floats]:
         """Return the products of rows, and how far they may be off."""
         return self.vectors.cosines(self.rows[a], self.rows[b])
+
+    def exact_cosines(self, a: Ids, b: Ids) -> Doubles:
+        """Return the products of rows in float64."""
+        return self.vectors.exact_cosines(self.rows[a], self.rows[b])

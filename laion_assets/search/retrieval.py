@@ -9,6 +9,7 @@ in its batch, unless the search continues until enough images are kept.
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Executor, Future
 from dataclasses import dataclass, field, replace
@@ -658,8 +659,7 @@ class _FoundRows:
 
 def _has_replaced(texts: pa.ChunkedArray) -> Mask:
     """Return which texts have bytes that are replaced; rarely any, and to see that takes little time."""
-    replaced = REPLACED.encode()
-    if not any(replaced in bytes(chunk.buffers()[-1] or b"") for chunk in texts.chunks):
+    if not any(re.search(REPLACED.encode(), chunk.buffers()[-1] or b"") for chunk in texts.chunks):
         return np.zeros(len(texts), np.bool_)
     found: Mask = pc.fill_null(pc.match_substring(texts, REPLACED), False).to_numpy()
     return found

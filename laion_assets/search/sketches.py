@@ -83,10 +83,10 @@ def sketch_all(links: Links, axes: Floats, kind: type[Kind], rows: Ids | None = 
     """Return the sketch of every row, or of some rows; many lie on the disk."""
     count, width = len(links.vectors) if rows is None else len(rows), axes.shape[1] + 1
     sketches = kind.empty(count, width, scale_of(reach_of(width)))
-    on_axes = links.vectors.on_axes(axes)
+    projected = links.vectors.projection(axes)
 
     def sketch_batch(batch: slice) -> None:
-        sketched = sketch(on_axes(batch if rows is None else rows[batch]))
+        sketched = sketch(projected(batch if rows is None else rows[batch]))
         sketches[batch] = kind.of(sketched, reach_of(width))
 
     in_threads(sketch_batch, slices(count, links.sizes.batch), SHORT_CALLS)
@@ -94,7 +94,7 @@ def sketch_all(links: Links, axes: Floats, kind: type[Kind], rows: Ids | None = 
 
 
 def sketch(seen: Floats) -> Floats:
-    """Return (n, w) coordinates on the axes and the length of the remainder, see 1 and *Rounding*.
+    """Return (n, w + 1) sketches of rows with these products with axes, see fact 1 and *Rounding*.
 
     They are turned in a random direction, so that all coordinates are about equally large.
     """

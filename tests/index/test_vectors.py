@@ -8,7 +8,7 @@ import pytest
 from helpers import indices
 
 from laion_assets.index.decoder import Decoder
-from laion_assets.index.vectors import MOST_REMOVED, Coded, squares, unit
+from laion_assets.index.vectors import MOST_REMOVED, Coded, held, squares, unit
 from laion_assets.search.links import SLACK, Sizes
 from laion_assets.search.near_duplicates import components
 
@@ -37,7 +37,7 @@ def stored(request) -> Coded:
 
 
 def with_scales(vectors: Coded) -> Coded:
-    vectors.on_axes(np.eye(vectors[:1].shape[1], 2, dtype=np.float32))(slice(0, len(vectors)))
+    vectors.projection(np.eye(vectors[:1].shape[1], 2, dtype=np.float32))(slice(0, len(vectors)))
     return vectors
 
 
@@ -47,9 +47,9 @@ def test_products_with_axes_are_those_of_the_vectors(stored) -> None:
         np.float32
     )
     some = np.array([5, 3, 3, 599])
-    on_axes = stored.on_axes(axes)
-    np.testing.assert_allclose(on_axes(slice(100, 200)), rows[100:200] @ axes, atol=1e-5)
-    np.testing.assert_allclose(on_axes(some), rows[some] @ axes, atol=1e-5)
+    projection = stored.projection(axes)
+    np.testing.assert_allclose(projection(slice(100, 200)), rows[100:200] @ axes, atol=1e-5)
+    np.testing.assert_allclose(projection(some), rows[some] @ axes, atol=1e-5)
 
 
 def test_products_of_vectors_are_off_by_no_more_than_they_say(stored) -> None:
@@ -59,7 +59,7 @@ def test_products_of_vectors_are_off_by_no_more_than_they_say(stored) -> None:
     found, off = with_scales(stored).cosines(a, b)
     exact = np.einsum("ij,ij->i", *(stored[each].astype(np.float64) for each in (a, b)))
     decoder, codes = stored._decoder, stored._codes
-    whole, rest = decoder.decode_quickly(codes), decoder.decode_to_compare(codes)
+    whole, rest = decoder.decode_unprojected(codes), decoder.decode_to_compare(codes)
     little_removed = squares(rest) >= (1 - MOST_REMOVED) * squares(whole)
     known = ~np.isnan(found)
     np.testing.assert_array_equal(known, little_removed[a] & little_removed[b])
@@ -88,4 +88,14 @@ def test_vectors_of_odd_lengths_are_compared_themselves(length) -> None:
     rows[3] *= np.float32(length)
     vectors = Coded(rows.view(np.uint8), Decoder(None, np.empty(0, np.int64), 6))
     axes = np.eye(6, 2, dtype=np.float32)
-    np.testing.assert_allclose(vectors.on_axes(axes)(slice(0, 8)), unit(rows) @ axes, atol=1e-6)
+    np.testing.assert_allclose(vectors.projection(axes)(slice(0, 8)), unit(rows) @ axes, atol=1e-6)
+
+
+def test_what_decides_between_two_rows_does_not_depend_on_the_others(stored) -> None:
+    a, b = np.random.default_rng(5).integers(0, len(stored), (2, 500))
+    together = stored.exact_cosines(a, b)
+    expected = np.einsum("ij,ij->i", stored[a].astype(np.float64), stored[b].astype(np.float64))
+    np.testing.assert_allclose(together, expected, atol=1e-6)
+    for vectors in (stored, held(stored)):
+        alone = [vectors.exact_cosines(a[[n]], b[[n]])[0] for n in range(len(a))]
+        np.testing.assert_allclose(alone, together, atol=1e-14)
