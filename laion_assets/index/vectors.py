@@ -14,6 +14,7 @@ from laion_assets.io.parallel import in_threads, slices
 
 HELD_ROWS = 1 << 17  # more vectors than this are decoded on every access
 MOST_REMOVED = 0.2  # of a vector's squared length; of what is left, float32 then loses little more
+NEAR = 1e-3  # a limit, besides how far a product may be off: more than what float32 loses
 ORDINARY = 1e-20, 1e20  # squared lengths for which float32 is fit
 ROWS_DECODED_AT_ONCE = 1024  # so that intermediate results fit into the processor's cache
 
@@ -30,8 +31,11 @@ class Vectors(Protocol):
     def projection(self, axes: Floats) -> Callable[[slice | Ids], Floats]:
         """Return what computes the (m, w) products of rows with (d, w) axes."""
 
-    def cosines(self, a: Ids, b: Ids) -> tuple[Floats, Floats]:
-        """Return (n,) products of rows a[i] and b[i], NaN if unknown, and how far each may be off."""
+    def cosines(self, a: Ids, b: Ids, limit: float) -> tuple[Floats, Floats]:
+        """Return (n,) products of rows a[i] and b[i], and how far each may be off, less near a limit.
+
+        A product is NaN if it is unknown.
+        """
 
     def exact_cosines(self, a: Ids, b: Ids) -> Doubles:
         """Return (n,) products of rows a[i] and b[i], which do not depend on the others."""
@@ -59,7 +63,7 @@ class Held:
         """Return what computes the products of rows with axes."""
         return lambda rows: self._rows[rows] @ axes
 
-    def cosines(self, a: Ids, b: Ids) -> tuple[Floats, Floats]:
+    def cosines(self, a: Ids, b: Ids, _: float) -> tuple[Floats, Floats]:
         """Return the products of rows, which are not off."""
         return np.einsum("ij,ij->i", self._rows[a], self._rows[b]), np.zeros(len(a), np.float32)
 
@@ -110,8 +114,9 @@ class Coded:
 
     For LAION-5B a code has 131 bytes, but a vector more than 3 KB. To remove the part of a vector that is
     in the null space of OPQ's transpose takes most of the time of decoding, although the part is small.
-    `projection` learns the length of each vector with and without it. Then `cosines` skips it: by
-    Cauchy-Schwarz, a product is off by at most the product of the lengths of two such parts.
+    `projection` learns the length of each vector with and without it. Then `cosines` skips it unless a
+    product is near the limit: by Cauchy-Schwarz, it is off by at most the product of the lengths of two
+    such parts.
 
     Args:
         codes: (n, code size).
@@ -169,14 +174,20 @@ class Coded:
 
         return compute
 
-    def cosines(self, a: Ids, b: Ids) -> tuple[Floats, Floats]:
-        """Return the products of rows whose lengths are known, without what is removed."""
+    def cosines(self, a: Ids, b: Ids, limit: float) -> tuple[Floats, Floats]:
+        """Return the products of rows whose lengths are known; what is removed counts near the limit."""
         distinct, place = np.unique(np.concatenate([a, b]), return_inverse=True)
         vectors = self._decoder.decode_unprojected(self._codes[distinct])
         left, right = np.split(vectors[place], 2)
+        scale = self._scale[a] * self._scale[b]
         with np.errstate(invalid="ignore", over="ignore"):
-            products = np.einsum("ij,ij->i", left, right) * self._scale[a] * self._scale[b]
-        return products, self._removed[a] * self._removed[b]
+            products = np.einsum("ij,ij->i", left, right) * scale
+        off = self._removed[a] * self._removed[b]
+        near = np.flatnonzero(np.abs(products - limit) <= off + NEAR)
+        removed = [rows[near] @ self._decoder.null_space for rows in (left, right)]
+        products[near] -= np.einsum("ij,ij->i", *removed) * scale[near]
+        off[near] = 0
+        return products, off
 
     def exact_cosines(self, a: Ids, b: Ids) -> Doubles:
         """Return the products of rows in float64; NaN for rows of zeros."""

@@ -136,7 +136,7 @@ class Links:
 
         def decide_batch(start: int) -> None:
             batch = slice(start, start + self.sizes.batch)
-            cosines, off = self.vectors.cosines(a[batch], b[batch])
+            cosines, off = self.vectors.cosines(a[batch], b[batch], self.limit)
             linked[batch] = cosines > self.limit
             unsure = start + np.flatnonzero(~(np.abs(cosines - self.limit) > SLACK + off))  # or NaN
             linked[unsure] = self.vectors.exact_cosines(a[unsure], b[unsure]) > self.limit

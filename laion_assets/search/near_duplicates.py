@@ -234,9 +234,9 @@ class Gathered:
         projected = self.vectors.projection(axes)
         return lambda rows: projected(self.rows[rows])
 
-    def cosines(self, a: Ids, b: Ids) -> tuple[Floats, Floats]:
+    def cosines(self, a: Ids, b: Ids, limit: float) -> tuple[Floats, Floats]:
         """Return the products of rows, and how far they may be off."""
-        return self.vectors.cosines(self.rows[a], self.rows[b])
+        return self.vectors.cosines(self.rows[a], self.rows[b], limit)
 
     def exact_cosines(self, a: Ids, b: Ids) -> Doubles:
         """Return the products of rows in float64."""

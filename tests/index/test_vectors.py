@@ -19,6 +19,7 @@ KEYS = {
     "a part removed": "OPQ4_20,IVF8,PQ4x8",
     "much removed": "OPQ8_32,IVF8,PQ8x8",
 }
+LIMIT = 0.9
 LARGE = Sizes(small=0, sample=64, widths=(3, 6), chunk=20, block=8, tile=16, batch=50)
 
 
@@ -54,9 +55,9 @@ def test_products_with_axes_are_those_of_the_vectors(stored) -> None:
 
 def test_products_of_vectors_are_off_by_no_more_than_they_say(stored) -> None:
     a, b = np.random.default_rng(2).integers(0, len(stored), (2, 4000))
-    before, _ = Coded(stored._codes, stored._decoder).cosines(a, b)
+    before, _ = Coded(stored._codes, stored._decoder).cosines(a, b, 0.9)
     assert np.isnan(before).all()  # nothing is known yet
-    found, off = with_scales(stored).cosines(a, b)
+    found, off = with_scales(stored).cosines(a, b, LIMIT)
     exact = np.einsum("ij,ij->i", *(stored[each].astype(np.float64) for each in (a, b)))
     decoder, codes = stored._decoder, stored._codes
     whole, rest = decoder.decode_unprojected(codes), decoder.decode_to_compare(codes)
@@ -64,6 +65,7 @@ def test_products_of_vectors_are_off_by_no_more_than_they_say(stored) -> None:
     known = ~np.isnan(found)
     np.testing.assert_array_equal(known, little_removed[a] & little_removed[b])
     assert (np.abs(found - exact)[known] <= off[known] + SLACK / 10).all()
+    assert not off[known & (np.abs(exact - LIMIT) < off)].any()  # near the limit, they are not off
 
 
 def test_near_duplicates_are_those_of_the_vectors_themselves(stored) -> None:
@@ -77,8 +79,10 @@ def test_near_duplicates_are_those_of_the_vectors_themselves(stored) -> None:
 
 def test_what_is_known_of_vectors_travels_to_other_processes(stored) -> None:
     a, b = np.arange(300), np.arange(300, 600)
-    expected = with_scales(stored).cosines(a, b)
-    np.testing.assert_allclose(pickle.loads(pickle.dumps(stored)).cosines(a, b), expected, atol=1e-6)
+    expected = with_scales(stored).cosines(a, b, LIMIT)
+    np.testing.assert_allclose(
+        pickle.loads(pickle.dumps(stored)).cosines(a, b, LIMIT), expected, atol=1e-6
+    )
 
 
 @pytest.mark.parametrize("length", [0, 1e-30, 1e-12, 1e12, 1e25, np.inf, np.nan])
