@@ -190,13 +190,13 @@ class Coded:
         return products, off
 
     def exact_cosines(self, a: Ids, b: Ids) -> Doubles:
-        """Return the products of rows in float64; NaN for rows of zeros."""
+        """Return the products of rows in float64; rows are rounded to float32, as elsewhere."""
         distinct, place = np.unique(np.concatenate([a, b]), return_inverse=True)
-        vectors = self._decoder.decode_unprojected(self._codes[distinct]).astype(np.float64)
+        vectors = self._decoder.decode_unprojected(self._codes[distinct])
         null_space = self._decoder.null_space.astype(np.float64)
-        with np.errstate(invalid="ignore", divide="ignore"):
-            vectors -= (vectors @ null_space) @ null_space.T
-            vectors /= np.linalg.norm(vectors, axis=1, keepdims=True)
-        left, right = np.split(vectors[place], 2)
-        found: Doubles = np.einsum("ij,ij->i", left, right)
+        with np.errstate(invalid="ignore", over="ignore"):
+            removed = (vectors.astype(np.float64) @ null_space) @ null_space.T
+            rows = unit((vectors - removed).astype(np.float32))
+        left, right = np.split(rows[place], 2)
+        found: Doubles = np.einsum("ij,ij->i", left, right, dtype=np.float64)
         return found
