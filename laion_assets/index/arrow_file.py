@@ -75,7 +75,7 @@ class ArrowFile:
         held.need({self.path: footer})
         self._of_thread = threading.local()
         self.schema: pa.Schema = self._reader().schema
-        self._blocks = arrow_layout.blocks(self._all[int(footer[0, 0]) :])
+        self._blocks = arrow_layout.blocks(self._all[int(footer[0, 0]) :], size)
         # The reader keeps neither in memory and reads both again for every batch.
         self._always = union(footer, self._blocks.dictionaries)
         table = tables and tables.read(self.path, len(self._blocks.headers))

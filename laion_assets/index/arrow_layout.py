@@ -60,11 +60,20 @@ def footer(size: int, tail: bytes) -> Ranges:
     return ranges_of(np.array([max(size - TAIL - length, 0)]), np.array([size]))
 
 
-def blocks(footer: bytes) -> Blocks:
-    """Read the ranges of all messages from the footer; bytes after it are ignored."""
+def blocks(footer: bytes, size: int) -> Blocks:
+    """Read the ranges of all messages from the footer; bytes after it are ignored.
+
+    Args:
+        footer: of the file.
+        size: size of the file in bytes.
+
+    Raises:
+        ValueError: a message is not within the file.
+
+    """
     table = _table(footer, _uint32(footer, 0))
     batches, dictionaries = (
-        _blocks(footer, table(field)) for field in (FOOTER_BATCHES, FOOTER_DICTIONARIES)
+        _blocks(footer, table(field), size) for field in (FOOTER_BATCHES, FOOTER_DICTIONARIES)
     )
     stops = dictionaries["offset"] + dictionaries["header"] + dictionaries["body"]
     bodies = batches["offset"] + batches["header"]
@@ -137,7 +146,7 @@ def read_table(size: int, read: Callable[[int, int], bytes]) -> BatchTable:
 
     """
     ((start, stop),) = footer(size, read(max(size - TAIL, 0), size)).tolist()
-    return read_headers(blocks(read(start, stop)), read)
+    return read_headers(blocks(read(start, stop), size), read)
 
 
 def _batches(messages: _Flatbuffers) -> tuple[Ids, Mask, Ids]:
@@ -212,11 +221,15 @@ def _table(data: bytes, at: int) -> Callable[[int], int]:
     return position
 
 
-def _blocks(footer: bytes, position: int) -> NDArray[np.void]:
+def _blocks(footer: bytes, position: int, size: int) -> NDArray[np.void]:
     if not position:
         return np.empty(0, FOOTER_BLOCK)
     vector = position + _uint32(footer, position)
-    return np.frombuffer(footer, FOOTER_BLOCK, _uint32(footer, vector), vector + 4)
+    found = np.frombuffer(footer, FOOTER_BLOCK, _uint32(footer, vector), vector + 4)
+    parts = np.array([found[name] for name in ("offset", "header", "body")], np.int64)
+    if ((parts < 0) | (parts > size)).any() or (parts.sum(axis=0) > size).any():
+        raise ValueError("its footer names messages outside of the file")
+    return found
 
 
 # --- columns --------------------------------------------------------------------------------------

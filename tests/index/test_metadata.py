@@ -20,6 +20,7 @@ from helpers.metadata import metadata_files, write
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from laion_assets.index import arrow_layout
 from laion_assets.index.metadata import Metadata
 from laion_assets.io.errors import InputError
 from laion_assets.io.ranges import in_memory
@@ -301,6 +302,18 @@ def test_a_truncated_metadata_file_is_named(tmp_path) -> None:
     (path,) = indices.write_metadata(tmp_path, pa.table({"url": ["a"] * 100}))
     path.write_bytes(path.read_bytes()[:-40])
     with pytest.raises(InputError, match=path.name):
+        Metadata([path])
+
+
+@pytest.mark.parametrize("offset", [-8, 1 << 44, (1 << 63) - 8])
+def test_a_footer_that_names_what_is_outside_of_the_file_is_named(tmp_path, offset) -> None:
+    (path,) = indices.write_metadata(tmp_path, pa.table({"url": ["a"] * 100}))
+    content = path.read_bytes()
+    ((start, _),) = arrow_layout.footer(len(content), content[-arrow_layout.TAIL :]).tolist()
+    blocks = arrow_layout.blocks(content[start:], len(content))
+    at = content.rindex(np.int64(blocks.headers[0, 0]).tobytes())
+    path.write_bytes(content[:at] + np.int64(offset).tobytes() + content[at + 8 :])
+    with pytest.raises(InputError, match=f"{path.name} .*outside of the file"):
         Metadata([path])
 
 
