@@ -82,7 +82,8 @@ class Decoder:
 
         Returns:
             (n, m) float32. Without their part in `null_space`, they are the vectors to compare in another
-            basis, see `lifted`. A row does not depend on the others, to the last bit.
+            basis, see `lifted`. If the index has an orthonormal matrix, a row does not depend on the
+            others, to the last bit.
 
         """
         if self._reflection is None:

@@ -176,9 +176,8 @@ class Coded:
 
     def cosines(self, a: Ids, b: Ids, limit: float) -> tuple[Floats, Floats]:
         """Return the products of rows whose lengths are known; what is removed counts near the limit."""
-        distinct, place = np.unique(np.concatenate([a, b]), return_inverse=True)
-        vectors = self._decoder.decode_unprojected(self._codes[distinct])
-        left, right = np.split(vectors[place], 2)
+        vectors, (at_a, at_b) = self._unprojected(a, b)
+        left, right = vectors[at_a], vectors[at_b]
         scale = self._scale[a] * self._scale[b]
         with np.errstate(invalid="ignore", over="ignore"):
             products = np.einsum("ij,ij->i", left, right) * scale
@@ -191,12 +190,15 @@ class Coded:
 
     def exact_cosines(self, a: Ids, b: Ids) -> Doubles:
         """Return the products of rows in float64; rows are rounded to float32, as elsewhere."""
-        distinct, place = np.unique(np.concatenate([a, b]), return_inverse=True)
-        vectors = self._decoder.decode_unprojected(self._codes[distinct])
+        vectors, (at_a, at_b) = self._unprojected(a, b)
         null_space = self._decoder.null_space.astype(np.float64)
         with np.errstate(invalid="ignore", over="ignore"):
             removed = (vectors.astype(np.float64) @ null_space) @ null_space.T
             rows = unit((vectors - removed).astype(np.float32))
-        left, right = np.split(rows[place], 2)
-        found: Doubles = np.einsum("ij,ij->i", left, right, dtype=np.float64)
+        found: Doubles = np.einsum("ij,ij->i", rows[at_a], rows[at_b], dtype=np.float64)
         return found
+
+    def _unprojected(self, a: Ids, b: Ids) -> tuple[Floats, list[Ids]]:
+        """Decode each row of a or b once; return their vectors, and where those of a and b are."""
+        distinct, place = np.unique(np.concatenate([a, b]), return_inverse=True)
+        return self._decoder.decode_unprojected(self._codes[distinct]), np.split(place, 2)

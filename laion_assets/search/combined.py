@@ -29,7 +29,7 @@ from laion_assets.search.near_duplicates import components
 from laion_assets.search.needs import Needs
 
 COMBINED_ROWS = 1 << 16  # rows per batch of the combined table
-HELD_VECTORS = 1 << 16  # more would take more memory than the codes of the largest sets do
+HELD_VECTORS = 1 << 16  # more would take more memory than `Needs` counts
 WORTH_SAYING = 60  # core-seconds; what takes longer is said before
 DECODER = "decoder"  # attachment of a table of found rows
 NOT_HANDED_OVER = ("code", "thumbnail")
