@@ -6,6 +6,7 @@ from collections.abc import Callable
 from functools import cached_property
 from typing import Protocol
 
+import faiss
 import numpy as np
 
 from laion_assets.index.decoder import Decoder
@@ -65,7 +66,7 @@ class Held:
 
     def cosines(self, a: Ids, b: Ids, _: float) -> tuple[Floats, Floats]:
         """Return the products of rows, which are not off."""
-        return np.einsum("ij,ij->i", self._rows[a], self._rows[b]), np.zeros(len(a), np.float32)
+        return pair_products(self._rows, a, b), np.zeros(len(a), np.float32)
 
     def exact_cosines(self, a: Ids, b: Ids) -> Doubles:
         """Return the products of rows in float64."""
@@ -92,6 +93,17 @@ def held(vectors: Vectors | Floats, most: int = HELD_ROWS) -> Vectors:
 
     in_threads(hold, slices(len(vectors), ROWS_DECODED_AT_ONCE))
     return Held(rows, vectors)
+
+
+def pair_products(vectors: Floats, a: Ids, b: Ids) -> Floats:
+    """Return the (n,) products of rows a[i] and b[i] of (m, d) vectors, without copies of the rows."""
+    products = np.empty(len(a), np.float32)
+    a, b, vectors = (np.ascontiguousarray(each) for each in (a, b, vectors))
+    rows, pairs = faiss.swig_ptr(vectors), (faiss.swig_ptr(a), faiss.swig_ptr(b))
+    faiss.pairwise_indexed_inner_product(
+        vectors.shape[1], len(a), rows, pairs[0], rows, pairs[1], faiss.swig_ptr(products)
+    )
+    return products
 
 
 def squares(vectors: Floats) -> Floats:
@@ -177,13 +189,12 @@ class Coded:
     def cosines(self, a: Ids, b: Ids, limit: float) -> tuple[Floats, Floats]:
         """Return the products of rows whose lengths are known; what is removed counts near the limit."""
         vectors, (at_a, at_b) = self._unprojected(a, b)
-        left, right = vectors[at_a], vectors[at_b]
         scale = self._scale[a] * self._scale[b]
         with np.errstate(invalid="ignore", over="ignore"):
-            products = np.einsum("ij,ij->i", left, right) * scale
+            products = pair_products(vectors, at_a, at_b) * scale
         off = self._removed[a] * self._removed[b]
         near = np.flatnonzero(np.abs(products - limit) <= off + NEAR)
-        removed = [rows[near] @ self._decoder.null_space for rows in (left, right)]
+        removed = [vectors[rows[near]] @ self._decoder.null_space for rows in (at_a, at_b)]
         products[near] -= np.einsum("ij,ij->i", *removed) * scale[near]
         off[near] = 0
         return products, off

@@ -36,6 +36,7 @@ class Sizes:
     rows_of_list: int = 1024  # of a short list in one product: threads wait in shorter calls
     many_of_row: int = 8  # near pairs for each row of a short list above which one product is cheaper
     batch: int = 1024  # rows, or pairs of rows, that are fetched at once
+    pairs: int = 4096  # of many that wait to be decided, those that a thread takes at once
     together: int = 4096  # pairs of a block that are collected before they are checked
 
 
@@ -135,16 +136,16 @@ class Links:
         linked = np.empty(len(a), np.bool_)
 
         def decide_batch(start: int) -> None:
-            batch = slice(start, start + self.sizes.batch)
+            batch = slice(start, start + self.sizes.pairs)
             cosines, off = self.vectors.cosines(a[batch], b[batch], self.limit)
             linked[batch] = cosines > self.limit
             unsure = start + np.flatnonzero(~(np.abs(cosines - self.limit) > SLACK + off))  # or NaN
             linked[unsure] = self.vectors.exact_cosines(a[unsure], b[unsure]) > self.limit
 
-        if len(a) <= self.sizes.batch:  # the caller may be one of many threads
+        if len(a) <= self.sizes.pairs:  # the caller may be one of many threads
             decide_batch(0)
         else:
-            in_threads(decide_batch, range(0, len(a), self.sizes.batch))
+            in_threads(decide_batch, range(0, len(a), self.sizes.pairs))
         return linked
 
 
