@@ -34,6 +34,7 @@ from laion_assets.search.sizing import further, share_kept
 
 RESULT_BYTES = 1 << 30  # of results held in memory, unless one query alone asks for more
 COPIES = 4  # of a row's code, at most, at a time
+BESIDE_CODE = 512  # bytes of a row: sketch, texts and numbers
 WRITTEN_ROWS = 1 << 16  # in one batch
 RECALL_QUERIES = 16  # the first, whose recall is measured
 MOST_REQUESTED = 100  # images for each one to keep; a search that keeps fewer than 1 % ends there
@@ -280,11 +281,15 @@ def batches_of(index: Index, queries: Floats, numbers: Ids, k: int) -> list[Ids]
         k: images requested of each.
 
     """
-    row = COPIES * index.code_size + 4 * index.dimension
-    at_once = max(1, RESULT_BYTES // (row * k))
+    at_once = max(1, RESULT_BYTES // (row_bytes(index) * k))
     if index.nlist:
         return batches_of_neighbours(queries, numbers, at_once)
     return [numbers[batch] for batch in slices(len(numbers), at_once)]
+
+
+def row_bytes(index: Index) -> int:
+    """Return about how many bytes of memory a result takes while its batch is searched."""
+    return COPIES * index.code_size + BESIDE_CODE
 
 
 def retrieve_table(

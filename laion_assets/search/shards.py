@@ -30,8 +30,8 @@ from laion_assets.search.retrieval import (
     starting_k,
 )
 
-BATCHES = 16  # of queries in a shard, about
-NOMINAL_ROW = 4096  # bytes of a result in a batch, if the index is not open: near those of LAION-5B
+BATCHES = 4  # of queries in a shard, about
+NOMINAL_ROW = 1024  # see `row_bytes`, if the index is not open: near that of LAION-5B
 
 
 def shards_for(queries: int, k: int) -> int:

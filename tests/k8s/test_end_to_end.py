@@ -26,7 +26,7 @@ STEPS = (
     "combined_urls.stripes", "combined_urls.unite",
 )  # fmt: skip
 ON_NVME = {"staged_laion_index", "knn_urls.search", "centroid_urls"}
-ROW = 4 * 35 + 4 * 256  # bytes of a result of the demo's index
+ROW = 4 * 35 + retrieval.BESIDE_CODE  # bytes of a result of the demo's index
 OF_TWO_SEEDS = 2 * 50 * ROW  # of 12 or 11
 SMALL_PARTS = f"""
 from laion_assets.search import retrieval, shards

@@ -57,8 +57,7 @@ def test_the_joined_rows_and_figures_are_those_of_one_search(opened, seed, shard
     listed = BlockList("", np.array([5, 7, 1000]), np.sort(hashes(urls)))
     request = Request(keep or 20, 0.94, None, Filters((), listed), keep)
     with pytest.MonkeyPatch.context() as patch:
-        row = retrieval.COPIES * index.code_size + 4 * index.dimension
-        patch.setattr(retrieval, "RESULT_BYTES", at_once * row * request.k)
+        patch.setattr(retrieval, "RESULT_BYTES", at_once * retrieval.row_bytes(index) * request.k)
         whole, expected = searched(opened, queries, request, ALL)
         parts = [searched(opened, queries, request, Shard(i, shards)) for i in range(shards)]
     assert pa.concat_tables([table for table, _ in parts]).equals(whole)
