@@ -97,12 +97,9 @@ def held(vectors: Vectors | Floats, most: int = HELD_ROWS) -> Vectors:
 
 def pair_products(vectors: Floats, a: Ids, b: Ids) -> Floats:
     """Return the (n,) products of rows a[i] and b[i] of (m, d) vectors, without copies of the rows."""
-    products = np.empty(len(a), np.float32)
-    a, b, vectors = (np.ascontiguousarray(each) for each in (a, b, vectors))
-    rows, pairs = faiss.swig_ptr(vectors), (faiss.swig_ptr(a), faiss.swig_ptr(b))
-    faiss.pairwise_indexed_inner_product(
-        vectors.shape[1], len(a), rows, pairs[0], rows, pairs[1], faiss.swig_ptr(products)
-    )
+    vectors, products = np.ascontiguousarray(vectors), np.empty(len(a), np.float32)
+    rows, first, second, found = map(faiss.swig_ptr, (vectors, a, b, products))
+    faiss.pairwise_indexed_inner_product(vectors.shape[1], len(a), rows, first, rows, second, found)
     return products
 
 
