@@ -275,7 +275,8 @@ def arrow_file(batches: Iterable[pa.RecordBatch]) -> pa.Buffer:
 def blocks_of(written: pa.Buffer) -> arrow.Blocks:
     """Where the batches of a file are, by its footer."""
     tail = bytes(written[written.size - arrow.TAIL :])
-    return arrow.blocks(bytes(written[int(arrow.footer(written.size, tail)[0, 0]) :]))
+    footer = bytes(written[int(arrow.footer(written.size, tail)[0, 0]) :])
+    return arrow.blocks(footer, written.size)
 
 
 def as_in_footer(headers: Ids, bodies: Ids) -> bytes:
