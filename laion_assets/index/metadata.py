@@ -101,6 +101,11 @@ class Metadata:
             return BatchLayout(0, 0)
         return file.layout(self._present(file, self._wanted(None)))
 
+    def row_bytes(self) -> int:
+        """Return about how many bytes a row that is taken has, by the first batch."""
+        layout = self.layout()
+        return (layout.always + sum(layout.buffers)) // max(layout.rows, 1)
+
     def covers(self, ids: Ids) -> Mask:
         """Return which ids have a metadata row, shape (n,)."""
         return (ids >= 0) & (ids < len(self))

@@ -11,11 +11,11 @@ import numpy as np
 
 from laion_assets.index.decoder import Decoder
 from laion_assets.io.arrays import Bytes, Doubles, Floats, Ids
-from laion_assets.io.parallel import in_threads, slices
+from laion_assets.io.parallel import in_threads, one_faiss_thread, slices
 
 HELD_ROWS = 1 << 17  # more vectors than this are decoded on every access
-MOST_REMOVED = 0.2  # of a vector's squared length; of what is left, float32 then loses little more
-NEAR = 1e-3  # a limit, besides how far a product may be off: more than what float32 loses
+MOST_REMOVED = 0.2  # of a vector's squared length: up to there, float32 is precise enough
+NEAR = 1e-3  # products so close to a limit, beyond the bound of what was skipped, are computed in full
 ORDINARY = 1e-20, 1e20  # squared lengths for which float32 is fit
 ROWS_DECODED_AT_ONCE = 1024  # so that intermediate results fit into the processor's cache
 
@@ -32,14 +32,15 @@ class Vectors(Protocol):
     def projection(self, axes: Floats) -> Callable[[slice | Ids], Floats]:
         """Return what computes the (m, w) products of rows with (d, w) axes."""
 
-    def cosines(self, a: Ids, b: Ids, limit: float) -> tuple[Floats, Floats]:
-        """Return (n,) products of rows a[i] and b[i], and how far each may be off, less near a limit.
+    def cosines(self, a: Ids, b: Ids, limit: float) -> Floats:
+        """Return (n,) products of rows a[i] and b[i]; NaN if unknown.
 
-        A product is NaN if it is unknown.
+        Those within `NEAR` of the limit are right to float32's precision. The others are on the right
+        side of the limit.
         """
 
     def exact_cosines(self, a: Ids, b: Ids) -> Doubles:
-        """Return (n,) products of rows a[i] and b[i], which do not depend on the others."""
+        """Return (n,) products of rows a[i] and b[i] in float64."""
 
 
 class Held:
@@ -64,9 +65,9 @@ class Held:
         """Return what computes the products of rows with axes."""
         return lambda rows: self._rows[rows] @ axes
 
-    def cosines(self, a: Ids, b: Ids, _: float) -> tuple[Floats, Floats]:
-        """Return the products of rows, which are not off."""
-        return pair_products(self._rows, a, b), np.zeros(len(a), np.float32)
+    def cosines(self, a: Ids, b: Ids, _: float) -> Floats:
+        """Return the products of rows."""
+        return pair_products(self._rows, a, b)
 
     def exact_cosines(self, a: Ids, b: Ids) -> Doubles:
         """Return the products of rows in float64."""
@@ -96,10 +97,11 @@ def held(vectors: Vectors | Floats, most: int = HELD_ROWS) -> Vectors:
 
 
 def pair_products(vectors: Floats, a: Ids, b: Ids) -> Floats:
-    """Return the (n,) products of rows a[i] and b[i] of (m, d) vectors, without copies of the rows."""
-    vectors, products = np.ascontiguousarray(vectors), np.empty(len(a), np.float32)
+    """Return the (n,) products of rows a[i] and b[i] of contiguous (m, d) vectors, without copies."""
+    products = np.empty(len(a), np.float32)
     rows, first, second, found = map(faiss.swig_ptr, (vectors, a, b, products))
-    faiss.pairwise_indexed_inner_product(vectors.shape[1], len(a), rows, first, rows, second, found)
+    with one_faiss_thread():
+        faiss.pairwise_indexed_inner_product(vectors.shape[1], len(a), rows, first, rows, second, found)
     return products
 
 
@@ -124,8 +126,8 @@ class Coded:
     For LAION-5B a code has 131 bytes, but a vector more than 3 KB. To remove the part of a vector that is
     in the null space of OPQ's transpose takes most of the time of decoding, although the part is small.
     `projection` learns the length of each vector with and without it. Then `cosines` skips it unless a
-    product is near the limit: by Cauchy-Schwarz, it is off by at most the product of the lengths of two
-    such parts.
+    product is near the limit: by Cauchy-Schwarz, the parts of two vectors add at most the product of
+    their lengths.
 
     Args:
         codes: (n, code size).
@@ -144,7 +146,7 @@ class Coded:
         self._removed = np.full(len(codes), np.nan, np.float32) if removed is None else removed
 
     def __reduce__(self) -> tuple[type[Coded], tuple[Bytes, Decoder, Floats, Floats]]:
-        """Pickle what decodes these codes, which is small."""
+        """Pickle a decoder of these codes alone, which is small."""
         return Coded, (self._codes, self._decoder_of_these, self._scale, self._removed)
 
     @cached_property
@@ -175,29 +177,29 @@ class Coded:
                 whole, part = squares(vectors), squares(removed)
                 fit = (whole > ORDINARY[0]) & (whole < ORDINARY[1]) & (part <= MOST_REMOVED * whole)
                 scale = 1 / np.sqrt(np.where(fit, whole - part, np.nan))
-                self._scale[rows], self._removed[rows] = scale, scale * np.sqrt(part)
+                self._removed[rows], self._scale[rows] = scale * np.sqrt(part), scale
                 products *= scale[:, None]
             if not fit.all():
-                products[~fit] = self[rows][~fit] @ axes
+                others = self._decoder.decode_to_compare(self._codes[rows][~fit])
+                products[~fit] = unit(others) @ axes
             return products
 
         return compute
 
-    def cosines(self, a: Ids, b: Ids, limit: float) -> tuple[Floats, Floats]:
-        """Return the products of rows whose lengths are known; what is removed counts near the limit."""
+    def cosines(self, a: Ids, b: Ids, limit: float) -> Floats:
+        """Return the products of rows; near the limit, without the parts that are removed."""
         vectors, (at_a, at_b) = self._unprojected(a, b)
         scale = self._scale[a] * self._scale[b]
         with np.errstate(invalid="ignore", over="ignore"):
             products = pair_products(vectors, at_a, at_b) * scale
-        off = self._removed[a] * self._removed[b]
-        near = np.flatnonzero(np.abs(products - limit) <= off + NEAR)
+        skipped = self._removed[a] * self._removed[b]
+        near = np.flatnonzero(np.abs(products - limit) <= skipped + NEAR)
         removed = [vectors[rows[near]] @ self._decoder.null_space for rows in (at_a, at_b)]
         products[near] -= np.einsum("ij,ij->i", *removed) * scale[near]
-        off[near] = 0
-        return products, off
+        return products
 
     def exact_cosines(self, a: Ids, b: Ids) -> Doubles:
-        """Return the products of rows in float64; rows are rounded to float32, as elsewhere."""
+        """Return the products of rows in float64; rows are rounded to float32, as those of `Held`."""
         vectors, (at_a, at_b) = self._unprojected(a, b)
         null_space = self._decoder.null_space.astype(np.float64)
         with np.errstate(invalid="ignore", over="ignore"):

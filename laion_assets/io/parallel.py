@@ -30,11 +30,20 @@ def one_blas_thread() -> AbstractContextManager[None]:
 @contextmanager
 def one_thread() -> Iterator[None]:
     """Run faiss, BLAS and `in_threads` in one thread, so that sums always have the same order."""
+    with one_faiss_thread(), one_blas_thread():
+        yield
+
+
+@contextmanager
+def one_faiss_thread() -> Iterator[None]:
+    """Run faiss only in the calling thread.
+
+    After each call its own threads spin for up to 30 ms, in which they take a core from what comes next.
+    """
     threads = faiss.omp_get_max_threads()
     faiss.omp_set_num_threads(1)
     try:
-        with one_blas_thread():
-            yield
+        yield
     finally:
         faiss.omp_set_num_threads(threads)
 

@@ -12,7 +12,7 @@ from laion_assets.io.arrays import Bytes, Floats, Ids, Mask
 from laion_assets.io.parallel import in_threads, slices
 
 ROWS_NUMBERED = 1 << 20  # at a time: the numbers of all rows take memory
-SLACK = 3e-4  # relaxes every bound by more than float32's rounding, see `near_duplicates`
+SLACK = 3e-4  # relaxes every bound by more than float32's rounding, see `near_duplicates`; below NEAR
 
 
 @dataclass(frozen=True)
@@ -36,7 +36,7 @@ class Sizes:
     rows_of_list: int = 1024  # of a short list in one product: threads wait in shorter calls
     many_of_row: int = 8  # near pairs for each row of a short list above which one product is cheaper
     batch: int = 1024  # rows, or pairs of rows, that are fetched at once
-    pairs: int = 4096  # of many that wait to be decided, those that a thread takes at once
+    pairs: int = 4096  # pairs that a thread decides at once
     together: int = 4096  # pairs of a block that are collected before they are checked
 
 
@@ -137,15 +137,14 @@ class Links:
 
         def decide_batch(start: int) -> None:
             batch = slice(start, start + self.sizes.pairs)
-            cosines, off = self.vectors.cosines(a[batch], b[batch], self.limit)
+            cosines = self.vectors.cosines(a[batch], b[batch], self.limit)
             linked[batch] = cosines > self.limit
-            unsure = start + np.flatnonzero(~(np.abs(cosines - self.limit) > SLACK + off))  # or NaN
-            linked[unsure] = self.vectors.exact_cosines(a[unsure], b[unsure]) > self.limit
+            unsure = start + np.flatnonzero(~(np.abs(cosines - self.limit) > SLACK))  # or NaN
+            for some in np.split(unsure, range(self.sizes.batch, len(unsure), self.sizes.batch)):
+                if len(some):
+                    linked[some] = self.vectors.exact_cosines(a[some], b[some]) > self.limit
 
-        if len(a) <= self.sizes.pairs:  # the caller may be one of many threads
-            decide_batch(0)
-        else:
-            in_threads(decide_batch, range(0, len(a), self.sizes.pairs))
+        in_threads(decide_batch, range(0, len(a), self.sizes.pairs))
         return linked
 
 

@@ -44,8 +44,8 @@ one that reads connections late only checks a pair without need.
 
 **Rounding.** The float32 dot product of two unit rows of d numbers has an error below d * 6e-8 (5e-5
 for LAION-5B's 768; about 1e-6 in practice), which depends on the order of summation. Every bound is
-therefore relaxed by SLACK, which exceeds that error up to d = 5,000. This leaves room for what
-`vectors.Coded` rounds besides, because it scales vectors after it multiplies them. A pair within SLACK of
+therefore relaxed by SLACK, which exceeds that error up to d = 5,000. This covers the rounding of
+`vectors.Coded`, which scales vectors after it multiplies them. A pair within SLACK of
 the threshold is decided in float64, where the order does not matter, so the result is a function of the
 vectors alone. The length of the remainder is the root of a difference of squares, which is inaccurate
 near zero, so SLACK is added to its square. This adds SLACK to the square of every sketch's length, and
@@ -234,8 +234,8 @@ class Gathered:
         projected = self.vectors.projection(axes)
         return lambda rows: projected(self.rows[rows])
 
-    def cosines(self, a: Ids, b: Ids, limit: float) -> tuple[Floats, Floats]:
-        """Return the products of rows, and how far they may be off."""
+    def cosines(self, a: Ids, b: Ids, limit: float) -> Floats:
+        """Return the products of rows."""
         return self.vectors.cosines(self.rows[a], self.rows[b], limit)
 
     def exact_cosines(self, a: Ids, b: Ids) -> Doubles:

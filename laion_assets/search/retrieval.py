@@ -1,7 +1,7 @@
 """The images around one query or many, near-duplicates removed within each query's results.
 
-The steps are search, decode, near-duplicates, metadata. Queries pass through them in batches, so memory
-depends on the rows of a batch and not on the number of queries. A batch holds queries that are near each
+The steps are search, near-duplicates, metadata. Queries pass through them in batches, so memory depends
+on the size of a batch and not on the number of queries. A batch holds queries that are near each
 other, so most of its lists are read once for all of them. The rows of a query do not depend on the others
 in its batch, unless the search continues until enough images are kept.
 """
@@ -33,8 +33,9 @@ from laion_assets.search.neighbours import batches_of_neighbours
 from laion_assets.search.sizing import further, share_kept
 
 RESULT_BYTES = 1 << 30  # of results held in memory, unless one query alone asks for more
-COPIES = 4  # of a row's code, at most, at a time
-BESIDE_CODE = 512  # bytes of a row: sketch, texts and numbers
+COPIES = 4  # of a result's code in memory, at most
+BESIDE_CODE = 384  # bytes of a result besides its code and metadata: sketch and numbers
+OF_A_QUERY = 128  # bytes besides its results, for each of its dimensions
 WRITTEN_ROWS = 1 << 16  # in one batch
 RECALL_QUERIES = 16  # the first, whose recall is measured
 MOST_REQUESTED = 100  # images for each one to keep; a search that keeps fewer than 1 % ends there
@@ -243,7 +244,8 @@ def retrieve(
         )
     schema = columns_found(index, metadata, per_seed=per_seed)
     if batches is None:
-        batches = batches_of(index, queries, np.arange(len(queries)), starting_k(index, request))
+        numbers, k = np.arange(len(queries)), starting_k(index, request)
+        batches = batches_of(index, metadata, queries, numbers, k)
     with one_thread_each(1, "recall") as background:
         search = _Search(index, metadata, queries, request, schema, progress, background)
         for numbers in batches:
@@ -271,25 +273,36 @@ def starting_k(index: Index, request: Request) -> int:
     return request.k if request.keep is None else min(request.k, index.rows)
 
 
-def batches_of(index: Index, queries: Floats, numbers: Ids, k: int) -> list[Ids]:
+def batches_of(index: Index, metadata: Metadata, queries: Floats, numbers: Ids, k: int) -> list[Ids]:
     """Cut queries into batches whose results fit into memory, of neighbours if the index has lists.
 
     Args:
         index: the index.
+        metadata: of the rows of the index.
         queries: (q, dimension) float32 unit rows.
         numbers: (n,) ascending numbers of those to cut.
         k: images requested of each.
 
     """
-    at_once = max(1, RESULT_BYTES // (row_bytes(index) * k))
+    at_once = max(1, RESULT_BYTES // query_bytes(index, metadata, k))
     if index.nlist:
         return batches_of_neighbours(queries, numbers, at_once)
     return [numbers[batch] for batch in slices(len(numbers), at_once)]
 
 
-def row_bytes(index: Index) -> int:
-    """Return about how many bytes of memory a result takes while its batch is searched."""
-    return COPIES * index.code_size + BESIDE_CODE
+def query_bytes(index: Index, metadata: Metadata, k: int) -> int:
+    """Return about how many bytes of memory a query takes while its batch is searched.
+
+    It is the same on all machines, which must cut the queries alike.
+
+    Args:
+        index: the index.
+        metadata: of the rows of the index.
+        k: images requested of the query.
+
+    """
+    row = COPIES * index.code_size + BESIDE_CODE + metadata.row_bytes()
+    return k * row + OF_A_QUERY * index.dimension
 
 
 def retrieve_table(
@@ -369,7 +382,7 @@ class _Search:
         """Search for k rows, then with a larger k for the queries that keep too few of them."""
         kept, going_on, deeper = self._round(numbers, k)
         yield kept
-        for some in batches_of(self._index, self._queries, going_on, deeper):
+        for some in batches_of(self._index, self._metadata, self._queries, going_on, deeper):
             yield from self._rounds(some, deeper)
 
     def _round(self, numbers: Ids, k: int) -> tuple[_Kept, Ids, int]:

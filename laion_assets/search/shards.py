@@ -17,6 +17,7 @@ import pyarrow as pa
 
 from laion_assets.index.decoder import Decoder
 from laion_assets.index.faiss_index import Index
+from laion_assets.index.metadata import Metadata
 from laion_assets.io.arrays import Floats, Ids
 from laion_assets.search.block_list import BlockList, BlockListMatches
 from laion_assets.search.retrieval import (
@@ -31,7 +32,7 @@ from laion_assets.search.retrieval import (
 )
 
 BATCHES = 4  # of queries in a shard, about
-NOMINAL_ROW = 1024  # see `row_bytes`, if the index is not open: near that of LAION-5B
+NOMINAL_ROW = 1024  # bytes of a result, see `query_bytes`: about those of LAION-5B
 
 
 def shards_for(queries: int, k: int) -> int:
@@ -58,16 +59,18 @@ class Shard:
     number: int
     of: int
 
-    def batches(self, index: Index, queries: Floats, request: Request) -> list[Ids]:
+    def batches(self, index: Index, metadata: Metadata, queries: Floats, request: Request) -> list[Ids]:
         """Return the numbers of its queries in batches; none if there are more shards than batches.
 
         Args:
             index: the index, on which the size of batches depends.
+            metadata: of the rows of the index, likewise.
             queries: (q, dimension) float32 unit rows, all of them.
             request: what to look for.
 
         """
-        batches = batches_of(index, queries, np.arange(len(queries)), starting_k(index, request))
+        numbers, k = np.arange(len(queries)), starting_k(index, request)
+        batches = batches_of(index, metadata, queries, numbers, k)
         # Rounded up, so that the first shard has the first batch.
         first, stop = (-(-len(batches) * each // self.of) for each in (self.number, self.number + 1))
         return batches[first:stop]

@@ -19,7 +19,7 @@ SEEDS = 24
 @pytest.fixture
 def project(tmp_path, demo: Demo, monkeypatch) -> Project:
     """Seeds that are searched four at once, in 6 shards of a batch each."""
-    monkeypatch.setattr(retrieval, "RESULT_BYTES", 4 * 50 * (4 * 35 + retrieval.BESIDE_CODE))
+    monkeypatch.setattr(retrieval, "query_bytes", lambda *_: retrieval.RESULT_BYTES // 4)
     with new_project(tmp_path, demo.index) as made:
         (made.seeds / "many").mkdir()
         np.save(made.seeds / "many" / "a.npy", np.random.default_rng(0).normal(size=(SEEDS, 256)))

@@ -305,14 +305,22 @@ def test_a_truncated_metadata_file_is_named(tmp_path) -> None:
         Metadata([path])
 
 
-@pytest.mark.parametrize("offset", [-8, 1 << 44, (1 << 63) - 8])
-def test_a_footer_that_names_what_is_outside_of_the_file_is_named(tmp_path, offset) -> None:
+@pytest.mark.parametrize(
+    ("field", "kind", "number"),
+    [
+        *((0, np.int64, number) for number in (-8, 1 << 44, (1 << 63) - 8)),  # where a batch begins
+        *((8, np.int32, number) for number in (-8, 1 << 30)),  # bytes of its header
+        *((16, np.int64, number) for number in (-8, 1 << 44, (1 << 63) - 8)),  # bytes of its rows
+    ],
+)
+def test_a_footer_that_names_what_is_outside_of_the_file_is_named(tmp_path, field, kind, number) -> None:
     (path,) = indices.write_metadata(tmp_path, pa.table({"url": ["a"] * 100}))
     content = path.read_bytes()
     ((start, _),) = arrow_layout.footer(len(content), content[-arrow_layout.TAIL :]).tolist()
     blocks = arrow_layout.blocks(content[start:], len(content))
-    at = content.rindex(np.int64(blocks.headers[0, 0]).tobytes())
-    path.write_bytes(content[:at] + np.int64(offset).tobytes() + content[at + 8 :])
+    at = content.rindex(np.int64(blocks.headers[0, 0]).tobytes()) + field
+    written = kind(number).tobytes()
+    path.write_bytes(content[:at] + written + content[at + len(written) :])
     with pytest.raises(InputError, match=f"{path.name} .*outside of the file"):
         Metadata([path])
 

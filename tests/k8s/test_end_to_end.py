@@ -26,12 +26,10 @@ STEPS = (
     "combined_urls.stripes", "combined_urls.unite",
 )  # fmt: skip
 ON_NVME = {"staged_laion_index", "knn_urls.search", "centroid_urls"}
-ROW = 4 * 35 + retrieval.BESIDE_CODE  # bytes of a result of the demo's index
-OF_TWO_SEEDS = 2 * 50 * ROW  # of 12 or 11
-SMALL_PARTS = f"""
+SMALL_PARTS = """
 from laion_assets.search import retrieval, shards
-retrieval.RESULT_BYTES = shards.RESULT_BYTES = {OF_TWO_SEEDS}
-shards.NOMINAL_ROW, shards.BATCHES = {ROW}, 1
+retrieval.query_bytes = lambda *_: retrieval.RESULT_BYTES // 2  # of 12 seeds or 11, of 50 images
+shards.NOMINAL_ROW, shards.BATCHES = shards.RESULT_BYTES // 2 // 50, 1
 from laion_assets.search import needs
 needs.stripes_of = lambda images: 3
 """
@@ -119,7 +117,8 @@ def test_shards_are_searched_on_two_nodes_and_only_a_shard_or_stripe_that_was_ki
         assert len(tries) == number
         assert [name for name in tries if tries[name] > 1] == [name for name in tries if name in retried]
     bucket = platform.root / "bucket"
-    monkeypatch.setattr(retrieval, "RESULT_BYTES", OF_TWO_SEEDS)  # and one shard of 6 batches
+    two_at_once = retrieval.RESULT_BYTES // 2
+    monkeypatch.setattr(retrieval, "query_bytes", lambda *_: two_at_once)  # and one shard of 6 batches
     with new_project(tmp_path, bucket / "index", bucket / "seeds") as one_machine:
         assert one_machine.run("flower").success
         for asset in ("knn_urls", "combined_urls"):

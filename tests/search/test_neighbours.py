@@ -79,7 +79,7 @@ def test_the_rows_of_a_query_do_not_depend_on_its_batch(tmp_path, monkeypatch):
     metadata = Metadata(sorted((tmp_path / "metadata").iterdir()))
     request = Request(20, 0.94)
     whole, found = retrieve_table(index, metadata, queries, request, per_seed=True)
-    monkeypatch.setattr(retrieval, "RESULT_BYTES", 7 * retrieval.row_bytes(index) * request.k)
+    monkeypatch.setattr(retrieval, "RESULT_BYTES", 7 * retrieval.query_bytes(index, metadata, request.k))
     in_batches, same = retrieve_table(index, metadata, queries, request, per_seed=True)
     assert in_batches.equals(whole)
     assert (same.funnel, same.sampled) == (found.funnel, found.sampled)

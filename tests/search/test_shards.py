@@ -38,7 +38,7 @@ def searched(
     opened: tuple[Index, Metadata], queries: np.ndarray, request: Request, part: Shard
 ) -> tuple[pa.Table, Found]:
     batches: list[pa.RecordBatch] = []
-    numbers = part.batches(opened[0], queries, request)
+    numbers = part.batches(*opened, queries, request)
     found = retrieve(*opened, queries, request, batches.append, per_seed=True, batches=numbers)
     return pa.Table.from_batches(batches, columns_found(*opened, per_seed=True)), found
 
@@ -51,13 +51,12 @@ def searched(
     keep=st.sampled_from([None, None, 3, 300]),
 )
 def test_the_joined_rows_and_figures_are_those_of_one_search(opened, seed, shards, at_once, keep):
-    index, _ = opened
     queries = indices.random_rows(np.random.default_rng(seed), QUERIES)
     urls, _ = listed_forms(pa.array([f"https://example.org/{i}" for i in range(1, 20)]))
     listed = BlockList("", np.array([5, 7, 1000]), np.sort(hashes(urls)))
     request = Request(keep or 20, 0.94, None, Filters((), listed), keep)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(retrieval, "RESULT_BYTES", at_once * retrieval.row_bytes(index) * request.k)
+        patch.setattr(retrieval, "RESULT_BYTES", at_once * retrieval.query_bytes(*opened, request.k))
         whole, expected = searched(opened, queries, request, ALL)
         parts = [searched(opened, queries, request, Shard(i, shards)) for i in range(shards)]
     assert pa.concat_tables([table for table, _ in parts]).equals(whole)

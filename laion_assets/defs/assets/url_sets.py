@@ -157,7 +157,7 @@ class SearchStep:
             origin = replace(origin, index=opened.manifest.fingerprint)
             knn = self._found_around_seeds(origin)
             request = self._request(origin.settings)
-            batches = part.batches(opened.index, queries, request)
+            batches = part.batches(opened.index, opened.metadata, queries, request)
             some = np.concatenate([np.empty(0, np.int64), *batches])
             self.context.log.info(_looking(request, len(some), opened.index.rows, per_seed=self.per_seed))
             planned = self._planned(opened, origin.seed_set, queries[some], request)
