@@ -17,7 +17,7 @@ import faiss
 import numpy as np
 
 from laion_assets.io.arrays import Bytes, Floats, Ids
-from laion_assets.io.parallel import one_blas_thread
+from laion_assets.io.parallel import one_blas_thread, one_faiss_thread
 
 ORTHONORMAL = 1e-4  # largest deviation from orthonormality of an orthonormal matrix trained by faiss
 
@@ -88,7 +88,8 @@ class Decoder:
         """
         if self._reflection is None:
             return self.decode(codes)
-        vectors: Floats = faiss.extract_index_ivf(self._index).sa_decode(self._renumbered(codes))
+        with one_faiss_thread():
+            vectors: Floats = faiss.extract_index_ivf(self._index).sa_decode(self._renumbered(codes))
         return vectors
 
     def lifted(self, axes: Floats) -> Floats:
