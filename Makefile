@@ -70,6 +70,7 @@ lint: $(READY) ## Lint, check formatting, types and import contracts
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(BIN)/mypy --config-file benchmarks/mypy.ini
 	$(BIN)/lint-imports
 
 bench: $(READY) ## Measure against the peer, about an hour; writes benchmarks/results.md

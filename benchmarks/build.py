@@ -197,14 +197,11 @@ def table(runs: dict[str, list[dict[str, Any]]], found: dict[str, dict[int, dict
         ours, theirs = middle("ours", what) / unit, middle("theirs", what) / unit
         limit = f"<= {WANTED[what]}" if what in WANTED else ""
         lines.append(f"| {name} | {ours:.2f} | {theirs:.2f} | {ours / theirs:.2f} | {limit} |")
-    for nprobe, ours in found["ours"].items():
-        for k, recall in ours.items():
-            theirs = found["theirs"][nprobe][k]
-            difference = f"{recall - theirs:+.4f}"
-            limit = f">= -{WANTED['recall']}"
-            lines.append(
-                f"| recall@{k}, nprobe {nprobe} | {recall:.4f} | {theirs:.4f} | {difference} | {limit} |"
-            )
+    for nprobe, by_k in found["ours"].items():
+        for k, recall in by_k.items():
+            peer = found["theirs"][nprobe][k]
+            numbers = f"{recall:.4f} | {peer:.4f} | {recall - peer:+.4f} | >= -{WANTED['recall']}"
+            lines.append(f"| recall@{k}, nprobe {nprobe} | {numbers} |")
     rate = middle("ours", "rows a second a core")
     lines.append(f"| encoded rows a second a core | {rate:,.0f} | | | |")
     return "\n".join(lines)

@@ -170,7 +170,8 @@ def measure_in_stripes(folder: Path, rows: int) -> dict[str, float]:
     with tempfile.TemporaryDirectory(dir=folder) as work, PeakMemory() as memory, PeakDisk() as disk:
         plan, links = f"{work}/plan.parquet", f"{work}/links.parquet"
         took = Took()
-        write_plan(*tables(folder, rows), DEDUP_THRESHOLD, plan, lambda _: None)
+        knn, centroid = tables(folder, rows)
+        write_plan(knn, centroid, DEDUP_THRESHOLD, plan, lambda _: None)
         _, steps["plan"] = took.so_far()
         handed = sum(file.stat().st_size for file in Path(work).iterdir())
         took = Took()
@@ -213,7 +214,8 @@ def write_combined(
     folder: Path, rows: int, links: Iterable[tuple[np.ndarray, np.ndarray]] | None = None
 ) -> int:
     """Combine, and return the images kept."""
-    combined = combine(*tables(folder, rows), DEDUP_THRESHOLD, links=links)
+    knn, centroid = tables(folder, rows)
+    combined = combine(knn, centroid, DEDUP_THRESHOLD, links=links)
     with new_table(str(folder / "combined.parquet"), combined.schema) as table:
         for batch in combined.batches:
             table.write(batch)

@@ -25,6 +25,7 @@ import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 
 from memory import cpu_seconds
@@ -149,8 +150,8 @@ CLIENTS: dict[str, Callable[[str, Path, int], Callable[[], None]]] = {
     "gcsfs, `cat_file` ranges": gcsfs_ranges,
     "gcsfs, `get_file`": gcsfs_get_file,
     "pyarrow, `read_at` ranges": pyarrow_ranges,
-    "google-cloud-storage, transfer_manager, threads": lambda *a: transfer_manager(*a, "thread"),
-    "google-cloud-storage, transfer_manager, processes": lambda *a: transfer_manager(*a, "process"),
+    "google-cloud-storage, transfer_manager, threads": partial(transfer_manager, worker="thread"),
+    "google-cloud-storage, transfer_manager, processes": partial(transfer_manager, worker="process"),
 }
 
 

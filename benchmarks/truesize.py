@@ -44,7 +44,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from memory import PeakMemory, cpu_seconds
 from ours import PHASES
-from stand_in import BATCH, BUCKET, FOLDER, LAION_5B, QUICK, SCHEMA, Ids, StandIn
+from stand_in import BATCH, BUCKET, FOLDER, LAION_5B, QUICK, SCHEMA, Ids, StandIn, layout
 from truesize_report import Case, report
 
 from laion_assets.index import (
@@ -147,6 +147,10 @@ class Recorder:
 
     def __len__(self) -> int:
         return self._stand_in.recipe.rows
+
+    def row_bytes(self) -> int:
+        """Those of a record batch, divided."""
+        return layout().size // BATCH
 
     def covers(self, ids: Ids) -> np.ndarray:
         """All of them."""
