@@ -7,6 +7,7 @@ so the rotation is fitted to them. faiss trains the rotation first, on whole vec
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from typing import Any
 
 import faiss
@@ -19,6 +20,7 @@ from laion_assets.build.nearest import Centres, unit_or_zero
 from laion_assets.build.rotation import main_directions, rotation_of
 from laion_assets.io.arrays import Floats
 from laion_assets.io.errors import InputError
+from laion_assets.io.parallel import one_faiss_thread
 from laion_assets.io.text import count
 
 ROTATION_ROUNDS, ROTATION_ROWS = 4, 32_768
@@ -110,12 +112,9 @@ def _set_codebooks(ivf: Any, codebooks: Floats) -> None:
 
 def _set_centres(ivf: Any, centres: Floats) -> None:
     quantizer = faiss.downcast_index(ivf.quantizer)
-    threads = faiss.omp_get_max_threads()
-    if isinstance(quantizer, faiss.IndexHNSW):
+    is_graph = isinstance(quantizer, faiss.IndexHNSW)
+    if is_graph:
         quantizer.hnsw.efConstruction, quantizer.hnsw.efSearch = GRAPH_BREADTH, SEARCH_BREADTH
-        if len(centres) <= GRAPH_IN_ONE_THREAD:
-            faiss.omp_set_num_threads(1)
-    try:
+    few = is_graph and len(centres) <= GRAPH_IN_ONE_THREAD
+    with one_faiss_thread() if few else nullcontext():
         quantizer.add(np.ascontiguousarray(unit_or_zero(centres), np.float32))
-    finally:
-        faiss.omp_set_num_threads(threads)

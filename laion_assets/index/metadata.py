@@ -102,7 +102,7 @@ class Metadata:
         return file.layout(self._present(file, self._wanted(None)))
 
     def row_bytes(self) -> int:
-        """Return about how many bytes a row that is taken has, by the first batch."""
+        """Return about how many bytes a row that is taken has, as stored in the first batch."""
         layout = self.layout()
         return (layout.always + sum(layout.buffers)) // max(layout.rows, 1)
 

@@ -15,7 +15,7 @@ from laion_assets.io.parallel import in_threads, one_faiss_thread, slices
 
 HELD_ROWS = 1 << 17  # more vectors than this are decoded on every access
 MOST_REMOVED = 0.2  # of a vector's squared length: up to there, float32 is precise enough
-NEAR = 1e-3  # products so close to a limit, beyond the bound of what was skipped, are computed in full
+NEAR = 1e-3  # products so close to a limit, beyond the bound of what is left in, lose the removed parts
 ORDINARY = 1e-20, 1e20  # squared lengths for which float32 is fit
 ROWS_DECODED_AT_ONCE = 1024  # so that intermediate results fit into the processor's cache
 
@@ -79,7 +79,9 @@ class Held:
 
 def as_vectors(vectors: Vectors | Floats) -> Vectors:
     """Wrap vectors that are an array."""
-    return Held(vectors) if isinstance(vectors, np.ndarray) else vectors
+    if isinstance(vectors, np.ndarray):
+        return Held(np.ascontiguousarray(vectors, np.float32))
+    return vectors
 
 
 def held(vectors: Vectors | Floats, most: int = HELD_ROWS) -> Vectors:
@@ -125,9 +127,9 @@ class Coded:
 
     For LAION-5B a code has 131 bytes, but a vector more than 3 KB. To remove the part of a vector that is
     in the null space of OPQ's transpose takes most of the time of decoding, although the part is small.
-    `projection` learns the length of each vector with and without it. Then `cosines` skips it unless a
-    product is near the limit: by Cauchy-Schwarz, the parts of two vectors add at most the product of
-    their lengths.
+    `projection` learns the length of each vector with and without it. Then `cosines` leaves the part in
+    unless a product is near the limit: the product of two such parts is at most the product of their
+    lengths (Cauchy-Schwarz).
 
     Args:
         codes: (n, code size).
@@ -187,13 +189,13 @@ class Coded:
         return compute
 
     def cosines(self, a: Ids, b: Ids, limit: float) -> Floats:
-        """Return the products of rows; near the limit, without the parts that are removed."""
+        """Return the products of rows. The removed parts are left in unless it is near the limit."""
         vectors, (at_a, at_b) = self._unprojected(a, b)
         scale = self._scale[a] * self._scale[b]
         with np.errstate(invalid="ignore", over="ignore"):
             products = pair_products(vectors, at_a, at_b) * scale
-        skipped = self._removed[a] * self._removed[b]
-        near = np.flatnonzero(np.abs(products - limit) <= skipped + NEAR)
+        left_in = self._removed[a] * self._removed[b]
+        near = np.flatnonzero(np.abs(products - limit) <= left_in + NEAR)
         removed = [vectors[rows[near]] @ self._decoder.null_space for rows in (at_a, at_b)]
         products[near] -= np.einsum("ij,ij->i", *removed) * scale[near]
         return products

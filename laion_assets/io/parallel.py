@@ -38,7 +38,7 @@ def one_thread() -> Iterator[None]:
 def one_faiss_thread() -> Iterator[None]:
     """Run faiss only in the calling thread.
 
-    After each call its own threads spin for up to 30 ms, in which they take a core from what comes next.
+    faiss's worker threads spin for some 20 ms after a call, and take a core from what comes next.
     """
     threads = faiss.omp_get_max_threads()
     faiss.omp_set_num_threads(1)

@@ -12,7 +12,8 @@ from laion_assets.io.arrays import Bytes, Floats, Ids, Mask
 from laion_assets.io.parallel import in_threads, slices
 
 ROWS_NUMBERED = 1 << 20  # at a time: the numbers of all rows take memory
-SLACK = 3e-4  # relaxes every bound by more than float32's rounding, see `near_duplicates`; below NEAR
+# It is below `vectors.NEAR`, so that products that are near the threshold are exact to float32.
+SLACK = 3e-4  # relaxes every bound by more than float32's rounding, see `near_duplicates`
 
 
 @dataclass(frozen=True)
@@ -35,8 +36,8 @@ class Sizes:
     single: int = 80  # pairs that one product compares in the time of one pair that is fetched alone
     rows_of_list: int = 1024  # of a short list in one product: threads wait in shorter calls
     many_of_row: int = 8  # near pairs for each row of a short list above which one product is cheaper
-    batch: int = 1024  # rows, or pairs of rows, that are fetched at once
-    pairs: int = 4096  # pairs that a thread decides at once
+    batch: int = 1024  # rows that are fetched, or pairs of rows that are checked, at once
+    pairs: int = 4096  # of many pairs of short lists, those that a thread decides at once
     together: int = 4096  # pairs of a block that are collected before they are checked
 
 
@@ -140,9 +141,9 @@ class Links:
             cosines = self.vectors.cosines(a[batch], b[batch], self.limit)
             linked[batch] = cosines > self.limit
             unsure = start + np.flatnonzero(~(np.abs(cosines - self.limit) > SLACK))  # or NaN
-            for some in np.split(unsure, range(self.sizes.batch, len(unsure), self.sizes.batch)):
-                if len(some):
-                    linked[some] = self.vectors.exact_cosines(a[some], b[some]) > self.limit
+            for some in slices(len(unsure), self.sizes.batch):
+                pairs = unsure[some]
+                linked[pairs] = self.vectors.exact_cosines(a[pairs], b[pairs]) > self.limit
 
         in_threads(decide_batch, range(0, len(a), self.sizes.pairs))
         return linked

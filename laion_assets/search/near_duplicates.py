@@ -57,8 +57,8 @@ likewise.
 loose rows^2 / 2 * w for (f): quadratic in the number of different images. The spread of the vectors
 determines w. The more they have in common and the more evenly they differ in all directions, the more
 axes are needed until sketches tell them apart. Pairs that no sketch tells apart are compared at full
-width. Memory beside the vectors is some 80 bytes a row for components, orders and errors, and 30 MB a
-thread. The sketches, 2 * w bytes a row, lie on the disk if they are large, see `spill`.
+width. Memory beside the vectors is some 80 bytes a row for components, orders and errors, and up to 45 MB
+a thread. The sketches, 2 * w bytes a row, lie on the disk if they are large, see `spill`.
 
 **Many short lists over the same vectors** (the results of each seed) share their sketches and the
 decided links. In each list all sketches are compared. Each row that may be linked to others is first

@@ -32,7 +32,7 @@ from laion_assets.search.retrieval import (
 )
 
 BATCHES = 4  # of queries in a shard, about
-NOMINAL_ROW = 1024  # bytes of a result, see `query_bytes`: about those of LAION-5B
+NOMINAL_ROW = 1024  # bytes of a result, about, while no index is open
 
 
 def shards_for(queries: int, k: int) -> int:

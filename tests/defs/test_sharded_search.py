@@ -100,3 +100,13 @@ def test_shards_of_which_one_is_copied_over_another_are_refused(project, monkeyp
     other.write_bytes(one.read_bytes())
     said = failures(project.re_execute(first))["knn_urls"]
     assert "not those of one search: materialize knn_urls again" in said
+
+
+def test_a_search_that_another_version_began_is_refused(project, monkeypatch) -> None:
+    in_shards(monkeypatch, 2)
+    with monkeypatch.context() as patch:
+        patch.setattr(knn_urls, "_join", lambda *_: 1 / 0)
+        first = project.run("many", "knn_urls", nb_images_knn=50)
+    monkeypatch.setattr(knn_urls, "SEARCH_VERSION", "a later one")
+    said = failures(project.re_execute(first))["knn_urls"]
+    assert "another version of laion_assets began this search: materialize knn_urls again" in said

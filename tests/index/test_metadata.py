@@ -325,6 +325,19 @@ def test_a_footer_that_names_what_is_outside_of_the_file_is_named(tmp_path, fiel
         Metadata([path])
 
 
+@pytest.mark.parametrize("suffix", SUFFIXES)
+def test_a_row_has_about_as_many_bytes_as_its_texts(tmp_path, suffix) -> None:
+    random, letters = np.random.default_rng(0), np.array(list("abcdefghijklmnopqrstuvwxyz"))
+    texts = ["".join(random.choice(letters, 200)) for _ in range(500)]
+    rows = pa.table({"url": texts})
+    some, none = (
+        Metadata(indices.write_files(tmp_path / str(n), [np.arange(n)], rows, 100, suffix))
+        for n in (500, 0)
+    )
+    assert 100 < some.row_bytes() < 230
+    assert none.row_bytes() < 50
+
+
 def test_rows_of_many_row_groups_are_taken_side_by_side(tmp_path):
     rows = pa.table({"url": [f"https://example.org/{n}" for n in range(60_000)]})
     pq.write_table(rows, tmp_path / "0.parquet", row_group_size=10)

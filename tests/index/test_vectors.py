@@ -1,4 +1,4 @@
-"""Unit vectors of codes: products without their removed parts are as near as they say."""
+"""Unit vectors of codes: products near a limit are right, and others on the right side of it."""
 
 import pickle
 from typing import Any
@@ -11,7 +11,11 @@ from helpers import indices
 from laion_assets.index.decoder import Decoder
 from laion_assets.index.vectors import MOST_REMOVED, NEAR, Coded, held, squares, unit
 from laion_assets.search.links import SLACK, Sizes
-from laion_assets.search.near_duplicates import components, components_of_lists
+from laion_assets.search.near_duplicates import (
+    components,
+    components_of_lists,
+    components_of_short_lists,
+)
 
 KEYS = {
     "no rotation": "IVF8,PQ8x8",
@@ -128,7 +132,11 @@ def test_vectors_of_odd_lengths_are_compared_themselves(length) -> None:
     found, exact = vectors.cosines(a, b, 0.9), np.einsum("ij,ij->i", unit(rows[a]), unit(rows[b]))
     np.testing.assert_allclose(np.where(np.isnan(found), exact, found), exact, atol=1e-6)
     np.testing.assert_allclose(vectors.exact_cosines(a, b), exact, atol=1e-6)
-    np.testing.assert_array_equal(components(vectors, 0.9, LARGE), components(unit(rows), 0.9))
+    expected = components(unit(rows), 0.9)
+    np.testing.assert_array_equal(components(vectors, 0.9, LARGE), expected)
+    one_list, sizes = np.zeros(60, np.int64), Sizes(small=59, sample=30, widths=(2,), batch=4)
+    found = components_of_short_lists(vectors, np.arange(60), one_list, 0.9, sizes)
+    np.testing.assert_array_equal(found, expected)
 
 
 def test_what_decides_between_two_rows_does_not_depend_on_the_others(stored) -> None:

@@ -2,6 +2,8 @@
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
+from typing import cast
 
 import numpy as np
 import pyarrow as pa
@@ -16,8 +18,8 @@ from laion_assets.io.text import REPLACED
 from laion_assets.search import retrieval
 from laion_assets.search.block_list import BlockList, hashes, listed_forms
 from laion_assets.search.filters import Filters
-from laion_assets.search.retrieval import Found, Request, columns_found, retrieve
-from laion_assets.search.shards import ALL, Shard, from_json, joined, shards_for, to_json
+from laion_assets.search.retrieval import Found, Request, columns_found, query_bytes, retrieve
+from laion_assets.search.shards import ALL, NOMINAL_ROW, Shard, from_json, joined, shards_for, to_json
 
 QUERIES = 11
 
@@ -76,3 +78,18 @@ def test_the_joined_rows_and_figures_are_those_of_one_search(opened, seed, shard
 def test_most_sets_are_one_shard_and_no_shard_is_without_seeds():
     assert [shards_for(seeds, 830) for seeds in (1, 1_000, 5_000, 20_000, 100_000)] == [1, 1, 1, 4, 20]
     assert shards_for(3, 10**9) == 3
+
+
+def test_a_query_takes_memory_for_its_results_their_texts_and_itself(tmp_path) -> None:
+    def with_captions(length: int) -> Metadata:
+        rows = pa.table({"url": ["a"] * 50, "caption": ["b" * (length - 9)] * 50})
+        return Metadata(indices.write_metadata(tmp_path / str(length), rows))
+
+    laion = cast(Index, SimpleNamespace(code_size=131, dimension=768))
+    usual, long = with_captions(150), with_captions(10_000)
+    taken = query_bytes(laion, usual, 830)
+    assert taken == pytest.approx(830 * NOMINAL_ROW, rel=0.25)
+    assert query_bytes(laion, long, 830) - taken == pytest.approx(830 * 9_850, rel=0.01)
+    assert query_bytes(laion, usual, 1) > 4 * 768
+    whole_vectors = cast(Index, SimpleNamespace(code_size=4 * 768, dimension=768))
+    assert query_bytes(whole_vectors, usual, 830) - taken > 830 * 4 * 768

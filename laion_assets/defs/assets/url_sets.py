@@ -49,7 +49,7 @@ from laion_assets.staging import OpenIndex
 
 LOW_RECALL = 0.9
 LEAST_SHARE = 1 / MOST_REQUESTED
-SEARCH_VERSION = "5"  # increment it if a search now finds other rows
+SEARCH_VERSION = "6"  # increment it if a search now finds other rows, or cuts seeds in other batches
 
 
 def centroid_urls_asset(placement: Placement) -> dg.AssetsDefinition:
