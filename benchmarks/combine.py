@@ -30,6 +30,7 @@ from laion_assets.io import spill
 from laion_assets.io.parallel import thread_count
 from laion_assets.io.tables import StoredTable, fixed_size_binary, new_table
 from laion_assets.search.combined import DECODER, combine
+from laion_assets.search.links import SIZES
 from laion_assets.search.near_duplicates import DEDUP_THRESHOLD
 from laion_assets.search.needs import Needs, worth
 from laion_assets.search.stripes import compare_stripe, links_in, write_plan
@@ -57,8 +58,8 @@ stripes. *Handed over* is what the plan writes and every stripe reads.
 |---|---|---|---|---|---|---|---|---|---|
 {striped}
 
-The laws through the runs in stripes, and that of memory through all with {cores} cores, for n million
-images:
+The laws through the runs in stripes, and that of memory also through those of one step that {cores}
+processes shared, for n million images:
 
 - core seconds: {linear:.0f} n + {quadratic:.0f} n²
 - core seconds of each stripe beyond the first: {start:.0f} n
@@ -74,7 +75,7 @@ What they mean for more images, where all cores have nothing else to do:
 """
 PREDICTED = (1_000_000, 6_000_000, 30_000_000)
 WHOLE = (125_000, 250_000)
-ROWS = (1_000_000, 2_000_000, 4_000_000)
+ROWS = (1_000_000, 2_000_000)
 OF_A_STRIPE = 250_000  # images whose comparison takes as long as a measured stripe
 NOTHING = (1 << 40, 1)  # a stripe that begins after the last block
 BLOCK = 50_000
@@ -259,7 +260,8 @@ def report(whole: list[dict[str, float]], striped: list[dict[str, float]], busy:
     quadratic = float((runs["stripes"] * runs["compare"] / n**2).mean())
     in_all = once + runs["stripes"] * (runs["start"] + runs["compare"]) - runs["start"]
     start = float((runs["start"] / n).mean())
-    held = [*striped, *(run for run in whole if run["cores"] == striped[0]["cores"])]
+    shared = [run for run in whole if run["rows"] > SIZES.shared and run["cores"] == striped[0]["cores"]]
+    held = [*striped, *shared]
     slope, constant = np.polyfit(
         [run["rows"] / 1e6 for run in held], [run["memory"] / 1e9 for run in held], 1
     )

@@ -15,14 +15,14 @@ from laion_assets.io.machine import free_disk, free_memory
 from laion_assets.io.spill import HELD_BYTES
 from laion_assets.io.text import as_bytes, count
 
-MEMORY, MEMORY_OF_AN_IMAGE = 340e6, 99  # bytes
+MEMORY, MEMORY_OF_AN_IMAGE = 550e6, 107  # bytes, with two processes
 MEMORY_OF_A_REPEAT = 100  # bytes of a row whose image another row has
 MEASURED_CORES = 2
-DISK_OF_AN_IMAGE = 641  # bytes
+DISK_OF_AN_IMAGE = 675  # bytes
 SMALL = 100_000  # images that are never refused for their memory
 HOUR = 3600  # seconds
-LINEAR, QUADRATIC = 28e-6, 481e-12  # core-seconds of an image, and of a pair of images
-START = 8e-6  # core-seconds of an image when a stripe begins; the linear part has those of one stripe
+LINEAR, QUADRATIC = 36e-6, 728e-12  # core-seconds of an image, and of a pair of images
+START = 11e-6  # core-seconds of an image when a stripe begins; the linear part has those of one stripe
 STRIPE = 8 * HOUR  # core-seconds of comparing one stripe, at most: an hour on 16 cores
 NODE = 16  # cores of a usual node
 

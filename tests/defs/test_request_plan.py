@@ -46,8 +46,8 @@ def test_time_and_disk_are_those_of_the_last_run_scaled_by_what_is_requested():
 
 def test_a_plan_says_the_hours_memory_and_disk_of_combining():
     told = "\n".join(as_yaml(plan_request(9_000_000, 100_000, History(), 0.75), 100_000))
-    assert "12,000,000 different images takes about 19 core-hours, 1.53 GB of memory and 7.69 GB" in told
-    assert "in 3 stripes: 2 h 9 min on one node of 16 cores, 43 min on 3 such nodes" in told
+    assert "12,000,000 different images takes about 29 core-hours, 1.83 GB of memory and 8.1 GB" in told
+    assert "in 4 stripes: 3 h 16 min on one node of 16 cores, 49 min on 4 such nodes" in told
 
 
 @pytest.mark.parametrize("rows", [None, 10**9, 500])
