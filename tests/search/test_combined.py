@@ -170,7 +170,7 @@ def test_what_cannot_fit_is_refused_before_any_code_is_read(monkeypatch) -> None
     monkeypatch.setattr(needs, "free_memory", lambda: 0)
     monkeypatch.setattr(needs, "SMALL", 0)
     monkeypatch.delattr("laion_assets.search.combined.urls_and_codes")
-    with pytest.raises(InputError, match="combining 2 different images needs about 340 MB of memory"):
+    with pytest.raises(InputError, match="combining 2 different images needs about 550 MB of memory"):
         combined([row(1, "a", 1, EAST)], [row(2, "b", 1, NORTH)])
 
 
