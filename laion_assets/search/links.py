@@ -145,7 +145,10 @@ class Links:
                 pairs = unsure[some]
                 linked[pairs] = self.vectors.exact_cosines(a[pairs], b[pairs]) > self.limit
 
-        in_threads(decide_batch, range(0, len(a), self.sizes.pairs))
+        if len(a) <= self.sizes.pairs:  # the caller may be one of many threads
+            decide_batch(0)
+        else:
+            in_threads(decide_batch, range(0, len(a), self.sizes.pairs))
         return linked
 
 
