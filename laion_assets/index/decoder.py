@@ -86,9 +86,8 @@ class Decoder:
             others, to the last bit.
 
         """
-        reflection = self._reflection
         with one_faiss_thread():
-            if reflection is None:
+            if self._reflection is None:
                 return self.decode(codes)
             vectors: Floats = faiss.extract_index_ivf(self._index).sa_decode(self._renumbered(codes))
         return vectors

@@ -244,8 +244,7 @@ def retrieve(
         )
     schema = columns_found(index, metadata, per_seed=per_seed)
     if batches is None:
-        numbers, k = np.arange(len(queries)), starting_k(index, request)
-        batches = batches_of(index, metadata, queries, numbers, k)
+        batches = all_batches(index, metadata, queries, request)
     with one_thread_each(1, "recall") as background:
         search = _Search(index, metadata, queries, request, schema, progress, background)
         for numbers in batches:
@@ -271,6 +270,11 @@ def retrieve(
 def starting_k(index: Index, request: Request) -> int:
     """Return for how many images of each query a search asks first."""
     return request.k if request.keep is None else min(request.k, index.rows)
+
+
+def all_batches(index: Index, metadata: Metadata, queries: Floats, request: Request) -> list[Ids]:
+    """Cut all queries of a request into batches, see `batches_of`."""
+    return batches_of(index, metadata, queries, np.arange(len(queries)), starting_k(index, request))
 
 
 def batches_of(index: Index, metadata: Metadata, queries: Floats, numbers: Ids, k: int) -> list[Ids]:

@@ -27,8 +27,7 @@ from laion_assets.search.retrieval import (
     NotUtf8,
     Removed,
     Request,
-    batches_of,
-    starting_k,
+    all_batches,
 )
 
 BATCHES = 4  # of queries in a shard, about
@@ -69,8 +68,7 @@ class Shard:
             request: what to look for.
 
         """
-        numbers, k = np.arange(len(queries)), starting_k(index, request)
-        batches = batches_of(index, metadata, queries, numbers, k)
+        batches = all_batches(index, metadata, queries, request)
         # Rounded up, so that the first shard has the first batch.
         first, stop = (-(-len(batches) * each // self.of) for each in (self.number, self.number + 1))
         return batches[first:stop]

@@ -58,7 +58,7 @@ def test_the_joined_rows_and_figures_are_those_of_one_search(opened, seed, shard
     listed = BlockList("", np.array([5, 7, 1000]), np.sort(hashes(urls)))
     request = Request(keep or 20, 0.94, None, Filters((), listed), keep)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(retrieval, "RESULT_BYTES", at_once * retrieval.query_bytes(*opened, request.k))
+        patch.setattr(retrieval, "RESULT_BYTES", at_once * query_bytes(*opened, request.k))
         whole, expected = searched(opened, queries, request, ALL)
         parts = [searched(opened, queries, request, Shard(i, shards)) for i in range(shards)]
     assert pa.concat_tables([table for table, _ in parts]).equals(whole)

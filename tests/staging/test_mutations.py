@@ -13,7 +13,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import faiss
 import numpy as np
 import pytest
 from helpers import indices
@@ -22,6 +21,7 @@ from helpers.staging import write_source
 
 from laion_assets.index import Index, Metadata, open_folder
 from laion_assets.io.errors import InputError
+from laion_assets.io.parallel import one_faiss_thread
 from laion_assets.staging import open_staged, scrub, stage
 
 MUTATIONS = 60  # of a cache; half as many of each form of index
@@ -73,10 +73,8 @@ def outcome(read: Callable[[], Any]) -> tuple[int, Any]:
 @pytest.fixture(autouse=True)
 def one_thread():
     """A forked process has one thread, and OpenMP would wait for those of its parent."""
-    threads = faiss.omp_get_max_threads()
-    faiss.omp_set_num_threads(1)
-    yield
-    faiss.omp_set_num_threads(threads)
+    with one_faiss_thread():
+        yield
 
 
 def mutated(path: Path, numbers: random.Random) -> str:
