@@ -178,9 +178,14 @@ class Platform:
             found[asset_of_step(log.dagster_event.step_key)] = told or failure.error.message
         return found
 
-    def running_pod(self, step: str) -> str:
-        """Wait until a step is at work in a pod, see `Cluster.pods_of`; return the pod's name."""
-        pod, *_ = wait_until(lambda: self.cluster.pods_of(step, "Running"), f"{step} runs")
+    def running_pod(self, step: str, *, of: int = 1) -> str:
+        """Wait until as many pods of a step run, see `Cluster.pods_of`; return the name of the oldest."""
+
+        def running() -> list[dict[str, Any]] | None:
+            pods = self.cluster.pods_of(step, "Running")
+            return pods if len(pods) >= of else None
+
+        pod, *_ = wait_until(running, f"{step} runs in {of} or more pods")
         return str(pod["metadata"]["name"])
 
     def stagings(self) -> list[tuple[str, str]]:
