@@ -475,6 +475,7 @@ def test_rows_without_a_usable_vector_are_counted_in_the_output(tmp_path, monkey
     assert lines[-1].startswith("58 of 60 rows (2 without a usable vector) in IVF1,Flat, at ")
 
 
+@pytest.mark.faults
 def test_a_shard_that_fails_is_named_and_the_others_are_built(to_build, capsys) -> None:
     file = to_build / "embeddings" / "metadata" / "metadata_1.parquet"  # training does not read it
     content = file.read_bytes()

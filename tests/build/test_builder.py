@@ -428,6 +428,7 @@ def damaged_ways(name: str, content: bytes) -> dict[str, bytes | None]:
     return ways | {"flipped": content[:-1] + bytes([content[-1] ^ 1])}
 
 
+@pytest.mark.faults
 def test_a_damaged_file_of_the_workspace_is_made_again_or_named_with_the_remedy_which_works(root):
     asked = request(root)
     built(asked)

@@ -187,6 +187,7 @@ def damage(file: Path, at: int) -> bytes:
     return content
 
 
+@pytest.mark.faults
 def test_a_shard_that_fails_holds_up_no_other_and_runs_again_once_its_file_is_mended(tmp_path):
     # Training reads whole files where they are compressed, so the damage comes after it.
     with new_building(tmp_path, "datacomp") as build:
@@ -207,6 +208,7 @@ def test_a_shard_that_fails_holds_up_no_other_and_runs_again_once_its_file_is_me
         assert "nothing new" in build.said
 
 
+@pytest.mark.faults
 def test_a_shard_that_failed_and_was_materialized_by_hand_counts_as_done(build):
     def broken(*_: Any, **__: Any) -> None:
         raise OSError("the wire was cut")
@@ -242,6 +244,7 @@ def test_failed_and_running_shards_leave_room_for_no_more_than_a_number_at_once(
         assert "70 of 70 shards to encode" in build.said
 
 
+@pytest.mark.faults
 @pytest.mark.parametrize(
     ("change", "fact"),
     [
@@ -257,6 +260,7 @@ def test_a_planned_file_that_is_gone_or_changed_is_a_sentence_in_the_tick(build,
     assert build.said.endswith("(LAION_EMBEDDINGS_URI)")
 
 
+@pytest.mark.faults
 def test_both_files_of_a_part_gone_is_a_sentence_in_the_tick(build):
     build.settle()
     for name in ("img_emb/img_emb_2.npy", "metadata/metadata_2.parquet"):

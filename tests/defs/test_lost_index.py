@@ -15,6 +15,8 @@ from laion_assets.defs.failures import REMEDIES
 from laion_assets.defs.history import figures_of
 from laion_assets.staging import Manifest, stage
 
+pytestmark = pytest.mark.faults
+
 
 def materializations(instance: dg.DagsterInstance) -> list[dg.EventLogRecord]:
     key = dg.AssetKey("staged_laion_index")

@@ -166,6 +166,7 @@ def test_an_index_of_an_earlier_version_is_replaced_whole(demo, tmp_path, monkey
     assert {path.name for path in tmp_path.iterdir()} == {"index", "seeds", ".index.lock"}
 
 
+@pytest.mark.faults
 def test_an_index_that_lost_a_file_is_built_again(demo, tmp_path, monkeypatch):
     index, seeds = shutil.copytree(demo.index, tmp_path / "index"), tmp_path / "seeds"
     (index / "metadata" / "000001.arrow").unlink()

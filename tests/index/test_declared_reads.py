@@ -56,7 +56,7 @@ def write_compressed(path: Path, table: pa.Table, batch: int) -> None:
         out.write_table(table.combine_chunks(), max_chunksize=batch)
 
 
-@settings(max_examples=150)
+@settings(max_examples=60)
 @given(
     tables=metadata_files(),
     batch=st.integers(1, 4),

@@ -33,7 +33,7 @@ SUFFIXES = [indices.ARROW, indices.PARQUET]
 
 
 @pytest.mark.parametrize("suffix", SUFFIXES)
-@settings(deadline=None, max_examples=150, suppress_health_check=[HealthCheck.too_slow])
+@settings(deadline=None, max_examples=60, suppress_health_check=[HealthCheck.too_slow])
 @given(
     tables=metadata_files(), batch=st.integers(1, 4), small=st.sampled_from([0, 1 << 30]), data=st.data()
 )

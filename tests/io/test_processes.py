@@ -99,6 +99,7 @@ def test_a_process_that_ends_itself_is_no_lack_of_memory() -> None:
         in_processes(ended, [7])
 
 
+@pytest.mark.faults
 def test_processes_end_with_their_parent_however_it_ends(tmp_path) -> None:
     script = tmp_path / "script.py"  # without a guard of `__main__`, as users write them
     script.write_text(

@@ -22,6 +22,7 @@ with UnfinishedImages(sys.argv[1], "model", print, seconds=0) as unfinished:
 """
 
 
+@pytest.mark.faults
 @pytest.mark.parametrize("place", ["{}/set.unfinished", "file://{}/set.unfinished"])
 def test_of_a_killed_process_the_next_one_takes_the_images_if_its_model_is_the_same(tmp_path, place):
     uri = place.format(tmp_path)

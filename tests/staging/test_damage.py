@@ -28,6 +28,8 @@ from laion_assets.staging import (
 )
 from laion_assets.staging.verify import record_verified, times_of
 
+pytestmark = pytest.mark.faults
+
 FIRST_ARROW = "metadata/000.arrow"
 
 

@@ -9,6 +9,7 @@ import threading
 import time
 
 import numpy as np
+import pytest
 from helpers.project import contents
 from helpers.staging import (
     ROWS,
@@ -50,6 +51,7 @@ def test_a_stager_that_must_change_bytes_waits_until_the_readers_are_done(source
     assert staged_data(cache) == contents(source)
 
 
+@pytest.mark.faults
 def test_a_reader_in_another_process_is_waited_for_and_freed_when_it_is_killed(source, cache):
     stage(str(source), None, cache)
     program = (
