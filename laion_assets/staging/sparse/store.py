@@ -421,9 +421,10 @@ class SparseFiles:
             if batch.finish(some, page_checksums(checksums.finish())):
                 self._mark(batch)
 
+        jobs = list(self._jobs(reads))  # the threads would wait for one another
         try:
             with Progress("fetching", _bytes(reads), "B", fetcher.log) as progress:
-                fetcher.run(self._jobs(reads), read)
+                fetcher.run(iter(jobs), read)
         except BaseException as error:
             for number, some in reads.items():
                 self._files[number].free_unmarked(some)
