@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any
@@ -156,6 +156,12 @@ class ParquetIOManager(dg.IOManager):
 
 def _checksum(value: object) -> str:
     return checksum_text(crc32c(json.dumps(value).encode()))
+
+
+def check_version(handed_over: Iterable[Mapping[str, Any]], version: str, asset: str) -> None:
+    """Raise if another version of an asset began this work, which it may have cut otherwise."""
+    if any(value.get("version") != version for value in handed_over):
+        raise InputError(f"another version of laion_assets began this: materialize {asset} again")
 
 
 class HandoverIOManager(dg.IOManager):

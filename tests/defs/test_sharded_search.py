@@ -109,4 +109,4 @@ def test_a_search_that_another_version_began_is_refused(project, monkeypatch) ->
         first = project.run("many", "knn_urls", nb_images_knn=50)
     monkeypatch.setattr(knn_urls, "SEARCH_VERSION", "a later one")
     said = failures(project.re_execute(first))["knn_urls"]
-    assert "another version of laion_assets began this search: materialize knn_urls again" in said
+    assert "another version of laion_assets began this: materialize knn_urls again" in said

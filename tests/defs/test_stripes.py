@@ -83,6 +83,19 @@ def test_what_fails_at_the_end_is_repeated_unless_a_url_set_has_changed(project,
     assert "materialize combined_urls again" in failures(again)["combined_urls"]
 
 
+@pytest.mark.parametrize("step", ["compare_stripe", "combine"])
+def test_a_comparison_that_another_version_began_is_refused(project, monkeypatch, step) -> None:
+    monkeypatch.setattr(combined_urls, "stripes_for", lambda *_: 2)
+    with monkeypatch.context() as patch:
+        patch.setattr(combined_urls, step, broken)
+        first = project.run(SEED_SET, "combined_urls")
+    monkeypatch.setattr(combined_urls, "VERSION", "a later one")
+    again = project.re_execute(first)
+    assert steps(project, again) == []
+    said = failures(again)["combined_urls"]
+    assert "another version of laion_assets began this: materialize combined_urls again" in said
+
+
 def damaged(stripes: list[Path]) -> None:
     stripes[1].write_bytes(stripes[1].read_bytes().replace(b'"number": 1', b'"number": 7'))
 

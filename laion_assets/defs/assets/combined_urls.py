@@ -18,7 +18,7 @@ from laion_assets.defs import checks, report
 from laion_assets.defs.estimate import PLANNED, Meter, planned_combining
 from laion_assets.defs.failures import as_failures
 from laion_assets.defs.history import URLS_ALIVE
-from laion_assets.defs.io_manager import Tables
+from laion_assets.defs.io_manager import Tables, check_version
 from laion_assets.defs.kubernetes.placement import Placement
 from laion_assets.defs.partitions import seed_sets
 from laion_assets.defs.provenance import Provenance, check_same_origin, now
@@ -32,6 +32,7 @@ from laion_assets.search.liveness import measured_liveness
 from laion_assets.search.stripes import compare_stripe, links_in, stripes_for, write_plan
 
 NAME = "combined_urls"
+VERSION = "2"  # increment it if combining now keeps other rows, or cuts images in other stripes
 REMEDY = f"materialize {NAME} again"
 Value = dict[str, Any]  # passed between steps as JSON
 
@@ -59,6 +60,7 @@ def combined_urls_asset(placement: Placement) -> dg.AssetsDefinition:
             uri = f"{_folder(tables, context)}/images.parquet"
             planned = write_plan(knn_urls, centroid_urls, threshold, uri, context.log.info)
             shared = {
+                "version": VERSION,
                 "planned": _to_json(planned, uri),
                 "threshold": threshold,
                 "inputs": _inputs(knn_urls, centroid_urls),
@@ -80,6 +82,7 @@ def combined_urls_asset(placement: Placement) -> dg.AssetsDefinition:
         """Find the links of one stripe."""
         with as_failures():
             meter = Meter.start()
+            check_version([stripe], VERSION, NAME)
             number, of = stripe["number"], stripe["of"]
             uri = f"{_folder(tables, context)}/links-{number:04d}.parquet"
             found = compare_stripe(_open(stripe["planned"]), stripe["threshold"], (number, of), uri)
@@ -154,7 +157,7 @@ def combined_urls_asset(placement: Placement) -> dg.AssetsDefinition:
         group_name="urls",
         kinds={"parquet"},
         partitions_def=seed_sets,
-        code_version="2",
+        code_version=VERSION,
         check_specs=checks.COMBINED,
         tags=pod.tags,
     )
@@ -184,8 +187,14 @@ def _inputs(*urls: StoredTable) -> list[list[str]]:
 
 
 def _links(found: Sequence[Value], inputs: list[list[str]]) -> Iterator[tuple[Ids, Ids]]:
-    """Return the links of all stripes, if they are those of one plan and compared these inputs."""
+    """Return the links of all stripes.
+
+    Raises:
+        InputError: the stripes are of another version, of several plans, or of other inputs.
+
+    """
     stripes = sorted((each["stripe"] for each in found), key=lambda stripe: stripe["number"])
+    check_version(stripes, VERSION, NAME)
     if any(stripe["inputs"] != inputs for stripe in stripes):
         raise InputError(f"a URL set has changed since its images were compared: {REMEDY}")
     plans = {stripe["planned"]["checksum"] for stripe in stripes}

@@ -17,7 +17,7 @@ from laion_assets.defs import checks
 from laion_assets.defs.assets.url_sets import SEARCH_VERSION, Searched, SearchStep
 from laion_assets.defs.bounds import Bounds
 from laion_assets.defs.failures import as_failures
-from laion_assets.defs.io_manager import Tables
+from laion_assets.defs.io_manager import Tables, check_version
 from laion_assets.defs.kubernetes.placement import Placement
 from laion_assets.defs.partitions import seed_sets
 from laion_assets.defs.provenance import Provenance
@@ -85,7 +85,7 @@ def knn_urls_asset(placement: Placement) -> dg.AssetsDefinition:
         """Search around the seeds of one shard."""
         with as_failures():
             part, origin = Shard(**shard["shard"]), Provenance.from_json(shard["origin"])
-            _check_version([shard])
+            check_version([shard], SEARCH_VERSION, NAME)
             _check_inputs(origin, vectors, laion_index)
             step = SearchStep(context, vectors, laion_index, tables, pictures, bounds, per_seed=True)
             folder = tables.handed_over(NAME, context.partition_key, context.run.run_id)
@@ -111,7 +111,7 @@ def knn_urls_asset(placement: Placement) -> dg.AssetsDefinition:
             step = SearchStep(context, vectors, laion_index, tables, pictures, bounds, per_seed=True)
             parts = sorted(found, key=lambda part: part["shard"]["number"])
             _check_whole(parts)
-            _check_version(parts)
+            check_version(parts, SEARCH_VERSION, NAME)
             _check_inputs(Provenance.from_json(parts[0]["provenance"]), vectors, laion_index)
             if parts[0]["uri"] is None:
                 table = tables.written(context)
@@ -160,12 +160,6 @@ def _check_whole(parts: list[Value]) -> None:
     of = shards[0].of
     if shards != [Shard(number, of) for number in range(of)] or any(p["origin"] != origin for p in parts):
         raise InputError(f"the shards are not those of one search: {REMEDY}")
-
-
-def _check_version(parts: list[Value]) -> None:
-    """Raise if another version began the search, which may have cut the seeds otherwise."""
-    if any(part.get("version") != SEARCH_VERSION for part in parts):
-        raise InputError(f"another version of laion_assets began this search: {REMEDY}")
 
 
 def _check_inputs(origin: Provenance, vectors: StoredTable, laion_index: LaionIndex) -> None:
