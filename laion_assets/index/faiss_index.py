@@ -8,10 +8,12 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import pairwise
 from pathlib import Path
+from threading import Lock
 from typing import Any
 
 import faiss
@@ -40,6 +42,9 @@ ROWS_OF_THE_FIRST_ROUND = 1 << 15  # of the lists of a query, see `Index._best_i
 GROWTH = 4  # each further round ends at this many times the rows of those before it
 TRANSFORMED_AT_ONCE = 4  # queries: a tile of a processor's product of matrices, so none is at its edge
 UNKNOWN_KIND = re.compile("could not load|not recognized")  # faiss's words
+TOO_LARGE = "deserialization_vector_byte_limit"  # likewise
+READING = Lock()  # held while an index is read
+ROOM = 1 << 30  # bytes; more than any array that is read apart from an index, such as a decoder's
 MIN_SAMPLED_LISTS = 16  # but into no fewer
 # Kinds whose stored rows decode to vectors with the scores that a search returns, exactly these classes:
 # subclasses may store rows otherwise.
@@ -630,13 +635,15 @@ def nprobe_rule(k: int, lists: int, rows: int) -> int:
 
 def _read_index(path: Path, lists: Path | None) -> Any:
     try:
-        with silent_stdout():
+        with silent_stdout(), _no_array_larger_than(path):
             if lists is not None:
                 return read_with_lists_beside(path, lists.name)
             # READ_ONLY: lists would be mapped writable otherwise.
             return faiss.read_index(str(path), faiss.IO_FLAG_MMAP | faiss.IO_FLAG_READ_ONLY)
     except (RuntimeError, MemoryError) as error:  # a damaged size may be larger than the memory
         reason = str(error).splitlines()[0].rpartition(": ")[2]
+        if TOO_LARGE in reason:
+            reason = "an array in it would be larger than the file"
         if UNKNOWN_KIND.search(reason):
             raise InputError(
                 f"{path} is of a kind that this version of faiss does not read ({reason}), or damaged: "
@@ -644,6 +651,22 @@ def _read_index(path: Path, lists: Path | None) -> Any:
                 "staged_index",
             ) from error
         raise _incomplete(path, reason) from error
+
+
+@contextmanager
+def _no_array_larger_than(path: Path) -> Iterator[None]:
+    """Let faiss refuse a damaged size, for which it would fill memory before it finds the file shorter.
+
+    The limit is of the process: it leaves room for what other threads read meanwhile.
+    """
+    size = path.stat().st_size if path.exists() else 0  # faiss says that it is missing
+    with READING:
+        before = faiss.get_deserialization_vector_byte_limit()
+        faiss.set_deserialization_vector_byte_limit(max(size, ROOM))
+        try:
+            yield
+        finally:
+            faiss.set_deserialization_vector_byte_limit(before)
 
 
 def _incomplete(path: Path, reason: str) -> InputError:

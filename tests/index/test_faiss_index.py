@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from helpers import indices
 
+from laion_assets.index.faiss_file import HEADER
 from laion_assets.index.faiss_index import Index
 from laion_assets.index.in_place import open_folder
 from laion_assets.index.vectors import unit
@@ -99,6 +100,20 @@ def test_a_truncated_index_is_an_error_and_not_the_end_of_the_process(tmp_path, 
     last = done.stderr.strip().splitlines()[-1]
     assert "InputError" in last
     assert str(cut) in last
+
+
+@pytest.mark.parametrize("bit", range(28, 40))
+def test_a_size_far_beyond_the_file_is_refused_before_memory_is_filled(tmp_path, bit) -> None:
+    indices.write_one_file(
+        tmp_path, faiss.IndexFlatIP(16), indices.random_rows(np.random.default_rng(8), 40)
+    )
+    path = tmp_path / "image.index"
+    content = bytearray(path.read_bytes())
+    size = HEADER.size  # where the number of four bytes of its vectors is
+    content[size + bit // 8] ^= 1 << bit % 8
+    path.write_bytes(content)
+    with pytest.raises(InputError, match="an array in it would be larger than the file"):
+        Index(path)
 
 
 def test_opening_an_index_prints_nothing(demo, capfd) -> None:
