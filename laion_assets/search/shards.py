@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import base64
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
@@ -16,9 +16,8 @@ import numpy as np
 import pyarrow as pa
 
 from laion_assets.index.decoder import Decoder
-from laion_assets.index.faiss_index import Index
-from laion_assets.index.metadata import Metadata
-from laion_assets.io.arrays import Floats, Ids
+from laion_assets.io.arrays import Ids
+from laion_assets.io.checksums import checksum_text, crc32c
 from laion_assets.search.block_list import BlockList, BlockListMatches
 from laion_assets.search.retrieval import (
     RESULT_BYTES,
@@ -26,8 +25,6 @@ from laion_assets.search.retrieval import (
     Funnel,
     NotUtf8,
     Removed,
-    Request,
-    all_batches,
 )
 
 BATCHES = 4  # of queries in a shard, about
@@ -58,23 +55,26 @@ class Shard:
     number: int
     of: int
 
-    def batches(self, index: Index, metadata: Metadata, queries: Floats, request: Request) -> list[Ids]:
-        """Return the numbers of its queries in batches; none if there are more shards than batches.
-
-        Args:
-            index: the index, on which the size of batches depends.
-            metadata: of the rows of the index, likewise.
-            queries: (q, dimension) float32 unit rows, all of them.
-            request: what to look for.
-
-        """
-        batches = all_batches(index, metadata, queries, request)
+    def share(self, batches: Sequence[Ids]) -> Sequence[Ids]:
+        """Return its batches of all; none if there are more shards than batches."""
         # Rounded up, so that the first shard has the first batch.
         first, stop = (-(-len(batches) * each // self.of) for each in (self.number, self.number + 1))
         return batches[first:stop]
 
 
 ALL = Shard(0, 1)
+
+
+def cut_of(batches: Iterable[Ids]) -> str:
+    """Return a checksum of how queries are cut into batches.
+
+    Only shards with the same one have each query once: memory of a result, and so the cut, depends on
+    settings, and groups of neighbours may depend on a processor's rounding.
+    """
+    checksum = 0
+    for numbers in batches:
+        checksum = crc32c(np.append(numbers, -1).tobytes(), checksum)
+    return checksum_text(checksum)
 
 
 def joined(parts: Sequence[Found], listed: BlockList | None) -> Found:

@@ -102,6 +102,23 @@ def test_shards_of_which_one_is_copied_over_another_are_refused(project, monkeyp
     assert "not those of one search: materialize knn_urls again" in said
 
 
+def test_shards_that_cut_the_seeds_differently_are_refused(project, monkeypatch) -> None:
+    in_shards(monkeypatch, 2)
+    write = knn_urls.SearchStep.write
+
+    def failing(step, origin, part, uri):
+        if part.number:
+            raise OSError("the node is gone")
+        return write(step, origin, part, uri)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(knn_urls.SearchStep, "write", failing)
+        first = project.run("many", "knn_urls", nb_images_knn=50)
+    monkeypatch.setattr(retrieval, "query_bytes", lambda *_: retrieval.RESULT_BYTES // 5)
+    said = failures(project.re_execute(first))["knn_urls"]
+    assert "the shards cut the seeds differently: materialize knn_urls again" in said
+
+
 def test_a_search_that_another_version_began_is_refused(project, monkeypatch) -> None:
     in_shards(monkeypatch, 2)
     with monkeypatch.context() as patch:

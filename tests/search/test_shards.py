@@ -18,7 +18,14 @@ from laion_assets.io.text import REPLACED
 from laion_assets.search import retrieval
 from laion_assets.search.block_list import BlockList, hashes, listed_forms
 from laion_assets.search.filters import Filters
-from laion_assets.search.retrieval import Found, Request, columns_found, query_bytes, retrieve
+from laion_assets.search.retrieval import (
+    Found,
+    Request,
+    all_batches,
+    columns_found,
+    query_bytes,
+    retrieve,
+)
 from laion_assets.search.shards import ALL, NOMINAL_ROW, Shard, from_json, joined, shards_for, to_json
 
 QUERIES = 11
@@ -40,7 +47,7 @@ def searched(
     opened: tuple[Index, Metadata], queries: np.ndarray, request: Request, part: Shard
 ) -> tuple[pa.Table, Found]:
     batches: list[pa.RecordBatch] = []
-    numbers = part.batches(*opened, queries, request)
+    numbers = part.share(all_batches(*opened, queries, request))
     found = retrieve(*opened, queries, request, batches.append, per_seed=True, batches=numbers)
     return pa.Table.from_batches(batches, columns_found(*opened, per_seed=True)), found
 

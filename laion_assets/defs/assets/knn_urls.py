@@ -176,6 +176,7 @@ def _to_json(searched: Searched) -> Value:
         "provenance": searched.provenance.to_json(),
         "table": asdict(searched.table),
         "figures": dict(searched.figures),
+        "cut": searched.cut,
     }
 
 
@@ -185,6 +186,7 @@ def _from_json(part: Value, decoder: bytes) -> Searched:
         Provenance.from_json(part["provenance"]),
         Written(**part["table"]),
         part["figures"],
+        part["cut"],
     )
 
 
@@ -197,6 +199,8 @@ def _join(step: SearchStep, parts: list[Value]) -> Searched:
     indices = {shard.provenance.index for shard in shards}
     if len(indices) > 1:
         raise InputError(f"the shards searched different indices: {REMEDY}")
+    if len({shard.cut for shard in shards}) > 1:
+        raise InputError(f"the shards cut the seeds differently: {REMEDY}")
     found = joined([shard.found for shard in shards], step.laion_index.block_list())
     with step.tables.new(step.context, stored[0].schema) as table:
         for part in stored:
@@ -211,6 +215,7 @@ def _join(step: SearchStep, parts: list[Value]) -> Searched:
         provenance,
         replace(table.written(), seconds=seconds),
         _summed([shard.figures for shard in shards]),
+        shards[0].cut,
     )
 
 

@@ -38,10 +38,11 @@ from laion_assets.search.retrieval import (
     Found,
     Funnel,
     Request,
+    all_batches,
     columns_found,
     retrieve,
 )
-from laion_assets.search.shards import ALL, Shard
+from laion_assets.search.shards import ALL, Shard, cut_of
 from laion_assets.search.sizing import EXPECT_ALIVE, USUAL, kept_by_each
 from laion_assets.search.target import retrieve_the_rest
 from laion_assets.seeds import embeddings_of
@@ -100,6 +101,7 @@ class Searched:
         provenance: the provenance in its table.
         table: its table.
         figures: more for the report, such as the bytes fetched.
+        cut: how all queries were cut into batches, see `cut_of`.
 
     """
 
@@ -107,6 +109,7 @@ class Searched:
     provenance: Provenance
     table: Written
     figures: Mapping[str, int | str]
+    cut: str
 
 
 @dataclass(frozen=True)
@@ -157,7 +160,8 @@ class SearchStep:
             origin = replace(origin, index=opened.manifest.fingerprint)
             knn = self._found_around_seeds(origin)
             request = self._request(origin.settings)
-            batches = part.batches(opened.index, opened.metadata, queries, request)
+            every = all_batches(opened.index, opened.metadata, queries, request)
+            batches = part.share(every)
             some = np.concatenate([np.empty(0, np.int64), *batches])
             self.context.log.info(_looking(request, len(some), opened.index.rows, per_seed=self.per_seed))
             planned = self._planned(opened, origin.seed_set, queries[some], request)
@@ -169,7 +173,7 @@ class SearchStep:
                 table.footer = provenance.to_footer()
             figures = _fetched(opened) | ({PLANNED: meter.against(planned, opened)} if planned else {})
             self._log(found, request, opened.index.rows, is_first=part.number == 0)
-        return Searched(found, provenance, table.written(), figures)
+        return Searched(found, provenance, table.written(), figures, cut_of(every))
 
     def _found_around_seeds(self, origin: Provenance) -> StoredTable | None:
         """Open the rows to which a search around the centroid adds; None without a target."""
