@@ -68,8 +68,8 @@ ALL = Shard(0, 1)
 def cut_of(batches: Iterable[Ids]) -> str:
     """Return a checksum of how queries are cut into batches.
 
-    Only shards with the same one have each query once: memory of a result, and so the cut, depends on
-    settings, and groups of neighbours may depend on a processor's rounding.
+    Only shards with the same one have each query once: the cut depends on how long the columns are that
+    travel, which are a setting.
     """
     checksum = 0
     for numbers in batches:
