@@ -58,8 +58,8 @@ stripes. *Handed over* is what the plan writes and every stripe reads.
 |---|---|---|---|---|---|---|---|---|---|
 {striped}
 
-The laws through the runs in stripes, and that of memory also through those of one step that {cores}
-processes shared, for n million images:
+The laws for n million images, fitted to the runs in stripes. That of memory is also fitted to the runs
+in one step that {cores} processes shared:
 
 - core seconds: {linear:.0f} n + {quadratic:.0f} n²
 - core seconds of each stripe beyond the first: {start:.0f} n

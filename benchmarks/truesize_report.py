@@ -77,7 +77,7 @@ The rates of the machine are measured where the stand-in has data: elsewhere it 
 The bucket is fake-gcs-server on the same machine and disk, which serves the files where they are. Each
 request finds in the cache what those above it fetched. *The source alone*: the same reads as to open,
 in as many threads, but nothing is written, marked or kept; for both, the server has the headers in
-memory, and both are measured three times in turn: the round with the median ratio is shown. The plan is
+memory. Both are measured three times in turn; the round with the median ratio is shown. The plan is
 made by the rules of sparse staging, for an empty cache and without headers.
 
 {sparse}

@@ -8,7 +8,7 @@ import faiss
 import numpy as np
 
 from laion_assets.io.arrays import Bytes, Floats, Ids
-from laion_assets.io.parallel import in_threads
+from laion_assets.io.parallel import in_threads, one_faiss_thread
 
 ROWS_AT_ONCE = 4_096  # keeps the intermediate results of a thread small
 SIMD_WIDTHS = (1, 2, 4, 8)  # dimensions of a subspace for which faiss's search of a codebook is fast
@@ -42,7 +42,6 @@ class WideCodebooks:
         codes = np.empty((len(rows), self._parts), np.uint8)
 
         def encode(start: int) -> None:
-            faiss.omp_set_num_threads(1)  # for this thread only
             block = slice(start, start + ROWS_AT_ONCE)
             some = rows[block]
             wide = np.zeros((len(some), self._parts, self._padded), np.float32)
@@ -53,7 +52,8 @@ class WideCodebooks:
             else:
                 taken = centres[numbers[block]].reshape(parts.shape)
                 np.subtract(parts, taken, out=inner)
-            codes[block] = self._pq.compute_codes(wide.reshape(len(some), -1))
+            with one_faiss_thread():
+                codes[block] = self._pq.compute_codes(wide.reshape(len(some), -1))
 
         in_threads(encode, range(0, len(rows), ROWS_AT_ONCE))
         return codes

@@ -158,10 +158,10 @@ def _checksum(value: object) -> str:
     return checksum_text(crc32c(json.dumps(value).encode()))
 
 
-def check_version(handed_over: Iterable[Mapping[str, Any]], version: str, asset: str) -> None:
-    """Raise if another version of an asset began this work, which it may have cut otherwise."""
+def check_version(handed_over: Iterable[Mapping[str, Any]], version: str, remedy: str) -> None:
+    """Raise if another version of an asset began this work: it may have divided the work differently."""
     if any(value.get("version") != version for value in handed_over):
-        raise InputError(f"another version of laion_assets began this: materialize {asset} again")
+        raise InputError(f"another version of laion_assets began this: {remedy}")
 
 
 class HandoverIOManager(dg.IOManager):

@@ -43,8 +43,8 @@ GROWTH = 4  # each further round ends at this many times the rows of those befor
 TRANSFORMED_AT_ONCE = 4  # queries: a tile of a processor's product of matrices, so none is at its edge
 UNKNOWN_KIND = re.compile("could not load|not recognized")  # faiss's words
 TOO_LARGE = "deserialization_vector_byte_limit"  # likewise
-READING = Lock()  # held while an index is read
-ROOM = 1 << 30  # bytes; more than any array that is read apart from an index, such as a decoder's
+READING = Lock()  # one limit at a time: faiss has one for the whole process
+ROOM = 1 << 30  # bytes, the lowest limit: other threads read decoders meanwhile, which are smaller
 MIN_SAMPLED_LISTS = 16  # but into no fewer
 # Kinds whose stored rows decode to vectors with the scores that a search returns, exactly these classes:
 # subclasses may store rows otherwise.
@@ -655,9 +655,10 @@ def _read_index(path: Path, lists: Path | None) -> Any:
 
 @contextmanager
 def _no_array_larger_than(path: Path) -> Iterator[None]:
-    """Let faiss refuse a damaged size, for which it would fill memory before it finds the file shorter.
+    """Make faiss refuse an array larger than the file.
 
-    The limit is of the process: it leaves room for what other threads read meanwhile.
+    Otherwise it allocates and fills a damaged size before it notices the end of the file. The limit
+    applies to the whole process.
     """
     size = path.stat().st_size if path.exists() else 0  # faiss says that it is missing
     with READING:

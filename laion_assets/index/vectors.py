@@ -15,7 +15,7 @@ from laion_assets.io.parallel import in_threads, one_faiss_thread, slices
 
 HELD_ROWS = 1 << 17  # more vectors than this are decoded on every access
 MOST_REMOVED = 0.2  # of a vector's squared length: up to there, float32 is precise enough
-NEAR = 1e-3  # products so close to a limit, beyond the bound of what is left in, lose the removed parts
+NEAR = 1e-3  # products this close to a limit, plus the bound of the removed parts, lose these parts
 ORDINARY = 1e-20, 1e20  # squared lengths for which float32 is fit
 ROWS_DECODED_AT_ONCE = 1024  # so that intermediate results fit into the processor's cache
 
@@ -179,6 +179,7 @@ class Coded:
                 whole, part = squares(vectors), squares(removed)
                 fit = (whole > ORDINARY[0]) & (whole < ORDINARY[1]) & (part <= MOST_REMOVED * whole)
                 scale = 1 / np.sqrt(np.where(fit, whole - part, np.nan))
+                # The scale last: where it is known, other threads need the removed length too.
                 self._removed[rows], self._scale[rows] = scale * np.sqrt(part), scale
                 products *= scale[:, None]
             if not fit.all():

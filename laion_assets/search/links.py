@@ -12,7 +12,7 @@ from laion_assets.io.arrays import Bytes, Floats, Ids, Mask
 from laion_assets.io.parallel import in_threads, slices
 
 ROWS_NUMBERED = 1 << 20  # at a time: the numbers of all rows take memory
-# It is below `vectors.NEAR`, so that products that are near the threshold are exact to float32.
+# `SLACK` must stay below `vectors.NEAR`: products within it of the threshold must be right to float32.
 SLACK = 3e-4  # relaxes every bound by more than float32's rounding, see `near_duplicates`
 
 
@@ -36,8 +36,8 @@ class Sizes:
     single: int = 80  # pairs that one product compares in the time of one pair that is fetched alone
     rows_of_list: int = 1024  # of a short list in one product: threads wait in shorter calls
     many_of_row: int = 8  # near pairs for each row of a short list above which one product is cheaper
-    batch: int = 1024  # rows that are fetched, or pairs of rows that are checked, at once
-    pairs: int = 4096  # of many pairs of short lists, those that a thread decides at once
+    batch: int = 1024  # rows fetched, or pairs checked, at once
+    pairs: int = 4096  # pairs that a thread decides at once, where short lists have many
     together: int = 4096  # pairs of a block that are collected before they are checked
 
 
@@ -145,7 +145,8 @@ class Links:
                 pairs = unsure[some]
                 linked[pairs] = self.vectors.exact_cosines(a[pairs], b[pairs]) > self.limit
 
-        if len(a) <= self.sizes.pairs:  # the caller may be one of many threads
+        # Without `in_threads`, whose limit on BLAS takes time, and holds in a worker thread already.
+        if len(a) <= self.sizes.pairs:
             decide_batch(0)
         else:
             in_threads(decide_batch, range(0, len(a), self.sizes.pairs))

@@ -295,9 +295,10 @@ def batches_of(index: Index, metadata: Metadata, queries: Floats, numbers: Ids, 
 
 
 def query_bytes(index: Index, metadata: Metadata, k: int) -> int:
-    """Return about how many bytes of memory a query takes while its batch is searched.
+    """Return about how many bytes of memory a query adds to its batch.
 
-    The result is the same on all machines: they cut the queries by it.
+    All machines cut queries by it, so it depends only on the index, the carried columns and k. Decoded
+    vectors are not counted: they are held for one long list at a time.
 
     Args:
         index: the index.

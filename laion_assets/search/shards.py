@@ -28,7 +28,7 @@ from laion_assets.search.retrieval import (
 )
 
 BATCHES = 4  # of queries in a shard, about
-NOMINAL_ROW = 1024  # bytes of a result, about, while no index is open
+NOMINAL_ROW = 1024  # bytes of a result, about: shards are counted before the index is open
 
 
 def shards_for(queries: int, k: int) -> int:
@@ -56,7 +56,7 @@ class Shard:
     of: int
 
     def share(self, batches: Sequence[Ids]) -> Sequence[Ids]:
-        """Return its batches of all; none if there are more shards than batches."""
+        """Return the batches of this shard; it may have none if there are more shards than batches."""
         # Rounded up, so that the first shard has the first batch.
         first, stop = (-(-len(batches) * each // self.of) for each in (self.number, self.number + 1))
         return batches[first:stop]
@@ -68,8 +68,8 @@ ALL = Shard(0, 1)
 def cut_of(batches: Iterable[Ids]) -> str:
     """Return a checksum of how queries are cut into batches.
 
-    Only shards with the same one have each query once: the cut depends on how long the columns are that
-    travel, which are a setting.
+    Shards with equal checksums search each query exactly once together. The cut may differ, because it
+    depends on the size of the carried columns.
     """
     checksum = 0
     for numbers in batches:

@@ -178,14 +178,14 @@ class Platform:
             found[asset_of_step(log.dagster_event.step_key)] = told or failure.error.message
         return found
 
-    def running_pod(self, step: str, *, of: int = 1) -> str:
-        """Wait until as many pods of a step run, see `Cluster.pods_of`; return the name of the oldest."""
+    def running_pod(self, step: str, *, at_least: int = 1) -> str:
+        """Wait until at least this many pods of a step run, and return the name of the oldest."""
 
         def running() -> list[dict[str, Any]] | None:
             pods = self.cluster.pods_of(step, "Running")
-            return pods if len(pods) >= of else None
+            return pods if len(pods) >= at_least else None
 
-        pod, *_ = wait_until(running, f"{step} runs in {of} or more pods")
+        pod, *_ = wait_until(running, f"{step} runs in {at_least} or more pods")
         return str(pod["metadata"]["name"])
 
     def stagings(self) -> list[tuple[str, str]]:

@@ -28,7 +28,7 @@ STEPS = (
 ON_NVME = {"staged_laion_index", "knn_urls.search", "centroid_urls"}
 SMALL_PARTS = """
 from laion_assets.search import retrieval, shards
-retrieval.query_bytes = lambda *_: retrieval.RESULT_BYTES // 2  # of 12 seeds or 11, of 50 images
+retrieval.query_bytes = lambda *_: retrieval.RESULT_BYTES // 2  # two seeds a batch, of 11 or 12
 shards.NOMINAL_ROW, shards.BATCHES = shards.RESULT_BYTES // 2 // 50, 1
 from laion_assets.search import needs
 needs.stripes_of = lambda images: 3
@@ -102,7 +102,7 @@ def test_shards_are_searched_on_two_nodes_and_only_a_shard_or_stripe_that_was_ki
     run = platform.launch("flower", "knn_urls", "combined_urls")
     for step in ("knn_urls.search", "combined_urls.compare"):
         # A pod that is killed keeps its slot; killed too early, the others would run one at a time.
-        platform.cluster.kill(platform.running_pod(step, of=2))
+        platform.cluster.kill(platform.running_pod(step, at_least=2))
     platform.succeed(run)
     retried = [sanitize_k8s_label(e.dagster_event.step_key) for e in platform.events(run, RETRY)]
     assert len(retried) == 2

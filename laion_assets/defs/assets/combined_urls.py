@@ -32,7 +32,7 @@ from laion_assets.search.liveness import measured_liveness
 from laion_assets.search.stripes import compare_stripe, links_in, stripes_for, write_plan
 
 NAME = "combined_urls"
-VERSION = "2"  # increment it if combining now keeps other rows, or cuts images in other stripes
+VERSION = "2"  # increment it when combining keeps other rows, or cuts images into other stripes
 REMEDY = f"materialize {NAME} again"
 Value = dict[str, Any]  # passed between steps as JSON
 
@@ -82,7 +82,7 @@ def combined_urls_asset(placement: Placement) -> dg.AssetsDefinition:
         """Find the links of one stripe."""
         with as_failures():
             meter = Meter.start()
-            check_version([stripe], VERSION, NAME)
+            check_version([stripe], VERSION, REMEDY)
             number, of = stripe["number"], stripe["of"]
             uri = f"{_folder(tables, context)}/links-{number:04d}.parquet"
             found = compare_stripe(_open(stripe["planned"]), stripe["threshold"], (number, of), uri)
@@ -194,7 +194,7 @@ def _links(found: Sequence[Value], inputs: list[list[str]]) -> Iterator[tuple[Id
 
     """
     stripes = sorted((each["stripe"] for each in found), key=lambda stripe: stripe["number"])
-    check_version(stripes, VERSION, NAME)
+    check_version(stripes, VERSION, REMEDY)
     if any(stripe["inputs"] != inputs for stripe in stripes):
         raise InputError(f"a URL set has changed since its images were compared: {REMEDY}")
     plans = {stripe["planned"]["checksum"] for stripe in stripes}

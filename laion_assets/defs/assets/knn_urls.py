@@ -85,7 +85,7 @@ def knn_urls_asset(placement: Placement) -> dg.AssetsDefinition:
         """Search around the seeds of one shard."""
         with as_failures():
             part, origin = Shard(**shard["shard"]), Provenance.from_json(shard["origin"])
-            check_version([shard], SEARCH_VERSION, NAME)
+            check_version([shard], SEARCH_VERSION, REMEDY)
             _check_inputs(origin, vectors, laion_index)
             step = SearchStep(context, vectors, laion_index, tables, pictures, bounds, per_seed=True)
             folder = tables.handed_over(NAME, context.partition_key, context.run.run_id)
@@ -111,7 +111,7 @@ def knn_urls_asset(placement: Placement) -> dg.AssetsDefinition:
             step = SearchStep(context, vectors, laion_index, tables, pictures, bounds, per_seed=True)
             parts = sorted(found, key=lambda part: part["shard"]["number"])
             _check_whole(parts)
-            check_version(parts, SEARCH_VERSION, NAME)
+            check_version(parts, SEARCH_VERSION, REMEDY)
             _check_inputs(Provenance.from_json(parts[0]["provenance"]), vectors, laion_index)
             if parts[0]["uri"] is None:
                 table = tables.written(context)
@@ -186,7 +186,6 @@ def _from_json(part: Value, decoder: bytes) -> Searched:
         Provenance.from_json(part["provenance"]),
         Written(**part["table"]),
         part["figures"],
-        part["cut"],
     )
 
 
@@ -199,7 +198,7 @@ def _join(step: SearchStep, parts: list[Value]) -> Searched:
     indices = {shard.provenance.index for shard in shards}
     if len(indices) > 1:
         raise InputError(f"the shards searched different indices: {REMEDY}")
-    if len({shard.cut for shard in shards}) > 1:
+    if len({part["cut"] for part in parts}) > 1:
         raise InputError(f"the shards cut the seeds differently: {REMEDY}")
     found = joined([shard.found for shard in shards], step.laion_index.block_list())
     with step.tables.new(step.context, stored[0].schema) as table:
@@ -215,7 +214,6 @@ def _join(step: SearchStep, parts: list[Value]) -> Searched:
         provenance,
         replace(table.written(), seconds=seconds),
         _summed([shard.figures for shard in shards]),
-        shards[0].cut,
     )
 
 

@@ -50,7 +50,7 @@ from laion_assets.staging import OpenIndex
 
 LOW_RECALL = 0.9
 LEAST_SHARE = 1 / MOST_REQUESTED
-SEARCH_VERSION = "6"  # increment it if a search now finds other rows, or cuts seeds in other batches
+SEARCH_VERSION = "6"  # increment it when a search finds other rows, or cuts seeds into other batches
 
 
 def centroid_urls_asset(placement: Placement) -> dg.AssetsDefinition:
@@ -101,7 +101,7 @@ class Searched:
         provenance: the provenance in its table.
         table: its table.
         figures: more for the report, such as the bytes fetched.
-        cut: how all queries were cut into batches, see `cut_of`.
+        cut: how all queries were cut into batches, see `cut_of`; empty once shards are joined.
 
     """
 
@@ -109,7 +109,7 @@ class Searched:
     provenance: Provenance
     table: Written
     figures: Mapping[str, int | str]
-    cut: str
+    cut: str = ""
 
 
 @dataclass(frozen=True)

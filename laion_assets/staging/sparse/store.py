@@ -421,8 +421,8 @@ class SparseFiles:
             if batch.finish(some, page_checksums(checksums.finish())):
                 self._mark(batch)
 
-        jobs = list(self._jobs(reads))  # the threads would wait for one another
         try:
+            jobs = list(self._jobs(reads))  # cut here: threads would cut one at a time, under a lock
             with Progress("fetching", _bytes(reads), "B", fetcher.log) as progress:
                 fetcher.run(iter(jobs), read)
         except BaseException as error:
