@@ -280,21 +280,22 @@ def _plan(parsed: argparse.Namespace, environment: Mapping[str, str]) -> int:
         if value is not None and value < 1:
             raise InputError(f"--{name} is {value}: give 1 or more")
     places, name = Places.from_environment(environment), parsed.seed_set or ""
+    index = LaionIndex.at(places)
     seeds, own, block_list = parsed.seeds, {}, None
     if name:
         folder = SeedFolder(places.seeds_uri)
         seed_set = folder.find(name)
         own = dict(folder.settings(seed_set))
         seeds = count_seeds(folder.uri, seed_set)
-        block_list = LaionIndex.at(places).block_list_description()
+        block_list = index.block_list_description()
     config = RetrievalConfig(target_images=parsed.target)
     settings = config.resolve(Defaults.from_environment(environment), own, name, block_list)
     with instance(environment) as kept:
-        known = read_history(kept, parsed.seed_set, settings.asked())
+        known = read_history(kept, index, parsed.seed_set, settings.asked())
         alive = settings.values.expect_alive or expected_alive(kept, parsed.seed_set)[0]
     plan = plan_request(parsed.target, seeds, known, alive)
     try:
-        times = estimated(plan, seeds, measured_machine(LaionIndex.at(places)), settings.values.nprobe)
+        times = estimated(plan, seeds, measured_machine(index), settings.values.nprobe)
     except InputError as error:  # above all, an index that is not staged
         times = [f"# reads: unknown, because {one_line(str(error))}", *scaled(plan)]
     print(*as_yaml(plan, seeds, times), sep="\n")

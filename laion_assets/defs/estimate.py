@@ -10,6 +10,7 @@ from laion_assets.defs.history import PastMaterialization
 from laion_assets.defs.resources import LaionIndex
 from laion_assets.index.faiss_index import Index
 from laion_assets.io.arrays import Floats
+from laion_assets.io.errors import InputError
 from laion_assets.io.progress import format_duration
 from laion_assets.io.text import as_bytes
 from laion_assets.search.cost import (
@@ -109,11 +110,17 @@ def measured_machine(laion_index: LaionIndex) -> Machine:
     """Return the rates of this machine; measure them first if necessary.
 
     Raises:
-        InputError: the index is not staged, is empty or cannot be read.
+        InputError: the index is not staged, or another one is; or it is empty or cannot be read.
 
     """
     cache, open_index = laion_index.cache_dir, partial(laion_index.open, lambda _: None)
     with open_index() as opened:
+        if not laion_index.is_source(opened.manifest.source):
+            raise InputError(
+                f"{cache} holds {opened.manifest.source} and not {laion_index.index_uri}: set another "
+                "cache directory, and materialize staged_laion_index",
+                "cache_dir",
+            )
         known = known_machine(opened, laion_index)
         if known:
             return known

@@ -14,12 +14,14 @@ import dagster as dg
 
 from laion_assets.defs.estimate import Machine, as_comments, share_read
 from laion_assets.defs.history import (
+    FINGERPRINT,
     PastMaterialization,
     materializations,
     measured_yield,
     rows_of_the_index,
     staged_indices,
 )
+from laion_assets.defs.resources import LaionIndex
 from laion_assets.defs.terminal import count
 from laion_assets.io.progress import format_duration
 from laion_assets.io.text import as_bytes
@@ -74,16 +76,24 @@ class RequestPlan:
     known: History
 
 
-def read_history(instance: dg.DagsterInstance, seed_set: str | None, asked: Mapping[str, Any]) -> History:
+def read_history(
+    instance: dg.DagsterInstance,
+    laion_index: LaionIndex,
+    seed_set: str | None,
+    asked: Mapping[str, Any],
+) -> History:
     """Read the measurements for a plan.
 
     Args:
         instance: the instance with the history of past runs.
+        laion_index: the index; how large others were does not count.
         seed_set: the set, if it already exists.
         asked: its settings, see `ResolvedSettings.asked`.
 
     """
-    staged = staged_indices(instance)
+    every = staged_indices(instance)
+    own = {each[FINGERPRINT] for each in every if laion_index.is_source(each.get("source"))}
+    staged = [each for each in every if each[FINGERPRINT] in own]
     return History(
         measured_yield(instance, seed_set, asked) if seed_set else USUAL,
         _last_run(instance, seed_set) if seed_set else {},

@@ -113,6 +113,7 @@ def test_without_a_run_a_plan_rests_on_the_usual_yield_and_guesses_no_times(
 
 def test_a_plan_for_a_sparse_index_counts_requests(demo, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("LAION_INDEX_URI", str(demo.index))
     stage(str(demo.index), None, tmp_path / "data" / "cache", sparse=True)
     assert main(["plan", "--target", "5000", "--seeds", "10"]) == 0
     printed = capsys.readouterr().out
@@ -175,6 +176,14 @@ def test_a_plan_for_a_set_rests_on_its_last_run_and_on_this_machine(demo, tmp_pa
             assert "planned and taken" not in before.figures
         combined = next(materializations(kept, "combined_urls", "flower")).figures["planned and taken"]
         assert re.fullmatch(r"planned at most \d+ s; took \d+ s", combined)
+
+    monkeypatch.setenv("LAION_INDEX_URI", "gs://other/index")
+    assert main(["plan", "--target", str(10**9), "--seeds", "5"]) == 0
+    other = capsys.readouterr().out
+    assert f"data/cache holds {demo.index} and not gs://other/index" in other
+    assert "index not staged yet" in other
+    assert "rows" not in other
+    monkeypatch.setenv("LAION_INDEX_URI", str(demo.index))
 
     (tmp_path / "data/cache/manifest.json").unlink()  # the disk has lost the index since
     assert main(["plan", "--target", "100", "--seed-set", "flower"]) == 0
