@@ -119,6 +119,35 @@ def test_shards_that_cut_the_seeds_differently_are_refused(project, monkeypatch)
     assert "the shards cut the seeds differently: materialize knn_urls again" in said
 
 
+@pytest.mark.parametrize(
+    ("before", "after"), [("caption=category", "caption=caption"), ("category", ""), ("", "category")]
+)
+@pytest.mark.parametrize("step", ["write", "_join"])
+def test_a_search_that_began_with_other_columns_is_refused(
+    project, monkeypatch, before, after, step
+) -> None:
+    def with_columns(columns: str) -> Project:
+        return project.with_environment(LAION_METADATA_COLUMNS=columns) if columns else project
+
+    in_shards(monkeypatch, 2)
+    write = knn_urls.SearchStep.write
+
+    def failing(step, origin, part, uri):
+        if part.number:
+            raise OSError("the node is gone")
+        return write(step, origin, part, uri)
+
+    with monkeypatch.context() as patch:
+        if step == "write":
+            patch.setattr(knn_urls.SearchStep, "write", failing)
+        else:
+            patch.setattr(knn_urls, "_join", lambda *_: 1 / 0)
+        first = with_columns(before).run("many", "knn_urls", nb_images_knn=50)
+    said = failures(with_columns(after).re_execute(first))["knn_urls"]
+    expected = "LAION_METADATA_COLUMNS has changed since this search began: materialize knn_urls again"
+    assert expected in said
+
+
 def test_a_search_that_another_version_began_is_refused(project, monkeypatch) -> None:
     in_shards(monkeypatch, 2)
     with monkeypatch.context() as patch:

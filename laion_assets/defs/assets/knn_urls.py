@@ -64,7 +64,12 @@ def knn_urls_asset(placement: Placement) -> dg.AssetsDefinition:
             context.log.info(f"{count(len(vectors), 'seed')} in {number:,} shards")
         for each in range(number):
             shard = asdict(Shard(each, number))
-            value = {"version": SEARCH_VERSION, "shard": shard, "origin": origin.to_json()}
+            value = {
+                "version": SEARCH_VERSION,
+                "shard": shard,
+                "origin": origin.to_json(),
+                "columns": _columns(laion_index),
+            }
             yield dg.DynamicOutput(value, f"{each:04d}")
 
     @dg.op(
@@ -86,7 +91,7 @@ def knn_urls_asset(placement: Placement) -> dg.AssetsDefinition:
         with as_failures():
             part, origin = Shard(**shard["shard"]), Provenance.from_json(shard["origin"])
             check_version([shard], SEARCH_VERSION, REMEDY)
-            _check_inputs(origin, vectors, laion_index)
+            _check_inputs([shard], origin, vectors, laion_index)
             step = SearchStep(context, vectors, laion_index, tables, pictures, bounds, per_seed=True)
             folder = tables.handed_over(NAME, context.partition_key, context.run.run_id)
             uri = f"{folder}/{part.number:04d}.parquet" if part.of > 1 else None
@@ -112,7 +117,7 @@ def knn_urls_asset(placement: Placement) -> dg.AssetsDefinition:
             parts = sorted(found, key=lambda part: part["shard"]["number"])
             _check_whole(parts)
             check_version(parts, SEARCH_VERSION, REMEDY)
-            _check_inputs(Provenance.from_json(parts[0]["provenance"]), vectors, laion_index)
+            _check_inputs(parts, Provenance.from_json(parts[0]["provenance"]), vectors, laion_index)
             if parts[0]["uri"] is None:
                 table = tables.written(context)
                 searched = _from_json(parts[0], table.attachment(DECODER))
@@ -162,12 +167,25 @@ def _check_whole(parts: list[Value]) -> None:
         raise InputError(f"the shards are not those of one search: {REMEDY}")
 
 
-def _check_inputs(origin: Provenance, vectors: StoredTable, laion_index: LaionIndex) -> None:
-    """Raise if the seeds or the block list are no longer those with which this search began."""
-    seeds = Provenance.of(vectors).seeds_version == origin.seeds_version
-    if not seeds or laion_index.block_list_description() != origin.settings.block_list:
-        what = "the block list" if seeds else f"seed_embeddings of {origin.seed_set!r}"
-        raise InputError(f"{what} has changed since this search began: {REMEDY}")
+def _columns(laion_index: LaionIndex) -> list[list[str]]:
+    """Return the columns that a table takes from the metadata, in their order."""
+    return [list(column) for column in laion_index.metadata_columns.items()]
+
+
+def _check_inputs(
+    parts: list[Value], origin: Provenance, vectors: StoredTable, laion_index: LaionIndex
+) -> None:
+    """Raise if the seeds or settings are no longer those with which this search began."""
+    unchanged = {
+        f"seed_embeddings of {origin.seed_set!r}": (
+            Provenance.of(vectors).seeds_version == origin.seeds_version
+        ),
+        "the block list": laion_index.block_list_description() == origin.settings.block_list,
+        "LAION_METADATA_COLUMNS": all(part.get("columns") == _columns(laion_index) for part in parts),
+    }
+    for what, is_unchanged in unchanged.items():
+        if not is_unchanged:
+            raise InputError(f"{what} has changed since this search began: {REMEDY}")
 
 
 def _to_json(searched: Searched) -> Value:
