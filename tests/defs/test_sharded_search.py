@@ -1,5 +1,7 @@
 """`knn_urls` in shards: what a failed one repeats, and that the table is that of one search."""
 
+from typing import Any
+
 import dagster as dg
 import numpy as np
 import pyarrow.parquet as pq
@@ -12,6 +14,7 @@ from laion_assets.defs.forget import ASSETS
 from laion_assets.defs.partitions import seed_sets
 from laion_assets.io.errors import InputError
 from laion_assets.search import retrieval
+from laion_assets.search.shards import Shard
 
 SEEDS = 24
 
@@ -29,6 +32,17 @@ def project(tmp_path, demo: Demo, monkeypatch) -> Project:
 
 def in_shards(monkeypatch, number: int) -> None:
     monkeypatch.setattr(knn_urls, "shards_for", lambda *_: number)
+
+
+def fail_shard(patch: pytest.MonkeyPatch, number: int) -> None:
+    write = knn_urls.SearchStep.write
+
+    def failing(step: Any, origin: Any, part: Shard, uri: str | None) -> Any:
+        if part.number == number:
+            raise OSError("the node is gone")
+        return write(step, origin, part, uri)
+
+    patch.setattr(knn_urls.SearchStep, "write", failing)
 
 
 def steps(instance: dg.DagsterInstance, run_id: str) -> list[str]:
@@ -54,15 +68,8 @@ def test_a_failed_shard_alone_is_repeated_and_the_table_is_that_of_one_search(
     path.unlink()
 
     in_shards(monkeypatch, 6)
-    write = knn_urls.SearchStep.write
-
-    def failing(step, origin, part, uri):
-        if part.number == 3:
-            raise OSError("the node is gone")
-        return write(step, origin, part, uri)
-
     with monkeypatch.context() as patch:
-        patch.setattr(knn_urls.SearchStep, "write", failing)
+        fail_shard(patch, 3)
         first = project.run("many", "knn_urls", "centroid_urls", nb_images_knn=50)
     assert "the node is gone" in failures(first)["knn_urls"]
     assert not path.exists()
@@ -104,15 +111,8 @@ def test_shards_of_which_one_is_copied_over_another_are_refused(project, monkeyp
 
 def test_shards_that_cut_the_seeds_differently_are_refused(project, monkeypatch) -> None:
     in_shards(monkeypatch, 2)
-    write = knn_urls.SearchStep.write
-
-    def failing(step, origin, part, uri):
-        if part.number:
-            raise OSError("the node is gone")
-        return write(step, origin, part, uri)
-
     with monkeypatch.context() as patch:
-        patch.setattr(knn_urls.SearchStep, "write", failing)
+        fail_shard(patch, 1)
         first = project.run("many", "knn_urls", nb_images_knn=50)
     monkeypatch.setattr(retrieval, "query_bytes", lambda *_: retrieval.RESULT_BYTES // 5)
     said = failures(project.re_execute(first))["knn_urls"]
@@ -130,16 +130,9 @@ def test_a_search_that_began_with_other_columns_is_refused(
         return project.with_environment(LAION_METADATA_COLUMNS=columns) if columns else project
 
     in_shards(monkeypatch, 2)
-    write = knn_urls.SearchStep.write
-
-    def failing(step, origin, part, uri):
-        if part.number:
-            raise OSError("the node is gone")
-        return write(step, origin, part, uri)
-
     with monkeypatch.context() as patch:
         if step == "write":
-            patch.setattr(knn_urls.SearchStep, "write", failing)
+            fail_shard(patch, 1)
         else:
             patch.setattr(knn_urls, "_join", lambda *_: 1 / 0)
         first = with_columns(before).run("many", "knn_urls", nb_images_knn=50)
