@@ -68,8 +68,7 @@ ALL = Shard(0, 1)
 def cut_of(batches: Iterable[Ids]) -> str:
     """Return a checksum of how queries are cut into batches.
 
-    Shards with equal checksums search each query exactly once together. The cut may differ, because it
-    depends on the size of the carried columns.
+    Shards with equal checksums search each query exactly once together.
     """
     checksum = 0
     for numbers in batches:
