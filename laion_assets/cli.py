@@ -291,7 +291,7 @@ def _plan(parsed: argparse.Namespace, environment: Mapping[str, str]) -> int:
     config = RetrievalConfig(target_images=parsed.target)
     settings = config.resolve(Defaults.from_environment(environment), own, name, block_list)
     with instance(environment) as kept:
-        known = read_history(kept, index, parsed.seed_set, settings.asked())
+        known = read_history(kept, places.index_uri, parsed.seed_set, settings.asked())
         alive = settings.values.expect_alive or expected_alive(kept, parsed.seed_set)[0]
     plan = plan_request(parsed.target, seeds, known, alive)
     try:

@@ -12,6 +12,7 @@ from laion_assets.index.faiss_index import Index
 from laion_assets.io.arrays import Floats
 from laion_assets.io.errors import InputError
 from laion_assets.io.progress import format_duration
+from laion_assets.io.public_urls import is_same
 from laion_assets.io.text import as_bytes
 from laion_assets.search.cost import (
     Rates,
@@ -115,7 +116,7 @@ def measured_machine(laion_index: LaionIndex) -> Machine:
     """
     cache, open_index = laion_index.cache_dir, partial(laion_index.open, lambda _: None)
     with open_index() as opened:
-        if not laion_index.is_source(opened.manifest.source):
+        if not is_same(opened.manifest.source, laion_index.index_uri):
             raise InputError(
                 f"{cache} holds {opened.manifest.source} and not {laion_index.index_uri}: set another "
                 "cache directory, and materialize staged_laion_index",

@@ -21,9 +21,9 @@ from laion_assets.defs.history import (
     rows_of_the_index,
     staged_indices,
 )
-from laion_assets.defs.resources import LaionIndex
 from laion_assets.defs.terminal import count
 from laion_assets.io.progress import format_duration
+from laion_assets.io.public_urls import is_same
 from laion_assets.io.text import as_bytes
 from laion_assets.search.needs import HOUR, NODE, Needs
 from laion_assets.search.sizing import USUAL, Counts, Yield, expected_counts, images_wanted
@@ -77,22 +77,19 @@ class RequestPlan:
 
 
 def read_history(
-    instance: dg.DagsterInstance,
-    laion_index: LaionIndex,
-    seed_set: str | None,
-    asked: Mapping[str, Any],
+    instance: dg.DagsterInstance, index_uri: str, seed_set: str | None, asked: Mapping[str, Any]
 ) -> History:
     """Read the measurements for a plan.
 
     Args:
         instance: the instance with the history of past runs.
-        laion_index: the index; how large others were does not count.
+        index_uri: the index; how large others were does not count.
         seed_set: the set, if it already exists.
         asked: its settings, see `ResolvedSettings.asked`.
 
     """
     every = staged_indices(instance)
-    own = {each[FINGERPRINT] for each in every if laion_index.is_source(each.get("source"))}
+    own = {each[FINGERPRINT] for each in every if is_same(each.get("source", ""), index_uri)}
     staged = [each for each in every if each[FINGERPRINT] in own]
     return History(
         measured_yield(instance, seed_set, asked) if seed_set else USUAL,

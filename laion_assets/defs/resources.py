@@ -24,7 +24,6 @@ from laion_assets.defs.settings import Defaults, RetrievalConfig
 from laion_assets.demo import DEMO_MODEL, is_demo
 from laion_assets.index import MODEL_RECORD, ModelRecord, read_model_record
 from laion_assets.io.errors import InputError
-from laion_assets.io.public_urls import public
 from laion_assets.io.storage import open_storage, reaching
 from laion_assets.search.block_list import BlockList
 from laion_assets.search.block_list_file import block_list_version, read_block_list
@@ -159,10 +158,6 @@ class LaionIndex:
         if not self.block_list_uri:
             return None
         return _described_block_list(self.block_list_uri, block_list_version(self.block_list_uri))
-
-    def is_source(self, staged_from: object) -> bool:
-        """Whether a copy was staged from this index: the manifest and the history record the URL."""
-        return str(staged_from).rstrip("/") == public(self.index_uri).rstrip("/")
 
     @contextmanager
     def open(self, log: Callable[[str], None]) -> Iterator[OpenIndex]:

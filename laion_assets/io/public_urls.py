@@ -24,6 +24,11 @@ def public(url: str) -> str:
     return shown
 
 
+def is_same(one: str, other: str) -> bool:
+    """Whether two URLs or paths of folders are the same, whatever their secrets."""
+    return public(one).rstrip("/") == public(other).rstrip("/")
+
+
 def private(url: str) -> str:
     """Return a public URL with the secrets of the file or folder that it is, or is in."""
     above = [shown for shown in _secrets if url == shown or url.startswith(f"{shown}/")]
