@@ -191,7 +191,11 @@ def _parser() -> argparse.ArgumentParser:
         "plan", help="print how many images to request, as YAML, with the expected time and disk space"
     )
     planned.add_argument(
-        "--target", type=_number(int), metavar="N", required=True, help="images wanted whose URLs work"
+        "--target-images",
+        type=_number(int),
+        metavar="N",
+        required=True,
+        help="images wanted whose URLs work",
     )
     which = planned.add_mutually_exclusive_group(required=True)
     which.add_argument("--seeds", type=_number(int), metavar="N", help="number of seeds")
@@ -275,10 +279,9 @@ def _materialize(parsed: argparse.Namespace, environment: Mapping[str, str]) -> 
 
 
 def _plan(parsed: argparse.Namespace, environment: Mapping[str, str]) -> int:
-    for name in ("target", "seeds"):
-        value = getattr(parsed, name)
+    for option, value in (("--target-images", parsed.target_images), ("--seeds", parsed.seeds)):
         if value is not None and value < 1:
-            raise InputError(f"--{name} is {value}: give 1 or more")
+            raise InputError(f"{option} is {value}: give 1 or more")
     places, name = Places.from_environment(environment), parsed.seed_set or ""
     index = LaionIndex.at(places)
     seeds, own, block_list = parsed.seeds, {}, None
@@ -288,12 +291,12 @@ def _plan(parsed: argparse.Namespace, environment: Mapping[str, str]) -> int:
         own = dict(folder.settings(seed_set))
         seeds = count_seeds(folder.uri, seed_set)
         block_list = index.block_list_description()
-    config = RetrievalConfig(target_images=parsed.target)
+    config = RetrievalConfig(target_images=parsed.target_images)
     settings = config.resolve(Defaults.from_environment(environment), own, name, block_list)
     with instance(environment) as kept:
         known = read_history(kept, places.index_uri, parsed.seed_set, settings.asked())
         alive = settings.values.expect_alive or expected_alive(kept, parsed.seed_set)[0]
-    plan = plan_request(parsed.target, seeds, known, alive)
+    plan = plan_request(parsed.target_images, seeds, known, alive)
     try:
         times = estimated(plan, seeds, measured_machine(index), settings.values.nprobe)
     except InputError as error:  # above all, an index that is not staged

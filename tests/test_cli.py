@@ -244,11 +244,11 @@ MISTAKES: dict[str, tuple[list[str], dict[str, str], int, tuple[str, ...]]] = {
     ),
     "an option without a value": (["dev", "--port"], {}, 2, ("--port has no value: give one",)),
     "a plan for seeds of two kinds": (
-        ["plan", "--target", "5", "--seeds", "5", "--seed-set", "fruit"], {}, 2,
+        ["plan", "--target-images", "5", "--seeds", "5", "--seed-set", "fruit"], {}, 2,
         ("--seed-set and --seeds are given: give only one",),
     ),
     "a plan for no seeds": (
-        ["plan", "--target", "5"], {}, 2, ("neither --seeds nor --seed-set is given: give one",),
+        ["plan", "--target-images", "5"], {}, 2, ("neither --seeds nor --seed-set is given: give one",),
     ),
     "a variable that is not a number": (
         ["materialize", "flower"], {"LAION_NPROBE": "x"}, 1,
@@ -684,12 +684,12 @@ def test_in_any_folder_the_history_is_kept_below_its_data_until_it_is_forgotten(
         assert isinstance(instance.run_launcher, LocalRunLauncher)
         assert instance.get_concurrency_config().pool_config.default_pool_limit == 1
 
-    planned = run_here(tmp_path, "plan", "--target", "50", "--seed-set", "fruit", **places)
+    planned = run_here(tmp_path, "plan", "--target-images", "50", "--seed-set", "fruit", **places)
     assert (planned.status, planned.err) == (0, "")
     assert f"measured by run {run.run_id[:8]}" in planned.out
 
     (home / "dagster.yaml").write_text(packaged.read_text() + "# mine\n")  # what is there is not replaced
-    assert run_here(tmp_path, "plan", "--target", "50", "--seed-set", "fruit", **places).status == 0
+    assert run_here(tmp_path, "plan", "--target-images", "50", "--seed-set", "fruit", **places).status == 0
     assert (home / "dagster.yaml").read_text().endswith("# mine\n")
 
     before = contents(tmp_path / "data" / "output")

@@ -115,10 +115,11 @@ def plan_request(target: int, seeds: int, known: History, expect_alive: float) -
     requested = dict(zip(TABLES, (*searches, sum(searches)), strict=True))
     last = {name: past.figures for name, past in known.last_run.items()}
     scale = {name: requested[name] / int(figures["requested"]) for name, figures in last.items()}
-    needs = Needs.of(images)
+    kept = min(images, known.index_rows or images)
+    needs = Needs.of(kept)
     longer = dict(scale)
     if "combined_urls" in last:  # its time grows with the square
-        then = Needs.of(max(1, round(images / scale["combined_urls"])))
+        then = Needs.of(max(1, round(kept / scale["combined_urls"])))
         longer["combined_urls"] = needs.core_seconds / then.core_seconds
     return RequestPlan(
         target,
@@ -159,25 +160,34 @@ def as_yaml(plan: RequestPlan, seeds: int, times: Sequence[str] = ()) -> list[st
         times: comments about reads and time, see `estimated`; those of `scaled` if empty.
 
     """
-    counts, requested, rows = plan.counts, plan.requested, plan.known.index_rows
+    counts, requested = plan.counts, plan.requested
     images = images_wanted(plan.target, plan.expect_alive)
     size = plan.known.index_size
     index = "not staged yet" if size is None else as_bytes(size)
     sizes = ", ".join(f"{name} {as_bytes(size)}" for name, size in plan.sizes.items())
-    bounded = rows is not None and (
-        images > rows or rows in (counts.nb_images_knn, counts.nb_images_centroid)
-    )
     return [
         f"target_images: {plan.target}",
         f"# {images:,} images from {count(seeds, 'seed')}, if {plan.expect_alive:.0%} of the URLs work",
         f"# about {requested['knn_urls']:,} requested around the seeds, {counts.nb_images_knn:,} each,",
-        f"#   and {requested['centroid_urls']:,} around their mean, at {plan.known.yielded}",
-        *([f"# the index has only {count(rows or 0, 'row')}, which caps requests"] if bounded else []),
+        f"#   and {requested['centroid_urls']:,} around their mean; of these, {plan.known.yielded}",
+        *bounded(plan),
         *(times or scaled(plan)),
         f"# {plan.needs}; twice the images take four times as long",
         *in_stripes(plan.needs),
         f"# disk: tables {sizes or 'unknown before the first run of the set'}; index {index}",
     ]
+
+
+def bounded(plan: RequestPlan) -> list[str]:
+    """Return what the size of the index rules out, as a comment; empty if nothing."""
+    rows, counts = plan.known.index_rows, plan.counts
+    if rows is None:
+        return []
+    if images_wanted(plan.target, plan.expect_alive) > rows:
+        return [f"# the index has only {count(rows, 'row')}: the target cannot be reached"]
+    if rows in (counts.nb_images_knn, counts.nb_images_centroid):
+        return [f"# the index has only {count(rows, 'row')}, which caps requests"]
+    return []
 
 
 def in_stripes(needs: Needs) -> list[str]:
@@ -193,7 +203,9 @@ def in_stripes(needs: Needs) -> list[str]:
 def scaled(plan: RequestPlan) -> list[str]:
     """Return the time of the set's last run, scaled to the request, as comments."""
     if not plan.seconds:
-        return ["# time: unknown before the first run of the set"]
+        return [
+            "# time: unknown before the index is staged or the set has run; for LAION-5B, see docs/scale.md"
+        ]
     times = ", ".join(f"{name} {format_duration(seconds)}" for name, seconds in plan.seconds.items())
     last = plan.known.last_run["combined_urls"]
     return [

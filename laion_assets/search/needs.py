@@ -103,9 +103,9 @@ class Needs:
 
     def __str__(self) -> str:
         """Describe the needs in one sentence."""
-        unit, name = (HOUR, "core-hours") if self.core_seconds >= HOUR else (1, "core-seconds")
+        unit, name = (HOUR, "core-hour") if self.core_seconds >= HOUR else (1, "core-second")
         return (
             f"combining {count(self.images, 'different image')} takes about "
-            f"{self.core_seconds / unit:,.0f} {name}, {as_bytes(self.memory)} of memory and "
+            f"{count(max(round(self.core_seconds / unit), 1), name)}, {as_bytes(self.memory)} of memory and "
             f"{as_bytes(self.disk)} of disk"
         )

@@ -53,7 +53,7 @@ class Yield:
     basis: str
 
     def __str__(self) -> str:
-        return f"a yield of {self.share:.4g} ({self.basis})"
+        return f"{100 * self.share:.4g}% are kept ({self.basis})"
 
 
 USUAL = Yield(

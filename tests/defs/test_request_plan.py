@@ -56,7 +56,8 @@ def test_a_plan_says_when_the_index_bounds_it(rows):
     bounded = rows == 500
     assert (plan.counts == expected_counts(4000, 10, USUAL.share)) != bounded
     told = "\n".join(as_yaml(plan, 10))
-    assert ("500 rows" in told) == bounded
+    assert ("500 rows: the target cannot be reached" in told) == bounded
+    assert f"combining {500 if bounded else 4000:,} different images" in told
     assert "index 5 GB" in told
 
 
@@ -96,12 +97,12 @@ def test_without_a_run_a_plan_rests_on_the_usual_yield_and_guesses_no_times(
 ):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("LAION_SEEDS_URI", str(demo.seeds))
-    assert main(["plan", "--target", "500000", "--seeds", "1000"]) == 0
+    assert main(["plan", "--target-images", "500000", "--seeds", "1000"]) == 0
     printed = capsys.readouterr().out
     assert yaml.safe_load(printed) == {"target_images": 500_000}
     assert "1,112 each" in printed
     assert "1,111,112 around their mean" in printed
-    assert main(["plan", "--target", "5000", "--seed-set", "flower"]) == 0
+    assert main(["plan", "--target-images", "5000", "--seed-set", "flower"]) == 0
     for told in (printed, capsys.readouterr().out):
         assert str(USUAL) in told
         assert "reads: unknown, because nothing is staged" in told
@@ -115,7 +116,7 @@ def test_a_plan_for_a_sparse_index_counts_requests(demo, tmp_path, monkeypatch, 
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("LAION_INDEX_URI", str(demo.index))
     stage(str(demo.index), None, tmp_path / "data" / "cache", sparse=True)
-    assert main(["plan", "--target", "5000", "--seeds", "10"]) == 0
+    assert main(["plan", "--target-images", "5000", "--seeds", "10"]) == 0
     printed = capsys.readouterr().out
     assert re.search(r"# reads: at most [\d.]+ MB cold, in [\d,]+ requests to the source", printed)
     assert "if the index is on the disk" in printed
@@ -128,17 +129,17 @@ def test_a_plan_for_a_set_rests_on_its_last_run_and_on_this_machine(demo, tmp_pa
     assert main(["materialize", "flower", "--nb-images-knn", "20", "--nb-images-centroid", "400"]) == 0
     capsys.readouterr()
     target = 100
-    assert main(["plan", "--target", str(target), "--seed-set", "flower"]) == 0
+    assert main(["plan", "--target-images", str(target), "--seed-set", "flower"]) == 0
     printed = capsys.readouterr().out
     assert yaml.safe_load(printed) == {"target_images": target}
     found = re.search(
         r"# 134 images from (\d+) seeds, if 75% of the URLs work\n"
         r"# about [\d,]+ requested around the seeds, (\d+) each,\n"
-        r"#   and (\d+) around their mean, at a yield of ([\d.]+) \(measured by run (\w+)\)",
+        r"#   and (\d+) around their mean; of these, ([\d.]+)% are kept \(measured by run (\w+)\)",
         printed,
     )
     assert found
-    seeds, each, mean, share, run = int(found[1]), int(found[2]), int(found[3]), float(found[4]), found[5]
+    seeds, each, mean, share, run = int(found[1]), int(found[2]), int(found[3]), float(found[4]) / 100, found[5]
     for fact in (f"run {run}", *(f"{name} " for name in TABLES)):
         assert fact in printed
     assert "rows" not in printed
@@ -159,7 +160,7 @@ def test_a_plan_for_a_set_rests_on_its_last_run_and_on_this_machine(demo, tmp_pa
     (tmp_path / "data/output/knn_urls/flower.parquet").unlink()
     with instance({}) as kept:
         rows = staged_again(kept)
-    assert main(["plan", "--target", str(10**9), "--seed-set", "flower"]) == 0
+    assert main(["plan", "--target-images", str(10**9), "--seed-set", "flower"]) == 0
     bounded = capsys.readouterr().out
     assert re.search(r"tables knn_urls [\d.]+ [kMG]B", bounded)
     assert f"{rows:,} rows" in bounded
@@ -178,7 +179,7 @@ def test_a_plan_for_a_set_rests_on_its_last_run_and_on_this_machine(demo, tmp_pa
         assert re.fullmatch(r"planned at most \d+ s; took \d+ s", combined)
 
     monkeypatch.setenv("LAION_INDEX_URI", "gs://other/index")
-    assert main(["plan", "--target", str(10**9), "--seeds", "5"]) == 0
+    assert main(["plan", "--target-images", str(10**9), "--seeds", "5"]) == 0
     other = capsys.readouterr().out
     assert f"data/cache holds {demo.index} and not gs://other/index" in other
     assert "index not staged yet" in other
@@ -186,7 +187,7 @@ def test_a_plan_for_a_set_rests_on_its_last_run_and_on_this_machine(demo, tmp_pa
     monkeypatch.setenv("LAION_INDEX_URI", str(demo.index))
 
     (tmp_path / "data/cache/manifest.json").unlink()  # the disk has lost the index since
-    assert main(["plan", "--target", "100", "--seed-set", "flower"]) == 0
+    assert main(["plan", "--target-images", "100", "--seed-set", "flower"]) == 0
     lost = capsys.readouterr().out
     assert "# reads: unknown, because nothing is staged" in lost
     for fact in ("scaled from run", *(f"{name} " for name in TABLES)):
@@ -205,9 +206,9 @@ def staged_again(kept: dg.DagsterInstance) -> int:
 @pytest.mark.parametrize(
     ("arguments", "facts"),
     [
-        (["--target", "0", "--seeds", "5"], ("--target is 0", "1 or more")),
-        (["--target", "5", "--seeds", "-1"], ("--seeds is -1", "1 or more")),
-        (["--target", "5", "--seed-set", "flowr"], ("no seed set 'flowr'", "did you mean 'flower'?")),
+        (["--target-images", "0", "--seeds", "5"], ("--target-images is 0", "1 or more")),
+        (["--target-images", "5", "--seeds", "-1"], ("--seeds is -1", "1 or more")),
+        (["--target-images", "5", "--seed-set", "flowr"], ("no seed set 'flowr'", "did you mean 'flower'?")),
     ],
 )
 def test_what_cannot_be_planned_is_an_error_of_one_line(

@@ -210,6 +210,6 @@ def test_in_any_folder_the_ui_has_the_history_of_the_command_line(tmp_path: Path
         dev.press_ctrl_c()
     assert not dev.webserver.is_up()
     assert [path.name for path in folder.iterdir()] == ["data"]
-    planned = [sys.executable, "-m", "laion_assets.cli", "plan", "--target", "50"]
+    planned = [sys.executable, "-m", "laion_assets.cli", "plan", "--target-images", "50"]
     told = subprocess.check_output([*planned, "--seed-set", RAN_BY_THE_DEMO], cwd=folder, text=True)
     assert f"measured by run {run[:8]}" in told
