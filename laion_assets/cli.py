@@ -7,6 +7,7 @@ import errno
 import logging
 import os
 import re
+import select
 import shlex
 import signal
 import socket
@@ -85,7 +86,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parsed = _parser().parse_args(arguments)
     with _interruptible() as received:
         try:
-            return int(parsed.command(parsed, os.environ))
+            status = int(parsed.command(parsed, os.environ))
+            sys.stdout.flush()
+            return status
+        except BrokenPipeError:
+            if not _is_unread(sys.stdout.fileno()):
+                raise
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for what is still buffered
+            return 128 + signal.SIGPIPE
         except InputError as error:
             _print_error(sentence(error), os.environ)
             return 1
@@ -121,6 +129,13 @@ def _interruptible() -> Iterator[Callable[[], int]]:
         finally:
             signal.signal(signal.SIGTERM, handler)
             signal.set_wakeup_fd(before)
+
+
+def _is_unread(output: int) -> bool:
+    """Return whether nobody reads a pipe any more, as after `| head`."""
+    asked = select.poll()
+    asked.register(output, 0)
+    return any(event & select.POLLERR for _, event in asked.poll(0))
 
 
 def _print_error(message: str, environment: Mapping[str, str]) -> None:
@@ -350,6 +365,7 @@ def _build(_: argparse.Namespace, environment: Mapping[str, str]) -> int:
                 return 1
         if built := build.published():
             print(f"{built.summary} in {built.index_key}, at {build.request.index_uri}")
+            print("search it with `laion-assets materialize SEED_SET`; for images, set LAION_MODEL")
     return 0
 
 

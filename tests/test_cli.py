@@ -451,7 +451,8 @@ def test_an_index_is_built_shard_by_shard_and_once(to_build, monkeypatch, capsys
     )
     for expected in story:
         assert any(re.fullmatch(expected, line) for line in lines), (expected, lines)
-    assert re.fullmatch(story[-1], lines[-1])
+    assert re.fullmatch(story[-1], lines[-2])
+    assert "laion-assets materialize" in lines[-1]
     assert len(lines) < 20
     before = written(to_build)
     assert main(["build"]) == 0
@@ -472,7 +473,7 @@ def test_rows_without_a_usable_vector_are_counted_in_the_output(tmp_path, monkey
     assert main(["build"]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert any("000000: 60 rows (2 without a usable vector) in" in line for line in lines)
-    assert lines[-1].startswith("58 of 60 rows (2 without a usable vector) in IVF1,Flat, at ")
+    assert lines[-2].startswith("58 of 60 rows (2 without a usable vector) in IVF1,Flat, at ")
 
 
 @pytest.mark.faults
@@ -666,6 +667,15 @@ def test_the_version_is_that_of_the_package(capsys) -> None:
     assert capsys.readouterr().out == f"laion-assets {version('laion_assets')}\n"
 
 
+def test_output_that_nobody_reads_ends_a_command_without_a_traceback(tmp_path) -> None:
+    command = [sys.executable, "-m", "laion_assets.cli", "plan", "--target-images", "5", "--seeds", "5"]
+    with subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as ran:
+        assert ran.stdout
+        assert ran.stderr
+        ran.stdout.close()  # as `head` does
+        assert (ran.stderr.read(), ran.wait()) == (b"", 128 + signal.SIGPIPE)
+
+
 def test_in_any_folder_the_history_is_kept_below_its_data_until_it_is_forgotten(
     demo, tmp_path, run_here, monkeypatch
 ) -> None:
@@ -684,12 +694,13 @@ def test_in_any_folder_the_history_is_kept_below_its_data_until_it_is_forgotten(
         assert isinstance(instance.run_launcher, LocalRunLauncher)
         assert instance.get_concurrency_config().pool_config.default_pool_limit == 1
 
-    planned = run_here(tmp_path, "plan", "--target-images", "50", "--seed-set", "fruit", **places)
+    plan = ("plan", "--target-images", "50", "--seed-set", "fruit")
+    planned = run_here(tmp_path, *plan, **places)
     assert (planned.status, planned.err) == (0, "")
     assert f"measured by run {run.run_id[:8]}" in planned.out
 
     (home / "dagster.yaml").write_text(packaged.read_text() + "# mine\n")  # what is there is not replaced
-    assert run_here(tmp_path, "plan", "--target-images", "50", "--seed-set", "fruit", **places).status == 0
+    assert run_here(tmp_path, *plan, **places).status == 0
     assert (home / "dagster.yaml").read_text().endswith("# mine\n")
 
     before = contents(tmp_path / "data" / "output")

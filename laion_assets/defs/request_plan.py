@@ -204,7 +204,7 @@ def scaled(plan: RequestPlan) -> list[str]:
     """Return the time of the set's last run, scaled to the request, as comments."""
     if not plan.seconds:
         return [
-            "# time: unknown before the index is staged or the set has run; for LAION-5B, see docs/scale.md"
+            "# time: unknown until the index is staged or the set has run; for LAION-5B: docs/scale.md"
         ]
     times = ", ".join(f"{name} {format_duration(seconds)}" for name, seconds in plan.seconds.items())
     last = plan.known.last_run["combined_urls"]

@@ -106,6 +106,6 @@ class Needs:
         unit, name = (HOUR, "core-hour") if self.core_seconds >= HOUR else (1, "core-second")
         return (
             f"combining {count(self.images, 'different image')} takes about "
-            f"{count(max(round(self.core_seconds / unit), 1), name)}, {as_bytes(self.memory)} of memory and "
-            f"{as_bytes(self.disk)} of disk"
+            f"{count(max(round(self.core_seconds / unit), 1), name)}, {as_bytes(self.memory)} of memory "
+            f"and {as_bytes(self.disk)} of disk"
         )

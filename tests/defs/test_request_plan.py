@@ -139,7 +139,7 @@ def test_a_plan_for_a_set_rests_on_its_last_run_and_on_this_machine(demo, tmp_pa
         printed,
     )
     assert found
-    seeds, each, mean, share, run = int(found[1]), int(found[2]), int(found[3]), float(found[4]) / 100, found[5]
+    seeds, each, mean, share, run = *map(int, found.groups()[:3]), float(found[4]) / 100, found[5]
     for fact in (f"run {run}", *(f"{name} " for name in TABLES)):
         assert fact in printed
     assert "rows" not in printed
@@ -208,7 +208,10 @@ def staged_again(kept: dg.DagsterInstance) -> int:
     [
         (["--target-images", "0", "--seeds", "5"], ("--target-images is 0", "1 or more")),
         (["--target-images", "5", "--seeds", "-1"], ("--seeds is -1", "1 or more")),
-        (["--target-images", "5", "--seed-set", "flowr"], ("no seed set 'flowr'", "did you mean 'flower'?")),
+        (
+            ["--target-images", "5", "--seed-set", "flowe"],
+            ("no seed set 'flowe'", "did you mean 'flower'?"),
+        ),
     ],
 )
 def test_what_cannot_be_planned_is_an_error_of_one_line(
