@@ -19,6 +19,7 @@ import threading
 import weakref
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
 
@@ -26,7 +27,7 @@ import numpy as np
 import pyarrow as pa
 
 from laion_assets.index import arrow_layout
-from laion_assets.index.arrow_layout import BatchTable, Column
+from laion_assets.index.arrow_layout import Column
 from laion_assets.index.batch_tables import BatchTables
 from laion_assets.index.metadata_file import BatchLayout, incomplete, rows_of
 from laion_assets.io.arrays import Bytes, Ids, Mask
@@ -60,9 +61,9 @@ class ArrowFile:
     def __init__(self, path: Path, disk: Disk, tables: BatchTables | None, small: int) -> None:
         self.path = path
         with self._naming_the_file(), disk.hold() as held:
-            self._open(held, tables, small)
+            self._open(disk, held, tables, small)
 
-    def _open(self, held: Hold, tables: BatchTables | None, small: int) -> None:
+    def _open(self, disk: Disk, held: Hold, tables: BatchTables | None, small: int) -> None:
         self._descriptor = os.open(self.path, os.O_RDONLY)
         close = weakref.finalize(self, os.close, self._descriptor)
         self._size = size = os.fstat(self._descriptor).st_size
@@ -80,8 +81,7 @@ class ArrowFile:
         self._always = union(footer, self._blocks.dictionaries)
         table = tables and tables.read(self.path, len(self._blocks.headers))
         if not table:
-            held.need({self.path: self._headers(np.arange(len(self._blocks.headers)))})
-            table = self._read_headers()
+            table = arrow_layout.read_headers(self._blocks, partial(disk.read, self.path))
             if tables:
                 tables.write(self.path, table)
         self._table = table
@@ -107,12 +107,6 @@ class ArrowFile:
             if isinstance(error, OSError) and error.errno in NOT_OF_THE_FILE:
                 raise
             raise incomplete(self.path, "Arrow IPC", error) from error
-
-    def _read_headers(self) -> BatchTable:
-        """Read the headers of all batches, not through the mapping: a fault takes longer than a read."""
-        return arrow_layout.read_headers(
-            self._blocks, lambda start, stop: os.pread(self._descriptor, stop - start, start)
-        )
 
     def _check_format(self, begin: bytes) -> None:
         """Refuse Arrow's stream format, which has no table of its batches.

@@ -103,12 +103,12 @@ class BatchTable:
     sizes: Ids
 
 
-def read_headers(blocks: Blocks, header: Callable[[int, int], bytes]) -> BatchTable:
+def read_headers(blocks: Blocks, read: Callable[[Ids], Sequence[bytes]]) -> BatchTable:
     """Read the record batches' headers.
 
     Args:
         blocks: where the batches are.
-        header: returns the bytes of the file from a start to a stop.
+        read: returns the bytes of the file between (n, 2) starts and stops.
 
     Raises:
         ValueError: a header is damaged.
@@ -116,10 +116,10 @@ def read_headers(blocks: Blocks, header: Callable[[int, int], bytes]) -> BatchTa
     """
     lengths = blocks.headers[:, 1] - blocks.headers[:, 0]
     rows, compressed = np.zeros(len(lengths), np.int64), np.zeros(len(lengths), np.bool_)
-    of_length = {}
+    headers, of_length = read(blocks.headers), {}
     for length in np.unique(lengths).tolist():
         some = np.flatnonzero(lengths == length)
-        texts = b"".join(header(*edges) for edges in blocks.headers[some].tolist())
+        texts = b"".join(headers[number] for number in some.tolist())
         messages = _Flatbuffers(np.frombuffer(texts, np.uint8).reshape(len(some), length))
         rows[some], compressed[some], of_length[length] = _batches(messages)
     counts = {buffers.shape[1] for buffers in of_length.values()}
@@ -146,7 +146,8 @@ def read_table(size: int, read: Callable[[int, int], bytes]) -> BatchTable:
 
     """
     ((start, stop),) = footer(size, read(max(size - TAIL, 0), size)).tolist()
-    return read_headers(blocks(read(start, stop), size), read)
+    found = blocks(read(start, stop), size)
+    return read_headers(found, lambda spans: [read(*edges) for edges in spans.tolist()])
 
 
 def _batches(messages: _Flatbuffers) -> tuple[Ids, Mask, Ids]:
@@ -229,6 +230,8 @@ def _blocks(footer: bytes, position: int, size: int) -> NDArray[np.void]:
     parts = np.array([found[name] for name in ("offset", "header", "body")], np.int64)
     if ((parts < 0) | (parts > size)).any() or (parts.sum(axis=0) > size).any():
         raise ValueError("its footer names messages outside of the file")
+    if parts[1:].sum(dtype=np.float64) > size:
+        raise ValueError("its footer names messages that overlap")
     return found
 
 

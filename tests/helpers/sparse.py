@@ -9,6 +9,7 @@ import fsspec
 import numpy as np
 
 from laion_assets.io import ranges
+from laion_assets.io.arrays import Ids
 from laion_assets.io.ranges import Ranges
 from laion_assets.staging import Manifest, StagedFile
 from laion_assets.staging.opening import open_sparse_files
@@ -73,6 +74,11 @@ class OnlyDeclared:
                 assert 0 <= start < stop <= len(content)
                 self._put(path, start, content[start:stop])
             self._held[path] = ranges.union(self._held.get(path, ranges.NO_RANGES), some)
+
+    def read(self, path: Path, spans: Ids) -> list[bytes]:
+        content = self._right[path].read_bytes()
+        self.bytes_needed += ranges.total(spans)
+        return [content[start:stop] for start, stop in spans.tolist()]
 
     def _put(self, path: Path, at: int, content: bytes) -> None:
         with path.open("r+b") as file:

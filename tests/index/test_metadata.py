@@ -325,6 +325,19 @@ def test_a_footer_that_names_what_is_outside_of_the_file_is_named(tmp_path, fiel
         Metadata([path])
 
 
+def test_a_footer_that_names_all_of_the_file_again_and_again_is_named(tmp_path) -> None:
+    rows = [pa.table({"url": ["a"] * 100})] * 3
+    (path,) = indices.write_metadata(tmp_path, pa.concat_tables(rows), batch=100)
+    content = bytearray(path.read_bytes())
+    ((start, _),) = arrow_layout.footer(len(content), content[-arrow_layout.TAIL :]).tolist()
+    for first, end in arrow_layout.blocks(content[start:], len(content)).headers.tolist():
+        block = content.rindex(np.int64(first).tobytes()), len(content) - end
+        content[block[0] + 16 : block[0] + 24] = np.int64(block[1]).tobytes()
+    path.write_bytes(content)
+    with pytest.raises(InputError, match=f"{path.name} .*overlap"):
+        Metadata([path])
+
+
 @pytest.mark.parametrize("suffix", SUFFIXES)
 def test_a_row_has_about_as_many_bytes_as_its_texts(tmp_path, suffix) -> None:
     random, letters = np.random.default_rng(0), np.array(list("abcdefghijklmnopqrstuvwxyz"))

@@ -127,6 +127,25 @@ def test_what_is_needed_is_present_and_the_least_recently_used_is_evicted(memory
     assert not list((files.cache / ".leases").glob("*"))
 
 
+@settings(EXAMPLES, max_examples=60)
+@given(
+    spans=st.lists(
+        st.tuples(st.integers(0, 40 * PAGE_SIZE), st.just(0) | st.integers(0, 9 * PAGE_SIZE)), max_size=40
+    )
+)
+def test_what_is_read_once_is_right_and_takes_no_room(memory, spans):
+    files = TwoFiles(memory / str(next(numbers)))
+    content = files.content[files.path]
+    edges = np.array([(at, min(at + length, len(content))) for at, length in spans]).reshape(-1, 2)
+    with files.opened() as disk:
+        assert disk.read(files.path, edges) == [content[start:stop] for start, stop in edges]
+        apart = ranges.ranges_of(edges[:, 0], edges[:, 1], reads.MERGE_GAP * PAGE_SIZE)
+        assert disk.stats.reads == len(apart)
+        assert disk.stats.fetched == ranges.total(apart)
+    assert files.marked() == []
+    assert files.unmarked_data() == 0
+
+
 def test_what_is_held_is_never_evicted_and_a_request_that_needs_its_room_waits(files, monkeypatch):
     monkeypatch.setattr(store, "POLL_INTERVAL", 0.01)
     with files.opened(25 * PAGE_SIZE) as disk, files.opened(25 * PAGE_SIZE) as other:
@@ -495,6 +514,8 @@ def test_a_source_that_changes_meanwhile_is_noticed_though_it_pins_no_version(fi
     with files.opened() as disk:
         files.need_pages(disk, 0, 1)
         overwrite(files, memory)
+        with pytest.raises(InputError, match="no longer what was staged"):
+            disk.read(files.path, np.array([[PAGE_SIZE, 2 * PAGE_SIZE]]))
         with pytest.raises(InputError, match="no longer what was staged") as refused:
             files.need_pages(disk, 0, 3)
         assert refused.value.about == "staged_index"

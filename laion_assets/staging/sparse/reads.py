@@ -33,6 +33,25 @@ def reads_for(missing: Ids, gap: int = MERGE_GAP) -> Ranges:
     return split(union(runs(missing), gap=gap), MAX_READ)
 
 
+def spans_of_reads(spans: Ids) -> list[Ids]:
+    """Group spans of bytes that are read together, because little or nothing is between them.
+
+    Args:
+        spans: (n, 2) starts and stops, which may be unordered, empty or overlapping.
+
+    Returns:
+        For each read the numbers of its spans; none of empty ones.
+
+    """
+    order = np.argsort(spans[:, 0], kind="stable")
+    order = order[spans[order, 1] > spans[order, 0]]
+    near = ranges_of(spans[:, 0], spans[:, 1], MERGE_GAP * PAGE_SIZE)
+    reads = split(near, MAX_READ * PAGE_SIZE)
+    begins_in = np.searchsorted(reads[:, 0], spans[order, 0], side="right")
+    edges = np.flatnonzero(np.diff(begins_in, prepend=0))
+    return np.split(order, edges[1:]) if len(order) else []
+
+
 def read_batches(reads: Ranges) -> Iterator[Ranges]:
     """Group reads into batches that are made durable and marked together."""
     pages = np.cumsum(reads[:, 1] - reads[:, 0])

@@ -22,8 +22,21 @@ import numpy as np
 from laion_assets.io.arrays import Ids
 from laion_assets.io.checksums import PartChecksums
 from laion_assets.io.errors import InputError
+from laion_assets.io.parallel import slices
 from laion_assets.io.progress import Progress
-from laion_assets.io.ranges import NO_RANGES, Hold, Ranges, batched, members, outside, runs, total, union
+from laion_assets.io.ranges import (
+    NO_RANGES,
+    Hold,
+    Ranges,
+    WholeFiles,
+    batched,
+    members,
+    outside,
+    ranges_of,
+    runs,
+    total,
+    union,
+)
 from laion_assets.staging.sparse.budget import least_recently_used
 from laion_assets.staging.sparse.leases import LEASES, Lease, Pages, read_leases
 from laion_assets.staging.sparse.pages import (
@@ -42,6 +55,7 @@ from laion_assets.staging.sparse.reads import (
     pages_of,
     read_batches,
     reads_for,
+    spans_of_reads,
 )
 from laion_assets.staging.transfer import locks
 from laion_assets.staging.transfer.disk import DISK_FULL_ERRORS, allocated_bytes, cannot_write
@@ -405,38 +419,80 @@ class SparseFiles:
 
     def _fetch(self, reads: Pages) -> None:
         """Read pages from the source, write them, make them durable, and mark them."""
-        started, before = time.monotonic(), replace(self.stats)
-        threads = min(READ_THREADS, sum(map(len, reads.values())))
-        fetcher = Fetcher(self._reader, threads, self._log, self.stats)
+        jobs = list(self._jobs(reads))  # cut here: threads would cut one at a time, under a lock
+        with self._fetching(sum(map(len, reads.values())), _bytes(reads)) as (fetcher, progress):
 
-        def read(job: tuple[_Batch, Ranges]) -> None:
-            batch, some = job
-            checksums = PartChecksums(PAGE_SIZE)
-            for pieces in _held_back(self._pieces(fetcher, batch, some)):
-                for data, at in pieces:
-                    batch.file.write(data, at)
-                content = b"".join(data for data, _ in pieces)
-                checksums.add(content)
-                progress.advance(len(content))
-            if batch.finish(some, page_checksums(checksums.finish())):
-                self._mark(batch)
+            def read(job: tuple[_Batch, Ranges]) -> None:
+                batch, some = job
+                checksums = PartChecksums(PAGE_SIZE)
+                for pieces in _held_back(self._pieces(fetcher, batch, some)):
+                    for data, at in pieces:
+                        batch.file.write(data, at)
+                    content = b"".join(data for data, _ in pieces)
+                    checksums.add(content)
+                    progress.advance(len(content))
+                if batch.finish(some, page_checksums(checksums.finish())):
+                    self._mark(batch)
 
-        try:
-            jobs = list(self._jobs(reads))  # cut here: threads would cut one at a time, under a lock
-            with Progress("fetching", _bytes(reads), "B", fetcher.log) as progress:
+            try:
                 fetcher.run(iter(jobs), read)
-        except BaseException as error:
-            for number, some in reads.items():
-                self._files[number].free_unmarked(some)
-            if isinstance(error, ChangedError):
-                raise self._changed(error) from error
-            raise
-        for number in reads:
-            self._files[number].sync_marks()
+            except BaseException:
+                for number, some in reads.items():
+                    self._files[number].free_unmarked(some)
+                raise
+            for number in reads:
+                self._files[number].sync_marks()
+
+    @contextmanager
+    def _fetching(self, reads: int, size: int) -> Iterator[tuple[Fetcher, Progress]]:
+        """Read from the source in threads, and log how much it was.
+
+        Args:
+            reads: number of reads.
+            size: bytes of all.
+
+        Raises:
+            InputError: the files were replaced.
+
+        """
+        started, before = time.monotonic(), replace(self.stats)
+        fetcher = Fetcher(self._reader, min(READ_THREADS, reads), self._log, self.stats)
+        try:
+            with Progress("fetching", size, "B", fetcher.log) as progress:
+                yield fetcher, progress
+        except ChangedError as error:
+            raise self._changed(error) from error
         self._log(
             f"fetched {self.stats.fetched - before.fetched:,} bytes of the index in "
             f"{self.stats.reads - before.reads:,} reads and {time.monotonic() - started:.1f} s"
         )
+
+    def read(self, path: Path, spans: Ids) -> list[bytes]:
+        """Read spans of a file from the source, and keep nothing on the disk: see `Disk.read`.
+
+        It takes no lock, so what two requests read at once is fetched twice.
+        """
+        if path not in self._numbers:
+            return WholeFiles().read(path, spans)
+        source, edges = self._sources[self._numbers[path]], spans.tolist()
+        reads = [some.tolist() for some in spans_of_reads(spans)]
+        found = [b""] * len(edges)
+        if not reads:
+            return found
+        with self._fetching(len(reads), total(ranges_of(*spans.T))) as (fetcher, progress):
+
+            def read(job: slice) -> None:
+                for numbers in reads[job]:
+                    start, stop = edges[numbers[0]][0], max(edges[number][1] for number in numbers)
+                    content = b"".join(data for data, _ in fetcher.read(source, start, stop))
+                    for number in numbers:
+                        first, last = edges[number]
+                        found[number] = content[first - start : last - start]
+                progress.advance(sum(len(found[number]) for some in reads[job] for number in some))
+
+            fetcher.run(iter(slices(len(reads), JOB_READS)), read)
+            self._reader.check(source)
+        return found
 
     def _jobs(self, reads: Pages) -> Iterator[tuple[_Batch, Ranges]]:
         left = sum(map(len, reads.values()))
