@@ -191,11 +191,6 @@ class Layout:
         """Record batches."""
         return -(-self.rows // self.batch)
 
-    def headers(self) -> Ranges:
-        """Where the batches' headers are."""
-        starts = np.arange(self.batches) * self.record_batch
-        return ranges_of(starts, starts + self.header)
-
     def places(self, ids: NDArray[np.int64]) -> Ranges:
         """What is needed to know where the texts of rows are."""
         number, row = np.divmod(ids, self.batch)
@@ -262,13 +257,12 @@ def simulate(layout: Layout) -> list[str]:
         "cost of the reads |",
         "|---|---|---|---|---|---|---|---|---|---|",
     ]
-    opening = Plan()
-    opening.need(layout.headers())
-    cost, minutes = opening.reads * DOLLARS_A_READ, opening.reads / READS_A_SECOND / 60
+    headers = layout.batches * layout.header
+    cost, minutes = layout.batches * DOLLARS_A_READ, layout.batches / READS_A_SECOND / 60
     lines.append(
         f"| once, when it is staged: {layout.batches:,} headers | | | | "
-        f"{opening.bytes_read / 1e9:.2f} GB | {opening.bytes_read / 1e9:.2f} GB "
-        f"| {opening.bytes_read / size:.2%} | {opening.reads:,} | {minutes:.1f} min | ${cost:.2f} |"
+        f"{headers / 1e9:.2f} GB | {headers / 1e9:.2f} GB "
+        f"| {headers / size:.2%} | {layout.batches:,} | {minutes:.1f} min | ${cost:.2f} |"
     )
     random = np.random.default_rng(0)
     for name, lists, kept in cases:
@@ -325,10 +319,9 @@ that travels along adds as many reads as the URL, a number half as many.
 
 ## The store at LAION-5B's size
 
-The files have the apparent size of LAION-5B's metadata, in memory, and the pages lie as far apart as its
-headers, or 200 pages. Headers come from a server on the same machine, the other pages from a source that
-takes no time. `sparse_store.py --folder` measures on a disk, where a hole takes as long as the disk needs
-to discard it.
+The files have the apparent size of LAION-5B's metadata, in memory. A page in each record batch comes from
+a server on the same machine; pages that lie 200 pages apart come from a source that takes no time.
+`sparse_store.py --folder` measures on a disk, where a hole takes as long as the disk needs to discard it.
 
 {store}
 """

