@@ -10,7 +10,7 @@ import faiss
 import numpy as np
 
 from laion_assets.index.decoder import Decoder
-from laion_assets.io.arrays import Bytes, Doubles, Floats, Ids
+from laion_assets.io.arrays import Bytes, Doubles, Floats, Ids, Mask, unit_rows
 from laion_assets.io.parallel import in_threads, one_faiss_thread, slices
 
 HELD_ROWS = 1 << 17  # more vectors than this are decoded on every access
@@ -116,10 +116,19 @@ def squares(vectors: Floats) -> Floats:
 def unit(vectors: Floats) -> Floats:
     """Scale (n, d) rows to length 1; zero and non-finite rows become zero."""
     with np.errstate(invalid="ignore", over="ignore", divide="ignore"):
-        lengths = np.sqrt(np.einsum("ij,ij->i", vectors, vectors))
+        whole = squares(vectors)
+        lengths: Floats = np.sqrt(whole)
         scaled: Floats = vectors * (np.float32(1) / lengths)[:, None]
-    scaled[~(np.isfinite(lengths) & (lengths > 0))] = 0
+    if len(others := np.flatnonzero(~_ordinary(whole))):
+        rows, usable = unit_rows(vectors[others])
+        rows[~usable] = 0
+        scaled[others] = rows
     return scaled
+
+
+def _ordinary(squares: Floats) -> Mask:
+    """Return which squared lengths float32 is fit for."""
+    return (squares > ORDINARY[0]) & (squares < ORDINARY[1])
 
 
 class Coded:
@@ -177,7 +186,7 @@ class Coded:
                 products: Floats
                 removed, products = np.split(vectors @ factors, [null], axis=1)
                 whole, part = squares(vectors), squares(removed)
-                fit = (whole > ORDINARY[0]) & (whole < ORDINARY[1]) & (part <= MOST_REMOVED * whole)
+                fit = _ordinary(whole) & (part <= MOST_REMOVED * whole)
                 scale = 1 / np.sqrt(np.where(fit, whole - part, np.nan))
                 # The scale last: where it is known, other threads need the removed length too.
                 self._removed[rows], self._scale[rows] = scale * np.sqrt(part), scale

@@ -29,6 +29,18 @@ LARGE = Sizes(small=0, sample=64, widths=(3, 6), chunk=20, block=8, tile=16, bat
 SHORT_LISTS = Sizes(small=100, sample=64, widths=(3, 6), batch=50, pairs=70)
 
 
+@pytest.mark.parametrize("power", range(-42, 37, 4))
+def test_rows_of_any_length_that_float32_can_hold_become_unit_rows(power):
+    random = np.random.default_rng(0)
+    rows = (random.standard_normal((50, 24)) * 10.0**power).astype(np.float32)
+    rows[::7], rows[1::7, 3], rows[2::7, 5] = 0, np.nan, np.inf
+    wide = rows.astype(np.float64)
+    lengths = np.linalg.norm(wide, axis=1)
+    usable = np.isfinite(lengths) & (lengths > 0)
+    expected = np.where(usable[:, None], wide / np.where(usable, lengths, 1)[:, None], 0)
+    np.testing.assert_allclose(unit(rows), expected, atol=1e-6)
+
+
 def trained_by_faiss(key: str, rows: np.ndarray) -> Any:
     """An index whose transpose removes a part of most vectors; those of `build` remove nothing."""
     index = faiss.index_factory(rows.shape[1], key, faiss.METRIC_INNER_PRODUCT)
