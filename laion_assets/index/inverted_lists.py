@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import mmap
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -26,6 +27,7 @@ WORTH_READING_AHEAD = (
 )  # bytes of lists for each query; the kernel's own readahead is enough for less
 MOST_AHEAD = 2 << 30  # bytes of lists that are read before they are searched
 THREADS_OF_FAISS = 32  # its default, that read the lists of a search ahead
+_libc = ctypes.CDLL(None)
 
 
 @dataclass(frozen=True)
@@ -121,6 +123,7 @@ class InvertedLists:
             lists: (q, nprobe) the lists of each query, the nearest first; -1 for none.
 
         """
+        advise(ivf, mmap.MADV_NORMAL)
         faiss.downcast_InvertedLists(ivf.invlists).prefetch_nthread = THREADS_OF_FAISS
         in_threads(search, slices(len(lists), QUERIES_AT_ONCE))
 
@@ -138,6 +141,7 @@ class InvertedLists:
         # faiss's own threads lock each list that they read: queries that share lists wait for each other.
         faiss.downcast_InvertedLists(ivf.invlists).prefetch_nthread = 0
         a_query = int(self._bytes_of(lists).sum()) // max(len(lists), 1)
+        advise(ivf, mmap.MADV_RANDOM if a_query <= MOST_AHEAD else mmap.MADV_NORMAL)
         at_once = max(1, min(QUERIES_AT_ONCE, BYTES_AT_ONCE // max(a_query, 1)))
         batches = slices(len(lists), at_once)
         threads = thread_count()
@@ -170,6 +174,21 @@ class InvertedLists:
 
     def _bytes_of(self, lists: Ids) -> Ids:
         return np.where(lists >= 0, self.size[lists], 0) * (self.code_size + ID_SIZE)
+
+
+def advise(ivf: Any, advice: int) -> None:
+    """Say how the mapped lists are read.
+
+    Args:
+        ivf: an index whose lists are on the disk.
+        advice: MADV_RANDOM for lists that are read ahead, of which the kernel would read on behind the
+            end, up to megabytes on some disks; otherwise MADV_NORMAL.
+
+    """
+    stored = faiss.downcast_InvertedLists(ivf.invlists)
+    if stored.totsize:
+        begin = ctypes.c_void_p(int(stored.ptr))
+        _libc.madvise(begin, ctypes.c_size_t(stored.totsize), ctypes.c_int(advice))
 
 
 def _table(stored: Any, lists: int) -> Ids:

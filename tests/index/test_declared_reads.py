@@ -1,5 +1,6 @@
 """Search and metadata read only bytes that they declared before."""
 
+import os
 import shutil
 from itertools import count
 from pathlib import Path
@@ -18,6 +19,8 @@ from hypothesis import strategies as st
 from laion_assets.index import faiss_index, inverted_lists
 from laion_assets.index.faiss_index import Index
 from laion_assets.index.metadata import Metadata
+from laion_assets.io.ranges import in_memory, members
+from laion_assets.staging.sparse.reads import PAGE_SIZE, pages_of
 
 numbers = count()
 
@@ -114,6 +117,23 @@ def test_little_is_read_of_metadata(tmp_path):
     values = 2 * sum(len(text) for text in taken["url"].to_pylist())
     headers = 3 * 7 * 1000  # of all batches, again
     assert disk.bytes_needed - opened <= values + 100 * (8 + 8 + 8) + headers
+
+
+def test_of_cold_lists_nothing_else_is_read(many_lists, monkeypatch):
+    path, lists = indices.index_paths(many_lists)
+    monkeypatch.setattr(inverted_lists, "WORTH_READING_AHEAD", 0)
+    monkeypatch.setattr(inverted_lists.InvertedLists, "read_ahead", lambda *_: None)  # as if it came late
+    index, query = Index(path, lists), indices.random_rows(np.random.default_rng(0), 1)
+    needed = index._lists.ranges(index.nearest_lists(query, 2).ravel())
+    pages = np.arange(0, lists.stat().st_size, PAGE_SIZE)
+    with lists.open("rb") as file:
+        os.fsync(file.fileno())
+        os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+    if in_memory(lists, needed):
+        pytest.skip("this file system does not forget what it has in memory")
+    index.search(query, 5, 2)
+    read = [in_memory(lists, np.array([[page, page + 1]])) for page in pages.tolist()]
+    assert set(pages[read]) == set(members(pages_of(needed)) * PAGE_SIZE) < set(pages)
 
 
 def test_long_lists_are_read_ahead_and_shared_between_threads_without_changing_an_answer(
