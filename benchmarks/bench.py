@@ -9,7 +9,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import platform
 import subprocess
 import sys
 from dataclasses import dataclass, field
@@ -22,6 +21,7 @@ from typing import Any
 import numpy as np
 import peer
 from generate import Recipe, generate
+from machine import processor
 
 HERE = Path(__file__).parent
 GB = 1e9
@@ -341,14 +341,6 @@ def draw(compared: list[Compared], ours: list[dict[str, Any]], path: Path) -> No
     axes.grid(True, which="both", alpha=0.2)
     axes.legend(frameon=False)
     figure.savefig(path, dpi=110)
-
-
-def processor() -> str:
-    """What the machine calls its processor."""
-    for line in Path("/proc/cpuinfo").read_text().splitlines():
-        if line.startswith("model name"):
-            return line.partition(":")[2].strip()
-    return platform.machine()
 
 
 def main() -> int:

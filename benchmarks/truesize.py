@@ -42,6 +42,7 @@ import faiss
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
+from machine import processor
 from memory import PeakMemory, cpu_seconds
 from ours import PHASES
 from stand_in import BATCH, BUCKET, FOLDER, LAION_5B, QUICK, SCHEMA, Ids, StandIn, layout
@@ -756,6 +757,7 @@ def about(stand_in: StandIn) -> dict[str, Any]:
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     return {
         "cores": os.cpu_count(),
+        "processor": processor(),
         "memory": memory / 2**30,
         "rows": stand_in.recipe.rows,
         "lists": stand_in.recipe.lists,

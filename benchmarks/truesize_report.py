@@ -42,8 +42,9 @@ class Case:
 
 REPORT = """# LAION-5B's true size
 
-`make bench-truesize` builds and measures again, here on {cores} cores and {memory:.0f} GB of memory.
-The load of the machine was up to {load:.0f}; above {cores}, seconds are upper bounds.
+`make bench-truesize` builds and measures again, here on {cores} cores ({processor}) and
+{memory:.0f} GB of memory. The load of the machine was up to {load:.0f}; above {cores}, seconds are
+upper bounds.
 
 {rows:,} rows in {lists:,} inverted lists, and {batches:,} record batches in three Arrow
 files: {apparent:,} bytes, of which {written:.1f} GB are really written: what these requests read.
