@@ -31,7 +31,7 @@ from laion_assets.defs.dagster_internals import RunFailureReason
 from laion_assets.defs.estimate import measured_machine
 from laion_assets.defs.failures import sentence
 from laion_assets.defs.forget import belongings, forget
-from laion_assets.defs.history import asset_of_step, expected_alive, figures_of
+from laion_assets.defs.history import FOR_THE_TARGET, asset_of_step, expected_alive, figures_of
 from laion_assets.defs.io_manager import Tables
 from laion_assets.defs.kubernetes.placement import Placement
 from laion_assets.defs.launcher import fail_abandoned_runs, process_lock
@@ -50,6 +50,7 @@ from laion_assets.io.errors import InputError
 from laion_assets.io.locks import locked_folder
 from laion_assets.io.storage import on_this_machine
 from laion_assets.io.text import printable
+from laion_assets.search.sizing import images_wanted
 from laion_assets.seeds import Model, count_seeds, stage_model
 from laion_assets.staging import Scrubbed
 
@@ -80,20 +81,27 @@ DATA_VARIABLES = ("LAION_INDEX_URI", "LAION_METADATA_URI", "LAION_SEEDS_URI", "L
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command and return the exit status."""
+    try:
+        try:
+            return _main(arguments)
+        finally:
+            if sys.stdout:
+                sys.stdout.flush()
+    except BrokenPipeError:
+        if not _is_unread(sys.stdout.fileno()):
+            raise
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for what is still buffered
+        return 128 + signal.SIGPIPE
+
+
+def _main(arguments: Sequence[str] | None) -> int:
     # These warnings are for authors of definitions, not for users.
     warnings.filterwarnings("ignore", module="dagster")
     load_dotenv(Path(".env"))
     parsed = _parser().parse_args(arguments)
     with _interruptible() as received:
         try:
-            status = int(parsed.command(parsed, os.environ))
-            sys.stdout.flush()
-            return status
-        except BrokenPipeError:
-            if not _is_unread(sys.stdout.fileno()):
-                raise
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for what is still buffered
-            return 128 + signal.SIGPIPE
+            return int(parsed.command(parsed, os.environ))
         except InputError as error:
             _print_error(sentence(error), os.environ)
             return 1
@@ -317,6 +325,8 @@ def _plan(parsed: argparse.Namespace, environment: Mapping[str, str]) -> int:
     except InputError as error:  # above all, an index that is not staged
         times = [f"# reads: unknown, because {one_line(str(error))}", *scaled(plan)]
     print(*as_yaml(plan, seeds, times), sep="\n")
+    if (most := places.max_images) and images_wanted(plan.target, alive) > most:
+        print(f"# the run would be refused: LAION_MAX_IMAGES allows {most:,}")
     if lacks := plan.needs.shortage():
         print(f"# combining would be refused on this machine: it needs {lacks}")
     return 0
@@ -707,7 +717,7 @@ def _print_report(result: dg.ExecuteInProcessResult) -> None:
     if "target images" in combined:
         print(
             f"target {combined['target images']:,}: {combined['kept']:,} kept of the "
-            f"{combined['images for the target']:,} that it needs"
+            f"{combined[FOR_THE_TARGET]:,} that it needs"
         )
     if "picture" in combined:
         print(f"\ncontact sheet: {_from_here(combined['picture'])}")

@@ -667,8 +667,15 @@ def test_the_version_is_that_of_the_package(capsys) -> None:
     assert capsys.readouterr().out == f"laion-assets {version('laion_assets')}\n"
 
 
-def test_output_that_nobody_reads_ends_a_command_without_a_traceback(tmp_path) -> None:
-    command = [sys.executable, "-m", "laion_assets.cli", "plan", "--target-images", "5", "--seeds", "5"]
+@pytest.mark.parametrize(
+    ("arguments", "unbuffered"),
+    [("plan --target-images 5 --seeds 5", ""), ("plan --target-images 5 --seeds 5", "1"), ("--help", "")],
+)
+def test_output_that_nobody_reads_ends_a_command_without_a_traceback(
+    tmp_path, monkeypatch, arguments, unbuffered
+) -> None:
+    monkeypatch.setenv("PYTHONUNBUFFERED", unbuffered)
+    command = [sys.executable, "-m", "laion_assets.cli", *arguments.split()]
     with subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as ran:
         assert ran.stdout
         assert ran.stderr

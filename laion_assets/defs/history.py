@@ -5,7 +5,7 @@ Dagster's concept: https://docs.dagster.io/guides/build/assets/metadata-and-tags
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,6 +18,7 @@ from laion_assets.search.sizing import EXPECT_ALIVE, USUAL, Yield
 MATERIALIZATIONS_READ = 20  # the latest first
 PAGE = 20  # materializations in memory at a time; each may hold an image
 YIELD, RECEIVED = "yield", "received"
+FOR_THE_TARGET = "images for the target"
 CHECKSUM = "crc32c"  # of a table's file
 URLS_ALIVE = "URLs that work"  # a share
 LEAST_ALIVE = 0.2  # a smaller share rather means that this machine's network failed
@@ -43,6 +44,11 @@ class PastMaterialization:
 
     run: str
     figures: Mapping[str, Any]
+
+    @property
+    def index(self) -> str | None:
+        """The fingerprint of the index that was searched."""
+        return (self.figures.get(PROVENANCE) or {}).get("index")
 
     @property
     def asked(self) -> Mapping[str, Any] | None:
@@ -154,7 +160,7 @@ def received_since(instance: dg.DagsterInstance, asset: str, since: float, other
 
 
 def measured_yield(
-    instance: dg.DagsterInstance, seed_set: str, asked: Mapping[str, Any], before: float | None = None
+    instance: dg.DagsterInstance, seed_set: str, asked: Mapping[str, Any], indices: Collection[str]
 ) -> Yield:
     """Return the yield of a set's last run with the same threshold, filters and block list.
 
@@ -165,14 +171,15 @@ def measured_yield(
         instance: the instance with the history.
         seed_set: the partition.
         asked: the current request, see `ResolvedSettings.asked`.
-        before: seconds since 1970; later runs are left out.
+        indices: fingerprints of the index; runs on others do not count.
 
     """
     wanted = {name: asked[name] for name in DECIDE_THE_YIELD}
-    for past in materializations(instance, "combined_urls", seed_set, before):
+    for past in materializations(instance, "combined_urls", seed_set):
         then = past.asked
         if (
             then
+            and past.index in indices
             and past.figures.get(YIELD)
             and not _exhausted_the_index(past)
             and {name: then.get(name) for name in wanted} == wanted

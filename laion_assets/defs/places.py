@@ -104,7 +104,7 @@ class Places(BaseModel):
     cache_dir: str = _place(
         "cache",
         "Local directory for the staged index, on a fast disk with room for all of it or for the budget. "
-        "Holds one index: staging another removes it",
+        "Holds one index; staging another replaces it",
     )
     staging: Literal["full", "sparse", "in-place"] | None = Field(
         None,
@@ -201,8 +201,8 @@ class Places(BaseModel):
         10_000_000,
         gt=0,
         description="Most images that one run may request, `nb_images_knn` for each seed and "
-        "`nb_images_centroid` together, or have to keep for its target. Each search counts as at most "
-        "the rows of the index",
+        "`nb_images_centroid` together, or have to keep for its target. No search counts for more "
+        "images than the index has",
     )
     max_images_per_day: int | None = Field(
         None,

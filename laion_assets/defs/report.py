@@ -21,7 +21,16 @@ from laion_assets.defs.drawing.thumbnails import (
     strip_of_combined,
     strip_of_removed,
 )
-from laion_assets.defs.history import CHECKSUM, DETAILS, NODE, PROVENANCE, ROW_COUNT, SETTINGS, YIELD
+from laion_assets.defs.history import (
+    CHECKSUM,
+    DETAILS,
+    FOR_THE_TARGET,
+    NODE,
+    PROVENANCE,
+    ROW_COUNT,
+    SETTINGS,
+    YIELD,
+)
 from laion_assets.defs.io_manager import PICTURE
 from laion_assets.defs.provenance import Provenance
 from laion_assets.defs.settings import OF_SEEDS, ResolvedSettings
@@ -260,7 +269,7 @@ def _labelled(counts: Mapping[str, int]) -> dict[str, int]:
 def _target(settings: ResolvedSettings) -> dict[str, int]:
     if settings.images is None:
         return {}
-    return {"target images": settings.values.target_images or 0, "images for the target": settings.images}
+    return {"target images": settings.values.target_images or 0, FOR_THE_TARGET: settings.images}
 
 
 def _of_target(kept: int, settings: ResolvedSettings) -> str:

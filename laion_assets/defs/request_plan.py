@@ -6,7 +6,7 @@ without a staged index scales the time of that run.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -15,6 +15,7 @@ import dagster as dg
 from laion_assets.defs.estimate import Machine, as_comments, share_read
 from laion_assets.defs.history import (
     FINGERPRINT,
+    FOR_THE_TARGET,
     PastMaterialization,
     materializations,
     measured_yield,
@@ -89,11 +90,11 @@ def read_history(
 
     """
     every = staged_indices(instance)
-    own = {each[FINGERPRINT] for each in every if is_same(each.get("source", ""), index_uri)}
+    own = {each[FINGERPRINT] for each in every if is_same(each.get("source") or "", index_uri)}
     staged = [each for each in every if each[FINGERPRINT] in own]
     return History(
-        measured_yield(instance, seed_set, asked) if seed_set else USUAL,
-        _last_run(instance, seed_set) if seed_set else {},
+        measured_yield(instance, seed_set, asked, own) if seed_set else USUAL,
+        _last_run(instance, seed_set, own) if seed_set else {},
         rows_of_the_index(staged),
         staged[0].get("bytes") if staged else None,
     )
@@ -115,11 +116,11 @@ def plan_request(target: int, seeds: int, known: History, expect_alive: float) -
     requested = dict(zip(TABLES, (*searches, sum(searches)), strict=True))
     last = {name: past.figures for name, past in known.last_run.items()}
     scale = {name: requested[name] / int(figures["requested"]) for name, figures in last.items()}
-    kept = min(images, known.index_rows or images)
-    needs = Needs.of(kept)
+    different = min(images, known.index_rows or images)
+    needs = Needs.of(different)
     longer = dict(scale)
     if "combined_urls" in last:  # its time grows with the square
-        then = Needs.of(max(1, round(kept / scale["combined_urls"])))
+        then = Needs.of(max(1, round(different / scale["combined_urls"])))
         longer["combined_urls"] = needs.core_seconds / then.core_seconds
     return RequestPlan(
         target,
@@ -170,7 +171,7 @@ def as_yaml(plan: RequestPlan, seeds: int, times: Sequence[str] = ()) -> list[st
         f"# {images:,} images from {count(seeds, 'seed')}, if {plan.expect_alive:.0%} of the URLs work",
         f"# about {requested['knn_urls']:,} requested around the seeds, {counts.nb_images_knn:,} each,",
         f"#   and {requested['centroid_urls']:,} around their mean; of these, {plan.known.yielded}",
-        *bounded(plan),
+        *limits_of_the_index(plan),
         *(times or scaled(plan)),
         f"# {plan.needs}; twice the images take four times as long",
         *in_stripes(plan.needs),
@@ -178,13 +179,20 @@ def as_yaml(plan: RequestPlan, seeds: int, times: Sequence[str] = ()) -> list[st
     ]
 
 
-def bounded(plan: RequestPlan) -> list[str]:
+def limits_of_the_index(plan: RequestPlan) -> list[str]:
     """Return what the size of the index rules out, as a comment; empty if nothing."""
     rows, counts = plan.known.index_rows, plan.counts
+    images = images_wanted(plan.target, plan.expect_alive)
+    last = plan.known.last_run.get("combined_urls")
     if rows is None:
         return []
-    if images_wanted(plan.target, plan.expect_alive) > rows:
+    if images > rows:
         return [f"# the index has only {count(rows, 'row')}: the target cannot be reached"]
+    if last and last.figures["kept"] < min(images, last.figures.get(FOR_THE_TARGET, 0)):
+        return [
+            f"# run {last.run[:8]} had a target and kept only {count(last.figures['kept'], 'image')}, "
+            "because the index has no more"
+        ]
     if rows in (counts.nb_images_knn, counts.nb_images_centroid):
         return [f"# the index has only {count(rows, 'row')}, which caps requests"]
     return []
@@ -214,12 +222,18 @@ def scaled(plan: RequestPlan) -> list[str]:
     ]
 
 
-def _last_run(instance: dg.DagsterInstance, seed_set: str) -> dict[str, PastMaterialization]:
-    """Return the last run that made all three tables, by table; empty if there is none."""
+def _last_run(
+    instance: dg.DagsterInstance, seed_set: str, indices: Collection[str]
+) -> dict[str, PastMaterialization]:
+    """Return the last run on an index that made all three tables, by table; empty if there is none."""
     by_run = {
         name: {made.run: made for made in materializations(instance, name, seed_set)} for name in TABLES
     }
     for run, made in by_run["combined_urls"].items():
-        if made.asked is not None and all(run in by_run[name] for name in TABLES):
+        if (
+            made.asked is not None
+            and made.index in indices
+            and all(run in by_run[name] for name in TABLES)
+        ):
             return {name: by_run[name][run] for name in TABLES}
     return {}

@@ -27,7 +27,8 @@ WORTH_READING_AHEAD = (
 )  # bytes of lists for each query; the kernel's own readahead is enough for less
 MOST_AHEAD = 2 << 30  # bytes of lists that are read before they are searched
 THREADS_OF_FAISS = 32  # its default, that read the lists of a search ahead
-_libc = ctypes.CDLL(None)
+_madvise = ctypes.CDLL(None, use_errno=True).madvise
+_madvise.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
 
 
 @dataclass(frozen=True)
@@ -123,8 +124,7 @@ class InvertedLists:
             lists: (q, nprobe) the lists of each query, the nearest first; -1 for none.
 
         """
-        advise(ivf, mmap.MADV_NORMAL)
-        faiss.downcast_InvertedLists(ivf.invlists).prefetch_nthread = THREADS_OF_FAISS
+        prepare(ivf, threads=THREADS_OF_FAISS, all_ahead=False)
         in_threads(search, slices(len(lists), QUERIES_AT_ONCE))
 
     def visit_long(self, ivf: Any, search: Callable[[slice], None], lists: Ids) -> None:
@@ -138,10 +138,10 @@ class InvertedLists:
             lists: (q, nprobe) the lists of each query, the nearest first; -1 for none.
 
         """
+        of_query = self._bytes_of(lists).sum(axis=1)
         # faiss's own threads lock each list that they read: queries that share lists wait for each other.
-        faiss.downcast_InvertedLists(ivf.invlists).prefetch_nthread = 0
-        a_query = int(self._bytes_of(lists).sum()) // max(len(lists), 1)
-        advise(ivf, mmap.MADV_RANDOM if a_query <= MOST_AHEAD else mmap.MADV_NORMAL)
+        prepare(ivf, threads=0, all_ahead=of_query.max(initial=0) <= MOST_AHEAD)
+        a_query = int(of_query.sum()) // max(len(lists), 1)
         at_once = max(1, min(QUERIES_AT_ONCE, BYTES_AT_ONCE // max(a_query, 1)))
         batches = slices(len(lists), at_once)
         threads = thread_count()
@@ -172,23 +172,32 @@ class InvertedLists:
         """Let the kernel begin to read lists, as many of the first as are worth it."""
         read_ahead(self.path, self.ranges(numbers[np.cumsum(self._bytes_of(numbers)) <= MOST_AHEAD]))
 
+    def all_fit_ahead(self, numbers: Ids) -> bool:
+        """Return whether `read_ahead` reads all of some lists."""
+        return int(self._bytes_of(numbers).sum()) <= MOST_AHEAD
+
     def _bytes_of(self, lists: Ids) -> Ids:
         return np.where(lists >= 0, self.size[lists], 0) * (self.code_size + ID_SIZE)
 
 
-def advise(ivf: Any, advice: int) -> None:
-    """Say how the mapped lists are read.
+def prepare(ivf: Any, *, threads: int, all_ahead: bool) -> None:
+    """Choose how the mapped lists are read, until the next call.
 
     Args:
         ivf: an index whose lists are on the disk.
-        advice: MADV_RANDOM for lists that are read ahead, of which the kernel would read on behind the
-            end, up to megabytes on some disks; otherwise MADV_NORMAL.
+        threads: threads of faiss that read the lists of a search ahead.
+        all_ahead: whether we read all of them ahead. The kernel then reads nothing around a page that is
+            missing: on some disks that is megabytes, mostly of other lists.
+
+    Raises:
+        OSError: the kernel refuses.
 
     """
     stored = faiss.downcast_InvertedLists(ivf.invlists)
-    if stored.totsize:
-        begin = ctypes.c_void_p(int(stored.ptr))
-        _libc.madvise(begin, ctypes.c_size_t(stored.totsize), ctypes.c_int(advice))
+    stored.prefetch_nthread = threads
+    advice = mmap.MADV_RANDOM if all_ahead else mmap.MADV_NORMAL
+    if stored.totsize and _madvise(int(stored.ptr), stored.totsize, advice):
+        raise OSError(ctypes.get_errno(), "the lists of the index cannot be read at random")
 
 
 def _table(stored: Any, lists: int) -> Ids:

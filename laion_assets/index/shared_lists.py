@@ -11,7 +11,6 @@ ruled out. Where too many rows are nearly as similar, a query is left to the cal
 
 from __future__ import annotations
 
-import mmap
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
@@ -23,7 +22,7 @@ import numpy as np
 
 from laion_assets.index.codebook import LARGEST_PRODUCT, Codebook, lengths
 from laion_assets.index.decoder import emptied
-from laion_assets.index.inverted_lists import QUERIES_AT_ONCE, InvertedLists, advise
+from laion_assets.index.inverted_lists import QUERIES_AT_ONCE, InvertedLists, prepare
 from laion_assets.index.scores import NONE, ROW, fill_in_best, rows_above
 from laion_assets.io.arrays import Bytes, Doubles, Floats, Ids, Mask
 from laion_assets.io.parallel import in_threads, slices
@@ -159,9 +158,9 @@ class SharedLists:
         """Find how similar the k-th row of each query is at least, from its nearest lists."""
         lists = np.where(nearest, self._probed, -1)[:, : nearest.sum(axis=1).max()]
         lists, nearness = np.ascontiguousarray(lists), self._nearness[:, : lists.shape[1]].copy()
-        faiss.downcast_InvertedLists(self._ivf.invlists).prefetch_nthread = 0  # see `visit_long`
-        advise(self._ivf, mmap.MADV_RANDOM)
-        self._lists.read_ahead(np.unique(lists[lists >= 0]))
+        numbers = np.unique(lists[lists >= 0])
+        prepare(self._ivf, threads=0, all_ahead=self._lists.all_fit_ahead(numbers))  # see `visit_long`
+        self._lists.read_ahead(numbers)
         best = np.full((len(lists), self._k), NONE, np.float32)
         places = np.full((len(lists), self._k), -1)
 
@@ -181,18 +180,17 @@ class SharedLists:
         batches = [jobs[first:last] for first, last in pairwise(edges)]
         left, most = [Left.joined([])], MORE_LEFT
         with ThreadPoolExecutor(1, "read-ahead") as reader:
-            reads = [self._read_ahead(reader, batches[0])]
+            reading = [self._read_ahead(reader, batches[0])]
             for batch, following, more in zip(
                 batches, [*batches[1:], []], np.diff(searched, prepend=0), strict=True
             ):
-                reads.append(self._read_ahead(reader, following))
+                reading.append(self._read_ahead(reader, following))
                 left += in_threads(self._left_of, batch)
                 if sum(map(len, left)) > most:
                     left = [self._with_fewer(Left.joined(left))]
                     most = len(left[0]) + MORE_LEFT
                 progress(int(more))
-                for read in reads:
-                    read.result()
+                reading.pop(0).result()
         return self._with_fewer(Left.joined(left))
 
     def _read_ahead(self, reader: ThreadPoolExecutor, jobs: list[Job]) -> Future[None]:

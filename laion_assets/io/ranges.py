@@ -1,8 +1,8 @@
 """Byte ranges of a file, and the interface through which readers declare what they read.
 
 Ranges are an (n, 2) int64 array of starts and stops, in ascending order. No range is empty, and no two
-overlap or touch. Search and metadata declare ranges before they read them, which is a no-op for complete
-files.
+overlap or touch. Search and metadata declare ranges before they read them from a mapping: of incomplete
+files they are fetched, of complete ones read ahead. What is read once is not declared, see `Disk.read`.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ class Disk(Protocol):
         """Open a block in which ranges can be needed."""
 
     def read(self, path: Path, spans: Ids) -> list[bytes]:
-        """Read what is not needed again, and takes no room on the disk.
+        """Return spans of a file, which is not kept on the disk for them.
 
         Args:
             path: the file.

@@ -414,7 +414,7 @@ def _search_step(shape: Shape, rates: Rates, search: Search) -> Step:
     window = 0 if shape.sparse or _are_long(shape, nprobe) else shape.window
     size = list_bytes(shape, lists, window)
     more = distinct_lists(among, further, sample) * (1 - lists / among)  # others were read by the search
-    size += list_bytes(shape, more, shape.window)
+    size += list_bytes(shape, more, window)
     size = min(size, shape.rows * shape.row_size)
     if not shape.sparse:
         reading = size * rates.byte

@@ -237,11 +237,7 @@ def retrieve(
 
     """
     request.filters.check(metadata.columns)
-    if queries.shape[1] != index.dimension:
-        raise InputError(
-            f"the seeds have {queries.shape[1]} dimensions, the index has {index.dimension}: embed the "
-            "seeds with the model the index was made with"
-        )
+    check_dimension(index, queries)
     schema = columns_found(index, metadata, per_seed=per_seed)
     if batches is None:
         batches = all_batches(index, metadata, queries, request)
@@ -270,6 +266,20 @@ def retrieve(
 def starting_k(index: Index, request: Request) -> int:
     """Return for how many images of each query a search asks first."""
     return request.k if request.keep is None else min(request.k, index.rows)
+
+
+def check_dimension(index: Index, queries: Floats) -> None:
+    """Check that queries can be compared with the rows of an index.
+
+    Raises:
+        InputError: they have another dimension.
+
+    """
+    if queries.shape[1] != index.dimension:
+        raise InputError(
+            f"the seeds have {queries.shape[1]} dimensions, the index has {index.dimension}: embed the "
+            "seeds with the model the index was made with"
+        )
 
 
 def all_batches(index: Index, metadata: Metadata, queries: Floats, request: Request) -> list[Ids]:

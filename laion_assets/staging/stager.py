@@ -262,17 +262,15 @@ class _Stager:
 
     def _check_other(self, todo: Plan, manifest: Manifest | None) -> None:
         """Check that no copy of another index is removed that should be kept."""
-        other, stale = self._other_source(manifest), self._stale(todo)
-        if other is None or not stale:
+        other = self._other_source(manifest)
+        if other is None or self.replace_other:
             return
-        size = f"{sum(map(allocated_bytes, stale)):,} bytes of {other}"
-        if not self.replace_other:
+        if stale := self._stale(todo):
             raise InputError(
-                f"{self.cache} holds {size}, which would be removed to stage {self.source.index_uri}: "
-                "set another cache directory",
+                f"{self.cache} holds {sum(map(allocated_bytes, stale)):,} bytes of {other}, "
+                f"which would be removed to stage {self.source.index_uri}: set another cache directory",
                 "cache_dir",
             )
-        self.log(f"{self.cache} holds {size}, which are removed to stage {self.source.index_uri}")
 
     def _other_source(self, manifest: Manifest | None) -> str | None:
         """Return the source of the staged copy, if it is another index."""

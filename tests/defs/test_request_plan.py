@@ -7,6 +7,7 @@ from dataclasses import replace
 from typing import Any
 
 import dagster as dg
+import numpy as np
 import pytest
 import yaml
 
@@ -61,6 +62,18 @@ def test_a_plan_says_when_the_index_bounds_it(rows):
     assert "index 5 GB" in told
 
 
+def test_a_plan_says_that_a_run_for_a_target_has_found_all_that_there_is():
+    last = {
+        "knn_urls": measured(requested=900),
+        "centroid_urls": measured(requested=900),
+        "combined_urls": measured(requested=1800, kept=550, **{"images for the target": 600}),
+    }
+    for target, beyond in ((540, False), (560, True), (2000, True)):
+        plan = plan_request(target, 10, History(Yield(0.5, "measured"), last, 900), 1.0)
+        told = "\n".join(as_yaml(plan, 10))
+        assert ("run 01234567 had a target and kept only 550 images" in told) == (beyond and target < 900)
+
+
 @pytest.mark.parametrize(
     ("received", "duplicates", "share"), [(300, 100, 2 / 3), (150, 150, 0.0), (None, None, 0.3)]
 )
@@ -102,7 +115,7 @@ def test_without_a_run_a_plan_rests_on_the_usual_yield_and_guesses_no_times(
     assert yaml.safe_load(printed) == {"target_images": 500_000}
     assert "1,112 each" in printed
     assert "1,111,112 around their mean" in printed
-    assert main(["plan", "--target-images", "5000", "--seed-set", "flower"]) == 0
+    assert main(["plan", "--target", "5000", "--seed-set", "flower"]) == 0  # argparse completes it
     for told in (printed, capsys.readouterr().out):
         assert str(USUAL) in told
         assert "reads: unknown, because nothing is staged" in told
@@ -177,6 +190,17 @@ def test_a_plan_for_a_set_rests_on_its_last_run_and_on_this_machine(demo, tmp_pa
             assert "planned and taken" not in before.figures
         combined = next(materializations(kept, "combined_urls", "flower")).figures["planned and taken"]
         assert re.fullmatch(r"planned at most \d+ s; took \d+ s", combined)
+
+    other_model = tmp_path / "data/seeds/other_model"  # a search is planned before it begins
+    other_model.mkdir()
+    np.save(other_model / "a.npy", np.ones((3, 7), np.float32))
+    assert main(["materialize", "other_model"]) == 1
+    assert "the seeds have 7 dimensions, the index has 256" in capsys.readouterr().err
+
+    monkeypatch.setenv("LAION_MAX_IMAGES", "50")
+    assert main(["plan", "--target-images", "100", "--seed-set", "flower"]) == 0
+    assert "would be refused: LAION_MAX_IMAGES allows 50" in capsys.readouterr().out
+    monkeypatch.delenv("LAION_MAX_IMAGES")
 
     monkeypatch.setenv("LAION_INDEX_URI", "gs://other/index")
     assert main(["plan", "--target-images", str(10**9), "--seeds", "5"]) == 0

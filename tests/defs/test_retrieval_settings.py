@@ -12,7 +12,7 @@ import pytest
 from helpers.project import Demo, Project, Ticks, failures, new_project, reported, stale
 
 from laion_assets.defs import sensors
-from laion_assets.defs.history import YIELD, measured_yield
+from laion_assets.defs.history import FINGERPRINT, YIELD, measured_yield, staged_indices
 from laion_assets.defs.provenance import PROVENANCE_KEY
 from laion_assets.defs.resources import LaionIndex
 from laion_assets.defs.settings import BLOCK_LIST, Defaults, RetrievalConfig
@@ -304,6 +304,10 @@ def test_many_sets_are_observed_some_at_a_tick_until_all_are(
         assert counts == [at_most, more, 0]
 
 
+def reported_index(project: Project) -> list[str]:
+    return [figures[FINGERPRINT] for figures in staged_indices(project.instance)]
+
+
 def test_a_yield_counts_only_for_the_block_list_it_was_measured_with(made: Ticks, tmp_path: Path) -> None:
     listed = tmp_path / "list.txt"
     listed.write_text("3\n")
@@ -311,21 +315,22 @@ def test_a_yield_counts_only_for_the_block_list_it_was_measured_with(made: Ticks
     run = searched(project, "fruit", target_images=50)
     told = [entry.user_message for entry in project.instance.all_logs(run.run_id)]
     assert any(message.startswith("searching until ") for message in told)
-    asked = RetrievalConfig().resolve(Defaults({})).asked()
-    assert run.run_id[:8] not in measured_yield(project.instance, "fruit", asked).basis
-    assert measured_yield(project.instance, "fruit", {**asked, BLOCK_LIST: "another"}) == USUAL
+    asked, index = RetrievalConfig().resolve(Defaults({})).asked(), reported_index(project)
+    assert run.run_id[:8] not in measured_yield(project.instance, "fruit", asked, index).basis
+    assert measured_yield(project.instance, "fruit", {**asked, BLOCK_LIST: "another"}, index) == USUAL
     with_list = {**asked, BLOCK_LIST: LaionIndex.block_list_description(index_of(project))}
-    found = measured_yield(project.instance, "fruit", with_list)
+    found = measured_yield(project.instance, "fruit", with_list, index)
     assert found.share == reported(run, "combined_urls")[YIELD]
+    assert measured_yield(project.instance, "fruit", with_list, ["another index"]) == USUAL
 
 
 def test_a_request_beyond_the_index_is_told_so_and_says_nothing_of_smaller_ones(made: Ticks) -> None:
     project = made.project
-    settings = RetrievalConfig().resolve(Defaults({})).asked()
-    before = measured_yield(project.instance, "fruit", settings)
+    settings, index = RetrievalConfig().resolve(Defaults({})).asked(), reported_index(project)
+    before = measured_yield(project.instance, "fruit", settings, index)
     beyond = searched(project, "fruit", nb_images_knn=10**6, nb_images_centroid=10**6)
     assert reported(beyond, "combined_urls")[YIELD] < 0.01
-    assert measured_yield(project.instance, "fruit", settings) == before
+    assert measured_yield(project.instance, "fruit", settings, index) == before
     told = [entry.user_message for entry in project.instance.all_logs(beyond.run_id)]
     assert sum("the index has only" in message for message in told) == 2
     assert not [message for message in told if "set a higher nprobe" in message]

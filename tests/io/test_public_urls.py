@@ -2,7 +2,7 @@
 
 import pytest
 
-from laion_assets.io.public_urls import private, public, without_secrets
+from laion_assets.io.public_urls import is_same, private, public, without_secrets
 
 
 @pytest.mark.parametrize(
@@ -41,3 +41,18 @@ def test_the_secrets_of_a_url_in_a_message_are_left_out() -> None:
     assert without_secrets(said) == (
         "404, message='Not Found', url='https://example.org/a', and https://b.org/"
     )
+
+
+@pytest.mark.parametrize(
+    ("one", "other", "same"),
+    [
+        ("gs://laion/index", "gs://laion/index/", True),
+        ("https://user:secret@laion.org/index", "https://laion.org/index/", True),
+        ("data/index", "data/index", True),
+        ("gs://laion/index", "gs://laion/index2", False),
+        ("", "gs://laion/index", False),
+    ],
+)
+def test_folders_are_compared_without_secrets_and_the_last_slash(one, other, same):
+    assert is_same(one, other) == same
+    assert is_same(other, one) == same

@@ -102,11 +102,12 @@ def test_metadata_in_place_reads_what_was_measured(kept, read):
 
 
 @pytest.mark.parametrize(
-    ("k", "kept", "read"), [(100_000, 36_201, 1.19 * GB), (830_000, 278_103, 7.13 * GB)]
+    ("k", "kept", "read", "most"),
+    [(100_000, 36_201, 1.19 * GB, 1.4), (830_000, 278_103, 7.13 * GB, 1.1)],
 )
-def test_a_request_in_place_reads_at_most_six_tenths_more_than_was_measured(k, kept, read):
+def test_a_request_in_place_reads_little_more_than_was_measured(k, kept, read, most):
     whole = total(search_steps(LAION, RATES, search_of(LAION, 1, k, kept / k)))
-    assert read < whole.size < 1.6 * read
+    assert read < whole.size < most * read
 
 
 def test_the_check_of_the_recall_searches_a_quarter_as_many_further_lists_but_not_sparse():

@@ -146,6 +146,33 @@ def test_what_is_read_once_is_right_and_takes_no_room(memory, spans):
     assert files.unmarked_data() == 0
 
 
+@pytest.mark.parametrize("most", [3, 10_000])
+def test_spans_that_are_read_together_are_near_and_few(most, monkeypatch):
+    monkeypatch.setattr(reads, "MAX_READ", most)
+    starts = np.random.default_rng(0).permutation(np.arange(0, 400 * PAGE_SIZE, 5000))
+    spans = np.stack([starts, starts + 3 * PAGE_SIZE], axis=1)
+    groups = reads.spans_of_reads(spans)
+    assert sorted(np.concatenate(groups)) == list(range(len(spans)))
+    assert len(groups) == -(-(400 + 2) // most)
+    for some in groups:
+        assert (np.diff(spans[some, 0]) > 0).all()
+        assert np.ptp(spans[some, 0]) < most * PAGE_SIZE
+
+
+def test_a_few_spans_are_read_side_by_side(files, monkeypatch):
+    together = threading.Barrier(5, timeout=10)
+    read = FsspecReader.read
+
+    def waiting(*args: Any) -> Iterator[bytes]:
+        together.wait()
+        yield from read(*args)
+
+    monkeypatch.setattr(FsspecReader, "read", waiting)
+    starts = np.arange(5) * 8 * PAGE_SIZE
+    with files.opened() as disk:
+        assert len(disk.read(files.path, np.stack([starts, starts + 10], axis=1))) == 5
+
+
 def test_what_is_held_is_never_evicted_and_a_request_that_needs_its_room_waits(files, monkeypatch):
     monkeypatch.setattr(store, "POLL_INTERVAL", 0.01)
     with files.opened(25 * PAGE_SIZE) as disk, files.opened(25 * PAGE_SIZE) as other:

@@ -85,9 +85,8 @@ def test_another_version_begins_empty_and_unchanged_files_keep_their_pages(sourc
     stage(str(source), None, cache, sparse=True)
     with open_staged(cache) as opened:
         urls = opened.metadata.take(np.arange(40))["url"].to_pylist()
-        described = (
-            opened.fetched.fetched - changed.stat().st_size
-        )  # of a tiny file, read before its pages
+        # Headers are read before the pages that hold them, which are all of this tiny file.
+        described = opened.fetched.fetched - changed.stat().st_size
     assert 0 <= described < 1000
     assert [url.split("/")[3] for url in urls] == ["0"] * 14 + ["1"] * 13 + ["0"] * 13
 

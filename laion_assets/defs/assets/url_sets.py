@@ -39,6 +39,7 @@ from laion_assets.search.retrieval import (
     Funnel,
     Request,
     all_batches,
+    check_dimension,
     columns_found,
     retrieve,
 )
@@ -158,6 +159,7 @@ class SearchStep:
         queries = embeddings_of(self.vectors.read(["embedding"]))
         with open_index(self.context, self.laion_index) as opened:
             origin = replace(origin, index=opened.manifest.fingerprint)
+            check_dimension(opened.index, queries)
             knn = self._found_around_seeds(origin)
             request = self._request(origin.settings)
             every = all_batches(opened.index, opened.metadata, queries, request)

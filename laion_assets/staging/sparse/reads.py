@@ -40,7 +40,7 @@ def spans_of_reads(spans: Ids) -> list[Ids]:
         spans: (n, 2) starts and stops, which may be unordered, empty or overlapping.
 
     Returns:
-        For each read the numbers of its spans; none of empty ones.
+        The numbers of the spans of each read; empty spans are in none.
 
     """
     order = np.argsort(spans[:, 0], kind="stable")

@@ -444,11 +444,11 @@ class SparseFiles:
                 self._files[number].sync_marks()
 
     @contextmanager
-    def _fetching(self, reads: int, size: int) -> Iterator[tuple[Fetcher, Progress]]:
-        """Read from the source in threads, and log how much it was.
+    def _fetching(self, count: int, size: int) -> Iterator[tuple[Fetcher, Progress]]:
+        """Yield threads that read from the source, and their progress; then log how much it was.
 
         Args:
-            reads: number of reads.
+            count: number of reads.
             size: bytes of all.
 
         Raises:
@@ -456,7 +456,7 @@ class SparseFiles:
 
         """
         started, before = time.monotonic(), replace(self.stats)
-        fetcher = Fetcher(self._reader, min(READ_THREADS, reads), self._log, self.stats)
+        fetcher = Fetcher(self._reader, min(READ_THREADS, count), self._log, self.stats)
         try:
             with Progress("fetching", size, "B", fetcher.log) as progress:
                 yield fetcher, progress
@@ -479,6 +479,7 @@ class SparseFiles:
         found = [b""] * len(edges)
         if not reads:
             return found
+        at_once = min(max(len(reads) // JOBS_LEFT, 1), JOB_READS)
         with self._fetching(len(reads), total(ranges_of(*spans.T))) as (fetcher, progress):
 
             def read(job: slice) -> None:
@@ -490,7 +491,7 @@ class SparseFiles:
                         found[number] = content[first - start : last - start]
                 progress.advance(sum(len(found[number]) for some in reads[job] for number in some))
 
-            fetcher.run(iter(slices(len(reads), JOB_READS)), read)
+            fetcher.run(iter(slices(len(reads), at_once)), read)
             self._reader.check(source)
         return found
 
