@@ -88,9 +88,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
             if sys.stdout:
                 sys.stdout.flush()
     except BrokenPipeError:
-        if not _is_unread(sys.stdout.fileno()):
+        unread = [stream.fileno() for stream in (sys.stdout, sys.stderr) if _is_unread(stream.fileno())]
+        if not unread:
             raise
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for what is still buffered
+        for stream in unread:  # for what is still buffered
+            os.dup2(os.open(os.devnull, os.O_WRONLY), stream)
         return 128 + signal.SIGPIPE
 
 
@@ -143,7 +145,7 @@ def _is_unread(output: int) -> bool:
     """Return whether nobody reads a pipe any more, as after `| head`."""
     asked = select.poll()
     asked.register(output, 0)
-    return any(event & select.POLLERR for _, event in asked.poll(0))
+    return any(event & (select.POLLERR | select.POLLHUP) for _, event in asked.poll(0))
 
 
 def _print_error(message: str, environment: Mapping[str, str]) -> None:

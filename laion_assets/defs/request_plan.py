@@ -116,10 +116,10 @@ def plan_request(target: int, seeds: int, known: History, expect_alive: float) -
     requested = dict(zip(TABLES, (*searches, sum(searches)), strict=True))
     last = {name: past.figures for name, past in known.last_run.items()}
     scale = {name: requested[name] / int(figures["requested"]) for name, figures in last.items()}
-    different = min(images, known.index_rows or images)
+    different = images if known.index_rows is None else min(images, known.index_rows)
     needs = Needs.of(different)
     longer = dict(scale)
-    if "combined_urls" in last:  # its time grows with the square
+    if scale.get("combined_urls"):  # its time grows with the square
         then = Needs.of(max(1, round(different / scale["combined_urls"])))
         longer["combined_urls"] = needs.core_seconds / then.core_seconds
     return RequestPlan(
@@ -187,7 +187,7 @@ def limits_of_the_index(plan: RequestPlan) -> list[str]:
     if rows is None:
         return []
     if images > rows:
-        return [f"# the index has only {count(rows, 'row')}: the target cannot be reached"]
+        return [f"# the index has only {count(rows, 'row')}, fewer than the target needs"]
     if last and last.figures["kept"] < min(images, last.figures.get(FOR_THE_TARGET, 0)):
         return [
             f"# run {last.run[:8]} had a target and kept only {count(last.figures['kept'], 'image')}, "
@@ -230,10 +230,10 @@ def _last_run(
         name: {made.run: made for made in materializations(instance, name, seed_set)} for name in TABLES
     }
     for run, made in by_run["combined_urls"].items():
-        if (
-            made.asked is not None
-            and made.index in indices
-            and all(run in by_run[name] for name in TABLES)
-        ):
-            return {name: by_run[name][run] for name in TABLES}
+        tables = {name: by_run[name][run] for name in TABLES if run in by_run[name]}
+        is_whole = len(tables) == len(TABLES) and all(
+            made.figures["requested"] for made in tables.values()
+        )
+        if is_whole and made.asked is not None and made.index in indices:
+            return tables
     return {}

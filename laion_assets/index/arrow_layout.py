@@ -22,7 +22,8 @@ TAIL = len(MAGIC) + 4  # the footer's length precedes the last magic
 CONTINUATION = 0xFFFFFFFF  # begins a message since Arrow 0.15
 FOOTER_BLOCK = np.dtype([("offset", "<i8"), ("header", "<i4"), ("_", "<i4"), ("body", "<i8")])
 FOOTER_DICTIONARIES, FOOTER_BATCHES = 2, 3  # field numbers in the flatbuffer tables
-MESSAGE_HEADER = 2
+MESSAGE_KIND, MESSAGE_HEADER = 1, 2
+RECORD_BATCH = 3  # kind of a message
 BATCH_LENGTH, BATCH_BUFFERS, BATCH_COMPRESSION = 0, 2, 3
 
 
@@ -40,6 +41,10 @@ class Blocks:
     headers: Ids
     bodies: Ids
     dictionaries: Ranges
+
+    def of(self, batches: Ids) -> Blocks:
+        """Return those of some record batches."""
+        return Blocks(self.headers[batches], self.bodies[batches], self.dictionaries)
 
 
 def ends(size: int) -> Ranges:
@@ -152,8 +157,11 @@ def read_table(size: int, read: Callable[[int, int], bytes]) -> BatchTable:
 
 def _batches(messages: _Flatbuffers) -> tuple[Ids, Mask, Ids]:
     """Return rows, compression, and (n, b, 2) offsets and sizes of buffers; b is 0 if it differs."""
-    start = np.where(messages.read("<u4", 0) == CONTINUATION, 8, 4)
-    batch = messages.follow(messages.field(messages.follow(start), MESSAGE_HEADER))
+    message = messages.follow(np.where(messages.read("<u4", 0) == CONTINUATION, 8, 4))
+    kind = messages.field(message, MESSAGE_KIND)
+    if not (kind > 0).all() or (messages.read("<u1", kind) != RECORD_BATCH).any():
+        raise ValueError("a record batch's header is damaged")
+    batch = messages.follow(messages.field(message, MESSAGE_HEADER))
     length, compression = messages.field(batch, BATCH_LENGTH), messages.field(batch, BATCH_COMPRESSION)
     rows = np.where(length > 0, messages.read("<i8", length), 0)
     vector = messages.follow(messages.field(batch, BATCH_BUFFERS))

@@ -76,11 +76,15 @@ class BatchTables:
             found = _read(table).filter(pc.field("file") == content)
         except pa.ArrowException:  # another version of this package kept it
             return None
-        return _of_table(found) if len(found) == batches else None
+        return _of_table(found) if len(found) == batches > 0 else None
 
     def write(self, path: Path, table: BatchTable) -> None:
         """Keep the table of a file; a folder that is read-only or full does without it."""
         keep(self._kept(path), _with_checksum(table_as_parquet(self._contents[path], table)))
+
+    def forget(self, path: Path) -> None:
+        """Let the headers of a file be read again."""
+        self._kept(path).unlink(missing_ok=True)
 
     def _kept(self, path: Path) -> Path:
         return self._folder / f"{path.name}.batches"

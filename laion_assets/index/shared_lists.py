@@ -12,7 +12,7 @@ ruled out. Where too many rows are nearly as similar, a query is left to the cal
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
@@ -178,13 +178,15 @@ class SharedLists:
         edges = np.flatnonzero(np.diff(pairs // PAIRS_AT_ONCE, prepend=-1, append=-1))
         searched = (len(self._queries) * (pairs[edges[1:] - 1] / pairs[-1])).astype(np.int64)
         batches = [jobs[first:last] for first, last in pairwise(edges)]
+        lists = [np.array(sorted({job.list for job in batch}), np.int64) for batch in batches]
+        prepare(self._ivf, threads=0, all_ahead=all(map(self._lists.all_fit_ahead, lists)))
         left, most = [Left.joined([])], MORE_LEFT
         with ThreadPoolExecutor(1, "read-ahead") as reader:
-            reading = [self._read_ahead(reader, batches[0])]
+            reading = [reader.submit(self._lists.read_ahead, lists[0])]
             for batch, following, more in zip(
-                batches, [*batches[1:], []], np.diff(searched, prepend=0), strict=True
+                batches, [*lists[1:], lists[0][:0]], np.diff(searched, prepend=0), strict=True
             ):
-                reading.append(self._read_ahead(reader, following))
+                reading.append(reader.submit(self._lists.read_ahead, following))
                 left += in_threads(self._left_of, batch)
                 if sum(map(len, left)) > most:
                     left = [self._with_fewer(Left.joined(left))]
@@ -192,10 +194,6 @@ class SharedLists:
                 progress(int(more))
                 reading.pop(0).result()
         return self._with_fewer(Left.joined(left))
-
-    def _read_ahead(self, reader: ThreadPoolExecutor, jobs: list[Job]) -> Future[None]:
-        numbers = np.array(sorted({job.list for job in jobs}), np.int64)
-        return reader.submit(self._lists.read_ahead, numbers)
 
     def _left_of(self, job: Job) -> Left:
         """Return the pairs that are left of a job."""

@@ -92,7 +92,7 @@ def open_staged(
         with _noticing_damage(cache), opened as (disk, stats):
             yield OpenIndex(
                 Index(paths[index], paths[lists] if lists else None, disk),
-                Metadata(metadata, columns, disk, _batch_tables(cache, manifest)),
+                Metadata(metadata, columns, disk, batch_tables(cache, manifest)),
                 manifest,
                 stats,
             )
@@ -120,7 +120,7 @@ def _noticing_damage(cache: Path) -> Iterator[None]:
         ) from error
 
 
-def _batch_tables(cache: Path, manifest: Manifest) -> BatchTables:
+def batch_tables(cache: Path, manifest: Manifest) -> BatchTables:
     """Keep where record batches and their buffers are beside the manifest."""
     contents = {cache / file.path: content_of(file.size, file.checksum) for file in manifest.files}
     published = {file.name: cache / file.path for file in manifest.files}.get(PUBLISHED_TABLES)

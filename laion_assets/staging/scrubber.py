@@ -16,6 +16,7 @@ from typing import Any
 
 import numpy as np
 
+from laion_assets.index.arrow_file import ArrowFile
 from laion_assets.io.checksums import crc32c
 from laion_assets.io.derived import keep
 from laion_assets.io.errors import InputError
@@ -23,7 +24,7 @@ from laion_assets.io.progress import Progress
 from laion_assets.staging.full.blocks import Blocks
 from laion_assets.staging.full.mend import mend
 from laion_assets.staging.manifest import Manifest, NotStagedError, StagedFile
-from laion_assets.staging.opening import is_staged, open_sparse_files, sources_of
+from laion_assets.staging.opening import batch_tables, is_staged, open_sparse_files, sources_of
 from laion_assets.staging.sparse.budget import DEFAULT_BUDGET
 from laion_assets.staging.sparse.store import SparseFiles
 from laion_assets.staging.transfer import locks
@@ -172,11 +173,21 @@ class _Scrub:
 
     def _differs_from_source(self, file: StagedFile, sparse: SparseFiles) -> bool:
         """Compare a few pages with the source, if it can be read."""
+        count = -(-SOURCE_PAGES // len(self.files))
         try:
-            return sparse.differs_from_source(file.name, -(-SOURCE_PAGES // len(self.files)))
+            return sparse.differs_from_source(file.name, count) or self._headers_differ(
+                file, sparse, count
+            )
         except (ChangedError, InputError) as error:
             self._log(f"pages of {file.source} are not compared with the source: {error}")
             return False
+
+    def _headers_differ(self, file: StagedFile, sparse: SparseFiles, count: int) -> bool:
+        """Compare what is kept of a few headers with the source; their pages are not on the disk."""
+        if not file.name.endswith(".arrow"):
+            return False
+        tables = batch_tables(self._cache, self._manifest)
+        return ArrowFile(self._cache / file.path, sparse, tables, 0).differs(sparse, count)
 
     def describe(self) -> Iterator[str]:
         """Describe the damage of each file."""
@@ -205,6 +216,9 @@ class _Scrub:
         if self._sparse is not None and ranges:
             with locks.reading(self._cache):
                 self._sparse.fetch_again(ranges)
+                tables = batch_tables(self._cache, self._manifest)
+                for path in ranges:
+                    tables.forget(path)
         return all(each.blocks is not None for each in whole)
 
     def _mend(self, damage: Damage, blocks: Blocks) -> None:

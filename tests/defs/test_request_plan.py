@@ -57,7 +57,7 @@ def test_a_plan_says_when_the_index_bounds_it(rows):
     bounded = rows == 500
     assert (plan.counts == expected_counts(4000, 10, USUAL.share)) != bounded
     told = "\n".join(as_yaml(plan, 10))
-    assert ("500 rows: the target cannot be reached" in told) == bounded
+    assert ("500 rows, fewer than the target needs" in told) == bounded
     assert f"combining {500 if bounded else 4000:,} different images" in told
     assert "index 5 GB" in told
 

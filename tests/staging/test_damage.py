@@ -10,11 +10,13 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from helpers.faults import first
 from helpers.project import contents
 from helpers.staging import LISTS, POPULATED, SMALL, is_readable, staged_data, touched, write_many_chunks
 
+from laion_assets.index import arrow_layout
 from laion_assets.io.errors import InputError
 from laion_assets.staging import (
     NotStagedError,
@@ -210,6 +212,28 @@ def test_pages_of_a_server_that_lied_are_found_and_fetched_again(bucket, source,
     assert (cache / LISTS).read_bytes() == right
     bucket.proxy.rule = lambda _: 403
     assert not scrub(cache).damaged  # without the source the disk is verified all the same
+
+
+def test_headers_about_which_a_source_lied_are_found_and_read_again(source, cache):
+    stage(str(source), None, cache, sparse=True)
+    path = source / FIRST_ARROW
+    right, times = path.read_bytes(), path.stat()
+    blocks = arrow_layout.read_table(len(right), lambda start, stop: right[start:stop])
+    lied = np.int64(blocks.rows[0]).tobytes(), np.int64(blocks.rows[0] - 1).tobytes()
+
+    def tell(content: bytes) -> None:
+        path.write_bytes(content)
+        os.utime(path, ns=(times.st_atime_ns, times.st_mtime_ns))
+
+    tell(right.replace(*lied, 3))
+    with open_staged(cache) as opened:
+        rows = len(opened.metadata)
+    tell(right)
+    assert [str(cache / FIRST_ARROW)] == [each.split(" is damaged")[0] for each in scrub(cache).damaged]
+    assert scrub(cache, repair=True).mended
+    assert not scrub(cache).damaged
+    with open_staged(cache) as opened:
+        assert len(opened.metadata) > rows
 
 
 def test_verification_needs_no_right_to_write_and_says_what_it_cannot_check(source, cache):

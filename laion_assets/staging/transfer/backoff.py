@@ -44,8 +44,8 @@ class Backoff:
         if self._failures >= MAX_TRIES or silence >= PATIENCE:
             raise InputError(
                 f"{self._url} could not be read in {self._failures} tries and {silence:.0f} s "
-                f"({reason(error)}): check the source and the connection, then try again; what was read "
-                "so far is kept"
+                f"({reason(error)}): check the source and the connection, then try again; what is "
+                "complete is kept"
             ) from error
         pause = min(FIRST_PAUSE * 2 ** (self._failures - 1), LONGEST_PAUSE)
         pause *= random.uniform(0.5, 1)  # so that clients do not retry simultaneously  # noqa: S311
