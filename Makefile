@@ -109,7 +109,7 @@ bench-duplicates: $(READY) ## CPU time and memory of finding near-duplicates, a 
 bench-combine: $(READY) ## Time, memory and disk of combining millions of images, half an hour; ROWS="250000 500000" for other sizes
 	$(BIN)/python benchmarks/combine.py $(if $(ROWS),--rows $(ROWS))
 
-bench-plan: $(READY) ## Compare planned requests with measured ones, two minutes; needs the data of bench-build
+bench-plan: $(READY) ## Compare planned requests with measured ones, on the data of bench; two minutes if they are there
 	$(BIN)/python benchmarks/plan.py
 
 settings-docs: $(READY) ## Write the tables of settings in docs/settings.md, and .env.example

@@ -1,9 +1,9 @@
 """What `laion-assets plan` estimates for a request, against what the request takes.
 
-The index is the million rows of `make bench-build`, used in place. Each request is a process of its own.
-A cold one begins after the page cache has forgotten the index. A plan is that of a machine that has
-nothing else to do: on a busy one, compare CPU times. What must not live here: another estimate than
-users see.
+The index is that of `make bench`, made if it is missing, and used in place. Each request is a process of
+its own. A cold one begins after the page cache has forgotten the index. A plan is that of a machine
+that has nothing else to do: on a busy one, compare CPU times. What must not live here: another estimate
+than users see.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 import numpy as np
+from generate import Recipe, generate
 from memory import cpu_seconds
 
 from laion_assets.io.tables import new_table
@@ -101,12 +102,11 @@ def forget(folder: Path) -> None:
 def main() -> None:
     """Plan and measure each request, cold and warm, and print a table."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--folder", type=Path, help="the cached data of benchmarks/build.py")
+    parser.add_argument("--folder", type=Path, help="of generate.py; made if not given")
     parser.add_argument("--one", nargs=3, help=argparse.SUPPRESS)
     given = parser.parse_args()
-    default = Path(os.environ.get("LAION_BENCH_CACHE", Path(__file__).parent / ".cache"))
-    folder = given.folder or default / "clip-retrieval-1000000"
-    queries = np.load(folder / "queries.npy")
+    folder = given.folder or generate(Recipe())
+    queries = np.load(folder / "seeds.npy")
     if given.one:
         cache, seeds, k = given.one
         vectors = queries[: int(seeds)] if int(seeds) else queries.mean(axis=0, keepdims=True)
@@ -115,14 +115,14 @@ def main() -> None:
         return
     with TemporaryDirectory() as name:
         cache = Path(name)
-        stage(str(folder / "ours.index"), None, cache, in_place=True)
+        stage(str(folder), None, cache, in_place=True)
         print(f"load {os.getloadavg()[0]:.1f} on {os.cpu_count()} cores")
         plans = planned(cache)
         print(ROW.format("request", "", *SHOWN))
         for what, (seeds, k) in REQUESTS.items():
             for state in ("cold", "warm"):
                 if state == "cold":
-                    forget(folder / "ours.index")
+                    forget(folder)
                 command = [
                     sys.executable,
                     __file__,
