@@ -107,6 +107,13 @@ class BatchTable:
     starts: Ids
     sizes: Ids
 
+    def agrees(self, batches: Ids, found: BatchTable) -> bool:
+        """Return whether some batches are as another table has them, and their buffers if known."""
+        known = self.rows[batches], self.compressed[batches], self.starts[batches], self.sizes[batches]
+        width = self.starts.shape[1]
+        others = found.rows, found.compressed, found.starts[:, :width], found.sizes[:, :width]
+        return all(map(np.array_equal, known, others))
+
 
 def read_headers(blocks: Blocks, read: Callable[[Ids], Sequence[bytes]]) -> BatchTable:
     """Read the record batches' headers.

@@ -21,9 +21,10 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from laion_assets.index import arrow_layout
+from laion_assets.index.arrow_file import ArrowFile
 from laion_assets.index.metadata import Metadata
 from laion_assets.io.errors import InputError
-from laion_assets.io.ranges import in_memory
+from laion_assets.io.ranges import WholeFiles, in_memory
 from laion_assets.search.filters import Filters, conditions_in
 
 SUFFIXES = [indices.ARROW, indices.PARQUET]
@@ -336,6 +337,16 @@ def test_a_footer_that_names_all_of_the_file_again_and_again_is_named(tmp_path) 
     path.write_bytes(content)
     with pytest.raises(InputError, match=f"{path.name} .*overlap"):
         Metadata([path])
+
+
+def test_headers_are_as_they_were_whatever_the_number_of_their_buffers(tmp_path) -> None:
+    path, schema = tmp_path / "0.arrow", pa.schema({"url": pa.string(), "views": pa.string_view()})
+    with pa.OSFile(str(path), "wb") as file, pa.ipc.new_file(file, schema) as out:
+        for parts in (1, 2):  # each part has a buffer of its own
+            views = pa.concat_arrays([pa.array(["long" * 9], pa.string_view())] * parts)
+            out.write_batch(pa.record_batch([["u"] * parts, views], schema=schema))
+    opened = ArrowFile(path, WholeFiles(), None, 0)
+    assert not any(opened.differs(WholeFiles(), count) for count in (1, 1, 1, 1, 2))
 
 
 @pytest.mark.parametrize("suffix", SUFFIXES)
