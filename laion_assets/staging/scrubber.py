@@ -11,12 +11,14 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, closing
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from laion_assets.index.arrow_file import ArrowFile
+from laion_assets.index.batch_tables import BatchTables
 from laion_assets.io.checksums import crc32c
 from laion_assets.io.derived import keep
 from laion_assets.io.errors import InputError
@@ -130,6 +132,10 @@ class _Scrub:
         self._kept = time.monotonic()
         self._resume()
 
+    @cached_property
+    def _tables(self) -> BatchTables:
+        return batch_tables(self._cache, self._manifest)
+
     def bytes_of(self, file: StagedFile) -> int:
         """Return the bytes of a file on the disk."""
         return allocated_bytes(self._cache / file.path) if file.sparse else file.size
@@ -150,7 +156,7 @@ class _Scrub:
     def _read(self, file: StagedFile, advance: Callable[[int], object]) -> None:
         if file.sparse and self._sparse is not None:
             ranges = self._sparse.find_damage(file.name, advance)
-            if self._differs_from_source(file, self._sparse):
+            if self._differs_from_source(file, self._sparse, intact=not len(ranges)):
                 ranges = self._sparse.present(file.name)
             if len(ranges):
                 self._damaged[file.name] = ranges.tolist()
@@ -171,13 +177,12 @@ class _Scrub:
         elif first == 0:
             record_verified(self._cache, {file.name: times})
 
-    def _differs_from_source(self, file: StagedFile, sparse: SparseFiles) -> bool:
-        """Compare a few pages with the source, if it can be read."""
+    def _differs_from_source(self, file: StagedFile, sparse: SparseFiles, *, intact: bool) -> bool:
+        """Compare a few pages with the source, if it can be read, and headers if no page is damaged."""
         count = -(-SOURCE_PAGES // len(self.files))
         try:
-            return sparse.differs_from_source(file.name, count) or self._headers_differ(
-                file, sparse, count
-            )
+            differs = sparse.differs_from_source(file.name, count)
+            return differs or (intact and self._headers_differ(file, sparse, count))
         except (ChangedError, InputError) as error:
             self._log(f"pages of {file.source} are not compared with the source: {error}")
             return False
@@ -186,8 +191,7 @@ class _Scrub:
         """Compare what is kept of a few headers with the source; their pages are not on the disk."""
         if not file.name.endswith(".arrow"):
             return False
-        tables = batch_tables(self._cache, self._manifest)
-        return ArrowFile(self._cache / file.path, sparse, tables, 0).differs(sparse, count)
+        return ArrowFile(self._cache / file.path, sparse, self._tables, 0).differs(sparse, count)
 
     def describe(self) -> Iterator[str]:
         """Describe the damage of each file."""
@@ -216,9 +220,8 @@ class _Scrub:
         if self._sparse is not None and ranges:
             with locks.reading(self._cache):
                 self._sparse.fetch_again(ranges)
-                tables = batch_tables(self._cache, self._manifest)
                 for path in ranges:
-                    tables.forget(path)
+                    self._tables.forget(path)
         return all(each.blocks is not None for each in whole)
 
     def _mend(self, damage: Damage, blocks: Blocks) -> None:

@@ -479,7 +479,6 @@ class SparseFiles:
         found = [b""] * len(edges)
         if not reads:
             return found
-        at_once = min(max(len(reads) // JOBS_LEFT, 1), JOB_READS)
         with self._fetching(len(reads), total(ranges_of(*spans.T))) as (fetcher, progress):
 
             def read(job: slice) -> None:
@@ -491,7 +490,7 @@ class SparseFiles:
                         found[number] = content[first - start : last - start]
                 progress.advance(sum(len(found[number]) for some in reads[job] for number in some))
 
-            fetcher.run(iter(slices(len(reads), at_once)), read)
+            fetcher.run(iter(slices(len(reads), _reads_of_a_job(len(reads)))), read)
             self._reader.check(source)
         return found
 
@@ -501,7 +500,7 @@ class SparseFiles:
             for some in read_batches(ranges):
                 batch = _Batch(self._files[number], self._sources[number], len(some))
                 while len(some):
-                    count = min(max(left // JOBS_LEFT, 1), JOB_READS, len(some))
+                    count = min(_reads_of_a_job(left), len(some))
                     count = min(count, max(1, MAX_READ * len(some) // total(some)))  # of usual length
                     yield batch, some[:count]
                     some = some[count:]
@@ -564,6 +563,11 @@ class _Batch:
         self._done.sort(key=lambda done: int(done[0][0, 0]))
         pages = members(np.concatenate([reads for reads, _ in self._done]))
         return pages, [checksum for _, some in self._done for checksum in some]
+
+
+def _reads_of_a_job(left: int) -> int:
+    """Return how many of the reads that are left a thread takes: fewer when few are."""
+    return min(max(left // JOBS_LEFT, 1), JOB_READS)
 
 
 def _held_back(pieces: Iterable[tuple[bytes, int]]) -> Iterator[list[tuple[bytes, int]]]:
