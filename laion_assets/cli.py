@@ -50,7 +50,6 @@ from laion_assets.io.errors import InputError
 from laion_assets.io.locks import locked_folder
 from laion_assets.io.storage import on_this_machine
 from laion_assets.io.text import printable
-from laion_assets.search.sizing import images_wanted
 from laion_assets.seeds import Model, count_seeds, stage_model
 from laion_assets.staging import Scrubbed
 
@@ -88,7 +87,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             if sys.stdout:
                 sys.stdout.flush()
     except BrokenPipeError:
-        unread = [stream.fileno() for stream in (sys.stdout, sys.stderr) if _is_unread(stream.fileno())]
+        streams = [stream.fileno() for stream in (sys.stdout, sys.stderr) if stream]
+        unread = [stream for stream in streams if _is_unread(stream)]
         if not unread:
             raise
         for stream in unread:  # for what is still buffered
@@ -327,7 +327,7 @@ def _plan(parsed: argparse.Namespace, environment: Mapping[str, str]) -> int:
     except InputError as error:  # above all, an index that is not staged
         times = [f"# reads: unknown, because {one_line(str(error))}", *scaled(plan)]
     print(*as_yaml(plan, seeds, times), sep="\n")
-    if (most := places.max_images) and images_wanted(plan.target, alive) > most:
+    if (most := places.max_images) and plan.images > most:
         print(f"# the run would be refused: LAION_MAX_IMAGES allows {most:,}")
     if lacks := plan.needs.shortage():
         print(f"# combining would be refused on this machine: it needs {lacks}")

@@ -68,7 +68,7 @@ def figures_of(metadata: Mapping[str, dg.MetadataValue]) -> dict[str, Any]:
 
 
 def materializations(
-    instance: dg.DagsterInstance, asset: str, seed_set: str | None = None, before: float | None = None
+    instance: dg.DagsterInstance, asset: str, seed_set: str | None = None
 ) -> Iterator[PastMaterialization]:
     """Yield the last materializations of an asset, the latest first.
 
@@ -76,10 +76,9 @@ def materializations(
         instance: the instance with the history.
         asset: name of the asset.
         seed_set: the partition; None for an asset without partitions.
-        before: seconds since 1970; later materializations are left out.
 
     """
-    wanted = dg.AssetRecordsFilter(dg.AssetKey(asset), seed_set and [seed_set], before_timestamp=before)
+    wanted = dg.AssetRecordsFilter(dg.AssetKey(asset), seed_set and [seed_set])
     cursor = None
     for _ in range(MATERIALIZATIONS_READ):
         # Read one at a time: most callers need only the first, and each may hold an image.

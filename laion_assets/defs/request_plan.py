@@ -76,6 +76,11 @@ class RequestPlan:
     sizes: Mapping[str, int]
     known: History
 
+    @property
+    def images(self) -> int:
+        """Images that the combined table must hold."""
+        return images_wanted(self.target, self.expect_alive)
+
 
 def read_history(
     instance: dg.DagsterInstance, index_uri: str, seed_set: str | None, asked: Mapping[str, Any]
@@ -161,14 +166,13 @@ def as_yaml(plan: RequestPlan, seeds: int, times: Sequence[str] = ()) -> list[st
         times: comments about reads and time, see `estimated`; those of `scaled` if empty.
 
     """
-    counts, requested = plan.counts, plan.requested
-    images = images_wanted(plan.target, plan.expect_alive)
+    counts, requested, alive = plan.counts, plan.requested, f"{plan.expect_alive:.0%}"
     size = plan.known.index_size
     index = "not staged yet" if size is None else as_bytes(size)
     sizes = ", ".join(f"{name} {as_bytes(size)}" for name, size in plan.sizes.items())
     return [
         f"target_images: {plan.target}",
-        f"# {images:,} images from {count(seeds, 'seed')}, if {plan.expect_alive:.0%} of the URLs work",
+        f"# {plan.images:,} images from {count(seeds, 'seed')}, if {alive} of the URLs work",
         f"# about {requested['knn_urls']:,} requested around the seeds, {counts.nb_images_knn:,} each,",
         f"#   and {requested['centroid_urls']:,} around their mean; of these, {plan.known.yielded}",
         *limits_of_the_index(plan),
@@ -182,13 +186,12 @@ def as_yaml(plan: RequestPlan, seeds: int, times: Sequence[str] = ()) -> list[st
 def limits_of_the_index(plan: RequestPlan) -> list[str]:
     """Return what the size of the index rules out, as a comment; empty if nothing."""
     rows, counts = plan.known.index_rows, plan.counts
-    images = images_wanted(plan.target, plan.expect_alive)
     last = plan.known.last_run.get("combined_urls")
     if rows is None:
         return []
-    if images > rows:
+    if plan.images > rows:
         return [f"# the index has only {count(rows, 'row')}, fewer than the target needs"]
-    if last and last.figures["kept"] < min(images, last.figures.get(FOR_THE_TARGET, 0)):
+    if last and last.figures["kept"] < min(plan.images, last.figures.get(FOR_THE_TARGET, 0)):
         return [
             f"# run {last.run[:8]} had a target and kept only {count(last.figures['kept'], 'image')}, "
             "because the index has no more"

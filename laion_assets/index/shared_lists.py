@@ -180,11 +180,11 @@ class SharedLists:
         batches = [jobs[first:last] for first, last in pairwise(edges)]
         lists = [np.array(sorted({job.list for job in batch}), np.int64) for batch in batches]
         prepare(self._ivf, threads=0, all_ahead=all(map(self._lists.all_fit_ahead, lists)))
-        left, most = [Left.joined([])], MORE_LEFT
+        left, most, nothing = [Left.joined([])], MORE_LEFT, np.empty(0, np.int64)
         with ThreadPoolExecutor(1, "read-ahead") as reader:
             reading = [reader.submit(self._lists.read_ahead, lists[0])]
             for batch, following, more in zip(
-                batches, [*lists[1:], lists[0][:0]], np.diff(searched, prepend=0), strict=True
+                batches, [*lists[1:], nothing], np.diff(searched, prepend=0), strict=True
             ):
                 reading.append(reader.submit(self._lists.read_ahead, following))
                 left += in_threads(self._left_of, batch)

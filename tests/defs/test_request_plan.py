@@ -233,8 +233,8 @@ def staged_again(kept: dg.DagsterInstance) -> int:
         (["--target-images", "0", "--seeds", "5"], ("--target-images is 0", "1 or more")),
         (["--target-images", "5", "--seeds", "-1"], ("--seeds is -1", "1 or more")),
         (
-            ["--target-images", "5", "--seed-set", "flowe"],
-            ("no seed set 'flowe'", "did you mean 'flower'?"),
+            ["--target-images", "5", "--seed-set", "flowr"],
+            ("no seed set 'flowr'", "did you mean 'flower'?"),
         ),
     ],
 )
